@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from haq_lab.errors import UserError
 from haq_lab.int8.numerics import Activations, epilogue, quantize_activations
 
 
@@ -59,3 +60,8 @@ class FakeBackend(Backend):
         qx, row_scale = quantize_activations(x, scheme, static_scale)
         weight = qw.float() * weight_scale[:, None]
         return torch.nn.functional.linear(qx.float() * row_scale, weight, bias).to(x.dtype)
+
+
+def cuda() -> Backend:
+    """Refused until the CUDA kernels are there."""
+    raise UserError("backend: 'cuda' is not available yet; choose cpu, reference or fake")

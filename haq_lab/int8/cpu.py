@@ -39,8 +39,14 @@ def is_exact(product: Product, rows: int, outputs: int, columns: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     shape = {"dtype": torch.int8, "generator": generator}
     draws = [
-        (torch.randint(-127, 128, (rows, columns), **shape), torch.randint(-127, 128, (outputs, columns), **shape)),
-        (torch.full((rows, columns), 127, dtype=torch.int8), torch.full((outputs, columns), -127, dtype=torch.int8)),
+        (
+            torch.randint(-127, 128, (rows, columns), **shape),
+            torch.randint(-127, 128, (outputs, columns), **shape),
+        ),
+        (
+            torch.full((rows, columns), 127, dtype=torch.int8),
+            torch.full((outputs, columns), -127, dtype=torch.int8),
+        ),
     ]
     reference = ReferenceBackend()
     try:

@@ -46,7 +46,12 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., k) -> (..., n)."""
         y = self.backend.linear(
-            x.reshape(-1, x.shape[-1]), self.weight, self.weight_scale, self.bias, self.scheme, self.input_scale
+            x.reshape(-1, x.shape[-1]),
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            self.scheme,
+            self.input_scale,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -7,14 +7,31 @@ window but its first, windows not overlapping.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
 
 METRIC = {"fp": "perplexity_fp", "smoothed": "perplexity_smoothed_fp", "quantized": "perplexity"}
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity, KL divergence and token agreement on every dataset of `data`."""
+
+    evaluates: ClassVar[bool] = True
+
+    def __call__(self, study: Study) -> dict[str, float]:
+        metrics = {}
+        for name, windows in study.windows.items():
+            study.progress(f"perplexity on {name}")
+            metrics |= score(study.model, windows, study.passed.hidden[name], name)
+        return metrics
 
 
 @torch.no_grad()

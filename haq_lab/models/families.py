@@ -68,7 +68,11 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "opt",
         "model.decoder.layers",
-        (*_attention("self_attn_layer_norm", "out_proj"), Group("norm", "final_layer_norm", ("fc1",)), _RELU_MLP),
+        (
+            *_attention("self_attn_layer_norm", "out_proj"),
+            Group("norm", "final_layer_norm", ("fc1",)),
+            _RELU_MLP,
+        ),
         smoothquant_strength=0.5,
         applies=lambda config: config.do_layer_norm_before and config.activation_function == "relu",
     ),

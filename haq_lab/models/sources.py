@@ -68,7 +68,7 @@ class HubModel:
 
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         weights = ["*.bin", "*.bin.index.json"] if self.allow_pickle else []
         patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", *weights]

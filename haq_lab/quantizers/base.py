@@ -65,7 +65,12 @@ class Quantizer:
         return Needs(inputs=self.activations == "static")
 
     def smoothing(
-        self, group: Group, family: Family, weight: Tensor, statistics: InputStatistics | None, channels: Channels
+        self,
+        group: Group,
+        family: Family,
+        weight: Tensor,
+        statistics: InputStatistics | None,
+        channels: Channels,
     ) -> Smoothing | None:
         """The factor to fold for a group whose consumers' stacked weights are `weight`; None for none."""
         return None
@@ -77,7 +82,9 @@ class Quantizer:
         assert statistics is not None
         return ActivationChoice("static", scale_of(statistics.channel_max.amax()))
 
-    def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
+    def solve(
+        self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice
+    ) -> Solution:
         """Round stacked weights (n, k) that share an input."""
         scale = row_scale(weight, self.weight_bits)
         return Solution(round_to_nearest(weight, scale, self.weight_bits), scale)

@@ -6,11 +6,10 @@ channel times the squared norm of its column, and needs no product with the weig
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics
-from haq_lab.int8.numerics import QMAX, Activations, round_to_grid, scale_of
+from haq_lab.int8.numerics import Activations, round_to_grid, scale_of
 
 CLIPS = tuple(0.8**step for step in range(12))  # static scales tried, as shares of the largest activation
 
@@ -23,7 +22,9 @@ def activation_noise(statistics: InputStatistics, scheme: Activations, scale: Te
     elif scheme == "tensor":
         scale = scale_of(statistics.channel_max.amax())
     assert scale is not None
-    return statistics.sample_weight @ _squared_error(statistics.sample, scale) / statistics.sample_weight.sum()
+    return (
+        statistics.sample_weight @ _squared_error(statistics.sample, scale) / statistics.sample_weight.sum()
+    )
 
 
 def _squared_error(x: Tensor, scale: Tensor) -> Tensor:
@@ -37,9 +38,7 @@ def best_static_scale(statistics: InputStatistics, column_energy: Tensor) -> tup
         column_energy: (k,) squared norm of each weight column.
     """
     full = scale_of(statistics.channel_max.amax())
-    errors = [
-        float(activation_noise(statistics, "static", full * clip) @ column_energy) for clip in CLIPS
-    ]
+    errors = [float(activation_noise(statistics, "static", full * clip) @ column_energy) for clip in CLIPS]
     best = min(range(len(CLIPS)), key=errors.__getitem__)
     return full * CLIPS[best], errors[best]
 

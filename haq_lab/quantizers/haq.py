@@ -23,11 +23,8 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.models.families import Family, FoldKind, Group
-from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solution
-from haq_lab.quantizers.errors import ActivationError, best_static_scale, solved_weight_error
-from haq_lab.quantizers.grid import row_scale, searched_row_scale
+from haq_lab.quantizers.base import Quantizer, Smoothing
 from haq_lab.quantizers.smoothing import Channels, factor_of
-from haq_lab.quantizers.solver import factorize, solve
 
 STRENGTHS = tuple(step / 16 for step in range(17))
 
@@ -62,7 +59,12 @@ class HAQ(Quantizer):
         return Needs(inputs=True, hessian=True, cross=self.asymmetric, sample=True)
 
     def smoothing(
-        self, group: Group, family: Family, weight: Tensor, statistics: InputStatistics | None, channels: Channels
+        self,
+        group: Group,
+        family: Family,
+        weight: Tensor,
+        statistics: InputStatistics | None,
+        channels: Channels,
     ) -> Smoothing | None:
         if group.kind not in self.fold:
             return None

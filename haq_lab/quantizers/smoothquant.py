@@ -28,7 +28,12 @@ class SmoothQuant(Quantizer):
         return Needs(inputs=True)
 
     def smoothing(
-        self, group: Group, family: Family, weight: Tensor, statistics: InputStatistics | None, channels: Channels
+        self,
+        group: Group,
+        family: Family,
+        weight: Tensor,
+        statistics: InputStatistics | None,
+        channels: Channels,
     ) -> Smoothing | None:
         if group.kind != "norm":  # the published code never smooths the output and down projections
             return None
