@@ -43,9 +43,7 @@ class Experiment:
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group. Raises `UserError` with the setting's full name for whatever is not valid."""
     data = {name: _object(node, f"data.{name}") for name, node in (config.get("data") or {}).items()}
-    measures = {
-        name: _object(node, f"measure.{name}") for name, node in (config.get("measure") or {}).items()
-    }
+    measures = {name: _object(node, f"measure.{name}") for name, node in (config.get("measure") or {}).items()}
     return Experiment(
         model=_object(config.model, "model"),
         quantizer=_object(config.quantizer, "quantizer"),

@@ -56,13 +56,9 @@ def one_pass(
     """
     levels: tuple[Level, ...] = ("fp",) if quantizer is None else ("fp", "smoothed", "quantized")
     embedded = {name: model.embed(windows) for name, windows in evaluation.items()}
-    result = PassResult(
-        {name: {level: hidden.clone() for level in levels} for name, hidden in embedded.items()}
-    )
+    result = PassResult({name: {level: hidden.clone() for level in levels} for name, hidden in embedded.items()})
     clock = result.stopwatch
-    calibrator = (
-        None if quantizer is None else Calibrator(model, quantizer.needs, calibration, propagate, clock)
-    )
+    calibrator = None if quantizer is None else Calibrator(model, quantizer.needs, calibration, propagate, clock)
 
     def evaluate(level: Level, layer: nn.Module, index: int) -> None:
         with clock.stage("evaluate"):
@@ -80,13 +76,9 @@ def one_pass(
             for group in model.groups:
                 statistics = calibrator.statistics(layer, index, group)
                 with clock.stage("smooth"):
-                    statistics, strength = smooth_group(
-                        [layer, smoothed], group, model.family, quantizer, statistics
-                    )
+                    statistics, strength = smooth_group([layer, smoothed], group, model.family, quantizer, statistics)
                 with clock.stage("solve"):
-                    result.reports += quantize_group(
-                        layer, index, group, quantizer, statistics, strength, backend
-                    )
+                    result.reports += quantize_group(layer, index, group, quantizer, statistics, strength, backend)
             calibrator.leave(layer, index)
             evaluate("smoothed", smoothed, index)
             evaluate("quantized", layer, index)

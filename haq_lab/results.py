@@ -107,9 +107,7 @@ def _cell(value: Any, form: str, factor: float = 1) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m haq_lab.results", description="All runs below DIR as a table."
-    )
+    parser = argparse.ArgumentParser(prog="python -m haq_lab.results", description="All runs below DIR as a table.")
     parser.add_argument("folders", nargs="+", metavar="DIR", help="a run folder, or one that holds some")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the whole table, all columns")
     parser.add_argument(

@@ -66,9 +66,7 @@ class Calibrator:
         site = group.consumers[0]
         if site not in self._known:
             with self.clock.stage("calibrate"):
-                self._known |= observe(
-                    self.model, layer, index, self.hidden, [site], self.needs, self._inputs_fp
-                )
+                self._known |= observe(self.model, layer, index, self.hidden, [site], self.needs, self._inputs_fp)
         return self._known[site]
 
     def leave(self, layer: nn.Module, index: int) -> None:

@@ -73,9 +73,7 @@ class Accumulator:
     def add(self, x: Tensor, x_fp: Tensor | None) -> None:
         """Rows (m, k) of the input, and the same rows in the full-precision model (for `cross`)."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self.channel_max = (
-            torch.maximum(self.channel_max, x.abs().amax(dim=0)) if len(x) else self.channel_max
-        )
+        self.channel_max = torch.maximum(self.channel_max, x.abs().amax(dim=0)) if len(x) else self.channel_max
         if self.hessian is not None:
             self.hessian.addmm_(x.t(), x)
         if self.cross is not None and x_fp is not None:

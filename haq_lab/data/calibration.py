@@ -42,9 +42,7 @@ class Calibration:
         if self.text == "c4":
             documents = load_rows("c4", "train", self.path, "calibration.path")
             whole = "\n".join(documents)
-            tokens = random_crops(
-                tokenizer, documents, self.samples, self.seqlen, self.seed, "calibration.seqlen"
-            )
+            tokens = random_crops(tokenizer, documents, self.samples, self.seqlen, self.seed, "calibration.seqlen")
         else:
             whole = self._whole_text()
             tokens = self._crops(encode(tokenizer, whole))
@@ -78,9 +76,7 @@ class Calibration:
 
 def _runs(windows: Tensor, length: int) -> np.ndarray:
     """A hash of every run of `length` tokens within the windows."""
-    powers = np.array(
-        [pow(0x9E3779B97F4A7C15, exponent, 2**64) for exponent in range(length)], dtype=np.uint64
-    )
+    powers = np.array([pow(0x9E3779B97F4A7C15, exponent, 2**64) for exponent in range(length)], dtype=np.uint64)
     rows = np.lib.stride_tricks.sliding_window_view(windows.numpy().astype(np.uint64), length, axis=1)
     return np.unique(rows @ powers)
 

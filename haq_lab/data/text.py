@@ -54,11 +54,7 @@ def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[s
     if path is not None:
         file = Path(path).expanduser()
         if not file.is_file():
-            near = (
-                nearest(file.name, [item.name for item in file.parent.glob("*")])
-                if file.parent.is_dir()
-                else ""
-            )
+            near = nearest(file.name, [item.name for item in file.parent.glob("*")]) if file.parent.is_dir() else ""
             raise UserError(f"{setting}: there is no file '{file}'{near}")
         if file.suffix not in FORMATS:
             raise UserError(f"{setting}: '{file}' is none of {', '.join(FORMATS)}")
@@ -67,22 +63,16 @@ def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[s
         try:
             rows = datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
         except (DatasetGenerationError, OSError, ValueError) as error:
-            raise UserError(
-                f"{setting}: '{file}' cannot be read as {FORMATS[file.suffix]} ({error})"
-            ) from error
+            raise UserError(f"{setting}: '{file}' cannot be read as {FORMATS[file.suffix]} ({error})") from error
         if "text" not in rows.column_names:
-            raise UserError(
-                f"{setting}: '{file}' has no field 'text' (it has {', '.join(rows.column_names)})"
-            )
+            raise UserError(f"{setting}: '{file}' has no field 'text' (it has {', '.join(rows.column_names)})")
         return list(rows["text"])
     if text not in HUB:
         raise UserError(f"{setting}: a file is needed (plain text, JSON lines or parquet)")
     hub = HUB[text]
     files = None if hub.files is None else {split: hub.files[split]}
     try:
-        return list(
-            datasets.load_dataset(hub.repository, hub.configuration, data_files=files, split=split)["text"]
-        )
+        return list(datasets.load_dataset(hub.repository, hub.configuration, data_files=files, split=split)["text"])
     except Exception as error:  # the hub client has no common base for what can go wrong on a network
         raise UserError(
             f"{text}: the hub did not give {hub.repository} ({type(error).__name__}). Give it network, or a local "
@@ -100,9 +90,7 @@ def python_docs(part: Literal["calibration", "evaluation"]) -> str:
     from pydoc_data import topics
 
     paragraphs = dict.fromkeys(
-        paragraph.strip("\n")
-        for topic in sorted(topics.topics)
-        for paragraph in topics.topics[topic].split("\n\n")
+        paragraph.strip("\n") for topic in sorted(topics.topics) for paragraph in topics.topics[topic].split("\n\n")
     )
     kept = [paragraph for paragraph in paragraphs if paragraph.strip()]
     total = sum(map(len, kept))

@@ -26,9 +26,7 @@ def round_to_grid(x: Tensor, scale: Tensor | float, qmax: int = QMAX) -> Tensor:
     return torch.round(x / scale).clamp_(-qmax, qmax)
 
 
-def quantize_activations(
-    x: Tensor, scheme: Activations, static_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of activations to int8.
 
     Args:

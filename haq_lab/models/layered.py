@@ -80,9 +80,7 @@ class LayeredModel:
         self.recorders = nn.ModuleList(_Recorder() for _ in range(self.depth))
         shell.set_submodule(self.family.layers, self.recorders)
         outside = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
-        tensors = {
-            self._module_name(name): tensor for name, tensor in self.weights.read(outside, self.dtype).items()
-        }
+        tensors = {self._module_name(name): tensor for name, tensor in self.weights.read(outside, self.dtype).items()}
         result = shell.load_state_dict(tensors, strict=False)
         tied = set(shell.all_tied_weights_keys)
         missing = [name for name in result.missing_keys if name not in tied]
@@ -130,9 +128,7 @@ class LayeredModel:
         try:
             layer.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
-            raise UserError(
-                f"model: layer {index} of {self.folder} does not fit its config: {error}"
-            ) from error
+            raise UserError(f"model: layer {index} of {self.folder} does not fit its config: {error}") from error
         return layer.requires_grad_(False)
 
     def embed(self, windows: Tensor) -> Tensor:

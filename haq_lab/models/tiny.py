@@ -44,9 +44,7 @@ def _config(architecture: str, layers: int, hidden: int) -> PreTrainedConfig:
     }
     if architecture == "opt":
         return OPTConfig(**shared, ffn_dim=4 * hidden, word_embed_proj_dim=hidden, init_std=0.1)
-    return LlamaConfig(
-        **shared, intermediate_size=5 * hidden // 2, num_key_value_heads=2, tie_word_embeddings=True
-    )
+    return LlamaConfig(**shared, intermediate_size=5 * hidden // 2, num_key_value_heads=2, tie_word_embeddings=True)
 
 
 def build_tiny(folder: Path, architecture: str, layers: int, hidden: int, seed: int) -> None:

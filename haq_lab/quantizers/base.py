@@ -82,9 +82,7 @@ class Quantizer:
         assert statistics is not None
         return ActivationChoice("static", scale_of(statistics.channel_max.amax()))
 
-    def solve(
-        self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice
-    ) -> Solution:
+    def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
         """Round stacked weights (n, k) that share an input."""
         scale = row_scale(weight, self.weight_bits)
         return Solution(round_to_nearest(weight, scale, self.weight_bits), scale)

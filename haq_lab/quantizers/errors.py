@@ -22,9 +22,7 @@ def activation_noise(statistics: InputStatistics, scheme: Activations, scale: Te
     elif scheme == "tensor":
         scale = scale_of(statistics.channel_max.amax())
     assert scale is not None
-    return (
-        statistics.sample_weight @ _squared_error(statistics.sample, scale) / statistics.sample_weight.sum()
-    )
+    return statistics.sample_weight @ _squared_error(statistics.sample, scale) / statistics.sample_weight.sum()
 
 
 def _squared_error(x: Tensor, scale: Tensor) -> Tensor:

@@ -28,9 +28,7 @@ class GPTQ(Quantizer):
     def needs(self) -> Needs:
         return Needs(inputs=True, hessian=True)
 
-    def solve(
-        self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice
-    ) -> Solution:
+    def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
         assert statistics is not None and statistics.hessian is not None
         factor = factorize(statistics.hessian, self.damp, self.act_order)
         if factor is None:

@@ -16,9 +16,9 @@ FLOOR = 1e-5  # keeps a dead channel or a zero column from giving a factor of ze
 
 def factor_of(activation_max: Tensor, weight_max: Tensor, strength: float) -> Tensor:
     """s_j = max|X_j|^a / max|W_j|^(1-a), for the strength a in [0, 1]; all (k,)."""
-    return (
-        activation_max.clamp(min=FLOOR) ** strength / weight_max.clamp(min=FLOOR) ** (1 - strength)
-    ).clamp(min=FLOOR)
+    return (activation_max.clamp(min=FLOOR) ** strength / weight_max.clamp(min=FLOOR) ** (1 - strength)).clamp(
+        min=FLOOR
+    )
 
 
 class Channels:

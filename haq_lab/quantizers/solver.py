@@ -80,9 +80,7 @@ def solve(weight: Tensor, factor: Factor, scale: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(solved)
 
 
-def _solve_columns(
-    columns: np.ndarray, levels: np.ndarray, upper: np.ndarray, step: np.ndarray, top: int
-) -> None:
+def _solve_columns(columns: np.ndarray, levels: np.ndarray, upper: np.ndarray, step: np.ndarray, top: int) -> None:
     """Solve `columns` (k, n) into `levels`; leaves the errors, each over its pivot, in `columns`.
 
     Halving makes the feedback between the halves one matrix product; it is GPTQ's lazy batch, at every size.

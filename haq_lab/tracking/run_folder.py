@@ -64,9 +64,7 @@ class RunFolder:
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
-    def finish(
-        self, run: dict[str, Any], protocol: dict[str, Any], metrics: dict[str, float]
-    ) -> dict[str, Any]:
+    def finish(self, run: dict[str, Any], protocol: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
         """Write `results.json`; from here on the run counts as finished."""
         results = {
             "schema": SCHEMA,
@@ -81,9 +79,7 @@ class RunFolder:
     def fail(self, run: dict[str, Any], error: BaseException) -> None:
         """Write `error.json`."""
         content = {"type": type(error).__name__, "message": str(error)}
-        write_json(
-            self.path / "error.json", {"schema": SCHEMA, "run": run, "config": self.config, "error": content}
-        )
+        write_json(self.path / "error.json", {"schema": SCHEMA, "run": run, "config": self.config, "error": content})
 
 
 def read_results(path: Path) -> dict[str, Any] | None:
