@@ -79,7 +79,10 @@ def record_inputs(
     recorded: dict[str, list[Tensor]] = {site: [] for site in sites}
     for batch in hidden.split(model.batch_size(hidden)):
         with captured_inputs(layer, sites) as inputs:
-            batch.copy_(model.forward(layer, index, batch))
+            output = model.forward(layer, index, batch)
         for site in sites:
-            recorded[site].append(inputs[site].reshape(-1, inputs[site].shape[-1]))
+            x = inputs[site].reshape(-1, inputs[site].shape[-1])
+            # Where the norm comes after (OPT-350M), q, k and v read `batch` itself, which is overwritten below.
+            recorded[site].append(x.clone() if x.data_ptr() == batch.data_ptr() else x)
+        batch.copy_(output)
     return {site: torch.cat(parts) for site, parts in recorded.items()}

@@ -67,7 +67,7 @@ class Accumulator:
         self.hessian = torch.zeros(channels, channels) if needs.hessian else None
         self.cross = torch.zeros(channels, channels) if needs.cross else None
         self._stride = max(1, total // SAMPLE_ROWS)
-        self._even: list[Tensor] = []
+        self._even = [torch.empty(0, channels)]
         self._extreme = torch.empty(0, channels)
 
     def add(self, x: Tensor, x_fp: Tensor | None) -> None:
