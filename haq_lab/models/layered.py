@@ -106,9 +106,13 @@ class LayeredModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"model: no usable tokenizer in {self.folder} ({error})") from error
+        # Where OPT's tokenizer files are missing, transformers makes one up that knows no text.
+        if not tokenizer.encode("text", add_special_tokens=False):
+            raise UserError(f"model: no usable tokenizer in {self.folder} (it has no vocabulary)")
+        return tokenizer
 
     def new_layer(self, index: int) -> nn.Module:
         """Decoder layer `index` without weights (on the meta device)."""

@@ -189,7 +189,7 @@ def _convert_gguf(path: Path, target: Path) -> None:
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
             )
-        except (ValueError, KeyError, IndexError, struct.error) as error:
+        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
             raise UserError(
                 f"model.path: '{path}' is damaged, or not of a kind transformers reads ({error})"
             ) from error
