@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import traceback
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -37,7 +38,7 @@ def _job(config: DictConfig) -> None:
     from haq_lab.runner import run  # torch and transformers load here, not for --help
     from haq_lab.show import say
 
-    job = HydraConfig.get()
+    job: Any = HydraConfig.get()
     if job.mode is RunMode.MULTIRUN:
         say(f"\nrun {job.job.num + 1}: {' '.join(job.overrides.task) or 'default'}")
     try:
