@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTCo
 from haq_lab.errors import UserError
 from haq_lab.models import layered
 from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
 from haq_lab.quiet import quiet_transformers
 
 SMALL = {
@@ -92,8 +93,6 @@ def test_assembled_model_decodes_with_a_cache_and_leaves_the_shell_alone(tiny, w
 
 
 def test_tied_embeddings_are_one_tensor():
-    from haq_lab.models.sources import TinyModel
-
     shell = LayeredModel(TinyModel("llama").folder()).shell
     assert shell.get_output_embeddings().weight.data_ptr() == shell.get_input_embeddings().weight.data_ptr()
     assert shell.get_input_embeddings().weight.abs().sum() > 0

@@ -84,8 +84,7 @@ class Malicious:
         return (print, ("code ran",))
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"not a pickle", pickle.dumps(Malicious(), protocol=2), None])
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps(Malicious(), protocol=2), None])
 def test_damaged_or_malicious_pickles(pickled, content, cache, capsys):
     path = pickled / "pytorch_model-00002-of-00002.bin"
     if content is None:
