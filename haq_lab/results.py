@@ -26,9 +26,9 @@ RECORDS = ("results.json", "error.json", "config.yaml")
 def load(*folders: str | Path) -> pd.DataFrame:
     """Every run below `folders`, a row each.
 
-    Columns: `folder`, `name` (what it differs in), `status` (finished, failed, unfinished), `error`, what the run was (`model`,
-    `quantizer`, ...), its settings as `config.<name>`, its metrics by their names, and for each dataset
-    `change_percent.<dataset>`, the perplexity's distance from full precision.
+    Columns: `folder`, `name` (what it differs in), `status` (finished, failed, unfinished), `error`, what the
+    run was (`model`, `quantizer`, ...), its settings as `config.<name>`, its metrics by their names, and for
+    each dataset `change_percent.<dataset>`, the perplexity's distance from full precision.
 
     Raises:
         UserError: A folder does not exist.
@@ -95,12 +95,13 @@ def show(runs: pd.DataFrame) -> None:
     """The table on the terminal: what differs between the runs, and what they measured."""
     datasets = [column.partition(".")[2] for column in map(str, runs) if column.startswith("change_percent.")]
     table = Table("run", "status")
+    table.columns[0].overflow = "fold"
     for dataset in datasets:
-        table.add_column(f"{dataset} ppl", justify="right")
-        table.add_column("over fp", justify="right")
+        table.add_column(f"{dataset} ppl", justify="right", no_wrap=True)
+        table.add_column("over fp", justify="right", no_wrap=True)
     measured = {column: shown for column, shown in SHOWN.items() if column in runs}
     for label, _, _ in measured.values():
-        table.add_column(label, justify="right")
+        table.add_column(label, justify="right", no_wrap=True)
     for _, run in runs.iterrows():
         cells = [run["name"], run["status"]]
         for dataset in datasets:
