@@ -8,6 +8,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import NamedTuple
 from unittest import mock
 
+import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from haq_lab import cli
@@ -38,6 +39,7 @@ def launch(*arguments: str) -> Outcome:
     GlobalHydra.instance().clear()
     out, err = io.StringIO(), io.StringIO()
     code = 0
+    torch.set_num_threads(1)  # threads only wait for one another on models this small
     with mock.patch.object(sys, "argv", ["haq_lab", *arguments]), redirect_stdout(out), redirect_stderr(err):
         try:
             cli.main()
