@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLE_ROWS = 256  # tokens kept whole, evenly spaced
-EXTREME_ROWS = 32  # and those with the largest entries, where outliers live
+SAMPLE_ROWS = 512  # tokens kept whole, evenly spaced
+EXTREME_ROWS = 64  # and those with the largest entries, where outliers live
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from haq_lab.calibration.statistics import Needs
 from haq_lab.models import layered
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
+from haq_lab.stopwatch import Stopwatch
 from tests.models.test_layered import VARIANTS, save, whole_of
 
 NEEDS = Needs(inputs=True, hessian=True, cross=True)
@@ -41,7 +42,7 @@ def test_statistics_are_of_what_the_whole_model_feeds_its_linears(model, windows
     hidden = model.embed(windows)
     model.run(model.load_layer(0), 0, hidden)
     layer, before = model.load_layer(1), hidden.clone()
-    statistics = observe(model, layer, 1, hidden, [group.consumers[0] for group in model.groups], NEEDS)
+    statistics = observe(model, layer, 1, hidden, [group.consumers[0] for group in model.groups], NEEDS, Stopwatch())
     assert torch.equal(hidden, before)
     expected = transformers_inputs(model, 1, windows)
     for group in model.groups:
@@ -74,7 +75,7 @@ def test_cross_moment_is_against_the_same_rows(model, windows, monkeypatch):
     hidden_fp = model.embed(windows)
     hidden = hidden_fp + 0.01 * torch.randn_like(hidden_fp)
     x_fp = record_inputs(model, layer, 0, hidden_fp, [site])
-    statistics = observe(model, layer, 0, hidden, [site], NEEDS, x_fp)[site]
+    statistics = observe(model, layer, 0, hidden, [site], NEEDS, Stopwatch(), x_fp)[site]
     x = record_inputs(model, layer, 0, hidden, [site])[site]
     expected = (x_fp[site] - x).t() @ x / len(x)
     torch.testing.assert_close(statistics.cross, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
