@@ -20,7 +20,7 @@ import haq_lab
 
 # The epilogue's multiplications and additions must stay apart (one numerics for every backend), hence no
 # contraction into fused multiply-adds. Vector instructions are chosen function by function at run time.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 
 
 class BuildError(Exception):

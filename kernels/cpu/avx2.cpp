@@ -2,10 +2,9 @@
 // and vpmaddwd, which is exact, gives a column's 4 products as two sums of two. Activations are staged as
 // int16; weights are widened on the fly, or once for all tiles of a large product.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #define HAQ_TARGET __attribute__((target("avx2,fma")))
 #define HAQ_STAGED int16_t
+#include "chunk_avx2.h"
 #include "rows.h"
 
 namespace haq {
@@ -36,19 +35,20 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const W* w, int64_t groups, bool add
         _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T0);
         if (V > 4) _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + 64), _MM_HINT_T0);
       }
-      __m256i q[R];
+      __m256i weights[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) weights[v] = load_weights(w + v * 16);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         int64_t four;
         std::memcpy(&four, x + r * kChunk + g * kGroup * 2, 8);
-        q[r] = _mm256_set1_epi64x(four);
-      }
+        const __m256i q = _mm256_set1_epi64x(four);
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        const __m256i weights = load_weights(w + v * 16);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-          sum[r][v] = _mm256_add_epi32(sum[r][v], _mm256_madd_epi16(weights, q[r]));
+        for (int v = 0; v < V; ++v) {
+          // By hand, to keep the order: compilers let the products pile up and spill the sums.
+          const __m256i product = _mm256_madd_epi16(weights[v], q);
+          __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum[r][v]) : "x"(product));
+        }
       }
     }
   }

@@ -1,10 +1,9 @@
 // AVX512-VNNI: vpdpbusd on 16 columns at a time; a full tile is 14 rows x 32 columns in 28 registers.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #define HAQ_TARGET \
   __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define HAQ_STAGED int8_t
+#include "chunk_avx512.h"
 #include "rows.h"
 
 namespace haq {

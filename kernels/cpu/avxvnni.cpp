@@ -1,10 +1,9 @@
 // AVX-VNNI: vpdpbusd on 8 columns at a time; 16 registers hold a tile of 6 rows x 16 columns, so that a panel
 // takes two passes (one when there are no more than 3 rows).
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #define HAQ_TARGET __attribute__((target("avx2,fma,avxvnni")))
 #define HAQ_STAGED int8_t
+#include "chunk_avx2.h"
 #include "rows.h"
 
 namespace haq {

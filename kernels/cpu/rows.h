@@ -1,35 +1,10 @@
-// What is done row by row - quantisation, epilogue, SiLU - in plain loops that the compiler vectorises for the
-// target at hand. Each instruction set's source defines HAQ_TARGET and HAQ_STAGED (the type of a staged
-// activation) and includes this once: everything here has internal linkage.
-#include <cstring>
-
-#include "kernels.h"
+// What is done row by row - quantisation, epilogue, SiLU. Each instruction set's source defines HAQ_TARGET and
+// HAQ_STAGED (the type of a staged activation), includes its chunk operations and then this, once. The loops here
+// are plain: the compiler vectorises them for the target.
+#include "values.h"
 
 namespace haq {
 namespace {
-
-HAQ_TARGET inline float from_bits(uint32_t u) {
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-
-HAQ_TARGET inline uint32_t to_bits(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  return u;
-}
-
-HAQ_TARGET inline float load(const float* x) { return *x; }
-HAQ_TARGET inline float load(const uint16_t* x) { return from_bits(static_cast<uint32_t>(*x) << 16); }
-
-HAQ_TARGET inline void store(float* out, float v) { *out = v; }
-
-HAQ_TARGET inline void store(uint16_t* out, float v) { // to bfloat16, to nearest even; NaN stays NaN
-  const uint32_t u = to_bits(v);
-  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  *out = static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
 
 // max|x| / 127, or 1 where that is 0. Magnitudes are compared as integers, so that a NaN or an infinity
 // survives into the scale and from there into the outputs.
@@ -44,32 +19,6 @@ HAQ_TARGET float row_scale(const T* x, int64_t k) {
   return scale == 0.0f ? 1.0f : scale;
 }
 
-constexpr float kRound = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer, half to even
-
-HAQ_TARGET inline float clamp127(float v) {
-  v = v < -127.0f ? -127.0f : v;
-  return v > 127.0f ? 127.0f : v;
-}
-
-// q = clamp(round_half_even(x / scale)) of 64 values. x * (1 / scale) is within 3 * 2^-24 * 127 < 2.3e-5 of
-// the correctly rounded quotient, so it rounds alike unless it is that near to a half: then divide.
-template <class T>
-HAQ_TARGET void quantize_chunk(const T* x, float scale, float inverse, bool use_inverse, int8_t* q) {
-  if (use_inverse) {
-    int32_t unsure = 0;
-    for (int i = 0; i < kChunk; ++i) {
-      const float v = clamp127(load(x + i) * inverse);
-      const float rounded = v + kRound;
-      const float distance = v - (rounded - kRound);
-      unsure |= (distance > 0.49997f) | (distance < -0.49997f);
-      q[i] = static_cast<int8_t>(to_bits(rounded));
-    }
-    if (!unsure) return;
-  }
-  for (int i = 0; i < kChunk; ++i)
-    q[i] = static_cast<int8_t>(to_bits(clamp127(load(x + i) / scale) + kRound));
-}
-
 HAQ_TARGET inline bool inverse_is_accurate(float scale) { return scale > 1e-36f && scale < 1e36f; }
 
 template <class T>
@@ -78,12 +27,12 @@ HAQ_TARGET void quantize_row(const T* x, int64_t k, float static_scale, int8_t* 
   const float inverse = 1.0f / *scale;
   const bool fast = inverse_is_accurate(*scale);
   int64_t i = 0;
-  for (; i + kChunk <= k; i += kChunk) quantize_chunk(x + i, *scale, inverse, fast, out + i);
+  for (; i + kChunk <= k; i += kChunk) quantize_chunk(x + i, *scale, inverse, fast, out + i, 0);
   if (i < k) {
     T rest[kChunk] = {};
     int8_t q[kChunk];
     std::memcpy(rest, x + i, static_cast<size_t>(k - i) * sizeof(T));
-    quantize_chunk(rest, *scale, inverse, fast, q);
+    quantize_chunk(rest, *scale, inverse, fast, q, 0);
     std::memcpy(out + i, q, static_cast<size_t>(k - i));
   }
 }
@@ -95,57 +44,38 @@ HAQ_TARGET void quantize(const void* x, Kind kind, int64_t k, float static_scale
     quantize_row(static_cast<const uint16_t*>(x), k, static_scale, out, scale);
 }
 
-// 64 quantised values into their tile; returns their sum.
-HAQ_TARGET inline int32_t stage_chunk(const int8_t* q, HAQ_STAGED* out, int64_t chunk_stride) {
-  constexpr int per_chunk = kChunk / static_cast<int>(sizeof(HAQ_STAGED));
-  int32_t sum = 0;
-  for (int part = 0; part < kChunk / per_chunk; ++part)
-    for (int i = 0; i < per_chunk; ++i) {
-      out[part * chunk_stride + i] = q[part * per_chunk + i];
-      sum += q[part * per_chunk + i];
-    }
-  return sum;
-}
-
 template <class T>
-HAQ_TARGET int32_t stage_row(const T* x, int64_t k, float scale, HAQ_STAGED* out, int64_t chunk_stride) {
+HAQ_TARGET int32_t stage_row(const T* x, int64_t k, float scale, HAQ_STAGED* out, int64_t stride) {
   const float inverse = 1.0f / scale;
   const bool fast = inverse_is_accurate(scale);
   int32_t sum = 0;
-  for (int64_t i = 0; i < k; i += kChunk) {
-    int8_t q[kChunk];
-    if (i + kChunk <= k) {
-      quantize_chunk(x + i, scale, inverse, fast, q);
-    } else {
-      T rest[kChunk] = {};
-      std::memcpy(rest, x + i, static_cast<size_t>(k - i) * sizeof(T));
-      quantize_chunk(rest, scale, inverse, fast, q);
-    }
-    sum += stage_chunk(q, out, chunk_stride);
-    out += static_cast<int64_t>(sizeof(HAQ_STAGED)) * chunk_stride;
-  }
-  return sum;
+  int64_t i = 0;
+  for (; i + kChunk <= k; i += kChunk, out += sizeof(HAQ_STAGED) * stride)
+    sum += quantize_chunk(x + i, scale, inverse, fast, out, stride);
+  if (i == k) return sum;
+  T rest[kChunk] = {};
+  std::memcpy(rest, x + i, static_cast<size_t>(k - i) * sizeof(T));
+  return sum + quantize_chunk(rest, scale, inverse, fast, out, stride);
 }
 
-template <>
-HAQ_TARGET int32_t stage_row(const int8_t* x, int64_t k, float, HAQ_STAGED* out, int64_t chunk_stride) {
+HAQ_TARGET int32_t copy_row(const int8_t* x, int64_t k, HAQ_STAGED* out, int64_t stride) {
   int32_t sum = 0;
-  for (int64_t i = 0; i < k; i += kChunk) {
-    int8_t q[kChunk] = {};
-    std::memcpy(q, x + i, static_cast<size_t>(k - i < kChunk ? k - i : kChunk));
-    sum += stage_chunk(q, out, chunk_stride);
-    out += static_cast<int64_t>(sizeof(HAQ_STAGED)) * chunk_stride;
-  }
-  return sum;
+  int64_t i = 0;
+  for (; i + kChunk <= k; i += kChunk, out += sizeof(HAQ_STAGED) * stride)
+    sum += copy_chunk(x + i, out, stride);
+  if (i == k) return sum;
+  int8_t rest[kChunk] = {};
+  std::memcpy(rest, x + i, static_cast<size_t>(k - i));
+  return sum + copy_chunk(rest, out, stride);
 }
 
 template <int RowTile>
 HAQ_TARGET void stage(const void* x, Kind kind, int64_t k, float static_scale, uint8_t* out, float* scale,
                       int32_t* sum) {
-  constexpr int64_t stride = RowTile * kChunk / static_cast<int64_t>(sizeof(HAQ_STAGED));
+  constexpr int64_t stride = RowTile * kChunk / static_cast<int64_t>(sizeof(HAQ_STAGED)); // in elements
   auto* staged = reinterpret_cast<HAQ_STAGED*>(out);
   if (kind == kInt8) {
-    *sum = stage_row(static_cast<const int8_t*>(x), k, 1.0f, staged, stride);
+    *sum = copy_row(static_cast<const int8_t*>(x), k, staged, stride);
   } else if (kind == kFloat) {
     const auto* row = static_cast<const float*>(x);
     *scale = static_scale != 0.0f ? static_scale : row_scale(row, k);

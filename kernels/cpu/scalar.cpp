@@ -1,6 +1,7 @@
 // Plain C++: the fallback for every CPU, and what the vector versions are tested against.
 #define HAQ_TARGET
 #define HAQ_STAGED int8_t
+#include "chunk_scalar.h"
 #include "rows.h"
 
 namespace haq {
