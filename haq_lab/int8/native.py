@@ -10,6 +10,7 @@ one. All of them, and the reference backend, agree bit for bit.
 """
 
 import ctypes
+import difflib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,6 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     for name, result, arguments in (
         ("haq_level_name", ctypes.c_char_p, (i32,)),
         ("haq_level_supported", i32, (i32,)),
-        ("haq_set_fork", None, (ptr,)),
         ("haq_packed_bytes", i64, (i64, i64)),
         ("haq_pack", None, (ptr, i64, i64, i64, ptr, i32)),
         ("haq_linear", i32, (i32, i32, ptr, i32, i64, i64, ptr, i64, ptr, ptr, f32, ptr, i32)),
@@ -57,10 +57,6 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    try:  # torch puts its OpenMP runtime into the global scope; see kernels/cpu/parallel.h
-        lib.haq_set_fork(ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ptr))
-    except (AttributeError, OSError, TypeError):
-        lib.haq_set_fork(None)
     return lib, ""
 
 
@@ -83,7 +79,8 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def _levels() -> dict[str, int]:
-    lib, names = _library(), []
+    lib = _library()
+    names: list[str] = []
     while name := lib.haq_level_name(len(names)):
         names.append(name.decode())
     return {name: level for level, name in enumerate(names) if lib.haq_level_supported(level)}
@@ -95,44 +92,73 @@ def isas() -> tuple[str, ...]:
 
 
 def isa() -> str:
-    """The instruction set in use: forced, else `HAQ_LAB_ISA`, else the best."""
-    name = _forced or os.environ.get("HAQ_LAB_ISA") or isas()[-1]
-    if name not in _levels():
-        raise UserError(f"HAQ_LAB_ISA={name}: this CPU can run {', '.join(isas())}")
-    return name
+    """The instruction set in use: forced, else `HAQ_LAB_ISA` as it was at first use, else the best."""
+    if _forced is not None:
+        return _forced
+    return next(name for name, level in _levels().items() if level == _default_level())
 
 
 @contextmanager
 def forced_isa(name: str) -> Iterator[None]:
     """Within the block, use this instruction set (for tests and measurements; not per thread)."""
     global _forced
+    _level_of(name, "forced_isa")
     before, _forced = _forced, name
     try:
-        isa()
         yield
     finally:
         _forced = before
 
 
+def _level_of(name: str, setting: str) -> int:
+    if name not in _levels():
+        near = difflib.get_close_matches(name, isas(), 1)
+        raise UserError(
+            f"{setting}={name}: this CPU can run {', '.join(isas())}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return _levels()[name]
+
+
+@cache
+def _default_level() -> int:
+    return _level_of(os.environ.get("HAQ_LAB_ISA") or isas()[-1], "HAQ_LAB_ISA")
+
+
 def _level() -> int:
-    return _levels()[isa()]
+    return _default_level() if _forced is None else _levels()[_forced]
 
 
 def _check(tensor: Tensor, name: str, dtype: torch.dtype, *shape: int) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or not tensor.is_cpu:
+    if (
+        tensor.dtype != dtype
+        or tuple(tensor.shape) != shape
+        or not tensor.is_contiguous()
+        or not tensor.is_cpu
+    ):
         raise ValueError(
             f"{name} must be a contiguous CPU tensor {dtype} {shape}, "
             f"not {tensor.device.type} {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}"
         )
 
 
+def _wrong_x(x: Tensor, k: int) -> ValueError:
+    return ValueError(
+        f"x must be a contiguous CPU tensor (..., {k}), float32 or bfloat16, "
+        f"not {x.device.type} {x.dtype} {tuple(x.shape)}, strides {x.stride()}"
+    )
+
+
 def _check_x(x: Tensor, k: int) -> int:
     """The number of rows of a float tensor (..., k)."""
-    if x.dtype not in _FLOAT_KINDS or x.ndim == 0 or x.shape[-1] != k or not x.is_contiguous() or not x.is_cpu:
-        raise ValueError(
-            f"x must be a contiguous CPU tensor (..., {k}), float32 or bfloat16, "
-            f"not {x.device.type} {x.dtype} {tuple(x.shape)}, strides {x.stride()}"
-        )
+    if (
+        x.dtype not in _FLOAT_KINDS
+        or x.ndim == 0
+        or x.shape[-1] != k
+        or not x.is_contiguous()
+        or not x.is_cpu
+    ):
+        raise _wrong_x(x, k)
     return x.shape[:-1].numel()
 
 
@@ -161,6 +187,50 @@ def pack(weight: Tensor | Sequence[Tensor]) -> Packed:
     return Packed(data, n, k)
 
 
+class Linear:
+    """A packed product with its scales, checked once: what a decode step calls (about 2 us of Python a call).
+
+    Arguments as for `linear`. The tensors are kept alive and must not be resized or moved.
+    """
+
+    def __init__(
+        self,
+        packed: Packed,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        activation_scale: float | None = None,
+    ):
+        _check(weight_scale, "weight_scale", torch.float32, packed.n)
+        if bias is not None:
+            _check(bias, "bias", torch.float32, packed.n)
+        self.n, self.k = packed.n, packed.k
+        self._kept = (packed, weight_scale, bias)
+        self._weights = packed.data.data_ptr()
+        self._scale = weight_scale.data_ptr()
+        self._bias = None if bias is None else bias.data_ptr()
+        self._static_scale = _static_scale(activation_scale)
+        self._run = _library().haq_linear
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """`x (..., K) -> (..., N)` in x's type."""
+        shape, dtype = x.shape, x.dtype
+        kind = _FLOAT_KINDS.get(dtype)
+        if kind is None or not shape or shape[-1] != self.k or not x.is_contiguous() or not x.is_cpu:
+            raise _wrong_x(x, self.k)
+        if out is None:
+            out = torch.empty((*shape[:-1], self.n), dtype=dtype)
+        else:
+            _check(out, "out", dtype, *shape[:-1], self.n)
+        m, level = out.numel() // self.n if self.n else 0, _level()
+        failed = self._run(
+            level, torch.get_num_threads(), x.data_ptr(), kind, m, self.k, self._weights, self.n,
+            self._scale, self._bias, self._static_scale, out.data_ptr(), kind,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"int8 linear of {m} x {self.n} x {self.k}")
+        return out
+
+
 def linear(
     x: Tensor,
     packed: Packed,
@@ -172,36 +242,9 @@ def linear(
     """`x (..., K) -> (..., N)` in x's type, float32 or bfloat16.
 
     `weight_scale` and `bias` are float32 (N,). Without `activation_scale` each row gets its own scale.
+    To call it often, make a `Linear` once.
     """
-    m = _check_x(x, packed.k)
-    n = packed.n
-    _check(weight_scale, "weight_scale", torch.float32, n)
-    if bias is not None:
-        _check(bias, "bias", torch.float32, n)
-    shape = (*x.shape[:-1], n)
-    if out is None:
-        out = torch.empty(shape, dtype=x.dtype)
-    else:
-        _check(out, "out", x.dtype, *shape)
-    kind = _FLOAT_KINDS[x.dtype]
-    failed = _library().haq_linear(
-        _level(),
-        torch.get_num_threads(),
-        x.data_ptr(),
-        kind,
-        m,
-        packed.k,
-        packed.data.data_ptr(),
-        n,
-        weight_scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        _static_scale(activation_scale),
-        out.data_ptr(),
-        kind,
-    )
-    if failed:
-        raise MemoryError(f"int8 linear of {m} x {n} x {packed.k}")
-    return out
+    return Linear(packed, weight_scale, bias, activation_scale)(x, out)
 
 
 def accumulate(qx: Tensor, packed: Packed) -> Tensor:
@@ -209,10 +252,10 @@ def accumulate(qx: Tensor, packed: Packed) -> Tensor:
     m = qx.shape[0]
     _check(qx, "qx", torch.int8, m, packed.k)
     out = torch.empty((m, packed.n), dtype=torch.int32)
-    data, threads = packed.data.data_ptr(), torch.get_num_threads()
     failed = _library().haq_linear(
-        _level(), threads, qx.data_ptr(), _INT8, m, packed.k, data, packed.n, None, None, 0.0, out.data_ptr(), _INT32
-    )
+        _level(), torch.get_num_threads(), qx.data_ptr(), _INT8, m, packed.k,
+        packed.data.data_ptr(), packed.n, None, None, 0.0, out.data_ptr(), _INT32,
+    )  # fmt: skip
     if failed:
         raise MemoryError(f"int8 product of {m} x {packed.n} x {packed.k}")
     return out
@@ -261,5 +304,5 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def read_bytes(data: Tensor) -> int:
-    """Read a contiguous tensor once, as fast as the threads can, and return a checksum: measures bandwidth."""
+    """Read a contiguous tensor once, as fast as the threads can, and return its checksum (for bandwidth)."""
     return _library().haq_read(_level(), torch.get_num_threads(), data.data_ptr(), data.nbytes)

@@ -1,6 +1,7 @@
 // The C functions that haq_lab/int8/native.py calls. Pointers are to contiguous arrays; shapes are checked by
 // the caller. Those that can fail return 0, or 1 when there is not enough memory.
 #include <algorithm>
+#include <atomic>
 #include <new>
 
 #include "gemm.h"
@@ -46,8 +47,6 @@ const char* haq_level_name(int level) {
 }
 
 int haq_level_supported(int level) { return supported(level); }
-
-void haq_set_fork(void* gomp_parallel) { fork_threads = reinterpret_cast<Fork>(gomp_parallel); }
 
 int64_t haq_packed_bytes(int64_t n, int64_t k) {
   return (n + kPanel - 1) / kPanel * kPanel * ((k + kGroup - 1) / kGroup * kGroup);

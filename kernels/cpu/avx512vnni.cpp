@@ -31,7 +31,7 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bo
     for (; g + Chains <= count; g += Chains, w += Chains * kGroupBytes) {
 #pragma GCC unroll 8
       for (int c = 0; c < Chains; ++c) {
-        if (R <= 4) {
+        if (R <= 8) {
           _mm_prefetch(reinterpret_cast<const char*>(w + c * kGroupBytes + kAhead), _MM_HINT_T0);
           _mm_prefetch(reinterpret_cast<const char*>(w + c * kGroupBytes + kAhead + 64), _MM_HINT_T0);
         }

@@ -4,6 +4,7 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -11,8 +12,6 @@
 #include "parallel.h"
 
 namespace haq {
-
-std::atomic<Fork> fork_threads{nullptr};
 
 namespace {
 

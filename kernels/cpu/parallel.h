@@ -1,18 +1,18 @@
-// Work shared among threads: units are handed out by a counter, so that any number of threads that really turn
-// up - also fewer than asked for - does all of them.
+// Work shared among threads: units are handed out by a counter, and helpers that come late are not waited for.
 //
-// torch's own OpenMP runtime lends its threads (Python passes the address of its GOMP_parallel): a second pool
-// would fight with torch's for the cores, as idle OpenMP threads spin. Without it, plain threads are started.
+// A fork and join as in OpenMP waits until every thread has run. On a machine that others use too, a helper may
+// not run for milliseconds, while a decode step takes microseconds: here the caller takes units until none is
+// left, closes the job and waits only for helpers in the middle of a unit. So the worst case is one thread's
+// time, and after fork(), where the helpers are gone, work goes on with the caller alone.
 #pragma once
 #include <atomic>
 #include <cstdint>
-#include <thread>
-#include <vector>
 
 namespace haq {
 
-using Fork = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-extern std::atomic<Fork> fork_threads; // null: start std::threads
+// Runs work(data) on the caller and on up to `helpers` other threads; returns when all that began have ended.
+// While another caller has the helpers, runs on the caller alone.
+void run_with_helpers(int helpers, void (*work)(void*), void* data);
 
 template <class Body> // Body: void(int64_t unit), must not throw
 void parallel_for(int threads, int64_t units, const Body& body) {
@@ -30,14 +30,7 @@ void parallel_for(int threads, int64_t units, const Body& body) {
     auto& s = *static_cast<Shared*>(data);
     for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.units;) s.body(i);
   };
-  if (const Fork fork = fork_threads.load(std::memory_order_relaxed)) {
-    fork(work, &shared, static_cast<unsigned>(threads), 0);
-    return;
-  }
-  std::vector<std::thread> helpers;
-  for (int t = 1; t < threads; ++t) helpers.emplace_back(work, &shared);
-  work(&shared);
-  for (auto& helper : helpers) helper.join();
+  run_with_helpers(threads - 1, work, &shared);
 }
 
 } // namespace haq
