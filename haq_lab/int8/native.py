@@ -247,11 +247,14 @@ def linear(
     return Linear(packed, weight_scale, bias, activation_scale)(x, out)
 
 
-def accumulate(qx: Tensor, packed: Packed) -> Tensor:
+def accumulate(qx: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     """The exact sums: int8 `qx (M, K)` -> int32 (M, N)."""
     m = qx.shape[0]
     _check(qx, "qx", torch.int8, m, packed.k)
-    out = torch.empty((m, packed.n), dtype=torch.int32)
+    if out is None:
+        out = torch.empty((m, packed.n), dtype=torch.int32)
+    else:
+        _check(out, "out", torch.int32, m, packed.n)
     failed = _library().haq_linear(
         _level(), torch.get_num_threads(), qx.data_ptr(), _INT8, m, packed.k,
         packed.data.data_ptr(), packed.n, None, None, 0.0, out.data_ptr(), _INT32,

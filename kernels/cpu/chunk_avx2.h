@@ -13,7 +13,9 @@ HAQ_TARGET inline __m256 load8(const uint16_t* x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
+template <bool Clamp>
 HAQ_TARGET inline __m256 clamp127(__m256 v) {
+  if (!Clamp) return v;
   v = _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
   return _mm256_min_ps(_mm256_max_ps(v, _mm256_set1_ps(-127.0f)), _mm256_set1_ps(127.0f));
 }
@@ -47,7 +49,7 @@ HAQ_TARGET inline __m256i store32(const __m256 v[4], int16_t* out) {
 HAQ_TARGET inline int8_t* second_half(int8_t* out, int64_t) { return out + 32; }
 HAQ_TARGET inline int16_t* second_half(int16_t* out, int64_t stride) { return out + stride; }
 
-template <class T, class Out>
+template <bool Clamp, class T, class Out>
 HAQ_TARGET int32_t quantize_chunk(const T* x, float scale, float inverse, bool fast, Out* out,
                                   int64_t stride) {
   const __m256 round = _mm256_set1_ps(kRound), sign = _mm256_set1_ps(-0.0f);
@@ -55,13 +57,14 @@ HAQ_TARGET int32_t quantize_chunk(const T* x, float scale, float inverse, bool f
   __m256 farthest = _mm256_setzero_ps();
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    v[i] = clamp127(_mm256_mul_ps(load8(x + 8 * i), _mm256_set1_ps(inverse)));
+    v[i] = clamp127<Clamp>(_mm256_mul_ps(load8(x + 8 * i), _mm256_set1_ps(inverse)));
     const __m256 integer = _mm256_sub_ps(_mm256_add_ps(v[i], round), round);
     farthest = _mm256_max_ps(farthest, _mm256_andnot_ps(sign, _mm256_sub_ps(v[i], integer)));
   }
   const __m256 unsure = _mm256_cmp_ps(farthest, _mm256_set1_ps(kSure), _CMP_GT_OQ);
   if (!fast || _mm256_movemask_ps(unsure) != 0)
-    for (int i = 0; i < 8; ++i) v[i] = clamp127(_mm256_div_ps(load8(x + 8 * i), _mm256_set1_ps(scale)));
+    for (int i = 0; i < 8; ++i)
+      v[i] = clamp127<Clamp>(_mm256_div_ps(load8(x + 8 * i), _mm256_set1_ps(scale)));
   const __m256i sum = store32(v, out);
   return sum8(_mm256_add_epi32(sum, store32(v + 4, second_half(out, stride))));
 }

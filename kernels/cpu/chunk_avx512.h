@@ -13,24 +13,27 @@ HAQ_TARGET inline __m512 load16(const uint16_t* x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+template <bool Clamp>
 HAQ_TARGET inline __m512 clamp127(__m512 v) {
+  if (!Clamp) return v;
   v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
   return _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
 }
 
-template <class T>
+template <bool Clamp, class T>
 HAQ_TARGET int32_t quantize_chunk(const T* x, float scale, float inverse, bool fast, int8_t* out, int64_t) {
   const __m512 round = _mm512_set1_ps(kRound);
   __m512 v[4];
   __m512 farthest = _mm512_setzero_ps();
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    v[i] = clamp127(_mm512_mul_ps(load16(x + 16 * i), _mm512_set1_ps(inverse)));
+    v[i] = clamp127<Clamp>(_mm512_mul_ps(load16(x + 16 * i), _mm512_set1_ps(inverse)));
     const __m512 integer = _mm512_sub_ps(_mm512_add_ps(v[i], round), round);
     farthest = _mm512_max_ps(farthest, _mm512_abs_ps(_mm512_sub_ps(v[i], integer)));
   }
   if (!fast || _mm512_cmp_ps_mask(farthest, _mm512_set1_ps(kSure), _CMP_GT_OQ) != 0)
-    for (int i = 0; i < 4; ++i) v[i] = clamp127(_mm512_div_ps(load16(x + 16 * i), _mm512_set1_ps(scale)));
+    for (int i = 0; i < 4; ++i)
+      v[i] = clamp127<Clamp>(_mm512_div_ps(load16(x + 16 * i), _mm512_set1_ps(scale)));
   __m512i sum = _mm512_setzero_si512();
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {

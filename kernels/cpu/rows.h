@@ -27,12 +27,12 @@ HAQ_TARGET void quantize_row(const T* x, int64_t k, float static_scale, int8_t* 
   const float inverse = 1.0f / *scale;
   const bool fast = inverse_is_accurate(*scale);
   int64_t i = 0;
-  for (; i + kChunk <= k; i += kChunk) quantize_chunk(x + i, *scale, inverse, fast, out + i, 0);
+  for (; i + kChunk <= k; i += kChunk) quantize_chunk<true>(x + i, *scale, inverse, fast, out + i, 0);
   if (i < k) {
     T rest[kChunk] = {};
     int8_t q[kChunk];
     std::memcpy(rest, x + i, static_cast<size_t>(k - i) * sizeof(T));
-    quantize_chunk(rest, *scale, inverse, fast, q, 0);
+    quantize_chunk<true>(rest, *scale, inverse, fast, q, 0);
     std::memcpy(out + i, q, static_cast<size_t>(k - i));
   }
 }
@@ -44,18 +44,28 @@ HAQ_TARGET void quantize(const void* x, Kind kind, int64_t k, float static_scale
     quantize_row(static_cast<const uint16_t*>(x), k, static_scale, out, scale);
 }
 
-template <class T>
-HAQ_TARGET int32_t stage_row(const T* x, int64_t k, float scale, HAQ_STAGED* out, int64_t stride) {
+template <bool Clamp, class T>
+HAQ_TARGET int32_t stage_chunks(const T* x, int64_t k, float scale, bool fast, HAQ_STAGED* out,
+                                int64_t stride) {
   const float inverse = 1.0f / scale;
-  const bool fast = inverse_is_accurate(scale);
   int32_t sum = 0;
   int64_t i = 0;
   for (; i + kChunk <= k; i += kChunk, out += sizeof(HAQ_STAGED) * stride)
-    sum += quantize_chunk(x + i, scale, inverse, fast, out, stride);
+    sum += quantize_chunk<Clamp>(x + i, scale, inverse, fast, out, stride);
   if (i == k) return sum;
   T rest[kChunk] = {};
   std::memcpy(rest, x + i, static_cast<size_t>(k - i) * sizeof(T));
-  return sum + quantize_chunk(rest, scale, inverse, fast, out, stride);
+  return sum + quantize_chunk<Clamp>(rest, scale, inverse, fast, out, stride);
+}
+
+template <class T>
+HAQ_TARGET int32_t stage_row(const T* x, int64_t k, float static_scale, float* scale, HAQ_STAGED* out,
+                             int64_t stride) {
+  const bool dynamic = static_scale == 0.0f;
+  *scale = dynamic ? row_scale(x, k) : static_scale;
+  const bool fast = inverse_is_accurate(*scale); // not so for NaN, infinite and tiny scales
+  return dynamic && fast ? stage_chunks<false>(x, k, *scale, fast, out, stride)
+                         : stage_chunks<true>(x, k, *scale, fast, out, stride);
 }
 
 HAQ_TARGET int32_t copy_row(const int8_t* x, int64_t k, HAQ_STAGED* out, int64_t stride) {
@@ -74,17 +84,12 @@ HAQ_TARGET void stage(const void* x, Kind kind, int64_t k, float static_scale, u
                       int32_t* sum) {
   constexpr int64_t stride = RowTile * kChunk / static_cast<int64_t>(sizeof(HAQ_STAGED)); // in elements
   auto* staged = reinterpret_cast<HAQ_STAGED*>(out);
-  if (kind == kInt8) {
+  if (kind == kInt8)
     *sum = copy_row(static_cast<const int8_t*>(x), k, staged, stride);
-  } else if (kind == kFloat) {
-    const auto* row = static_cast<const float*>(x);
-    *scale = static_scale != 0.0f ? static_scale : row_scale(row, k);
-    *sum = stage_row(row, k, *scale, staged, stride);
-  } else {
-    const auto* row = static_cast<const uint16_t*>(x);
-    *scale = static_scale != 0.0f ? static_scale : row_scale(row, k);
-    *sum = stage_row(row, k, *scale, staged, stride);
-  }
+  else if (kind == kFloat)
+    *sum = stage_row(static_cast<const float*>(x), k, static_scale, scale, staged, stride);
+  else
+    *sum = stage_row(static_cast<const uint16_t*>(x), k, static_scale, scale, staged, stride);
 }
 
 template <class T>
