@@ -93,40 +93,43 @@ HAQ_TARGET void stage(const void* x, Kind kind, int64_t k, float static_scale, u
 }
 
 template <class T>
-HAQ_TARGET inline void finish_row(const int32_t* acc, int count, int32_t offset, float row_scale,
-                                  const float* column_scale, const float* bias, T* out) {
+HAQ_TARGET inline void finish_row(const int32_t* __restrict acc, int count, uint32_t offset, float row_scale,
+                                  const float* __restrict column_scale, const float* __restrict bias,
+                                  T* __restrict out) {
   for (int c = 0; c < count; ++c) {
-    const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(acc[c]) - static_cast<uint32_t>(offset));
+    const auto sum = static_cast<int32_t>(static_cast<uint32_t>(acc[c]) - offset);
     const float y = (static_cast<float>(sum) * row_scale) * column_scale[c];
     store(out + c, bias ? y + bias[c] : y);
   }
+}
+
+HAQ_TARGET inline void finish_row(const int32_t* __restrict acc, int count, uint32_t offset, float,
+                                  const float*, const float*, int32_t* __restrict out) {
+  for (int c = 0; c < count; ++c) out[c] = static_cast<int32_t>(static_cast<uint32_t>(acc[c]) - offset);
 }
 
 template <class T>
 HAQ_TARGET inline void finish_rows(const int32_t* acc, int rows, int64_t row, int64_t column,
                                    const Epilogue& e) {
   const int64_t left = e.columns - column;
-  const float* scale = e.column_scale + column;
+  const float* scale = e.column_scale ? e.column_scale + column : nullptr;
   const float* bias = e.bias ? e.bias + column : nullptr;
   for (int r = 0; r < rows; ++r, acc += kPanel) {
     T* out = static_cast<T*>(e.out) + (row + r) * e.columns + column;
-    const int32_t offset = static_cast<int32_t>(128u * static_cast<uint32_t>(e.row_sum[row + r]));
-    if (left >= kPanel) // constant counts make straight vector code
-      bias ? finish_row(acc, kPanel, offset, e.row_scale[row + r], scale, bias, out)
-           : finish_row(acc, kPanel, offset, e.row_scale[row + r], scale, nullptr, out);
+    const uint32_t offset = 128u * static_cast<uint32_t>(e.row_sum[row + r]);
+    if (left >= kPanel && !bias) // constant counts make straight vector code
+      finish_row(acc, kPanel, offset, e.row_scale[row + r], scale, nullptr, out);
+    else if (left >= kPanel)
+      finish_row(acc, kPanel, offset, e.row_scale[row + r], scale, bias, out);
     else
       finish_row(acc, static_cast<int>(left), offset, e.row_scale[row + r], scale, bias, out);
   }
 }
 
 HAQ_TARGET void finish(const int32_t* acc, int rows, int64_t row, int64_t column, const Epilogue& e) {
+  if (e.kind == kInt32) return finish_rows<int32_t>(acc, rows, row, column, e);
   if (e.kind == kFloat) return finish_rows<float>(acc, rows, row, column, e);
-  if (e.kind == kBFloat16) return finish_rows<uint16_t>(acc, rows, row, column, e);
-  const int count = static_cast<int>(e.columns - column < kPanel ? e.columns - column : kPanel);
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < count; ++c)
-      static_cast<int32_t*>(e.out)[(row + r) * e.columns + column + c] = static_cast<int32_t>(
-          static_cast<uint32_t>(acc[r * kPanel + c]) - 128u * static_cast<uint32_t>(e.row_sum[row + r]));
+  finish_rows<uint16_t>(acc, rows, row, column, e);
 }
 
 // exp by 2^n * polynomial (Cephes' coefficients), within 2 ulp; the range keeps 2^n a normal number.
