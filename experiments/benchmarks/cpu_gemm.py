@@ -103,7 +103,8 @@ def decode(n: int, k: int, pool: int, repeats: int) -> dict:
     weights = [
         native.pack(torch.randint(-127, 128, (n, k), dtype=torch.int8)) for _ in range(pool // (n * k))
     ]
-    scale, data = torch.rand(n), torch.ones(pool, dtype=torch.uint8)
+    scale = torch.rand(n)
+    data = native.pack(torch.ones(pool // 4096, 4096, dtype=torch.int8)).data  # in huge pages, as weights are
     linears = [native.Linear(packed, scale) for packed in weights]
     calls: dict[str, Callable[[], object]] = {"read": lambda: native.read_bytes(data)}
 

@@ -49,6 +49,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("haq_level_name", ctypes.c_char_p, (i32,)),
         ("haq_level_supported", i32, (i32,)),
         ("haq_packed_bytes", i64, (i64, i64)),
+        ("haq_prefer_huge_pages", None, (ptr, i64)),
         ("haq_pack", None, (ptr, i64, i64, i64, ptr, i32)),
         ("haq_linear", i32, (i32, i32, ptr, i32, i64, i64, ptr, i64, ptr, ptr, f32, ptr, i32)),
         ("haq_quantize", None, (i32, i32, ptr, i32, i64, i64, f32, ptr, ptr)),
@@ -179,7 +180,9 @@ def pack(weight: Tensor | Sequence[Tensor]) -> Packed:
     for part in parts:
         _check(part, "weight", torch.int8, part.shape[0], k)
     n = sum(part.shape[0] for part in parts)
-    data = torch.zeros(lib.haq_packed_bytes(n, k), dtype=torch.uint8)
+    data = torch.empty(lib.haq_packed_bytes(n, k), dtype=torch.uint8)
+    lib.haq_prefer_huge_pages(data.data_ptr(), data.nbytes)
+    data.zero_()
     column, threads = 0, torch.get_num_threads()
     for part in parts:
         lib.haq_pack(part.data_ptr(), part.shape[0], k, column, data.data_ptr(), threads)
