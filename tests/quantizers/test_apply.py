@@ -13,6 +13,7 @@ from haq_lab.quantizers.apply import quantize_group, smooth_group
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothquant import SmoothQuant
+from haq_lab.stopwatch import Stopwatch
 
 BACKEND = ReferenceBackend()
 
@@ -38,7 +39,9 @@ def test_every_linear_is_replaced_in_place(tiny):
 def test_reports(tiny, windows, scheme):
     layer, group = tiny.load_layer(0), tiny.groups[0]
     quantizer = GPTQ(activations=scheme, weight_bits=4)
-    seen = observe(tiny, layer, 0, tiny.embed(windows), ["self_attn.q_proj"], quantizer.needs)["self_attn.q_proj"]
+    seen = observe(tiny, layer, 0, tiny.embed(windows), ["self_attn.q_proj"], quantizer.needs, Stopwatch())[
+        "self_attn.q_proj"
+    ]
     reports = quantize_group(layer, 3, group, quantizer, seen, 0.25, BACKEND)
     assert [report.linear for report in reports] == list(group.consumers)
     for report in reports:
@@ -59,10 +62,10 @@ def test_smoothing_returns_the_statistics_of_the_smoothed_input(tiny, windows):
     layer, twin = tiny.load_layer(0), tiny.load_layer(0)
     group, quantizer, hidden = tiny.groups[0], SmoothQuant(), tiny.embed(windows)
     site = group.consumers[0]
-    before = observe(tiny, layer, 0, hidden, [site], GPTQ().needs)[site]
+    before = observe(tiny, layer, 0, hidden, [site], GPTQ().needs, Stopwatch())[site]
     after, strength = smooth_group([layer, twin], group, tiny.family, quantizer, before)
     assert strength == tiny.family.smoothquant_strength
-    seen = observe(tiny, layer, 0, hidden, [site], GPTQ().needs)[site]
+    seen = observe(tiny, layer, 0, hidden, [site], GPTQ().needs, Stopwatch())[site]
     torch.testing.assert_close(after.channel_max, seen.channel_max, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(after.hessian, seen.hessian, rtol=1e-3, atol=1e-4 * float(seen.hessian.abs().max()))
     assert all(torch.equal(x, y) for x, y in zip(layer.parameters(), twin.parameters(), strict=True))
