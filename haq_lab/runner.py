@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from haq_lab.config import Experiment, build
-from haq_lab.data.calibration import refuse_overlap
+from haq_lab.data.calibration import refuse_overlap, refuse_same_text
 from haq_lab.data.windows import Windows
 from haq_lab.errors import UserError
 from haq_lab.figures import layer_figure
@@ -125,6 +125,7 @@ def _texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windo
     if experiment.quantizer is not None and experiment.quantizer.needs.inputs:
         _refuse_too_long("calibration.seqlen", experiment.calibration.seqlen, model)
         calibration = experiment.calibration.load(tokenizer)
+        refuse_same_text(calibration, evaluation)
         refuse_overlap(calibration.tokens, {name: windows.tokens for name, windows in evaluation.items()})
     return evaluation, calibration
 
