@@ -53,7 +53,7 @@ __device__ __forceinline__ void gemv(const i8* x, const i8* w, const float* sx, 
 }
 
 #define GEMV_KERNEL(name, ROWS, Out)                                                                               \
-  extern "C" __global__ void __launch_bounds__(GEMV_WARPS * 32)                                                    \
+  extern "C" __global__ void __launch_bounds__(GEMV_WARPS * 32, 5)                                                  \
   name(const i8* __restrict__ x, const i8* __restrict__ w, const float* __restrict__ sx,                           \
        const float* __restrict__ sw, const float* __restrict__ bias, Out* __restrict__ out, int M, int N, int K) { \
     gemv<ROWS, Out>(x, w, sx, sw, bias, out, M, N, K);                                                             \
