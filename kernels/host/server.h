@@ -90,8 +90,9 @@ class Server {
       return argument;
     }
     argument.bytes = (size_t)number;
-    void* buffer = aligned_alloc(256, argument.bytes);  // as a GPU's allocator aligns; fenced by the sanitizer
-    getchar();                                          // the end of the line
+    void* buffer = nullptr;  // aligned as by a GPU's allocator, and fenced by the sanitizer at its exact size
+    if (posix_memalign(&buffer, 256, argument.bytes)) fail("out of memory");
+    getchar();  // the end of the line
     if (fread(buffer, 1, argument.bytes, stdin) != argument.bytes) fail("a buffer breaks off");
     argument.value = (uint64_t)buffer;
     return argument;

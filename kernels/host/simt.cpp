@@ -173,7 +173,9 @@ void run(const Launch& what, void (*kernel)(void*), void* kernel_context) {
   counters = {};
   std::mt19937 random(0);
   // Exactly as large as asked for, so that the address sanitizer sees a byte beyond it.
-  shared.reset((unsigned char*)aligned_alloc(128, std::max(1u, launch.shared_bytes)));
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 128, std::max(1u, launch.shared_bytes))) fail("out of memory");
+  shared.reset((unsigned char*)memory);
   while (threads.size() < launch.threads) {
     threads.push_back(std::make_unique<Thread>());
     create(threads.back()->fiber, fiber_body);
