@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -100,6 +101,6 @@ def staged_groups(k: int, shared_limit: int) -> int:
     return min(k // 8, (shared_limit - 128) // 32)
 
 
-def kernel_names(module: str) -> list[str]:
-    """The kernels that `kernels/<module>.cu` defines, by its one-line instantiations."""
-    return re.findall(r"^[A-Z_]+_KERNEL\((\w+),", module_source(module), re.MULTILINE)
+def kernel_names(module: str, folder: Path | None = None) -> list[str]:
+    """The kernels that `<module>.cu` defines, by its one-line instantiations."""
+    return re.findall(r"^[A-Z_]+_KERNEL\((\w+),", module_source(module, folder), re.MULTILINE)

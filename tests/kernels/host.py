@@ -53,9 +53,10 @@ def _cache() -> Path:
 
 
 def _make(arguments: list[str], inputs: str, name: str) -> Path:
-    """Run the compiler unless the same inputs were compiled before."""
+    """Run the compiler unless the same inputs were compiled before (wherever they lie)."""
     command = [compiler() or "g++", *arguments]
-    path = _cache() / f"{name}-{hashlib.sha256((inputs + repr(command)).encode()).hexdigest()[:20]}"
+    options = [argument for argument in command if not argument.startswith("-I")]
+    path = _cache() / f"{name}-{hashlib.sha256((inputs + repr(options)).encode()).hexdigest()[:20]}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.{os.getpid()}")
@@ -66,37 +67,33 @@ def _make(arguments: list[str], inputs: str, name: str) -> Path:
     return path
 
 
-def build(module: str, architecture: int, folder: Path | None = None, only: str | None = None) -> Path:
+def build(module: str, architecture: int, folder: Path | None = None) -> Path:
     """The executable that serves `kernels/<module>.cu` as compiled for `architecture` (75 or 80).
 
     Args:
         module: Such as `gemm`.
         architecture: Which path of the sources: 75 has no cp.async and the small mma.
         folder: Where the sources are, if not the project's own (a mutated copy).
-        only: Serve this one kernel only; builds faster.
     """
     folder = folder or kernel_folder()
-    sources = sorted((*folder.glob("*.cu*"), *(folder / "host").iterdir()))
-    inputs = "".join(source.read_text(encoding="utf-8") for source in sources)
-    common = [*FLAGS, *MEANING, *SANITIZE, f"-I{folder}"]
     host = kernel_folder() / "host"
+    common = [*FLAGS, *MEANING, *SANITIZE, f"-I{folder}", f"-I{host.parent}"]
     engine = [
-        _make([*common, "-c", str(host / f"{part}.cpp")], inputs_of(host), f"{part}.o")
-        for part in ("simt", "fiber", "warp")
+        _make([*FLAGS, *MEANING, *SANITIZE, "-c", str(host / f"{part}.cpp")], _text(host), f"{part}.o")
+        for part in ("simt", "fiber", "warp", "server")
     ]
-    names = [only] if only else kernel_names(module)
-    calls = "".join(f'  server.add("{name}", {name});\n' for name in names)
-    entry = f'#include "{module}.cu"\n#include "host/server.h"\nint main() {{\n  simt::Server server;\n{calls}  return server.serve();\n}}\n'
-    text = _cache() / f"{module}-{hashlib.sha256(entry.encode()).hexdigest()[:20]}.cpp"
-    text.parent.mkdir(parents=True, exist_ok=True)
-    text.write_text(entry, encoding="utf-8")
-    link = [*common, f"-D__CUDA_ARCH__={architecture}0", str(text), *map(str, engine)]
-    return _make(link, inputs, f"{module}-sm_{architecture}")
+    calls = "".join(f'  simt::serves("{name}", {name});\n' for name in kernel_names(module, folder))
+    entry = f'#include "{module}.cu"\n#include "host/server.h"\nint main() {{\n{calls}  return simt::serve();\n}}\n'
+    path = _cache() / f"{module}-{hashlib.sha256(entry.encode()).hexdigest()[:20]}.cpp"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(entry, encoding="utf-8")
+    arguments = [*common, f"-D__CUDA_ARCH__={architecture}0", str(path), *map(str, engine)]
+    return _make(arguments, _text(folder) + _text(host) + entry, f"{module}-sm_{architecture}")
 
 
-def inputs_of(folder: Path) -> str:
-    """All text of a folder, as a cache key."""
-    return "".join(source.read_text(encoding="utf-8") for source in sorted(folder.iterdir()))
+def _text(folder: Path) -> str:
+    """All text of a folder's files, as a cache key."""
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()) if path.is_file())
 
 
 @dataclass
@@ -107,13 +104,11 @@ class HostRunner:
         architecture: 75 or 80.
         schedule: Of threads and copies; may be changed between launches.
         folder: Of the sources, if not the project's own.
-        only: Build this kernel alone.
     """
 
     architecture: int = 80
     schedule: Schedule = Schedule()
     folder: Path | None = None
-    only: str | None = None
     counted: Counter[str] = field(default_factory=Counter)  # of the last launch
     launches: list[Launch] = field(default_factory=list)
     _servers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -146,7 +141,7 @@ class HostRunner:
 
     def _server(self, module: str) -> subprocess.Popen[bytes]:
         if module not in self._servers:
-            path = build(module, self.architecture, self.folder, self.only)
+            path = build(module, self.architecture, self.folder)
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": ""}
             self._servers[module] = subprocess.Popen([path], env=environment, **pipes)
