@@ -30,7 +30,7 @@ __device__ __forceinline__ void gemv(const i8* x, const i8* w, const float* sx, 
   for (int c = 0; c < COLUMNS; c++) w_rows[c] = w + (long long)min(column0 + c, N - 1) * K;
 
   int acc[ROWS][COLUMNS] = {};
-#pragma unroll(ROWS <= 2 ? 4 : 2)
+#pragma unroll(ROWS <= 2 ? 4 : ROWS == 4 ? 2 : 1)
   for (int k = lane * 16; k < K; k += 512) {
     int4 weights[COLUMNS];
 #pragma unroll
@@ -53,7 +53,7 @@ __device__ __forceinline__ void gemv(const i8* x, const i8* w, const float* sx, 
 }
 
 #define GEMV_KERNEL(name, ROWS, Out)                                                                               \
-  extern "C" __global__ void __launch_bounds__(GEMV_WARPS * 32, 5)                                                  \
+  extern "C" __global__ void __launch_bounds__(GEMV_WARPS * 32, 4)                                                  \
   name(const i8* __restrict__ x, const i8* __restrict__ w, const float* __restrict__ sx,                           \
        const float* __restrict__ sw, const float* __restrict__ bias, Out* __restrict__ out, int M, int N, int K) { \
     gemv<ROWS, Out>(x, w, sx, sw, bias, out, M, N, K);                                                             \

@@ -49,14 +49,22 @@ template <class T> struct SwigluSource {  // silu(gate) * up
   }
 };
 
-// A source whose first `staged` groups are kept in shared memory, as two planes of four columns (no bank conflicts).
+// The staged part of the row: two planes of four columns a group, so that neighbouring threads hit different banks.
+// Asked for where it is used, never kept in a struct: NVRTC 12.9 took a global pointer in a struct beside it for a
+// shared one (seen in the PTX, by interpreting it).
+__device__ __forceinline__ float4* staged_planes() {
+  DYNAMIC_SHARED(shared);
+  return (float4*)(shared + SCRATCH_BYTES);
+}
+
+// A source whose first `staged` groups are kept in shared memory.
 template <class Source> struct StagedRow {
   Source source;
-  float4* planes;
   int staged;
   __device__ __forceinline__ Eight first_read(int group) const {
     Eight e = source.load(group);
     if (group < staged) {
+      float4* planes = staged_planes();
       planes[group] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
       planes[staged + group] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
     }
@@ -64,6 +72,7 @@ template <class Source> struct StagedRow {
   }
   __device__ __forceinline__ Eight read_again(int group) const {
     if (group >= staged) return source.load(group);
+    const float4* planes = staged_planes();
     float4 a = planes[group], b = planes[staged + group];
     return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
   }
@@ -93,7 +102,7 @@ struct Output {
 // The last two steps of every kernel here: largest magnitude, then rounding. FIRST: nothing has read the row yet.
 template <bool FIRST, class Source, class Map>
 __device__ __forceinline__ void quantize_row(const StagedRow<Source>& row, const Map& map, const Output& out,
-                                             float* scratch, int groups) {
+                                             int groups) {
   float scale;
   if (out.static_scale) {
     scale = *out.static_scale;
@@ -103,7 +112,7 @@ __device__ __forceinline__ void quantize_row(const StagedRow<Source>& row, const
       Eight e = FIRST ? row.first_read(group) : row.read_again(group);
       for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(map(e.v[i], 8 * group + i)));
     }
-    scale = scale_of(block_reduce<Max>(largest, scratch));
+    scale = scale_of(block_reduce<Max>(largest));
   }
   bool unread = FIRST && out.static_scale;
   i8* q = out.q + (long long)blockIdx.x * groups * 8;
@@ -117,39 +126,32 @@ __device__ __forceinline__ void quantize_row(const StagedRow<Source>& row, const
   if (threadIdx.x == 0) out.scales[blockIdx.x] = scale;
 }
 
-template <class Source>
-__device__ __forceinline__ StagedRow<Source> stage(const Source& source, unsigned char* shared, int staged) {
-  return {source, (float4*)(shared + SCRATCH_BYTES), staged};
-}
-
 template <class T>
 __device__ __forceinline__ void rmsnorm_quantize(const T* x, const float* weight, float eps, const Output& out,
-                                                 unsigned char* shared, int K, int staged) {
-  float* scratch = (float*)shared;
+                                                 int K, int staged) {
   int groups = K >> 3;
-  StagedRow<PlainSource<T>> row = stage(PlainSource<T>{x + (long long)blockIdx.x * K}, shared, staged);
+  StagedRow<PlainSource<T>> row = {{x + (long long)blockIdx.x * K}, staged};
   float squares = 0.0f;
   for (int group = threadIdx.x; group < groups; group += blockDim.x) {
     Eight e = row.first_read(group);
     for (int i = 0; i < 8; i++) squares = __fadd_rn(squares, __fmul_rn(e.v[i], e.v[i]));
   }
-  float mean_square = __fdiv_rn(block_reduce<Sum>(squares, scratch), __int2float_rn(K));
+  float mean_square = __fdiv_rn(block_reduce<Sum>(squares), __int2float_rn(K));
   float inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean_square, eps)));
-  quantize_row<false>(row, Normalize{weight, nullptr, 0.0f, inverse}, out, scratch, groups);
+  quantize_row<false>(row, Normalize{weight, nullptr, 0.0f, inverse}, out, groups);
 }
 
 template <class T>
 __device__ __forceinline__ void layernorm_quantize(const T* x, const float* weight, const float* bias, float eps,
-                                                   const Output& out, unsigned char* shared, int K, int staged) {
-  float* scratch = (float*)shared;
+                                                   const Output& out, int K, int staged) {
   int groups = K >> 3;
-  StagedRow<PlainSource<T>> row = stage(PlainSource<T>{x + (long long)blockIdx.x * K}, shared, staged);
+  StagedRow<PlainSource<T>> row = {{x + (long long)blockIdx.x * K}, staged};
   float sum = 0.0f;
   for (int group = threadIdx.x; group < groups; group += blockDim.x) {
     Eight e = row.first_read(group);
     for (int i = 0; i < 8; i++) sum = __fadd_rn(sum, e.v[i]);
   }
-  float mean = __fdiv_rn(block_reduce<Sum>(sum, scratch), __int2float_rn(K));
+  float mean = __fdiv_rn(block_reduce<Sum>(sum), __int2float_rn(K));
   float squares = 0.0f;
   for (int group = threadIdx.x; group < groups; group += blockDim.x) {
     Eight e = row.read_again(group);
@@ -158,28 +160,26 @@ __device__ __forceinline__ void layernorm_quantize(const T* x, const float* weig
       squares = __fadd_rn(squares, __fmul_rn(centred, centred));
     }
   }
-  float variance = __fdiv_rn(block_reduce<Sum>(squares, scratch), __int2float_rn(K));
+  float variance = __fdiv_rn(block_reduce<Sum>(squares), __int2float_rn(K));
   float inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(variance, eps)));
-  quantize_row<false>(row, Normalize{weight, bias, mean, inverse}, out, scratch, groups);
+  quantize_row<false>(row, Normalize{weight, bias, mean, inverse}, out, groups);
 }
 
 #define QUANTIZE_KERNEL(name, T)                                                                                   \
   extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                        \
   name(const T* __restrict__ x, const float* __restrict__ static_scale, i8* __restrict__ q,                        \
        float* __restrict__ scales, int K, int staged) {                                                            \
-    DYNAMIC_SHARED(shared);                                                                                        \
-    StagedRow<PlainSource<T>> row = stage(PlainSource<T>{x + (long long)blockIdx.x * K}, shared, staged);          \
-    quantize_row<true>(row, Identity{}, Output{static_scale, q, scales}, (float*)shared, K >> 3);                  \
+    StagedRow<PlainSource<T>> row = {{x + (long long)blockIdx.x * K}, staged};                                     \
+    quantize_row<true>(row, Identity{}, Output{static_scale, q, scales}, K >> 3);                                  \
   }
 
 #define SWIGLU_KERNEL(name, T)                                                                                     \
   extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                        \
   name(const T* __restrict__ gate, const T* __restrict__ up, const float* __restrict__ static_scale,               \
        i8* __restrict__ q, float* __restrict__ scales, int row_stride, int K, int staged) {                        \
-    DYNAMIC_SHARED(shared);                                                                                        \
     long long start = (long long)blockIdx.x * row_stride;                                                          \
-    StagedRow<SwigluSource<T>> row = stage(SwigluSource<T>{gate + start, up + start}, shared, staged);             \
-    quantize_row<true>(row, Identity{}, Output{static_scale, q, scales}, (float*)shared, K >> 3);                  \
+    StagedRow<SwigluSource<T>> row = {{gate + start, up + start}, staged};                                         \
+    quantize_row<true>(row, Identity{}, Output{static_scale, q, scales}, K >> 3);                                  \
   }
 
 #define RMSNORM_KERNEL(name, T)                                                                                    \
@@ -187,8 +187,7 @@ __device__ __forceinline__ void layernorm_quantize(const T* x, const float* weig
   name(const T* __restrict__ x, const float* __restrict__ weight, float eps,                                       \
        const float* __restrict__ static_scale, i8* __restrict__ q, float* __restrict__ scales, int K,              \
        int staged) {                                                                                               \
-    DYNAMIC_SHARED(shared);                                                                                        \
-    rmsnorm_quantize(x, weight, eps, Output{static_scale, q, scales}, shared, K, staged);                          \
+    rmsnorm_quantize(x, weight, eps, Output{static_scale, q, scales}, K, staged);                                  \
   }
 
 #define LAYERNORM_KERNEL(name, T)                                                                                  \
@@ -196,8 +195,7 @@ __device__ __forceinline__ void layernorm_quantize(const T* x, const float* weig
   name(const T* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias, float eps,       \
        const float* __restrict__ static_scale, i8* __restrict__ q, float* __restrict__ scales, int K,              \
        int staged) {                                                                                               \
-    DYNAMIC_SHARED(shared);                                                                                        \
-    layernorm_quantize(x, weight, bias, eps, Output{static_scale, q, scales}, shared, K, staged);                  \
+    layernorm_quantize(x, weight, bias, eps, Output{static_scale, q, scales}, K, staged);                          \
   }
 
 QUANTIZE_KERNEL(quantize_f16, f16)

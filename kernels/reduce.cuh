@@ -11,8 +11,10 @@ template <class Op> __device__ __forceinline__ float warp_reduce(float v) {
   return v;
 }
 
-// Every thread of the block gets the result. scratch: one float a warp, in shared memory. 0 must be neutral for Op.
-template <class Op> __device__ __forceinline__ float block_reduce(float v, float* scratch) {
+// Every thread of the block gets the result. Uses the first 128 bytes of shared memory. 0 must be neutral for Op.
+template <class Op> __device__ __forceinline__ float block_reduce(float v) {
+  DYNAMIC_SHARED(shared);
+  float* scratch = (float*)shared;  // one a warp
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   v = warp_reduce<Op>(v);
   if (lane == 0) scratch[warp] = v;

@@ -19,6 +19,8 @@ from torch import Tensor
 from haq_lab.int8.launch import Argument, Launch, kernel_names
 from haq_lab.int8.sources import kernel_folder
 
+from .ptx.runner import span
+
 ORDERS = ("ascending", "descending", "shuffled", "first_warp_ahead", "last_warp_ahead")
 COPIES = ("when_waited_for", "at_issue")
 COUNTERS = ("mma_multiplies", "matrix_loads", "bank_conflicts", "async_bytes", "dot_multiplies", "barriers")
@@ -148,18 +150,6 @@ class HostRunner:
         return self._servers[module]
 
 
-def _span(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to past its last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """A view of the memory that a tensor spans, as bytes."""
-    start = tensor.storage_offset() * tensor.element_size()
-    return torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())[start : start + _span(tensor)]
-
-
 def _request(launch: Launch, schedule: Schedule) -> bytes:
     grid = " ".join(map(str, launch.grid))
     how = f"{ORDERS.index(schedule.order)} {COPIES.index(schedule.copies)}"
@@ -171,7 +161,7 @@ def _argument(value: Argument) -> bytes:
     if value is None:
         return b"null\n"
     if isinstance(value, Tensor):
-        data = _bytes(value).numpy().tobytes()
+        data = span(value).numpy().tobytes()
         return f"buffer {len(data)}\n".encode() + data
     if isinstance(value, float):
         return f"float {struct.unpack('<I', struct.pack('<f', value))[0]}\n".encode()
@@ -179,5 +169,5 @@ def _argument(value: Argument) -> bytes:
 
 
 def _take_back(tensor: Tensor, stream: IO[bytes]) -> None:
-    data = stream.read(_span(tensor))
-    _bytes(tensor).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    memory = span(tensor)
+    memory.copy_(torch.frombuffer(bytearray(stream.read(memory.numel())), dtype=torch.uint8))
