@@ -6,8 +6,8 @@
 #include "tile.cuh"
 
 template <class T, class Out>
-__device__ __forceinline__ void gemm(const i8* x, const i8* w, const float* sx, const float* sw, const float* bias, Out* out,
-                                     int M, int N, int K, int k_part) {
+__device__ __forceinline__ void gemm(const i8* x, const i8* w, const float* sx, const float* sw, const float* bias,
+                                     Out* out, int M, int N, int K, int k_part) {
   DYNAMIC_SHARED(shared);
   int m0 = blockIdx.x * T::BM, n0 = blockIdx.y * T::BN, k_begin = blockIdx.z * k_part;
   int rows = min(T::BM, M - m0), columns = min(T::BN, N - n0);
@@ -33,7 +33,8 @@ __device__ __forceinline__ void gemm(const i8* x, const i8* w, const float* sx, 
        const float* __restrict__ bias, Out* __restrict__ out, int N) {                                             \
     int column = blockIdx.x * 128 + threadIdx.x, row = blockIdx.y;                                                 \
     long long i = (long long)row * N + column;                                                                     \
-    if (column < N) out[i] = from_float<Out>(epilogue(acc[i], sx[row], sw[column], bias, column));                 \
+    if (column >= N) return;                                                                                       \
+    out[i] = from_float<Out>(epilogue(acc[i], sx[row], sw[column], bias_of(bias, column)));                        \
   }
 
 GEMM_KERNEL(gemm_128x128_f16, Tile128x128, f16)

@@ -21,8 +21,8 @@ __device__ __forceinline__ int warp_sum(int v) {
 
 
 template <int ROWS, class Out>
-__device__ __forceinline__ void gemv(const i8* x, const i8* w, const float* sx, const float* sw, const float* bias, Out* out,
-                                     int M, int N, int K) {
+__device__ __forceinline__ void gemv(const i8* x, const i8* w, const float* sx, const float* sw, const float* bias,
+                                     Out* out, int M, int N, int K) {
   int lane = threadIdx.x & 31, column0 = (blockIdx.x * GEMV_WARPS + (threadIdx.x >> 5)) * COLUMNS;
   if (column0 >= N) return;  // the whole warp
   // A missing last row or column repeats the one before it; its sum is not stored.
@@ -48,7 +48,7 @@ __device__ __forceinline__ void gemv(const i8* x, const i8* w, const float* sx, 
     for (int c = 0; c < COLUMNS; c++) {
       int sum = warp_sum(acc[r][c]), column = column0 + c;
       if (lane == r * COLUMNS + c && r < M && column < N)
-        out[(long long)r * N + column] = from_float<Out>(epilogue(sum, sx[r], sw[column], bias, column));
+        out[(long long)r * N + column] = from_float<Out>(epilogue(sum, sx[r], sw[column], bias_of(bias, column)));
     }
 }
 

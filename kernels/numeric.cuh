@@ -31,11 +31,13 @@ __device__ __forceinline__ int quantized(float x, float scale) {
   return __float2int_rn(fmaxf(-127.0f, fminf(127.0f, __fdiv_rn(x, scale))));
 }
 
-// (acc * sx) * sw [+ bias], in this order.
-__device__ __forceinline__ float epilogue(int acc, float sx, float sw, const float* bias, int column) {
-  float y = __fmul_rn(__fmul_rn(__int2float_rn(acc), sx), sw);
-  return bias ? __fadd_rn(y, bias[column]) : y;
+// (acc * sx) * sw + bias, in this order.
+__device__ __forceinline__ float epilogue(int acc, float sx, float sw, float bias) {
+  return __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(acc), sx), sw), bias);
 }
+
+// No bias is a bias of -0, the number that changes no bit of what it is added to (+0 would turn -0 into +0).
+__device__ __forceinline__ float bias_of(const float* bias, int column) { return bias ? bias[column] : -0.0f; }
 
 // exp(x) of multiplications and additions only, so that its bits don't depend on a math library: x = n ln 2 + r with
 // ln 2 in two parts (n * 355/512 is exact), the degree-5 polynomial of Cephes' expf, then 2^n from its bits.

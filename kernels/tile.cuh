@@ -122,28 +122,33 @@ __device__ __forceinline__ void store_pair(bf16* p, float a, float b) {
 }
 __device__ __forceinline__ void store_pair(float* p, float a, float b) { *(float2*)p = make_float2(a, b); }
 
+// Two neighbouring columns' scale and bias, loaded once for all of a thread's rows.
+struct ColumnPair { float sw[2], bias[2]; };
+
+template <class Out> __device__ __forceinline__ ColumnPair load_columns(const Destination<Out>& to, int column) {
+  int second = min(column + 1, to.columns - 1);
+  return {{to.sw[column], to.sw[second]}, {bias_of(to.bias, column), bias_of(to.bias, second)}};
+}
+__device__ __forceinline__ ColumnPair load_columns(const Destination<int>&, int) { return {}; }
+
 // Two neighbouring columns of one row, as scaled values ...
 template <class Out>
-__device__ __forceinline__ void store_two(const Destination<Out>& to, int row, int column, int first, int second, bool) {
+__device__ __forceinline__ void store_two(const Destination<Out>& to, const ColumnPair& scales, int row, int column,
+                                          int first, int second, bool) {
   Out* p = to.out + (long long)row * to.row_stride + column;
   float sx = to.sx[row];
-  float a = epilogue(first, sx, to.sw[column], to.bias, column);
-  if (column + 1 >= to.columns) {
-    *p = from_float<Out>(a);
-    return;
-  }
-  float b = epilogue(second, sx, to.sw[column + 1], to.bias, column + 1);
+  float a = epilogue(first, sx, scales.sw[0], scales.bias[0]), b = epilogue(second, sx, scales.sw[1], scales.bias[1]);
   if (to.row_stride & 1) {  // an odd row length leaves every second row off the alignment of a pair
     p[0] = from_float<Out>(a);
-    p[1] = from_float<Out>(b);
-  } else {
+    if (column + 1 < to.columns) p[1] = from_float<Out>(b);
+  } else {  // an even one has no half pair
     store_pair(p, a, b);
   }
 }
 
 // ... or as raw accumulators, added where several blocks share the sum (exact, so in any order).
-__device__ __forceinline__ void store_two(const Destination<int>& to, int row, int column, int first, int second,
-                                          bool shared_sum) {
+__device__ __forceinline__ void store_two(const Destination<int>& to, const ColumnPair&, int row, int column, int first,
+                                          int second, bool shared_sum) {
   int* p = to.out + (long long)row * to.row_stride + column;
   bool both = column + 1 < to.columns;
   if (shared_sum) {
@@ -160,16 +165,17 @@ __device__ __forceinline__ void store_tile(const Accumulators<T>& acc, const Des
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   int row0 = (warp / T::WARPS_N) * T::WM + (lane >> 2), column0 = (warp % T::WARPS_N) * T::WN + (lane & 3) * 2;
 #pragma unroll
-  for (int i = 0; i < T::WM / 16; i++)
+  for (int j = 0; j < T::WN / 8; j++) {
+    int column = column0 + 8 * j;
+    if (column >= to.columns) return;
+    ColumnPair scales = load_columns(to, column);
 #pragma unroll
-    for (int below = 0; below < 2; below++) {
-      int row = row0 + 16 * i + 8 * below;
-      if (row < to.rows)
+    for (int i = 0; i < T::WM / 16; i++)
 #pragma unroll
-        for (int j = 0; j < T::WN / 8; j++) {
-          int column = column0 + 8 * j;
-          if (column < to.columns)
-            store_two(to, row, column, acc.v[i][j][2 * below], acc.v[i][j][2 * below + 1], shared_sum);
-        }
-    }
+      for (int below = 0; below < 2; below++) {
+        int row = row0 + 16 * i + 8 * below;
+        if (row < to.rows)
+          store_two(to, scales, row, column, acc.v[i][j][2 * below], acc.v[i][j][2 * below + 1], shared_sum);
+      }
+  }
 }

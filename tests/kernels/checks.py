@@ -5,11 +5,13 @@ Shared by whoever can execute a launch: the host layer, the PTX interpreter and,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.launch import Tile
+from haq_lab.int8.launch import SMALL, TILES, TYPE_NAMES, Tile
 
 from . import reference
 from .reference import assert_same_bits
@@ -131,3 +133,56 @@ def check_dequant(kernels: Kernels, n: int, k: int, dtype: torch.dtype, *, seed:
     draw = Draw(seed, device)
     qw, sw = draw.int8(n, k), draw.scale(n)
     assert_same_bits(kernels.dequant(qw, sw, dtype).cpu(), reference.dequant(qw.cpu(), sw.cpu(), dtype))
+
+
+Check = Callable[[Kernels, str], None]  # the launcher, the device of its tensors
+
+
+def _quantize(kind: str, dtype: torch.dtype) -> Check:
+    return lambda kernels, device: check_quantize(
+        kernels, kind, 3, 1040, dtype, static=False, seed=1, device=device
+    )
+
+
+def _product(call: str, dtype: torch.dtype, m: int, tile: Tile | None, split: int | None) -> Check:
+    def check(kernels: Kernels, device: str) -> None:
+        n = (tile.columns if tile else 8) + 3
+        check_product(
+            kernels, m, n, 336, dtype, bias=True, seed=1, call=call, tile=tile, split=split, device=device
+        )
+
+    return check
+
+
+def _grouped(dtype: torch.dtype, tile: Tile) -> Check:
+    def check(kernels: Kernels, device: str) -> None:
+        counts = [2, 0, tile.rows + 1]
+        check_grouped(
+            kernels, counts, tile.columns + 3, 208, dtype, bias=True, seed=1, tile=tile, device=device
+        )
+
+    return check
+
+
+def _dequant(dtype: torch.dtype) -> Check:
+    return lambda kernels, device: check_dequant(kernels, 3, 2192, dtype, seed=1, device=device)
+
+
+def every_kernel() -> dict[str, Check]:
+    """A check for each kernel there is, by its name."""
+    checks: dict[str, Check] = {}
+    for dtype in FLOATS:
+        name = TYPE_NAMES[dtype]
+        for kind in ("plain", "rmsnorm", "layernorm", "swiglu"):
+            checks[f"{kind}_quantize_{name}".removeprefix("plain_")] = _quantize(kind, dtype)
+        for tile in TILES:
+            checks[f"gemm_{tile.name}_{name}"] = _product("gemm", dtype, tile.rows + 1, tile, 1)
+            checks[f"grouped_{tile.name}_{name}"] = _grouped(dtype, tile)
+        for rows in (1, 2, 4, 8):
+            checks[f"gemv_{rows}_{name}"] = _product("gemv", dtype, rows - (rows > 2), None, None)
+        checks[f"finish_{name}"] = _product("gemm", dtype, 3, SMALL, 2)
+        if dtype != torch.float32:
+            checks[f"dequant_{name}"] = _dequant(dtype)
+    for tile in TILES:
+        checks[f"gemm_{tile.name}_i32"] = _product("accumulate", torch.int32, tile.rows + 1, tile, 2)
+    return checks
