@@ -88,7 +88,7 @@ def choose_tile(m: int, n: int, multiprocessors: int) -> Tile:
 def choose_split(m: int, n: int, k: int, tile: Tile, multiprocessors: int) -> int:
     """Parts of K, so that a small product fills the GPU; each keeps at least eight steps."""
     tiles = blocks(m, tile.rows) * blocks(n, tile.columns)
-    return max(1, min(tile.min_blocks * multiprocessors // tiles, k // (8 * STEP)))
+    return max(1, min(tile.min_blocks * multiprocessors // max(1, tiles), k // (8 * STEP)))
 
 
 def k_part(k: int, split: int) -> int:

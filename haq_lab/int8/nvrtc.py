@@ -69,7 +69,10 @@ class Compiler:
         )
         self._check(created)
         try:
-            options = [f"--gpu-architecture=sm_{architecture}".encode(), *(option.encode() for option in OPTIONS)]
+            options = [
+                f"--gpu-architecture=sm_{architecture}".encode(),
+                *(option.encode() for option in OPTIONS),
+            ]
             arguments = (ctypes.c_char_p * len(options))(*options)
             status = self._library.nvrtcCompileProgram(program, len(options), arguments)
             log = self._text(program, "ProgramLog").decode().rstrip("\0\n")
@@ -116,7 +119,9 @@ def default_compiler(major: int | None = None) -> Compiler:
     toolkit = Path(os.environ.get("CUDA_PATH", "/usr/local/cuda")) / "lib64" / "libnvrtc.so"
     library = str(toolkit) if toolkit.exists() else ctypes.util.find_library("nvrtc")
     if library is None:
-        raise UserError("backend=cuda needs NVRTC, which is not here: `pip install 'haq-lab[cuda13]'` (or cuda12)")
+        raise UserError(
+            "backend=cuda needs NVRTC, which is not here: `pip install 'haq-lab[cuda13]'` (or cuda12)"
+        )
     return Compiler(library)
 
 
@@ -127,7 +132,9 @@ def cubin_file(module: str, architecture: int, compiler: Compiler) -> Path:
     """
     source = module_source(module)
     key = repr((compiler.version, architecture, OPTIONS, source)).encode()
-    path = cache_folder() / "cuda" / f"{module}-sm_{architecture}-{hashlib.sha256(key).hexdigest()[:16]}.cubin"
+    path = (
+        cache_folder() / "cuda" / f"{module}-sm_{architecture}-{hashlib.sha256(key).hexdigest()[:16]}.cubin"
+    )
     if not path.exists():
         cubin = compiler.compile(source, architecture, f"{module}.cu").cubin
         with written_aside(path) as aside:

@@ -57,7 +57,9 @@ GEMV = Kernel(
     "gemv_4_f32",
     lambda kernels: check_product(kernels, 3, 13, 1040, F32, bias=True, seed=0, call="gemv"),
 )
-DEQUANT = Kernel("dequant", "dequant_f16", lambda kernels: check_dequant(kernels, 3, 208, torch.float16, seed=0))
+DEQUANT = Kernel(
+    "dequant", "dequant_f16", lambda kernels: check_dequant(kernels, 3, 208, torch.float16, seed=0)
+)
 QUANTIZE = Kernel("quantize", "quantize_f32", _quantizes("plain"))
 SWIGLU = Kernel("quantize", "swiglu_quantize_f32", _quantizes("swiglu"))
 RMSNORM = Kernel("quantize", "rmsnorm_quantize_f32", _quantizes("rmsnorm"))
@@ -89,9 +91,20 @@ REFILL = """    int next = step + T::STAGES - 1;
 BUGS = (
     Bug("no barrier before the tile is read", "tile.cuh", STEP_BARRIER, "", TILED),
     Bug(
-        "buffer refilled before the barrier", "tile.cuh", WAIT + STEP_BARRIER + REFILL, REFILL + WAIT + STEP_BARRIER, TILED
+        "buffer refilled before the barrier",
+        "tile.cuh",
+        WAIT + STEP_BARRIER + REFILL,
+        REFILL + WAIT + STEP_BARRIER,
+        TILED,
     ),
-    Bug("wait too weak by one stage", "tile.cuh", "copy_wait<T::STAGES - 2>", "copy_wait<T::STAGES - 1>", TILED, True),
+    Bug(
+        "wait too weak by one stage",
+        "tile.cuh",
+        "copy_wait<T::STAGES - 2>",
+        "copy_wait<T::STAGES - 1>",
+        TILED,
+        True,
+    ),
     Bug("no commit of a step", "tile.cuh", "    copy_commit();  // an empty", "    // an empty", TILED, True),
     Bug(
         "wrong lane map of w",
@@ -101,11 +114,29 @@ BUGS = (
         TILED,
     ),
     Bug("wrong lane map of the result", "tile.cuh", "+ (lane & 3) * 2;", "+ (lane & 3);", TILED),
-    Bug("row bound of the copy off by one", "tile.cuh", "row < rows && k < k_end", "row <= rows && k < k_end", TILED),
-    Bug("K bound of the copy off by one", "tile.cuh", "row < rows && k < k_end", "row < rows && k <= k_end", TILED),
+    Bug(
+        "row bound of the copy off by one",
+        "tile.cuh",
+        "row < rows && k < k_end",
+        "row <= rows && k < k_end",
+        TILED,
+    ),
+    Bug(
+        "K bound of the copy off by one",
+        "tile.cuh",
+        "row < rows && k < k_end",
+        "row < rows && k <= k_end",
+        TILED,
+    ),
     Bug("row bound of the store off by one", "tile.cuh", "if (row < to.rows)", "if (row <= to.rows)", TILED),
     Bug("sums overwritten, not added", "gemm.cu", "gridDim.z > 1", "false", (SPLIT,)),
-    Bug("wrong lane in the experts' prefix sum", "grouped.cu", "lane >= distance", "lane > distance", (GROUPED,)),
+    Bug(
+        "wrong lane in the experts' prefix sum",
+        "grouped.cu",
+        "lane >= distance",
+        "lane > distance",
+        (GROUPED,),
+    ),
     Bug("tile bound of an expert off by one", "grouped.cu", "through > tile", "through >= tile", (GROUPED,)),
     Bug("last rows of an expert not bounded", "grouped.cu", "min(row + BM, ", "max(row + BM, ", (GROUPED,)),
     Bug("wrong lane map of the sum", "gemv.cu", "int lanes = 16", "int lanes = 8", (GEMV,)),
@@ -116,7 +147,11 @@ BUGS = (
     Bug("wrong order of bytes", "dequant.cu", "16 * (i & 1)", "8 * (i & 1)", (DEQUANT,)),
     Bug("K bound off by one", "dequant.cu", "k >= K", "k > K", (DEQUANT,)),
     Bug(
-        "no barrier before scratch is read", "reduce.cuh", "  __syncthreads();  // all warps' results are there\n", "", ROWWISE
+        "no barrier before scratch is read",
+        "reduce.cuh",
+        "  __syncthreads();  // all warps' results are there\n",
+        "",
+        ROWWISE,
     ),
     Bug(
         "no barrier before scratch is overwritten",
@@ -134,7 +169,13 @@ BUGS = (
         "group <= groups; group += blockDim.x) {\n    Eight e = unread",
         ROWWISE,
     ),
-    Bug("staged part one group too long", "quantize.cu", "if (group >= staged)", "if (group > staged)", ROWWISE),
+    Bug(
+        "staged part one group too long",
+        "quantize.cu",
+        "if (group >= staged)",
+        "if (group > staged)",
+        ROWWISE,
+    ),
 )
 
 
@@ -154,6 +195,8 @@ def seeded(bug: Bug, kernel: Kernel, folder: Path) -> Path:
     copy = alone(kernel, folder)
     path = copy / bug.file
     text = path.read_text(encoding="utf-8")
-    assert text.count(bug.old) == 1, f"'{bug.old}' occurs {text.count(bug.old)} times in {bug.file}: update the bug"
+    assert text.count(bug.old) == 1, (
+        f"'{bug.old}' occurs {text.count(bug.old)} times in {bug.file}: update the bug"
+    )
     path.write_text(text.replace(bug.old, bug.new), encoding="utf-8")
     return copy

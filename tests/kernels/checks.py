@@ -31,7 +31,9 @@ class Draw:
         """Full-range values; about one row in four is all extremes, where an inexact sum shows first."""
         values = torch.randint(-127, 128, shape, generator=self._generator, dtype=torch.int8)
         extreme = torch.randint(0, 4, (*shape[:-1], 1), generator=self._generator) == 0
-        return torch.where(extreme, torch.where(values < 0, -127, 127).to(torch.int8), values).to(self._device)
+        return torch.where(extreme, torch.where(values < 0, -127, 127).to(torch.int8), values).to(
+            self._device
+        )
 
     def scale(self, *shape: int) -> Tensor:
         return (torch.rand(shape, generator=self._generator) * 1e-2 + 1e-4).to(self._device)
@@ -49,7 +51,15 @@ class Draw:
 
 
 def check_quantize(
-    kernels: Kernels, kind: str, m: int, k: int, dtype: torch.dtype, *, static: bool, seed: int, device: str = "cpu"
+    kernels: Kernels,
+    kind: str,
+    m: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    static: bool,
+    seed: int,
+    device: str = "cpu",
 ) -> None:
     """`kind`: plain, rmsnorm, layernorm or swiglu."""
     draw = Draw(seed, device)
@@ -128,7 +138,9 @@ def check_grouped(
     assert_same_bits(actual.cpu(), reference.grouped(*on_cpu, dtype))
 
 
-def check_dequant(kernels: Kernels, n: int, k: int, dtype: torch.dtype, *, seed: int, device: str = "cpu") -> None:
+def check_dequant(
+    kernels: Kernels, n: int, k: int, dtype: torch.dtype, *, seed: int, device: str = "cpu"
+) -> None:
     """Weights back to a 16-bit float."""
     draw = Draw(seed, device)
     qw, sw = draw.int8(n, k), draw.scale(n)

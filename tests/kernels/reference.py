@@ -56,7 +56,13 @@ def product(
 
 
 def grouped(
-    qx: Tensor, qw: Tensor, offsets: list[int], sx: Tensor, sw: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    qx: Tensor,
+    qw: Tensor,
+    offsets: list[int],
+    sx: Tensor,
+    sw: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """Each expert's rows by that expert's weights."""
     parts = [

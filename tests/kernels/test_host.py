@@ -46,7 +46,9 @@ def test_accumulate(host: Kernels, m, n, k, split, seed):
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
 def test_every_schedule_gives_the_same_bits(host: Kernels, host_runner: HostRunner, tile, schedule):
     host_runner.schedule = schedule
-    check_product(host, tile.rows + 3, tile.columns + 5, 464, torch.float32, bias=True, seed=1, tile=tile, split=1)
+    check_product(
+        host, tile.rows + 3, tile.columns + 5, 464, torch.float32, bias=True, seed=1, tile=tile, split=1
+    )
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
@@ -57,7 +59,14 @@ def test_shared_memory_has_no_bank_conflicts(host: Kernels, host_runner: HostRun
 
 
 @few
-@given(m=st.integers(1, 8), n=st.integers(1, 40), chunks=st.integers(1, 80), dtype=DTYPES, bias=st.booleans(), seed=SEEDS)
+@given(
+    m=st.integers(1, 8),
+    n=st.integers(1, 40),
+    chunks=st.integers(1, 80),
+    dtype=DTYPES,
+    bias=st.booleans(),
+    seed=SEEDS,
+)
 def test_gemv(host: Kernels, m, n, chunks, dtype, bias, seed):
     check_product(host, m, n, 16 * chunks, dtype, bias=bias, seed=seed, call="gemv")
 

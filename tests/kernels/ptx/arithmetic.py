@@ -81,8 +81,13 @@ def permuted(block: Block, i: Instruction) -> Values:
 
 def inserted(block: Block, i: Instruction) -> Values:
     """bfi: `length` bits of a at `position` of b."""
-    a, b = block.read(i.operands[1], "u32").astype(np.uint64), block.read(i.operands[2], "u32").astype(np.uint64)
-    position, length = (block.read(operand, "u32").astype(np.uint64) & np.uint64(0xFF) for operand in i.operands[3:5])
+    a, b = (
+        block.read(i.operands[1], "u32").astype(np.uint64),
+        block.read(i.operands[2], "u32").astype(np.uint64),
+    )
+    position, length = (
+        block.read(operand, "u32").astype(np.uint64) & np.uint64(0xFF) for operand in i.operands[3:5]
+    )
     field = (((np.uint64(1) << length) - np.uint64(1)) << position) & np.uint64(0xFFFFFFFF)
     return ((b & ~field) | ((a << position) & field)).astype(np.uint32)
 
@@ -100,7 +105,10 @@ def leading_zeros(value: Values) -> Values:
 
 def dot_4(block: Block, i: Instruction) -> Values:
     """dp4a of signed bytes."""
-    a, b = (block.read(operand, "u32").view(np.int8).reshape(-1, 4).astype(np.int32) for operand in i.operands[1:3])
+    a, b = (
+        block.read(operand, "u32").view(np.int8).reshape(-1, 4).astype(np.int32)
+        for operand in i.operands[1:3]
+    )
     return (a * b).sum(axis=1, dtype=np.int32) + block.read(i.operands[3], "s32")
 
 
@@ -147,7 +155,9 @@ def result(block: Block, i: Instruction) -> Values:
             return a() * a(2) if kind == "f32" else product(block, i)
         case "mad":
             total = product(block, i)
-            return total + block.read(i.operands[3], {"i8": "s64", "u8": "u64"}.get(total.dtype.str[1:], kind))
+            return total + block.read(
+                i.operands[3], {"i8": "s64", "u8": "u64"}.get(total.dtype.str[1:], kind)
+            )
         case "div":
             return quotient(block, i)
         case "sqrt" if i.opcode[1] == "rn":
@@ -190,7 +200,9 @@ def packed_move(block: Block, i: Instruction, mask: Values) -> bool:
     to, source = i.operands
     if to.startswith("{"):
         parts = [name.strip() for name in to[1:-1].split(",")]
-        values = block.read(source, i.opcode[-1]).view({2: np.uint16, 4: np.uint32}[int(i.opcode[-1][1:]) // 8 // len(parts)])
+        values = block.read(source, i.opcode[-1]).view(
+            {2: np.uint16, 4: np.uint32}[int(i.opcode[-1][1:]) // 8 // len(parts)]
+        )
         for n, part in enumerate(parts):
             block.write(part, values.reshape(-1, len(parts))[:, n].copy(), mask)
         return True
@@ -212,6 +224,23 @@ def calculate(block: Block, i: Instruction, mask: Values) -> None:
 
 
 NAMES = (
-    *("add", "sub", "mul", "mad", "div", "sqrt", "min", "max", "and", "or", "xor", "not", "neg", "abs", "shl", "shr"),
+    *(
+        "add",
+        "sub",
+        "mul",
+        "mad",
+        "div",
+        "sqrt",
+        "min",
+        "max",
+        "and",
+        "or",
+        "xor",
+        "not",
+        "neg",
+        "abs",
+        "shl",
+        "shr",
+    ),
     *("setp", "selp", "mov", "cvta", "cvt", "prmt", "bfi", "brev", "bfind", "dp4a"),
 )

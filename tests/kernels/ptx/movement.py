@@ -98,7 +98,11 @@ def asynchronous(block: Block, i: Instruction, mask: np.ndarray) -> None:
 
 
 def _begin(block: Block, i: Instruction, mask: np.ndarray) -> None:
-    to, source, valid = block.address(i.operands[0]), block.address(i.operands[1]), block.read(i.operands[3], "u32")
+    to, source, valid = (
+        block.address(i.operands[0]),
+        block.address(i.operands[1]),
+        block.read(i.operands[3], "u32"),
+    )
     if (source[mask] % 16).any() or not np.isin(valid[mask], (0, 16)).all():
         raise PtxError(f"misaligned or partial copy: {i.text}")
     block.shared.begin_copy(to[mask], 16, block.warp[mask], i.text)

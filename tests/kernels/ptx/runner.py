@@ -16,7 +16,14 @@ from .block import Block, Schedule
 from .memory import GlobalMemory
 from .parse import Program
 
-PARAMETER_TYPES = {"u64": np.uint64, "b64": np.uint64, "u32": np.int32, "b32": np.int32, "s32": np.int32, "f32": np.float32}
+PARAMETER_TYPES = {
+    "u64": np.uint64,
+    "b64": np.uint64,
+    "u32": np.int32,
+    "b32": np.int32,
+    "s32": np.int32,
+    "f32": np.float32,
+}
 EXECUTE: dict[str, Callable[[Block, object, np.ndarray], None]] = {
     **dict.fromkeys(arithmetic.NAMES, arithmetic.calculate),
     "bra": movement.branch,
