@@ -1,0 +1,85 @@
+"""Run a decoder layer over the calibration tokens and watch what its linears receive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from haq_lab.calibration.statistics import Accumulator, InputStatistics, Needs
+from haq_lab.models.layered import LayeredModel
+
+
+class _Reached(Exception):
+    """Ends a forward early: the last input of interest has been seen."""
+
+
+@contextmanager
+def captured_inputs(layer: nn.Module, sites: list[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Within the block, a forward of `layer` leaves the input of each named linear in the yielded dict.
+
+    With `stop`, the forward is abandoned, and the block left, once all of them have been seen.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def keep(site: str):
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs[site] = arguments[0]
+            if stop and len(inputs) == len(sites):
+                raise _Reached
+
+        return hook
+
+    handles = [layer.get_submodule(site).register_forward_pre_hook(keep(site)) for site in sites]
+    try:
+        yield inputs
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def observe(
+    model: LayeredModel,
+    layer: nn.Module,
+    index: int,
+    hidden: Tensor,
+    sites: list[str],
+    needs: Needs,
+    inputs_fp: dict[str, Tensor] | None = None,
+) -> dict[str, InputStatistics]:
+    """Statistics of the distinct inputs named by `sites`, each the first linear that reads it.
+
+    Args:
+        layer: Decoder layer `index` of `model`, in whatever state it is.
+        hidden: (n, t, d) what the layer receives.
+        inputs_fp: What the same linears receive in the full-precision model, (n * t, k), for `needs.cross`.
+    """
+    tokens = hidden.shape[0] * hidden.shape[1]
+    accumulators: dict[str, Accumulator] = {}
+    done = 0
+    for batch in hidden.split(model.batch_size(hidden)):
+        with captured_inputs(layer, sites, stop=True) as inputs:
+            model.forward(layer, index, batch)
+        rows = slice(done, done := done + batch.shape[0] * batch.shape[1])
+        for site in sites:
+            if site not in accumulators:
+                accumulators[site] = Accumulator(inputs[site].shape[-1], tokens, needs)
+            accumulators[site].add(inputs[site], None if inputs_fp is None else inputs_fp[site][rows])
+    return {site: accumulator.finish() for site, accumulator in accumulators.items()}
+
+
+def record_inputs(
+    model: LayeredModel, layer: nn.Module, index: int, hidden: Tensor, sites: list[str]
+) -> dict[str, Tensor]:
+    """The inputs themselves, (n * t, k) by site; advances `hidden` (n, t, d) to the layer's output."""
+    recorded: dict[str, list[Tensor]] = {site: [] for site in sites}
+    for batch in hidden.split(model.batch_size(hidden)):
+        with captured_inputs(layer, sites) as inputs:
+            batch.copy_(model.forward(layer, index, batch))
+        for site in sites:
+            recorded[site].append(inputs[site].reshape(-1, inputs[site].shape[-1]))
+    return {site: torch.cat(parts) for site, parts in recorded.items()}

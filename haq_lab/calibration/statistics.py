@@ -1,0 +1,106 @@
+"""Statistics of one distinct input (q, k and v share one), gathered over the calibration tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SAMPLE_ROWS = 256  # tokens kept whole, evenly spaced
+EXTREME_ROWS = 32  # and those with the largest entries, where outliers live
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a quantizer asks calibration for; what nobody needs is not computed."""
+
+    inputs: bool = False
+    hessian: bool = False
+    cross: bool = False
+    sample: bool = False
+
+
+@dataclass
+class InputStatistics:
+    """Moments and ranges of an input of k channels, over `count` tokens.
+
+    Attributes:
+        channel_max: (k,) largest |x| of each channel.
+        hessian: (k, k) mean of x x^T; GPTQ's H up to a factor that its solution does not depend on.
+        cross: (k, k) mean of (x_fp - x) x^T, where x_fp is what the full-precision model has at this point
+            and x what the quantised one has (GPTAQ, arXiv 2504.02692, eq. 9).
+        sample: (r, k) rows kept whole, and `sample_weight` (r,), how many tokens each stands for.
+    """
+
+    count: int
+    channel_max: Tensor
+    hessian: Tensor | None = None
+    cross: Tensor | None = None
+    sample: Tensor | None = None
+    sample_weight: Tensor | None = None
+
+    def divided_by(self, factor: Tensor) -> InputStatistics:
+        """The statistics of x / factor, factor (k,): what the linear sees after smoothing."""
+        outer = factor[:, None] * factor
+
+        def over(moment: Tensor | None, by: Tensor) -> Tensor | None:
+            return None if moment is None else moment / by
+
+        return InputStatistics(
+            self.count,
+            self.channel_max / factor,
+            over(self.hessian, outer),
+            over(self.cross, outer),
+            over(self.sample, factor),
+            self.sample_weight,
+        )
+
+
+class Accumulator:
+    """Builds `InputStatistics` from batches; `total` is how many tokens will come at most."""
+
+    def __init__(self, channels: int, total: int, needs: Needs):
+        self.needs = needs
+        self.count = 0
+        self.channel_max = torch.zeros(channels)
+        self.hessian = torch.zeros(channels, channels) if needs.hessian else None
+        self.cross = torch.zeros(channels, channels) if needs.cross else None
+        self._stride = max(1, total // SAMPLE_ROWS)
+        self._even: list[Tensor] = []
+        self._extreme = torch.empty(0, channels)
+
+    def add(self, x: Tensor, x_fp: Tensor | None) -> None:
+        """Rows (m, k) of the input, and the same rows in the full-precision model (for `cross`)."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.channel_max = torch.maximum(self.channel_max, x.abs().amax(dim=0)) if len(x) else self.channel_max
+        if self.hessian is not None:
+            self.hessian.addmm_(x.t(), x)
+        if self.cross is not None and x_fp is not None:
+            self.cross.addmm_((x_fp.reshape(x.shape) - x).t(), x)
+        if self.needs.sample:
+            first = -self.count % self._stride
+            self._even.append(x[first :: self._stride].clone())
+            candidates = torch.cat([self._extreme, x])
+            top = candidates.abs().amax(dim=1).topk(min(EXTREME_ROWS, len(candidates))).indices
+            self._extreme = candidates[top]
+        self.count += len(x)
+
+    def finish(self) -> InputStatistics:
+        """The statistics of all that was added."""
+        count = max(self.count, 1)
+        sample = weight = None
+        if self.needs.sample:
+            even = torch.cat(self._even)
+            sample = torch.cat([even, self._extreme])
+            # An extreme row stands for itself alone, and the even rows for all the rest.
+            weight = torch.ones(len(sample))
+            weight[: len(even)] = (self.count - len(self._extreme)) / max(len(even), 1)
+        return InputStatistics(
+            self.count,
+            self.channel_max,
+            None if self.hessian is None else self.hessian / count,
+            None if self.cross is None else self.cross / count,
+            sample,
+            weight,
+        )

@@ -1,0 +1,48 @@
+"""Figures, drawn with matplotlib and written atomically."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from haq_lab.files import written_aside
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with written_aside(path) as aside:
+        figure.savefig(aside, format=path.suffix.lstrip("."), dpi=150)
+    return path
+
+
+def layer_figure(layers: pd.DataFrame, path: Path) -> Path:
+    """Each projection's output error and smoothing strength over the layers, from a run's `layers.csv`."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for linear, rows in layers.groupby("linear"):
+        name = str(linear).rpartition(".")[2]
+        if "error" in rows and rows["error"].notna().any():
+            top.semilogy(rows["layer"], rows["error"], marker=".", label=name)
+        if "strength" in rows and rows["strength"].notna().any():
+            bottom.plot(rows["layer"], rows["strength"], marker=".", label=name)
+    top.set(ylabel="weight error at the output", title="Error that the weights' rounding leaves, per linear")
+    bottom.set(ylabel="smoothing strength", xlabel="layer", ylim=(-0.05, 1.05))
+    if top.has_data():
+        top.legend(ncols=4, fontsize="small")
+    return _save(figure, path)
+
+
+def comparison_figure(runs: pd.DataFrame, path: Path) -> Path:
+    """Perplexity over full precision, in %, a bar a run and a panel a dataset."""
+    columns = [column for column in runs.columns if column.startswith("change_percent.")]
+    figure = Figure(figsize=(4 + 4 * max(len(columns), 1), 1.5 + 0.4 * len(runs)), layout="constrained")
+    panels = figure.subplots(1, max(len(columns), 1), squeeze=False, sharey=True)[0]
+    for panel, column in zip(panels, columns, strict=False):
+        values = runs[column].fillna(0)
+        bars = panel.barh(runs["name"], values, color="#4c72b0")
+        panel.bar_label(bars, labels=[f"{value:+.2f} %" for value in values], padding=3)
+        panel.set(xlabel="perplexity over full precision, %", title=column.partition(".")[2])
+        panel.margins(x=0.25)
+        panel.invert_yaxis()
+    return _save(figure, path)

@@ -1,0 +1,54 @@
+"""The W8A8 contract, in plain torch. Every backend gives these values, bit for bit.
+
+    y[m, n] = (sum_k qx[m, k] * qw[n, k]) * sx[m] * sw[n] + b[n]
+
+Symmetric int8 in [-127, 127], round half to even, exact int32 accumulation, epilogue in float32 in that order.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Activations = Literal["token", "tensor", "static"]
+QMAX = 127
+
+
+def scale_of(maximum: Tensor, qmax: int = QMAX) -> Tensor:
+    """The float32 scale that maps `maximum` (>= 0) to `qmax`; 1 where the maximum is zero."""
+    return torch.where(maximum > 0, maximum / qmax, 1.0).to(torch.float32)
+
+
+def round_to_grid(x: Tensor, scale: Tensor | float, qmax: int = QMAX) -> Tensor:
+    """Integer values clamp(round(x / scale), -qmax, qmax), still as floats."""
+    return torch.round(x / scale).clamp_(-qmax, qmax)
+
+
+def quantize_activations(x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of activations to int8.
+
+    Args:
+        x: (m, k), any floating type; computed in float32.
+        scheme: `token`: one scale a row; `tensor`: one for all rows; `static`: `static_scale`, known before.
+        static_scale: Scalar tensor, for `static`.
+
+    Returns:
+        int8 (m, k) and float32 scales (m, 1).
+    """
+    x = x.float()
+    if scheme == "static":
+        assert static_scale is not None, "the static scheme needs the scale from calibration"
+        scale = static_scale.expand(x.shape[0], 1)
+    elif scheme == "tensor":
+        scale = scale_of(x.abs().amax()).expand(x.shape[0], 1) if x.numel() else x.new_ones(x.shape[0], 1)
+    else:
+        scale = scale_of(x.abs().amax(dim=1, keepdim=True))
+    return round_to_grid(x, scale).to(torch.int8), scale
+
+
+def epilogue(accumulators: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """int32 (m, n) -> float32 (m, n): times the row scale (m, 1), times the column scale (n,), plus bias (n,)."""
+    y = accumulators.to(torch.float32).mul_(row_scale).mul_(column_scale)
+    return y if bias is None else y.add_(bias)

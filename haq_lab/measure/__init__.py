@@ -1,0 +1,1 @@
+"""Measurements: perplexity, memory, latency."""

@@ -1,0 +1,73 @@
+"""Latency of the deployed model: prefill of a prompt, then token by token with a KV cache, each timed alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from haq_lab.measure.study import Study
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Args:
+    prompt_tokens: Length of the prompt.
+    decode_tokens: Tokens decoded after each prompt.
+    iterations: At least so many prompts.
+    seconds: At least so long.
+    warmup: Prompts before anything counts.
+    """
+
+    prompt_tokens: Positive = 256
+    decode_tokens: Positive = 32
+    iterations: Positive = 3
+    seconds: Annotated[float, Field(ge=0)] = 3.0
+    warmup: Annotated[int, Field(ge=0)] = 1
+
+    evaluates: ClassVar[bool] = False
+
+    @torch.no_grad()
+    def __call__(self, study: Study) -> dict[str, float]:
+        study.progress("latency")
+        room = study.model.max_tokens - self.decode_tokens
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = study.model.config.vocab_size
+        prompt = torch.randint(0, vocabulary, (1, max(1, min(self.prompt_tokens, room))), generator=generator)
+        for _ in range(self.warmup):
+            self._generate(study.whole, prompt)
+        prefill: list[float] = []
+        decode: list[float] = []
+        started = time.perf_counter()
+        while len(prefill) < self.iterations or time.perf_counter() - started < self.seconds:
+            first, others = self._generate(study.whole, prompt)
+            prefill.append(first)
+            decode += others
+        milliseconds = 1e3 * np.array(decode)
+        return {
+            "latency.prefill_ms": 1e3 * float(np.mean(prefill)),
+            "latency.decode_ms_per_token.mean": float(milliseconds.mean()),
+            "latency.decode_ms_per_token.p50": float(np.percentile(milliseconds, 50)),
+            "latency.decode_ms_per_token.p95": float(np.percentile(milliseconds, 95)),
+            "latency.decode_ms_per_token.std": float(milliseconds.std()),
+            "latency.tokens_per_s": 1e3 / float(milliseconds.mean()),
+        }
+
+    def _generate(self, model: nn.Module, prompt: Tensor) -> tuple[float, list[float]]:
+        """Seconds of the prefill, and of each decoded token."""
+        start = time.perf_counter()
+        output = model(prompt, use_cache=True, logits_to_keep=1)
+        seconds = []
+        for _ in range(self.decode_tokens + 1):
+            token = output.logits[:, -1:].argmax(-1)
+            seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            output = model(token, cache=output.cache, use_cache=True)
+        return seconds[0], seconds[1:]

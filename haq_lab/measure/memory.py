@@ -1,0 +1,49 @@
+"""Memory: what the weights really take, and the process's peak."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic.dataclasses import dataclass
+
+from haq_lab.int8.linear import parameter_count, weight_bytes
+from haq_lab.measure.study import Study
+
+PEAK = Path("/proc/self/status")
+RESET = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the deployed model's weights, counted from its storages, beside what they would take in fp16;
+    and the peak resident memory of the whole run."""
+
+    evaluates: ClassVar[bool] = False
+
+    def __call__(self, study: Study) -> dict[str, float]:
+        return {
+            "memory.weights_bytes": weight_bytes(study.whole),
+            "memory.weights_fp16_bytes": 2 * parameter_count(study.whole),
+            "memory.peak_rss_bytes": peak_rss(),
+            "memory.peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        }
+
+
+def reset_peak_rss() -> None:
+    """Let the peak be counted from now on, where the system allows it: a sweep's jobs share a process."""
+    try:
+        RESET.write_text("5")
+    except OSError:
+        return
+
+
+def peak_rss() -> int:
+    """Largest resident set of this process in bytes, since the last reset."""
+    try:
+        line = next(line for line in PEAK.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,71 @@
+"""Perplexity at three points of the pass, and how far the quantised model's predictions are from the original's.
+
+Token level, as GPTQ and SmoothQuant publish it: exp of the mean negative log-likelihood over all tokens of a
+window but its first, windows not overlapping.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from haq_lab.measure.study import Study
+from haq_lab.models.layered import LayeredModel
+
+METRIC = {"fp": "perplexity_fp", "smoothed": "perplexity_smoothed_fp", "quantized": "perplexity"}
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity, KL divergence and token agreement on every dataset of `data`."""
+
+    evaluates: ClassVar[bool] = True
+
+    def __call__(self, study: Study) -> dict[str, float]:
+        metrics = {}
+        for name, windows in study.windows.items():
+            study.progress(f"perplexity on {name}")
+            metrics |= score(study.model, windows, study.passed.hidden[name], name)
+        return metrics
+
+
+@torch.no_grad()
+def score(model: LayeredModel, windows: Tensor, hidden: dict[str, Tensor], dataset: str) -> dict[str, float]:
+    """Metrics of one dataset from the hidden states after the last layer.
+
+    Args:
+        windows: Token windows (n, t).
+        hidden: By level (`fp`, and where there was a quantizer `smoothed` and `quantized`), (n, t, d).
+
+    Returns:
+        `perplexity*.<dataset>`, `kl.<dataset>` (nats a token, original against quantised) and
+        `token_agreement.<dataset>` (share of positions with the same most likely token). Without a quantizer
+        the model's perplexity is the full-precision one.
+    """
+    nll = dict.fromkeys(hidden, 0.0)
+    divergence = agreement = 0.0
+    for number, window in enumerate(windows):
+        targets = window[1:]
+        log_probabilities = {
+            level: F.log_softmax(model.head(states[number : number + 1])[0, :-1].float(), dim=-1)
+            for level, states in hidden.items()
+        }
+        for level, values in log_probabilities.items():
+            nll[level] += float(F.nll_loss(values, targets, reduction="sum"))
+        if "quantized" in hidden:
+            fp, quantized = log_probabilities["fp"], log_probabilities["quantized"]
+            divergence += float(F.kl_div(quantized, fp, reduction="sum", log_target=True))
+            agreement += float((fp.argmax(-1) == quantized.argmax(-1)).sum())
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    metrics = {f"{METRIC[level]}.{dataset}": math.exp(total / tokens) for level, total in nll.items()}
+    if "quantized" in hidden:
+        metrics[f"kl.{dataset}"] = divergence / tokens
+        metrics[f"token_agreement.{dataset}"] = agreement / tokens
+    else:
+        metrics[f"perplexity.{dataset}"] = metrics[f"perplexity_fp.{dataset}"]
+    return metrics

@@ -1,0 +1,39 @@
+"""What a measurement gets to see, and what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from haq_lab.models.layered import LayeredModel
+from haq_lab.onepass import PassResult
+
+
+@dataclass
+class Study:
+    """A model after its pass.
+
+    Attributes:
+        windows: Evaluation windows (n, t) by dataset.
+        whole: The model as deployed, all layers in place.
+        progress: Called with a line on what is being measured.
+    """
+
+    model: LayeredModel
+    windows: dict[str, Tensor]
+    passed: PassResult
+    whole: nn.Module
+    progress: Callable[[str], None]
+
+
+class Measure(Protocol):
+    """One entry of `measure=[...]`; `evaluates` says whether it needs the evaluation windows in the pass."""
+
+    evaluates: bool
+
+    def __call__(self, study: Study) -> dict[str, float]:
+        """Metrics by their full names."""
+        ...

@@ -1,0 +1,191 @@
+"""A causal language model held one decoder layer at a time.
+
+Only what lies outside the layers (embeddings, final norm, head) stays in memory. A layer is read from the
+checkpoint when it is its turn. The arguments a layer gets besides the hidden state (masks, rotary
+embeddings) are captured from the model's own forward, never built by hand: they change between releases.
+
+    model = LayeredModel(folder)
+    hidden = model.embed(windows)                       # (n, t, d)
+    for index in range(model.depth):
+        hidden = model.run(model.load_layer(index), index, hidden)
+    logits = model.head(hidden)                         # (n, t, vocabulary)
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from haq_lab.errors import UserError
+from haq_lab.models.families import Family, family_of
+from haq_lab.models.weights import Weights
+from haq_lab.quiet import quiet_transformers
+
+TOKENS_PER_BATCH = 4096  # bounds the activations in memory; larger gains nothing on a CPU
+
+
+class _Recorder(nn.Module):
+    """Stands where a decoder layer was: notes the arguments, passes the hidden state on or puts one in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+        self.replay: Tensor | None = None
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.received, self.arguments = hidden, arguments
+        return hidden if self.replay is None else self.replay
+
+
+class LayeredModel:
+    """A checkpoint folder opened for reading layer by layer, computing in `dtype`."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
+        try:
+            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"model: config.json in {folder} cannot be used ({error})") from error
+        self.folder = folder
+        self.dtype = dtype
+        self.family: Family = family_of(self.config)
+        self.groups = self.family.resolve(self.config)
+        self.depth: int = self.config.num_hidden_layers
+        self.weights = Weights(folder)
+        self._layer_class = self._find_layer_class()
+        self.shell = self._build_shell()
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+
+    # The shell: everything but the layers.
+
+    def _bare(self, layers: int) -> nn.Module:
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = layers
+        with quiet_transformers():
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+
+    def _find_layer_class(self) -> type[nn.Module]:
+        with torch.device("meta"):
+            return type(self._bare(1).get_submodule(self.family.layers)[0])  # type: ignore[index]
+
+    def _build_shell(self) -> nn.Module:
+        shell = self._bare(0).eval()
+        self.config._attn_implementation = shell.config._attn_implementation
+        shell.config.num_hidden_layers = self.depth
+        self.recorders = nn.ModuleList(_Recorder() for _ in range(self.depth))
+        shell.set_submodule(self.family.layers, self.recorders)
+        outside = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
+        tensors = {self._module_name(name): tensor for name, tensor in self.weights.read(outside, self.dtype).items()}
+        result = shell.load_state_dict(tensors, strict=False)
+        tied = set(shell.all_tied_weights_keys)
+        missing = [name for name in result.missing_keys if name not in tied]
+        if missing:
+            raise UserError(f"model: {self.folder} lacks the tensors {', '.join(missing[:5])}")
+        shell.tie_weights()
+        return shell.requires_grad_(False)
+
+    # Names. Some checkpoints leave the base model's prefix out ("decoder.layers.0" for "model.decoder...").
+
+    def _module_name(self, name: str) -> str:
+        prefix = f"{self.family.layers.split('.')[0]}."
+        return name if name.startswith((prefix, "lm_head.")) else prefix + name
+
+    def _is_layer_tensor(self, name: str) -> bool:
+        return self._module_name(name).startswith(f"{self.family.layers}.")
+
+    # Reading and running.
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"model: no usable tokenizer in {self.folder} ({error})") from error
+
+    def new_layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` without weights (on the meta device)."""
+        with torch.device("meta"):
+            return self._layer_class(self.config, index).eval().requires_grad_(False)
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` with its weights.
+
+        Raises `UserError` where a tensor is missing, superfluous or not finite.
+        """
+        layer = self.new_layer(index)
+        prefix = f"{self.family.layers}.{index}."
+        names = {
+            name: self._module_name(name).removeprefix(prefix)
+            for name in self.weights.names()
+            if self._module_name(name).startswith(prefix)
+        }
+        tensors = {names[name]: tensor for name, tensor in self.weights.read(names, self.dtype).items()}
+        try:
+            layer.load_state_dict(tensors, strict=True, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"model: layer {index} of {self.folder} does not fit its config: {error}") from error
+        return layer.requires_grad_(False)
+
+    def embed(self, windows: Tensor) -> Tensor:
+        """Token windows (n, t) int64 -> what the first decoder layer receives, (n, t, d)."""
+        batches = [self._shell_forward(batch).received for batch in windows.split(self.batch_size(windows))]
+        return torch.cat(batches)  # type: ignore[arg-type]
+
+    def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """One decoder layer over hidden states (n, t, d), in batches; writes into `hidden` and returns it."""
+        for batch in hidden.split(self.batch_size(hidden)):
+            batch.copy_(self.forward(layer, index, batch))
+        return hidden
+
+    def forward(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """One decoder layer over one batch (n, t, d)."""
+        return layer(hidden, **self._arguments_for(hidden.shape[1])[index])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the last layer (n, t, d) -> logits (n, t, vocabulary)."""
+        recorder = self.recorders[-1]
+        recorder.replay = hidden
+        try:
+            return self.shell(torch.zeros(hidden.shape[:2], dtype=torch.long), use_cache=False).logits
+        finally:
+            recorder.replay = None
+
+    def _arguments_for(self, length: int) -> list[dict[str, Any]]:
+        """Each layer's own keyword arguments for windows of `length` tokens; they broadcast over a batch."""
+        if length not in self._arguments:
+            self._shell_forward(torch.zeros(1, length, dtype=torch.long))
+            self._arguments = {length: [recorder.arguments for recorder in self.recorders]}
+        return self._arguments[length]
+
+    def _shell_forward(self, tokens: Tensor) -> _Recorder:
+        base = self.shell.get_submodule(self.family.layers.split(".")[0])
+        base(tokens, use_cache=False)
+        return self.recorders[0]  # type: ignore[return-value]
+
+    def batch_size(self, windows: Tensor) -> int:
+        """How many windows (n, t, ...) run at once."""
+        return max(1, TOKENS_PER_BATCH // windows.shape[1])
+
+    def assemble(self, layers: list[nn.Module]) -> nn.Module:
+        """The whole transformers model with `layers` in place: for generation and latency."""
+        model = copy.copy(self.shell)
+        model._modules = dict(self.shell._modules)
+        parent_name, _, name = self.family.layers.rpartition(".")
+        parent = model
+        for part in parent_name.split("."):
+            child = copy.copy(parent._modules[part])
+            child._modules = dict(child._modules)  # type: ignore[union-attr]
+            parent._modules[part] = child
+            parent = child  # type: ignore[assignment]
+        parent._modules[name] = nn.ModuleList(layers)
+        return model
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest window that the model has positions for."""
+        return self.config.max_position_embeddings

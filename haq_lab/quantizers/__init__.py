@@ -1,0 +1,1 @@
+"""Quantizers: RTN, SmoothQuant, GPTQ and HAQ, over shared parts (grid, smoothing, solver, activations)."""

@@ -1,0 +1,96 @@
+"""What a quantizer decides: how to smooth, how to round weights, how activations are quantised.
+
+The baselines override little; HAQ overrides all three. A quantizer of your own is a class with these methods,
+named by `quantizer._target_=my_module.MyQuantizer`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from haq_lab.calibration.statistics import InputStatistics, Needs
+from haq_lab.int8.numerics import Activations, scale_of
+from haq_lab.models.families import Family, Group
+from haq_lab.quantizers.grid import round_to_nearest, row_scale
+from haq_lab.quantizers.smoothing import Channels
+
+dataclass_field = field
+
+
+@dataclass(frozen=True, config={"arbitrary_types_allowed": True})
+class Smoothing:
+    """A factor (k,) for a group, and the strength it came from."""
+
+    factor: Tensor
+    strength: float
+
+
+@dataclass(frozen=True, config={"arbitrary_types_allowed": True})
+class ActivationChoice:
+    """How one input is quantised: the scheme, and the scale where it is static."""
+
+    scheme: Activations
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True, config={"arbitrary_types_allowed": True})
+class Solution:
+    """Rounded weights: int8 levels (n, k), scales (n,), and what is worth reporting about the solving."""
+
+    levels: Tensor
+    scale: Tensor
+    notes: dict[str, Any] = dataclass_field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Round-to-nearest weights and a fixed activation scheme, no smoothing.
+
+    Args:
+        activations: `token` (dynamic, a scale a row), `tensor` (dynamic) or `static` (from calibration).
+        weight_bits: 8, or 4 (levels in [-7, 7], stored as int8).
+    """
+
+    activations: Literal["token", "tensor", "static"] = "token"
+    weight_bits: Literal[8, 4] = 8
+
+    @property
+    def needs(self) -> Needs:
+        """The calibration statistics it asks for."""
+        return Needs(inputs=self.activations == "static")
+
+    def smoothing(
+        self,
+        group: Group,
+        family: Family,
+        weight: Tensor,
+        statistics: InputStatistics | None,
+        channels: Channels,
+    ) -> Smoothing | None:
+        """The factor to fold for a group whose consumers' stacked weights are `weight`; None for none."""
+        return None
+
+    def activation(self, weight: Tensor, statistics: InputStatistics | None) -> ActivationChoice:
+        """How the input of these (stacked, smoothed) weights is quantised; a static scale covers the maximum."""
+        if self.activations != "static":
+            return ActivationChoice(self.activations)
+        assert statistics is not None
+        return ActivationChoice("static", scale_of(statistics.channel_max.amax()))
+
+    def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
+        """Round stacked weights (n, k) that share an input."""
+        scale = row_scale(weight, self.weight_bits)
+        return Solution(round_to_nearest(weight, scale, self.weight_bits), scale)
+
+
+def output_error(weight: Tensor, solution: Solution, hessian: Tensor | None) -> float | None:
+    """Mean squared error of the outputs that the weights' rounding alone causes: tr(dW H dW^T) / n."""
+    if hessian is None:
+        return None
+    difference = solution.levels.float() * solution.scale[:, None] - weight
+    return float(torch.einsum("nk,nk->", difference @ hessian, difference)) / len(weight)

@@ -1,0 +1,39 @@
+"""GPTQ (arXiv 2210.17323), as published: weights solved under the Hessian of their input, no smoothing."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from haq_lab.calibration.statistics import InputStatistics, Needs
+from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution
+from haq_lab.quantizers.grid import row_scale
+from haq_lab.quantizers.solver import factorize, solve
+
+
+@dataclass(frozen=True)
+class GPTQ(Quantizer):
+    """Args:
+    damp: Share of mean(diag H) added to the diagonal.
+    act_order: Solve the columns by falling diag(H).
+    """
+
+    damp: Annotated[float, Field(gt=0, le=1)] = 0.01
+    act_order: bool = False
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(inputs=True, hessian=True)
+
+    def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
+        assert statistics is not None and statistics.hessian is not None
+        factor = factorize(statistics.hessian, self.damp, self.act_order)
+        if factor is None:
+            nearest = Quantizer.solve(self, weight, statistics, activation)
+            return Solution(nearest.levels, nearest.scale, {"fallback": "rtn"})
+        scale = row_scale(weight, self.weight_bits)
+        notes = {"damp": factor.damp, "dead_columns": int(factor.dead.sum())}
+        return Solution(solve(weight, factor, scale, self.weight_bits), scale, notes)

@@ -1,0 +1,71 @@
+"""Smoothing (SmoothQuant, arXiv 2211.10438): move an activation's outliers into the weights, exactly.
+
+A factor s, one entry a channel, divides the source's outputs and multiplies the consumers' columns. The model
+computes what it did before; only the ranges have moved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from haq_lab.models.families import Group
+
+FLOOR = 1e-5  # keeps a dead channel or a zero column from giving a factor of zero
+
+
+def factor_of(activation_max: Tensor, weight_max: Tensor, strength: float) -> Tensor:
+    """s_j = max|X_j|^a / max|W_j|^(1-a), for the strength a in [0, 1]; all (k,)."""
+    return (activation_max.clamp(min=FLOOR) ** strength / weight_max.clamp(min=FLOOR) ** (1 - strength)).clamp(
+        min=FLOOR
+    )
+
+
+class Channels:
+    """How the channels that consumers read map to the rows of the source that writes them.
+
+    One to one, except through attention with grouped-query heads: there one row of `v_proj` serves all the
+    query heads of its key-value head, so their channels must share one factor.
+    """
+
+    def __init__(self, group: Group, layer: nn.Module, channels: int):
+        self.rows = torch.arange(channels)
+        if group.kind == "value" and group.source is not None:
+            attention = layer.get_submodule(group.source.rpartition(".")[0])
+            head, rows = int(attention.head_dim), layer.get_submodule(group.source).weight.shape[0]
+            repeats = channels // rows
+            self.rows = self.rows // head // repeats * head + self.rows % head
+        self.source_rows = int(self.rows.max()) + 1
+
+    def shared_max(self, values: Tensor) -> Tensor:
+        """Each channel's value replaced by the largest among the channels that share its row."""
+        top = torch.zeros(self.source_rows).scatter_reduce_(0, self.rows, values, "amax", include_self=False)
+        return top[self.rows]
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """A value per channel -> a value per row of the source, for values equal within a row."""
+        out = torch.empty(self.source_rows)
+        out[self.rows] = values
+        return out
+
+
+def fold(layer: nn.Module, group: Group, factor: Tensor, channels: Channels) -> None:
+    """Divide the source of `group` by `factor` (k,) and multiply the consumers' columns by it, in place.
+
+    A source that is an int8 linear by now takes the division in its row scales: exact, as every row has one.
+    """
+    assert group.source is not None, "a group without a source cannot be smoothed"
+    source = layer.get_submodule(group.source)
+    rows = channels.per_row(factor)
+    output_scale: Tensor = getattr(source, "weight_scale", source.weight)  # type: ignore[assignment]
+    output_scale.div_(rows if output_scale.dim() == 1 else rows[:, None])
+    bias = getattr(source, "bias", None)
+    if bias is not None:
+        bias.div_(rows)
+    for name in group.consumers:
+        layer.get_submodule(name).weight.mul_(factor)  # type: ignore[union-attr]
+
+
+def stacked(layer: nn.Module, group: Group) -> Tensor:
+    """The consumers' weights on top of each other: (sum of n, k)."""
+    return torch.cat([layer.get_submodule(name).weight for name in group.consumers])  # type: ignore[misc]

@@ -1,0 +1,42 @@
+"""SmoothQuant (arXiv 2211.10438), as published: one strength, folded into the norms, weights to nearest."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from haq_lab.calibration.statistics import InputStatistics, Needs
+from haq_lab.models.families import Family, Group
+from haq_lab.quantizers.base import Quantizer, Smoothing
+from haq_lab.quantizers.smoothing import Channels, factor_of
+
+
+@dataclass(frozen=True)
+class SmoothQuant(Quantizer):
+    """Args:
+    strength: alpha in s = max|X|^alpha / max|W|^(1-alpha); null takes the published one for the family
+        (0.5 for OPT, 0.8 to 0.85 for Llama, Mistral and Mixtral).
+    """
+
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(inputs=True)
+
+    def smoothing(
+        self,
+        group: Group,
+        family: Family,
+        weight: Tensor,
+        statistics: InputStatistics | None,
+        channels: Channels,
+    ) -> Smoothing | None:
+        if group.kind != "norm":  # the published code never smooths the output and down projections
+            return None
+        assert statistics is not None
+        strength = family.smoothquant_strength if self.strength is None else self.strength
+        return Smoothing(factor_of(statistics.channel_max, weight.abs().amax(dim=0), strength), strength)

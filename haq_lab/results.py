@@ -1,0 +1,137 @@
+"""All runs below some folders as one tidy table: `python -m haq_lab.results DIR... [--csv FILE] [--figure FILE]`.
+
+import haq_lab.results
+runs = haq_lab.results.load("runs")   # a DataFrame, a row a run, failed and unfinished ones included
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+from haq_lab.errors import UserError
+from haq_lab.files import written_aside
+from haq_lab.show import console, say
+from haq_lab.tracking.run_folder import ARCHIVE, read_results
+
+RECORDS = ("results.json", "error.json", "config.yaml")
+
+
+def load(*folders: str | Path) -> pd.DataFrame:
+    """Every run below `folders`, a row each.
+
+    Columns: `folder`, `name`, `status` (finished, failed, unfinished), `error`, what the run was (`model`,
+    `quantizer`, ...), its settings as `config.<name>`, its metrics by their names, and for each dataset
+    `change_percent.<dataset>`, the perplexity's distance from full precision.
+
+    Raises:
+        UserError: A folder does not exist.
+    """
+    rows = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"results: there is no folder '{folder}'")
+        rows += [_row(run) for run in sorted(_run_folders(folder))]
+    return pd.DataFrame(rows, columns=None if rows else ["folder", "name", "status", "error"])
+
+
+def _run_folders(folder: Path) -> set[Path]:
+    found = {path.parent for name in RECORDS for path in folder.rglob(name)}
+    return {path for path in found if not {ARCHIVE, "wandb"} & set(path.relative_to(folder).parts)}
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    results, failure = read_results(folder / "results.json"), read_results(folder / "error.json")
+    record = results or failure or {}
+    status = "finished" if results else "failed" if failure else "unfinished"
+    row: dict[str, Any] = {"folder": str(folder), "name": folder.name, "status": status}
+    row["error"] = (failure or {}).get("error", {}).get("message") if not results else None
+    row |= {name: value for name, value in record.get("run", {}).items() if not isinstance(value, list)}
+    row |= {f"config.{name}": value for name, value in _flat(record.get("config", {}))}
+    metrics = record.get("metrics", {})
+    row |= metrics
+    for name, value in metrics.items():
+        kind, _, dataset = name.partition(".")
+        if kind == "perplexity":
+            row[f"change_percent.{dataset}"] = (value / metrics[f"perplexity_fp.{dataset}"] - 1) * 100
+    return row
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        items += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return items
+
+
+SHOWN = {
+    "memory.weights_bytes": ("weights MB", 1e-6, "{:,.0f}"),
+    "latency.prefill_ms": ("prefill ms", 1, "{:,.1f}"),
+    "latency.decode_ms_per_token.mean": ("decode ms/token", 1, "{:,.2f}"),
+}
+
+
+def show(runs: pd.DataFrame) -> None:
+    """The table on the terminal: what differs between the runs, and what they measured."""
+    datasets = [column.partition(".")[2] for column in runs if column.startswith("change_percent.")]
+    table = Table("run", "status")
+    for dataset in datasets:
+        table.add_column(f"{dataset} ppl", justify="right")
+        table.add_column("over fp", justify="right")
+    measured = {column: shown for column, shown in SHOWN.items() if column in runs}
+    for label, _, _ in measured.values():
+        table.add_column(label, justify="right")
+    for _, run in runs.iterrows():
+        cells = [run["name"], run["status"]]
+        for dataset in datasets:
+            cells.append(_cell(run.get(f"perplexity.{dataset}"), "{:.4f}"))
+            cells.append(_cell(run.get(f"change_percent.{dataset}"), "{:+.2f} %"))
+        cells += [_cell(run[column], form, factor) for column, (_, factor, form) in measured.items()]
+        table.add_row(*cells)
+    console.print(table)
+    for _, run in runs[runs["status"] == "failed"].iterrows():
+        say(f"failed: {run['folder']}: {run['error']}")
+    for folder in runs["folder"]:
+        say(f"run folder: {folder}")
+
+
+def _cell(value: Any, form: str, factor: float = 1) -> str:
+    return "" if value is None or pd.isna(value) else form.format(value * factor)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m haq_lab.results", description="All runs below DIR as a table.")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="a run folder, or one that holds some")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the whole table, all columns")
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="draw perplexities against full precision (png, svg)"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        runs = load(*given.folders)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    if runs.empty:
+        say(f"no runs below {', '.join(given.folders)}")
+        return
+    show(runs)
+    if given.csv:
+        with written_aside(given.csv) as aside:
+            runs.to_csv(aside, index=False)
+        say(f"table: {given.csv}")
+    if given.figure:
+        from haq_lab.figures import comparison_figure
+
+        say(f"figure: {comparison_figure(runs[runs['status'] == 'finished'], given.figure)}")
+
+
+if __name__ == "__main__":
+    main()

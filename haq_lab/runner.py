@@ -1,0 +1,138 @@
+"""One run, stage by stage: load, calibrate and quantise in one pass, measure, record."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from haq_lab.config import Experiment, build
+from haq_lab.data.calibration import refuse_overlap
+from haq_lab.data.windows import Windows
+from haq_lab.errors import UserError
+from haq_lab.figures import layer_figure
+from haq_lab.measure.memory import reset_peak_rss
+from haq_lab.measure.study import Study
+from haq_lab.models.layered import LayeredModel
+from haq_lab.onepass import one_pass
+from haq_lab.show import Progress, say, show_results
+from haq_lab.tracking.run_folder import RunFolder
+
+
+def run(config: DictConfig, hydra: DictConfig) -> None:
+    """Run one composed config in Hydra's output folder, unless a finished run of it is there."""
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    folder = RunFolder(Path(hydra.runtime.output_dir), plain)
+    label = dict(hydra.runtime.choices)
+    facts = {
+        "overrides": list(hydra.overrides.task),
+        "sweep": str(hydra.sweep.dir) if hydra.mode.name == "MULTIRUN" else None,
+        **{group: label.get(group) for group in ("quantizer", "backend", "calibration")},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+    if (done := folder.finished()) is not None and not config.force:
+        say(f"already finished: {folder.path} (force=true runs it again)")
+        show_results(done, folder.path)
+        return
+    try:
+        experiment = build(config)
+        facts["model"] = experiment.model.label
+        folder.begin(OmegaConf.to_yaml(config, resolve=True))
+        _study(experiment, folder, facts)
+    except (Exception, KeyboardInterrupt) as error:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.fail(facts, error)
+        raise
+
+
+@torch.no_grad()
+def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> None:
+    """The method section."""
+    reset_peak_rss()
+    with Progress() as progress:
+        # 1. The model's shell and the texts.
+        progress.stage(f"model {experiment.model.label}")
+        model = LayeredModel(experiment.model.folder())
+        evaluation, calibration = _texts(experiment, model)
+        tokens = {name: windows.tokens for name, windows in evaluation.items()}
+        folder.event("loaded", model=str(model.folder), depth=model.depth)
+
+        # 2. One pass through the weights: calibrate, smooth, quantise, evaluate.
+        layers: list[nn.Module] = []
+        progress.layers(model.depth, "quantise" if experiment.quantizer else "evaluate")
+
+        def finished(index: int, layer: nn.Module) -> None:
+            layers.append(layer)
+            folder.event("layer", index=index)
+            progress.layer_done()
+
+        passed = one_pass(
+            model,
+            experiment.quantizer,
+            experiment.backend,
+            None if calibration is None else calibration.tokens,
+            experiment.calibration.propagate,
+            tokens,
+            finished,
+        )
+
+        # 3. Measurements on the model as deployed.
+        study = Study(model, tokens, passed, model.assemble(layers), progress.stage)
+        metrics: dict[str, float] = {}
+        for measure in experiment.measures.values():
+            metrics |= measure(study)
+
+    # 4. The record.
+    metrics |= {f"time.{stage}_s": seconds for stage, seconds in passed.stopwatch.seconds.items()}
+    metrics["quantizer.fallback_modules"] = sum("fallback" in report.notes for report in passed.reports)
+    metrics["quantizer.dynamic_share"] = _dynamic_share(passed.reports)
+    metrics = {name: value for name, value in metrics.items() if value is not None}
+    table = pd.DataFrame([{**vars(report), **vars(report)["notes"]} for report in passed.reports])
+    table = table.drop(columns="notes", errors="ignore")
+    figures = []
+    if len(table):
+        table.to_csv(folder.path / "layers.csv", index=False)
+        figures.append(layer_figure(table, folder.path / "figures" / "layers.png"))
+    protocol: dict[str, Any] = {name: windows.protocol for name, windows in evaluation.items()}
+    if calibration is not None:
+        protocol["calibration"] = calibration.protocol
+    if experiment.tracking is not None:
+        experiment.tracking.log(folder, folder.path.name, facts["sweep"], metrics, table, figures)
+    results = folder.finish(facts, protocol, metrics)
+    show_results(results, folder.path)
+
+
+def _texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windows], Windows | None]:
+    """Evaluation windows by dataset, and calibration windows where the quantizer needs any; they don't overlap."""
+    tokenizer = model.tokenizer()
+    evaluation = {}
+    if any(measure.evaluates for measure in experiment.measures.values()):
+        for name, data in experiment.data.items():
+            _refuse_too_long(f"data.{name}.seqlen", data.seqlen, model)
+            evaluation[name] = data.load(tokenizer)
+    calibration = None
+    if experiment.quantizer is not None and experiment.quantizer.needs.inputs:
+        _refuse_too_long("calibration.seqlen", experiment.calibration.seqlen, model)
+        calibration = experiment.calibration.load(tokenizer)
+        refuse_overlap(calibration.tokens, {name: windows.tokens for name, windows in evaluation.items()})
+    return evaluation, calibration
+
+
+def _refuse_too_long(setting: str, seqlen: int, model: LayeredModel) -> None:
+    if seqlen > model.max_tokens:
+        raise UserError(f"{setting}: {seqlen} is more than the model's {model.max_tokens} positions")
+
+
+def _dynamic_share(reports: list[Any]) -> float | None:
+    """Share of the quantised linears whose activations are scaled at run time."""
+    return sum(report.scheme != "static" for report in reports) / len(reports) if reports else None

@@ -1,0 +1,1 @@
+"""Sinks for what a run does: its folder, which is the truth, and W&B."""

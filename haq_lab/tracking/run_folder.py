@@ -1,0 +1,96 @@
+"""A run's folder: `config.yaml`, `events.jsonl`, tables, figures, and `results.json` once it is finished.
+
+`results.json` is written last and at once, so a folder that has one is a finished run. A run that fails leaves
+`error.json`; a killed one leaves neither and runs again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from haq_lab.files import write_json, write_text
+
+SCHEMA = 1
+ARCHIVE = "previous"  # earlier results of a folder are moved there, never deleted
+
+
+class RunFolder:
+    """Args:
+    path: The folder; made where it is not there.
+    config: The resolved config, plain.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path = path
+        self.config = config
+
+    def finished(self) -> dict[str, Any] | None:
+        """The results of a finished run of this very config, or None."""
+        results = read_results(self.path / "results.json")
+        if results is None or _identity(results.get("config", {})) != _identity(self.config):
+            return None
+        return results
+
+    def begin(self, config_yaml: str) -> None:
+        """Start a run here; what an earlier one left is archived."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        names = (
+            "results.json",
+            "error.json",
+            "events.jsonl",
+            "config.yaml",
+            "layers.csv",
+            "figures",
+            "wandb",
+        )
+        left = [self.path / name for name in names if (self.path / name).exists()]
+        if any(item.name == "results.json" for item in left):
+            archive = self.path / ARCHIVE / time.strftime("%Y%m%d-%H%M%S")
+            archive.mkdir(parents=True, exist_ok=True)
+            for item in left:
+                item.replace(archive / item.name)
+        else:
+            for item in left:
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+        write_text(self.path / "config.yaml", config_yaml)
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Append a line to `events.jsonl`."""
+        line = json.dumps({"time": round(time.time(), 3), "event": name, **facts})
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def finish(self, run: dict[str, Any], protocol: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+        """Write `results.json`; from here on the run counts as finished."""
+        results = {
+            "schema": SCHEMA,
+            "run": run,
+            "config": self.config,
+            "protocol": protocol,
+            "metrics": metrics,
+        }
+        write_json(self.path / "results.json", results)
+        return results
+
+    def fail(self, run: dict[str, Any], error: BaseException) -> None:
+        """Write `error.json`."""
+        content = {"type": type(error).__name__, "message": str(error)}
+        write_json(self.path / "error.json", {"schema": SCHEMA, "run": run, "config": self.config, "error": content})
+
+
+def read_results(path: Path) -> dict[str, Any] | None:
+    """A `results.json` or `error.json`, or None where it is absent or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("schema") == SCHEMA else None
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what does not change the results."""
+    return {key: value for key, value in config.items() if key not in ("force", "tracking")}

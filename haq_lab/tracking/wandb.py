@@ -1,0 +1,91 @@
+"""W&B as a sink: config, metrics, the per-layer table and figures, one W&B run a job, grouped by sweep.
+
+All its files stay inside the run folder. Whatever goes wrong with it, the run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic.dataclasses import dataclass
+
+from haq_lab.tracking.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """Args:
+    mode: `offline` writes files that `wandb sync` can upload later; `online` uploads.
+    project: W&B project.
+    """
+
+    mode: Literal["offline", "online"] = "offline"
+    project: str = "haq_lab"
+
+    def log(
+        self,
+        folder: RunFolder,
+        name: str,
+        group: str | None,
+        metrics: dict[str, float],
+        layers: pd.DataFrame | None,
+        figures: list[Path],
+    ) -> None:
+        """Send one finished run. A failure is noted in `events.jsonl` and on no account raised."""
+        try:
+            with _kept_inside(folder.path):
+                self._log(folder, name, group, metrics, layers, figures)
+        except Exception as error:  # a run never fails because W&B does
+            folder.event("wandb_failed", error=f"{type(error).__name__}: {error}")
+
+    def _log(
+        self,
+        folder: RunFolder,
+        name: str,
+        group: str | None,
+        metrics: dict[str, Any],
+        layers: pd.DataFrame | None,
+        figures: list[Path],
+    ) -> None:
+        import wandb
+
+        settings = wandb.Settings(silent=True, console="off", init_timeout=20)
+        run = wandb.init(
+            project=self.project,
+            name=name,
+            group=group,
+            config=folder.config,
+            mode=self.mode,
+            dir=str(folder.path),
+            reinit="finish_previous",
+            settings=settings,
+        )
+        content: dict[str, Any] = dict(metrics)
+        if layers is not None and len(layers):
+            content["layers"] = wandb.Table(dataframe=layers.astype(object).where(layers.notna(), None))
+        content |= {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
+        run.log(content)
+        run.finish()
+
+
+@contextmanager
+def _kept_inside(folder: Path) -> Iterator[None]:
+    """Point W&B's own folders into the run folder within the block."""
+    names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    own = folder.resolve() / "wandb"
+    own.mkdir(parents=True, exist_ok=True)
+    os.environ.update({name: str(folder.resolve() if name == "WANDB_DIR" else own) for name in names})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
