@@ -56,9 +56,7 @@ def measure(m: int, n: int, k: int, hardware: Hardware | None, repeats: int) -> 
     row["ours_ms"] = median_ms(lambda: call(qx, qw, sx, sw, None, torch.float16), repeats)
     row["fp16_ms"] = median_ms(lambda: x @ w.t(), repeats)
     if m > 16:  # torch's int8 product takes no fewer rows; its scales are applied apart
-        row["int_mm_ms"] = median_ms(
-            lambda: (torch._int_mm(qx, qw.t()).float() * sx[:, None] * sw).half(), repeats
-        )
+        row["int_mm_ms"] = median_ms(lambda: (torch._int_mm(qx, qw.t()).float() * sx[:, None] * sw).half(), repeats)
     if hardware:
         multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
         tile = choose_tile(m, n, multiprocessors)
@@ -70,9 +68,7 @@ def measure(m: int, n: int, k: int, hardware: Hardware | None, repeats: int) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", help="a name from conf/hardware, for the fraction of the roofline")
     parser.add_argument("--repeats", type=int, default=50)
     arguments = parser.parse_args()
@@ -89,8 +85,7 @@ def main() -> int:
             rows.append(row)
             print(
                 "  ".join(
-                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                    for key, value in row.items()
+                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
                 )
             )
     print(json.dumps({"benchmark": "cuda_gemm", "device": torch.cuda.get_device_name(), "rows": rows}))

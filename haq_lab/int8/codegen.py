@@ -134,9 +134,7 @@ def complaints(code: KernelCode) -> list[str]:
     if code.spill_bytes:
         found.append(f"{code.spill_bytes} bytes spilled")
     warps = code.threads // 32
-    registers = (
-        -(-code.registers * 32 // 256) * 256 * warps * code.min_blocks
-    )  # given out in units of 256 a warp
+    registers = -(-code.registers * 32 // 256) * 256 * warps * code.min_blocks  # given out in units of 256 a warp
     if registers > REGISTERS:
         found.append(f"{code.registers} registers: fewer than {code.min_blocks} blocks fit")
     if code.threads * code.min_blocks > THREADS[code.architecture]:

@@ -164,9 +164,7 @@ class Kernels:
             self._run(Launch("gemm", f"finish_{name}", (blocks(n, 128), m, 1), 128, 0, args))
         return out
 
-    def accumulate(
-        self, qx: Tensor, qw: Tensor, *, tile: Tile | None = None, split: int | None = None
-    ) -> Tensor:
+    def accumulate(self, qx: Tensor, qw: Tensor, *, tile: Tile | None = None, split: int | None = None) -> Tensor:
         """The exact sums alone: int8 (M, K) and (N, K) -> int32 (M, N)."""
         m, n, k = self._check_product(qx, qw, None, None, None)
         tile = tile or choose_tile(m, n, self._multiprocessors)

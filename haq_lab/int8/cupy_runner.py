@@ -77,9 +77,7 @@ def check_architecture(architecture: int, name: str) -> None:
 def kernels(device: int | None) -> Kernels:
     """The calls for one device. Raises UserError with one message where it can't work."""
     if not torch.cuda.is_available():
-        raise UserError(
-            "backend=cuda needs an NVIDIA GPU that torch can use, and finds none: use backend=cpu"
-        )
+        raise UserError("backend=cuda needs an NVIDIA GPU that torch can use, and finds none: use backend=cpu")
     if importlib.util.find_spec("cupy") is None:
         raise UserError(f"backend=cuda needs CuPy, which is not installed: {INSTALL}")
     import cupy

@@ -64,9 +64,7 @@ class Compiler:
                 f"not for sm_{architecture}: install a newer one (`pip install -U 'haq-lab[cuda13]'`)"
             )
         program = ctypes.c_void_p()
-        created = self._library.nvrtcCreateProgram(
-            ctypes.byref(program), source.encode(), name.encode(), 0, None, None
-        )
+        created = self._library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
         self._check(created)
         try:
             options = [
@@ -119,9 +117,7 @@ def default_compiler(major: int | None = None) -> Compiler:
     toolkit = Path(os.environ.get("CUDA_PATH", "/usr/local/cuda")) / "lib64" / "libnvrtc.so"
     library = str(toolkit) if toolkit.exists() else ctypes.util.find_library("nvrtc")
     if library is None:
-        raise UserError(
-            "backend=cuda needs NVRTC, which is not here: `pip install 'haq-lab[cuda13]'` (or cuda12)"
-        )
+        raise UserError("backend=cuda needs NVRTC, which is not here: `pip install 'haq-lab[cuda13]'` (or cuda12)")
     return Compiler(library)
 
 
@@ -132,9 +128,7 @@ def cubin_file(module: str, architecture: int, compiler: Compiler) -> Path:
     """
     source = module_source(module)
     key = repr((compiler.version, architecture, OPTIONS, source)).encode()
-    path = (
-        cache_folder() / "cuda" / f"{module}-sm_{architecture}-{hashlib.sha256(key).hexdigest()[:16]}.cubin"
-    )
+    path = cache_folder() / "cuda" / f"{module}-sm_{architecture}-{hashlib.sha256(key).hexdigest()[:16]}.cubin"
     if not path.exists():
         cubin = compiler.compile(source, architecture, f"{module}.cu").cubin
         with written_aside(path) as aside:

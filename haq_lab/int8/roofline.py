@@ -55,21 +55,15 @@ class Work:
     memory: int
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.multiplies + other.multiplies, self.copied + other.copied, self.memory + other.memory
-        )
+        return Work(self.multiplies + other.multiplies, self.copied + other.copied, self.memory + other.memory)
 
 
 def least_seconds(work: Work, hardware: Hardware) -> float:
     """The larger of the two bounds."""
-    return max(
-        2 * work.multiplies / (hardware.int8_tops * 1e12), work.memory / (hardware.bandwidth_gbs * 1e9)
-    )
+    return max(2 * work.multiplies / (hardware.int8_tops * 1e12), work.memory / (hardware.bandwidth_gbs * 1e9))
 
 
-def gemm_work(
-    m: int, n: int, k: int, tile: Tile, *, split: int = 1, out_bytes: int = 2, bias: bool = False
-) -> Work:
+def gemm_work(m: int, n: int, k: int, tile: Tile, *, split: int = 1, out_bytes: int = 2, bias: bool = False) -> Work:
     """kernels/gemm.cu: every tile takes steps of 64 columns; each row of x is read once per tile column, and so on.
 
     With split K the int32 sums are zeroed, added to (read and written) and read once more.
@@ -93,9 +87,7 @@ def gemv_work(m: int, n: int, k: int, *, out_bytes: int = 2, bias: bool = False)
     return Work(multiplies=rows * 2 * blocks(n, 2) * k, copied=0, memory=memory)
 
 
-def grouped_work(
-    counts: Sequence[int], n: int, k: int, tile: Tile, *, out_bytes: int = 2, bias: bool = False
-) -> Work:
+def grouped_work(counts: Sequence[int], n: int, k: int, tile: Tile, *, out_bytes: int = 2, bias: bool = False) -> Work:
     """kernels/grouped.cu: a product for each expert that has tokens; the weights of the others are not read."""
     work = Work(0, 0, 4 * (len(counts) + 1))
     for count in counts:

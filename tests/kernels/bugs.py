@@ -57,9 +57,7 @@ GEMV = Kernel(
     "gemv_4_f32",
     lambda kernels: check_product(kernels, 3, 13, 1040, F32, bias=True, seed=0, call="gemv"),
 )
-DEQUANT = Kernel(
-    "dequant", "dequant_f16", lambda kernels: check_dequant(kernels, 3, 208, torch.float16, seed=0)
-)
+DEQUANT = Kernel("dequant", "dequant_f16", lambda kernels: check_dequant(kernels, 3, 208, torch.float16, seed=0))
 QUANTIZE = Kernel("quantize", "quantize_f32", _quantizes("plain"))
 SWIGLU = Kernel("quantize", "swiglu_quantize_f32", _quantizes("swiglu"))
 RMSNORM = Kernel("quantize", "rmsnorm_quantize_f32", _quantizes("rmsnorm"))
@@ -82,7 +80,9 @@ class Bug:
     asynchronous: bool = False
 
 
-STEP_BARRIER = "    __syncthreads();             // ... and everyone's; and everyone is done with the buffer that is filled next\n"
+STEP_BARRIER = (
+    "    __syncthreads();             // ... and everyone's; and everyone is done with the buffer that is filled next\n"
+)
 WAIT = "    copy_wait<T::STAGES - 2>();  // this thread's part of the step has landed ...\n"
 REFILL = """    int next = step + T::STAGES - 1;
     if (next < steps) copy_step<T>(shared + filling * T::STAGE_BYTES, in, next);
@@ -195,8 +195,6 @@ def seeded(bug: Bug, kernel: Kernel, folder: Path) -> Path:
     copy = alone(kernel, folder)
     path = copy / bug.file
     text = path.read_text(encoding="utf-8")
-    assert text.count(bug.old) == 1, (
-        f"'{bug.old}' occurs {text.count(bug.old)} times in {bug.file}: update the bug"
-    )
+    assert text.count(bug.old) == 1, f"'{bug.old}' occurs {text.count(bug.old)} times in {bug.file}: update the bug"
     path.write_text(text.replace(bug.old, bug.new), encoding="utf-8")
     return copy

@@ -31,9 +31,7 @@ class Draw:
         """Full-range values; about one row in four is all extremes, where an inexact sum shows first."""
         values = torch.randint(-127, 128, shape, generator=self._generator, dtype=torch.int8)
         extreme = torch.randint(0, 4, (*shape[:-1], 1), generator=self._generator) == 0
-        return torch.where(extreme, torch.where(values < 0, -127, 127).to(torch.int8), values).to(
-            self._device
-        )
+        return torch.where(extreme, torch.where(values < 0, -127, 127).to(torch.int8), values).to(self._device)
 
     def scale(self, *shape: int) -> Tensor:
         return (torch.rand(shape, generator=self._generator) * 1e-2 + 1e-4).to(self._device)
@@ -138,9 +136,7 @@ def check_grouped(
     assert_same_bits(actual.cpu(), reference.grouped(*on_cpu, dtype))
 
 
-def check_dequant(
-    kernels: Kernels, n: int, k: int, dtype: torch.dtype, *, seed: int, device: str = "cpu"
-) -> None:
+def check_dequant(kernels: Kernels, n: int, k: int, dtype: torch.dtype, *, seed: int, device: str = "cpu") -> None:
     """Weights back to a 16-bit float."""
     draw = Draw(seed, device)
     qw, sw = draw.int8(n, k), draw.scale(n)
@@ -151,17 +147,13 @@ Check = Callable[[Kernels, str], None]  # the launcher, the device of its tensor
 
 
 def _quantize(kind: str, dtype: torch.dtype) -> Check:
-    return lambda kernels, device: check_quantize(
-        kernels, kind, 3, 1040, dtype, static=False, seed=1, device=device
-    )
+    return lambda kernels, device: check_quantize(kernels, kind, 3, 1040, dtype, static=False, seed=1, device=device)
 
 
 def _product(call: str, dtype: torch.dtype, m: int, tile: Tile | None, split: int | None) -> Check:
     def check(kernels: Kernels, device: str) -> None:
         n = (tile.columns if tile else 8) + 3
-        check_product(
-            kernels, m, n, 336, dtype, bias=True, seed=1, call=call, tile=tile, split=split, device=device
-        )
+        check_product(kernels, m, n, 336, dtype, bias=True, seed=1, call=call, tile=tile, split=split, device=device)
 
     return check
 
@@ -169,9 +161,7 @@ def _product(call: str, dtype: torch.dtype, m: int, tile: Tile | None, split: in
 def _grouped(dtype: torch.dtype, tile: Tile) -> Check:
     def check(kernels: Kernels, device: str) -> None:
         counts = [2, 0, tile.rows + 1]
-        check_grouped(
-            kernels, counts, tile.columns + 3, 208, dtype, bias=True, seed=1, tile=tile, device=device
-        )
+        check_grouped(kernels, counts, tile.columns + 3, 208, dtype, bias=True, seed=1, tile=tile, device=device)
 
     return check
 

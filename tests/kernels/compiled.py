@@ -55,6 +55,4 @@ def programs(module: str, architecture: int, major: int, folder: Path | None = N
 
 def all_programs(architecture: int, major: int) -> dict[str, Program]:
     """Every module's kernels."""
-    return {
-        name: program for module in MODULES for name, program in programs(module, architecture, major).items()
-    }
+    return {name: program for module in MODULES for name, program in programs(module, architecture, major).items()}

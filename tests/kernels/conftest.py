@@ -24,6 +24,4 @@ def host_runner(request: pytest.FixtureRequest) -> Iterator[HostRunner]:
 @pytest.fixture(scope="session")
 def host(host_runner: HostRunner) -> Kernels:
     """The launcher over that, as for a GPU of four multiprocessors."""
-    return Kernels(
-        host_runner, architecture=host_runner.architecture, multiprocessors=4, shared_limit=64 * 1024
-    )
+    return Kernels(host_runner, architecture=host_runner.architecture, multiprocessors=4, shared_limit=64 * 1024)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,9 +26,8 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     if differs.any():
         first = np.unravel_index(int(differs.argmax()), actual.shape)
         where = tuple(map(int, first))
-        raise AssertionError(
-            f"{int(differs.sum())} of {differs.size} values differ, first at {where}: {actual[where]} for {expected[where]}"
-        )
+        count = f"{int(differs.sum())} of {differs.size} values differ"
+        raise AssertionError(f"{count}, first at {where}: {actual[where]} for {expected[where]}")
 
 
 def quantize(values: np.ndarray, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -45,9 +46,7 @@ def accumulators(qx: Tensor, qw: Tensor) -> np.ndarray:
     return (qx.numpy().astype(np.int64) @ qw.numpy().astype(np.int64).T).astype(np.int32)
 
 
-def product(
-    qx: Tensor, qw: Tensor, sx: Tensor, sw: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
+def product(qx: Tensor, qw: Tensor, sx: Tensor, sw: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """((acc * sx) * sw) + bias in float32, then rounded to `out_dtype`."""
     y = accumulators(qx, qw).astype(F) * sx.numpy()[:, None] * sw.numpy()[None]
     if bias is not None:
@@ -67,7 +66,7 @@ def grouped(
     """Each expert's rows by that expert's weights."""
     parts = [
         product(qx[a:b], qw[e], sx[a:b], sw[e], None if bias is None else bias[e], out_dtype)
-        for e, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
+        for e, (a, b) in enumerate(itertools.pairwise(offsets))
     ]
     return torch.cat(parts)
 

@@ -23,9 +23,7 @@ COMPILATIONS = [(NEWEST, architecture) for architecture in ARCHITECTURES] + [
 ]
 TABLE = Path(__file__).parents[2] / "experiments" / "cuda_kernels.csv"
 
-needs_nvdisasm = pytest.mark.skipif(
-    codegen.disassembler() is None, reason="needs nvdisasm (the dev extra brings it)"
-)
+needs_nvdisasm = pytest.mark.skipif(codegen.disassembler() is None, reason="needs nvdisasm (the dev extra brings it)")
 
 
 @needs_nvdisasm
@@ -82,15 +80,11 @@ def test_the_recorded_table_has_every_kernel_and_nothing_worse_than_asked_for():
 @pytest.mark.parametrize(
     ("kernel", "file", "old", "new"),
     [
-        pytest.param(
-            QUANTIZE, "numeric.cuh", "__fdiv_rn(x, scale)", "__fdividef(x, scale)", id="approximate division"
-        ),
+        pytest.param(QUANTIZE, "numeric.cuh", "__fdiv_rn(x, scale)", "__fdividef(x, scale)", id="approximate division"),
         pytest.param(GEMM, "numeric.cuh", "__fadd_rn(__fmul_rn(", "__fmaf_rn(1.0f, __fmul_rn(", id="fused"),
     ],
 )
-def test_ptx_that_breaks_the_contract_is_noticed(
-    kernel: Kernel, file: str, old: str, new: str, tmp_path: Path
-):
+def test_ptx_that_breaks_the_contract_is_noticed(kernel: Kernel, file: str, old: str, new: str, tmp_path: Path):
     folder = alone(kernel, tmp_path)
     text = (folder / file).read_text(encoding="utf-8")
     assert old in text

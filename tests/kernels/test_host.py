@@ -37,18 +37,14 @@ def test_gemm(host: Kernels, host_runner: HostRunner, tile, data, seed, schedule
 @few
 @given(m=st.integers(1, 80), n=st.integers(1, 80), k=SIXTEEN, split=st.integers(1, 3), seed=SEEDS)
 def test_accumulate(host: Kernels, m, n, k, split, seed):
-    check_product(
-        host, m, n, k, torch.float32, bias=False, seed=seed, call="accumulate", tile=MEDIUM, split=split
-    )
+    check_product(host, m, n, k, torch.float32, bias=False, seed=seed, call="accumulate", tile=MEDIUM, split=split)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.order}-{s.copies}")
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
 def test_every_schedule_gives_the_same_bits(host: Kernels, host_runner: HostRunner, tile, schedule):
     host_runner.schedule = schedule
-    check_product(
-        host, tile.rows + 3, tile.columns + 5, 464, torch.float32, bias=True, seed=1, tile=tile, split=1
-    )
+    check_product(host, tile.rows + 3, tile.columns + 5, 464, torch.float32, bias=True, seed=1, tile=tile, split=1)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)

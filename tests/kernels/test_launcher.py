@@ -168,9 +168,7 @@ def test_padding_adds_zeros_up_to_a_multiple_of_16():
 
 def test_nothing_is_launched_for_nothing():
     kernels = launcher()
-    assert kernels.gemm(
-        int8(0, 16), int8(3, 16), torch.ones(0), torch.ones(3), None, torch.float32
-    ).shape == (0, 3)
+    assert kernels.gemm(int8(0, 16), int8(3, 16), torch.ones(0), torch.ones(3), None, torch.float32).shape == (0, 3)
     assert kernels.quantize_rows(torch.ones(0, 16))[0].shape == (0, 16)
     assert kernels._run.launches == []
 

@@ -38,9 +38,7 @@ def test_every_kernel_as_compiled_for_sm_80(name: str):
 @pytest.mark.parametrize("kernel", ALL, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("major", MAJORS)
 @pytest.mark.parametrize("architecture", [75, 80, 120])
-def test_architectures_compilers_and_schedules(
-    architecture: int, major: int, kernel: Kernel, schedule: Schedule
-):
+def test_architectures_compilers_and_schedules(architecture: int, major: int, kernel: Kernel, schedule: Schedule):
     runner = PtxRunner(lambda module: programs(module, architecture, major), schedule)
     kernel.check(launcher(runner, architecture))
 

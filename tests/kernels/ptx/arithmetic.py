@@ -85,9 +85,7 @@ def inserted(block: Block, i: Instruction) -> Values:
         block.read(i.operands[1], "u32").astype(np.uint64),
         block.read(i.operands[2], "u32").astype(np.uint64),
     )
-    position, length = (
-        block.read(operand, "u32").astype(np.uint64) & np.uint64(0xFF) for operand in i.operands[3:5]
-    )
+    position, length = (block.read(operand, "u32").astype(np.uint64) & np.uint64(0xFF) for operand in i.operands[3:5])
     field = (((np.uint64(1) << length) - np.uint64(1)) << position) & np.uint64(0xFFFFFFFF)
     return ((b & ~field) | ((a << position) & field)).astype(np.uint32)
 
@@ -105,10 +103,7 @@ def leading_zeros(value: Values) -> Values:
 
 def dot_4(block: Block, i: Instruction) -> Values:
     """dp4a of signed bytes."""
-    a, b = (
-        block.read(operand, "u32").view(np.int8).reshape(-1, 4).astype(np.int32)
-        for operand in i.operands[1:3]
-    )
+    a, b = (block.read(operand, "u32").view(np.int8).reshape(-1, 4).astype(np.int32) for operand in i.operands[1:3])
     return (a * b).sum(axis=1, dtype=np.int32) + block.read(i.operands[3], "s32")
 
 
@@ -155,9 +150,7 @@ def result(block: Block, i: Instruction) -> Values:
             return a() * a(2) if kind == "f32" else product(block, i)
         case "mad":
             total = product(block, i)
-            return total + block.read(
-                i.operands[3], {"i8": "s64", "u8": "u64"}.get(total.dtype.str[1:], kind)
-            )
+            return total + block.read(i.operands[3], {"i8": "s64", "u8": "u64"}.get(total.dtype.str[1:], kind))
         case "div":
             return quotient(block, i)
         case "sqrt" if i.opcode[1] == "rn":

@@ -94,11 +94,7 @@ class Block:
             size = self.program.registers[next(p for p in self._prefixes if register.startswith(p))]
             if value.dtype.itemsize < size:
                 value = value.astype(np.int64 if value.dtype.kind == "i" else np.uint64)
-            value = (
-                np.ascontiguousarray(value)
-                .view(UNSIGNED[value.dtype.itemsize])
-                .astype(UNSIGNED[size], copy=False)
-            )
+            value = np.ascontiguousarray(value).view(UNSIGNED[value.dtype.itemsize]).astype(UNSIGNED[size], copy=False)
         old = self._registers.get(register)
         if old is None:
             old = np.zeros(self.threads, value.dtype)

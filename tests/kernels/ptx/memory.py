@@ -46,9 +46,7 @@ class GlobalMemory:
         if (address % size).any():
             raise PtxError(f"misaligned access: {text}")
         index = (address - BASE)[:, None] + np.arange(size)
-        if index.size and (
-            index.min() < 0 or index.max() >= self._bytes.size or not self._allowed[index].all()
-        ):
+        if index.size and (index.min() < 0 or index.max() >= self._bytes.size or not self._allowed[index].all()):
             raise PtxError(f"outside every buffer: {text}")
         return index
 

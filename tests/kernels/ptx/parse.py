@@ -42,9 +42,7 @@ def parse(text: str) -> dict[str, Program]:
     text = re.sub(r"\{ \.reg \.b16 tmp; (.*?)tmp(.*?) \}", r"\1_\2", text)  # half of a register, thrown away
     programs = {}
     for name, parameters, directives, body in ENTRY.findall(text):
-        limits = {
-            key: int(value) for key, value in re.findall(r"\.(maxntid|minnctapersm)\s+(\d+)", directives)
-        }
+        limits = {key: int(value) for key, value in re.findall(r"\.(maxntid|minnctapersm)\s+(\d+)", directives)}
         registers = {prefix: REGISTER_BYTES[kind] for kind, prefix in REGISTERS.findall(body)}
         program = Program(name, PARAMETER.findall(parameters), limits, registers)
         for line in body.split("\n"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class PtxRunner:
     """
 
     programs: Callable[[str], dict[str, Program]]
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
 
     def __call__(self, launch: Launch) -> None:
         program = self.programs(launch.module)[launch.kernel]
@@ -68,9 +68,7 @@ class PtxRunner:
                 arguments[name] = PARAMETER_TYPES[kind](0 if value is None else value)
         gx, gy, gz = launch.grid
         for index in ((x, y, z) for z in range(gz) for y in range(gy) for x in range(gx)):
-            block = Block(
-                program, memory, arguments, index, launch.grid, launch.threads, launch.shared, self.schedule
-            )
+            block = Block(program, memory, arguments, index, launch.grid, launch.threads, launch.shared, self.schedule)
             block.run(EXECUTE)
         for tensor, address in placed:
             memory_of = span(tensor)
