@@ -51,8 +51,8 @@ class CupyRunner:
         self._functions: dict[tuple[str, str], Any] = {}
 
     def __call__(self, launch: Launch) -> None:
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        with self._cupy.cuda.Device(self._device), self._cupy.cuda.ExternalStream(stream, self._device):
+        stream = self._cupy.cuda.Stream.from_external(torch.cuda.current_stream(self._device))
+        with self._cupy.cuda.Device(self._device), stream:
             function = self._function(launch.module, launch.kernel)
             if launch.shared > max(DEFAULT_SHARED, function.max_dynamic_shared_size_bytes):
                 function.max_dynamic_shared_size_bytes = launch.shared
