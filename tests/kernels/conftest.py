@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from haq_lab.int8.cuda import Kernels
 
 from .host import HostRunner, compiler
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations() -> Iterator[None]:
+    """`torch.empty` gives NaN and largest integers: what a kernel forgets to write must not look right by luck."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture(scope="session", params=[80, 75], ids=["sm_80", "sm_75"])

@@ -42,8 +42,8 @@ def quantize(values: np.ndarray, scale: float | None = None) -> tuple[Tensor, Te
 
 
 def accumulators(qx: Tensor, qw: Tensor) -> np.ndarray:
-    """Exact int32 sums (M, N)."""
-    return (qx.numpy().astype(np.int64) @ qw.numpy().astype(np.int64).T).astype(np.int32)
+    """Exact int32 sums (M, N): float64 holds every partial sum, and BLAS is fast."""
+    return (qx.numpy().astype(np.float64) @ qw.numpy().astype(np.float64).T).astype(np.int32)
 
 
 def product(qx: Tensor, qw: Tensor, sx: Tensor, sw: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:

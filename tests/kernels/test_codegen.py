@@ -114,4 +114,5 @@ def test_an_error_in_the_source_shows_the_compilers_log():
 
 def test_the_default_compiler_is_the_one_asked_for():
     for major in MAJORS:
-        assert default_compiler(major).version == compiler(major).version
+        expected = compiler(major).version
+        assert default_compiler(major).version == expected
