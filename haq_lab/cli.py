@@ -1,51 +1,96 @@
 """The command line: Hydra composes the config, `runner.run` does the work, mistakes are told in one message.
 
-Exit codes: 0 done (or already done), 1 a bug, 2 a user's mistake. `HYDRA_FULL_ERROR=1` shows stack traces.
+Exit codes: 0 done (or already done), 1 a bug, 2 a user's mistake, 130 interrupted. `HYDRA_FULL_ERROR=1` shows
+stack traces. In a sweep, a job that fails does not stop the others.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import traceback
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from haq_lab.errors import UserError
-from haq_lab.help import explain_hydra, help_text
-from haq_lab.paths import bundled
+from haq_lab.help import explain, help_text
+from haq_lab.paths import bundled, folder_name
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+MISTAKES = (UserError, HydraException, OmegaConfBaseException, OSError)
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+_failures: list[Exception] = []  # of this process's runs, told as they happened
+_traces = False  # whether a mistake shows its stack trace too
+_process: int | None = None  # the one that `main` runs in; some of Hydra's launchers run jobs in others
 
 
 @hydra.main(version_base="1.3", config_path=str(bundled("conf").resolve()), config_name="config")
 def _job(config: DictConfig) -> None:
     from haq_lab.runner import run  # torch and transformers load here, not for --help
+    from haq_lab.show import say
 
-    run(config, HydraConfig.get())
+    job: Any = HydraConfig.get()
+    if job.mode is RunMode.MULTIRUN:
+        say(f"\nrun {job.job.num + 1}: {' '.join(job.overrides.task) or 'default'}")
+    try:
+        run(config, job)
+    except Exception as error:
+        if os.getpid() != _process:
+            raise
+        _failures.append(error)  # and return, so that the other jobs of a sweep run
+        _tell(error)
+
+
+def _tell(error: Exception) -> None:
+    """A mistake in one message; a bug, or whatever `HYDRA_FULL_ERROR=1` wants, with its trace."""
+    if _traces or not _is_mistake(error):
+        traceback.print_exception(error)
+    else:
+        _print(explain(error))
+
+
+def _is_mistake(error: Exception) -> bool:
+    return isinstance(error, MISTAKES) or "Config group override must be" in str(error)  # Hydra's plain ValueError
+
+
+def _print(message: str) -> None:
+    Console(stderr=True, highlight=False).print(f"haq_lab: {message}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
     """Parse the command line, run, exit."""
+    global _traces, _process
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
-        Console(highlight=False).print(help_text(), markup=False)
+        Console(highlight=False).print(help_text(), markup=False, soft_wrap=True)
         return
-    wanted = os.environ.get(FULL_ERROR)
+    # `experiment=NAME` is no default, so Hydra wants a plus there; both spellings are welcome.
+    sys.argv[1:] = [re.sub(r"^experiment=", "+experiment=", argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))  # Hydra's come first
+    _failures.clear()
+    _process = os.getpid()
+    before = os.environ.get(FULL_ERROR)
+    _traces = before == "1"
     os.environ[FULL_ERROR] = "1"  # Hydra then raises what happened instead of printing it and exiting with 1
     try:
         _job()
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
-        if wanted:
-            raise
-        Console(stderr=True, highlight=False).print(f"haq_lab: {explain_hydra(error)}", markup=False)
-        sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("haq_lab: interrupted; the same command starts the unfinished runs again")
+        _print("interrupted; the same command starts the unfinished runs again")
         sys.exit(130)
+    except Exception as error:
+        _failures.append(error)
+        _tell(error)
     finally:
-        if wanted is None:
-            os.environ.pop(FULL_ERROR, None)
+        os.environ.pop(FULL_ERROR) if before is None else os.environ.update({FULL_ERROR: before})
+    if len(_failures) > 1:
+        _print(f"{len(_failures)} runs failed; `python -m haq_lab.results DIR` lists them with the others")
+    if _failures:
+        sys.exit(2 if all(map(_is_mistake, _failures)) else 1)

@@ -6,25 +6,24 @@ schema: types, ranges and allowed values are checked here, before anything is lo
 
 from __future__ import annotations
 
-import hashlib
+import importlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from dataclasses import fields as fields_of
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from pydantic import ValidationError
 
 from haq_lab.data.calibration import Calibration
-from haq_lab.errors import UserError, nearest
+from haq_lab.errors import UserError, invalid, nearest
+from haq_lab.help import GROUPS
 from haq_lab.int8.backend import Backend
 from haq_lab.measure.study import Measure
 from haq_lab.models.sources import ModelSource
 from haq_lab.quantizers.base import Quantizer
 from haq_lab.tracking.wandb import Wandb
-
-LONGEST_NAME = 120  # of a folder; file systems stop at 255 bytes
 
 
 @dataclass(frozen=True)
@@ -42,41 +41,59 @@ class Experiment:
 
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group. Raises `UserError` with the setting's full name for whatever is not valid."""
+    known = [*GROUPS, "force"]
+    for name in map(str, config):
+        if name not in known:
+            raise UserError(f"there is no group or setting '{name}'{nearest(name, known)}")
+    if not isinstance(config.force, bool):
+        raise invalid("force", config.force, ["true", "false"])
     data = {name: _object(node, f"data.{name}") for name, node in (config.get("data") or {}).items()}
     measures = {name: _object(node, f"measure.{name}") for name, node in (config.get("measure") or {}).items()}
     return Experiment(
-        model=_object(config.model, "model"),
-        quantizer=_object(config.quantizer, "quantizer"),
-        backend=_object(config.backend, "backend"),
-        calibration=_object(config.calibration, "calibration"),
+        model=_object(config.get("model"), "model"),
+        quantizer=_object(config.get("quantizer"), "quantizer"),
+        backend=_object(config.get("backend"), "backend"),
+        calibration=_object(config.get("calibration"), "calibration"),
         data=data,
         measures=measures,
-        tracking=_object(config.tracking, "tracking"),
+        tracking=_object(config.get("tracking"), "tracking"),
     )
 
 
-def _object(node: DictConfig, setting: str) -> Any:
+def _object(node: Any, setting: str) -> Any:
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise UserError(f"{setting}: one of its options is needed, not '{node}'; `python -m haq_lab --help` lists them")
     try:
         fields: dict[str, Any] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    except MissingMandatoryValue as error:
-        raise UserError(f"{setting}.{_last(error.full_key)}: a value is needed") from error
+    except MissingMandatoryValue:
+        missing = sorted(str(name).rpartition(".")[2] for name in OmegaConf.missing_keys(node))
+        raise UserError(f"{setting}.{missing[0]}: a value is needed") from None
     target = fields.pop("_target_")
     if target is None:
         return None
-    try:
-        made = get_class(target)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{setting}._target_: '{target}' cannot be imported ({error})") from error
+    made = _locate(target, f"{setting}._target_")
+    if is_dataclass(made):  # pydantic's pass over names they don't have
+        known = [field.name for field in fields_of(made)]
+        for name in fields:
+            if name not in known:
+                raise UserError(f"{setting}.{name}: there is no such setting{nearest(name, known)}")
     try:
         return made(**fields)
     except ValidationError as error:
         raise UserError("\n".join(_told(problem, setting) for problem in error.errors())) from error
     except TypeError as error:
-        raise UserError(f"{setting}: {error}") from error
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # the call itself: wrong settings
+            raise UserError(f"{setting}: {error}") from error
+        raise
 
 
-def _last(key: object) -> str:
-    return str(key).rpartition(".")[2]
+def _locate(target: str, setting: str) -> Any:
+    """The class or function that a dotted path names."""
+    module, _, name = str(target).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{setting}: '{target}' cannot be imported ({error})") from error
 
 
 def _told(problem: Any, setting: str) -> str:
@@ -90,14 +107,3 @@ def _told(problem: Any, setting: str) -> str:
         return f"{name}: '{value}' is not one of {', '.join(words)}{nearest(value, words)}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{name}: '{value}' is not valid ({message})"
-
-
-def folder_name(overrides: str) -> str:
-    """A folder name from a job's overrides: readable, without separators, and never too long."""
-    name = re.sub(r"[^\w.,=+\-\[\]]+", "-", overrides) or "default"
-    if len(name) <= LONGEST_NAME:
-        return name
-    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
-
-
-OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)

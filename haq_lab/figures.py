@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from haq_lab.files import written_aside
 
+FORMATS = ("png", "svg", "pdf")
+
 
 def _save(figure: Figure, path: Path) -> Path:
     with written_aside(path) as aside:
@@ -36,7 +38,8 @@ def layer_figure(layers: pd.DataFrame, path: Path) -> Path:
 def comparison_figure(runs: pd.DataFrame, path: Path) -> Path:
     """Perplexity over full precision, in %, a bar a run and a panel a dataset."""
     columns = [column for column in runs.columns if column.startswith("change_percent.")]
-    figure = Figure(figsize=(4 + 4 * max(len(columns), 1), 1.5 + 0.4 * len(runs)), layout="constrained")
+    widest = runs["name"].map(len).max() / 12  # inches that the names take
+    figure = Figure(figsize=(widest + 4 * max(len(columns), 1), 1.5 + 0.4 * len(runs)), layout="constrained")
     panels = figure.subplots(1, max(len(columns), 1), squeeze=False, sharey=True)[0]
     for panel, column in zip(panels, columns, strict=False):
         values = runs[column].fillna(0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
-from haq_lab.errors import nearest
+from hydra.errors import HydraException
+
+from haq_lab.errors import UserError, nearest
 from haq_lab.paths import bundled
 
 GROUPS = {
@@ -18,6 +21,8 @@ GROUPS = {
     "tracking": "Weights & Biases",
     "experiment": "ready-made studies: +experiment=NAME",
 }
+
+MANY = ("data", "measure")  # groups of which any number of options can be chosen
 
 HEAD = """Squeeze a large language model onto one edge GPU, and measure the price.
 
@@ -58,38 +63,78 @@ def _option_lines(path: Path, option: str) -> list[str]:
     return lines
 
 
-def explain_hydra(error: Exception) -> str:
-    """One message for an error of Hydra, OmegaConf or ours; with the nearest valid name where one is missed."""
-    message = str(error).strip()
-    if missing := re.search(r"Could not find '([\w/]+)/(\w*)'", message):
+def explain(error: Exception) -> str:
+    """One message for a mistake; with the nearest valid name where Hydra or OmegaConf only say that one is missed."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # one of Hydra's is both
+        return _disk(error)
+    message = "\n".join(dict.fromkeys(str(link).strip() for link in _chain(error)))
+    if missing := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", message):
         group, option = missing.groups()
         known = options(group)
         return f"{group}: '{option}' is not one of {', '.join(known)}{nearest(option, known)}"
-    if override := re.search(r"Could not override '([\w.]+)'", message):
+    if override := re.search(r"Could not override '([^']+)'", message):
         return _unknown_key(override.group(1))
-    if appended := re.search(r"Could not append to config\. An item is already at '([\w.]+)'", message):
+    if appended := re.search(r"Could not append to config\. An item is already at '([^']+)'", message):
         return f"{appended.group(1)}: it is there already; write it without the '+'"
-    if "Key '" in message and "not in" in message and "full_key: " in message:
-        return _unknown_key(message.split("full_key: ")[1].split()[0])
-    first = message.splitlines()[0] if message else type(error).__name__
-    return message if "\n" not in message or not first else _without_noise(message)
+    if key := re.search(r"[Kk]ey '?([\w.]+)'? (?:is )?not in", message):
+        full = re.search(r"full_key: (\S+)", message)
+        return _unknown_key((full or key).group(1))
+    if "Config group override must be" in message:
+        return "a group needs the name of one of its options (none, where it has that), not null"
+    return _first(message) or type(error).__name__
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """The error and what it came from."""
+    links = []
+    while error is not None and error not in links:
+        links.append(error)
+        error = error.__cause__
+    return links
+
+
+def _first(message: str) -> str:
+    """A message's lines as one, without the internals that OmegaConf adds."""
+    lines = [line.strip() for line in message.splitlines()]
+    noise = ("full_key", "object_type", "reference_type", "See https://hydra.cc", "set the environment variable")
+    return " ".join(line for line in lines if line and not line.lower().startswith(tuple(map(str.lower, noise))))
+
+
+def _disk(error: OSError) -> str:
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.ENOSPC:
+        reason = "the disk is full"
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _unknown_key(key: str) -> str:
     """A key that no config has, and the nearest that one does."""
-    group, _, setting = key.partition(".")
+    group, _, setting = key.replace("/", ".").partition(".")
+    if group not in GROUPS and group != "hydra":
+        return f"there is no group or setting '{key}'{nearest(group, [*GROUPS, 'force'])}"
     if not setting:
-        return f"there is no group or setting '{key}'{nearest(key, [*GROUPS, 'force'])}"
-    name = setting.rpartition(".")[2]
-    known: list[str] = []
-    for path in (bundled("conf") / group).glob("*.yaml"):
-        known += re.findall(r"^([a-z]\w*):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    known += options(group) if group in ("data", "measure") else []
-    return (
-        f"{key}: there is no such setting in the options chosen{nearest(name, set(known))}; "
-        "`python -m haq_lab --help` lists all"
-    )
+        return f"{group}: the config has none; write +{group}=OPTION (one of {', '.join(options(group))})"
+    inner, _, name = setting.rpartition(".")
+    if group in MANY and inner and inner not in options(group):
+        known = options(group)
+        return f"{key}: '{inner}' is not one of {', '.join(known)}{nearest(inner, known)}"
+    if inner in options(group):  # data.wikitext2.path: the option may just not be chosen
+        known = _settings(group, inner)
+        if name in known:
+            return f"{key}: '{inner}' is not among the options chosen; add it to {group}=[...]"
+    else:
+        known = [name for option in options(group) for name in _settings(group, option)]
+        known += options(group) if group in MANY and not inner else []
+    hint = nearest(name, sorted(set(known)))
+    where = [option for option in options(group) if name in _settings(group, option)]
+    if where and not inner:
+        hint = f" (it belongs to {group}={', '.join(where)})"
+    return f"{key}: there is no such setting in the options chosen{hint}; `python -m haq_lab --help` lists all"
 
 
-def _without_noise(message: str) -> str:
-    return " ".join(line.strip() for line in message.splitlines() if not line.lstrip().startswith("full_key"))
+def _settings(group: str, option: str) -> list[str]:
+    """The settings of an option, by its file."""
+    path = bundled("conf") / group / f"{option}.yaml"
+    return re.findall(r"^([a-z]\w*):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -1,11 +1,14 @@
-"""Where the project's own files are: `conf/` and `kernels/`, and the cache for models made here."""
+"""Where the project's own files are: `conf/` and `kernels/`, the cache for models made here, and folder names."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+LONGEST_NAME = 200  # bytes of a folder's name; file systems stop at 255
 
 
 def bundled(name: str) -> Path:
@@ -20,3 +23,15 @@ def cache_folder() -> Path:
         return Path(override).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "haq_lab"
+
+
+def folder_name(overrides: str) -> str:
+    """A folder's name from a job's overrides: readable, without separators or blanks, never too long.
+
+    Where that loses something, a short hash follows, so that different overrides never share a folder.
+    """
+    name = re.sub(r"[^\w.,=+\-\[\]]+", "-", overrides) or "default"
+    if name == (overrides or "default") and len(name.encode()) <= LONGEST_NAME:
+        return name
+    short = name.encode()[:LONGEST_NAME].decode(errors="ignore")
+    return f"{short}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"

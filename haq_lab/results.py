@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from haq_lab.errors import UserError
+from haq_lab.errors import UserError, invalid, nearest
 from haq_lab.files import written_aside
-from haq_lab.show import console, say
+from haq_lab.help import explain
+from haq_lab.show import console, errors, say
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
 
 RECORDS = ("results.json", "error.json", "config.yaml")
@@ -25,19 +26,31 @@ RECORDS = ("results.json", "error.json", "config.yaml")
 def load(*folders: str | Path) -> pd.DataFrame:
     """Every run below `folders`, a row each.
 
-    Columns: `folder`, `name`, `status` (finished, failed, unfinished), `error`, what the run was (`model`,
-    `quantizer`, ...), its settings as `config.<name>`, its metrics by their names, and for each dataset
-    `change_percent.<dataset>`, the perplexity's distance from full precision.
+    Columns: `folder`, `name` (what it differs in), `status` (finished, failed, unfinished), `error`, what the
+    run was (`model`, `quantizer`, ...), its settings as `config.<name>`, its metrics by their names, and for
+    each dataset `change_percent.<dataset>`, the perplexity's distance from full precision.
 
     Raises:
         UserError: A folder does not exist.
     """
-    rows = []
+    found: dict[Path, Path] = {}  # by the real path: a folder given twice is listed once
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise UserError(f"results: there is no folder '{folder}'")
-        rows += [_row(run) for run in sorted(_run_folders(folder))]
+            near = nearest(folder.name, [item.name for item in folder.parent.glob("*") if item.is_dir()])
+            raise UserError(f"there is no folder '{folder}'{near}")
+        found |= {run.resolve(): run for run in sorted(_run_folders(folder))}
+    rows = [_row(run) for run in found.values()]
+    for row, name in zip(rows, _names(rows), strict=True):
+        row["name"] = name
     return pd.DataFrame(rows, columns=None if rows else ["folder", "name", "status", "error"])
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    """Short names: the overrides in which a run differs from the others, else its folder's name."""
+    given = [row["overrides"].split() for row in rows]
+    shared = set.intersection(*map(set, given)) if given else set()
+    names = [" ".join(override for override in own if override not in shared) for own in given]
+    return [name if name and names.count(name) == 1 else row["name"] for name, row in zip(names, rows, strict=True)]
 
 
 def _run_folders(folder: Path) -> set[Path]:
@@ -50,6 +63,7 @@ def _row(folder: Path) -> dict[str, Any]:
     record = results or failure or {}
     status = "finished" if results else "failed" if failure else "unfinished"
     row: dict[str, Any] = {"folder": str(folder), "name": folder.name, "status": status}
+    row["overrides"] = " ".join(record.get("run", {}).get("overrides", []))
     row["error"] = (failure or {}).get("error", {}).get("message") if not results else None
     row |= {name: value for name, value in record.get("run", {}).items() if not isinstance(value, list)}
     row |= {f"config.{name}": value for name, value in _flat(record.get("config", {}))}
@@ -57,8 +71,8 @@ def _row(folder: Path) -> dict[str, Any]:
     row |= metrics
     for name, value in metrics.items():
         kind, _, dataset = name.partition(".")
-        if kind == "perplexity":
-            row[f"change_percent.{dataset}"] = (value / metrics[f"perplexity_fp.{dataset}"] - 1) * 100
+        if kind == "perplexity" and (fp := metrics.get(f"perplexity_fp.{dataset}")):
+            row[f"change_percent.{dataset}"] = (value / fp - 1) * 100
     return row
 
 
@@ -79,14 +93,15 @@ SHOWN = {
 
 def show(runs: pd.DataFrame) -> None:
     """The table on the terminal: what differs between the runs, and what they measured."""
-    datasets = [column.partition(".")[2] for column in runs if column.startswith("change_percent.")]
+    datasets = [column.partition(".")[2] for column in map(str, runs) if column.startswith("change_percent.")]
     table = Table("run", "status")
+    table.columns[0].overflow = "fold"
     for dataset in datasets:
-        table.add_column(f"{dataset} ppl", justify="right")
-        table.add_column("over fp", justify="right")
+        table.add_column(f"{dataset} ppl", justify="right", no_wrap=True)
+        table.add_column("over fp", justify="right", no_wrap=True)
     measured = {column: shown for column, shown in SHOWN.items() if column in runs}
     for label, _, _ in measured.values():
-        table.add_column(label, justify="right")
+        table.add_column(label, justify="right", no_wrap=True)
     for _, run in runs.iterrows():
         cells = [run["name"], run["status"]]
         for dataset in datasets:
@@ -115,10 +130,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     try:
-        runs = load(*given.folders)
-    except UserError as error:
-        print(error, file=sys.stderr)
+        _report(load(*given.folders), given)
+    except (UserError, OSError) as error:
+        say(f"haq_lab.results: {explain(error)}", on=errors)
         sys.exit(2)
+
+
+def _report(runs: pd.DataFrame, given: argparse.Namespace) -> None:
     if runs.empty:
         say(f"no runs below {', '.join(given.folders)}")
         return
@@ -128,9 +146,14 @@ def main(arguments: list[str] | None = None) -> None:
             runs.to_csv(aside, index=False)
         say(f"table: {given.csv}")
     if given.figure:
-        from haq_lab.figures import comparison_figure
+        from haq_lab.figures import FORMATS, comparison_figure
 
-        say(f"figure: {comparison_figure(runs[runs['status'] == 'finished'], given.figure)}")
+        if (suffix := given.figure.suffix.lstrip(".")) not in FORMATS:
+            raise invalid("--figure", suffix, FORMATS)
+        finished = runs[runs["status"] == "finished"]
+        if not any(column.startswith("change_percent.") for column in map(str, finished)):
+            raise UserError("--figure: no finished run has a perplexity to draw")
+        say(f"figure: {comparison_figure(finished, given.figure)}")
 
 
 if __name__ == "__main__":

@@ -95,8 +95,9 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     # 4. The record.
     metrics |= {f"time.{stage}_s": seconds for stage, seconds in passed.stopwatch.seconds.items()}
     metrics["quantizer.fallback_modules"] = sum("fallback" in report.notes for report in passed.reports)
-    metrics["quantizer.dynamic_share"] = _dynamic_share(passed.reports)
-    metrics = {name: value for name, value in metrics.items() if value is not None}
+    if passed.reports:
+        dynamic = sum(report.scheme != "static" for report in passed.reports)
+        metrics["quantizer.dynamic_share"] = dynamic / len(passed.reports)
     table = pd.DataFrame([{**vars(report), **vars(report)["notes"]} for report in passed.reports])
     table = table.drop(columns="notes", errors="ignore")
     figures = []
@@ -132,7 +133,3 @@ def _refuse_too_long(setting: str, seqlen: int, model: LayeredModel) -> None:
     if seqlen > model.max_tokens:
         raise UserError(f"{setting}: {seqlen} is more than the model's {model.max_tokens} positions")
 
-
-def _dynamic_share(reports: list[Any]) -> float | None:
-    """Share of the quantised linears whose activations are scaled at run time."""
-    return sum(report.scheme != "static" for report in reports) / len(reports) if reports else None

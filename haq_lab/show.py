@@ -11,11 +11,12 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 console = Console(highlight=False)
+errors = Console(highlight=False, stderr=True)
 
 
-def say(line: str) -> None:
-    """One plain line."""
-    console.print(line, markup=False, soft_wrap=True)
+def say(line: str, on: Console = console) -> None:
+    """One plain line, never wrapped."""
+    on.print(line, markup=False, soft_wrap=True)
 
 
 class Progress:

@@ -54,8 +54,7 @@ class Calibrator:
             with self.clock.stage("forward"):
                 self._inputs_fp = record_inputs(self.model, layer, index, self.hidden_fp, sites)
         if self.propagate == "fp":
-            with self.clock.stage("calibrate"):
-                self._known = observe(self.model, layer, index, self.hidden, sites, self.needs)
+            self._known = observe(self.model, layer, index, self.hidden, sites, self.needs, self.clock)
             with self.clock.stage("forward"):
                 self.model.run(layer, index, self.hidden)
 
@@ -65,8 +64,9 @@ class Calibrator:
             return None
         site = group.consumers[0]
         if site not in self._known:
-            with self.clock.stage("calibrate"):
-                self._known |= observe(self.model, layer, index, self.hidden, [site], self.needs, self._inputs_fp)
+            self._known |= observe(
+                self.model, layer, index, self.hidden, [site], self.needs, self.clock, self._inputs_fp
+            )
         return self._known[site]
 
     def leave(self, layer: nn.Module, index: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import Accumulator, InputStatistics, Needs
 from haq_lab.models.layered import LayeredModel
+from haq_lab.stopwatch import Stopwatch
 
 
 class _Reached(Exception):
@@ -49,6 +50,7 @@ def observe(
     hidden: Tensor,
     sites: list[str],
     needs: Needs,
+    clock: Stopwatch,
     inputs_fp: dict[str, Tensor] | None = None,
 ) -> dict[str, InputStatistics]:
     """Statistics of the distinct inputs named by `sites`, each the first linear that reads it.
@@ -56,19 +58,21 @@ def observe(
     Args:
         layer: Decoder layer `index` of `model`, in whatever state it is.
         hidden: (n, t, d) what the layer receives.
+        clock: Gets the stages `forward` (tokens through the layer) and `calibrate` (the statistics).
         inputs_fp: What the same linears receive in the full-precision model, (n * t, k), for `needs.cross`.
     """
     tokens = hidden.shape[0] * hidden.shape[1]
     accumulators: dict[str, Accumulator] = {}
     done = 0
     for batch in hidden.split(model.batch_size(hidden)):
-        with captured_inputs(layer, sites, stop=True) as inputs:
+        with clock.stage("forward"), captured_inputs(layer, sites, stop=True) as inputs:
             model.forward(layer, index, batch)
         rows = slice(done, done := done + batch.shape[0] * batch.shape[1])
-        for site in sites:
-            if site not in accumulators:
-                accumulators[site] = Accumulator(inputs[site].shape[-1], tokens, needs)
-            accumulators[site].add(inputs[site], None if inputs_fp is None else inputs_fp[site][rows])
+        with clock.stage("calibrate"):
+            for site in sites:
+                if site not in accumulators:
+                    accumulators[site] = Accumulator(inputs[site].shape[-1], tokens, needs)
+                accumulators[site].add(inputs[site], None if inputs_fp is None else inputs_fp[site][rows])
     return {site: accumulator.finish() for site, accumulator in accumulators.items()}
 
 
@@ -79,7 +83,10 @@ def record_inputs(
     recorded: dict[str, list[Tensor]] = {site: [] for site in sites}
     for batch in hidden.split(model.batch_size(hidden)):
         with captured_inputs(layer, sites) as inputs:
-            batch.copy_(model.forward(layer, index, batch))
+            output = model.forward(layer, index, batch)
         for site in sites:
-            recorded[site].append(inputs[site].reshape(-1, inputs[site].shape[-1]))
+            x = inputs[site].reshape(-1, inputs[site].shape[-1])
+            # Where the norm comes after (OPT-350M), q, k and v read `batch` itself, which is overwritten below.
+            recorded[site].append(x.clone() if x.data_ptr() == batch.data_ptr() else x)
+        batch.copy_(output)
     return {site: torch.cat(parts) for site, parts in recorded.items()}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLE_ROWS = 256  # tokens kept whole, evenly spaced
-EXTREME_ROWS = 32  # and those with the largest entries, where outliers live
+SAMPLE_ROWS = 512  # tokens kept whole, evenly spaced
+EXTREME_ROWS = 64  # and those with the largest entries, where outliers live
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Accumulator:
         self.hessian = torch.zeros(channels, channels) if needs.hessian else None
         self.cross = torch.zeros(channels, channels) if needs.cross else None
         self._stride = max(1, total // SAMPLE_ROWS)
-        self._even: list[Tensor] = []
+        self._even = [torch.empty(0, channels)]
         self._extreme = torch.empty(0, channels)
 
     def add(self, x: Tensor, x_fp: Tensor | None) -> None:

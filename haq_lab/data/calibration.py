@@ -15,7 +15,8 @@ from haq_lab.data.text import fingerprint, load_rows, python_docs
 from haq_lab.data.windows import Count, Length, Windows, encode, own_text, random_crops
 from haq_lab.errors import UserError
 
-OVERLAP_RUN = 64  # tokens in a row that no two different texts share by chance
+OVERLAP_RUN = 128  # tokens in a row that no two different texts share by chance, were a token only a byte
+ADVICE = "a model must not be evaluated on what it was calibrated with: choose another text or path"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Calibration:
     seqlen: Length = 2048
     seed: int = 0
     propagate: Literal["fp", "quantized"] = "quantized"
+
+    def __post_init__(self) -> None:
+        if self.text == "python_docs" and self.path is not None:
+            raise UserError("calibration.path: python_docs has no file; calibration=text reads one")
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
         """Token windows (samples, seqlen) and where they come from."""
@@ -82,11 +87,21 @@ def _runs(windows: Tensor, length: int) -> np.ndarray:
 
 
 def refuse_overlap(calibration: Tensor, evaluation: dict[str, Tensor]) -> None:
-    """Raise `UserError` where a run of 64 tokens (or a whole shorter window) calibrates and evaluates."""
+    """Raise `UserError` where a run of 128 tokens (or a whole shorter crop) calibrates and evaluates.
+
+    Evaluation windows are taken as one row, since most protocols cut them from one text without a gap.
+    """
     for name, windows in evaluation.items():
-        length = min(OVERLAP_RUN, calibration.shape[1], windows.shape[1])
-        if len(np.intersect1d(_runs(calibration, length), _runs(windows, length))):
+        row = windows.reshape(1, -1)
+        length = min(OVERLAP_RUN, calibration.shape[1], row.shape[1])
+        if len(np.intersect1d(_runs(calibration, length), _runs(row, length))):
             raise UserError(
-                f"calibration: its text overlaps data.{name} ({length} tokens in a row stand in both); "
-                "a model must not be evaluated on what it was calibrated with: choose another text or path"
+                f"calibration: its text overlaps data.{name} ({length} tokens in a row stand in both); {ADVICE}"
             )
+
+
+def refuse_same_text(calibration: Windows, evaluation: dict[str, Windows]) -> None:
+    """Raise `UserError` where both come from the very same text, even if the crops miss each other."""
+    for name, windows in evaluation.items():
+        if calibration.protocol["text_sha256"] == windows.protocol["text_sha256"]:
+            raise UserError(f"calibration: it reads the same text as data.{name}; {ADVICE}")

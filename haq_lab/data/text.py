@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from haq_lab.errors import UserError, nearest
+from haq_lab.paths import cache_folder
 
 Split = Literal["train", "validation", "test"]
 
@@ -61,24 +65,54 @@ def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[s
         if FORMATS[file.suffix] == "text":  # read here: it also takes Windows line ends and stray bytes
             return file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         try:
-            rows = datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
+            rows = datasets.load_dataset(
+                FORMATS[file.suffix],
+                data_files=glob.escape(str(file)),
+                split="train",
+                cache_dir=str(cache_folder() / "datasets"),
+            )
         except (DatasetGenerationError, OSError, ValueError) as error:
             raise UserError(f"{setting}: '{file}' cannot be read as {FORMATS[file.suffix]} ({error})") from error
         if "text" not in rows.column_names:
-            raise UserError(f"{setting}: '{file}' has no field 'text' (it has {', '.join(rows.column_names)})")
-        return list(rows["text"])
+            fields = ", ".join(rows.column_names)
+            raise UserError(
+                f"{setting}: '{file}' has no field 'text' (it has {fields}){nearest('text', rows.column_names)}"
+            )
+        documents = list(rows["text"])
+        if not all(isinstance(document, str) for document in documents):
+            raise UserError(f"{setting}: '{file}' has rows whose 'text' is not a text")
+        return documents
     if text not in HUB:
         raise UserError(f"{setting}: a file is needed (plain text, JSON lines or parquet)")
     hub = HUB[text]
     files = None if hub.files is None else {split: hub.files[split]}
     try:
-        return list(datasets.load_dataset(hub.repository, hub.configuration, data_files=files, split=split)["text"])
+        with _hub_or_its_cache():
+            rows = datasets.load_dataset(hub.repository, hub.configuration, data_files=files, split=split)
+            return list(rows["text"])
     except Exception as error:  # the hub client has no common base for what can go wrong on a network
         raise UserError(
             f"{text}: the hub did not give {hub.repository} ({type(error).__name__}). Give it network, or a local "
             f"copy: {setting}=FILE (plain text, JSON lines or parquet); data=[python_docs] "
             "calibration=python_docs needs neither"
         ) from error
+
+
+@contextmanager
+def _hub_or_its_cache() -> Iterator[None]:
+    """Where the hub does not answer, ask only what was downloaded before: `datasets` would try for half a minute."""
+    import datasets
+    from huggingface_hub import constants, get_session
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of whatever the client is built on
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def python_docs(part: Literal["calibration", "evaluation"]) -> str:

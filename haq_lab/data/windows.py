@@ -172,6 +172,8 @@ def random_crops(
     draw = random.Random(seed)
     encoded: dict[int, Tensor] = {}
     crops: list[Tensor] = []
+    if not documents:
+        raise UserError(f"{setting}: the text is empty")
     while len(crops) < count:
         number = draw.randint(0, len(documents) - 1)
         if number not in encoded:

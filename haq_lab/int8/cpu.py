@@ -37,17 +37,14 @@ CANDIDATES: tuple[Product, ...] = (_int_mm, _float_chunks)
 def is_exact(product: Product, rows: int, outputs: int, columns: int) -> bool:
     """Whether `product` equals the reference on random and on extreme values of this shape."""
     generator = torch.Generator().manual_seed(0)
-    shape = {"dtype": torch.int8, "generator": generator}
-    draws = [
-        (
-            torch.randint(-127, 128, (rows, columns), **shape),
-            torch.randint(-127, 128, (outputs, columns), **shape),
-        ),
-        (
-            torch.full((rows, columns), 127, dtype=torch.int8),
-            torch.full((outputs, columns), -127, dtype=torch.int8),
-        ),
-    ]
+
+    def draw(count: int) -> Tensor:
+        return torch.randint(-127, 128, (count, columns), dtype=torch.int8, generator=generator)
+
+    def full(count: int, value: int) -> Tensor:
+        return torch.full((count, columns), value, dtype=torch.int8)
+
+    draws = [(draw(rows), draw(outputs)), *((full(rows, 127), full(outputs, value)) for value in (127, -127))]
     reference = ReferenceBackend()
     try:
         return all(torch.equal(product(x, w), reference.accumulate(x, w)) for x, w in draws)

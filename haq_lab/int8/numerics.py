@@ -17,8 +17,9 @@ QMAX = 127
 
 
 def scale_of(maximum: Tensor, qmax: int = QMAX) -> Tensor:
-    """The float32 scale that maps `maximum` (>= 0) to `qmax`; 1 where the maximum is zero."""
-    return torch.where(maximum > 0, maximum / qmax, 1.0).to(torch.float32)
+    """The float32 scale that maps `maximum` (>= 0) to `qmax`; 1 where the maximum is zero (or its scale would be)."""
+    scale = maximum.to(torch.float32) / qmax
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def round_to_grid(x: Tensor, scale: Tensor | float, qmax: int = QMAX) -> Tensor:

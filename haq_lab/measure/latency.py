@@ -37,17 +37,17 @@ class Latency:
     @torch.no_grad()
     def __call__(self, study: Study) -> dict[str, float]:
         study.progress("latency")
-        room = study.model.max_tokens - self.decode_tokens
+        decode_tokens = min(self.decode_tokens, study.model.max_tokens - 1)
+        prompt_tokens = min(self.prompt_tokens, study.model.max_tokens - decode_tokens)
         generator = torch.Generator().manual_seed(0)
-        vocabulary = study.model.config.vocab_size
-        prompt = torch.randint(0, vocabulary, (1, max(1, min(self.prompt_tokens, room))), generator=generator)
+        prompt = torch.randint(0, study.model.config.vocab_size, (1, prompt_tokens), generator=generator)
         for _ in range(self.warmup):
-            self._generate(study.whole, prompt)
+            _generate(study.whole, prompt, decode_tokens)
         prefill: list[float] = []
         decode: list[float] = []
         started = time.perf_counter()
         while len(prefill) < self.iterations or time.perf_counter() - started < self.seconds:
-            first, others = self._generate(study.whole, prompt)
+            first, others = _generate(study.whole, prompt, decode_tokens)
             prefill.append(first)
             decode += others
         milliseconds = 1e3 * np.array(decode)
@@ -60,14 +60,14 @@ class Latency:
             "latency.tokens_per_s": 1e3 / float(milliseconds.mean()),
         }
 
-    def _generate(self, model: nn.Module, prompt: Tensor) -> tuple[float, list[float]]:
-        """Seconds of the prefill, and of each decoded token."""
+
+def _generate(model: nn.Module, prompt: Tensor, count: int) -> tuple[float, list[float]]:
+    """Seconds of the prefill, and of each of `count` decoded tokens."""
+    tokens, cache = prompt, None
+    seconds = []
+    for _ in range(1 + count):
         start = time.perf_counter()
-        output = model(prompt, use_cache=True, logits_to_keep=1)
-        seconds = []
-        for _ in range(self.decode_tokens + 1):
-            token = output.logits[:, -1:].argmax(-1)
-            seconds.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            output = model(token, cache=output.cache, use_cache=True)
-        return seconds[0], seconds[1:]
+        output = model(tokens, cache=cache, use_cache=True, logits_to_keep=1)
+        tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
+        seconds.append(time.perf_counter() - start)
+    return seconds[0], seconds[1:]

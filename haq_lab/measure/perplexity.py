@@ -7,6 +7,7 @@ window but its first, windows not overlapping.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
+from haq_lab.onepass import Level
 
-METRIC = {"fp": "perplexity_fp", "smoothed": "perplexity_smoothed_fp", "quantized": "perplexity"}
+METRIC: dict[Level, str] = {"fp": "perplexity_fp", "smoothed": "perplexity_smoothed_fp", "quantized": "perplexity"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Perplexity:
     evaluates: ClassVar[bool] = True
 
     def __call__(self, study: Study) -> dict[str, float]:
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, windows in study.windows.items():
             study.progress(f"perplexity on {name}")
             metrics |= score(study.model, windows, study.passed.hidden[name], name)
@@ -35,7 +37,7 @@ class Perplexity:
 
 
 @torch.no_grad()
-def score(model: LayeredModel, windows: Tensor, hidden: dict[str, Tensor], dataset: str) -> dict[str, float]:
+def score(model: LayeredModel, windows: Tensor, hidden: Mapping[Level, Tensor], dataset: str) -> dict[str, float]:
     """Metrics of one dataset from the hidden states after the last layer.
 
     Args:
@@ -47,7 +49,7 @@ def score(model: LayeredModel, windows: Tensor, hidden: dict[str, Tensor], datas
         `token_agreement.<dataset>` (share of positions with the same most likely token). Without a quantizer
         the model's perplexity is the full-precision one.
     """
-    nll = dict.fromkeys(hidden, 0.0)
+    nll: dict[Level, float] = dict.fromkeys(hidden, 0.0)
     divergence = agreement = 0.0
     for number, window in enumerate(windows):
         targets = window[1:]

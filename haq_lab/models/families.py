@@ -74,15 +74,20 @@ FAMILIES: tuple[Family, ...] = (
             _RELU_MLP,
         ),
         smoothquant_strength=0.5,
-        applies=lambda config: config.do_layer_norm_before and config.activation_function == "relu",
+        applies=lambda config: (
+            config.do_layer_norm_before
+            and config.layer_norm_elementwise_affine
+            and config.activation_function == "relu"
+        ),
     ),
-    # OPT-350M normalises after the residual sum: its norms also feed the residual, so none can be folded.
+    # OPT-350M normalises after the residual sum: its norms also feed the residual, so none can be folded. Nor can
+    # norms without weights.
     Family(
         "opt",
         "model.decoder.layers",
         (*_attention(None, "out_proj"), Group("norm", None, ("fc1",)), _RELU_MLP),
         smoothquant_strength=0.5,
-        applies=lambda config: not config.do_layer_norm_before and config.activation_function == "relu",
+        applies=lambda config: config.activation_function == "relu",
     ),
     Family("llama", "model.layers", _LLAMA_GROUPS, smoothquant_strength=0.85),
     Family("mistral", "model.layers", _LLAMA_GROUPS, smoothquant_strength=0.8),
@@ -90,15 +95,25 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(config: Any) -> Family:
-    """The row for a transformers config.
+    """The first row that fits a transformers config.
 
     Raises `UserError` where the table has none: quantizing by guesswork would skip layers in silence.
     """
+    refuse_unknown(config.model_type)
     for family in FAMILIES:
         if family.model_type == config.model_type and family.applies(config):
             return family
-    known = sorted({family.model_type for family in FAMILIES})
     raise UserError(
-        f"model: architecture '{config.model_type}' (this variant of it) is not in the family table "
-        f"(haq_lab/models/families.py), which has {', '.join(known)}{nearest(config.model_type, known)}"
+        f"model: this variant of '{config.model_type}' is not in the family table (haq_lab/models/families.py); "
+        "its rows say which ones are"
     )
+
+
+def refuse_unknown(model_type: object) -> None:
+    """Raise `UserError` unless the table has an architecture of this name."""
+    known = sorted({family.model_type for family in FAMILIES})
+    if model_type not in known:
+        raise UserError(
+            f"model: architecture '{model_type}' is not in the family table (haq_lab/models/families.py), "
+            f"which has {', '.join(known)}{nearest(model_type, known)}"
+        )

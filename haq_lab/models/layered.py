@@ -14,19 +14,22 @@ embeddings) are captured from the model's own forward, never built by hand: they
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from haq_lab.errors import UserError
-from haq_lab.models.families import Family, family_of
+from haq_lab.models.families import Family, family_of, refuse_unknown
 from haq_lab.models.weights import Weights
 from haq_lab.quiet import quiet_transformers
 
 TOKENS_PER_BATCH = 4096  # bounds the activations in memory; larger gains nothing on a CPU
+COMPUTED = "rotary_emb.inv_freq"  # old checkpoints hold it in every layer, though it follows from the config
 
 
 class _Recorder(nn.Module):
@@ -47,10 +50,7 @@ class LayeredModel:
     """A checkpoint folder opened for reading layer by layer, computing in `dtype`."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
-        try:
-            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"model: config.json in {folder} cannot be used ({error})") from error
+        self.config = _read_config(folder)
         self.folder = folder
         self.dtype = dtype
         self.family: Family = family_of(self.config)
@@ -63,7 +63,7 @@ class LayeredModel:
 
     # The shell: everything but the layers.
 
-    def _bare(self, layers: int) -> nn.Module:
+    def _bare(self, layers: int) -> PreTrainedModel:
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers
         with quiet_transformers():
@@ -71,19 +71,22 @@ class LayeredModel:
 
     def _find_layer_class(self) -> type[nn.Module]:
         with torch.device("meta"):
-            return type(self._bare(1).get_submodule(self.family.layers)[0])  # type: ignore[index]
+            return type(self._bare(1).get_submodule(f"{self.family.layers}.0"))
 
-    def _build_shell(self) -> nn.Module:
+    def _build_shell(self) -> PreTrainedModel:
         shell = self._bare(0).eval()
         self.config._attn_implementation = shell.config._attn_implementation
         shell.config.num_hidden_layers = self.depth
-        self.recorders = nn.ModuleList(_Recorder() for _ in range(self.depth))
-        shell.set_submodule(self.family.layers, self.recorders)
+        self.recorders = [_Recorder() for _ in range(self.depth)]
+        shell.set_submodule(self.family.layers, nn.ModuleList(self.recorders))
         outside = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
         tensors = {self._module_name(name): tensor for name, tensor in self.weights.read(outside, self.dtype).items()}
-        result = shell.load_state_dict(tensors, strict=False)
+        try:
+            result = shell.load_state_dict(tensors, strict=False)
+        except RuntimeError as error:
+            raise UserError(f"model: the tensors of {self.folder} do not fit its config: {error}") from error
         tied = set(shell.all_tied_weights_keys)
-        missing = [name for name in result.missing_keys if name not in tied]
+        missing = sorted(set(result.missing_keys) - tied)
         if missing:
             raise UserError(f"model: {self.folder} lacks the tensors {', '.join(missing[:5])}")
         shell.tie_weights()
@@ -103,9 +106,13 @@ class LayeredModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"model: no usable tokenizer in {self.folder} ({error})") from error
+        # Where OPT's tokenizer files are missing, transformers makes one up that knows no text.
+        if not tokenizer.encode("text", add_special_tokens=False):
+            raise UserError(f"model: no usable tokenizer in {self.folder} (it has no vocabulary)")
+        return tokenizer
 
     def new_layer(self, index: int) -> nn.Module:
         """Decoder layer `index` without weights (on the meta device)."""
@@ -122,7 +129,7 @@ class LayeredModel:
         names = {
             name: self._module_name(name).removeprefix(prefix)
             for name in self.weights.names()
-            if self._module_name(name).startswith(prefix)
+            if self._module_name(name).startswith(prefix) and not name.endswith(COMPUTED)
         }
         tensors = {names[name]: tensor for name, tensor in self.weights.read(names, self.dtype).items()}
         try:
@@ -133,8 +140,7 @@ class LayeredModel:
 
     def embed(self, windows: Tensor) -> Tensor:
         """Token windows (n, t) int64 -> what the first decoder layer receives, (n, t, d)."""
-        batches = [self._shell_forward(batch).received for batch in windows.split(self.batch_size(windows))]
-        return torch.cat(batches)  # type: ignore[arg-type]
+        return torch.cat([self._embed(batch) for batch in windows.split(self.batch_size(windows))])
 
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """One decoder layer over hidden states (n, t, d), in batches; writes into `hidden` and returns it."""
@@ -158,14 +164,14 @@ class LayeredModel:
     def _arguments_for(self, length: int) -> list[dict[str, Any]]:
         """Each layer's own keyword arguments for windows of `length` tokens; they broadcast over a batch."""
         if length not in self._arguments:
-            self._shell_forward(torch.zeros(1, length, dtype=torch.long))
+            self._embed(torch.zeros(1, length, dtype=torch.long))
             self._arguments = {length: [recorder.arguments for recorder in self.recorders]}
         return self._arguments[length]
 
-    def _shell_forward(self, tokens: Tensor) -> _Recorder:
-        base = self.shell.get_submodule(self.family.layers.split(".")[0])
-        base(tokens, use_cache=False)
-        return self.recorders[0]  # type: ignore[return-value]
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """A forward without the head, which leaves each layer's arguments in the recorders."""
+        self.shell.base_model(tokens, use_cache=False)
+        return cast(Tensor, self.recorders[0].received)
 
     def batch_size(self, windows: Tensor) -> int:
         """How many windows (n, t, ...) run at once."""
@@ -173,19 +179,32 @@ class LayeredModel:
 
     def assemble(self, layers: list[nn.Module]) -> nn.Module:
         """The whole transformers model with `layers` in place: for generation and latency."""
-        model = copy.copy(self.shell)
-        model._modules = dict(self.shell._modules)
-        parent_name, _, name = self.family.layers.rpartition(".")
-        parent = model
-        for part in parent_name.split("."):
-            child = copy.copy(parent._modules[part])
-            child._modules = dict(child._modules)  # type: ignore[union-attr]
+        whole = parent = _shallow(self.shell)
+        *path, name = self.family.layers.split(".")
+        for part in path:
+            child = _shallow(parent.get_submodule(part))
             parent._modules[part] = child
-            parent = child  # type: ignore[assignment]
+            parent = child
         parent._modules[name] = nn.ModuleList(layers)
-        return model
+        return whole
 
     @property
     def max_tokens(self) -> int:
         """The longest window that the model has positions for."""
         return self.config.max_position_embeddings
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy that shares the parameters and the children, and can be given others."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _read_config(folder: Path) -> Any:
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        refuse_unknown(fields.get("model_type"))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"model: config.json in {folder} cannot be used ({error})") from error

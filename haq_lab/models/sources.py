@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import pickle
+import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from filelock import FileLock
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from haq_lab.errors import UserError
@@ -145,8 +149,8 @@ class TinyModel:
     """
 
     architecture: Literal["opt", "llama"]
-    layers: int = 2
-    hidden: int = 64
+    layers: Annotated[int, Field(ge=1)] = 2
+    hidden: Annotated[int, Field(ge=32, multiple_of=32)] = 64
     seed: int = 0
 
     @property
@@ -160,7 +164,7 @@ class TinyModel:
         )
 
 
-def _made_once(name: str, make) -> Path:
+def _made_once(name: str, make: Callable[[Path], None]) -> Path:
     """The cache folder `name`, made under a lock if it is not there yet."""
     models = cache_folder() / "models"
     models.mkdir(parents=True, exist_ok=True)
@@ -178,12 +182,17 @@ def _convert_gguf(path: Path, target: Path) -> None:
     from haq_lab.quiet import quiet_transformers
 
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+            raise UserError(
+                f"model.path: '{path}' is damaged, or not of a kind transformers reads ({error})"
+            ) from error
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(target)
@@ -199,6 +208,11 @@ def _convert_pickles(folder: Path, pickles: list[Path], target: Path) -> None:
         if path.is_file() and path.suffix not in (".bin", ".msgpack", ".h5", ".ot"):
             shutil.copy(path, target)
     for path in pickles:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            raise UserError(
+                f"model.name: '{path}' is damaged, or holds more than tensors ({type(error).__name__})"
+            ) from error
         tensors = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
         save_file(tensors, target / f"{path.stem}.safetensors", metadata={"format": "pt"})

@@ -6,6 +6,7 @@ they have what quantization is about: activations with outlier channels."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,6 +17,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+
+from haq_lab.quiet import quiet_transformers
 
 END = "<|end|>"
 
@@ -31,7 +34,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _config(architecture: str, layers: int, hidden: int) -> PreTrainedConfig:
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": 257,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -59,5 +62,6 @@ def build_tiny(folder: Path, architecture: str, layers: int, hidden: int, seed: 
                     parameter.copy_(torch.where(outliers, 12.0, 1.0) * (0.5 + torch.rand_like(parameter)))
                 elif name.endswith("bias"):
                     parameter.normal_(std=0.1)
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

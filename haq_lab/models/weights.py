@@ -53,7 +53,10 @@ def _shards(folder: Path) -> list[Path]:
     """The files an index names, else all safetensors of the folder."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"model: '{index}' is not a readable index ({error})") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(f"model: {index} names '{missing[0]}', which is not there")
@@ -61,7 +64,7 @@ def _shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _open(path: Path):
+def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

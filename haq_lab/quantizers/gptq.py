@@ -29,7 +29,8 @@ class GPTQ(Quantizer):
         return Needs(inputs=True, hessian=True)
 
     def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
-        assert statistics is not None and statistics.hessian is not None
+        assert statistics is not None
+        assert statistics.hessian is not None
         factor = factorize(statistics.hessian, self.damp, self.act_order)
         if factor is None:
             nearest = Quantizer.solve(self, weight, statistics, activation)

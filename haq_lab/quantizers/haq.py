@@ -6,7 +6,7 @@ one for the other:
     weights      tr(dW' H' dW'^T)      with H' = D^-1 H D^-1
     activations  E ||dX' W'^T||^2      under the activation scheme in force
 
-1. `adaptive`: each group takes the strength with the least sum of the two (`errors.py`).
+1. `adaptive`: each group takes the factor with the least sum of the two, predicted (`errors.py`).
 2. `fold`: the down and output projections are smoothed too, through the rows of up and value projections.
 3. `scale_search`, `act_order`: the weights are solved under H' by GPTQ, with searched row scales.
 4. `asymmetric`: the weights are solved for the input that the quantised model really sees (GPTAQ, 2504.02692).
@@ -14,6 +14,9 @@ one for the other:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -23,25 +26,63 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.models.families import Family, FoldKind, Group
-from haq_lab.quantizers.base import Quantizer, Smoothing
+from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solution
+from haq_lab.quantizers.errors import StaticNoise, dynamic_noise, solved_weight_error
+from haq_lab.quantizers.grid import round_to_nearest, row_scale, searched_row_scale
 from haq_lab.quantizers.smoothing import Channels, factor_of
+from haq_lab.quantizers.solver import Factor, factorize, solve
 
+Scheme = Literal["token", "tensor", "static"]
 STRENGTHS = tuple(step / 16 for step in range(17))
+TRUST = 0.25  # of the asymmetric correction: a regression on calibration text, shrunk as GPTQModel shrinks it
+
+
+class Predictor:
+    """The output error that a smoothing factor will leave: of the weights and of the activations.
+
+    Args:
+        weight: (n, k) the consumers' stacked weights, before smoothing.
+        statistics: Of their input, before smoothing.
+        solver: The factor of the input's Hessian; where it has none, the weights' part is left out.
+    """
+
+    def __init__(self, weight: Tensor, statistics: InputStatistics, solver: Factor | None, bits: int):
+        self._weight, self._bits = weight, bits
+        self._variance = torch.zeros(weight.shape[1]) if solver is None else solver.conditional_variance()
+        self._energy = weight.square().sum(dim=0)
+        self._ranges = replace(statistics, hessian=None, cross=None)
+
+    @cached_property
+    def _static(self) -> StaticNoise:
+        return StaticNoise(self._ranges)
+
+    def error(self, scheme: Scheme, factor: Tensor) -> float:
+        """Predicted error under a scheme, for a factor (k,)."""
+        rows = row_scale(self._weight * factor, self._bits)
+        rounding = solved_weight_error(rows, self._variance / factor.square())
+        if scheme == "static":
+            return rounding + self._static.best_scale(factor, self._energy)[1]
+        noise = dynamic_noise(self._ranges.divided_by(factor), per_row=scheme == "token")
+        return rounding + float(noise @ (self._energy * factor.square()))
+
+    def least(self, scheme: Scheme, candidates: list[Smoothing]) -> Smoothing:
+        """The candidate with the least predicted error."""
+        return min(candidates, key=lambda candidate: self.error(scheme, candidate.factor))
 
 
 @dataclass(frozen=True)
 class HAQ(Quantizer):
     """Args:
     activations: As for every quantizer, or `auto`: static where it costs little, token-dynamic elsewhere.
-    adaptive: Choose each group's strength by its predicted error; else `strength` everywhere.
+    adaptive: Choose each group's factor by its predicted error; else `strength` everywhere.
     strength: The strength where `adaptive` is off.
     fold: What smoothing is folded into: norms, value (for the output projection), up (for down).
-    scale_search: Choose each row's scale by its Hessian-weighted error, else max|w| / 127.
+    scale_search: Choose each row's scale by its Hessian-weighted error, else max|w| / qmax.
     act_order: Solve the columns by falling diag(H').
     asymmetric: Solve for the quantised model's own input.
     damp: Share of mean(diag H') added to the diagonal.
-    auto_tolerance: With `auto`, the share of the output's energy that a static scale may lose, beyond what
-        token-dynamic scales lose.
+    auto_limit: With `auto`, an input is static where that makes its predicted error at most so many times
+        what it is with token-dynamic scales.
     """
 
     activations: Literal["token", "tensor", "static", "auto"] = "token"  # type: ignore[assignment]
@@ -52,34 +93,96 @@ class HAQ(Quantizer):
     act_order: bool = True
     asymmetric: bool = True
     damp: Annotated[float, Field(gt=0, le=1)] = 0.01
-    auto_tolerance: Annotated[float, Field(ge=0)] = 1e-4
+    auto_limit: Annotated[float, Field(ge=1)] = 3.0
 
     @property
     def needs(self) -> Needs:
         return Needs(inputs=True, hessian=True, cross=self.asymmetric, sample=True)
 
+    # 1. and 2. Smoothing.
+
     def smoothing(
-        self,
-        group: Group,
-        family: Family,
-        weight: Tensor,
-        statistics: InputStatistics | None,
-        channels: Channels,
+        self, group: Group, family: Family, weight: Tensor, statistics: InputStatistics | None, channels: Channels
     ) -> Smoothing | None:
         if group.kind not in self.fold:
             return None
         assert statistics is not None
-        weight_max = weight.abs().amax(dim=0)
-        activation_max = channels.shared_max(statistics.channel_max)
-        shared_weight_max = channels.shared_max(weight_max)
+        candidates = list(self._candidates(weight, statistics, channels))
         if not self.adaptive:
-            return Smoothing(factor_of(activation_max, shared_weight_max, self.strength), self.strength)
-        best: Smoothing | None = None
-        error_of = self._predictor(weight, statistics)
-        least = error_of(torch.ones_like(weight_max))
-        for strength in STRENGTHS:
-            factor = factor_of(activation_max, shared_weight_max, strength)
-            error = error_of(factor)
-            if error < least:
-                best, least = Smoothing(factor, strength), error
-        return best
+            return candidates[0]
+        predictor = Predictor(weight, statistics, self._factor(statistics.hessian), self.weight_bits)
+        if self.activations != "auto":
+            return predictor.least(self.activations, candidates)
+        static, token = predictor.least("static", candidates), predictor.least("token", candidates)
+        return static if self._prefers_static(predictor, static.factor) else token
+
+    def _candidates(self, weight: Tensor, statistics: InputStatistics, channels: Channels) -> Iterator[Smoothing]:
+        """Factors to choose from: SmoothQuant's form, over what stands for a channel's size.
+
+        Its maximum covers outliers, its root mean square what most tokens lose; the geometric mean lies between.
+        """
+        assert statistics.hessian is not None
+        weight_max = channels.shared_max(weight.abs().amax(dim=0))
+        largest = channels.shared_max(statistics.channel_max)
+        if not self.adaptive:
+            yield Smoothing(factor_of(largest, weight_max, self.strength), self.strength)
+            return
+        typical = channels.shared_max(statistics.hessian.diagonal().sqrt())
+        yield Smoothing(torch.ones_like(weight_max), 0.0)
+        for size in (largest, (largest * typical).sqrt(), typical):
+            for strength in STRENGTHS:
+                yield Smoothing(factor_of(size, weight_max, strength), strength)
+
+    # Activations.
+
+    def _prefers_static(self, predictor: Predictor, factor: Tensor) -> bool:
+        return predictor.error("static", factor) <= self.auto_limit * predictor.error("token", factor)
+
+    def activation(self, weight: Tensor, statistics: InputStatistics | None) -> ActivationChoice:
+        assert statistics is not None
+        scheme = self.activations
+        if scheme == "auto":
+            predictor = Predictor(weight, statistics, self._factor(statistics.hessian), self.weight_bits)
+            scheme = "static" if self._prefers_static(predictor, torch.ones(weight.shape[1])) else "token"
+        if scheme != "static":
+            return ActivationChoice(scheme)
+        scale, _ = StaticNoise(statistics).best_scale(torch.ones(weight.shape[1]), weight.square().sum(dim=0))
+        return ActivationChoice("static", scale)
+
+    # 3. and 4. Weights.
+
+    def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
+        assert statistics is not None
+        assert statistics.hessian is not None
+        hessian, target = statistics.hessian, weight
+        if statistics.cross is not None:
+            # What the linear multiplies is x + e: the rounding noise e adds to H and not to the cross moment.
+            if activation.scale is not None:
+                noise = torch.diag(StaticNoise(statistics)(activation.scale.expand(len(hessian))))
+            else:
+                noise = torch.diag(dynamic_noise(statistics, per_row=activation.scheme == "token"))
+            hessian = hessian + noise
+            target = self._corrected(weight, hessian, statistics.cross - noise)
+        factor = self._factor(hessian)
+        if factor is None:
+            scale = row_scale(weight, self.weight_bits)
+            return Solution(round_to_nearest(weight, scale, self.weight_bits), scale, {"fallback": "rtn"})
+        if self.scale_search:
+            scale = searched_row_scale(target, factor.conditional_variance(), self.weight_bits)
+        else:
+            scale = row_scale(target, self.weight_bits)
+        notes = {"damp": factor.damp, "dead_columns": int(factor.dead.sum())}
+        return Solution(solve(target, factor, scale, self.weight_bits), scale, notes)
+
+    def _factor(self, hessian: Tensor | None) -> Factor | None:
+        assert hessian is not None
+        return factorize(hessian, self.damp, self.act_order)
+
+    def _corrected(self, weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+        """The weights that map the quantised model's input to the full-precision output, in the least squares
+        sense: W + W C (H + damp)^-1 with C = E[(x_fp - x) x^T], a part of the way (`TRUST`)."""
+        damped = hessian + torch.eye(len(hessian)) * self.damp * hessian.diagonal().mean()
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed or not torch.isfinite(cross).all():
+            return weight
+        return weight + TRUST * torch.cholesky_solve((weight @ cross).t(), lower).t()

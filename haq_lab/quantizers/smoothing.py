@@ -6,6 +6,8 @@ computes what it did before; only the ranges have moved.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +33,9 @@ class Channels:
     def __init__(self, group: Group, layer: nn.Module, channels: int):
         self.rows = torch.arange(channels)
         if group.kind == "value" and group.source is not None:
-            attention = layer.get_submodule(group.source.rpartition(".")[0])
-            head, rows = int(attention.head_dim), layer.get_submodule(group.source).weight.shape[0]
-            repeats = channels // rows
+            attention: Any = layer.get_submodule(group.source.rpartition(".")[0])
+            head: int = attention.head_dim
+            repeats = channels // len(_weight(layer, group.source))
             self.rows = self.rows // head // repeats * head + self.rows % head
         self.source_rows = int(self.rows.max()) + 1
 
@@ -57,15 +59,20 @@ def fold(layer: nn.Module, group: Group, factor: Tensor, channels: Channels) -> 
     assert group.source is not None, "a group without a source cannot be smoothed"
     source = layer.get_submodule(group.source)
     rows = channels.per_row(factor)
-    output_scale: Tensor = getattr(source, "weight_scale", source.weight)  # type: ignore[assignment]
+    assert torch.equal(rows[channels.rows], factor), "channels that share a row of the source need one factor"
+    output_scale = cast(Tensor, getattr(source, "weight_scale", source.weight))
     output_scale.div_(rows if output_scale.dim() == 1 else rows[:, None])
-    bias = getattr(source, "bias", None)
+    bias: Tensor | None = getattr(source, "bias", None)
     if bias is not None:
         bias.div_(rows)
     for name in group.consumers:
-        layer.get_submodule(name).weight.mul_(factor)  # type: ignore[union-attr]
+        _weight(layer, name).mul_(factor)
 
 
 def stacked(layer: nn.Module, group: Group) -> Tensor:
     """The consumers' weights on top of each other: (sum of n, k)."""
-    return torch.cat([layer.get_submodule(name).weight for name in group.consumers])  # type: ignore[misc]
+    return torch.cat([_weight(layer, name) for name in group.consumers])
+
+
+def _weight(layer: nn.Module, name: str) -> Tensor:
+    return cast(Tensor, layer.get_submodule(name).weight)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,23 @@ class RunFolder:
         )
         left = [self.path / name for name in names if (self.path / name).exists()]
         if any(item.name == "results.json" for item in left):
-            archive = self.path / ARCHIVE / time.strftime("%Y%m%d-%H%M%S")
-            archive.mkdir(parents=True, exist_ok=True)
+            archive = self._archive()
             for item in left:
                 item.replace(archive / item.name)
         else:
             for item in left:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
         write_text(self.path / "config.yaml", config_yaml)
+
+    def _archive(self) -> Path:
+        """A new folder for earlier results, named by the time."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for name in (stamp, *(f"{stamp}-{number}" for number in range(2, 1000))):
+            folder = self.path / ARCHIVE / name
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                return folder
+        raise FileExistsError(f"{self.path / ARCHIVE} has a thousand results of {stamp}")
 
     def event(self, name: str, **facts: Any) -> None:
         """Append a line to `events.jsonl`."""
@@ -77,9 +87,12 @@ class RunFolder:
         return results
 
     def fail(self, run: dict[str, Any], error: BaseException) -> None:
-        """Write `error.json`."""
-        content = {"type": type(error).__name__, "message": str(error)}
-        write_json(self.path / "error.json", {"schema": SCHEMA, "run": run, "config": self.config, "error": content})
+        """Write `error.json`, where that is possible: a full disk must not hide the error itself."""
+        content = {"type": type(error).__name__, "message": str(error) or type(error).__name__}
+        with suppress(OSError):
+            write_json(
+                self.path / "error.json", {"schema": SCHEMA, "run": run, "config": self.config, "error": content}
+            )
 
 
 def read_results(path: Path) -> dict[str, Any] | None:

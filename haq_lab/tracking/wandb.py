@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ import pandas as pd
 from pydantic.dataclasses import dataclass
 
 from haq_lab.tracking.run_folder import RunFolder
+
+LONGEST = 128  # W&B's limit for names and groups
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Wandb:
             with _kept_inside(folder.path):
                 self._log(folder, name, group, metrics, layers, figures)
         except Exception as error:  # a run never fails because W&B does
-            folder.event("wandb_failed", error=f"{type(error).__name__}: {error}")
+            with suppress(OSError):
+                folder.event("wandb_failed", error=f"{type(error).__name__}: {error}")
 
     def _log(
         self,
@@ -54,11 +57,11 @@ class Wandb:
     ) -> None:
         import wandb
 
-        settings = wandb.Settings(silent=True, console="off", init_timeout=20)
+        settings = wandb.Settings(silent=True, console="off", init_timeout=20, login_timeout=20, finish_timeout=120)
         run = wandb.init(
             project=self.project,
-            name=name,
-            group=group,
+            name=name[:LONGEST],
+            group=group and group[-LONGEST:],
             config=folder.config,
             mode=self.mode,
             dir=str(folder.path),

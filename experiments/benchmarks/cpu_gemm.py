@@ -1,0 +1,165 @@
+"""INT8 products on the CPU against torch's, side by side; JSON as the last line.
+
+    python experiments/benchmarks/cpu_gemm.py --threads 1
+
+Decode (M = 1 to 4): the rate at which weights stream from memory, over the read bandwidth measured between
+the runs with the same threads. Each shape rotates over matrices that fill `--pool-mb`, far beyond the last
+cache, and each call goes through Python as a model's would. Prefill (M = 512): time against fp32 `torch.mm`
+and against torch's exact int8 path, `torch._int_mm`, alone (`accumulate`) and with torch's own quantisation
+and epilogue (`linear`). The best of interleaved repetitions counts; a busy machine shows in `spread`.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from haq_lab.int8 import native
+
+# (N, K) of SmolLM2-135M (q and o; k and v; gate and up; down; head) and Mixtral (w1; w2); then q/k/v and
+# gate/up of SmolLM2 as one.
+PREFILL = [(576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576), (14336, 4096), (4096, 14336)]
+DECODE = [*PREFILL, (960, 576), (3072, 576)]
+
+
+def machine() -> str:
+    """The CPU's name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
+    """(best, median) seconds of each call, the calls taking turns."""
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if repeat:  # the first warms up
+                took[name].append(time.perf_counter() - start)
+    return {name: (min(t), sorted(t)[len(t) // 2]) for name, t in took.items()}
+
+
+def at(isa: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call with this instruction set."""
+
+    def run() -> None:
+        with native.forced_isa(isa):
+            call()
+
+    return run
+
+
+def torch_int8(x: torch.Tensor, qw: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The same product in torch: quantise the rows, `_int_mm` on the transposed view, scale."""
+    sx = x.abs().amax(dim=1, keepdim=True) / 127
+    q = torch.round(x / sx).clamp(-127, 127).to(torch.int8)
+    return torch._int_mm(q, qw.t()).float() * sx * scale
+
+
+def prefill(n: int, k: int, m: int, repeats: int) -> dict:
+    """Ratios at M rows: above 1 is faster than what is named after `over`."""
+    x, qw = torch.randn(m, k), torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    qx, w, scale, out = (
+        torch.randint(-127, 128, (m, k), dtype=torch.int8),
+        qw.float(),
+        torch.rand(n),
+        torch.empty(m, n),
+    )
+    sums = torch.empty(m, n, dtype=torch.int32)
+    packed = native.pack(qw)
+    linear = native.Linear(packed, scale)
+    exact = torch.equal(torch._int_mm(qx, qw.t()), native.accumulate(qx, packed))
+    calls = {
+        "fp32": lambda: torch.mm(x, w.t(), out=out),
+        "int_mm": lambda: torch._int_mm(qx, qw.t(), out=sums),
+        "torch_int8": lambda: torch_int8(x, qw, scale),
+        "accumulate": lambda: native.accumulate(qx, packed, sums),
+    }
+    calls |= {isa: at(isa, lambda: linear(x, out)) for isa in native.isas() if isa != "scalar"}
+    took = times(calls, repeats)
+    best = {name: t[0] for name, t in took.items()}
+    return {
+        "N": n,
+        "K": k,
+        "M": m,
+        "int_mm_exact_here": exact,
+        "gops": {name: round(2e-9 * m * n * k / t, 1) for name, t in best.items()},
+        "accumulate_over_int_mm": round(best["int_mm"] / best["accumulate"], 3),
+        "linear_over_torch_int8": round(best["torch_int8"] / best[native.isa()], 3),
+        "linear_over_fp32": {i: round(best["fp32"] / best[i], 2) for i in native.isas() if i in best},
+        "spread": round(max(median / least for least, median in took.values()), 2),
+    }
+
+
+def decode(n: int, k: int, pool: int, repeats: int) -> dict:
+    """Bytes of weights a second over the read bandwidth, at M = 1 to 4."""
+    weights = [
+        native.pack(torch.randint(-127, 128, (n, k), dtype=torch.int8)) for _ in range(pool // (n * k))
+    ]
+    scale = torch.rand(n)
+    data = native.pack(torch.ones(pool // 4096, 4096, dtype=torch.int8)).data  # in huge pages, as weights are
+    linears = [native.Linear(packed, scale) for packed in weights]
+    calls: dict[str, Callable[[], object]] = {"read": lambda: native.read_bytes(data)}
+
+    def rotate(m: int) -> Callable[[], None]:
+        x, out = torch.randn(m, k), torch.empty(m, n)
+
+        def run() -> None:
+            for linear in linears:
+                linear(x, out)
+
+        return run
+
+    names = [(m, isa) for m in (1, 2, 3, 4) for isa in native.isas() if isa != "scalar"]
+    calls |= {f"{isa} M={m}": at(isa, rotate(m)) for m, isa in names}
+    took = times(calls, repeats)
+    read = pool / took["read"][0]
+    rate = {name: len(linears) * n * k / t[0] for name, t in took.items() if name != "read"}
+    return {
+        "N": n,
+        "K": k,
+        "read_gb_per_s": round(read / 1e9, 1),
+        "share_of_read": {name: round(r / read, 3) for name, r in rate.items()},
+        "spread": round(max(median / least for least, median in took.values()), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--pool-mb", type=int, default=400, help="weights to rotate over, a shape")
+    parser.add_argument("--only", choices=["prefill", "decode"])
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    result: dict = {
+        "machine": machine(),
+        "threads": arguments.threads,
+        "isas": native.isas(),
+        "torch": torch.__version__,
+    }
+    if arguments.only != "decode":
+        result["prefill"] = []
+        for n, k in PREFILL:
+            result["prefill"].append(prefill(n, k, 512, arguments.repeats))
+            print(result["prefill"][-1], flush=True)
+    if arguments.only != "prefill":
+        result["decode"] = []
+        for n, k in DECODE:
+            result["decode"].append(decode(n, k, arguments.pool_mb << 20, arguments.repeats))
+            print(result["decode"][-1], flush=True)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+// The C functions that haq_lab/int8/native.py calls. Pointers are to contiguous arrays; shapes are checked by
+// the caller. Those that can fail return 0, or 1 when there is not enough memory.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+#include "gemm.h"
+#include "parallel.h"
+
+using namespace haq;
+
+namespace {
+
+const Kernels* const kLevels[] = {
+    &kScalar,
+#if defined(__x86_64__)
+    &kAvx2, &kAvxVnni, &kAvx512Vnni,
+#endif
+};
+
+bool supported(int level) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (level == 1) return avx2;
+  if (level == 2) {
+    unsigned a = 7, c = 1, b, d; // CPUID leaf 7.1, EAX bit 4; older compilers have no name for it
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return avx2 && (a >> 4 & 1);
+  }
+  if (level == 3)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+#endif
+  return level == 0;
+}
+
+} // namespace
+
+extern "C" {
+
+// The instruction sets, worst first. Returns null past the last.
+const char* haq_level_name(int level) {
+  const int count = static_cast<int>(sizeof(kLevels) / sizeof(kLevels[0]));
+  return level >= 0 && level < count ? kLevels[level]->name : nullptr;
+}
+
+int haq_level_supported(int level) { return supported(level); }
+
+int64_t haq_packed_bytes(int64_t n, int64_t k) {
+  return (n + kPanel - 1) / kPanel * kPanel * ((k + kGroup - 1) / kGroup * kGroup);
+}
+
+// Asks for huge pages for memory not yet written: streaming weights from memory gains some 5 %.
+void haq_prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 4096;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE); // only advice
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Writes w (n, k) as the columns from `column` on of a packed matrix of depth k.
+void haq_pack(const int8_t* w, int64_t n, int64_t k, int64_t column, uint8_t* packed, int threads) {
+  const int64_t groups = (k + kGroup - 1) / kGroup;
+  parallel_for(n * k < 65536 ? 1 : threads, n, [&](int64_t i) {
+    const int64_t c = column + i;
+    uint8_t* out = packed + c / kPanel * groups * kGroupBytes + c % kPanel * kGroup;
+    for (int64_t j = 0; j < groups * kGroup; ++j)
+      out[j / kGroup * kGroupBytes + j % kGroup] =
+          static_cast<uint8_t>(128 + (j < k ? static_cast<int>(w[i * k + j]) : 0));
+  });
+}
+
+int haq_linear(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, const uint8_t* packed,
+               int64_t n, const float* weight_scale, const float* bias, float static_scale, void* out,
+               int out_kind) {
+  try {
+    multiply({kLevels[level], threads, x, static_cast<Kind>(x_kind), static_scale, packed, m, n, k},
+             {nullptr, nullptr, weight_scale, bias, out, static_cast<Kind>(out_kind), n});
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+void haq_quantize(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, float static_scale,
+                  int8_t* q, float* scale) {
+  const int64_t x_bytes = x_kind == kFloat ? 4 : 2;
+  parallel_for(m * k < 32768 ? 1 : threads, m, [&](int64_t row) {
+    kLevels[level]->quantize(static_cast<const uint8_t*>(x) + row * k * x_bytes, static_cast<Kind>(x_kind), k,
+                             static_scale, q + row * k, scale + row);
+  });
+}
+
+// out (m, n) = silu(gate) * up, where gate_up (m, 2n) holds gate | up in each row.
+void haq_silu_mul(int level, int threads, const void* gate_up, int kind, int64_t m, int64_t n, void* out) {
+  const int64_t bytes = n * (kind == kFloat ? 4 : 2);
+  parallel_for(m * n < 32768 ? 1 : threads, m, [&](int64_t row) {
+    const auto* gate = static_cast<const uint8_t*>(gate_up) + 2 * row * bytes;
+    kLevels[level]->silu_mul(gate, gate + bytes, static_cast<Kind>(kind), n,
+                             static_cast<uint8_t*>(out) + row * bytes);
+  });
+}
+
+// Reads `bytes` at `data` in blocks of 128 KiB; the sum keeps the compiler honest.
+uint64_t haq_read(int level, int threads, const uint8_t* data, int64_t bytes) {
+  constexpr int64_t block = 1 << 17;
+  std::atomic<uint64_t> sum{0};
+  parallel_for(threads, (bytes + block - 1) / block, [&](int64_t i) {
+    sum += kLevels[level]->read(data + i * block, std::min(block, bytes - i * block));
+  });
+  return sum;
+}
+
+} // extern "C"

@@ -1,0 +1,100 @@
+// AVX2: no instruction multiplies bytes without saturating sums of pairs, so both sides are widened to 16 bits
+// and vpmaddwd, which is exact, gives a column's 4 products as two sums of two. Activations are staged as
+// int16; weights are widened on the fly, or once for all tiles of a large product.
+#if defined(__x86_64__)
+#define HAQ_TARGET __attribute__((target("avx2,fma")))
+#define HAQ_STAGED int16_t
+#include "chunk_avx2.h"
+#include "rows.h"
+
+namespace haq {
+namespace {
+
+constexpr int kRows = 6;
+constexpr int kGroups = kChunk / 2 / kGroup; // groups in a chunk of a staged row of int16
+constexpr int kAhead = 4096;
+
+HAQ_TARGET inline __m256i load_weights(const uint8_t* w) { // 4 columns of 4 k
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+}
+HAQ_TARGET inline __m256i load_weights(const uint16_t* w) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+}
+
+template <int R, int V, class W> // R rows, V vectors of 4 columns (V even)
+HAQ_TARGET void tile_rows(const uint8_t* x, const W* w, int64_t groups, bool add, int32_t* acc) {
+  __m256i sum[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sum[r][v] = _mm256_setzero_si256();
+  for (; groups > 0; groups -= kGroups, x += kRows * kChunk) {
+    const int count = static_cast<int>(groups < kGroups ? groups : kGroups);
+    for (int g = 0; g < count; ++g, w += kGroupBytes) {
+      if (R <= 4 && sizeof(W) == 1) {
+        _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T0);
+        if (V > 4) _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + 64), _MM_HINT_T0);
+      }
+      __m256i weights[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) weights[v] = load_weights(w + v * 16);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        int64_t four;
+        std::memcpy(&four, x + r * kChunk + g * kGroup * 2, 8);
+        const __m256i q = _mm256_set1_epi64x(four);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+          // By hand, to keep the order: compilers let the products pile up and spill the sums.
+          const __m256i product = _mm256_madd_epi16(weights[v], q);
+          __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum[r][v]) : "x"(product));
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v += 2) {
+      // Add each column's two halves: (0 1 4 5 | 2 3 6 7), then in order.
+      __m256i columns = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sum[r][v], sum[r][v + 1]), 0xd8);
+      auto* out = reinterpret_cast<__m256i*>(acc + r * kPanel + v * 4);
+      if (add) columns = _mm256_add_epi32(columns, _mm256_loadu_si256(out));
+      _mm256_storeu_si256(out, columns);
+    }
+}
+
+template <int R, int V, class W>
+HAQ_TARGET void tile_panel(const uint8_t* x, const W* w, int64_t groups, bool add, int32_t* acc) {
+  for (int column = 0; column < kPanel; column += V * 4)
+    tile_rows<R, V>(x, w + column * kGroup, groups, add, acc + column);
+}
+
+template <class W>
+HAQ_TARGET void tile_any(int rows, const uint8_t* x, const W* w, int64_t groups, bool add, int32_t* acc) {
+  switch (rows) {
+    case 1: return tile_panel<1, 8>(x, w, groups, add, acc);
+    case 2: return tile_panel<2, 4>(x, w, groups, add, acc);
+    case 3: return tile_panel<3, 4>(x, w, groups, add, acc);
+    case 4: return tile_panel<4, 2>(x, w, groups, add, acc);
+    case 5: return tile_panel<5, 2>(x, w, groups, add, acc);
+    default: return tile_panel<6, 2>(x, w, groups, add, acc);
+  }
+}
+
+HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool wide, int64_t groups, bool add,
+                     int32_t* acc) {
+  if (wide) return tile_any(rows, x, static_cast<const uint16_t*>(panel), groups, add, acc);
+  return tile_any(rows, x, static_cast<const uint8_t*>(panel), groups, add, acc);
+}
+
+HAQ_TARGET void widen(const uint8_t* panel, int64_t groups, uint16_t* out) {
+  for (int64_t i = 0; i < groups * kGroupBytes; ++i) out[i] = panel[i];
+}
+
+} // namespace
+
+const Kernels kAvx2 = {"avx2", kRows, 2, stage<kRows>, quantize, tile, widen, finish, silu_mul, read};
+
+} // namespace haq
+#endif

@@ -1,0 +1,98 @@
+// AVX512-VNNI: vpdpbusd on 16 columns at a time; a full tile is 14 rows x 32 columns in 28 registers.
+#if defined(__x86_64__)
+#define HAQ_TARGET \
+  __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define HAQ_STAGED int8_t
+#include "chunk_avx512.h"
+#include "rows.h"
+
+namespace haq {
+namespace {
+
+constexpr int kRows = 14;
+constexpr int kGroups = kChunk / kGroup; // groups in a chunk of a staged row
+constexpr int kAhead = 4096;             // bytes of weights asked for in advance when memory is the limit
+
+// Chains: independent sums for each output, where few rows leave too few to hide the latency.
+template <int R, int Chains>
+HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bool add, int32_t* acc) {
+  __m512i sum[Chains][R][2];
+#pragma GCC unroll 64
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      sum[0][r][v] = add ? _mm512_loadu_si512(acc + r * kPanel + v * 16) : _mm512_setzero_si512();
+#pragma GCC unroll 8
+      for (int c = 1; c < Chains; ++c) sum[c][r][v] = _mm512_setzero_si512();
+    }
+  for (; groups > 0; groups -= kGroups, x += kRows * kChunk) {
+    const int count = static_cast<int>(groups < kGroups ? groups : kGroups);
+    int g = 0;
+    for (; g + Chains <= count; g += Chains, w += Chains * kGroupBytes) {
+#pragma GCC unroll 8
+      for (int c = 0; c < Chains; ++c) {
+        if (R <= 8) {
+          _mm_prefetch(reinterpret_cast<const char*>(w + c * kGroupBytes + kAhead), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(w + c * kGroupBytes + kAhead + 64), _MM_HINT_T0);
+        }
+        const __m512i w0 = _mm512_loadu_si512(w + c * kGroupBytes);
+        const __m512i w1 = _mm512_loadu_si512(w + c * kGroupBytes + 64);
+#pragma GCC unroll 64
+        for (int r = 0; r < R; ++r) {
+          int32_t four;
+          std::memcpy(&four, x + r * kChunk + (g + c) * kGroup, 4);
+          const __m512i q = _mm512_set1_epi32(four);
+          sum[c][r][0] = _mm512_dpbusd_epi32(sum[c][r][0], w0, q);
+          sum[c][r][1] = _mm512_dpbusd_epi32(sum[c][r][1], w1, q);
+        }
+      }
+    }
+    for (; Chains > 1 && g < count; ++g, w += kGroupBytes) {
+#pragma GCC unroll 64
+      for (int r = 0; r < R; ++r) {
+        int32_t four;
+        std::memcpy(&four, x + r * kChunk + g * kGroup, 4);
+        const __m512i q = _mm512_set1_epi32(four);
+        sum[0][r][0] = _mm512_dpbusd_epi32(sum[0][r][0], _mm512_loadu_si512(w), q);
+        sum[0][r][1] = _mm512_dpbusd_epi32(sum[0][r][1], _mm512_loadu_si512(w + 64), q);
+      }
+    }
+  }
+#pragma GCC unroll 64
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+#pragma GCC unroll 8
+      for (int c = 1; c < Chains; ++c) sum[0][r][v] = _mm512_add_epi32(sum[0][r][v], sum[c][r][v]);
+      _mm512_storeu_si512(acc + r * kPanel + v * 16, sum[0][r][v]);
+    }
+}
+
+HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, bool add,
+                     int32_t* acc) {
+  const auto* w = static_cast<const uint8_t*>(panel);
+  switch (rows) {
+    case 1: return tile_rows<1, 4>(x, w, groups, add, acc);
+    case 2: return tile_rows<2, 2>(x, w, groups, add, acc);
+    case 3: return tile_rows<3, 2>(x, w, groups, add, acc);
+    case 4: return tile_rows<4, 2>(x, w, groups, add, acc);
+    case 5: return tile_rows<5, 1>(x, w, groups, add, acc);
+    case 6: return tile_rows<6, 1>(x, w, groups, add, acc);
+    case 7: return tile_rows<7, 1>(x, w, groups, add, acc);
+    case 8: return tile_rows<8, 1>(x, w, groups, add, acc);
+    case 9: return tile_rows<9, 1>(x, w, groups, add, acc);
+    case 10: return tile_rows<10, 1>(x, w, groups, add, acc);
+    case 11: return tile_rows<11, 1>(x, w, groups, add, acc);
+    case 12: return tile_rows<12, 1>(x, w, groups, add, acc);
+    case 13: return tile_rows<13, 1>(x, w, groups, add, acc);
+    default: return tile_rows<14, 1>(x, w, groups, add, acc);
+  }
+}
+
+} // namespace
+
+const Kernels kAvx512Vnni = {"avx512vnni", kRows,  1,      stage<kRows>, quantize,
+                             tile,         nullptr, finish, silu_mul,     read};
+
+} // namespace haq
+#endif

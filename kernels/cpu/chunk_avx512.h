@@ -1,0 +1,55 @@
+// The chunk operations of chunk_scalar.h for AVX-512.
+#pragma once
+#include <immintrin.h>
+
+#include "values.h"
+
+namespace haq {
+namespace {
+
+HAQ_TARGET inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
+HAQ_TARGET inline __m512 load16(const uint16_t* x) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+template <bool Clamp>
+HAQ_TARGET inline __m512 clamp127(__m512 v) {
+  if (!Clamp) return v;
+  v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
+  return _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
+}
+
+template <bool Clamp, class T>
+HAQ_TARGET int32_t quantize_chunk(const T* x, float scale, float inverse, bool fast, int8_t* out, int64_t) {
+  const __m512 round = _mm512_set1_ps(kRound);
+  __m512 v[4];
+  __m512 farthest = _mm512_setzero_ps();
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = clamp127<Clamp>(_mm512_mul_ps(load16(x + 16 * i), _mm512_set1_ps(inverse)));
+    const __m512 integer = _mm512_sub_ps(_mm512_add_ps(v[i], round), round);
+    farthest = _mm512_max_ps(farthest, _mm512_abs_ps(_mm512_sub_ps(v[i], integer)));
+  }
+  if (!fast || _mm512_cmp_ps_mask(farthest, _mm512_set1_ps(kSure), _CMP_GT_OQ) != 0)
+    for (int i = 0; i < 4; ++i)
+      v[i] = clamp127<Clamp>(_mm512_div_ps(load16(x + 16 * i), _mm512_set1_ps(scale)));
+  __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i q = _mm512_cvtps_epi32(v[i]); // rounds, half to even
+    sum = _mm512_add_epi32(sum, q);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm512_cvtepi32_epi8(q));
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+HAQ_TARGET inline int32_t copy_chunk(const int8_t* x, int8_t* out, int64_t) {
+  const __m512i values = _mm512_loadu_si512(x);
+  _mm512_storeu_si512(out, values);
+  const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), values);
+  return _mm512_reduce_add_epi32(sums);
+}
+
+} // namespace
+} // namespace haq

@@ -1,0 +1,143 @@
+// y = epilogue(quantise(x) W^T): rows are quantised and staged once, then each unit of work takes some panels of
+// weights through a block of row tiles. A panel is read from memory once for a block and stays in the nearest
+// cache while the tiles pass by.
+#include "gemm.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "parallel.h"
+
+namespace haq {
+
+namespace {
+
+constexpr int64_t kSerialStage = 32768;   // values of x below which threads cost more than they gain
+constexpr int64_t kStreamBytes = 1 << 17; // weights that a unit streams when there are few rows
+constexpr int64_t kBlockBytes = 8 << 20;  // staged activations of a block of tiles
+constexpr int64_t kWideGroups = 512;      // k groups widened at a time: 128 KiB, for the second-level cache
+constexpr int kWideTiles = 4;             // tiles from which widening a panel first pays
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A buffer that grows and is kept by its thread: a decode step must not allocate.
+class Scratch {
+ public:
+  uint8_t* get(int64_t bytes) {
+    if (bytes > size_) {
+      const auto rounded = static_cast<size_t>(ceil_div(bytes, 4096) * 4096);
+      data_.reset(static_cast<uint8_t*>(std::aligned_alloc(4096, rounded)));
+      size_ = data_ ? static_cast<int64_t>(rounded) : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<uint8_t, Free> data_;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch staged_scratch, row_scratch, worker_scratch;
+
+struct Plan {
+  int64_t groups, tiles, tile_bytes;
+  bool wide;
+  int64_t blocks, tiles_per_block, panels, panels_per_unit, chunks;
+};
+
+Plan make_plan(const Product& p) {
+  Plan plan{};
+  const Kernels& isa = *p.isa;
+  plan.groups = ceil_div(p.k, kGroup);
+  plan.tiles = ceil_div(p.m, isa.row_tile);
+  plan.tile_bytes = ceil_div(p.k, kChunk) * kChunk * isa.element_bytes * isa.row_tile;
+  plan.wide = isa.widen && plan.tiles >= kWideTiles;
+  plan.panels = ceil_div(p.n, kPanel);
+  const int64_t panel_bytes = std::max<int64_t>(1, plan.groups * kGroupBytes);
+  plan.panels_per_unit = plan.tiles > 1 ? 1 : std::max<int64_t>(1, kStreamBytes / panel_bytes);
+  plan.chunks = ceil_div(plan.panels, plan.panels_per_unit);
+  const int64_t fitting = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, plan.tile_bytes));
+  // Few panels and many threads: split the rows as well.
+  const int64_t wanted = p.threads > 1 ? ceil_div(4 * p.threads, plan.chunks) : 1;
+  const int64_t least = std::max(ceil_div(plan.tiles, fitting), std::min(wanted, plan.tiles));
+  plan.tiles_per_block = ceil_div(plan.tiles, least);
+  plan.blocks = ceil_div(plan.tiles, plan.tiles_per_block);
+  return plan;
+}
+
+void stage_tile(const Product& p, const Plan& plan, int64_t tile, uint8_t* staged, float* scales,
+                int32_t* sums) {
+  const int64_t x_bytes = p.x_kind == kFloat ? 4 : p.x_kind == kBFloat16 ? 2 : 1;
+  const int64_t first = tile * p.isa->row_tile;
+  const int64_t last = std::min(p.m, first + p.isa->row_tile);
+  for (int64_t row = first; row < last; ++row)
+    p.isa->stage(static_cast<const uint8_t*>(p.x) + row * p.k * x_bytes, p.x_kind, p.k, p.static_scale,
+                 staged + tile * plan.tile_bytes + (row - first) * kChunk, scales + row, sums + row);
+}
+
+// One panel through the tiles [first, last). `work` holds the sums and, where asked for, the widened weights.
+void run_panel(const Product& p, const Plan& plan, const Epilogue& e, const uint8_t* staged, int64_t panel,
+               int64_t first, int64_t last, uint8_t* work) {
+  const Kernels& isa = *p.isa;
+  const uint8_t* weights = p.packed + panel * plan.groups * kGroupBytes;
+  const int64_t step = plan.wide ? kWideGroups : std::max<int64_t>(1, plan.groups);
+  const bool whole = plan.groups <= step; // else the sums of all tiles wait for the next step
+  auto* sums = reinterpret_cast<int32_t*>(work);
+  auto* wide = reinterpret_cast<uint16_t*>(sums + (last - first) * isa.row_tile * kPanel);
+  int64_t group = 0;
+  do { // at least once, so that K = 0 gives zeros
+    const int64_t count = std::min(step, plan.groups - group);
+    const uint8_t* part = weights + group * kGroupBytes;
+    if (plan.wide) isa.widen(part, count, wide);
+    const int64_t x_offset = group * kGroup * isa.element_bytes * isa.row_tile;
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t row = tile * isa.row_tile;
+      const int rows = static_cast<int>(std::min<int64_t>(isa.row_tile, p.m - row));
+      int32_t* acc = whole ? sums : sums + (tile - first) * isa.row_tile * kPanel;
+      isa.tile(rows, staged + tile * plan.tile_bytes + x_offset,
+               plan.wide ? static_cast<const void*>(wide) : part, plan.wide, count, group > 0, acc);
+      if (group + count >= plan.groups) isa.finish(acc, rows, row, panel * kPanel, e);
+    }
+    group += count;
+  } while (group < plan.groups);
+}
+
+} // namespace
+
+void multiply(const Product& p, Epilogue e) {
+  if (p.m == 0 || p.n == 0) return;
+  const Plan plan = make_plan(p);
+  uint8_t* staged = staged_scratch.get(plan.tiles * plan.tile_bytes);
+  auto* scales = reinterpret_cast<float*>(row_scratch.get(p.m * 8));
+  auto* sums = reinterpret_cast<int32_t*>(scales + p.m);
+  parallel_for(p.m * p.k < kSerialStage ? 1 : p.threads, plan.tiles,
+               [&](int64_t tile) { stage_tile(p, plan, tile, staged, scales, sums); });
+  e.row_sum = sums;
+  e.row_scale = scales;
+  const int64_t work_bytes = plan.tiles_per_block * p.isa->row_tile * kPanel * 4 +
+                             (plan.wide ? kWideGroups * kGroupBytes * 2 : 0);
+  std::atomic<bool> out_of_memory{false};
+  parallel_for(p.threads, plan.blocks * plan.chunks, [&](int64_t unit) {
+    try {
+      uint8_t* work = worker_scratch.get(work_bytes);
+      const int64_t first = unit / plan.chunks * plan.tiles_per_block;
+      const int64_t last = std::min(plan.tiles, first + plan.tiles_per_block);
+      const int64_t start = unit % plan.chunks * plan.panels_per_unit;
+      const int64_t stop = std::min(plan.panels, start + plan.panels_per_unit);
+      for (int64_t panel = start; panel < stop; ++panel)
+        run_panel(p, plan, e, staged, panel, first, last, work);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+} // namespace haq

@@ -1,0 +1,20 @@
+// The product, blocked for the caches and shared among threads; see gemm.cpp.
+#pragma once
+#include "kernels.h"
+
+namespace haq {
+
+struct Product {
+  const Kernels* isa;
+  int threads;
+  const void* x; // (M, K) contiguous
+  Kind x_kind;   // kFloat, kBFloat16 or kInt8
+  float static_scale;
+  const uint8_t* packed;
+  int64_t m, n, k;
+};
+
+// `e` comes with what the caller knows; row sums and row scales are filled in here. Throws std::bad_alloc.
+void multiply(const Product& p, Epilogue e);
+
+} // namespace haq

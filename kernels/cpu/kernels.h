@@ -1,0 +1,62 @@
+// The inner loops that each instruction set provides, and the two data layouts they share.
+//
+// Packed weights: panels of 32 output columns; in a panel, for each group of 4 consecutive k, the 32
+// columns' 4 bytes lie together (128 bytes a group). A byte holds w + 128, because the VNNI instruction
+// multiplies unsigned by signed: acc = sum x * (w + 128), and 128 * sum x is taken off in the epilogue.
+// That is exact for every int8, -128 included: sums wrap modulo 2^32 and the true result fits in 32 bits.
+//
+// Staged activations: tiles of `row_tile` rows; a tile holds, for each 64-byte chunk of k, the chunks of
+// its rows one after the other. Rows are zero beyond K. Addresses in the tile loop are thus constants, and
+// no row stride can make the rows of a tile fall on the same cache sets.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace haq {
+
+constexpr int kPanel = 32;
+constexpr int kGroup = 4;
+constexpr int kChunk = 64;
+constexpr int kGroupBytes = kPanel * kGroup;
+
+enum Kind : int { kInt32 = 0, kFloat = 1, kBFloat16 = 2, kInt8 = 3 };
+
+// What becomes of the int32 sums: y = (acc * row_scale) * column_scale + bias in fp32, or acc itself.
+struct Epilogue {
+  const int32_t* row_sum;    // (M,) sum of a row's quantised activations
+  const float* row_scale;    // (M,)
+  const float* column_scale; // (N,)
+  const float* bias;         // (N,) or null
+  void* out;                 // (M, N), contiguous
+  Kind kind;                 // of out
+  int64_t columns;           // N
+};
+
+struct Kernels {
+  const char* name;
+  int row_tile;      // rows of a full tile
+  int element_bytes; // of a staged activation: 1, or 2 where the instruction set multiplies int16
+
+  // Quantises one row of k values (float, bfloat16; an int8 row is only copied) and stages it: `out` is the
+  // row's place in its tile's first chunk. A static_scale of 0 asks for the row's own scale.
+  void (*stage)(const void* x, Kind kind, int64_t k, float static_scale, uint8_t* out, float* scale,
+                int32_t* sum);
+  // The same quantisation into a plain row.
+  void (*quantize)(const void* x, Kind kind, int64_t k, float static_scale, int8_t* out, float* scale);
+  // acc (rows, 32) = or += staged tile times `groups` groups of a panel. `panel` is what `widen` wrote when
+  // `wide`, else packed weights.
+  void (*tile)(int rows, const uint8_t* x, const void* panel, bool wide, int64_t groups, bool add,
+               int32_t* acc);
+  // Optional: the packed weights as 16-bit values in the same order, for panels used by many tiles.
+  void (*widen)(const uint8_t* panel, int64_t groups, uint16_t* out);
+  void (*finish)(const int32_t* acc, int rows, int64_t row, int64_t column, const Epilogue& e);
+  void (*silu_mul)(const void* gate, const void* up, Kind kind, int64_t n, void* out);
+  uint64_t (*read)(const uint8_t* data, int64_t bytes); // sums 64-bit words: measures read bandwidth
+};
+
+extern const Kernels kScalar;
+#if defined(__x86_64__)
+extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni;
+#endif
+
+} // namespace haq

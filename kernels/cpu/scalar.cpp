@@ -1,0 +1,33 @@
+// Plain C++: the fallback for every CPU, and what the vector versions are tested against.
+#define HAQ_TARGET
+#define HAQ_STAGED int8_t
+#include "chunk_scalar.h"
+#include "rows.h"
+
+namespace haq {
+namespace {
+
+constexpr int kRows = 4;
+
+void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, bool add, int32_t* acc) {
+  const auto* w = static_cast<const uint8_t*>(panel);
+  for (int r = 0; r < rows; ++r) {
+    uint32_t sums[kPanel] = {};
+    for (int64_t g = 0; g < groups; ++g) {
+      const auto* q = reinterpret_cast<const int8_t*>(x + g / 16 * kRows * kChunk + r * kChunk + g % 16 * 4);
+      for (int c = 0; c < kPanel; ++c)
+        for (int j = 0; j < kGroup; ++j)
+          sums[c] += static_cast<uint32_t>(q[j] * w[g * kGroupBytes + c * kGroup + j]);
+    }
+    for (int c = 0; c < kPanel; ++c) {
+      const uint32_t before = add ? static_cast<uint32_t>(acc[r * kPanel + c]) : 0u;
+      acc[r * kPanel + c] = static_cast<int32_t>(before + sums[c]);
+    }
+  }
+}
+
+} // namespace
+
+const Kernels kScalar = {"scalar", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, read};
+
+} // namespace haq

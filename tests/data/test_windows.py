@@ -1,0 +1,144 @@
+"""The published protocols, against their loops as published; and texts that give no window."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from haq_lab.data.calibration import Calibration, refuse_overlap, refuse_same_text
+from haq_lab.data.windows import C4, C4New, PythonDocs, Text, Wikitext2
+from haq_lab.errors import UserError
+from haq_lab.models.tiny import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture
+def wikitext(tmp_path):
+    """A file in WikiText's manner: headings, blank lines, paragraphs."""
+    rows = [[" \n", f" = Part {part} = \n", f" Some words on subject {part * 7919} . \n"] for part in range(40)]
+    path = tmp_path / "wikitext.txt"
+    path.write_text("".join(line for part in rows for line in part))
+    return path
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """C4 in small: documents of all lengths."""
+    draw = random.Random(5)
+    rows = ["".join(draw.choices("abcdefgh ijkl", k=draw.randint(1, 200))) for _ in range(60)]
+    path = tmp_path / "c4.jsonl"
+    path.write_text("".join(json.dumps({"text": row, "url": "x"}) + "\n" for row in rows))
+    return path, rows
+
+
+def test_wikitext2_joins_rows_by_blank_lines_and_drops_the_tail(wikitext):
+    windows = Wikitext2(path=str(wikitext), seqlen=100).load(TOKENIZER)
+    with wikitext.open() as stream:  # as published: "\n\n".join(testdata["text"]), nsamples = numel // seqlen
+        ids = TOKENIZER("\n\n".join(stream.readlines()))["input_ids"]
+    expected = [ids[i * 100 : (i + 1) * 100] for i in range(len(ids) // 100)]
+    assert windows.tokens.tolist() == expected
+    stamp = windows.protocol
+    assert (stamp["windows"], stamp["tokens_scored"]) == (len(expected), 99 * len(expected))
+    assert (stamp["seqlen"], stamp["stride"], stamp["level"], stamp["split"]) == (100, 100, "token", "test")
+    assert stamp["comparable_with"] == []  # neither the hub's text nor 2,048 tokens
+    assert Wikitext2(path=str(wikitext), seqlen=100, windows=3).load(TOKENIZER).tokens.tolist() == expected[:3]
+
+
+def test_c4_draws_the_crops_that_gptq_draws(documents):
+    path, rows = documents
+    random.seed(0)
+    expected = []
+    for _ in range(256):
+        while True:
+            i = random.randint(0, len(rows) - 1)
+            ids = TOKENIZER(rows[i])["input_ids"]
+            if len(ids) > 50:
+                break
+        i = random.randint(0, len(ids) - 50 - 1)
+        expected.append(ids[i : i + 50])
+    assert C4(path=str(path), seqlen=50).load(TOKENIZER).tokens.tolist() == expected
+    assert C4(path=str(path), seqlen=50, windows=9).load(TOKENIZER).tokens.tolist() == expected[:9]
+
+
+def test_c4_new_joins_1100_documents_by_spaces(documents):
+    path, rows = documents
+    ids = TOKENIZER(" ".join(rows))["input_ids"]
+    expected = [ids[i * 16 : (i + 1) * 16] for i in range(256)]
+    assert C4New(path=str(path), seqlen=16).load(TOKENIZER).tokens.tolist() == expected
+    assert C4New(path=str(path), seqlen=64).load(TOKENIZER).tokens.shape == (len(ids) // 64, 64)
+
+
+def test_only_the_published_setting_claims_published_tables(monkeypatch):
+    monkeypatch.setattr("haq_lab.data.windows.load_rows", lambda *arguments: ["word " * 5000])
+    assert Wikitext2().load(TOKENIZER).protocol["comparable_with"]
+    assert not Wikitext2(windows=2).load(TOKENIZER).protocol["comparable_with"]
+    assert not Wikitext2(seqlen=1024).load(TOKENIZER).protocol["comparable_with"]
+
+
+@pytest.mark.parametrize("kind", [Wikitext2, C4, C4New, Text])
+def test_a_text_shorter_than_a_window_is_refused(kind, tmp_path):
+    for content in ("too short\n", ""):
+        (tmp_path / "short.txt").write_text(content)
+        with pytest.raises(UserError, match=r"^data\.\w+\.seqlen: .*(less than one window|no document|is empty)"):
+            kind(path=str(tmp_path / "short.txt"), seqlen=64).load(TOKENIZER)
+
+
+@pytest.mark.parametrize("wrong", [{"windows": 0}, {"seqlen": 1}, {"windows": -1}, {"seqlen": "long"}])
+def test_counts_that_make_no_window_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        Wikitext2(**wrong)
+
+
+@pytest.mark.parametrize("text", ["wikitext2", "c4", "text"])
+def test_calibration_is_repeatable_and_follows_its_seed(text, documents):
+    path, _ = documents
+    load = Calibration(text=text, path=str(path), samples=8, seqlen=40, seed=3).load
+    tokens = load(TOKENIZER).tokens
+    assert tokens.shape == (8, 40)
+    assert torch.equal(tokens, load(TOKENIZER).tokens)
+    other = Calibration(text=text, path=str(path), samples=8, seqlen=40, seed=4).load(TOKENIZER)
+    assert not torch.equal(tokens, other.tokens)
+
+
+def test_calibration_refuses_what_gives_no_windows(tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(UserError, match=r"^calibration\.seqlen: the text has 5 tokens"):
+        Calibration(text="text", path=str(tmp_path / "short.txt"), seqlen=64).load(TOKENIZER)
+    with pytest.raises(UserError, match=r"^calibration\.path: python_docs has no file"):
+        Calibration(text="python_docs", path="x.txt")
+    with pytest.raises(ValidationError):
+        Calibration(text="python_docs", samples=0)
+
+
+def test_calibration_text_may_not_evaluate(documents, wikitext):
+    path, _ = documents
+    evaluation = {"c4": C4(path=str(path), seqlen=50).load(TOKENIZER)}
+    tokens = {name: windows.tokens for name, windows in evaluation.items()}
+    same = Calibration(text="c4", path=str(path), samples=20, seqlen=50).load(TOKENIZER)
+    other = Calibration(text="text", path=str(wikitext), samples=20, seqlen=50).load(TOKENIZER)
+    with pytest.raises(UserError, match=r"overlaps data\.c4.*choose another text"):
+        refuse_overlap(same.tokens, tokens)
+    with pytest.raises(UserError, match=r"the same text as data\.c4.*choose another text"):
+        refuse_same_text(same, evaluation)
+    refuse_overlap(other.tokens, tokens)
+    refuse_same_text(other, evaluation)
+
+
+def test_short_crops_at_any_offset_are_found(wikitext):
+    """Crops that start between the evaluation windows' starts overlap all the same."""
+    evaluation = Text(path=str(wikitext), seqlen=64).load(TOKENIZER).tokens
+    row = evaluation.reshape(-1)
+    with pytest.raises(UserError, match="64 tokens in a row"):
+        refuse_overlap(row[None, 37 : 37 + 64], {"text": evaluation})
+
+
+def test_python_docs_calibrates_and_evaluates_side_by_side():
+    evaluation = PythonDocs(windows=None, seqlen=256).load(TOKENIZER)
+    calibration = Calibration(text="python_docs", samples=300, seqlen=256).load(TOKENIZER)
+    refuse_overlap(calibration.tokens, {"python_docs": evaluation.tokens})
+    assert "Python 3" in evaluation.protocol["source"]

@@ -1,0 +1,121 @@
+"""All backends agree: cpu and reference bit for bit in int32, fake up to float rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from haq_lab.errors import UserError
+from haq_lab.int8 import cpu
+from haq_lab.int8.backend import FakeBackend, ReferenceBackend, cuda
+from haq_lab.int8.cpu import CpuBackend, fastest, is_exact
+
+REFERENCE, CPU = ReferenceBackend(), CpuBackend()
+
+
+def levels(seed: int, rows: int, columns: int) -> Tensor:
+    """Random int8 in [-127, 127]; one row in three at an extreme throughout."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
+    drawn[::3] = 127 if seed % 2 else -127
+    return drawn
+
+
+def saturating(qx: Tensor, qw: Tensor) -> Tensor:
+    """What a CPU without VNNI does: activations shifted to unsigned, pairs of products kept in 16 bits."""
+    if qx.shape[1] % 2:
+        qx, qw = torch.nn.functional.pad(qx, (0, 1)), torch.nn.functional.pad(qw, (0, 1))
+    products = (qx.int() + 128)[:, None] * qw.int()
+    pairs = products.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
+    return (pairs.sum(-1) - 128 * qw.int().sum(-1)).int()
+
+
+@given(st.integers(0, 2**16), st.integers(0, 40), st.integers(1, 40), st.integers(1, 600))
+@example(1, 3, 5, 4000)
+@example(2, 33, 7, 4000)
+@example(1, 1, 1, 1040)
+@example(1, 2, 3, 1041)
+@example(2, 600, 3, 17)
+def test_cpu_equals_reference_bit_for_bit(seed, rows, outputs, columns):
+    qx, qw = levels(seed, rows, columns), levels(seed + 1, outputs, columns)
+    expected = qx.long() @ qw.long().t()
+    for backend in (REFERENCE, CPU):
+        accumulated = backend.accumulate(qx, qw)
+        assert accumulated.dtype == torch.int32
+        assert torch.equal(accumulated.long(), expected)
+
+
+@pytest.mark.parametrize("product", cpu.CANDIDATES)
+@pytest.mark.parametrize("columns", [64, 1040, 1041, 4000])
+def test_every_candidate_is_exact_or_found_out(product, columns):
+    if not is_exact(product, 4, 8, columns):
+        assert product is not cpu._float_chunks, "the last resort has to be exact everywhere"
+        return
+    qx, qw = levels(3, 4, columns), levels(4, 8, columns)
+    assert torch.equal(product(qx, qw), REFERENCE.accumulate(qx, qw))
+
+
+@given(st.integers(1, 600), st.integers(1, 9), st.integers(2, 64))
+def test_a_saturating_product_is_found_out(rows, outputs, columns):
+    assert not is_exact(saturating, min(rows, 64), outputs, columns)
+
+
+def test_saturating_is_right_where_nothing_saturates():
+    qx, qw = levels(1, 3, 64) // 16, levels(2, 5, 64) // 16
+    assert torch.equal(saturating(qx, qw), REFERENCE.accumulate(qx, qw)), "the fake candidate is a fair one"
+
+
+def test_a_product_that_refuses_the_shape_is_left_out():
+    def refuses(qx: Tensor, qw: Tensor) -> Tensor:
+        raise RuntimeError("no kernel for this shape")
+
+    assert not is_exact(refuses, 2, 3, 4)
+
+
+def test_the_fastest_exact_candidate_is_chosen(monkeypatch):
+    def slow(qx: Tensor, qw: Tensor) -> Tensor:
+        return REFERENCE.accumulate(qx, qw)
+
+    seconds = {saturating: 0.0, slow: 2.0, cpu._float_chunks: 1.0}
+    monkeypatch.setattr(cpu, "CANDIDATES", tuple(seconds))
+    monkeypatch.setattr(cpu, "_seconds", lambda product, qx, qw: seconds[product])
+    fastest.cache_clear()
+    try:
+        assert fastest(4, 8, 16) is cpu._float_chunks
+    finally:
+        fastest.cache_clear()
+
+
+@given(
+    st.integers(0, 2**16),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 70),
+    st.sampled_from(["token", "tensor", "static"]),
+    st.booleans(),
+)
+def test_linear_is_the_contract_on_every_backend(seed, rows, outputs, columns, scheme, with_bias):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator)
+    qw, scale = levels(seed, outputs, columns), torch.rand(outputs, generator=generator) + 0.01
+    bias = torch.randn(outputs, generator=generator) if with_bias else None
+    static = torch.tensor(0.02)
+    reference, real, fake = (
+        backend.linear(x, qw, scale, bias, scheme, static) for backend in (REFERENCE, CPU, FakeBackend())
+    )
+    assert torch.equal(reference, real)
+    torch.testing.assert_close(fake, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
+
+
+def test_linear_keeps_the_type_of_its_input():
+    x = torch.randn(2, 8).bfloat16()
+    for backend in (REFERENCE, CPU, FakeBackend()):
+        assert backend.linear(x, levels(1, 3, 8), torch.ones(3), None, "token", None).dtype == torch.bfloat16
+
+
+def test_cuda_is_refused():
+    with pytest.raises(UserError, match="choose cpu, reference or fake"):
+        cuda()

@@ -1,0 +1,62 @@
+"""Int8Linear holds int8 for real, and memory is counted from storages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_bytes
+
+
+def int8_linear(outputs=6, inputs=10, bias=True, scheme="token"):
+    return Int8Linear(
+        torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8),
+        torch.rand(outputs) + 0.1,
+        torch.randn(outputs) if bias else None,
+        scheme,
+        torch.tensor(0.05) if scheme == "static" else None,
+        ReferenceBackend(),
+    )
+
+
+@pytest.mark.parametrize("scheme", ["token", "tensor", "static"])
+def test_leading_dimensions_are_kept(scheme):
+    linear = int8_linear(scheme=scheme)
+    x = torch.randn(2, 3, 10)
+    y = linear(x)
+    assert y.shape == (2, 3, 6)
+    torch.testing.assert_close(y.flatten(0, 1), linear(x.flatten(0, 1)))
+    assert linear(x[:, :0]).shape == (2, 0, 6)
+
+
+def test_is_close_to_the_linear_it_stands_for():
+    linear = int8_linear()
+    x = torch.randn(50, 10)
+    expected = nn.functional.linear(x, to_float(linear), linear.bias)
+    assert (linear(x) - expected).norm() / expected.norm() < 0.02
+
+
+def test_weights_are_int8_and_counted_as_such():
+    linear = int8_linear()
+    assert linear.weight.dtype == torch.int8
+    assert weight_bytes(linear) == 6 * 10 + 6 * 4 + 6 * 4
+    assert parameter_count(linear) == 6 * 10 + 6
+    assert "in=10, out=6, activations=token, backend=reference" in repr(linear)
+
+
+def test_ties_and_views_count_once():
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 5), "head": nn.Linear(5, 7, bias=False)})
+    assert weight_bytes(model) == 2 * 7 * 5 * 4
+    assert parameter_count(model) == 2 * 7 * 5
+    model["head"].weight = model["embed"].weight
+    assert weight_bytes(model) == 7 * 5 * 4
+    assert parameter_count(model) == 7 * 5
+
+
+def test_state_goes_through_a_file():
+    linear, other = int8_linear(scheme="static"), int8_linear(scheme="static")
+    other.load_state_dict(linear.state_dict())
+    x = torch.randn(3, 10)
+    assert torch.equal(other(x), linear(x))

@@ -1,0 +1,48 @@
+"""The command line within the tests' own process, and the least that still is a whole run."""
+
+from __future__ import annotations
+
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from haq_lab import cli
+
+TINY = [
+    "model=tiny_llama",
+    "quantizer=rtn",
+    "backend=reference",
+    "calibration.samples=4",
+    "calibration.seqlen=64",
+    "data.python_docs.seqlen=64",
+    "data.python_docs.windows=2",
+    "measure=[perplexity]",
+    "tracking=none",
+]
+
+
+class Outcome(NamedTuple):
+    """An exit code and what was printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def launch(*arguments: str) -> Outcome:
+    """`python -m haq_lab ARGUMENTS`, without a process of its own."""
+    GlobalHydra.instance().clear()
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    torch.set_num_threads(1)  # threads only wait for one another on models this small
+    with mock.patch.object(sys, "argv", ["haq_lab", *arguments]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())

@@ -1,0 +1,31 @@
+"""A study of a tiny model quantised by RTN, for every measurement."""
+
+from __future__ import annotations
+
+import pytest
+
+from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.measure.study import Study
+from haq_lab.onepass import one_pass
+from haq_lab.quantizers.rtn import RTN
+
+
+def study_of(model, quantizer, windows) -> Study:
+    layers: list = []
+    evaluation = {"text": windows}
+    passed = one_pass(
+        model, quantizer, ReferenceBackend(), windows, "fp", evaluation, lambda index, layer: layers.append(layer)
+    )
+    return Study(model, evaluation, passed, model.assemble(layers), lambda stage: None)
+
+
+@pytest.fixture
+def quantized(tiny, windows) -> Study:
+    """With RTN at 4 bits, so that there is a difference to measure."""
+    return study_of(tiny, RTN(weight_bits=4), windows)
+
+
+@pytest.fixture
+def full(tiny, windows) -> Study:
+    """Without a quantizer."""
+    return study_of(tiny, None, windows)

@@ -1,0 +1,65 @@
+"""Latency: every token timed on its own, within the model's positions."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+from torch import Tensor, nn
+
+from haq_lab.measure.latency import Latency
+from haq_lab.models.layered import LayeredModel
+from tests.measure.conftest import study_of
+from tests.models.test_layered import VARIANTS, save
+
+QUICK = {"prompt_tokens": 8, "decode_tokens": 3, "iterations": 2, "seconds": 0, "warmup": 1}
+
+
+class Watched(nn.Module):
+    """Notes the length of every forward."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.lengths, self.kept = model, [], []
+
+    def forward(self, tokens: Tensor, cache, **options):
+        self.kept.append(0 if cache is None else cache.get_seq_length())
+        self.lengths.append(tokens.shape[1])
+        return self.model(tokens, cache=cache, **options)
+
+
+def test_all_metrics_are_there(quantized):
+    metrics = Latency(**QUICK)(quantized)
+    assert set(metrics) == {
+        "latency.prefill_ms",
+        "latency.tokens_per_s",
+        *(f"latency.decode_ms_per_token.{name}" for name in ("mean", "p50", "p95", "std")),
+    }
+    assert all(value > 0 for value in metrics.values())
+    assert metrics["latency.decode_ms_per_token.p50"] <= metrics["latency.decode_ms_per_token.p95"]
+    assert metrics["latency.tokens_per_s"] == pytest.approx(1e3 / metrics["latency.decode_ms_per_token.mean"])
+
+
+def test_prompts_are_whole_and_tokens_come_one_by_one(full):
+    watched = Watched(full.whole)
+    Latency(**QUICK)(dataclasses.replace(full, whole=watched))
+    assert watched.lengths == [8, 1, 1, 1] * 3, "a warm-up and two iterations"
+    assert watched.kept == [0, 8, 9, 10] * 3
+
+
+@pytest.mark.parametrize("variant", ["opt_post_norm", "llama_biases"])
+@pytest.mark.parametrize(("prompt", "decode"), [(1000, 3), (128, 1), (8, 1000), (127, 1)])
+def test_never_more_tokens_than_positions(variant, prompt, decode, windows, tmp_path):
+    study = study_of(LayeredModel(save(VARIANTS[variant], tmp_path)), None, windows)
+    study.whole = Watched(study.whole)
+    Latency(**{**QUICK, "prompt_tokens": prompt, "decode_tokens": decode, "iterations": 1, "warmup": 0})(study)
+    assert max(kept + 1 for kept in study.whole.kept) <= 128
+    assert sum(study.whole.lengths) <= 128
+    assert len(study.whole.lengths) >= 2
+
+
+def test_runs_for_at_least_the_seconds_asked(full):
+    started = time.perf_counter()
+    Latency(**{**QUICK, "seconds": 0.3, "iterations": 1, "warmup": 0})(full)
+    assert time.perf_counter() - started >= 0.3

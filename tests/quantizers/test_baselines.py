@@ -1,0 +1,102 @@
+"""RTN, SmoothQuant and GPTQ as published."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from haq_lab.calibration.statistics import InputStatistics
+from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
+from haq_lab.quantizers.gptq import GPTQ
+from haq_lab.quantizers.rtn import RTN
+from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.smoothquant import SmoothQuant
+
+TOKEN = ActivationChoice("token")
+
+
+def statistics(channels: int) -> tuple[InputStatistics, torch.Tensor]:
+    x = torch.randn(300, channels) * torch.logspace(-1, 1, channels)
+    return InputStatistics(300, x.abs().amax(0), x.t() @ x / 300), x
+
+
+@pytest.mark.parametrize(("bits", "top"), [(8, 127), (4, 7)])
+def test_rtn_is_max_over_127_to_nearest(bits, top):
+    weight = torch.randn(5, 20)
+    solution = RTN(weight_bits=bits).solve(weight, None, TOKEN)
+    scale = weight.abs().amax(dim=1) / top
+    torch.testing.assert_close(solution.scale, scale)
+    assert torch.equal(solution.levels.float(), (weight / scale[:, None]).round())
+
+
+def test_what_each_needs():
+    assert not RTN().needs.inputs
+    assert RTN(activations="static").needs.inputs
+    assert SmoothQuant().needs.inputs
+    assert not SmoothQuant().needs.hessian
+    assert GPTQ().needs.hessian
+    assert not GPTQ().needs.sample
+
+
+def test_static_scale_covers_the_largest_activation():
+    seen, x = statistics(8)
+    choice = RTN(activations="static").activation(torch.randn(3, 8), seen)
+    assert choice.scheme == "static"
+    assert float(choice.scale) == pytest.approx(float(x.abs().max()) / 127)
+    for scheme in ("token", "tensor"):
+        assert RTN(activations=scheme).activation(torch.randn(3, 8), None) == ActivationChoice(scheme)
+
+
+def test_smoothquant_smooths_norms_alone_at_the_familys_strength(tiny):
+    layer = tiny.load_layer(0)
+    strength = {"opt": 0.5, "llama": 0.85}[tiny.family.model_type]
+    for group in tiny.groups:
+        weight = torch.cat([layer.get_submodule(name).weight for name in group.consumers])
+        seen, x = statistics(weight.shape[1])
+        channels = Channels(group, layer, weight.shape[1])
+        smoothing = SmoothQuant().smoothing(group, tiny.family, weight, seen, channels)
+        if group.kind != "norm":
+            assert smoothing is None
+            continue
+        assert smoothing.strength == strength
+        expected = x.abs().amax(0) ** strength / weight.abs().amax(0) ** (1 - strength)
+        torch.testing.assert_close(smoothing.factor, expected)
+        assert SmoothQuant(strength=0.3).smoothing(group, tiny.family, weight, seen, channels).strength == 0.3
+
+
+def test_gptq_is_better_than_rtn_by_its_own_measure_and_keeps_rtns_scale():
+    seen, _ = statistics(48)
+    seen.hessian[5] = seen.hessian[:, 5] = 0
+    weight = torch.randn(64, 48)
+    solution = GPTQ(weight_bits=4).solve(weight, seen, TOKEN)
+    nearest = RTN(weight_bits=4).solve(weight, seen, TOKEN)
+    assert torch.equal(solution.scale, nearest.scale)
+    assert output_error(weight, solution, seen.hessian) < output_error(weight, nearest, seen.hessian)
+    assert solution.notes == {"damp": 0.01, "dead_columns": 1}
+
+
+def test_output_error_is_the_mean_square_of_the_outputs():
+    seen, x = statistics(16)
+    weight = torch.randn(6, 16)
+    solution = RTN(weight_bits=4).solve(weight, None, TOKEN)
+    error = x @ (solution.levels.float() * solution.scale[:, None] - weight).t()
+    assert output_error(weight, solution, seen.hessian) == pytest.approx(float(error.square().mean()), rel=1e-4)
+    assert output_error(weight, solution, None) is None
+    exact = Solution(torch.tensor([[3, -4]], dtype=torch.int8), torch.tensor([0.5]))
+    assert output_error(torch.tensor([[1.5, -2.0]]), exact, torch.eye(2)) == 0
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "setting"),
+    [
+        (RTN, {"activations": "row"}),
+        (RTN, {"weight_bits": 3}),
+        (SmoothQuant, {"strength": 1.5}),
+        (GPTQ, {"damp": 0}),
+        (GPTQ, {"damp": -1}),
+    ],
+)
+def test_settings_that_are_refused(quantizer, setting):
+    with pytest.raises(ValidationError):
+        quantizer(**setting)

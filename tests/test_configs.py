@@ -1,0 +1,194 @@
+"""Every option composes, and whatever can run here runs on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from launching import TINY, launch
+
+from haq_lab import cli  # noqa: F401  (registers the resolver that the config uses)
+from haq_lab.config import build
+from haq_lab.help import GROUPS, options
+from haq_lab.paths import bundled
+
+QUANTIZERS = [name for name in options("quantizer") if name != "none"]
+NEEDED = {"model=hf": ["model.name=x"], "model=gguf": ["model.path=x"]}
+ONE_CHOICE = [f"{group}={option}" for group in GROUPS if group not in ("experiment",) for option in options(group)]
+
+
+def _composed(*overrides: str):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(bundled("conf").resolve()), version_base="1.3"):
+        return compose("config", [*overrides])
+
+
+@pytest.mark.parametrize("choice", ONE_CHOICE)
+def test_every_option_makes_its_object(choice):
+    if choice == "backend=cuda":
+        pytest.skip("refused by design; test_cli has it")
+    build(_composed(choice, *NEEDED.get(choice, [])))
+
+
+SPELLINGS = [
+    "model=smol",
+    "model=opt model.name=facebook/opt-125m",
+    "model=hf model.name=some/model model.revision=main",
+    "model=gguf model.path=file.gguf",
+    "quantizer=haq quantizer.activations=auto",
+    "quantizer=haq quantizer.adaptive=false quantizer.strength=0.5",
+    "quantizer=haq quantizer.fold=[norm]",
+    "quantizer=haq quantizer.fold=[]",
+    "quantizer=haq quantizer.scale_search=false",
+    "quantizer=haq quantizer.act_order=false",
+    "quantizer=haq quantizer.asymmetric=false",
+    "data=[wikitext2,c4] data.wikitext2.path=a.txt data.wikitext2.windows=16 data.wikitext2.seqlen=1024",
+    "data=[wikitext2,c4,c4_new,text,python_docs] data.c4.windows=null data.text.path=a.parquet",
+    "data=wikitext2",
+    "calibration=wikitext2 calibration.path=a.txt calibration.samples=128 calibration.seqlen=2048 calibration.seed=0",
+    "calibration=c4 calibration.propagate=fp",
+    "calibration=text calibration.path=a.jsonl calibration.propagate=quantized",
+    "calibration=python_docs",
+    "measure=[perplexity,memory,latency]",
+    "measure=perplexity",
+    "tracking=online",
+    "force=true",
+    *[f"quantizer={name} quantizer.activations={how}" for name in QUANTIZERS for how in ("token", "tensor", "static")],
+    *[f"quantizer={name} quantizer.weight_bits={bits}" for name in QUANTIZERS for bits in (8, 4)],
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_fixed_spellings_are_valid(spelling):
+    build(_composed(*spelling.split()))
+
+
+def test_the_defaults_are_the_promised_ones():
+    config = _composed()
+    assert list(config.measure) == ["perplexity", "memory", "latency"]
+    assert config.tracking.mode == "offline"
+    assert (config.backend._target_, config.force) == ("haq_lab.int8.cpu.CpuBackend", False)
+    calibration = _composed("calibration=wikitext2").calibration
+    assert (calibration.samples, calibration.seqlen, calibration.seed) == (128, 2048, 0)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> dict[str, Path]:
+    """Disjoint texts in each format."""
+    folder = tmp_path_factory.mktemp("texts")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=6)) for _ in range(12000)]
+    rows = [" ".join(words[start : start + 40]) for start in range(0, 12000, 40)]
+    paths = {name: folder / name for name in ("train.txt", "test.txt", "train.jsonl", "valid.jsonl", "own.parquet")}
+    paths["train.txt"].write_text("\n".join(rows[:60]))
+    paths["test.txt"].write_text("\n".join(rows[60:120]))
+    paths["train.jsonl"].write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[120:180]))
+    paths["valid.jsonl"].write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[180:240]))
+    pd.DataFrame({"text": rows[240:]}).to_parquet(paths["own.parquet"])
+    return paths
+
+
+def _metrics(folder: Path, *overrides: str) -> dict[str, float]:
+    outcome = launch(*TINY, f"hydra.run.dir={folder}", *overrides)
+    assert outcome.code == 0, outcome.err
+    return json.loads((folder / "results.json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("activations", ["token", "tensor", "static"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_quantizer_runs_with_every_scheme(quantizer, activations, tmp_path):
+    model = "tiny_opt" if activations == "static" else "tiny_llama"
+    chosen = [f"quantizer={quantizer}", f"quantizer.activations={activations}", f"model={model}", "model.layers=1"]
+    metrics = _metrics(tmp_path, *chosen)
+    fp = metrics["perplexity_fp.python_docs"]
+    assert abs(metrics["perplexity.python_docs"] / fp - 1) < 0.5
+    assert abs(metrics["perplexity_smoothed_fp.python_docs"] / fp - 1) < 1e-4
+    assert metrics["quantizer.dynamic_share"] == (activations != "static")
+
+
+def test_haq_chooses_schemes_by_itself(tmp_path):
+    metrics = _metrics(tmp_path, "quantizer=haq", "quantizer.activations=auto")
+    assert 0 <= metrics["quantizer.dynamic_share"] <= 1
+
+
+@pytest.mark.parametrize("part", ["adaptive", "scale_search", "act_order", "asymmetric", "fold"])
+def test_every_part_of_haq_can_be_switched_off(part, tmp_path):
+    _metrics(tmp_path, "model.layers=1", "quantizer=haq", f"quantizer.{part}={'[]' if part == 'fold' else 'false'}")
+
+
+@pytest.mark.parametrize("backend", ["fake", "reference", "cpu"])
+def test_backends_agree(backend, tmp_path):
+    metrics = _metrics(tmp_path, f"backend={backend}", "quantizer.weight_bits=4")
+    reference = _metrics(tmp_path / "reference", "quantizer.weight_bits=4")
+    assert metrics["perplexity.python_docs"] == pytest.approx(reference["perplexity.python_docs"], rel=1e-3)
+
+
+def test_full_precision_has_one_perplexity(tmp_path):
+    metrics = _metrics(tmp_path, "quantizer=none", "measure=[perplexity,memory]")
+    assert metrics["perplexity.python_docs"] == metrics["perplexity_fp.python_docs"]
+    assert metrics["memory.weights_bytes"] == pytest.approx(2 * metrics["memory.weights_fp16_bytes"], rel=0.01)
+
+
+@pytest.mark.parametrize("propagate", ["fp", "quantized"])
+def test_gptq_calibrates_on_either_model(propagate, tmp_path):
+    _metrics(tmp_path, "quantizer=gptq", f"calibration.propagate={propagate}")
+
+
+def test_many_texts_in_every_format(texts, tmp_path):
+    names = {"wikitext2": "test.txt", "c4": "valid.jsonl", "c4_new": "valid.jsonl", "text": "own.parquet"}
+    settings = [
+        setting
+        for name, file in names.items()
+        for setting in (f"data.{name}.path={texts[file]}", f"data.{name}.seqlen=64", f"data.{name}.windows=2")
+    ]
+    plain = [setting for setting in TINY if not setting.startswith("data")]
+    outcome = launch(*plain, f"data=[{','.join(names)}]", *settings, f"hydra.run.dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    results = json.loads((tmp_path / "results.json").read_text())
+    for name in names:
+        assert results["metrics"][f"perplexity.{name}"] > 1
+        assert results["protocol"][name]["windows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("calibration", "file"), [("wikitext2", "train.txt"), ("c4", "train.jsonl"), ("text", "own.parquet")]
+)
+def test_every_calibration_text(calibration, file, texts, tmp_path):
+    settings = [f"calibration={calibration}", f"calibration.path={texts[file]}"]
+    _metrics(tmp_path, "quantizer=smoothquant", *settings)
+    assert json.loads((tmp_path / "results.json").read_text())["protocol"]["calibration"]["text"] == calibration
+
+
+def test_text_that_calibrates_may_not_evaluate(texts, tmp_path):
+    plain = [setting for setting in TINY if not setting.startswith("data")]
+    same = [f"calibration.path={texts['own.parquet']}", f"data.text.path={texts['own.parquet']}", "data.text.seqlen=64"]
+    outcome = launch(*plain, "data=[text]", "calibration=text", "quantizer=gptq", *same, f"hydra.run.dir={tmp_path}")
+    assert outcome.code == 2
+    assert "data.text" in outcome.err
+    assert "choose another text" in outcome.err
+
+
+@pytest.mark.parametrize("measures", ["memory", "latency", "perplexity"])
+def test_any_measure_can_stand_alone(measures, tmp_path):
+    quick = ["measure.latency.seconds=0", "measure.latency.iterations=1"] if measures == "latency" else []
+    metrics = _metrics(tmp_path, f"measure=[{measures}]", *quick)
+    assert any(name.startswith(measures) for name in metrics)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_runs_on_a_tiny_model(experiment, texts, tmp_path):
+    small = [setting for setting in TINY if not setting.startswith(("data", "measure", "quantizer"))]
+    data = list(_composed(f"+experiment={experiment}").data)
+    cut = [f"data.{name}.{setting}" for name in data for setting in ("seqlen=64", "windows=1")]
+    paths = [f"data.{name}.path={texts['test.txt']}" for name in data if name != "python_docs"]
+    calibration = _composed(f"+experiment={experiment}").calibration.text
+    paths += [f"calibration.path={texts['train.txt']}"] if calibration != "python_docs" else []
+    quick = ["measure.latency.seconds=0", "measure.latency.iterations=1", "measure.latency.decode_tokens=2"]
+    outcome = launch(f"experiment={experiment}", *small, *cut, *paths, *quick, f"hydra.run.dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "results.json").is_file()

@@ -1,0 +1,60 @@
+"""Files and folders are whole or absent; folder names are unique and fit the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from haq_lab.files import folder_written_aside, sha256, write_json, write_text, written_aside
+from haq_lab.paths import folder_name
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "deep" / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), written_aside(path) as aside:  # noqa: PT012
+        aside.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(path.parent) == ["file.json"]  # noqa: PTH208
+
+
+def test_nan_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_folder_is_absent(tmp_path):
+    with pytest.raises(RuntimeError), folder_written_aside(tmp_path / "made") as aside:  # noqa: PT012
+        (aside / "half").write_text("x")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with folder_written_aside(tmp_path / "made") as aside:
+        (aside / "whole").write_text("x")
+    assert (tmp_path / "made" / "whole").read_text() == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_sha256(tmp_path):
+    write_text(tmp_path / "a", "abc")
+    assert sha256(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_plain_overrides_are_the_folder_name():
+    assert folder_name("model=smol,quantizer=haq") == "model=smol,quantizer=haq"
+    assert folder_name("") == "default"
+
+
+@given(st.text(), st.text())
+def test_folder_names_fit_and_differ(first, second):
+    for text in (first, second, first * 40):
+        name = folder_name(text)
+        assert 0 < len(name.encode(errors="surrogateescape")) < 255
+        assert not set(name) & set("/\\\0\n ")
+    if first != second and "default" not in (first, second):
+        assert folder_name(first) != folder_name(second)

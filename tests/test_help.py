@@ -1,0 +1,42 @@
+"""`--help` lists all there is, and is quick."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from launching import launch
+
+from haq_lab.help import GROUPS, options
+from haq_lab.paths import bundled
+
+TEXT = launch("--help").out
+
+
+def test_every_group_has_a_line():
+    groups = {path.name for path in bundled("conf").iterdir() if path.is_dir()} - {"hydra"}
+    assert groups == set(GROUPS)
+    for group in groups:
+        assert re.search(rf"^{group}: \S", TEXT, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_option_and_setting_has_a_line(group):
+    section = TEXT.split(f"\n{group}: ")[1]
+    for option in options(group):
+        assert re.search(rf"^  {option} +\S", section, flags=re.MULTILINE), option
+        if group == "experiment":
+            continue
+        for line in (bundled("conf") / group / f"{option}.yaml").read_text().splitlines():
+            if re.match(r"[a-z]", line):
+                assert line in section
+
+
+def test_help_loads_no_torch():
+    program = (
+        "import sys; sys.argv[1:] = ['--help']; from haq_lab.cli import main; main();"
+        "assert not {'torch', 'transformers', 'datasets', 'wandb'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -1,0 +1,75 @@
+"""Run folders as one table: finished, failed and unfinished ones."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+import pytest
+
+from haq_lab import results
+from haq_lab.tracking.run_folder import RunFolder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """One run of each kind, and an archived one that is not listed."""
+    for quantizer, perplexity in (("rtn", 31.0), ("haq", 30.1)):
+        folder = RunFolder(tmp_path / quantizer, {"quantizer": {"weight_bits": 8}})
+        facts = {"model": "m", "quantizer": quantizer, "overrides": ["model=m", f"quantizer={quantizer}"]}
+        for _ in range(2):
+            folder.begin("a: 1\n")
+            metrics = {"perplexity.text": perplexity, "perplexity_fp.text": 30.0, "memory.weights_bytes": 1e6}
+            folder.finish(facts, {}, metrics)
+    failed = RunFolder(tmp_path / "deep" / "bad", {})
+    failed.begin("a: 1\n")
+    failed.fail({"model": "m", "overrides": ["model=m", "quantizer=bad"]}, ValueError("what went wrong"))
+    RunFolder(tmp_path / "killed", {}).begin("a: 1\n")
+    return tmp_path
+
+
+def test_the_table_is_tidy_and_hides_nothing(runs):
+    table = results.load(runs, runs / "rtn").set_index("status")
+    assert sorted(table.index) == ["failed", "finished", "finished", "unfinished"]
+    finished = table.loc["finished"].set_index("quantizer")
+    assert finished.loc["haq", "perplexity.text"] == 30.1
+    assert finished.loc["rtn", "change_percent.text"] == pytest.approx(100 / 30)
+    assert set(finished["config.quantizer.weight_bits"]) == {8}
+    assert table.loc["failed", "error"] == "what went wrong"
+    assert table.loc["unfinished", "name"] == "killed"
+
+
+def test_runs_are_named_by_what_they_differ_in(runs):
+    table = results.load(runs / "rtn", runs / "haq")
+    assert list(table["name"]) == ["quantizer=rtn", "quantizer=haq"]
+
+
+def test_csv_and_figure(runs, capsys):
+    csv, figure = runs / "out" / "table.csv", runs / "out" / "figure.png"
+    results.main([str(runs), "--csv", str(csv), "--figure", str(figure)])
+    printed = capsys.readouterr().out
+    assert "what went wrong" in printed
+    assert len(pd.read_csv(csv)) == 4
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in csv.parent.iterdir()) == ["figure.png", "table.csv"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/rnt"], "there is no folder .*did you mean 'rtn'"),
+        (["{}", "--figure", "x.gif"], "'gif' is not one of png, svg, pdf"),
+        (["{}/killed", "--figure", "x.png"], "no finished run"),
+        (["{}", "--csv", "/proc/no/table.csv"], "/proc/no"),
+    ],
+)
+def test_mistakes(arguments, message, runs, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        results.main([argument.format(runs) for argument in arguments])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_empty_folder_is_no_mistake(tmp_path, capsys):
+    results.main([str(tmp_path)])
+    assert "no runs below" in capsys.readouterr().out
+    assert list(results.load(tmp_path)) == ["folder", "name", "status", "error"]

@@ -1,0 +1,81 @@
+"""W&B as a sink: offline, inside the run folder, readable back, and never in the way."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from launching import TINY, launch
+
+from haq_lab.tracking.run_folder import RunFolder
+from haq_lab.tracking.wandb import Wandb
+
+TRACKED = [setting for setting in TINY if not setting.startswith("tracking")] + ["tracking=offline"]
+WANDB = Path(sys.executable).with_name("wandb")
+
+
+def _records(folder: Path) -> list[dict]:
+    log = next(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    told = subprocess.run([WANDB, "leet", "inspect", str(log), "--json"], check=True, capture_output=True, text=True)
+    return [json.loads(line) for line in told.stdout.splitlines()]
+
+
+def test_a_sweep_is_one_group_and_stays_inside_its_folders(tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    outcome = launch("-m", *TRACKED, f"hydra.sweep.dir={tmp_path / 'sweep'}", "quantizer=rtn,none")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert not list(home.rglob("*wandb*"))  # matplotlib keeps its fonts there
+    assert not list(here.iterdir())
+    folders = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir()]
+    assert len(folders) == 2
+    for folder in folders:
+        assert "wandb_failed" not in (folder / "events.jsonl").read_text()
+        records = _records(folder)
+        run = next(record["run"] for record in records if record["type"] == "run")
+        assert run["run_group"].endswith("sweep")
+        assert "quantizer" in run["config"]["update"]
+        assert "perplexity.python_docs" in json.dumps(records)
+
+
+def test_a_failing_wandb_fails_no_run(tmp_path, monkeypatch):
+    import wandb
+
+    def unreachable(**settings):
+        raise wandb.errors.CommError("no network")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    outcome = launch(*TRACKED, f"hydra.run.dir={tmp_path}")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert (tmp_path / "results.json").is_file()
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "wandb_failed"
+    assert "no network" in events[-1]["error"]
+
+
+@pytest.mark.parametrize("layers", [None, pd.DataFrame()])
+def test_a_run_without_layers_is_logged(layers, tmp_path, monkeypatch):
+    import wandb
+
+    seen = {}
+
+    class Run:
+        def log(self, content):
+            seen.update(content)
+
+        def finish(self):
+            seen["finished"] = True
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: seen.update(settings) or Run())
+    folder = RunFolder(tmp_path, {"a": 1})
+    Wandb().log(folder, "n" * 500, None, {"perplexity.x": 2.0}, layers, [])
+    assert len(seen["name"]) == 128
+    assert seen["group"] is None
+    assert (seen["perplexity.x"], seen["finished"]) == (2.0, True)
