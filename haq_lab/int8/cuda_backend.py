@@ -1,0 +1,47 @@
+"""`backend=cuda`: the kernels of haq_lab.int8.cuda as a backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from haq_lab.int8 import cuda
+from haq_lab.int8.backend import Backend
+from haq_lab.int8.cuda import GEMV_ROWS, Kernels, padded
+from haq_lab.int8.numerics import Activations, scale_of
+
+
+class CudaBackend(Backend):
+    """Quantise, multiply and scale in two launches.
+
+    Args:
+        kernels: The calls to use; those of torch's current CUDA device if None (UserError where there is none).
+    """
+
+    name = "cuda"
+
+    def __init__(self, kernels: Kernels | None = None) -> None:
+        self._kernels = kernels or cuda.kernels()
+
+    def accumulate(self, qx: Tensor, qw: Tensor) -> Tensor:
+        return self._kernels.accumulate(padded(qx), padded(qw))
+
+    def linear(
+        self,
+        x: Tensor,
+        qw: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        scheme: Activations,
+        static_scale: Tensor | None,
+    ) -> Tensor:
+        x, qw = padded(x.contiguous()), padded(qw)
+        if scheme == "token":
+            qx, sx = self._kernels.quantize_rows(x)
+        else:
+            # One scale for all rows: known from calibration, or the maximum of this tensor.
+            scale = scale_of(x.float().abs().amax()) if scheme == "tensor" else static_scale
+            assert scale is not None, "the static scheme needs the scale from calibration"
+            qx, sx = self._kernels.quantize_static(x, scale.to(torch.float32).reshape(1))
+        product = self._kernels.gemv if len(x) <= GEMV_ROWS else self._kernels.gemm
+        return product(qx, qw, sx, weight_scale, None if bias is None else bias.float(), x.dtype)

@@ -1,0 +1,197 @@
+"""One check a call: draw inputs from a seed, call the launcher, compare every bit with the reference.
+
+Shared by whoever can execute a launch: the host layer, the PTX interpreter and, on a machine that has one, a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from haq_lab.int8.cuda import Kernels
+from haq_lab.int8.launch import LARGE, SMALL, TILES, TYPE_NAMES, Tile
+
+from . import reference
+from .reference import assert_same_bits
+
+EPS = 1e-5
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Draw:
+    """Random tensors from one seed, made on the CPU and sent to `device`."""
+
+    def __init__(self, seed: int, device: str = "cpu") -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._device = device
+
+    def int8(self, *shape: int) -> Tensor:
+        """Full-range values; about one row in four is all extremes, where an inexact sum shows first."""
+        values = torch.randint(-127, 128, shape, generator=self._generator, dtype=torch.int8)
+        extreme = torch.randint(0, 4, (*shape[:-1], 1), generator=self._generator) == 0
+        return torch.where(extreme, torch.where(values < 0, -127, 127).to(torch.int8), values).to(self._device)
+
+    def scale(self, *shape: int) -> Tensor:
+        return (torch.rand(shape, generator=self._generator) * 1e-2 + 1e-4).to(self._device)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self._generator).to(dtype).to(self._device)
+
+    def activations(self, m: int, k: int, dtype: torch.dtype) -> Tensor:
+        """Rows of very different size, one of them zero; some values halfway between two steps."""
+        x = torch.randn(m, k, generator=self._generator)
+        x *= torch.exp2(torch.randint(-6, 7, (m, 1), generator=self._generator))
+        x[m // 2] = 0.0
+        x[0] = torch.arange(k).remainder(255).sub(127) * 0.5  # scale 0.5: every second value is a tie
+        return x.to(dtype).to(self._device)
+
+
+def check_quantize(
+    kernels: Kernels,
+    kind: str,
+    m: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    static: bool,
+    seed: int,
+    device: str = "cpu",
+) -> None:
+    """`kind`: plain, rmsnorm, layernorm or swiglu."""
+    draw = Draw(seed, device)
+    scale = draw.scale(1) if static else None
+    x = draw.activations(m, 2 * k if kind == "swiglu" else k, dtype)
+    weight, bias = draw.normal(k), draw.normal(k)
+    values = x.cpu().float().numpy()
+    if kind == "plain":
+        actual = kernels.quantize_rows(x) if scale is None else kernels.quantize_static(x, scale)
+    elif kind == "rmsnorm":
+        actual = kernels.rmsnorm_quantize(x, weight, EPS, scale)
+        values = reference.rmsnorm(values, weight.cpu().numpy(), EPS)
+    elif kind == "layernorm":
+        actual = kernels.layernorm_quantize(x, weight, bias, EPS, scale)
+        values = reference.layernorm(values, weight.cpu().numpy(), bias.cpu().numpy(), EPS)
+    else:
+        actual = kernels.swiglu_quantize(x, scale)
+        values = reference.swiglu(values[:, :k], values[:, k:])
+    q, scales = reference.quantize(values, None if scale is None else scale.item())
+    assert_same_bits(actual[1].cpu(), scales)
+    assert_same_bits(actual[0].cpu(), q)
+
+
+def check_product(
+    kernels: Kernels,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool,
+    seed: int,
+    call: str = "gemm",
+    tile: Tile | None = None,
+    split: int | None = None,
+    device: str = "cpu",
+) -> None:
+    """`call`: gemm, gemv or accumulate (which ignores `dtype` and `bias`)."""
+    draw = Draw(seed, device)
+    qx, qw, sx, sw = draw.int8(m, k), draw.int8(n, k), draw.scale(m), draw.scale(n)
+    b = draw.normal(n) if bias else None
+    if call == "accumulate":
+        actual = kernels.accumulate(qx, qw, tile=tile, split=split)
+        expected = torch.from_numpy(reference.accumulators(qx.cpu(), qw.cpu()))
+    else:
+        if call == "gemv":
+            actual = kernels.gemv(qx, qw, sx, sw, b, dtype)
+        else:
+            actual = kernels.gemm(qx, qw, sx, sw, b, dtype, tile=tile, split=split)
+        on_cpu = (qx.cpu(), qw.cpu(), sx.cpu(), sw.cpu(), None if b is None else b.cpu())
+        expected = reference.product(*on_cpu, dtype)
+    assert_same_bits(actual.cpu(), expected)
+
+
+def check_grouped(
+    kernels: Kernels,
+    counts: list[int],
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool,
+    seed: int,
+    tile: Tile | None = None,
+    device: str = "cpu",
+) -> None:
+    """`counts`: tokens of each expert, some of them zero."""
+    draw = Draw(seed, device)
+    offsets = [sum(counts[:e]) for e in range(len(counts) + 1)]
+    t, e = offsets[-1], len(counts)
+    qx, qw, sx, sw = draw.int8(t, k), draw.int8(e, n, k), draw.scale(t), draw.scale(e, n)
+    b = draw.normal(e, n) if bias else None
+    at = torch.tensor(offsets, dtype=torch.int32, device=device)
+    actual = kernels.grouped(qx, qw, at, sx, sw, b, dtype, tile=tile)
+    on_cpu = (qx.cpu(), qw.cpu(), offsets, sx.cpu(), sw.cpu(), None if b is None else b.cpu())
+    assert_same_bits(actual.cpu(), reference.grouped(*on_cpu, dtype))
+
+
+def check_dequant(kernels: Kernels, n: int, k: int, dtype: torch.dtype, *, seed: int, device: str = "cpu") -> None:
+    """Weights back to a 16-bit float."""
+    draw = Draw(seed, device)
+    qw, sw = draw.int8(n, k), draw.scale(n)
+    assert_same_bits(kernels.dequant(qw, sw, dtype).cpu(), reference.dequant(qw.cpu(), sw.cpu(), dtype))
+
+
+Check = Callable[[Kernels, str], None]  # the launcher, the device of its tensors
+
+
+def beyond(tile: Tile | None) -> int:
+    """How far a check goes past one tile: a little, or, where a tile is slow to interpret, not quite there."""
+    return -3 if tile == LARGE else 3
+
+
+def _quantize(kind: str, dtype: torch.dtype) -> Check:
+    return lambda kernels, device: check_quantize(kernels, kind, 3, 1040, dtype, static=False, seed=1, device=device)
+
+
+def _product(call: str, dtype: torch.dtype, m: int, tile: Tile | None, split: int | None) -> Check:
+    def check(kernels: Kernels, device: str) -> None:
+        n = (tile.columns if tile else 8) + beyond(tile)
+        check_product(kernels, m, n, 336, dtype, bias=True, seed=1, call=call, tile=tile, split=split, device=device)
+
+    return check
+
+
+def _grouped(dtype: torch.dtype, tile: Tile) -> Check:
+    def check(kernels: Kernels, device: str) -> None:
+        counts = [2, 0, tile.rows + beyond(tile)]
+        check_grouped(
+            kernels, counts, tile.columns + beyond(tile), 208, dtype, bias=True, seed=1, tile=tile, device=device
+        )
+
+    return check
+
+
+def _dequant(dtype: torch.dtype) -> Check:
+    return lambda kernels, device: check_dequant(kernels, 3, 2192, dtype, seed=1, device=device)
+
+
+def every_kernel() -> dict[str, Check]:
+    """A check for each kernel there is, by its name."""
+    checks: dict[str, Check] = {}
+    for dtype in FLOATS:
+        name = TYPE_NAMES[dtype]
+        for kind in ("plain", "rmsnorm", "layernorm", "swiglu"):
+            checks[f"{kind}_quantize_{name}".removeprefix("plain_")] = _quantize(kind, dtype)
+        for tile in TILES:
+            checks[f"gemm_{tile.name}_{name}"] = _product("gemm", dtype, tile.rows + beyond(tile), tile, 1)
+            checks[f"grouped_{tile.name}_{name}"] = _grouped(dtype, tile)
+        for rows in (1, 2, 4, 8):
+            checks[f"gemv_{rows}_{name}"] = _product("gemv", dtype, rows - (rows > 2), None, None)
+        checks[f"finish_{name}"] = _product("gemm", dtype, 3, SMALL, 2)
+        if dtype != torch.float32:
+            checks[f"dequant_{name}"] = _dequant(dtype)
+    for tile in TILES:
+        checks[f"gemm_{tile.name}_i32"] = _product("accumulate", torch.int32, tile.rows + beyond(tile), tile, 2)
+    return checks

@@ -1,0 +1,53 @@
+"""Every seeded bug is noticed when the mutated source runs on the host layer, and the true source is not accused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from haq_lab.int8.cuda import Kernels
+
+from .bugs import ALL, BUGS, Bug, Kernel, alone, seeded
+from .host import HostError, HostRunner, Schedule, compiler
+
+# Each alone is blind to something: threads in step never overwrite too early, and copies that land at once never land
+# too late.
+REVEALING = (
+    Schedule("first_warp_ahead", "when_waited_for"),
+    Schedule("last_warp_ahead", "at_issue"),
+    Schedule("first_warp_ahead", "at_issue"),
+    Schedule("last_warp_ahead", "when_waited_for"),
+)
+# The staged part is bounded only where a row does not fit: 100 groups of eight columns.
+SHARED_LIMIT = 128 + 32 * 100
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++)")
+
+
+def complaint(kernel: Kernel, architecture: int, folder: Path) -> str | None:
+    """What is wrong with a kernel by any of the revealing schedules, or None."""
+    runner = HostRunner(architecture=architecture, folder=folder)
+    launcher = Kernels(runner, architecture=architecture, multiprocessors=4, shared_limit=SHARED_LIMIT)
+    try:
+        for schedule in REVEALING:
+            runner.schedule = schedule
+            kernel.check(launcher)
+    except (HostError, AssertionError) as error:
+        return str(error)
+    finally:
+        runner.close()
+    return None
+
+
+@pytest.mark.parametrize("kernel", ALL, ids=lambda kernel: kernel.name)
+def test_the_true_source_passes(kernel: Kernel, tmp_path: Path):
+    assert complaint(kernel, 80, alone(kernel, tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("bug", "kernel"),
+    [pytest.param(bug, kernel, id=f"{kernel.name}-{bug.name}") for bug in BUGS for kernel in bug.kernels],
+)
+def test_a_seeded_bug_is_noticed(bug: Bug, kernel: Kernel, tmp_path: Path):
+    assert complaint(kernel, 80, seeded(bug, kernel, tmp_path)) is not None

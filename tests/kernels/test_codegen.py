@@ -1,0 +1,118 @@
+"""What NVRTC makes of the kernels, for every architecture and with two versions of the compiler."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from haq_lab.errors import UserError
+from haq_lab.int8 import codegen
+from haq_lab.int8.codegen import ARCHITECTURES, KernelCode, complaints, forbidden, kernel_codes
+from haq_lab.int8.launch import MODULES, TILES, kernel_names
+from haq_lab.int8.nvrtc import cubin_file, default_compiler
+
+from .bugs import GEMM, QUANTIZE, Kernel, alone
+from .compiled import MAJORS, NEWEST, compiled, compiler, programs
+
+# The newest compiler for every architecture, the other for the first and the last with cp.async.
+COMPILATIONS = [(NEWEST, architecture) for architecture in ARCHITECTURES] + [
+    (major, architecture) for major in MAJORS if major != NEWEST for architecture in (80, 120)
+]
+TABLE = Path(__file__).parents[2] / "experiments" / "cuda_kernels.csv"
+
+needs_nvdisasm = pytest.mark.skipif(codegen.disassembler() is None, reason="needs nvdisasm (the dev extra brings it)")
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize(("major", "architecture"), COMPILATIONS)
+@pytest.mark.parametrize("module", MODULES)
+def test_every_kernel_compiles_to_the_right_code(module: str, major: int, architecture: int):
+    result = compiled(module, architecture, major)
+    assert forbidden(result.ptx) == []
+    codes = kernel_codes(result, architecture, str(major))
+    assert sorted(code.kernel for code in codes) == sorted(kernel_names(module))
+    assert {code.kernel: found for code in codes if (found := complaints(code))} == {}
+
+
+@pytest.mark.parametrize("architecture", [75, 80])
+def test_the_launchers_tiles_are_the_kernels_tiles(architecture: int):
+    for module in ("gemm", "grouped"):
+        for name, program in programs(module, architecture, NEWEST).items():
+            for tile in TILES:
+                if f"_{tile.name}_" in name:
+                    assert program.limits == {"maxntid": tile.threads, "minnctapersm": tile.min_blocks}
+
+
+CODE = KernelCode("gemm_64x64_f16", 86, "13.5", 120, 0, 128, 3, 32768, 16, 8, 24, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"spill_bytes": 8}, "8 bytes spilled"),
+        ({"registers": 176}, "fewer than 3 blocks fit"),
+        ({"shared_bytes": 40000}, "fewer than 3 blocks fit"),
+        ({"imma": 0}, "no IMMA"),
+        ({"ldgsts": 0}, "no LDGSTS"),
+        ({"kernel": "gemv_1_f16"}, "no IDP"),
+    ],
+)
+def test_code_that_got_worse_is_noticed(change: dict, complaint: str):
+    assert complaints(CODE) == []
+    assert complaint in "; ".join(complaints(replace(CODE, **change)))
+
+
+def test_the_recorded_table_has_every_kernel_and_nothing_worse_than_asked_for():
+    with TABLE.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    kernels = {name for module in MODULES for name in kernel_names(module)}
+    assert {row["kernel"] for row in rows} == kernels
+    assert {int(row["architecture"]) for row in rows} == set(ARCHITECTURES)
+    assert len({row["nvrtc"] for row in rows}) == 2
+    for row in rows:
+        numbers = {key: int(value) for key, value in row.items() if key not in ("kernel", "nvrtc")}
+        assert complaints(KernelCode(kernel=row["kernel"], nvrtc=row["nvrtc"], **numbers)) == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "file", "old", "new"),
+    [
+        pytest.param(QUANTIZE, "numeric.cuh", "__fdiv_rn(x, scale)", "__fdividef(x, scale)", id="approximate division"),
+        pytest.param(GEMM, "numeric.cuh", "__fadd_rn(__fmul_rn(", "__fmaf_rn(1.0f, __fmul_rn(", id="fused"),
+    ],
+)
+def test_ptx_that_breaks_the_contract_is_noticed(kernel: Kernel, file: str, old: str, new: str, tmp_path: Path):
+    folder = alone(kernel, tmp_path)
+    text = (folder / file).read_text(encoding="utf-8")
+    assert old in text
+    (folder / file).write_text(text.replace(old, new), encoding="utf-8")
+    assert forbidden(compiled(kernel.module, 80, NEWEST, folder).ptx) != []
+
+
+def test_a_compiled_module_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path))
+    path = cubin_file("dequant", 80, compiler(NEWEST))
+    assert path.read_bytes() == compiled("dequant", 80, NEWEST).cubin
+    assert path.is_relative_to(tmp_path)
+    path.write_bytes(b"kept")
+    assert cubin_file("dequant", 80, compiler(NEWEST)).read_bytes() == b"kept"
+    assert cubin_file("dequant", 86, compiler(NEWEST)) != path
+
+
+def test_an_architecture_that_the_compiler_does_not_know_is_named():
+    with pytest.raises(UserError, match="not for sm_70"):
+        compiler(NEWEST).compile("", 70)
+
+
+def test_an_error_in_the_source_shows_the_compilers_log():
+    with pytest.raises(RuntimeError, match="undefined_thing"):
+        compiler(NEWEST).compile("__global__ void k() { undefined_thing(); }", 80)
+
+
+def test_the_default_compiler_is_the_one_asked_for():
+    for major in MAJORS:
+        expected = compiler(major).version
+        assert default_compiler(major).version == expected
