@@ -133,4 +133,3 @@ def _texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windo
 def _refuse_too_long(setting: str, seqlen: int, model: LayeredModel) -> None:
     if seqlen > model.max_tokens:
         raise UserError(f"{setting}: {seqlen} is more than the model's {model.max_tokens} positions")
-

@@ -100,9 +100,7 @@ def prefill(n: int, k: int, m: int, repeats: int) -> dict:
 
 def decode(n: int, k: int, pool: int, repeats: int) -> dict:
     """Bytes of weights a second over the read bandwidth, at M = 1 to 4."""
-    weights = [
-        native.pack(torch.randint(-127, 128, (n, k), dtype=torch.int8)) for _ in range(pool // (n * k))
-    ]
+    weights = [native.pack(torch.randint(-127, 128, (n, k), dtype=torch.int8)) for _ in range(pool // (n * k))]
     scale = torch.rand(n)
     data = native.pack(torch.ones(pool // 4096, 4096, dtype=torch.int8)).data  # in huge pages, as weights are
     linears = [native.Linear(packed, scale) for packed in weights]
@@ -132,9 +130,7 @@ def decode(n: int, k: int, pool: int, repeats: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--pool-mb", type=int, default=400, help="weights to rotate over, a shape")

@@ -115,8 +115,7 @@ def _level_of(name: str, setting: str) -> int:
     if name not in _levels():
         near = difflib.get_close_matches(name, isas(), 1)
         raise UserError(
-            f"{setting}={name}: this CPU can run {', '.join(isas())}"
-            + (f"; did you mean {near[0]}?" if near else "")
+            f"{setting}={name}: this CPU can run {', '.join(isas())}" + (f"; did you mean {near[0]}?" if near else "")
         )
     return _levels()[name]
 
@@ -131,12 +130,7 @@ def _level() -> int:
 
 
 def _check(tensor: Tensor, name: str, dtype: torch.dtype, *shape: int) -> None:
-    if (
-        tensor.dtype != dtype
-        or tuple(tensor.shape) != shape
-        or not tensor.is_contiguous()
-        or not tensor.is_cpu
-    ):
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or not tensor.is_cpu:
         raise ValueError(
             f"{name} must be a contiguous CPU tensor {dtype} {shape}, "
             f"not {tensor.device.type} {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}"
@@ -152,13 +146,7 @@ def _wrong_x(x: Tensor, k: int) -> ValueError:
 
 def _check_x(x: Tensor, k: int) -> int:
     """The number of rows of a float tensor (..., k)."""
-    if (
-        x.dtype not in _FLOAT_KINDS
-        or x.ndim == 0
-        or x.shape[-1] != k
-        or not x.is_contiguous()
-        or not x.is_cpu
-    ):
+    if x.dtype not in _FLOAT_KINDS or x.ndim == 0 or x.shape[-1] != k or not x.is_contiguous() or not x.is_cpu:
         raise _wrong_x(x, k)
     return x.shape[:-1].numel()
 

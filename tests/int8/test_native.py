@@ -89,9 +89,7 @@ def test_accumulate_is_exact(isa, shape, seed):
 @isas
 @pytest.mark.parametrize("depth", [64, 2047, 2048, 2052, 5000, 16384])
 @pytest.mark.parametrize("rows", [1, 3, 30])
-@pytest.mark.parametrize(
-    ("left", "right"), [(127, 127), (-127, 127), (127, -127), (-127, -127), (-128, -128)]
-)
+@pytest.mark.parametrize(("left", "right"), [(127, 127), (-127, 127), (127, -127), (-127, -127), (-128, -128)])
 def test_extremes_do_not_saturate(isa, depth, rows, left, right):
     qx = torch.full((rows, depth), left, dtype=torch.int8)
     qw = torch.full((33, depth), right, dtype=torch.int8)
