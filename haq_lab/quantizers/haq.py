@@ -34,7 +34,7 @@ from haq_lab.quantizers.solver import Factor, factorize, solve
 
 Scheme = Literal["token", "tensor", "static"]
 STRENGTHS = tuple(step / 16 for step in range(17))
-TRUST = 0.25  # of the asymmetric correction: a regression on calibration text, shrunk as GPTQModel shrinks it
+TRUST = 0.25  # of the correction for earlier layers: a regression on calibration text, shrunk as GPTQModel shrinks it
 
 
 class Predictor:
@@ -89,9 +89,9 @@ class HAQ(Quantizer):
     adaptive: bool = True
     strength: Annotated[float, Field(ge=0, le=1)] = 0.5
     fold: tuple[FoldKind, ...] = ("norm", "value", "up")
-    scale_search: bool = True
+    scale_search: bool = False
     act_order: bool = True
-    asymmetric: bool = True
+    asymmetric: bool = False
     damp: Annotated[float, Field(gt=0, le=1)] = 0.01
     auto_limit: Annotated[float, Field(ge=1)] = 3.0
 
@@ -162,7 +162,7 @@ class HAQ(Quantizer):
             else:
                 noise = torch.diag(dynamic_noise(statistics, per_row=activation.scheme == "token"))
             hessian = hessian + noise
-            target = self._corrected(weight, hessian, statistics.cross - noise)
+            target = self._corrected(weight, hessian, TRUST * statistics.cross - noise)
         factor = self._factor(hessian)
         if factor is None:
             scale = row_scale(weight, self.weight_bits)
@@ -179,10 +179,10 @@ class HAQ(Quantizer):
         return factorize(hessian, self.damp, self.act_order)
 
     def _corrected(self, weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
-        """The weights that map the quantised model's input to the full-precision output, in the least squares
-        sense: W + W C (H + damp)^-1 with C = E[(x_fp - x) x^T], a part of the way (`TRUST`)."""
+        """The weights that map what the quantised linear multiplies to the full-precision output, in the least
+        squares sense: W + W C (H + damp)^-1 with C = E[(x_fp - x) x^T]."""
         damped = hessian + torch.eye(len(hessian)) * self.damp * hessian.diagonal().mean()
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed or not torch.isfinite(cross).all():
             return weight
-        return weight + TRUST * torch.cholesky_solve((weight @ cross).t(), lower).t()
+        return weight + torch.cholesky_solve((weight @ cross).t(), lower).t()
