@@ -14,7 +14,9 @@ from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.numerics import round_to_grid, scale_of
 
 CLIPS = tuple(0.84**step for step in range(18))  # static scales tried, as shares of the one that covers all
-STEPS = 2.0 ** torch.arange(-6, 8.01, 1 / 3)  # grid steps tabulated, over the one that covers a channel
+TINY = 1e-30  # noise of a dead channel, so that it has a logarithm
+PER_OCTAVE = 6
+STEPS = 2.0 ** torch.arange(-6, 8.01, 1 / PER_OCTAVE)  # grid steps tabulated, over the one that covers a channel
 
 
 def dynamic_noise(statistics: InputStatistics, per_row: bool) -> Tensor:
@@ -39,17 +41,17 @@ class StaticNoise:
         for step in STEPS:
             scale = self._full * step
             rows.append(weight @ round_to_grid(sample, scale).mul_(scale).sub_(sample).square_())
-        self._table = torch.stack(rows)  # (steps, k)
+        self._table = torch.stack(rows).clamp(min=TINY).log()  # (steps, k)
 
     def __call__(self, step: Tensor) -> Tensor:
-        """(k,) noise for the channels' steps (k,), between tabulated ones on a line."""
-        position = ((step / self._full).log2() - STEPS[0].log2()) * 3
+        """(k,) noise for the channels' steps (k,); geometric means between tabulated ones."""
+        position = ((step / self._full).log2() - STEPS[0].log2()) * PER_OCTAVE
         position = position.clamp(0, len(STEPS) - 1.001)
         below = position.long()
         share = position - below
         low = self._table.gather(0, below[None])[0]
         high = self._table.gather(0, below[None] + 1)[0]
-        return low + share * (high - low)
+        return (low + share * (high - low)).exp()
 
     def best_scale(self, factor: Tensor, energy: Tensor) -> tuple[Tensor, float]:
         """The static scale with the least output error for inputs divided by `factor` (k,), and that error.

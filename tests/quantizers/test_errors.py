@@ -1,0 +1,63 @@
+"""Predicted activation errors against errors measured by rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from haq_lab.calibration.statistics import InputStatistics
+from haq_lab.int8.numerics import quantize_activations
+from haq_lab.quantizers.errors import StaticNoise, dynamic_noise, solved_weight_error
+
+
+def heavy_tailed(channels: int = 24) -> tuple[InputStatistics, Tensor]:
+    x = torch.randn(400, channels) ** 3 * torch.logspace(-1, 1, channels)
+    return InputStatistics(400, x.abs().amax(0), x.t() @ x / 400, None, x, torch.ones(400)), x
+
+
+@pytest.mark.parametrize("scheme", ["token", "tensor"])
+def test_dynamic_noise_is_the_mean_squared_rounding_error(scheme):
+    statistics, x = heavy_tailed()
+    levels, scale = quantize_activations(x, scheme, None)
+    measured = (levels.float() * scale - x).square().mean(0)
+    torch.testing.assert_close(dynamic_noise(statistics, per_row=scheme == "token"), measured, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.5, 0.1])
+def test_static_noise_follows_the_rounding_error_clipping_included(clip):
+    statistics, x = heavy_tailed()
+    factor = torch.linspace(0.5, 2, x.shape[1])
+    scale = (x / factor).abs().amax() / 127 * clip
+    levels, _ = quantize_activations(x / factor, "static", scale)
+    measured = (levels.float() * scale * factor - x).square().mean(0)
+    predicted = StaticNoise(statistics)(scale * factor)
+    # Tabulated at six steps an octave, geometric means in between.
+    torch.testing.assert_close(predicted, measured, rtol=0.25, atol=1e-6)
+
+
+def test_rows_count_by_their_weight():
+    statistics, x = heavy_tailed()
+    doubled = InputStatistics(800, statistics.channel_max, None, None, x[:200], torch.full((200,), 4.0))
+    levels, scale = quantize_activations(x[:200], "token", None)
+    measured = (levels.float() * scale - x[:200]).square().mean(0)
+    torch.testing.assert_close(dynamic_noise(doubled, per_row=True), measured, rtol=1e-4, atol=1e-9)
+
+
+def test_best_scale_clips_a_lone_outlier_that_costs_little_and_no_other():
+    x = torch.rand(400, 8) * 2 - 1
+    x[0, 0] = 1000.0
+    energy = torch.ones(8)
+    statistics = InputStatistics(400, x.abs().amax(0), None, None, x, torch.ones(400))
+    covering = 1000 / 127
+    assert StaticNoise(statistics).best_scale(torch.ones(8), energy)[0] == pytest.approx(covering, rel=1e-5)
+    energy[0] = 1e-9  # now nobody reads the outlier
+    scale, error = StaticNoise(statistics).best_scale(torch.ones(8), energy)
+    assert scale < covering / 10
+    assert error < 0.1
+
+
+def test_weight_error_does_not_depend_on_a_common_factor():
+    scale, variance = torch.rand(6), torch.rand(9)
+    once = solved_weight_error(scale, variance)
+    assert solved_weight_error(scale * 4, variance / 16) == pytest.approx(once)
