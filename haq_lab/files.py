@@ -19,11 +19,15 @@ def written_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield aside
-        with aside.open("rb") as stream:
-            os.fsync(stream.fileno())
+        _flush(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -35,6 +39,9 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        for path in aside.rglob("*"):
+            if path.is_file():
+                _flush(path)
         if folder.exists():
             shutil.rmtree(folder)
         aside.replace(folder)

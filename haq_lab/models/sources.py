@@ -20,6 +20,7 @@ from haq_lab.errors import UserError
 from haq_lab.files import folder_written_aside, sha256
 from haq_lab.models.tiny import build_tiny
 from haq_lab.paths import cache_folder
+from haq_lab.show import say
 
 
 class ModelSource(Protocol):
@@ -171,6 +172,7 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
     folder = models / name
     with FileLock(models / f".{name}.lock"):
         if not folder.is_dir():
+            say(f"preparing {name}, once; it is kept in {models}")
             with folder_written_aside(folder) as aside:
                 make(aside)
     return folder
