@@ -46,9 +46,9 @@ def load(*folders: str | Path) -> pd.DataFrame:
 
 
 def _names(rows: list[dict[str, Any]]) -> list[str]:
-    """Short names: the overrides in which a run differs from the others, else its folder's name."""
-    given = [row["overrides"].split() for row in rows]
-    shared = set.intersection(*map(set, given)) if given else set()
+    """Short names: for a sweep's runs the overrides in which they differ, else the folder's name."""
+    given = [row["overrides"].split() if row.get("sweep") else [] for row in rows]
+    shared = set.intersection(*map(set, filter(None, given))) if any(given) else set()
     names = [" ".join(override for override in own if override not in shared) for own in given]
     return [name if name and names.count(name) == 1 else row["name"] for name, row in zip(names, rows, strict=True)]
 

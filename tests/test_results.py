@@ -16,7 +16,8 @@ def runs(tmp_path):
     """One run of each kind, and an archived one that is not listed."""
     for quantizer, perplexity in (("rtn", 31.0), ("haq", 30.1)):
         folder = RunFolder(tmp_path / quantizer, {"quantizer": {"weight_bits": 8}})
-        facts = {"model": "m", "quantizer": quantizer, "overrides": ["model=m", f"quantizer={quantizer}"]}
+        overrides = ["model=m", f"quantizer={quantizer}"]
+        facts = {"model": "m", "quantizer": quantizer, "overrides": overrides, "sweep": "runs/sweep"}
         for _ in range(2):
             folder.begin("a: 1\n")
             metrics = {"perplexity.text": perplexity, "perplexity_fp.text": 30.0, "memory.weights_bytes": 1e6}
@@ -39,9 +40,13 @@ def test_the_table_is_tidy_and_hides_nothing(runs):
     assert table.loc["unfinished", "name"] == "killed"
 
 
-def test_runs_are_named_by_what_they_differ_in(runs):
+def test_a_sweeps_runs_are_named_by_what_they_differ_in_and_others_by_their_folder(runs):
     table = results.load(runs / "rtn", runs / "haq")
     assert list(table["name"]) == ["quantizer=rtn", "quantizer=haq"]
+    alone = RunFolder(runs / "my-run", {})
+    alone.begin("a: 1\n")
+    alone.finish({"model": "m", "overrides": ["model=m", "quantizer=gptq"], "sweep": None}, {}, {})
+    assert list(results.load(runs / "rtn", runs / "haq", runs / "my-run")["name"])[2] == "my-run"
 
 
 def test_csv_and_figure(runs, capsys):
