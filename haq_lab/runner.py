@@ -17,6 +17,7 @@ from haq_lab.data.calibration import refuse_overlap, refuse_same_text
 from haq_lab.data.windows import Windows
 from haq_lab.errors import UserError
 from haq_lab.figures import layer_figure
+from haq_lab.files import written_aside
 from haq_lab.measure.memory import reset_peak_rss
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
@@ -102,7 +103,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     table = table.drop(columns="notes", errors="ignore")
     figures = []
     if len(table):
-        table.to_csv(folder.path / "layers.csv", index=False)
+        with written_aside(folder.path / "layers.csv") as aside:
+            table.to_csv(aside, index=False)
         figures.append(layer_figure(table, folder.path / "figures" / "layers.png"))
     protocol: dict[str, Any] = {name: windows.protocol for name, windows in evaluation.items()}
     if calibration is not None:

@@ -19,8 +19,6 @@ from haq_lab.models.families import Family, Group
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 from haq_lab.quantizers.smoothing import Channels
 
-dataclass_field = field
-
 
 @dataclass(frozen=True, config={"arbitrary_types_allowed": True})
 class Smoothing:
@@ -44,7 +42,7 @@ class Solution:
 
     levels: Tensor
     scale: Tensor
-    notes: dict[str, Any] = dataclass_field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,11 @@ class Quantizer:
         """Round stacked weights (n, k) that share an input."""
         scale = row_scale(weight, self.weight_bits)
         return Solution(round_to_nearest(weight, scale, self.weight_bits), scale)
+
+    def _fallback(self, weight: Tensor) -> Solution:
+        """Plain rounding, noted as such: for a Hessian that has no usable factor."""
+        nearest = Quantizer.solve(self, weight, None, ActivationChoice("token"))
+        return Solution(nearest.levels, nearest.scale, {"fallback": "rtn"})
 
 
 def output_error(weight: Tensor, solution: Solution, hessian: Tensor | None) -> float | None:

@@ -33,8 +33,7 @@ class GPTQ(Quantizer):
         assert statistics.hessian is not None
         factor = factorize(statistics.hessian, self.damp, self.act_order)
         if factor is None:
-            nearest = Quantizer.solve(self, weight, statistics, activation)
-            return Solution(nearest.levels, nearest.scale, {"fallback": "rtn"})
+            return self._fallback(weight)
         scale = row_scale(weight, self.weight_bits)
         notes = {"damp": factor.damp, "dead_columns": int(factor.dead.sum())}
         return Solution(solve(weight, factor, scale, self.weight_bits), scale, notes)

@@ -28,7 +28,7 @@ from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.models.families import Family, FoldKind, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solution
 from haq_lab.quantizers.errors import StaticNoise, dynamic_noise, solved_weight_error
-from haq_lab.quantizers.grid import round_to_nearest, row_scale, searched_row_scale
+from haq_lab.quantizers.grid import row_scale, searched_row_scale
 from haq_lab.quantizers.smoothing import Channels, factor_of
 from haq_lab.quantizers.solver import Factor, factorize, solve
 
@@ -165,8 +165,7 @@ class HAQ(Quantizer):
             target = self._corrected(weight, hessian, TRUST * statistics.cross - noise)
         factor = self._factor(hessian)
         if factor is None:
-            scale = row_scale(weight, self.weight_bits)
-            return Solution(round_to_nearest(weight, scale, self.weight_bits), scale, {"fallback": "rtn"})
+            return self._fallback(weight)
         if self.scale_search:
             scale = searched_row_scale(target, factor.conditional_variance(), self.weight_bits)
         else:
