@@ -71,6 +71,9 @@ def _object(node: Any, setting: str) -> Any:
     target = fields.pop("_target_")
     if target is None:
         return None
+    for name, value in fields.items():
+        if isinstance(value, dict) and "_target_" in value:
+            fields[name] = _object(node[name], f"{setting}.{name}")
     made = _locate(target, f"{setting}._target_")
     if is_dataclass(made):  # pydantic's pass over names they don't have
         known = [field.name for field in fields_of(made)]

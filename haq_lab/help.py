@@ -58,7 +58,7 @@ def _option_lines(path: Path, option: str) -> list[str]:
     comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#") and "@package" not in line]
     lines = [f"  {option:<14}{comments[0] if comments else ''}"]
     if path.parent.name != "experiment":
-        settings = [line for line in text.splitlines() if re.match(r"[a-z]\w*:", line)]
+        settings = [line for line in text.splitlines() if re.match(r"(?!defaults:)[a-z]\w*:", line)]
         lines += [f"      {line}" for line in settings]
     return lines
 
@@ -137,4 +137,4 @@ def _unknown_key(key: str) -> str:
 def _settings(group: str, option: str) -> list[str]:
     """The settings of an option, by its file."""
     path = bundled("conf") / group / f"{option}.yaml"
-    return re.findall(r"^([a-z]\w*):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return re.findall(r"^(?!defaults:)([a-z]\w*):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
