@@ -21,7 +21,7 @@ from haq_lab.files import written_aside
 from haq_lab.measure.memory import reset_peak_rss
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
-from haq_lab.onepass import one_pass
+from haq_lab.onepass import PassResult, one_pass
 from haq_lab.show import Progress, say, show_results
 from haq_lab.tracking.run_folder import RunFolder
 
@@ -82,7 +82,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             experiment.quantizer,
             experiment.backend,
             None if calibration is None else calibration.tokens,
-            experiment.calibration.propagate,
+            experiment.calibration.policy,
             tokens,
             finished,
         )
@@ -99,20 +99,34 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     if passed.reports:
         dynamic = sum(report.scheme != "static" for report in passed.reports)
         metrics["quantizer.dynamic_share"] = dynamic / len(passed.reports)
-    table = pd.DataFrame([{**vars(report), **vars(report)["notes"]} for report in passed.reports])
-    table = table.drop(columns="notes", errors="ignore")
-    figures = []
-    if len(table):
-        with written_aside(folder.path / "layers.csv") as aside:
+    tables = _tables(passed)
+    for name, table in tables.items():
+        with written_aside(folder.path / f"{name}.csv") as aside:
             table.to_csv(aside, index=False)
-        figures.append(layer_figure(table, folder.path / "figures" / "layers.png"))
+    figures = []
+    if "layers" in tables:
+        figures.append(layer_figure(tables["layers"], folder.path / "figures" / "layers.png"))
+    if passed.routing is not None:
+        text = experiment.calibration.text
+        passed.routing.save(folder.path / "routing.safetensors", experiment.model.label, text)
     protocol: dict[str, Any] = {name: windows.protocol for name, windows in evaluation.items()}
     if calibration is not None:
         protocol["calibration"] = calibration.protocol
     if experiment.tracking is not None:
-        experiment.tracking.log(folder, folder.path.name, facts["sweep"], metrics, table, figures)
+        experiment.tracking.log(folder, folder.path.name, facts["sweep"], metrics, tables, figures)
     results = folder.finish(facts, protocol, metrics)
     show_results(results, folder.path)
+
+
+def _tables(passed: PassResult) -> dict[str, pd.DataFrame]:
+    """`layers`: what was done to each linear; `experts`: the tokens that each expert was calibrated on."""
+    tables = {}
+    if passed.reports:
+        layers = pd.DataFrame([{**vars(report), **report.notes} for report in passed.reports])
+        tables["layers"] = layers.drop(columns="notes")
+    if passed.routing is not None:
+        tables["experts"] = passed.routing.table()
+    return tables
 
 
 def _texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windows], Windows | None]:

@@ -149,7 +149,7 @@ class TinyModel:
         seed: Seed of the weights.
     """
 
-    architecture: Literal["opt", "llama"]
+    architecture: Literal["opt", "llama", "mixtral", "qwen3_moe", "olmoe"]
     layers: Annotated[int, Field(ge=1)] = 2
     hidden: Annotated[int, Field(ge=32, multiple_of=32)] = 64
     seed: int = 0
