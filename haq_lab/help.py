@@ -32,6 +32,7 @@ HEAD = """Squeeze a large language model onto one edge GPU, and measure the pric
 """
 
 TAIL = """
+checkpoint.dir=DIR   write the quantised model there, and go on with it after a kill; model=quantized runs it
 force=true           run even where a finished run of this config is there
 hydra.run.dir=DIR    the run folder (hydra.sweep.dir=DIR for a sweep)
 --cfg job            show the composed config
@@ -112,8 +113,10 @@ def _disk(error: OSError) -> str:
 def _unknown_key(key: str) -> str:
     """A key that no config has, and the nearest that one does."""
     group, _, setting = key.replace("/", ".").partition(".")
+    if group == "checkpoint":
+        return f"there is no setting '{key}' (did you mean 'checkpoint.dir'?)"
     if group not in GROUPS and group != "hydra":
-        return f"there is no group or setting '{key}'{nearest(group, [*GROUPS, 'force'])}"
+        return f"there is no group or setting '{key}'{nearest(group, [*GROUPS, 'checkpoint', 'force'])}"
     if not setting:
         return f"{group}: the config has none; write +{group}=OPTION (one of {', '.join(options(group))})"
     inner, _, name = setting.rpartition(".")

@@ -2,7 +2,7 @@
 
 Random experts show whether code is right; equal ones (`upcycle.py`) route like real text. Here both come
 together: four layers of eight experts and a small vocabulary, trained on Python's own reference texts with
-Mixtral's load-balancing loss.
+a load-balancing loss.
 
     python -m haq_lab.models build tiny_mixtral_trained
 """
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from haq_lab.data.text import fingerprint, python_docs
 from haq_lab.data.windows import encode
@@ -119,12 +121,22 @@ def _config(settings: TrainedTinyModel, vocabulary: int) -> MixtralConfig:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         num_local_experts=settings.experts,
         num_experts_per_tok=2,
-        router_aux_loss_coef=BALANCE,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
     )
+
+
+def _loss(model: MixtralForCausalLM, windows: Tensor) -> Tensor:
+    """Cross-entropy, and the load-balancing loss (Fedus et al., arXiv 2101.03961, eq. 4) of every layer by itself:
+    transformers' own takes all layers as one, which lets an expert of a layer starve."""
+    output = model(windows, output_router_logits=True, use_cache=False)
+    targets = windows[:, 1:].flatten()
+    loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), targets)
+    experts, active = model.config.num_local_experts, model.config.num_experts_per_tok
+    balance = [load_balancing_loss_func((logits,), experts, active) for logits in output.router_logits]
+    return loss + BALANCE * torch.stack(balance).mean()
 
 
 def _descend(model: MixtralForCausalLM, tokens: Tensor, settings: TrainedTinyModel, progress: Progress) -> None:
@@ -141,8 +153,7 @@ def _descend(model: MixtralForCausalLM, tokens: Tensor, settings: TrainedTinyMod
     for _ in range(settings.steps):
         starts = torch.randint(0, len(tokens) - settings.seqlen, (settings.batch,))
         windows = torch.stack([tokens[start : start + settings.seqlen] for start in starts])
-        loss = model(windows, labels=windows, output_router_logits=True, use_cache=False).loss
-        loss.backward()
+        _loss(model, windows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
