@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
 def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> None:
     """The method section."""
     reset_peak_rss()
-    with Progress() as progress:
+    with ExitStack() as held, Progress() as progress:
         # 1. The model's shell and the texts.
         progress.stage(f"model {experiment.model.label}")
         model = open_model(experiment.model, experiment.backend)
@@ -75,6 +76,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         layers: list[nn.Module] = []
         deploys = any(measure.deploys for measure in experiment.measures.values())
         writer = _writer(experiment, folder.config, model, evaluation, calibration)
+        if writer is not None:
+            held.callback(writer.release)
         progress.layers(model.depth, "quantise" if experiment.quantizer else "evaluate")
 
         def finished(index: int, layer: nn.Module) -> None:

@@ -76,7 +76,7 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
         raise UserError(f"checkpoint: {path} is missing")
     if path.stat().st_size != shard.bytes:
         raise UserError(f"checkpoint: {path} has {path.stat().st_size} bytes, not {shard.bytes}: truncated or changed")
-    header, start = _header(path)
+    header, start = read_header(path)
     metadata = header.pop("__metadata__", {})
     for name in sorted({*header} ^ {*shard.tensors}):
         raise UserError(f"checkpoint: {path}: tensor '{name}' is not where the manifest has it; was a file renamed?")
@@ -99,7 +99,7 @@ def byte_range(path: Path, names: Iterable[str]) -> tuple[int, int]:
     Raises:
         UserError: They don't lie side by side, or are not there.
     """
-    header, start = _header(path)
+    header, start = read_header(path)
     wanted = set(names)
     if missing := wanted - set(header):
         raise UserError(f"checkpoint: {path} has no tensor '{min(missing)}'")
@@ -109,7 +109,7 @@ def byte_range(path: Path, names: Iterable[str]) -> tuple[int, int]:
     return start + ranges[0][0], start + ranges[-1][1]
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file's header, and where the tensors' bytes begin."""
     try:
         with path.open("rb") as stream:
