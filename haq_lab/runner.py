@@ -26,6 +26,7 @@ from haq_lab.measure.memory import reset_peak_rss
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
 from haq_lab.onepass import PassResult, one_pass
+from haq_lab.preflight import preflight
 from haq_lab.show import Progress, say, show_results
 from haq_lab.tracking.run_folder import RunFolder
 
@@ -64,6 +65,7 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
 def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> None:
     """The method section."""
     reset_peak_rss()
+    preflight(experiment, facts["overrides"])
     with ExitStack() as held, Progress() as progress:
         # 1. The model's shell and the texts.
         progress.stage(f"model {experiment.model.label}")

@@ -9,7 +9,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from launching import TINY, launch
+from safetensors.torch import load_file
 
 MODEL = ["model=tiny_mixtral", "model.layers=3", "quantizer=haq", "quantizer.asymmetric=true"]
 
@@ -62,7 +64,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_again_and_again(uninterrupted, tmp_path, seed):
     draw = random.Random(seed)
     deaths = 0
@@ -75,7 +77,9 @@ def test_killed_again_and_again(uninterrupted, tmp_path, seed):
     ours, theirs = _results(tmp_path), _results(uninterrupted)
     same = [name for name in theirs["metrics"] if not name.startswith(("time.", "memory.peak"))]
     assert {name: ours["metrics"][name] for name in same} == {name: theirs["metrics"][name] for name in same}
-    for table in ("layers.csv", "experts.csv", "routing.safetensors"):
+    routing = [load_file(folder / "run" / "routing.safetensors") for folder in (tmp_path, uninterrupted)]
+    assert all(torch.equal(routing[0][name], routing[1][name]) for name in routing[1])
+    for table in ("layers.csv", "experts.csv"):
         assert (tmp_path / "run" / table).read_bytes() == (uninterrupted / "run" / table).read_bytes()
 
 
