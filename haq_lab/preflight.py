@@ -126,7 +126,9 @@ def _disk_needs(files: list[tuple[Path, float]]) -> list[Need]:
         by_disk[path.stat().st_dev] = first, before + needed
     hint = "HF_HOME and HAQ_LAB_CACHE name folders on another disk"
     return [
-        Need(f"disk at {path}", needed, shutil.disk_usage(path).free, hint) for path, needed in by_disk.values() if needed
+        Need(f"disk at {path}", needed, shutil.disk_usage(path).free, hint)
+        for path, needed in by_disk.values()
+        if needed
     ]
 
 

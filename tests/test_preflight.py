@@ -59,7 +59,6 @@ def _lines(experiment, source):
     return {need.what.split()[0]: need for need in needs}
 
 
-
 def test_a_local_folder_needs_no_hub(local, monkeypatch):
     from haq_lab.config import build
     from tests.test_configs import _composed
@@ -73,7 +72,9 @@ def test_a_local_folder_needs_no_hub(local, monkeypatch):
     many = _lines(build(_composed(*setting)), experiment.model)
     assert many["disk"].needed > 10e9, "hidden states of all windows don't stay in memory"
     kept = build(_composed(*setting, *few, "measure=[perplexity,memory]"))
-    assert _lines(kept, experiment.model)["memory"].needed == pytest.approx(needs["memory"].needed + 2 * 1.45e9, rel=0.01)
+    assert _lines(kept, experiment.model)["memory"].needed == pytest.approx(
+        needs["memory"].needed + 2 * 1.45e9, rel=0.01
+    )
 
 
 def test_too_little_memory(local, tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def pack(levels: Tensor) -> Tensor:
 
 def _quantization(schemes: dict[str, str], names: dict[str, str], packed: bool) -> dict[str, Any]:
     """`quantization_config`: a group for each activation scheme, with its linears by name."""
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         scheme: {
             "targets": ["Linear"] if len({*schemes.values()}) == 1 else [names[name] for name in own],
             "weights": WEIGHTS,

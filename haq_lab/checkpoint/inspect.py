@@ -30,11 +30,11 @@ def summary(folder: Path) -> tuple[Table, dict[str, Any]]:
             count[0] += 1
             count[1] += entry["data_offsets"][1] - entry["data_offsets"][0]
     table = Table("tensors", "dtype", "activations", "count", "MB", title=str(folder), title_justify="left")
-    for (name, dtype, scheme), (count, size) in kinds.items():
-        table.add_row(name, dtype, scheme, str(count), f"{size / 1e6:,.2f}")
+    for (name, dtype, scheme), (number, size) in kinds.items():
+        table.add_row(name, dtype, scheme, str(number), f"{size / 1e6:,.2f}")
     total = sum(size for _, size in kinds.values())
     table.add_section()
-    table.add_row("all", "", "", str(sum(count for count, _ in kinds.values())), f"{total / 1e6:,.2f}")
+    table.add_row("all", "", "", str(sum(number for number, _ in kinds.values())), f"{total / 1e6:,.2f}")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return table, config["quantization_config"]["provenance"]
 

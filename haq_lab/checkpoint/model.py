@@ -73,11 +73,12 @@ class QuantizedModel(LayeredModel):
         layer = self.new_layer(index)
         for name, scheme in json.loads(metadata["schemes"]).items():
             name = name.removeprefix(prefix)
-            own = {key: tensors.pop(f"{name}.{key}", None) for key in ("weight", "weight_scale", "bias", "input_scale")}
-            weight = cast(Tensor, layer.get_submodule(name).weight)
-            if own["weight"] is None or own["weight_scale"] is None or own["weight"].shape != weight.shape:
+            parts = ("weight", "weight_scale", "bias", "input_scale")
+            levels, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
+            shape = cast(Tensor, layer.get_submodule(name).weight).shape
+            if levels is None or scale is None or levels.shape != shape:
                 raise UserError(f"checkpoint: {self.folder / file}: '{prefix}{name}' does not fit the config")
-            layer.set_submodule(name, Int8Linear(**own, scheme=scheme, backend=self.backend))
+            layer.set_submodule(name, Int8Linear(levels, scale, bias, scheme, input_scale, self.backend))
         if (moe := self.family.moe) is not None:
             layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
         self._assign(layer, tensors, self.folder / file)

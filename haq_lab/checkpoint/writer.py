@@ -1,6 +1,6 @@
 """Write a quantised checkpoint while the pass goes on, and go on with one that was killed.
 
-    checkpoint.dir=DIR
+checkpoint.dir=DIR
 """
 
 from __future__ import annotations

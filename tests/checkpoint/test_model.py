@@ -10,7 +10,9 @@ import torch
 from launching import TINY, launch
 from transformers import AutoModelForCausalLM
 
+from haq_lab.calibration.statistics import Policy
 from haq_lab.checkpoint.model import QuantizedCheckpoint, QuantizedModel
+from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.errors import UserError
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear
@@ -18,8 +20,6 @@ from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.haq import HAQ
-from haq_lab.checkpoint.writer import CheckpointWriter
-from haq_lab.calibration.statistics import Policy
 
 
 def _metrics(folder):
@@ -28,7 +28,9 @@ def _metrics(folder):
 
 def test_it_runs_like_the_run_that_wrote_it(written, tmp_path):
     settings = ["model=quantized", f"model.path={written / 'checkpoint'}", "quantizer=none"]
-    outcome = launch(*[s for s in TINY if not s.startswith(("model", "quantizer"))], *settings, f"hydra.run.dir={tmp_path}")
+    outcome = launch(
+        *[s for s in TINY if not s.startswith(("model", "quantizer"))], *settings, f"hydra.run.dir={tmp_path}"
+    )
     assert outcome.code == 0, outcome.err
     before, after = _metrics(written / "run"), _metrics(tmp_path)
     assert after["perplexity.python_docs"] == before["perplexity.python_docs"]
@@ -42,8 +44,14 @@ def test_logits_are_bit_equal(architecture, activations, windows, logits_of, tmp
     layers = []
     writer = CheckpointWriter(tmp_path / "checkpoint", model, {}, {}, force=False)
     one_pass(
-        model, HAQ(activations=activations), ReferenceBackend(), windows.flip(0), Policy(), {},
-        lambda index, layer: layers.append(layer), writer,
+        model,
+        HAQ(activations=activations),
+        ReferenceBackend(),
+        windows.flip(0),
+        Policy(),
+        {},
+        lambda index, layer: layers.append(layer),
+        writer,
     )
     writer.finish()
     writer.close()
