@@ -71,7 +71,7 @@ def dispatch(hidden: Tensor, chosen: Tensor, weights: Tensor, run: Callable[[int
     results = hidden.new_empty(tokens * k, hidden.shape[-1])
     for number, own in zip(active.tolist(), pairs.split(counts.tolist()), strict=True):
         results[own] = run(number, own // k)
-    ranked = results.view(tokens, k, -1)
+    ranked = results.view(tokens, k, hidden.shape[-1])
     total = torch.zeros_like(hidden)
     for rank in range(k):
         total += (ranked[:, rank] * weights[:, rank, None]).to(total.dtype)
