@@ -101,9 +101,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         if writer is not None:
             writer.finish()
             facts["checkpoint"], facts["resumed_from_layer"] = str(writer.folder), writer.resumed
-            if deploys:
-                written = QuantizedModel(writer.folder, experiment.backend)
-                layers = [written.load_layer(index) for index in range(model.depth)]
+            model = QuantizedModel(writer.folder, experiment.backend)
+            layers = [model.load_layer(index) for index in range(model.depth)] if deploys else []
 
         # 3. Measurements on the model as deployed.
         study = Study(model, tokens, passed, model.assemble(layers), progress.stage)
@@ -112,6 +111,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             metrics |= measure(study)
 
     # 4. The record.
+    if isinstance(model, QuantizedModel):
+        metrics["memory.checkpoint_bytes"] = model.manifest.bytes
     metrics |= {f"time.{stage}_s": seconds for stage, seconds in passed.stopwatch.seconds.items()}
     metrics["quantizer.fallback_modules"] = sum("fallback" in report.notes for report in passed.reports)
     if passed.reports:
