@@ -18,7 +18,11 @@ from haq_lab.help import GROUPS, options
 from haq_lab.paths import bundled
 
 QUANTIZERS = [name for name in options("quantizer") if name != "none"]
-NEEDED = {"model=hf": ["model.name=x"], "model=gguf": ["model.path=x"], "model=quantized": ["model.path=x", "quantizer=none"]}
+NEEDED = {
+    "model=hf": ["model.name=x"],
+    "model=gguf": ["model.path=x"],
+    "model=quantized": ["model.path=x", "quantizer=none"],
+}
 ONE_CHOICE = [f"{group}={option}" for group in GROUPS if group not in ("experiment",) for option in options(group)]
 
 

@@ -29,7 +29,15 @@ def summary(folder: Path) -> tuple[Table, dict[str, Any]]:
             count = kinds[re.sub(r"\.\d+\.", ".*.", name), entry["dtype"], scheme]
             count[0] += 1
             count[1] += entry["data_offsets"][1] - entry["data_offsets"][0]
-    table = Table(Column("tensors", overflow="fold"), "dtype", "activations", "count", "MB", title=str(folder), title_justify="left")
+    table = Table(
+        Column("tensors", overflow="fold"),
+        "dtype",
+        "activations",
+        "count",
+        "MB",
+        title=str(folder),
+        title_justify="left",
+    )
     for (name, dtype, scheme), (number, size) in kinds.items():
         table.add_row(name, dtype, scheme, str(number), f"{size / 1e6:,.2f}")
     total = sum(size for _, size in kinds.values())

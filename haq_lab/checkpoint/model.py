@@ -86,13 +86,14 @@ class QuantizedModel(LayeredModel):
 
     def _assign(self, layer: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         """What is not quantised: norms, and a router."""
-        try:
-            left = layer.load_state_dict(tensors, strict=False, assign=True)
-        except RuntimeError as error:
-            raise UserError(f"checkpoint: {path} does not fit its config: {error}") from error
-        unset = [name for name, tensor in layer.state_dict().items() if tensor.device.type == "meta"]
-        for name in (*left.unexpected_keys, *unset):
+        places = {name: tensor for name, tensor in layer.named_parameters() if tensor.is_meta}
+        for name in sorted({*tensors} ^ {*places}):
             raise UserError(f"checkpoint: {path}: tensor '{name}' is superfluous or missing")
+        for name, tensor in tensors.items():
+            if tensor.shape != places[name].shape:
+                raise UserError(f"checkpoint: {path}: tensor '{name}' does not fit the config")
+            parent, _, own = name.rpartition(".")
+            setattr(layer.get_submodule(parent), own, nn.Parameter(tensor, requires_grad=False))
 
 
 def open_model(source: ModelSource, backend: Backend) -> LayeredModel:
