@@ -85,11 +85,12 @@ def one_pass(
         evaluate("fp", layer, index)
         if quantizer is not None:
             assert calibrator is not None
-            smoothed = _sharing(layer)
+            smoothed = _sharing(layer) if evaluation else None  # it keeps the float weights
             result.reports += _quantize_layer(model, layer, smoothed, index, quantizer, backend, calibrator, clock)
             spool.release()
-            evaluate("smoothed", smoothed, index)
-            evaluate("quantized", layer, index)
+            if smoothed is not None:
+                evaluate("smoothed", smoothed, index)
+                evaluate("quantized", layer, index)
             del smoothed
         finished(index, layer)
         del layer  # or it would stay while the next one is read
@@ -99,7 +100,7 @@ def one_pass(
 def _quantize_layer(
     model: LayeredModel,
     layer: nn.Module,
-    smoothed: nn.Module,
+    smoothed: nn.Module | None,
     index: int,
     quantizer: Quantizer,
     backend: Backend,
@@ -108,11 +109,12 @@ def _quantize_layer(
 ) -> list[LinearReport]:
     """Smooth both states of a layer and quantise the first, group by group."""
     reports: list[LinearReport] = []
+    states = [layer] if smoothed is None else [layer, smoothed]
     calibrator.enter(layer, index)
     for group in model.groups:
         statistics = calibrator.statistics(layer, index, group)
         with clock.stage("smooth"):
-            statistics, strength = smooth_group([layer, smoothed], group, model.family, quantizer, statistics)
+            statistics, strength = smooth_group(states, group, model.family, quantizer, statistics)
         with clock.stage("solve"):
             reports += quantize_group(layer, index, group, quantizer, statistics, strength, backend)
     if (moe := model.family.moe) is not None:
