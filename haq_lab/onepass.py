@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,26 @@ class PassResult:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
 
+@dataclass
+class PassState:
+    """What a pass carries from one layer to the next: hidden states (n, t, d) by name, and the result so far."""
+
+    hidden: dict[str, Tensor]
+    result: PassResult
+
+
+class Keeper(Protocol):
+    """Keeps finished layers and the state between them, so that a killed pass can go on (`haq_lab.checkpoint`)."""
+
+    def restore(self, state: PassState) -> int:
+        """Bring a fresh state to where an earlier pass was; returns how many layers are done."""
+        ...
+
+    def keep(self, index: int, layer: nn.Module, state: PassState) -> None:
+        """A layer in its final form, and the state after it."""
+        ...
+
+
 @torch.no_grad()
 def one_pass(
     model: LayeredModel,
@@ -51,6 +71,7 @@ def one_pass(
     policy: Policy,
     evaluation: dict[str, Tensor],
     finished: Callable[[int, nn.Module], None],
+    keeper: Keeper | None = None,
 ) -> PassResult:
     """Quantise `model` and carry the evaluation windows through it.
 
@@ -60,13 +81,15 @@ def one_pass(
         policy: How the statistics are gathered.
         evaluation: Token windows (n, t) by dataset.
         finished: Called with each layer once it is in its final form; the pass keeps none of them.
+        keeper: Where a killed pass goes on from; `finished` is not called for layers that were done before.
     """
-    levels: tuple[Level, ...] = ("fp",) if quantizer is None else ("fp", "smoothed", "quantized")
+    first: Level = "quantized" if model.quantized else "fp"
+    levels: tuple[Level, ...] = (first,) if quantizer is None else ("fp", "smoothed", "quantized")
     spool = Spool()
     result = PassResult({})
     for name, windows in evaluation.items():
         embedded = model.embed(windows, spool.empty)
-        result.hidden[name] = {level: embedded if level == "fp" else spool.copy(embedded) for level in levels}
+        result.hidden[name] = {level: embedded if level == first else spool.copy(embedded) for level in levels}
     clock = result.stopwatch
     calibrator = None
     if quantizer is not None:
@@ -79,18 +102,24 @@ def one_pass(
                 model.run(layer, index, hidden[level])
                 spool.release()
 
-    for index in range(model.depth):
+    state = PassState(_hidden(result, calibrator), result)
+    done = 0 if keeper is None else keeper.restore(state)
+    for index in range(done, model.depth):
         with clock.stage("load"):
             layer = model.load_layer(index)
-        evaluate("fp", layer, index)
+        evaluate(first, layer, index)
         if quantizer is not None:
             assert calibrator is not None
-            smoothed = _sharing(layer)
+            smoothed = _sharing(layer) if evaluation else None  # it keeps the float weights
             result.reports += _quantize_layer(model, layer, smoothed, index, quantizer, backend, calibrator, clock)
             spool.release()
-            evaluate("smoothed", smoothed, index)
-            evaluate("quantized", layer, index)
+            if smoothed is not None:
+                evaluate("smoothed", smoothed, index)
+                evaluate("quantized", layer, index)
             del smoothed
+        if keeper is not None:
+            with clock.stage("write"):
+                keeper.keep(index, layer, state)
         finished(index, layer)
         del layer  # or it would stay while the next one is read
     return result
@@ -99,7 +128,7 @@ def one_pass(
 def _quantize_layer(
     model: LayeredModel,
     layer: nn.Module,
-    smoothed: nn.Module,
+    smoothed: nn.Module | None,
     index: int,
     quantizer: Quantizer,
     backend: Backend,
@@ -108,11 +137,12 @@ def _quantize_layer(
 ) -> list[LinearReport]:
     """Smooth both states of a layer and quantise the first, group by group."""
     reports: list[LinearReport] = []
+    states = [layer] if smoothed is None else [layer, smoothed]
     calibrator.enter(layer, index)
     for group in model.groups:
         statistics = calibrator.statistics(layer, index, group)
         with clock.stage("smooth"):
-            statistics, strength = smooth_group([layer, smoothed], group, model.family, quantizer, statistics)
+            statistics, strength = smooth_group(states, group, model.family, quantizer, statistics)
         with clock.stage("solve"):
             reports += quantize_group(layer, index, group, quantizer, statistics, strength, backend)
     if (moe := model.family.moe) is not None:
@@ -124,6 +154,15 @@ def _quantize_layer(
                 report.notes["tokens"] = counts[expert]
     calibrator.leave(layer, index)
     return reports
+
+
+def _hidden(result: PassResult, calibrator: Calibrator | None) -> dict[str, Tensor]:
+    """All hidden states of a pass, by names that stay the same from one start to the next."""
+    hidden = {f"{name}/{level}": own for name, levels in result.hidden.items() for level, own in levels.items()}
+    if calibrator is not None:
+        calibrated = {"/calibration": calibrator.hidden, "/calibration_fp": calibrator.hidden_fp}
+        hidden |= {name: own for name, own in calibrated.items() if own is not None}
+    return hidden
 
 
 def _sharing(layer: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from haq_lab.checkpoint.model import QuantizedModel, open_model
+from haq_lab.checkpoint.provenance import provenance
+from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.config import Experiment, build
 from haq_lab.data.calibration import refuse_overlap, refuse_same_text
 from haq_lab.data.windows import Windows
@@ -22,6 +26,7 @@ from haq_lab.measure.memory import reset_peak_rss
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
 from haq_lab.onepass import PassResult, one_pass
+from haq_lab.preflight import preflight
 from haq_lab.show import Progress, say, show_results
 from haq_lab.tracking.run_folder import RunFolder
 
@@ -60,20 +65,26 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
 def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> None:
     """The method section."""
     reset_peak_rss()
-    with Progress() as progress:
+    preflight(experiment, facts["overrides"])
+    with ExitStack() as held, Progress() as progress:
         # 1. The model's shell and the texts.
         progress.stage(f"model {experiment.model.label}")
-        model = LayeredModel(experiment.model.folder())
+        model = open_model(experiment.model, experiment.backend)
         evaluation, calibration = _texts(experiment, model)
         tokens = {name: windows.tokens for name, windows in evaluation.items()}
         folder.event("loaded", model=str(model.folder), depth=model.depth)
 
         # 2. One pass through the weights: calibrate, smooth, quantise, evaluate.
         layers: list[nn.Module] = []
+        deploys = any(measure.deploys for measure in experiment.measures.values())
+        writer = _writer(experiment, folder.config, model, evaluation, calibration)
+        if writer is not None:
+            held.callback(writer.release)
         progress.layers(model.depth, "quantise" if experiment.quantizer else "evaluate")
 
         def finished(index: int, layer: nn.Module) -> None:
-            layers.append(layer)
+            if deploys and writer is None:
+                layers.append(layer)
             folder.event("layer", index=index)
             progress.layer_done()
 
@@ -85,7 +96,13 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             experiment.calibration.policy,
             tokens,
             finished,
+            writer,
         )
+        if writer is not None:
+            writer.finish()
+            facts["checkpoint"], facts["resumed_from_layer"] = str(writer.folder), writer.resumed
+            model = QuantizedModel(writer.folder, experiment.backend)
+            layers = [model.load_layer(index) for index in range(model.depth)] if deploys else []
 
         # 3. Measurements on the model as deployed.
         study = Study(model, tokens, passed, model.assemble(layers), progress.stage)
@@ -94,6 +111,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             metrics |= measure(study)
 
     # 4. The record.
+    if isinstance(model, QuantizedModel):
+        metrics["memory.checkpoint_bytes"] = model.manifest.bytes
     metrics |= {f"time.{stage}_s": seconds for stage, seconds in passed.stopwatch.seconds.items()}
     metrics["quantizer.fallback_modules"] = sum("fallback" in report.notes for report in passed.reports)
     if passed.reports:
@@ -115,7 +134,25 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     if experiment.tracking is not None:
         experiment.tracking.log(folder, folder.path.name, facts["sweep"], metrics, tables, figures)
     results = folder.finish(facts, protocol, metrics)
+    if writer is not None:
+        writer.close()
     show_results(results, folder.path)
+
+
+def _writer(
+    experiment: Experiment,
+    config: dict[str, Any],
+    model: LayeredModel,
+    evaluation: dict[str, Windows],
+    calibration: Windows | None,
+) -> CheckpointWriter | None:
+    """Where the quantised layers go as they come, if anywhere."""
+    if experiment.checkpoint is None:
+        return None
+    text = None if calibration is None else calibration.protocol
+    origin = provenance(model.folder, experiment.model.label, config, text)
+    stamps = {name: windows.protocol for name, windows in evaluation.items()}
+    return CheckpointWriter(experiment.checkpoint, model, origin, stamps, force=bool(config["force"]))
 
 
 def _tables(passed: PassResult) -> dict[str, pd.DataFrame]:

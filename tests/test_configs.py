@@ -18,7 +18,11 @@ from haq_lab.help import GROUPS, options
 from haq_lab.paths import bundled
 
 QUANTIZERS = [name for name in options("quantizer") if name != "none"]
-NEEDED = {"model=hf": ["model.name=x"], "model=gguf": ["model.path=x"]}
+NEEDED = {
+    "model=hf": ["model.name=x"],
+    "model=gguf": ["model.path=x"],
+    "model=quantized": ["model.path=x", "quantizer=none"],
+}
 ONE_CHOICE = [f"{group}={option}" for group in GROUPS if group not in ("experiment",) for option in options(group)]
 
 
@@ -40,6 +44,12 @@ SPELLINGS = [
     "model=opt model.name=facebook/opt-125m",
     "model=hf model.name=some/model model.revision=main",
     "model=gguf model.path=file.gguf",
+    "model=smol_moe model.experts=4 model.active=1 model.seed=1",
+    "model=smol_moe model@model.dense=tiny_llama",
+    "model=tiny_mixtral_trained model.steps=10",
+    "model=mixtral model.name=/a/folder",
+    "model=quantized model.path=folder quantizer=none",
+    "checkpoint.dir=folder",
     "quantizer=haq quantizer.activations=auto",
     "quantizer=haq quantizer.adaptive=false quantizer.strength=0.5",
     "quantizer=haq quantizer.fold=[norm]",
@@ -218,6 +228,7 @@ def test_every_experiment_runs_on_a_tiny_model(experiment, texts, tmp_path):
     calibration = _composed(f"+experiment={experiment}").calibration.text
     paths += [f"calibration.path={texts['train.txt']}"] if calibration != "python_docs" else []
     quick = ["measure.latency.seconds=0", "measure.latency.iterations=1", "measure.latency.decode_tokens=2"]
+    quick = quick if "latency" in _composed(f"+experiment={experiment}").measure else []
     outcome = launch(f"experiment={experiment}", *small, *cut, *paths, *quick, f"hydra.run.dir={tmp_path}")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "results.json").is_file()

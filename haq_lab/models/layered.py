@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,18 +53,24 @@ class _Recorder(nn.Module):
 class LayeredModel:
     """A checkpoint folder opened for reading layer by layer, computing in `dtype`."""
 
+    quantized = False  # whether its layers come in int8 (haq_lab.checkpoint.model)
+
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
-        self.config = _read_config(folder)
+        self.config = _read_config(folder, self.quantized)
         self.folder = folder
         self.dtype = dtype
         self.family: Family = family_of(self.config)
         self.groups = self.family.resolve(self.config)
         self.experts = self.family.experts(self.config)
         self.depth: int = self.config.num_hidden_layers
-        self.weights = Weights(folder)
         self._layer_class = self._find_layer_class()
         self.shell = self._build_shell()
         self._arguments: dict[int, list[dict[str, Any]]] = {}
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The checkpoint's tensors by name."""
+        return Weights(self.folder)
 
     # The shell: everything but the layers.
 
@@ -83,10 +90,9 @@ class LayeredModel:
         shell.config.num_hidden_layers = self.depth
         self.recorders = [_Recorder() for _ in range(self.depth)]
         shell.set_submodule(self.family.layers, nn.ModuleList(self.recorders))
-        outside = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
-        tensors = {self._module_name(name): tensor for name, tensor in self.weights.read(outside, self.dtype).items()}
+        tensors = {name: tensor.to(self.dtype) for name, tensor in self.outside().items()}
         try:
-            result = shell.load_state_dict(tensors, strict=False)
+            result = shell.load_state_dict(tensors, strict=False, assign=True)
         except RuntimeError as error:
             raise UserError(f"model: the tensors of {self.folder} do not fit its config: {error}") from error
         tied = set(shell.all_tied_weights_keys)
@@ -95,6 +101,11 @@ class LayeredModel:
             raise UserError(f"model: {self.folder} lacks the tensors {', '.join(missing[:5])}")
         shell.tie_weights()
         return shell.requires_grad_(False)
+
+    def outside(self) -> dict[str, Tensor]:
+        """What lies outside the layers, by the names that our modules have, as the checkpoint has it."""
+        names = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
+        return {self._module_name(name): tensor for name, tensor in self.weights.read(names).items()}
 
     # Names. Some checkpoints leave the base model's prefix out ("decoder.layers.0" for "model.decoder...").
 
@@ -221,10 +232,16 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path, quantized: bool) -> Any:
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         refuse_unknown(fields.get("model_type"))
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if "quantization_config" in fields:
+            if not quantized:
+                method = fields["quantization_config"].get("quant_method")
+                raise UserError(f"model: {folder} is quantised already, by {method}; model=quantized reads haq_lab's")
+            del config.quantization_config
+        return config
     except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"model: config.json in {folder} cannot be used ({error})") from error
