@@ -23,25 +23,33 @@ class CudaBackend(Backend):
     def __init__(self, kernels: Kernels | None = None) -> None:
         self._kernels = kernels or cuda.kernels()
 
-    def accumulate(self, qx: Tensor, qw: Tensor) -> Tensor:
-        return self._kernels.accumulate(padded(qx), padded(qw))
+    def pack(self, levels: Tensor) -> Tensor:
+        return padded(levels)
 
-    def linear(
+    def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        return packed[:, :columns]
+
+    def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
+        return self._kernels.accumulate(padded(qx), padded(levels))
+
+    def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As the contract says, with columns added up to a multiple of 16."""
+        x = padded(x.contiguous())
+        if scheme == "token":
+            return self._kernels.quantize_rows(x)
+        # One scale for all rows: known from calibration, or the maximum of this tensor.
+        scale = scale_of(x.float().abs().amax()) if scheme == "tensor" else static_scale
+        assert scale is not None, "the static scheme needs the scale from calibration"
+        return self._kernels.quantize_static(x, scale.to(torch.float32).reshape(1))
+
+    def product(
         self,
-        x: Tensor,
-        qw: Tensor,
+        qx: Tensor,
+        row_scale: Tensor,
+        packed: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None,
-        scheme: Activations,
-        static_scale: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        x, qw = padded(x.contiguous()), padded(qw)
-        if scheme == "token":
-            qx, sx = self._kernels.quantize_rows(x)
-        else:
-            # One scale for all rows: known from calibration, or the maximum of this tensor.
-            scale = scale_of(x.float().abs().amax()) if scheme == "tensor" else static_scale
-            assert scale is not None, "the static scheme needs the scale from calibration"
-            qx, sx = self._kernels.quantize_static(x, scale.to(torch.float32).reshape(1))
-        product = self._kernels.gemv if len(x) <= GEMV_ROWS else self._kernels.gemm
-        return product(qx, qw, sx, weight_scale, None if bias is None else bias.float(), x.dtype)
+        product = self._kernels.gemv if len(qx) <= GEMV_ROWS else self._kernels.gemm
+        return product(qx, packed, row_scale, weight_scale, None if bias is None else bias.float(), dtype)

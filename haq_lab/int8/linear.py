@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,9 @@ from haq_lab.int8.numerics import Activations
 class Int8Linear(nn.Module):
     """y = x W^T + b with int8 weights and int8 activations (`haq_lab.int8.numerics` has the contract).
 
+    The weights are held once, as the backend packs them (`packed`). `weight` gives the int8 levels back, and the
+    state dict holds those, whatever the backend.
+
     Args:
         weight: int8 (n, k).
         weight_scale: float32 (n,).
@@ -21,7 +26,7 @@ class Int8Linear(nn.Module):
         backend: What computes it.
     """
 
-    weight: Tensor
+    packed: Tensor
     weight_scale: Tensor
     bias: Tensor | None
     input_scale: Tensor | None
@@ -36,18 +41,24 @@ class Int8Linear(nn.Module):
         backend: Backend,
     ):
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("packed", backend.pack(weight), persistent=False)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", input_scale)
         self.scheme: Activations = scheme
         self.backend = backend
 
+    @property
+    def weight(self) -> Tensor:
+        """The int8 levels (n, k): the held tensor itself where the backend does not pack, else a copy."""
+        return self.backend.unpack(self.packed, self.out_features, self.in_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., k) -> (..., n)."""
         y = self.backend.linear(
             x.reshape(-1, x.shape[-1]),
-            self.weight,
+            self.packed,
             self.weight_scale,
             self.bias,
             self.scheme,
@@ -55,9 +66,23 @@ class Int8Linear(nn.Module):
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Raises KeyError without the weights, ValueError for levels of another shape or type."""
+        levels: Tensor = state_dict[prefix + "weight"]
+        shape = (self.out_features, self.in_features)
+        if tuple(levels.shape) != shape or levels.dtype != torch.int8:
+            raise ValueError(f"{prefix}weight: {tuple(levels.shape)} {levels.dtype}, expected {shape} torch.int8")
+        self.packed = self.backend.pack(levels)
+        rest = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
+        super()._load_from_state_dict(rest, prefix, *arguments)
+
     def extra_repr(self) -> str:
-        rows, columns = self.weight.shape
-        return f"in={columns}, out={rows}, activations={self.scheme}, backend={self.backend.name}"
+        size = f"in={self.in_features}, out={self.out_features}"
+        return f"{size}, activations={self.scheme}, backend={self.backend.name}"
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -74,6 +99,9 @@ def parameter_count(module: nn.Module) -> int:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
         if name.rpartition(".")[2] in ("weight", "bias") and tensor is not None
     }
+    for linear in module.modules():
+        if isinstance(linear, Int8Linear):
+            tensors[linear.packed.data_ptr()] = linear.out_features * linear.in_features
     return sum(tensors.values())
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from haq_lab.errors import UserError
 from haq_lab.int8.native_build import BuildError, build
 
+PANEL, GROUP = 32, 4  # columns whose weights lie together, and consecutive k of each (kernels/cpu/kernels.h)
 _INT32, _INT8 = 0, 3
 _FLOAT_KINDS = {torch.float32: 1, torch.bfloat16: 2}
 _forced: str | None = None
@@ -152,11 +153,11 @@ def _check_x(x: Tensor, k: int) -> int:
 
 
 def _static_scale(scale: float | None) -> float:
-    """As the kernels take it: 0 stands for a scale per row."""
+    """As the kernels take it: 0 stands for a scale per row. An infinite one or NaN is let through to the outputs."""
     if scale is None:
         return 0.0
-    if not 0.0 < scale < float("inf"):
-        raise ValueError(f"activation scale must be positive and finite, not {scale}")
+    if scale <= 0.0:
+        raise ValueError(f"activation scale must be positive, not {scale}")
     return scale
 
 
@@ -176,6 +177,13 @@ def pack(weight: Tensor | Sequence[Tensor]) -> Packed:
         lib.haq_pack(part.data_ptr(), part.shape[0], k, column, data.data_ptr(), threads)
         column += part.shape[0]
     return Packed(data, n, k)
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The int8 weights (N, K) that were packed, exactly."""
+    groups = -(-packed.k // GROUP)
+    rows = packed.data.view(-1, groups, PANEL, GROUP).permute(0, 2, 1, 3).reshape(-1, groups * GROUP)
+    return (rows[: packed.n, : packed.k] ^ 128).view(torch.int8).contiguous()  # a byte holds w + 128
 
 
 class Linear:
