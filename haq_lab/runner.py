@@ -18,6 +18,7 @@ from haq_lab.data.windows import Windows
 from haq_lab.errors import UserError
 from haq_lab.figures import layer_figure
 from haq_lab.files import written_aside
+from haq_lab.int8.deploy import deploy
 from haq_lab.measure.memory import reset_peak_rss
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
@@ -88,7 +89,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         )
 
         # 3. Measurements on the model as deployed.
-        study = Study(model, tokens, passed, model.assemble(layers), progress.stage)
+        study = Study(model, tokens, passed, deploy(model.assemble(layers), model), progress.stage)
         metrics: dict[str, float] = {}
         for measure in experiment.measures.values():
             metrics |= measure(study)

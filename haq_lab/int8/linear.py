@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
+from haq_lab.int8.joint import Joint
 from haq_lab.int8.numerics import Activations
 
 
@@ -48,14 +49,22 @@ class Int8Linear(nn.Module):
         self.register_buffer("input_scale", input_scale)
         self.scheme: Activations = scheme
         self.backend = backend
+        self.joint: Joint | None = None  # with those that read the same tensor, where they have been joined
+        self.place = 0  # in the joint product
 
     @property
     def weight(self) -> Tensor:
         """The int8 levels (n, k): the held tensor itself where the backend does not pack, else a copy."""
         return self.backend.unpack(self.packed, self.out_features, self.in_features)
 
+    def hold(self, packed: Tensor) -> None:
+        """Keep the packed weights in this tensor, which has the same values."""
+        self.packed = packed
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., k) -> (..., n)."""
+        if self.joint is not None:
+            return self.joint.output(self.place, x)
         y = self.backend.linear(
             x.reshape(-1, x.shape[-1]),
             self.packed,
@@ -76,7 +85,8 @@ class Int8Linear(nn.Module):
         shape = (self.out_features, self.in_features)
         if tuple(levels.shape) != shape or levels.dtype != torch.int8:
             raise ValueError(f"{prefix}weight: {tuple(levels.shape)} {levels.dtype}, expected {shape} torch.int8")
-        self.packed = self.backend.pack(levels)
+        packed = self.backend.pack(levels)
+        self.packed = packed if self.joint is None else self.packed.copy_(packed)
         rest = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
         super()._load_from_state_dict(rest, prefix, *arguments)
 

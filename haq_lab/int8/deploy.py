@@ -1,0 +1,66 @@
+"""A quantised model made ready to run: what can be computed together is, and nothing is held twice.
+
+    whole = deploy(model.assemble(layers), model)
+
+Linears that read one tensor become one product (`joint`), on every backend and without changing a bit. On a CPU with
+our kernels a decoder layer's weights lie side by side in memory, and the layer becomes one call (`decoder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from haq_lab.int8 import native
+from haq_lab.int8.backend import Backend
+from haq_lab.int8.decoder import NativeLayer
+from haq_lab.int8.joint import Joint, can_join
+from haq_lab.int8.linear import Int8Linear
+from haq_lab.int8.numerics import round_to_grid, scale_of
+from haq_lab.models.families import Group
+
+if TYPE_CHECKING:
+    from haq_lab.models.layered import LayeredModel
+
+
+def deploy(whole: nn.Module, model: LayeredModel) -> nn.Module:
+    """Join and fuse the decoder layers of an assembled model, in place; returns it."""
+    layers = whole.get_submodule(model.family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for index, layer in enumerate(layers):
+        join(layer, model.groups)
+        lay_side_by_side(layer)
+        fused = NativeLayer.of(layer, index, model.groups)
+        if fused is not None:
+            layers[index] = fused
+    return whole
+
+
+def join(layer: nn.Module, groups: Iterable[Group]) -> None:
+    """Join the linears of a decoder layer that read one tensor, by the family's groups, in place."""
+    for group in groups:
+        members = [layer.get_submodule(name) for name in group.consumers]
+        linears = [member for member in members if isinstance(member, Int8Linear)]
+        if len(linears) == len(members) and can_join(linears):
+            Joint(linears)
+
+
+def lay_side_by_side(layer: nn.Module) -> None:
+    """Move a layer's packed weights into one stretch of huge pages, in the order in which they are read."""
+    linears = [m for m in layer.modules() if isinstance(m, Int8Linear) and m.packed.dtype == torch.uint8]
+    holders = list(dict.fromkeys(linear.joint or linear for linear in linears))
+    if holders:
+        for holder, packed in zip(holders, native.side_by_side([h.packed for h in holders]), strict=True):
+            holder.hold(packed)
+
+
+def rounded(linear: nn.Linear, backend: Backend) -> Int8Linear:
+    """A linear outside the decoder layers (the head) in int8: rounded to nearest, activations per token."""
+    weight = linear.weight.detach().float()
+    scale = scale_of(weight.abs().amax(dim=1))
+    levels = round_to_grid(weight, scale[:, None]).to(torch.int8)
+    bias = None if linear.bias is None else linear.bias.detach().float()
+    return Int8Linear(levels, scale, bias, "token", None, backend)
