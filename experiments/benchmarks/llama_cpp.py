@@ -88,8 +88,13 @@ def main() -> None:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        return serve(arguments.serve, arguments.threads, arguments.prompt, arguments.tokens)
+        serve(arguments.serve, arguments.threads, arguments.prompt, arguments.tokens)
+    else:
+        compare(arguments)
 
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Both sides in turns."""
     import torch
     from cpu_gemm import machine
     from model_speed import Seconds, model, one_round, ratios, whole

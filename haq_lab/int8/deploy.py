@@ -3,7 +3,7 @@
     whole = deploy(model.assemble(layers), model)
 
 Linears that read one tensor become one product (`joint`), on every backend and without changing a bit. On a CPU with
-our kernels a decoder layer's weights lie side by side in memory, and the layer becomes one call (`decoder`).
+our kernels a decoder layer's weights lie side by side in memory, and the layers become one call (`decoder`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import nn
 
 from haq_lab.int8 import native
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.decoder import NativeLayer
+from haq_lab.int8.decoder import NativeStack, stacked
 from haq_lab.int8.joint import Joint, can_join
+from haq_lab.int8.layer_parts import LayerParts
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.numerics import round_to_grid, scale_of
 from haq_lab.models.families import Group
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
 
 
 def deploy(whole: nn.Module, model: LayeredModel) -> nn.Module:
-    """Join and fuse the decoder layers of an assembled model, in place; returns it."""
-    layers = whole.get_submodule(model.family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    for index, layer in enumerate(layers):
+    """Join and stack the decoder layers of an assembled model, in place; returns it."""
+    layers = list(whole.get_submodule(model.family.layers).children())
+    parts = []
+    for layer in layers:
         join(layer, model.groups)
         lay_side_by_side(layer)
-        fused = NativeLayer.of(layer, index, model.groups)
-        if fused is not None:
-            layers[index] = fused
+        part = LayerParts.of(layer, model.groups)
+        parts.append(part if part and NativeStack([layer], [part], 0).reproduces_its_layers() else None)
+    whole.set_submodule(model.family.layers, nn.ModuleList(stacked(layers, parts)))
     return whole
 
 

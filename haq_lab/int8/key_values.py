@@ -1,4 +1,4 @@
-"""Keys and values of one decoder layer in the native kernels' layout, as a layer of transformers' cache."""
+"""Keys and values of decoder layers in the native kernels' layout, in the place of a layer of transformers' cache."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from haq_lab.int8.native import PANEL
 class KeyValues(DynamicLayer):
     """Room for positions that grows by doubling: a decode step copies nothing and allocates nothing.
 
-    `keys` (heads, capacity / 32, head_dim, 32) and `values` (heads, capacity, head_dim up to a multiple of 32) are
-    what kernels/cpu/decoder.h describes.
+    `panels` (layers, heads, capacity / 32, head_dim, 32) are the keys and `rows` (layers, heads, capacity, head_dim up
+    to a multiple of 32) the values that kernels/cpu/decoder.h describes.
     """
 
-    def __init__(self, heads: int, head_dim: int):
+    def __init__(self, layers: int, heads: int, head_dim: int):
         super().__init__()
-        self.heads, self.head_dim = heads, head_dim
+        self.head_dim = head_dim
         self.length = self.capacity = 0
-        self.panels = torch.empty(heads, 0, head_dim, PANEL)
-        self.rows = torch.empty(heads, 0, -(-head_dim // PANEL) * PANEL)
+        self.panels = torch.empty(layers, heads, 0, head_dim, PANEL)
+        self.rows = torch.empty(layers, heads, 0, -(-head_dim // PANEL) * PANEL)
 
     def reserve(self, more: int) -> None:
         """Make room for `more` positions."""
@@ -28,19 +28,23 @@ class KeyValues(DynamicLayer):
         if needed <= self.capacity:
             return
         capacity = max(-(-needed // PANEL) * PANEL, 2 * self.capacity, 8 * PANEL)
-        panels = torch.zeros(self.heads, capacity // PANEL, self.head_dim, PANEL)
-        rows = torch.zeros(self.heads, capacity, self.rows.shape[-1])
-        panels[:, : self.panels.shape[1]], rows[:, : self.capacity] = self.panels, self.rows
+        held = self.panels.shape[2]
+        panels = self.panels.new_zeros(*self.panels.shape[:2], capacity // PANEL, *self.panels.shape[3:])
+        rows = self.rows.new_zeros(*self.rows.shape[:2], capacity, self.rows.shape[-1])
+        panels[:, :, :held], rows[:, :, : self.capacity] = self.panels, self.rows
         self.panels, self.rows, self.capacity = panels, rows, capacity
 
     def get_seq_length(self) -> int:
         """Positions held."""
         return self.length
 
-    def plain(self) -> DynamicLayer:
-        """The same keys and values as transformers' own kind of layer, for what the kernels do not do."""
-        layer = DynamicLayer()
-        keys = self.panels.transpose(2, 3).flatten(1, 2)[:, : self.length]
-        if self.length:
-            layer.update(keys[None].contiguous(), self.rows[None, :, : self.length, : self.head_dim].contiguous())
-        return layer
+    def plain(self) -> list[DynamicLayer]:
+        """The same keys and values as transformers' own kind of layers, for what the kernels do not do."""
+        layers = []
+        for panels, rows in zip(self.panels, self.rows, strict=True):
+            layer = DynamicLayer()
+            if self.length:
+                keys = panels.transpose(2, 3).flatten(1, 2)[None, :, : self.length]
+                layer.update(keys.contiguous(), rows[None, :, : self.length, : self.head_dim].contiguous())
+            layers.append(layer)
+        return layers

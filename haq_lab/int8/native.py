@@ -55,7 +55,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("haq_linear", i32, (i32, i32, ptr, i32, i64, i64, ptr, i64, ptr, ptr, f32, ptr, i32)),
         ("haq_quantize", None, (i32, i32, ptr, i32, i64, i64, f32, ptr, ptr)),
         ("haq_silu_mul", None, (i32, i32, ptr, i32, i64, i64, ptr)),
-        ("haq_decoder_layer", i32, (i32, i32, ptr, ptr, i64, ptr, ptr, ptr, ptr, i64, i64)),
+        ("haq_decoder_layers", i32, (i32, i32, ptr, i64, ptr, i64, ptr, ptr, ptr, ptr, i64, i64)),
         ("haq_read", ctypes.c_uint64, (i32, i32, ptr, i64)),
     ):
         function = getattr(lib, name)

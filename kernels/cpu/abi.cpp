@@ -112,11 +112,13 @@ void haq_silu_mul(int level, int threads, const void* gate_up, int kind, int64_t
   });
 }
 
-// One decoder layer, `hidden` (tokens, hidden size) in place.
-int haq_decoder_layer(int level, int threads, const Layer* layer, float* hidden, int64_t tokens, const float* cosines,
-                      const float* sines, float* keys, float* values, int64_t capacity, int64_t past) {
+// Decoder layers one after the other, `hidden` (tokens, hidden size) in place.
+int haq_decoder_layers(int level, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
+                       const float* cosines, const float* sines, float* keys, float* values, int64_t capacity,
+                       int64_t past) {
   try {
-    run_layer(*kLevels[level], threads, *layer, hidden, tokens, cosines, sines, {keys, values, capacity, past});
+    run_layers(*kLevels[level], threads, layers, count, hidden, tokens, cosines, sines,
+               {keys, values, capacity, past});
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

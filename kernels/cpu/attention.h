@@ -36,7 +36,7 @@ HAQ_TARGET void rotate(float* x, const float* __restrict cosines, const float* _
 
 // out (R, 16 V) = a (R, depth) times b (depth, 16 V), rows at their strides.
 template <int R, int V>
-HAQ_TARGET inline void small_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+HAQ_TARGET void small_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
                                      int64_t depth, float* out, int64_t out_stride) {
   Vec sum[R][V];
 #pragma GCC unroll 8
@@ -65,11 +65,12 @@ template <int R, int V>
 HAQ_TARGET void product32(int rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
                           int64_t depth, float* out, int64_t out_stride) {
   for (int c = 0; c < kPanel; c += 16 * V) {
-    int r = 0;
-    for (; r + R <= rows; r += R)
-      small_product<R, V>(a + r * a_stride, a_stride, b + c, b_stride, depth, out + r * out_stride + c, out_stride);
-    for (; r < rows; ++r)
-      small_product<1, V>(a + r * a_stride, a_stride, b + c, b_stride, depth, out + r * out_stride + c, out_stride);
+    for (int r = 0; r < rows;) {
+      const int left = rows - r;
+      const auto product = left >= R ? small_product<R, V> : left >= 3 ? small_product<3, V> : small_product<1, V>;
+      product(a + r * a_stride, a_stride, b + c, b_stride, depth, out + r * out_stride + c, out_stride);
+      r += left >= R ? R : left >= 3 ? 3 : 1;
+    }
   }
 }
 

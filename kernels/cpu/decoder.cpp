@@ -121,13 +121,18 @@ void run(const Step& s) {
 
 } // namespace
 
-void run_layer(const Kernels& isa, int threads, const Layer& layer, float* hidden, int64_t tokens,
-               const float* cosines, const float* sines, KeyValues kv) {
-  const int64_t width = layer.output.n, d = layer.head_dim;
-  for (int64_t first = 0; first < tokens; first += kTokens) {
-    const int64_t count = std::min(kTokens, tokens - first);
-    run({isa, threads, layer, hidden + first * width, count, width, cosines + first * d, sines + first * d, kv});
-    kv.past += count;
+void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
+                const float* cosines, const float* sines, KeyValues kv) {
+  for (const Layer* layer = layers; layer != layers + count; ++layer) {
+    const int64_t width = layer->output.n, d = layer->head_dim;
+    KeyValues own = kv;
+    for (int64_t first = 0; first < tokens; first += kTokens) {
+      const int64_t some = std::min(kTokens, tokens - first);
+      run({isa, threads, *layer, hidden + first * width, some, width, cosines + first * d, sines + first * d, own});
+      own.past += some;
+    }
+    kv.keys += layer->kv_heads * kv.capacity * d;
+    kv.values += layer->kv_heads * kv.capacity * round_up(d, kPanel);
   }
 }
 

@@ -1,4 +1,4 @@
-// A decoder layer of int8 linears over one sequence, with its keys and values kept from step to step.
+// Decoder layers of int8 linears over one sequence, with their keys and values kept from step to step.
 #pragma once
 #include "kernels.h"
 
@@ -20,8 +20,8 @@ struct Layer {
   Linear qkv, output, gate_up, down;
 };
 
-// Keys (kv_heads, capacity / 32, head_dim, 32): a panel's 32 positions lie together, as the weights of a product do.
-// Values (kv_heads, capacity, value_width): head_dim, padded with zeros to a multiple of 32.
+// Of all layers, which have the same heads. Keys (layers, kv_heads, capacity / 32, head_dim, 32): a panel's 32 positions lie together, as the weights of a product do.
+// Values (layers, kv_heads, capacity, value_width): head_dim, padded with zeros to a multiple of 32.
 struct KeyValues {
   float *keys, *values;
   int64_t capacity; // a multiple of 32
@@ -29,7 +29,7 @@ struct KeyValues {
 };
 
 // hidden (tokens, hidden size) float32, in place; cosines and sines (tokens, head_dim). Throws std::bad_alloc.
-void run_layer(const Kernels& isa, int threads, const Layer& layer, float* hidden, int64_t tokens,
-               const float* cosines, const float* sines, KeyValues kv);
+void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
+                const float* cosines, const float* sines, KeyValues kv);
 
 } // namespace haq

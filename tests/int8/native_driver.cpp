@@ -14,8 +14,8 @@ int haq_linear(int, int, const void*, int, int64_t, int64_t, const uint8_t*, int
                float, void*, int);
 void haq_quantize(int, int, const void*, int, int64_t, int64_t, float, int8_t*, float*);
 void haq_silu_mul(int, int, const void*, int, int64_t, int64_t, void*);
-int haq_decoder_layer(int, int, const haq::Layer*, float*, int64_t, const float*, const float*, float*, float*, int64_t,
-                      int64_t);
+int haq_decoder_layers(int, int, const haq::Layer*, int64_t, float*, int64_t, const float*, const float*, float*, float*,
+                       int64_t, int64_t);
 }
 
 static bool run(int level, int threads, int64_t m, int64_t n, int64_t k) {
@@ -61,13 +61,14 @@ static bool run_layer(int level, int threads) {
   Weights down(width, inner);
   std::vector<float> norm(width, 1.0f), hidden((tokens + 1) * width), angles((tokens + 1) * d, 0.5f);
   for (size_t i = 0; i < hidden.size(); ++i) hidden[i] = 0.01f * static_cast<float>(i * 53 % 255);
-  std::vector<float> keys(kv_heads * capacity * d), values(kv_heads * capacity * 32);
+  std::vector<float> keys(2 * kv_heads * capacity * d), values(2 * kv_heads * capacity * 32);
   haq::Layer layer = {heads, kv_heads, d, norm.data(), norm.data(), 1e-5f, 1e-5f, 0.2f,
                       qkv.linear, output.linear, gate_up.linear, down.linear};
-  haq_decoder_layer(level, threads, &layer, hidden.data(), tokens, angles.data(), angles.data(), keys.data(),
-                    values.data(), capacity, 0);
-  haq_decoder_layer(level, threads, &layer, hidden.data() + tokens * width, 1, angles.data() + tokens * d,
-                    angles.data() + tokens * d, keys.data(), values.data(), capacity, tokens);
+  const haq::Layer layers[] = {layer, layer};
+  haq_decoder_layers(level, threads, layers, 2, hidden.data(), tokens, angles.data(), angles.data(), keys.data(),
+                     values.data(), capacity, 0);
+  haq_decoder_layers(level, threads, layers, 2, hidden.data() + tokens * width, 1, angles.data() + tokens * d,
+                     angles.data() + tokens * d, keys.data(), values.data(), capacity, tokens);
   for (const float x : hidden)
     if (!(x - x == 0.0f)) return false;
   return true;

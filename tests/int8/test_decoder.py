@@ -10,9 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from haq_lab.int8 import native
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.decoder import NativeLayer
+from haq_lab.int8.decoder import NativeStack, stacked
 from haq_lab.int8.deploy import deploy, join, rounded
-from haq_lab.int8.key_values import KeyValues
+from haq_lab.int8.layer_parts import LayerParts
 from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_bytes
 from haq_lab.models.families import family_of
 from haq_lab.models.layered import LayeredModel
@@ -43,6 +43,13 @@ def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=
     return layer, groups
 
 
+def native_form(layer, groups):
+    """The layer as a stack of one, or None where it has no such form."""
+    part = LayerParts.of(layer, groups)
+    stack = part and NativeStack([layer], [part], 0)
+    return stack if stack and stack.reproduces_its_layers() else None
+
+
 def inputs(tokens, head_dim, hidden):
     angles = torch.randn(1, tokens, head_dim // 2).repeat(1, 1, 2)
     return torch.randn(1, tokens, hidden), (angles.cos(), angles.sin())
@@ -70,14 +77,14 @@ def test_prompt_and_steps(isa, shape, threads):
     if shape.get("head_dim") == 24:  # 96 rows of q, k and v each: a multiple of a panel
         assert 4 * 24 % native.PANEL == 0
     layer, groups = llama_layer(**shape)
-    fused = NativeLayer.of(layer, 0, groups)
+    fused = native_form(layer, groups)
     assert fused is not None
     hidden, (cosines, sines) = inputs(200, fused.head_dim, shape.get("hidden", 96))
     wanted = layer(hidden.clone(), position_embeddings=(cosines, sines), attention_mask=None)
     torch.set_num_threads(threads)
     with native.forced_isa(isa):
         agree(fused(hidden, position_embeddings=(cosines, sines)), wanted, hidden)
-        kept, parts = KeyValues(fused.kv_heads, fused.head_dim), []
+        kept, parts = fused.new_cache(), []
         for part in (slice(0, 1), slice(1, 190), *(slice(i, i + 1) for i in range(190, 200))):
             parts.append(fused.step(hidden[:, part], cosines[:, part], sines[:, part], kept))
         assert kept.get_seq_length() == 200
@@ -86,7 +93,7 @@ def test_prompt_and_steps(isa, shape, threads):
 
 def test_long_prompts_are_taken_in_parts():
     layer, groups = llama_layer()
-    fused = NativeLayer.of(layer, 0, groups)
+    fused = native_form(layer, groups)
     hidden, positions = inputs(700, 32, 96)
     wanted = layer(hidden.clone(), position_embeddings=positions, attention_mask=None)
     agree(fused(hidden, position_embeddings=positions), wanted, hidden)
@@ -94,14 +101,28 @@ def test_long_prompts_are_taken_in_parts():
 
 def test_other_layers_stay_as_they_are():
     layer, groups = llama_layer(hidden_act="gelu")
-    assert NativeLayer.of(layer, 0, groups) is None, "found out by trying"
+    assert native_form(layer, groups) is None, "found out by trying"
     layer, groups = llama_layer(backend=ReferenceBackend())
-    assert NativeLayer.of(layer, 0, groups) is None
+    assert native_form(layer, groups) is None
     layer, groups = llama_layer()
     layer.self_attn.o_proj.scheme = "tensor"
-    assert NativeLayer.of(layer, 0, groups) is None
+    assert native_form(layer, groups) is None
     layer, groups = llama_layer()
-    assert NativeLayer.of(layer, 0, groups[:-1]) is None
+    assert native_form(layer, groups[:-1]) is None
+
+
+def test_runs_of_native_layers_are_stacked():
+    layers = [torch.nn.Linear(1, 1) for _ in range(6)]
+    one, other = (LayerParts(heads=4, kv_heads=heads, head_dim=32) for heads in (2, 4))
+    result = stacked(layers, [one, one, None, one, other, other])
+    assert [[*stack.layers] if isinstance(stack, NativeStack) else stack for stack in result] == [
+        layers[:2],
+        layers[2],
+        layers[3:4],
+        layers[4:],
+    ]
+    assert [stack.first for stack in result if isinstance(stack, NativeStack)] == [0, 3, 4]
+    assert stacked(layers, [None] * 6) == layers
 
 
 def test_static_scales():
@@ -111,7 +132,7 @@ def test_static_scales():
             linear.scheme, linear.input_scale = "static", torch.tensor(0.03)
             if linear.joint is not None:
                 linear.joint.scheme, linear.joint.input_scale = "static", linear.input_scale
-    assert NativeLayer.of(layer, 0, groups) is not None
+    assert native_form(layer, groups) is not None
 
 
 @pytest.fixture
@@ -126,7 +147,9 @@ def pair():
     size = weight_bytes(wholes[1]), parameter_count(wholes[1])
     deploy(wholes[1], model)
     assert (weight_bytes(wholes[1]), parameter_count(wholes[1])) == size
-    assert sum(isinstance(module, NativeLayer) for module in wholes[1].modules()) == model.depth
+    (stack,) = wholes[1].get_submodule(model.family.layers)
+    assert isinstance(stack, NativeStack)
+    assert len(stack.layers) == model.depth
     return wholes
 
 
