@@ -35,7 +35,7 @@ def main() -> None:
     kept = [stack.new_cache() for stack in stacks]
     weights = [m.packed for stack in stacks for m in stack.modules() if isinstance(m, Int8Linear)]
     size, layers = sum(packed.numel() for packed in weights), sum(len(stack.layers) for stack in stacks)
-    data = torch.as_strided(native.side_by_side(weights)[0], (size,), (1,))
+    data = native.huge_pages(size).fill_(1)
     hidden, angles = torch.randn(1, 1, stacks[0].width), torch.randn(1, 1, stacks[0].head_dim)
     layer_seconds, read_seconds = [], []
     for turn in range(arguments.rounds + 1):

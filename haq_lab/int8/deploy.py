@@ -3,7 +3,7 @@
     whole = deploy(model.assemble(layers), model)
 
 Linears that read one tensor become one product (`joint`), on every backend and without changing a bit. On a CPU with
-our kernels a decoder layer's weights lie side by side in memory, and the layers become one call (`decoder`).
+our kernels the weights lie side by side in memory, and the layers become one call (`decoder`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 def deploy(whole: nn.Module, model: LayeredModel) -> nn.Module:
     """Join and stack the decoder layers of an assembled model, in place; returns it."""
     layers = list(whole.get_submodule(model.family.layers).children())
-    parts = []
     for layer in layers:
         join(layer, model.groups)
-        lay_side_by_side(layer)
+    lay_side_by_side(layers)
+    parts = []
+    for layer in layers:
         part = LayerParts.of(layer, model.groups)
         parts.append(part if part and NativeStack([layer], [part], 0).reproduces_its_layers() else None)
     whole.set_submodule(model.family.layers, nn.ModuleList(stacked(layers, parts)))
@@ -49,13 +50,17 @@ def join(layer: nn.Module, groups: Iterable[Group]) -> None:
             Joint(linears)
 
 
-def lay_side_by_side(layer: nn.Module) -> None:
-    """Move a layer's packed weights into one stretch of huge pages, in the order in which they are read."""
-    linears = [m for m in layer.modules() if isinstance(m, Int8Linear) and m.packed.dtype == torch.uint8]
-    holders = list(dict.fromkeys(linear.joint or linear for linear in linears))
+def lay_side_by_side(layers: Iterable[nn.Module]) -> None:
+    """Move packed weights into one stretch of huge pages, in the order in which they are read.
+
+    One linear after the other: a page of the new place is taken when it is written, so that little is held twice.
+    """
+    linears = [m for layer in layers for m in layer.modules() if isinstance(m, Int8Linear)]
+    holders = dict.fromkeys(linear.joint or linear for linear in linears if linear.packed.dtype == torch.uint8)
     if holders:
-        for holder, packed in zip(holders, native.side_by_side([h.packed for h in holders]), strict=True):
-            holder.hold(packed)
+        sizes = [holder.packed.numel() for holder in holders]
+        for holder, place in zip(holders, native.huge_pages(sum(sizes)).split(sizes), strict=True):
+            holder.hold(place.view_as(holder.packed).copy_(holder.packed))
 
 
 def rounded(linear: nn.Linear, backend: Backend) -> Int8Linear:

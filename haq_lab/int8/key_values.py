@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from haq_lab.int8.native import PANEL
+from haq_lab.int8.native import PANEL, huge_pages
 
 
 class KeyValues(DynamicLayer):
@@ -29,8 +32,8 @@ class KeyValues(DynamicLayer):
             return
         capacity = max(-(-needed // PANEL) * PANEL, 2 * self.capacity, 8 * PANEL)
         held = self.panels.shape[2]
-        panels = self.panels.new_zeros(*self.panels.shape[:2], capacity // PANEL, *self.panels.shape[3:])
-        rows = self.rows.new_zeros(*self.rows.shape[:2], capacity, self.rows.shape[-1])
+        panels = _zeros(*self.panels.shape[:2], capacity // PANEL, *self.panels.shape[3:])
+        rows = _zeros(*self.rows.shape[:2], capacity, self.rows.shape[-1])
         panels[:, :, :held], rows[:, :, : self.capacity] = self.panels, self.rows
         self.panels, self.rows, self.capacity = panels, rows, capacity
 
@@ -48,3 +51,7 @@ class KeyValues(DynamicLayer):
                 layer.update(keys.contiguous(), rows[None, :, : self.length, : self.head_dim].contiguous())
             layers.append(layer)
         return layers
+
+
+def _zeros(*shape: int) -> Tensor:
+    return huge_pages(4 * math.prod(shape)).view(torch.float32).view(shape).zero_()

@@ -172,7 +172,7 @@ def pack(weight: Tensor | Sequence[Tensor]) -> Packed:
     for part in parts:
         _check(part, "weight", torch.int8, part.shape[0], k)
     n = sum(part.shape[0] for part in parts)
-    data = _huge_pages(lib.haq_packed_bytes(n, k)).zero_()
+    data = huge_pages(lib.haq_packed_bytes(n, k)).zero_()
     column, threads = 0, torch.get_num_threads()
     for part in parts:
         lib.haq_pack(part.data_ptr(), part.shape[0], k, column, data.data_ptr(), threads)
@@ -180,17 +180,11 @@ def pack(weight: Tensor | Sequence[Tensor]) -> Packed:
     return Packed(data, n, k)
 
 
-def _huge_pages(count: int) -> Tensor:
+def huge_pages(count: int) -> Tensor:
     """So many bytes, in huge pages where the system has some to give."""
     data = torch.empty(count, dtype=torch.uint8)
     library().haq_prefer_huge_pages(data.data_ptr(), count)
     return data
-
-
-def side_by_side(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copies of packed weights, one after the other in huge pages: for what is read in this order."""
-    data = _huge_pages(sum(part.numel() for part in parts))
-    return tuple(view.copy_(part) for view, part in zip(data.split([p.numel() for p in parts]), parts, strict=True))
 
 
 def unpack(packed: Packed) -> Tensor:
