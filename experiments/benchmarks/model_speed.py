@@ -58,7 +58,7 @@ def whole(model: LayeredModel, quantizer: Quantizer | None, head: bool = False, 
     assembled: Any = model.assemble(layers)
     if head:
         assembled.lm_head = rounded(assembled.lm_head, backend)
-    return deploy(assembled, model) if fused else assembled
+    return deploy(assembled, model, backend) if fused else assembled
 
 
 @torch.no_grad()

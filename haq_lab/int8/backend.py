@@ -18,6 +18,7 @@ class Backend:
     """
 
     name: ClassVar[str]
+    device: torch.device = torch.device("cpu")  # where packed weights lie and a deployed model runs
 
     def pack(self, levels: Tensor) -> Tensor:
         """int8 levels (n, k) -> the tensor that `linear` multiplies with; done once for each linear."""
@@ -42,7 +43,7 @@ class Backend:
     ) -> Tensor:
         """x (m, k) floating -> (m, n) of the same type; `packed` is `pack` of (n, k), `weight_scale` (n,) float32."""
         qx, row_scale = self.quantize(x, scheme, static_scale)
-        return self.product(qx, row_scale, packed, weight_scale, bias, x.dtype)
+        return self.product(qx, row_scale, packed, weight_scale, bias, x.dtype).to(x.device)
 
     def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (m, k) floating -> int8 (m, k) and float32 scales, one a row, as `product` takes them."""

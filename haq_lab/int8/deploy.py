@@ -1,6 +1,6 @@
 """A quantised model made ready to run: what can be computed together is, and nothing is held twice.
 
-    whole = deploy(model.assemble(layers), model)
+    whole = deploy(model.assemble(layers), model, backend)
 
 Linears that read one tensor become one product (`joint`), on every backend and without changing a bit. On a CPU with
 our kernels the weights lie side by side in memory, and the layers become one call (`decoder`).
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from haq_lab.models.layered import LayeredModel
 
 
-def deploy(whole: nn.Module, model: LayeredModel) -> nn.Module:
-    """Join and stack the decoder layers of an assembled model, in place; returns it."""
+def deploy(whole: nn.Module, model: LayeredModel, backend: Backend) -> nn.Module:
+    """Move an assembled model to the backend's device, join and stack its decoder layers, in place; returns it."""
+    whole.to(backend.device)
     layers = list(whole.get_submodule(model.family.layers).children())
     for layer in layers:
         join(layer, model.groups)

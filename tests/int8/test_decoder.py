@@ -145,7 +145,7 @@ def pair():
         one_pass(model, RTN(), CpuBackend(), None, "fp", {}, lambda index, layer, layers=layers: layers.append(layer))
         wholes.append(model.assemble(layers))
     size = weight_bytes(wholes[1]), parameter_count(wholes[1])
-    deploy(wholes[1], model)
+    deploy(wholes[1], model, CpuBackend())
     assert (weight_bytes(wholes[1]), parameter_count(wholes[1])) == size
     (stack,) = wholes[1].get_submodule(model.family.layers)
     assert isinstance(stack, NativeStack)
