@@ -10,12 +10,14 @@ import importlib
 import re
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as fields_of
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from pydantic import ValidationError
 
+from haq_lab.checkpoint.model import QuantizedCheckpoint
 from haq_lab.data.calibration import Calibration
 from haq_lab.errors import UserError, invalid, nearest
 from haq_lab.help import GROUPS
@@ -37,11 +39,12 @@ class Experiment:
     data: dict[str, Any]
     measures: dict[str, Measure]
     tracking: Wandb | None
+    checkpoint: Path | None
 
 
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group. Raises `UserError` with the setting's full name for whatever is not valid."""
-    known = [*GROUPS, "force"]
+    known = [*GROUPS, "checkpoint", "force"]
     for name in map(str, config):
         if name not in known:
             raise UserError(f"there is no group or setting '{name}'{nearest(name, known)}")
@@ -49,14 +52,22 @@ def build(config: DictConfig) -> Experiment:
         raise invalid("force", config.force, ["true", "false"])
     data = {name: _object(node, f"data.{name}") for name, node in (config.get("data") or {}).items()}
     measures = {name: _object(node, f"measure.{name}") for name, node in (config.get("measure") or {}).items()}
+    model = _object(config.get("model"), "model")
+    quantizer = _object(config.get("quantizer"), "quantizer")
+    checkpoint = config.checkpoint.dir
+    if quantizer is not None and isinstance(model, QuantizedCheckpoint):
+        raise UserError("quantizer: model=quantized is quantised already; add quantizer=none")
+    if quantizer is None and checkpoint is not None:
+        raise UserError("checkpoint.dir: quantizer=none leaves nothing to write; choose a quantizer")
     return Experiment(
-        model=_object(config.get("model"), "model"),
-        quantizer=_object(config.get("quantizer"), "quantizer"),
+        model=model,
+        quantizer=quantizer,
         backend=_object(config.get("backend"), "backend"),
         calibration=_object(config.get("calibration"), "calibration"),
         data=data,
         measures=measures,
         tracking=_object(config.get("tracking"), "tracking"),
+        checkpoint=None if checkpoint is None else Path(str(checkpoint)).expanduser(),
     )
 
 
@@ -71,6 +82,9 @@ def _object(node: Any, setting: str) -> Any:
     target = fields.pop("_target_")
     if target is None:
         return None
+    for name, value in fields.items():
+        if isinstance(value, dict) and "_target_" in value:
+            fields[name] = _object(node[name], f"{setting}.{name}")
     made = _locate(target, f"{setting}._target_")
     if is_dataclass(made):  # pydantic's pass over names they don't have
         known = [field.name for field in fields_of(made)]

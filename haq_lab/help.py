@@ -32,6 +32,7 @@ HEAD = """Squeeze a large language model onto one edge GPU, and measure the pric
 """
 
 TAIL = """
+checkpoint.dir=DIR   write the quantised model there, and go on with it after a kill; model=quantized runs it
 force=true           run even where a finished run of this config is there
 hydra.run.dir=DIR    the run folder (hydra.sweep.dir=DIR for a sweep)
 --cfg job            show the composed config
@@ -58,7 +59,7 @@ def _option_lines(path: Path, option: str) -> list[str]:
     comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#") and "@package" not in line]
     lines = [f"  {option:<14}{comments[0] if comments else ''}"]
     if path.parent.name != "experiment":
-        settings = [line for line in text.splitlines() if re.match(r"[a-z]\w*:", line)]
+        settings = [line for line in text.splitlines() if re.match(r"(?!defaults:)[a-z]\w*:", line)]
         lines += [f"      {line}" for line in settings]
     return lines
 
@@ -112,8 +113,10 @@ def _disk(error: OSError) -> str:
 def _unknown_key(key: str) -> str:
     """A key that no config has, and the nearest that one does."""
     group, _, setting = key.replace("/", ".").partition(".")
+    if group == "checkpoint":
+        return f"there is no setting '{key}' (did you mean 'checkpoint.dir'?)"
     if group not in GROUPS and group != "hydra":
-        return f"there is no group or setting '{key}'{nearest(group, [*GROUPS, 'force'])}"
+        return f"there is no group or setting '{key}'{nearest(group, [*GROUPS, 'checkpoint', 'force'])}"
     if not setting:
         return f"{group}: the config has none; write +{group}=OPTION (one of {', '.join(options(group))})"
     inner, _, name = setting.rpartition(".")
@@ -137,4 +140,4 @@ def _unknown_key(key: str) -> str:
 def _settings(group: str, option: str) -> list[str]:
     """The settings of an option, by its file."""
     path = bundled("conf") / group / f"{option}.yaml"
-    return re.findall(r"^([a-z]\w*):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return re.findall(r"^(?!defaults:)([a-z]\w*):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)

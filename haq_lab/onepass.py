@@ -10,13 +10,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.calibrator import Calibrator
+from haq_lab.calibration.routing import Routing
+from haq_lab.calibration.spool import Spool
+from haq_lab.calibration.statistics import Policy
 from haq_lab.int8.backend import Backend
+from haq_lab.int8.experts import Int8Experts
+from haq_lab.models.experts import Experts
+from haq_lab.models.families import expert_of
 from haq_lab.models.layered import LayeredModel
 from haq_lab.quantizers.apply import LinearReport, quantize_group, smooth_group
 from haq_lab.quantizers.base import Quantizer
@@ -27,11 +33,33 @@ Level = Literal["fp", "smoothed", "quantized"]
 
 @dataclass
 class PassResult:
-    """Hidden states after the last layer, by dataset and level, and what was done to each linear."""
+    """Hidden states after the last layer, by dataset and level, what was done to each linear, and how the
+    calibration tokens were routed (None for a dense model, or one that needed no calibration)."""
 
     hidden: dict[str, dict[Level, Tensor]]
     reports: list[LinearReport] = field(default_factory=list)
+    routing: Routing | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+
+@dataclass
+class PassState:
+    """What a pass carries from one layer to the next: hidden states (n, t, d) by name, and the result so far."""
+
+    hidden: dict[str, Tensor]
+    result: PassResult
+
+
+class Keeper(Protocol):
+    """Keeps finished layers and the state between them, so that a killed pass can go on (`haq_lab.checkpoint`)."""
+
+    def restore(self, state: PassState) -> int:
+        """Bring a fresh state to where an earlier pass was; returns how many layers are done."""
+        ...
+
+    def keep(self, index: int, layer: nn.Module, state: PassState) -> None:
+        """A layer in its final form, and the state after it."""
+        ...
 
 
 @torch.no_grad()
@@ -40,47 +68,102 @@ def one_pass(
     quantizer: Quantizer | None,
     backend: Backend,
     calibration: Tensor | None,
-    propagate: Literal["fp", "quantized"],
+    policy: Policy,
     evaluation: dict[str, Tensor],
     finished: Callable[[int, nn.Module], None],
+    keeper: Keeper | None = None,
 ) -> PassResult:
     """Quantise `model` and carry the evaluation windows through it.
 
     Args:
         quantizer: None leaves the model at full precision; only the level `fp` is then evaluated.
         calibration: Token windows (n, t), or None where the quantizer needs none.
-        propagate: Whose hidden states the statistics are taken from, the full-precision model's or those of
-            the model as quantised so far.
+        policy: How the statistics are gathered.
         evaluation: Token windows (n, t) by dataset.
-        finished: Called with each layer once it is in its final form.
+        finished: Called with each layer once it is in its final form; the pass keeps none of them.
+        keeper: Where a killed pass goes on from; `finished` is not called for layers that were done before.
     """
-    levels: tuple[Level, ...] = ("fp",) if quantizer is None else ("fp", "smoothed", "quantized")
-    embedded = {name: model.embed(windows) for name, windows in evaluation.items()}
-    result = PassResult({name: {level: hidden.clone() for level in levels} for name, hidden in embedded.items()})
+    first: Level = "quantized" if model.quantized else "fp"
+    levels: tuple[Level, ...] = (first,) if quantizer is None else ("fp", "smoothed", "quantized")
+    spool = Spool()
+    result = PassResult({})
+    for name, windows in evaluation.items():
+        embedded = model.embed(windows, spool.empty)
+        result.hidden[name] = {level: embedded if level == first else spool.copy(embedded) for level in levels}
     clock = result.stopwatch
-    calibrator = None if quantizer is None else Calibrator(model, quantizer.needs, calibration, propagate, clock)
+    calibrator = None
+    if quantizer is not None:
+        calibrator = Calibrator(model, quantizer.needs, calibration, policy, clock, spool)
+        result.routing = calibrator.routing
 
     def evaluate(level: Level, layer: nn.Module, index: int) -> None:
         with clock.stage("evaluate"):
             for hidden in result.hidden.values():
                 model.run(layer, index, hidden[level])
+                spool.release()
 
-    for index in range(model.depth):
+    state = PassState(_hidden(result, calibrator), result)
+    done = 0 if keeper is None else keeper.restore(state)
+    for index in range(done, model.depth):
         with clock.stage("load"):
             layer = model.load_layer(index)
-        evaluate("fp", layer, index)
+        evaluate(first, layer, index)
         if quantizer is not None:
             assert calibrator is not None
-            smoothed = copy.deepcopy(layer)
-            calibrator.enter(layer, index)
-            for group in model.groups:
-                statistics = calibrator.statistics(layer, index, group)
-                with clock.stage("smooth"):
-                    statistics, strength = smooth_group([layer, smoothed], group, model.family, quantizer, statistics)
-                with clock.stage("solve"):
-                    result.reports += quantize_group(layer, index, group, quantizer, statistics, strength, backend)
-            calibrator.leave(layer, index)
+            smoothed = _sharing(layer)
+            result.reports += _quantize_layer(model, layer, smoothed, index, quantizer, backend, calibrator, clock)
+            spool.release()
             evaluate("smoothed", smoothed, index)
             evaluate("quantized", layer, index)
+            del smoothed
+        if keeper is not None:
+            with clock.stage("write"):
+                keeper.keep(index, layer, state)
         finished(index, layer)
+        del layer  # or it would stay while the next one is read
     return result
+
+
+def _quantize_layer(
+    model: LayeredModel,
+    layer: nn.Module,
+    smoothed: nn.Module,
+    index: int,
+    quantizer: Quantizer,
+    backend: Backend,
+    calibrator: Calibrator,
+    clock: Stopwatch,
+) -> list[LinearReport]:
+    """Smooth both states of a layer and quantise the first, group by group."""
+    reports: list[LinearReport] = []
+    calibrator.enter(layer, index)
+    for group in model.groups:
+        statistics = calibrator.statistics(layer, index, group)
+        with clock.stage("smooth"):
+            statistics, strength = smooth_group([layer, smoothed], group, model.family, quantizer, statistics)
+        with clock.stage("solve"):
+            reports += quantize_group(layer, index, group, quantizer, statistics, strength, backend)
+    if (moe := model.family.moe) is not None:
+        layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
+    if calibrator.routing is not None:
+        counts = calibrator.routing.counts(index).tolist()
+        for report in reports:
+            if (expert := expert_of(report.linear)) is not None:
+                report.notes["tokens"] = counts[expert]
+    calibrator.leave(layer, index)
+    return reports
+
+
+def _hidden(result: PassResult, calibrator: Calibrator | None) -> dict[str, Tensor]:
+    """All hidden states of a pass, by names that stay the same from one start to the next."""
+    hidden = {f"{name}/{level}": own for name, levels in result.hidden.items() for level, own in levels.items()}
+    if calibrator is not None:
+        calibrated = {"/calibration": calibrator.hidden, "/calibration_fp": calibrator.hidden_fp}
+        hidden |= {name: own for name, own in calibrated.items() if own is not None}
+    return hidden
+
+
+def _sharing(layer: nn.Module) -> nn.Module:
+    """A copy of the modules on the very same weights: a second set of a layer's would be gigabytes."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})

@@ -12,6 +12,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from haq_lab.checkpoint.model import QuantizedModel, open_model
+from haq_lab.checkpoint.provenance import provenance
+from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.config import Experiment, build
 from haq_lab.data.calibration import refuse_overlap, refuse_same_text
 from haq_lab.data.windows import Windows
@@ -21,7 +24,7 @@ from haq_lab.files import written_aside
 from haq_lab.measure.memory import reset_peak_rss
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
-from haq_lab.onepass import one_pass
+from haq_lab.onepass import PassResult, one_pass
 from haq_lab.show import Progress, say, show_results
 from haq_lab.tracking.run_folder import RunFolder
 
@@ -63,17 +66,20 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     with Progress() as progress:
         # 1. The model's shell and the texts.
         progress.stage(f"model {experiment.model.label}")
-        model = LayeredModel(experiment.model.folder())
+        model = open_model(experiment.model, experiment.backend)
         evaluation, calibration = _texts(experiment, model)
         tokens = {name: windows.tokens for name, windows in evaluation.items()}
         folder.event("loaded", model=str(model.folder), depth=model.depth)
 
         # 2. One pass through the weights: calibrate, smooth, quantise, evaluate.
         layers: list[nn.Module] = []
+        deploys = any(measure.deploys for measure in experiment.measures.values())
+        writer = _writer(experiment, folder.config, model, evaluation, calibration)
         progress.layers(model.depth, "quantise" if experiment.quantizer else "evaluate")
 
         def finished(index: int, layer: nn.Module) -> None:
-            layers.append(layer)
+            if deploys and writer is None:
+                layers.append(layer)
             folder.event("layer", index=index)
             progress.layer_done()
 
@@ -82,10 +88,17 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             experiment.quantizer,
             experiment.backend,
             None if calibration is None else calibration.tokens,
-            experiment.calibration.propagate,
+            experiment.calibration.policy,
             tokens,
             finished,
+            writer,
         )
+        if writer is not None:
+            writer.finish()
+            facts["checkpoint"], facts["resumed_from_layer"] = str(writer.folder), writer.resumed
+            if deploys:
+                written = QuantizedModel(writer.folder, experiment.backend)
+                layers = [written.load_layer(index) for index in range(model.depth)]
 
         # 3. Measurements on the model as deployed.
         study = Study(model, tokens, passed, model.assemble(layers), progress.stage)
@@ -99,20 +112,52 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     if passed.reports:
         dynamic = sum(report.scheme != "static" for report in passed.reports)
         metrics["quantizer.dynamic_share"] = dynamic / len(passed.reports)
-    table = pd.DataFrame([{**vars(report), **vars(report)["notes"]} for report in passed.reports])
-    table = table.drop(columns="notes", errors="ignore")
-    figures = []
-    if len(table):
-        with written_aside(folder.path / "layers.csv") as aside:
+    tables = _tables(passed)
+    for name, table in tables.items():
+        with written_aside(folder.path / f"{name}.csv") as aside:
             table.to_csv(aside, index=False)
-        figures.append(layer_figure(table, folder.path / "figures" / "layers.png"))
+    figures = []
+    if "layers" in tables:
+        figures.append(layer_figure(tables["layers"], folder.path / "figures" / "layers.png"))
+    if passed.routing is not None:
+        text = experiment.calibration.text
+        passed.routing.save(folder.path / "routing.safetensors", experiment.model.label, text)
     protocol: dict[str, Any] = {name: windows.protocol for name, windows in evaluation.items()}
     if calibration is not None:
         protocol["calibration"] = calibration.protocol
     if experiment.tracking is not None:
-        experiment.tracking.log(folder, folder.path.name, facts["sweep"], metrics, table, figures)
+        experiment.tracking.log(folder, folder.path.name, facts["sweep"], metrics, tables, figures)
     results = folder.finish(facts, protocol, metrics)
+    if writer is not None:
+        writer.close()
     show_results(results, folder.path)
+
+
+def _writer(
+    experiment: Experiment,
+    config: dict[str, Any],
+    model: LayeredModel,
+    evaluation: dict[str, Windows],
+    calibration: Windows | None,
+) -> CheckpointWriter | None:
+    """Where the quantised layers go as they come, if anywhere."""
+    if experiment.checkpoint is None:
+        return None
+    text = None if calibration is None else calibration.protocol
+    origin = provenance(model.folder, experiment.model.label, config, text)
+    stamps = {name: windows.protocol for name, windows in evaluation.items()}
+    return CheckpointWriter(experiment.checkpoint, model, origin, stamps, force=bool(config["force"]))
+
+
+def _tables(passed: PassResult) -> dict[str, pd.DataFrame]:
+    """`layers`: what was done to each linear; `experts`: the tokens that each expert was calibrated on."""
+    tables = {}
+    if passed.reports:
+        layers = pd.DataFrame([{**vars(report), **report.notes} for report in passed.reports])
+        tables["layers"] = layers.drop(columns="notes")
+    if passed.routing is not None:
+        tables["experts"] = passed.routing.table()
+    return tables
 
 
 def _texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windows], Windows | None]:

@@ -36,7 +36,7 @@ def _repeatable() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["opt", "llama"])
+@pytest.fixture(params=["opt", "llama", "mixtral", "qwen3_moe", "olmoe"])
 def architecture(request: pytest.FixtureRequest) -> str:
     """OPT with biases; Llama with grouped-query heads and tied embeddings."""
     return request.param

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from haq_lab.calibration.statistics import Policy
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.onepass import one_pass
@@ -26,7 +27,7 @@ def pass_through(model, quantizer, windows, propagate="fp"):
     layers: dict[int, nn.Module] = {}
     calibration = windows.flip(0).flip(1)
     result = one_pass(
-        model, quantizer, ReferenceBackend(), calibration, propagate, {"text": windows}, layers.__setitem__
+        model, quantizer, ReferenceBackend(), calibration, Policy(propagate), {"text": windows}, layers.__setitem__
     )
     assert list(layers) == list(range(model.depth))
     return result, list(layers.values())
@@ -72,7 +73,7 @@ def test_propagating_the_quantised_model_gives_other_statistics(tiny, windows):
 
 def test_nothing_to_evaluate_still_quantises(tiny, windows):
     layers: list[nn.Module] = []
-    result = one_pass(tiny, RTN(), ReferenceBackend(), None, "fp", {}, lambda index, layer: layers.append(layer))
+    result = one_pass(tiny, RTN(), ReferenceBackend(), None, Policy(), {}, lambda index, layer: layers.append(layer))
     assert result.hidden == {}
     assert len(layers) == tiny.depth
     assert result.stopwatch.seconds["solve"] > 0

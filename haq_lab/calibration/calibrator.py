@@ -7,15 +7,20 @@ for an error must not be followed by one that makes up for it again.
 
 from __future__ import annotations
 
-from typing import Literal
+from itertools import takewhile
 
 from torch import Tensor, nn
 
 from haq_lab.calibration.observe import observe, record_inputs
-from haq_lab.calibration.statistics import InputStatistics, Needs
+from haq_lab.calibration.routing import Routing
+from haq_lab.calibration.spool import Spool
+from haq_lab.calibration.statistics import InputStatistics, Needs, Policy
+from haq_lab.calibration.watchers import ExpertInside, ExpertsInput, SharedInput, channels_of
 from haq_lab.models.families import Group
 from haq_lab.models.layered import LayeredModel
 from haq_lab.stopwatch import Stopwatch
+
+HESSIAN_BYTES = 2 << 30  # of the experts that are observed in one forward
 
 
 class Calibrator:
@@ -24,8 +29,12 @@ class Calibrator:
     Args:
         needs: What the quantizer asks for.
         windows: Token windows (n, t); None where nothing is needed.
-        propagate: `fp`: statistics of the full-precision model; `quantized`: of the model as quantised so far.
+        policy: On which hidden states, and on which tokens of an expert.
         clock: Gets the stages `calibrate` (statistics) and `forward` (tokens through layers).
+        spool: Room for the hidden states.
+
+    Attributes:
+        routing: The router's choices so far; None for a dense model, or where nothing is needed.
     """
 
     def __init__(
@@ -33,15 +42,20 @@ class Calibrator:
         model: LayeredModel,
         needs: Needs,
         windows: Tensor | None,
-        propagate: Literal["fp", "quantized"],
+        policy: Policy,
         clock: Stopwatch,
+        spool: Spool,
     ):
-        self.model, self.needs, self.propagate, self.clock = model, needs, propagate, clock
-        self.hidden = model.embed(windows) if needs.inputs and windows is not None else None
-        self.hidden_fp = None
-        if self.hidden is not None and needs.cross and propagate == "quantized":
-            self.hidden_fp = self.hidden.clone()
-        self._inputs_fp: dict[str, Tensor] | None = None
+        self.model, self.needs, self.policy, self.clock = model, needs, policy, clock
+        self.hidden = self.hidden_fp = None
+        self.routing: Routing | None = None
+        if needs.inputs and windows is not None:
+            self.hidden = model.embed(windows, spool.empty)
+            if needs.cross and policy.propagate == "quantized":
+                self.hidden_fp = spool.copy(self.hidden)
+            if model.experts:
+                self.routing = Routing(model.experts, (windows.shape[0], windows.shape[1]))
+        self._inputs_fp: dict[str, Tensor] = {}
         self._known: dict[str, InputStatistics] = {}
 
     def enter(self, layer: nn.Module, index: int) -> None:
@@ -49,28 +63,58 @@ class Calibrator:
         self._known = {}
         if self.hidden is None:
             return
-        sites = [group.consumers[0] for group in self.model.groups]
         if self.hidden_fp is not None:
+            sites = [group.site for group in self.model.groups if group.expert is None]
             with self.clock.stage("forward"):
                 self._inputs_fp = record_inputs(self.model, layer, index, self.hidden_fp, sites)
-        if self.propagate == "fp":
-            self._known = observe(self.model, layer, index, self.hidden, sites, self.needs, self.clock)
-            with self.clock.stage("forward"):
-                self.model.run(layer, index, self.hidden)
+        if self.policy.propagate == "fp":
+            self._observe(layer, index, self.hidden, [group for group in self.model.groups if group.expert is None])
+            for group in self.model.groups:
+                if group.site not in self._known:
+                    self._observe(layer, index, self.hidden, self._together(layer, group))
+            self._advance(layer, index, self.hidden)
 
     def statistics(self, layer: nn.Module, index: int, group: Group) -> InputStatistics | None:
-        """The statistics of one group's input."""
+        """The statistics of one group's input; they are handed out once."""
         if self.hidden is None:
             return None
-        site = group.consumers[0]
-        if site not in self._known:
-            self._known |= observe(
-                self.model, layer, index, self.hidden, [site], self.needs, self.clock, self._inputs_fp
-            )
-        return self._known[site]
+        if group.site not in self._known:
+            self._observe(layer, index, self.hidden, self._together(layer, group))
+        return self._known.pop(group.site)
 
     def leave(self, layer: nn.Module, index: int) -> None:
         """After a layer is quantised."""
-        if self.hidden is not None and self.propagate == "quantized":
-            with self.clock.stage("forward"):
-                self.model.run(layer, index, self.hidden)
+        if self.hidden is not None and self.policy.propagate == "quantized":
+            self._advance(layer, index, self.hidden)
+
+    def _advance(self, layer: nn.Module, index: int, hidden: Tensor) -> None:
+        with self.clock.stage("forward"):
+            self.model.run(layer, index, hidden)
+
+    def _together(self, layer: nn.Module, group: Group) -> list[Group]:
+        """The groups that are seen in the same forward: within experts, as many as there is room for."""
+        if group.expert is None:
+            return [group]
+        groups = self.model.groups
+        later = takewhile(lambda other: other.expert is not None, groups[groups.index(group) :])
+        room = HESSIAN_BYTES // (4 * channels_of(layer, group) ** 2) if self.needs.hessian else len(groups)
+        return list(later)[: max(room, 1)]
+
+    def _observe(self, layer: nn.Module, index: int, hidden: Tensor, groups: list[Group]) -> None:
+        watchers = [self._watcher(layer, index, group, hidden.shape[0] * hidden.shape[1]) for group in groups]
+        observe(self.model, layer, index, hidden, watchers, self.clock)
+        with self.clock.stage("calibrate"):
+            self._known |= {watcher.group.site: watcher.finish() for watcher in watchers}
+
+    def _watcher(self, layer: nn.Module, index: int, group: Group, tokens: int) -> SharedInput | ExpertInside:
+        inputs_fp = self._inputs_fp.get(group.site)
+        moe = self.model.family.moe
+        if moe is None or self.routing is None:
+            return SharedInput(layer, group, self.needs, tokens, inputs_fp)
+        if group.expert is not None:
+            routed = int(self.routing.counts(index)[group.expert])
+            few = routed < self.policy.min_tokens
+            return ExpertInside(layer, group, self.needs, moe.experts, tokens, routed, few)
+        if moe.router in group.float_consumers:
+            return ExpertsInput(layer, group, self.needs, tokens, inputs_fp, self.policy, self.routing)
+        return SharedInput(layer, group, self.needs, tokens, inputs_fp)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from haq_lab.calibration.statistics import Accumulator, InputStatistics, Needs
 from haq_lab.models.layered import LayeredModel
 from haq_lab.stopwatch import Stopwatch
+
+
+class Watcher(Protocol):
+    """Something that gathers what modules of a layer receive; `sites` names the modules."""
+
+    sites: tuple[str, ...]
+
+    def add(self, inputs: dict[str, Tensor], rows: slice) -> None:
+        """One batch: the inputs by site, absent where no token reached it; `rows` are the tokens in the batch."""
+        ...
 
 
 class _Reached(Exception):
@@ -48,32 +58,25 @@ def observe(
     layer: nn.Module,
     index: int,
     hidden: Tensor,
-    sites: list[str],
-    needs: Needs,
+    watchers: Sequence[Watcher],
     clock: Stopwatch,
-    inputs_fp: dict[str, Tensor] | None = None,
-) -> dict[str, InputStatistics]:
-    """Statistics of the distinct inputs named by `sites`, each the first linear that reads it.
+) -> None:
+    """Run a layer over hidden states and show every watcher what it waits for.
 
     Args:
-        layer: Decoder layer `index` of `model`, in whatever state it is.
+        layer: Decoder layer `index` of `model`, in whatever state it is; it runs no further than needed.
         hidden: (n, t, d) what the layer receives.
         clock: Gets the stages `forward` (tokens through the layer) and `calibrate` (the statistics).
-        inputs_fp: What the same linears receive in the full-precision model, (n * t, k), for `needs.cross`.
     """
-    tokens = hidden.shape[0] * hidden.shape[1]
-    accumulators: dict[str, Accumulator] = {}
+    sites = list(dict.fromkeys(site for watcher in watchers for site in watcher.sites))
     done = 0
     for batch in hidden.split(model.batch_size(hidden)):
         with clock.stage("forward"), captured_inputs(layer, sites, stop=True) as inputs:
             model.forward(layer, index, batch)
         rows = slice(done, done := done + batch.shape[0] * batch.shape[1])
         with clock.stage("calibrate"):
-            for site in sites:
-                if site not in accumulators:
-                    accumulators[site] = Accumulator(inputs[site].shape[-1], tokens, needs)
-                accumulators[site].add(inputs[site], None if inputs_fp is None else inputs_fp[site][rows])
-    return {site: accumulator.finish() for site, accumulator in accumulators.items()}
+            for watcher in watchers:
+                watcher.add(inputs, rows)
 
 
 def record_inputs(

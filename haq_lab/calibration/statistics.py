@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 SAMPLE_ROWS = 512  # tokens kept whole, evenly spaced
 EXTREME_ROWS = 64  # and those with the largest entries, where outliers live
+MIN_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,21 @@ class Needs:
     sample: bool = False
 
 
+@dataclass(frozen=True)
+class Policy:
+    """How it is gathered.
+
+    Args:
+        propagate: `fp`: statistics of the full-precision model; `quantized`: of the model as quantised so far.
+        route: Which tokens calibrate an expert's gate and up projections: `topk`, those routed to it, or `all`.
+        min_tokens: An expert with fewer tokens is calibrated on the layer's.
+    """
+
+    propagate: Literal["fp", "quantized"] = "quantized"
+    route: Literal["topk", "all"] = "topk"
+    min_tokens: int = MIN_TOKENS
+
+
 @dataclass
 class InputStatistics:
     """Moments and ranges of an input of k channels, over `count` tokens.
@@ -31,6 +48,9 @@ class InputStatistics:
         cross: (k, k) mean of (x_fp - x) x^T, where x_fp is what the full-precision model has at this point
             and x what the quantised one has (GPTAQ, arXiv 2504.02692, eq. 9).
         sample: (r, k) rows kept whole, and `sample_weight` (r,), how many tokens each stands for.
+        routed: By expert, the same of the tokens that are routed to it, where the experts that share this input
+            are calibrated apart.
+        stands_in: Too few tokens were routed to the expert, so these are of the layer's tokens.
     """
 
     count: int
@@ -39,6 +59,16 @@ class InputStatistics:
     cross: Tensor | None = None
     sample: Tensor | None = None
     sample_weight: Tensor | None = None
+    routed: dict[int, InputStatistics] = field(default_factory=dict)
+    stands_in: bool = False
+
+    def of(self, expert: int | None) -> InputStatistics:
+        """What the linears of an expert go by: its own statistics where there are any, else these."""
+        return self if expert is None else self.routed.get(expert, self)
+
+    def standing_in(self) -> InputStatistics:
+        """These, for an expert that has too few tokens of its own."""
+        return replace(self, routed={}, stands_in=True)
 
     def divided_by(self, factor: Tensor) -> InputStatistics:
         """The statistics of x / factor, factor (k,): what the linear sees after smoothing."""
@@ -54,6 +84,8 @@ class InputStatistics:
             over(self.cross, outer),
             over(self.sample, factor),
             self.sample_weight,
+            {expert: statistics.divided_by(factor) for expert, statistics in self.routed.items()},
+            self.stands_in,
         )
 
 

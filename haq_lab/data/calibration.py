@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from haq_lab.calibration.statistics import MIN_TOKENS, Policy
 from haq_lab.data.text import fingerprint, load_rows, python_docs
 from haq_lab.data.windows import Count, Length, Windows, encode, own_text, random_crops
 from haq_lab.errors import UserError
@@ -29,6 +30,9 @@ class Calibration:
     seed: Of the random crops.
     propagate: Whose hidden states calibrate a layer: the full-precision model's (`fp`) or those of the model
         as quantised so far.
+    route: Of a Mixture-of-Experts layer, which tokens calibrate an expert's gate and up projections: those
+        that are routed to it (`topk`), or `all`. Its down projection reads only what is routed to it.
+    min_tokens: An expert with fewer tokens is calibrated on the layer's.
     """
 
     text: Literal["wikitext2", "c4", "text", "python_docs"]
@@ -37,6 +41,13 @@ class Calibration:
     seqlen: Length = 2048
     seed: int = 0
     propagate: Literal["fp", "quantized"] = "quantized"
+    route: Literal["topk", "all"] = "topk"
+    min_tokens: Count = MIN_TOKENS
+
+    @property
+    def policy(self) -> Policy:
+        """What the calibrator goes by."""
+        return Policy(self.propagate, self.route, self.min_tokens)
 
     def __post_init__(self) -> None:
         if self.text == "python_docs" and self.path is not None:

@@ -12,7 +12,7 @@ from haq_lab.int8.numerics import Activations, epilogue, quantize_activations
 
 
 class Backend:
-    """Quantise the rows, multiply in int8, scale. A backend overrides `accumulate`, or `linear` as a whole."""
+    """Quantise the rows, multiply in int8, scale. A backend overrides `accumulate`, or `product` as a whole."""
 
     name: ClassVar[str]
 
@@ -30,8 +30,16 @@ class Backend:
         static_scale: Tensor | None,
     ) -> Tensor:
         """x (m, k) floating -> (m, n) of the same type; `qw` (n, k) int8, `weight_scale` (n,) float32."""
-        qx, row_scale = quantize_activations(x, scheme, static_scale)
-        return epilogue(self.accumulate(qx, qw), row_scale, weight_scale, bias).to(x.dtype)
+        qx, row_scale = self.quantize(x, scheme, static_scale)
+        return self.product(qx, row_scale, qw, weight_scale, bias).to(x.dtype)
+
+    def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (m, k) floating -> int8 (m, k) and float32 scales (m, 1)."""
+        return quantize_activations(x, scheme, static_scale)
+
+    def product(self, qx: Tensor, row_scale: Tensor, qw: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+        """The quantised rows times the weights, scaled: float32 (m, n)."""
+        return epilogue(self.accumulate(qx, qw), row_scale, weight_scale, bias)
 
 
 class ReferenceBackend(Backend):
@@ -48,18 +56,8 @@ class FakeBackend(Backend):
 
     name = "fake"
 
-    def linear(
-        self,
-        x: Tensor,
-        qw: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        scheme: Activations,
-        static_scale: Tensor | None,
-    ) -> Tensor:
-        qx, row_scale = quantize_activations(x, scheme, static_scale)
-        weight = qw.float() * weight_scale[:, None]
-        return torch.nn.functional.linear(qx.float() * row_scale, weight, bias).to(x.dtype)
+    def product(self, qx: Tensor, row_scale: Tensor, qw: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(qx.float() * row_scale, qw.float() * weight_scale[:, None], bias)
 
 
 def cuda() -> Backend:

@@ -33,6 +33,7 @@ class Latency:
     warmup: Annotated[int, Field(ge=0)] = 1
 
     evaluates: ClassVar[bool] = False
+    deploys: ClassVar[bool] = True
 
     @torch.no_grad()
     def __call__(self, study: Study) -> dict[str, float]:

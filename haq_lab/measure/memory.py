@@ -22,6 +22,7 @@ class Memory:
     and the peak resident memory of the whole run."""
 
     evaluates: ClassVar[bool] = False
+    deploys: ClassVar[bool] = True
 
     def __call__(self, study: Study) -> dict[str, float]:
         return {

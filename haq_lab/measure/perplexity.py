@@ -27,6 +27,7 @@ class Perplexity:
     """Perplexity, KL divergence and token agreement on every dataset of `data`."""
 
     evaluates: ClassVar[bool] = True
+    deploys: ClassVar[bool] = False
 
     def __call__(self, study: Study) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -42,7 +43,8 @@ def score(model: LayeredModel, windows: Tensor, hidden: Mapping[Level, Tensor], 
 
     Args:
         windows: Token windows (n, t).
-        hidden: By level (`fp`, and where there was a quantizer `smoothed` and `quantized`), (n, t, d).
+        hidden: By level (`fp`, and where there was a quantizer `smoothed` and `quantized`), (n, t, d); only
+            `quantized` for a checkpoint that was quantised before.
 
     Returns:
         `perplexity*.<dataset>`, `kl.<dataset>` (nats a token, original against quantised) and
@@ -51,6 +53,7 @@ def score(model: LayeredModel, windows: Tensor, hidden: Mapping[Level, Tensor], 
     """
     nll: dict[Level, float] = dict.fromkeys(hidden, 0.0)
     divergence = agreement = 0.0
+    compared = {"fp", "quantized"} <= hidden.keys()
     for number, window in enumerate(windows):
         targets = window[1:]
         log_probabilities = {
@@ -59,15 +62,15 @@ def score(model: LayeredModel, windows: Tensor, hidden: Mapping[Level, Tensor], 
         }
         for level, values in log_probabilities.items():
             nll[level] += float(F.nll_loss(values, targets, reduction="sum"))
-        if "quantized" in hidden:
+        if compared:
             fp, quantized = log_probabilities["fp"], log_probabilities["quantized"]
             divergence += float(F.kl_div(quantized, fp, reduction="sum", log_target=True))
             agreement += float((fp.argmax(-1) == quantized.argmax(-1)).sum())
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     metrics = {f"{METRIC[level]}.{dataset}": math.exp(total / tokens) for level, total in nll.items()}
-    if "quantized" in hidden:
+    if compared:
         metrics[f"kl.{dataset}"] = divergence / tokens
         metrics[f"token_agreement.{dataset}"] = agreement / tokens
-    else:
+    elif "fp" in hidden:
         metrics[f"perplexity.{dataset}"] = metrics[f"perplexity_fp.{dataset}"]
     return metrics

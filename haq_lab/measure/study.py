@@ -18,7 +18,7 @@ class Study:
 
     Attributes:
         windows: Evaluation windows (n, t) by dataset.
-        whole: The model as deployed, all layers in place.
+        whole: The model as deployed, all layers in place where a measure `deploys`.
         progress: Called with a line on what is being measured.
     """
 
@@ -30,9 +30,11 @@ class Study:
 
 
 class Measure(Protocol):
-    """One entry of `measure=[...]`; `evaluates` says whether it needs the evaluation windows in the pass."""
+    """One entry of `measure=[...]`; `evaluates` says whether it needs the evaluation windows in the pass,
+    `deploys` whether it needs the whole model in memory."""
 
     evaluates: bool
+    deploys: bool
 
     def __call__(self, study: Study) -> dict[str, float]:
         """Metrics by their full names."""

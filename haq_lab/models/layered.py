@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from haq_lab.errors import UserError
+from haq_lab.models.experts import Experts, split_fused
 from haq_lab.models.families import Family, family_of, refuse_unknown
 from haq_lab.models.weights import Weights
 from haq_lab.quiet import quiet_transformers
 
 TOKENS_PER_BATCH = 4096  # bounds the activations in memory; larger gains nothing on a CPU
+Room = Callable[..., Tensor]  # as `torch.empty`: shape, dtype -> tensor
 COMPUTED = "rotary_emb.inv_freq"  # old checkpoints hold it in every layer, though it follows from the config
 
 
@@ -49,12 +52,15 @@ class _Recorder(nn.Module):
 class LayeredModel:
     """A checkpoint folder opened for reading layer by layer, computing in `dtype`."""
 
+    quantized = False  # whether its layers come in int8 (haq_lab.checkpoint.model)
+
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
-        self.config = _read_config(folder)
+        self.config = _read_config(folder, self.quantized)
         self.folder = folder
         self.dtype = dtype
         self.family: Family = family_of(self.config)
         self.groups = self.family.resolve(self.config)
+        self.experts = self.family.experts(self.config)
         self.depth: int = self.config.num_hidden_layers
         self.weights = Weights(folder)
         self._layer_class = self._find_layer_class()
@@ -79,10 +85,9 @@ class LayeredModel:
         shell.config.num_hidden_layers = self.depth
         self.recorders = [_Recorder() for _ in range(self.depth)]
         shell.set_submodule(self.family.layers, nn.ModuleList(self.recorders))
-        outside = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
-        tensors = {self._module_name(name): tensor for name, tensor in self.weights.read(outside, self.dtype).items()}
+        tensors = {name: tensor.to(self.dtype) for name, tensor in self.outside().items()}
         try:
-            result = shell.load_state_dict(tensors, strict=False)
+            result = shell.load_state_dict(tensors, strict=False, assign=True)
         except RuntimeError as error:
             raise UserError(f"model: the tensors of {self.folder} do not fit its config: {error}") from error
         tied = set(shell.all_tied_weights_keys)
@@ -92,10 +97,16 @@ class LayeredModel:
         shell.tie_weights()
         return shell.requires_grad_(False)
 
+    def outside(self) -> dict[str, Tensor]:
+        """What lies outside the layers, by the names that our modules have, as the checkpoint has it."""
+        names = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
+        return {self._module_name(name): tensor for name, tensor in self.weights.read(names).items()}
+
     # Names. Some checkpoints leave the base model's prefix out ("decoder.layers.0" for "model.decoder...").
 
     def _module_name(self, name: str) -> str:
         prefix = f"{self.family.layers.split('.')[0]}."
+        name = self.family.module_name(name)
         return name if name.startswith((prefix, "lm_head.")) else prefix + name
 
     def _is_layer_tensor(self, name: str) -> bool:
@@ -115,9 +126,13 @@ class LayeredModel:
         return tokenizer
 
     def new_layer(self, index: int) -> nn.Module:
-        """Decoder layer `index` without weights (on the meta device)."""
+        """Decoder layer `index` without weights (on the meta device), its experts unfused."""
         with torch.device("meta"):
-            return self._layer_class(self.config, index).eval().requires_grad_(False)
+            layer = self._layer_class(self.config, index).eval().requires_grad_(False)
+            if self.family.moe is not None:
+                name = self.family.moe.experts
+                layer.set_submodule(name, Experts.unfused(layer.get_submodule(name)))
+        return layer
 
     def load_layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with its weights.
@@ -132,15 +147,26 @@ class LayeredModel:
             if self._module_name(name).startswith(prefix) and not name.endswith(COMPUTED)
         }
         tensors = {names[name]: tensor for name, tensor in self.weights.read(names, self.dtype).items()}
+        if self.family.moe is not None:
+            tensors = split_fused(tensors, self.family.moe.experts)
         try:
             layer.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
             raise UserError(f"model: layer {index} of {self.folder} does not fit its config: {error}") from error
         return layer.requires_grad_(False)
 
-    def embed(self, windows: Tensor) -> Tensor:
-        """Token windows (n, t) int64 -> what the first decoder layer receives, (n, t, d)."""
-        return torch.cat([self._embed(batch) for batch in windows.split(self.batch_size(windows))])
+    def embed(self, windows: Tensor, room: Room = torch.empty) -> Tensor:
+        """Token windows (n, t) int64 -> what the first decoder layer receives, (n, t, d).
+
+        Args:
+            room: Makes the tensor that the hidden states are written to, from its shape and `dtype`.
+        """
+        width = self._embed(windows[:1]).shape[-1]
+        hidden = room((*windows.shape, width), dtype=self.dtype)
+        size = self.batch_size(windows)
+        for batch, states in zip(windows.split(size), hidden.split(size), strict=True):
+            states.copy_(self._embed(batch))
+        return hidden
 
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """One decoder layer over hidden states (n, t, d), in batches; writes into `hidden` and returns it."""
@@ -201,10 +227,16 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path, quantized: bool) -> Any:
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         refuse_unknown(fields.get("model_type"))
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if "quantization_config" in fields:
+            if not quantized:
+                method = fields["quantization_config"].get("quant_method")
+                raise UserError(f"model: {folder} is quantised already, by {method}; model=quantized reads haq_lab's")
+            del config.quantization_config
+        return config
     except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"model: config.json in {folder} cannot be used ({error})") from error

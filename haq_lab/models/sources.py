@@ -69,7 +69,7 @@ class HubModel:
                 "set model.allow_pickle=true to convert them to safetensors, or name a revision that has some"
             )
         key = hashlib.sha256("".join(sha256(path) for path in pickles).encode()).hexdigest()[:16]
-        return _made_once(f"{self.label}-{key}", lambda target: _convert_pickles(folder, pickles, target))
+        return made_once(f"{self.label}-{key}", lambda target: _convert_pickles(folder, pickles, target))
 
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download
@@ -108,7 +108,7 @@ class GgufModel:
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise UserError(f"model.path: '{path}' is not a GGUF file")
-        return _made_once(f"{path.stem}-{sha256(path)[:16]}", lambda target: _convert_gguf(path, target))
+        return made_once(f"{path.stem}-{sha256(path)[:16]}", lambda target: _convert_gguf(path, target))
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class TinyModel:
         seed: Seed of the weights.
     """
 
-    architecture: Literal["opt", "llama"]
+    architecture: Literal["opt", "llama", "mixtral", "qwen3_moe", "olmoe"]
     layers: Annotated[int, Field(ge=1)] = 2
     hidden: Annotated[int, Field(ge=32, multiple_of=32)] = 64
     seed: int = 0
@@ -160,12 +160,12 @@ class TinyModel:
 
     def folder(self) -> Path:
         name = f"{self.label}-{self.layers}x{self.hidden}-{self.seed}"
-        return _made_once(
+        return made_once(
             name, lambda target: build_tiny(target, self.architecture, self.layers, self.hidden, self.seed)
         )
 
 
-def _made_once(name: str, make: Callable[[Path], None]) -> Path:
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
     """The cache folder `name`, made under a lock if it is not there yet."""
     models = cache_folder() / "models"
     models.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
 )
 
 from haq_lab.quiet import quiet_transformers
@@ -47,7 +50,16 @@ def _config(architecture: str, layers: int, hidden: int) -> PreTrainedConfig:
     }
     if architecture == "opt":
         return OPTConfig(**shared, ffn_dim=4 * hidden, word_embed_proj_dim=hidden, init_std=0.1)
-    return LlamaConfig(**shared, intermediate_size=5 * hidden // 2, num_key_value_heads=2, tie_word_embeddings=True)
+    if architecture == "llama":
+        return LlamaConfig(**shared, intermediate_size=5 * hidden // 2, num_key_value_heads=2, tie_word_embeddings=True)
+    shared |= {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+    if architecture == "mixtral":
+        return MixtralConfig(**shared, intermediate_size=3 * hidden // 2, num_local_experts=8)
+    if architecture == "qwen3_moe":
+        return Qwen3MoeConfig(
+            **shared, moe_intermediate_size=hidden // 2, num_experts=16, head_dim=hidden // 4, norm_topk_prob=True
+        )
+    return OlmoeConfig(**shared, intermediate_size=hidden // 2, num_experts=16)
 
 
 def build_tiny(folder: Path, architecture: str, layers: int, hidden: int, seed: int) -> None:

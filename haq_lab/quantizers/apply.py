@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.families import Family, Group
-from haq_lab.quantizers.base import Quantizer, Solution, output_error
+from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, output_error
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 from haq_lab.quantizers.smoothing import Channels, fold, stacked
 
@@ -39,18 +39,20 @@ def smooth_group(
 ) -> tuple[InputStatistics | None, float | None]:
     """Choose the group's factor by the first of `layers` and fold it into all of them, in place.
 
+    Args:
+        layers: States of one layer, which may share tensors.
+
     Returns:
         The statistics of the smoothed input, and the strength taken (None: not smoothed).
     """
     if group.source is None:
         return statistics, None
-    weight = stacked(layers[0], group)
+    weight = stacked(layers[0], group.readers)
     channels = Channels(group, layers[0], weight.shape[1])
     smoothing = quantizer.smoothing(group, family, weight, statistics, channels)
     if smoothing is None:
         return statistics, None
-    for layer in layers:
-        fold(layer, group, smoothing.factor, channels)
+    fold(layers, group, smoothing.factor, channels)
     return None if statistics is None else statistics.divided_by(smoothing.factor), smoothing.strength
 
 
@@ -63,34 +65,57 @@ def quantize_group(
     strength: float | None,
     backend: Backend,
 ) -> list[LinearReport]:
-    """Replace the group's linears by `Int8Linear`s, in place; returns a report for each."""
-    weight = stacked(layer, group)
-    activation = quantizer.activation(weight, statistics)
-    solution = quantizer.solve(weight, statistics, activation)
+    """Replace the group's linears by `Int8Linear`s, in place; returns a report for each.
+
+    How the input is quantised is one choice for the group, so that experts that share it need it quantised but
+    once. The weights are solved by expert, each under its own statistics where it has some.
+    """
+    activation = quantizer.activation(stacked(layer, group.consumers), statistics)
     reports = []
-    done = 0
-    for name in group.consumers:
-        linear = layer.get_submodule(name)
-        part: Tensor = linear.weight  # type: ignore[assignment]
-        rows = slice(done, done := done + len(part))
-        solved = Solution(solution.levels[rows].clone(), solution.scale[rows].clone())
-        report = LinearReport(index, name, activation.scheme, strength, notes=solution.notes)
-        if activation.scale is not None:
-            report.static_scale = float(activation.scale)
-        if statistics is not None and statistics.hessian is not None:
-            scale = row_scale(part, quantizer.weight_bits)
-            nearest = Solution(round_to_nearest(part, scale, quantizer.weight_bits), scale)
-            report.error_rtn = output_error(part, nearest, statistics.hessian)
-            report.error = output_error(part, solved, statistics.hessian)
-        reports.append(report)
-        bias: Tensor | None = linear.bias  # type: ignore[assignment]
-        int8 = Int8Linear(
-            solved.levels,
-            solved.scale,
-            None if bias is None else bias.detach(),
-            activation.scheme,
-            activation.scale,
-            backend,
-        )
-        layer.set_submodule(name, int8)
+    for expert, names in group.parts().items():
+        own = None if statistics is None else statistics.of(expert)
+        solution = quantizer.solve(stacked(layer, names), own, activation)
+        done = 0
+        for name in names:
+            rows = slice(done, done := done + len(layer.get_submodule(name).weight))
+            solved = Solution(solution.levels[rows].clone(), solution.scale[rows].clone(), dict(solution.notes))
+            if own is not None and own.stands_in:
+                solved.notes.setdefault("fallback", "shared")
+            report = _report(layer, name, quantizer, own, solved, activation)
+            reports.append(replace(report, layer=index, strength=strength))
+            _put(layer, name, solved, activation, backend)
     return reports
+
+
+def _report(
+    layer: nn.Module,
+    name: str,
+    quantizer: Quantizer,
+    statistics: InputStatistics | None,
+    solved: Solution,
+    activation: ActivationChoice,
+) -> LinearReport:
+    weight = cast(Tensor, layer.get_submodule(name).weight)
+    report = LinearReport(0, name, activation.scheme, notes=solved.notes)
+    if activation.scale is not None:
+        report.static_scale = float(activation.scale)
+    if statistics is not None and statistics.hessian is not None:
+        scale = row_scale(weight, quantizer.weight_bits)
+        nearest = Solution(round_to_nearest(weight, scale, quantizer.weight_bits), scale)
+        report.error_rtn = output_error(weight, nearest, statistics.hessian)
+        report.error = output_error(weight, solved, statistics.hessian)
+    return report
+
+
+def _put(layer: nn.Module, name: str, solved: Solution, activation: ActivationChoice, backend: Backend) -> None:
+    """An int8 linear where a linear was. The bias is its own: the linear lives on in the layer as smoothed."""
+    bias = cast(Tensor | None, layer.get_submodule(name).bias)
+    int8 = Int8Linear(
+        solved.levels,
+        solved.scale,
+        None if bias is None else bias.detach().clone(),
+        activation.scheme,
+        activation.scale,
+        backend,
+    )
+    layer.set_submodule(name, int8)

@@ -70,7 +70,10 @@ class Quantizer:
         statistics: InputStatistics | None,
         channels: Channels,
     ) -> Smoothing | None:
-        """The factor to fold for a group whose consumers' stacked weights are `weight`; None for none."""
+        """The factor to fold for a group whose readers' stacked weights are `weight`; None for none.
+
+        A router's rows are among them, last: its columns take the factor too, as SmoothQuant publishes it.
+        """
         return None
 
     def activation(self, weight: Tensor, statistics: InputStatistics | None) -> ActivationChoice:

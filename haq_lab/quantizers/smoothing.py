@@ -51,27 +51,34 @@ class Channels:
         return out
 
 
-def fold(layer: nn.Module, group: Group, factor: Tensor, channels: Channels) -> None:
-    """Divide the source of `group` by `factor` (k,) and multiply the consumers' columns by it, in place.
+def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: Channels) -> None:
+    """Divide the source of `group` by `factor` (k,) and multiply its readers' columns by it, in place.
 
     A source that is an int8 linear by now takes the division in its row scales: exact, as every row has one.
+
+    Args:
+        layers: States of one layer (as smoothed, as quantised), which may share tensors: each is scaled once.
     """
     assert group.source is not None, "a group without a source cannot be smoothed"
-    source = layer.get_submodule(group.source)
     rows = channels.per_row(factor)
     assert torch.equal(rows[channels.rows], factor), "channels that share a row of the source need one factor"
-    output_scale = cast(Tensor, getattr(source, "weight_scale", source.weight))
-    output_scale.div_(rows if output_scale.dim() == 1 else rows[:, None])
-    bias: Tensor | None = getattr(source, "bias", None)
-    if bias is not None:
+    sources = [layer.get_submodule(group.source) for layer in layers]
+    for source in _distinct([getattr(source, "weight_scale", source.weight) for source in sources]):
+        source.div_(rows if source.dim() == 1 else rows[:, None])
+    for bias in _distinct([getattr(source, "bias", None) for source in sources]):
         bias.div_(rows)
-    for name in group.consumers:
-        _weight(layer, name).mul_(factor)
+    for weight in _distinct([_weight(layer, name) for layer in layers for name in group.readers]):
+        weight.mul_(factor)
 
 
-def stacked(layer: nn.Module, group: Group) -> Tensor:
-    """The consumers' weights on top of each other: (sum of n, k)."""
-    return torch.cat([_weight(layer, name) for name in group.consumers])
+def stacked(layer: nn.Module, names: tuple[str, ...]) -> Tensor:
+    """The weights of some linears with one input on top of each other: (sum of n, k)."""
+    return torch.cat([_weight(layer, name) for name in names])
+
+
+def _distinct(tensors: list[Any]) -> list[Tensor]:
+    """The tensors that are there, each once."""
+    return list({tensor.data_ptr(): tensor for tensor in tensors if tensor is not None}.values())
 
 
 def _weight(layer: nn.Module, name: str) -> Tensor:

@@ -45,6 +45,8 @@ class RunFolder:
             "events.jsonl",
             "config.yaml",
             "layers.csv",
+            "experts.csv",
+            "routing.safetensors",
             "figures",
             "wandb",
         )

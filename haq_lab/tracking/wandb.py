@@ -1,4 +1,4 @@
-"""W&B as a sink: config, metrics, the per-layer table and figures, one W&B run a job, grouped by sweep.
+"""W&B as a sink: config, metrics, tables and figures, one W&B run a job, grouped by sweep.
 
 All its files stay inside the run folder. Whatever goes wrong with it, the run goes on.
 """
@@ -35,13 +35,13 @@ class Wandb:
         name: str,
         group: str | None,
         metrics: dict[str, float],
-        layers: pd.DataFrame | None,
+        tables: dict[str, pd.DataFrame],
         figures: list[Path],
     ) -> None:
         """Send one finished run. A failure is noted in `events.jsonl` and on no account raised."""
         try:
             with _kept_inside(folder.path):
-                self._log(folder, name, group, metrics, layers, figures)
+                self._log(folder, name, group, metrics, tables, figures)
         except Exception as error:  # a run never fails because W&B does
             with suppress(OSError):
                 folder.event("wandb_failed", error=f"{type(error).__name__}: {error}")
@@ -52,7 +52,7 @@ class Wandb:
         name: str,
         group: str | None,
         metrics: dict[str, Any],
-        layers: pd.DataFrame | None,
+        tables: dict[str, pd.DataFrame],
         figures: list[Path],
     ) -> None:
         import wandb
@@ -69,8 +69,8 @@ class Wandb:
             settings=settings,
         )
         content: dict[str, Any] = dict(metrics)
-        if layers is not None and len(layers):
-            content["layers"] = wandb.Table(dataframe=layers.astype(object).where(layers.notna(), None))
+        for key, table in tables.items():
+            content[key] = wandb.Table(dataframe=table.astype(object).where(table.notna(), None))
         content |= {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
         run.log(content)
         run.finish()

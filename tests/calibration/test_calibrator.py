@@ -6,7 +6,8 @@ import torch
 
 from haq_lab.calibration.calibrator import Calibrator
 from haq_lab.calibration.observe import record_inputs
-from haq_lab.calibration.statistics import Needs
+from haq_lab.calibration.spool import Spool
+from haq_lab.calibration.statistics import Needs, Policy
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.quantizers.apply import quantize_group
 from haq_lab.quantizers.rtn import RTN
@@ -17,13 +18,13 @@ NEEDS = Needs(inputs=True, hessian=True, cross=True, sample=True)
 
 def calibrate(model, windows, propagate, needs=NEEDS):
     """Statistics by layer and site, with 4-bit RTN on the way; and the quantised layers."""
-    calibrator = Calibrator(model, needs, windows, propagate, Stopwatch())
+    calibrator = Calibrator(model, needs, windows, Policy(propagate), Stopwatch(), Spool())
     seen, layers = {}, []
     for index in range(model.depth):
         layer = model.load_layer(index)
         calibrator.enter(layer, index)
         for group in model.groups:
-            seen[index, group.consumers[0]] = calibrator.statistics(layer, index, group)
+            seen[index, group.site] = calibrator.statistics(layer, index, group)
             quantize_group(layer, index, group, RTN(weight_bits=4), None, None, ReferenceBackend())
         calibrator.leave(layer, index)
         layers.append(layer)
@@ -41,7 +42,7 @@ def close(got, expected):
 def inputs_of(model, layers, windows):
     """What the linears of these layers receive, by layer and site."""
     hidden, inputs = model.embed(windows), {}
-    sites = [group.consumers[0] for group in model.groups]
+    sites = [group.site for group in model.groups]
     for index, layer in enumerate(layers):
         for site, x in record_inputs(model, layer, index, hidden, sites).items():
             inputs[index, site] = x

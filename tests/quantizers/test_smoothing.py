@@ -90,14 +90,14 @@ def test_folding_into_an_int8_source_scales_its_outputs(tiny, kind):
     bias = None if source.bias is None else source.bias.clone()
     int8 = Int8Linear(levels, scale, bias, "token", None, ReferenceBackend())
     layer.set_submodule(group.source, int8)
-    channels = Channels(group, layer, stacked(layer, group).shape[1])
+    channels = Channels(group, layer, stacked(layer, group.consumers).shape[1])
     factor = channels.shared_max(2.0 ** torch.randint(-4, 5, (len(channels.rows),)))  # exact in floats
 
     x = torch.randn(20, levels.shape[1])
-    before, columns = int8(x), stacked(layer, group)
-    fold(layer, group, factor, channels)
+    before, columns = int8(x), stacked(layer, group.consumers)
+    fold([layer], group, factor, channels)
     assert torch.equal(int8(x) * channels.per_row(factor), before)
-    assert torch.equal(stacked(layer, group), columns * factor)
+    assert torch.equal(stacked(layer, group.consumers), columns * factor)
     assert torch.equal(int8.weight, levels)
 
 
@@ -116,7 +116,7 @@ def test_query_heads_of_a_key_value_head_share_their_factor():
     assert torch.equal(shared[:, 0], shared[:, 1])
     assert torch.equal(shared[:, 0], values.view(2, 2, 16).amax(dim=1))
     with pytest.raises(AssertionError, match="one factor"):
-        fold(model.load_layer(0), group, values, channels)
+        fold([model.load_layer(0)], group, values, channels)
 
 
 def test_channels_are_one_to_one_elsewhere(tiny):

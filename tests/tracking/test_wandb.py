@@ -60,8 +60,7 @@ def test_a_failing_wandb_fails_no_run(tmp_path, monkeypatch):
     assert "no network" in events[-1]["error"]
 
 
-@pytest.mark.parametrize("layers", [None, pd.DataFrame()])
-def test_a_run_without_layers_is_logged(layers, tmp_path, monkeypatch):
+def test_tables_figures_and_names_are_cut_to_fit(tmp_path, monkeypatch):
     import wandb
 
     seen = {}
@@ -75,7 +74,7 @@ def test_a_run_without_layers_is_logged(layers, tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", lambda **settings: seen.update(settings) or Run())
     folder = RunFolder(tmp_path, {"a": 1})
-    Wandb().log(folder, "n" * 500, None, {"perplexity.x": 2.0}, layers, [])
+    Wandb().log(folder, "n" * 500, None, {"perplexity.x": 2.0}, {"experts": pd.DataFrame({"tokens": [3, None]})}, [])
     assert len(seen["name"]) == 128
     assert seen["group"] is None
     assert (seen["perplexity.x"], seen["finished"]) == (2.0, True)

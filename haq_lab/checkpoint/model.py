@@ -1,0 +1,101 @@
+"""A quantised checkpoint as a model that is read a layer at a time: bytes go straight into int8 modules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import cast
+
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from haq_lab.checkpoint.manifest import REST, Manifest, layer_file
+from haq_lab.checkpoint.shard import read_shard
+from haq_lab.errors import UserError
+from haq_lab.int8.backend import Backend
+from haq_lab.int8.experts import Int8Experts
+from haq_lab.int8.linear import Int8Linear
+from haq_lab.models.experts import Experts
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import ModelSource
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A checkpoint that `checkpoint.dir=DIR` wrote.
+
+    Args:
+        path: Its folder.
+    """
+
+    path: str
+
+    @property
+    def label(self) -> str:
+        return Path(self.path).name
+
+    def folder(self) -> Path:
+        folder = Path(self.path).expanduser()
+        Manifest.read(folder)
+        return folder
+
+
+class QuantizedModel(LayeredModel):
+    """The layers of a quantised checkpoint, computing on `backend`.
+
+    No weight is ever held at full precision. Every tensor is checked against its hash as it is read.
+
+    Raises:
+        UserError: A file is missing, damaged, renamed or not ours; the message names it, and the tensor.
+    """
+
+    quantized = True
+
+    def __init__(self, folder: Path, backend: Backend):
+        self.manifest = Manifest.read(folder)
+        self.backend = backend
+        for file in self.manifest.files:
+            self.manifest.check_file(folder, file)
+        super().__init__(folder)
+
+    def outside(self) -> dict[str, Tensor]:
+        return read_shard(self.folder, self.manifest.shard(self.folder, REST))[0]
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` in int8."""
+        file = layer_file(index)
+        stored, metadata = read_shard(self.folder, self.manifest.shard(self.folder, file))
+        prefix = f"{self.family.layers}.{index}."
+        for name in stored:
+            if not name.startswith(prefix):
+                raise UserError(f"checkpoint: {self.folder / file}: tensor '{name}' is not of layer {index}")
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+        layer = self.new_layer(index)
+        for name, scheme in json.loads(metadata["schemes"]).items():
+            name = name.removeprefix(prefix)
+            own = {key: tensors.pop(f"{name}.{key}", None) for key in ("weight", "weight_scale", "bias", "input_scale")}
+            weight = cast(Tensor, layer.get_submodule(name).weight)
+            if own["weight"] is None or own["weight_scale"] is None or own["weight"].shape != weight.shape:
+                raise UserError(f"checkpoint: {self.folder / file}: '{prefix}{name}' does not fit the config")
+            layer.set_submodule(name, Int8Linear(**own, scheme=scheme, backend=self.backend))
+        if (moe := self.family.moe) is not None:
+            layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
+        self._assign(layer, tensors, self.folder / file)
+        return layer.requires_grad_(False)
+
+    def _assign(self, layer: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+        """What is not quantised: norms, and a router."""
+        try:
+            left = layer.load_state_dict(tensors, strict=False, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"checkpoint: {path} does not fit its config: {error}") from error
+        unset = [name for name, tensor in layer.state_dict().items() if tensor.device.type == "meta"]
+        for name in (*left.unexpected_keys, *unset):
+            raise UserError(f"checkpoint: {path}: tensor '{name}' is superfluous or missing")
+
+
+def open_model(source: ModelSource, backend: Backend) -> LayeredModel:
+    """The model of a source: one that was quantised here, or one that is to be."""
+    if isinstance(source, QuantizedCheckpoint):
+        return QuantizedModel(source.folder(), backend)
+    return LayeredModel(source.folder())

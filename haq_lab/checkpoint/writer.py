@@ -1,0 +1,122 @@
+"""Write a quantised checkpoint while the pass goes on, and go on with one that was killed.
+
+    checkpoint.dir=DIR
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from haq_lab.checkpoint.manifest import FILE, REST, WORK, Manifest, layer_file
+from haq_lab.checkpoint.provenance import differences
+from haq_lab.checkpoint.shard import DTYPES, Shard, write_shard
+from haq_lab.checkpoint.states import restore_state, save_state
+from haq_lab.errors import UserError
+from haq_lab.files import sha256, write_json
+from haq_lab.int8.linear import Int8Linear
+from haq_lab.models.layered import LayeredModel
+from haq_lab.onepass import PassState
+
+METHOD = "haq_lab"  # a quantization method that no other loader knows, so none takes int8 levels for weights
+IDENTITY = "identity.json"
+
+
+class CheckpointWriter:
+    """A checkpoint in the making; the pass's `Keeper`. `resumed` says how many layers an earlier run had done.
+
+    Args:
+        folder: Where it goes: absent, empty, or one that the same run began.
+        model: The model that is quantised.
+        provenance: Where the checkpoint comes from.
+        evaluation: Stamps of the evaluation texts, whose hidden states are kept too.
+        force: Begin again, whatever checkpoint is there.
+
+    Raises:
+        UserError: The folder holds something else, or another run is writing there.
+    """
+
+    def __init__(
+        self, folder: Path, model: LayeredModel, provenance: dict[str, Any], evaluation: dict[str, Any], force: bool
+    ):
+        self.folder, self.model, self.provenance = folder, model, provenance
+        self.work = folder / WORK
+        self.shards: list[Shard] = []
+        self.resumed = 0
+        self._lock = FileLock(folder.parent / f".{folder.name}.lock")
+        self._begin(json.loads(json.dumps({"provenance": provenance, "evaluation": evaluation})), force)
+
+    def _begin(self, identity: dict[str, Any], force: bool) -> None:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"checkpoint.dir: another run is writing to '{self.folder}'") from None
+        record = self.work / IDENTITY
+        if force and (record.is_file() or (self.folder / FILE).is_file()):
+            (self.folder / FILE).unlink(missing_ok=True)
+            shutil.rmtree(self.work, ignore_errors=True)
+        if record.is_file():
+            began = json.loads(record.read_text(encoding="utf-8"))
+            if others := list(differences(identity, began)):
+                raise UserError(
+                    f"checkpoint.dir: '{self.folder}' was begun by a run that differs in {', '.join(others[:5])}; "
+                    "choose another folder, or set force=true to begin again"
+                )
+        elif (self.folder / FILE).is_file():
+            raise UserError(
+                f"checkpoint.dir: '{self.folder}' holds a finished checkpoint (model=quantized model.path="
+                f"{self.folder} runs it); choose another folder, or set force=true to write it again"
+            )
+        elif self.folder.is_dir() and any(item.name != WORK for item in self.folder.iterdir()) and not force:
+            raise UserError(f"checkpoint.dir: '{self.folder}' is not empty; choose another folder")
+        else:
+            self.work.mkdir(parents=True, exist_ok=True)
+            write_json(record, identity)
+
+    def restore(self, state: PassState) -> int:
+        """See `haq_lab.onepass.Keeper`."""
+        self.resumed, self.shards = restore_state(self.work, state)
+        return self.resumed
+
+    def keep(self, index: int, layer: nn.Module, state: PassState) -> None:
+        """Write a layer's shard, then the state after it."""
+        prefix = f"{self.model.family.layers}.{index}."
+        linears = {name: module for name, module in layer.named_modules() if isinstance(module, Int8Linear)}
+        schemes = {prefix + name: linear.scheme for name, linear in linears.items()}
+        tensors = {prefix + name: _storable(tensor) for name, tensor in layer.state_dict().items()}
+        shard = write_shard(self.folder / layer_file(index), tensors, {"schemes": json.dumps(schemes)})
+        self.shards.append(shard)
+        save_state(self.work, index, state, self.shards)
+
+    def finish(self) -> None:
+        """Write what lies outside the layers, the tokenizer, the config, and the manifest last."""
+        rest = {name: _storable(tensor) for name, tensor in self.model.outside().items()}
+        shards = {shard.file: shard for shard in [write_shard(self.folder / REST, rest, {}), *self.shards]}
+        self.model.tokenizer().save_pretrained(self.folder)
+        config = json.loads(self.model.config.to_json_string())
+        config["quantization_config"] = {"quant_method": METHOD, "provenance": self.provenance}
+        write_json(self.folder / "config.json", config)
+        others = (path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        files = {path.name: sha256(path) for path in sorted(others) if path.name not in {*shards, FILE}}
+        Manifest(shards, files).write(self.folder)
+
+    def close(self) -> None:
+        """Remove the hidden states: nothing is left to be resumed."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let others write there."""
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in DTYPES else tensor.to(torch.float32)

@@ -1,0 +1,47 @@
+"""`python -m haq_lab.models build NAME`: make a model that is made here, and show that it is what it should be."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from haq_lab.errors import UserError, nearest
+from haq_lab.help import explain, options
+from haq_lab.show import errors, say
+
+
+def main() -> None:
+    """Parse the command line, build, print."""
+    parser = argparse.ArgumentParser(prog="python -m haq_lab.models", description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True)
+    build = actions.add_parser("build", help="make a model and check it")
+    build.add_argument("name", help="an option of the group `model`")
+    build.add_argument("settings", nargs="*", help="model.SETTING=VALUE")
+    arguments = parser.parse_args()
+    try:
+        _build(arguments.name, arguments.settings)
+    except (UserError, OSError) as error:
+        say(f"haq_lab: {explain(error)}", on=errors)
+        sys.exit(2)
+
+
+def _build(name: str, settings: list[str]) -> None:
+    if name not in options("model"):
+        raise UserError(f"model: '{name}' is not one of {', '.join(options('model'))}{nearest(name, options('model'))}")
+    from hydra import compose, initialize_config_dir
+
+    from haq_lab.config import build
+    from haq_lab.paths import bundled
+
+    with initialize_config_dir(str(bundled("conf").resolve()), version_base="1.3"):
+        config = compose("config", [f"model={name}", *settings])
+    source = build(config).model
+    folder = source.folder()
+    if hasattr(source, "check"):
+        for line in source.check():
+            say(line)
+    say(f"{source.label}: {folder}")
+
+
+if __name__ == "__main__":
+    main()
