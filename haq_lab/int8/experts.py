@@ -36,7 +36,7 @@ class Int8Experts(Experts):
             qx, row_scale = levels[tokens], scale[tokens]
             return down(expert.act_fn(gate.product(qx, row_scale)) * up.product(qx, row_scale)).to(hidden.dtype)
 
-        return dispatch(hidden, chosen, weights, run)
+        return dispatch(hidden, chosen, weights, run, self.order)
 
 
 def _scheme(linear: Int8Linear) -> tuple[str, float | None]:

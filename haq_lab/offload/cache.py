@@ -84,7 +84,7 @@ def begin(state):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def visit(state, resident, layer, counts, tokens, now, per_layer, admits, placed):  # type: ignore[no-untyped-def]
+def visit(state, resident, layer, counts, tokens, now, per_layer, admit, placed):  # type: ignore[no-untyped-def]
     """One layer's visit: learn what it chose, then admit what it missed.
 
     Args:
@@ -94,7 +94,7 @@ def visit(state, resident, layer, counts, tokens, now, per_layer, admits, placed
         counts: (E,) int64, how many of the visit's `tokens` tokens chose each expert.
         now: The token's number.
         per_layer: Only experts of the same layer may leave.
-        admits: False keeps the residents as they are.
+        admit: (E,) bool: which missing experts may become resident.
         placed: (E,) int64, filled: for an admitted expert layer * E + expert of the one that left, else -1.
     """
     layers, count = resident.shape
@@ -104,9 +104,9 @@ def visit(state, resident, layer, counts, tokens, now, per_layer, admits, placed
         placed[expert] = -1
         if counts[expert] > 0:
             wanted += 1
-            if not resident[layer, expert]:
+            if not resident[layer, expert] and admit[expert]:
                 missed += 1
-    if missed == 0 or not admits:
+    if missed == 0:
         return
     first, last = (layer, layer + 1) if per_layer else (0, layers)
     slots = 0
@@ -118,7 +118,7 @@ def visit(state, resident, layer, counts, tokens, now, per_layer, admits, placed
     _refresh(state, layer)
     values = state.values
     for expert in range(count):
-        if counts[expert] == 0 or resident[layer, expert]:
+        if counts[expert] == 0 or resident[layer, expert] or not admit[expert]:
             continue
         worst, worst_value = -1, np.inf
         for row in range(first, last):
@@ -139,11 +139,13 @@ def replay(state, resident, experts, decode, starts, per_layer, admits, tallies)
 
     Args:
         experts, decode, starts: A trace's arrays.
+        admits: False keeps the residents as they are.
         tallies: Counts, added to.
     """
     tokens, layers, k = experts.shape
     count = resident.shape[1]
     counts, placed = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    admit = np.full(count, admits)
     sequence, token = 0, 0
     while token < tokens:
         if sequence < len(starts) and starts[sequence] == token:
@@ -167,5 +169,5 @@ def replay(state, resident, experts, decode, starts, per_layer, admits, tallies)
                         tallies.expert_hits[layer] += 1
                     else:
                         tallies.fetched[layer] += 1
-            visit(state, resident, layer, counts, end - token, end - 1, per_layer, admits, placed)
+            visit(state, resident, layer, counts, end - token, end - 1, per_layer, admit, placed)
         token = end

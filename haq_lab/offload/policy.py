@@ -8,6 +8,7 @@ where bytes move, the simulator, where a virtual clock does, and the replay of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -29,6 +30,14 @@ CacheRule = Literal["none", "lru", "lfu", "moe_infinity", "haq", "belady"]
 Scope = Literal["layer", "global"]
 
 
+# From {resident expert: tokens} and {missing expert: tokens} to those of the missing that run in place.
+Decide = Callable[[dict[int, int], dict[int, int]], list[int]]
+
+
+def _fetch_all(resident: dict[int, int], missing: dict[int, int]) -> list[int]:
+    return []
+
+
 @dataclass(frozen=True)
 class Visit:
     """What a layer's visit found and changed.
@@ -36,12 +45,14 @@ class Visit:
     Attributes:
         wanted: Experts that the layer chose.
         missing: Those of them that were not resident.
+        in_place: Those of the missing that run where their weights are, in the slow tier.
         replaces: By admitted expert, the (layer, expert) that leaves for it. A missing expert that is not here is
             used and forgotten.
     """
 
     wanted: list[int]
     missing: list[int]
+    in_place: list[int]
     replaces: dict[int, tuple[int, int]]
 
 
@@ -77,14 +88,19 @@ class Policy:
         resident: (layers, E) bool; copied.
         scope: `layer`: an expert makes room only in its own layer.
         admits: False: the residents stay.
+
+    Attributes:
+        decide: Which missing experts run in place instead of being fetched; set it to a predictor's.
     """
 
     def __init__(self, state: Any, resident: Residency, scope: Scope, admits: bool = True):
+        self.decide: Decide = _fetch_all
         self.state = state
         self.resident = resident.copy()
         self.per_layer = scope == "layer"
         self.admits = admits
         self._placed = np.zeros(resident.shape[1], np.int64)
+        self._admit = np.zeros(resident.shape[1], np.bool_)
         self._clock = 0
 
     @property
@@ -106,12 +122,16 @@ class Policy:
         missing = wanted[~self.resident[layer, wanted]]
         if layer == 0:
             self._clock += tokens
+        hits = {int(one): int(counts[one]) for one in wanted if self.resident[layer, one]}
+        in_place = self.decide(hits, {int(one): int(counts[one]) for one in missing})
+        self._admit[:] = self.admits
+        self._admit[in_place] = False
         cache.visit(
-            self.state, self.resident, layer, counts, tokens, self._clock - 1, self.per_layer, self.admits, self._placed
+            self.state, self.resident, layer, counts, tokens, self._clock - 1, self.per_layer, self._admit, self._placed
         )
         experts = self.resident.shape[1]
         replaces = {int(one): divmod(int(self._placed[one]), experts) for one in missing if self._placed[one] >= 0}
-        return Visit(wanted.tolist(), missing.tolist(), replaces)
+        return Visit(wanted.tolist(), missing.tolist(), in_place, replaces)
 
     def replay(self, trace: Trace) -> HitRates:
         """Run a whole trace through the cache, and count."""
