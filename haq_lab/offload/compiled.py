@@ -1,4 +1,4 @@
-"""Numba's compiler as the policies use it: compiled code is kept on disk until a source of this package changes.
+"""Numba's compiler as the policies use it: compiled code is kept on disk until a source that is compiled changes.
 
 Numba itself looks only at the file of the function that is called, not at what that function calls in others.
 """
@@ -16,8 +16,8 @@ from haq_lab.paths import cache_folder
 
 
 def _sources() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    texts = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(text for text in texts if b"@compiled" in text)).hexdigest()[:16]
 
 
 FOLDER = cache_folder() / "numba" / _sources()

@@ -7,6 +7,8 @@ KTransformers' `random` and `front`.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +19,7 @@ from haq_lab.offload.trace import Trace
 
 PLACEMENTS = ("random", "uniform", "frequency", "front", "two_stage")
 SPAN = 2  # layers of a path that stage one counts: a fetch can hide behind about one layer's computing
-FLOOR = 0.5  # of an equal share of the slots: what stage two gives every layer at least
+FLOOR = 0.9  # of an equal share of the slots: what stage two gives every layer at least
 
 
 def place(rule: str, trace: Trace, slots: int, seed: int = 0) -> Residency:
@@ -57,7 +59,7 @@ def two_stage(trace: Trace, slots: int, span: int = SPAN, floor: float = FLOOR) 
     usage = frequencies(trace)
     layers, count = usage.shape
     slots = min(slots, usage.size)
-    minimum = min(int(floor * slots / layers), count)
+    minimum = min(math.ceil(floor * slots / layers), slots // layers, count)
     resident = add_paths(trace, slots, minimum, min(span, layers))
     for layer in range(layers):
         lacking = minimum - int(resident[layer].sum())

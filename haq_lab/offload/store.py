@@ -83,9 +83,9 @@ class ExpertStore:
                 count = len(experts)
                 for number, expert in enumerate(experts):
                     tensors = tensors_of(expert)
-                    layout, own_size = _layout(tensors)
-                    parts, size = (parts, size) if parts else (layout, own_size)
-                    if layout != parts:
+                    own, own_size = layout(tensors)
+                    parts, size = (parts, size) if parts else (own, own_size)
+                    if own != parts:
                         raise UserError(f"offload: expert {number} of layer {layer} is not laid out like the others")
                     blob = torch.zeros(size, dtype=torch.uint8)
                     for part in parts:
@@ -150,7 +150,8 @@ def bind(expert: nn.Module, parts: list[Part], blob: Tensor | None) -> None:
             module._buffers[name] = tensor
 
 
-def _layout(tensors: dict[str, Tensor]) -> tuple[list[Part], int]:
+def layout(tensors: dict[str, Tensor]) -> tuple[list[Part], int]:
+    """Where each tensor lies in a blob, and the blob's size."""
     parts, end = [], 0
     for name, tensor in tensors.items():
         parts.append(Part(name, end, tensor.dtype, tuple(tensor.shape)))
