@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from haq_lab.files import written_aside
 from haq_lab.measure.memory import reset_peak_rss
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
+from haq_lab.offload.session import OffloadSession
 from haq_lab.onepass import PassResult, one_pass
 from haq_lab.show import Progress, say, show_results
 from haq_lab.tracking.run_folder import RunFolder
@@ -37,7 +39,7 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
     facts = {
         "overrides": list(hydra.overrides.task),
         "sweep": str(hydra.sweep.dir) if hydra.mode.name == "MULTIRUN" else None,
-        **{group: label.get(group) for group in ("quantizer", "backend", "calibration")},
+        **{group: label.get(group) for group in ("quantizer", "backend", "offload", "calibration")},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -63,7 +65,7 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
 def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> None:
     """The method section."""
     reset_peak_rss()
-    with Progress() as progress:
+    with Progress() as progress, ExitStack() as closing:
         # 1. The model's shell and the texts.
         progress.stage(f"model {experiment.model.label}")
         model = open_model(experiment.model, experiment.backend)
@@ -73,13 +75,23 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
 
         # 2. One pass through the weights: calibrate, smooth, quantise, evaluate.
         layers: list[nn.Module] = []
+        offload = None
+        if experiment.offload is not None:
+            offload = OffloadSession(experiment.offload, model, folder.path)
+            closing.callback(offload.close)
+
+        def keep(layer: nn.Module) -> None:
+            if offload is not None:
+                offload.add(layer)
+            layers.append(layer)
+
         deploys = any(measure.deploys for measure in experiment.measures.values())
         writer = _writer(experiment, folder.config, model, evaluation, calibration)
         progress.layers(model.depth, "quantise" if experiment.quantizer else "evaluate")
 
         def finished(index: int, layer: nn.Module) -> None:
             if deploys and writer is None:
-                layers.append(layer)
+                keep(layer)
             folder.event("layer", index=index)
             progress.layer_done()
 
@@ -98,13 +110,21 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             facts["checkpoint"], facts["resumed_from_layer"] = str(writer.folder), writer.resumed
             if deploys:
                 written = QuantizedModel(writer.folder, experiment.backend)
-                layers = [written.load_layer(index) for index in range(model.depth)]
+                for index in range(model.depth):
+                    keep(written.load_layer(index))
+        if offload is not None and layers:
+            progress.stage("offload")
+            if calibration is None:
+                calibration = experiment.calibration.load(model.tokenizer())
+            offload.engage(layers, passed.routing, calibration.tokens, experiment.calibration.text)
 
         # 3. Measurements on the model as deployed.
         study = Study(model, tokens, passed, model.assemble(layers), progress.stage)
         metrics: dict[str, float] = {}
         for measure in experiment.measures.values():
             metrics |= measure(study)
+        if offload is not None:
+            metrics |= offload.metrics()
 
     # 4. The record.
     metrics |= {f"time.{stage}_s": seconds for stage, seconds in passed.stopwatch.seconds.items()}
@@ -113,6 +133,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         dynamic = sum(report.scheme != "static" for report in passed.reports)
         metrics["quantizer.dynamic_share"] = dynamic / len(passed.reports)
     tables = _tables(passed)
+    if offload is not None:
+        tables["offload"] = offload.table()
     for name, table in tables.items():
         with written_aside(folder.path / f"{name}.csv") as aside:
             table.to_csv(aside, index=False)

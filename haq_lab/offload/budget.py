@@ -16,7 +16,7 @@ class Budget:
     """What the user gave: one of the three.
 
     Attributes:
-        share: Of all experts' bytes.
+        share: Of all experts' bytes; 1 makes all resident, the spare slots beside them.
         bytes: Of the fast tier for experts, key-value cache and workspace.
         experts: Resident ones, all layers together.
     """
@@ -54,6 +54,8 @@ class Budget:
         Raises:
             UserError: Nothing is left for a single expert.
         """
+        if self.share == 1:
+            return total
         if self.share is not None:
             slots, took = int(self.share * total) - spare, f"{spare} spare slots"
         elif self.bytes is not None:

@@ -84,7 +84,7 @@ def begin(state):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def visit(state, resident, layer, counts, tokens, now, per_layer, admit, placed):  # type: ignore[no-untyped-def]
+def visit(state, resident, layer, counts, tokens, now, per_layer, selective, admit, placed):  # type: ignore[no-untyped-def]
     """One layer's visit: learn what it chose, then admit what it missed.
 
     Args:
@@ -94,6 +94,7 @@ def visit(state, resident, layer, counts, tokens, now, per_layer, admit, placed)
         counts: (E,) int64, how many of the visit's `tokens` tokens chose each expert.
         now: The token's number.
         per_layer: Only experts of the same layer may leave.
+        selective: A missing expert that is worth less than every resident is used and forgotten.
         admit: (E,) bool: which missing experts may become resident.
         placed: (E,) int64, filled: for an admitted expert layer * E + expert of the one that left, else -1.
     """
@@ -127,14 +128,14 @@ def visit(state, resident, layer, counts, tokens, now, per_layer, admit, placed)
                     if row == layer and counts[other] > 0:
                         continue
                     worst, worst_value = row * count + other, values[row, other]
-        if worst >= 0:
+        if worst >= 0 and not (selective and values[layer, expert] < worst_value):
             resident[worst // count, worst % count] = False
             resident[layer, expert] = True
             placed[expert] = worst
 
 
 @compiled
-def replay(state, resident, experts, decode, starts, per_layer, admits, tallies):  # type: ignore[no-untyped-def]
+def replay(state, resident, experts, decode, starts, per_layer, selective, admits, tallies):  # type: ignore[no-untyped-def]
     """A whole trace under one rule: decoded tokens one by one, a prompt's tokens as one batch.
 
     Args:
@@ -169,5 +170,5 @@ def replay(state, resident, experts, decode, starts, per_layer, admits, tallies)
                         tallies.expert_hits[layer] += 1
                     else:
                         tallies.fetched[layer] += 1
-            visit(state, resident, layer, counts, end - token, end - 1, per_layer, admit, placed)
+            visit(state, resident, layer, counts, end - token, end - 1, per_layer, selective, admit, placed)
         token = end

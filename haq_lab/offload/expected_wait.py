@@ -14,7 +14,7 @@ import numpy as np
 
 from haq_lab.offload.cache import teach
 from haq_lab.offload.compiled import compiled
-from haq_lab.offload.path_model import FORGOTTEN, HORIZONS, LEAST_SHARE, PathModel
+from haq_lab.offload.path_model import FORGOTTEN, HORIZONS, PathModel, log_odds
 
 
 class ExpectedWait(NamedTuple):
@@ -61,7 +61,7 @@ def _judge(state, layer, now):  # type: ignore[no-untyped-def]
     for expert in range(state.values.shape[1]):
         next_use, hazard = state.bias[0, layer, expert], state.bias[1, layer, expert]
         for index in range(size):
-            feature = np.log(state.average[layer, expert, index] + LEAST_SHARE)
+            feature = log_odds(state.average[layer, expert, index])
             next_use += state.recency[0, index] * feature
             hazard += state.recency[1, index] * feature
         age = np.log(np.float32(1.0 + min(now + 1 - state.last[layer, expert], FORGOTTEN)))

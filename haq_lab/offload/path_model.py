@@ -30,10 +30,12 @@ from haq_lab.offload.compiled import compiled
 from haq_lab.offload.paths import frequencies
 from haq_lab.offload.trace import Trace
 
-HORIZONS = np.array([2, 16, 128], np.float32)  # visits; nine horizons gave no more (experiments/offload_policy.md)
-LEAST_SHARE = 0.03  # added to a moving average before its logarithm
+HORIZONS = np.array([2, 16, 128, 1024], np.float32)  # visits; nine horizons gave no more (experiments/offload_policy.md)
+LEAST_SHARE = 0.03  # added to a moving average and to its complement before their logarithms
 FORGOTTEN = 256  # visits: waits and ages longer than that count as this
 STEPS, BATCH = 400, 256
+import os
+OWN=float(os.environ.get('OWN','0.001'))
 MOST_NUMBERS = 100_000_000  # in the features of the calibration tokens that are used
 MOST_PATH_NUMBERS = 4_000_000  # in the path matrix; larger models go without one
 
@@ -44,7 +46,7 @@ class PathModel:
 
     Attributes:
         usage: (layers, E) share of tokens that choose an expert: the moving averages' start.
-        recency: (2, horizons + 1) weights of log(average + LEAST_SHARE) and of log(1 + age); row 0 for the next
+        recency: (2, horizons + 1) weights of the averages' log odds and of log(1 + age); row 0 for the next
             visit, row 1 for the hazard after it.
         bias: (2, layers, E).
         path: (layers * E, layers * E): what a choice (row) adds to the logits of the next visit. Centred, so that
@@ -100,13 +102,14 @@ class _Fit:
         self.chosen = torch.from_numpy(chosen.reshape(len(experts), -1))
         sample = self.features[:: max(1, len(experts) // 4096)]
         self.centre, self.scale = sample.mean((0, 1, 2)), sample.std((0, 1, 2)) + 1e-6
-        share = torch.from_numpy(usage).clamp(1e-3, 1 - 1e-3)
         self.recency = nn.Parameter(torch.zeros(2, self.features.shape[-1]))
-        self.bias = nn.Parameter(torch.stack([torch.logit(share)] * 2))
+        self.bias = nn.Parameter(torch.zeros(2, 1, 1))
+        self.own = nn.Parameter(torch.zeros(2, layers, count))
         self.path = nn.Parameter(torch.zeros(layers * count, layers * count), requires_grad=with_path)
 
     def run(self, progress: Callable[[int, int], None] | None) -> None:
         groups: list[dict[str, Any]] = [{"params": [self.recency, self.bias], "weight_decay": 0.0, "lr": 0.02}]
+        groups += [{"params": [self.own], "weight_decay": 0.0, "lr": OWN}]
         groups += [{"params": [self.path], "weight_decay": 0.05, "lr": 0.003}] if self.path.requires_grad else []
         optimizer = torch.optim.AdamW(groups)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], STEPS)
@@ -125,7 +128,7 @@ class _Fit:
     def _loss(self, rows: Tensor) -> Tensor:
         layers, count = self.usage.shape
         features = (self.features[rows] - self.centre) / self.scale
-        logits = torch.einsum("nlef,hf->hnle", features, self.recency) + self.bias[:, None]
+        logits = torch.einsum("nlef,hf->hnle", features, self.recency) + (self.bias + self.own)[:, None]
         before = self.chosen[rows - 1] - self.mean
         if self.path.requires_grad:
             # In decode the path is known up to the layer at work: experts of layers passed are judged by that much.
@@ -145,12 +148,18 @@ class _Fit:
         layers, count = self.usage.shape
         with torch.no_grad():
             recency = self.recency / self.scale
-            bias = self.bias - (recency @ self.centre)[:, None, None]
+            bias = self.bias + self.own - (recency @ self.centre)[:, None, None]
             by_layer = self.path.view(layers, count, -1)
             k = self.mean.view(layers, count).sum(-1)[:, None]
             average = torch.einsum("le,leo->lo", self.mean.view(layers, count), by_layer) / k
             path = (by_layer - average[:, None]).reshape(layers * count, -1)
         return PathModel(self.usage, *(each.numpy().astype(np.float32) for each in (recency, bias, path)))
+
+
+@compiled
+def log_odds(share):  # type: ignore[no-untyped-def]
+    """Of a share, kept finite."""
+    return np.log((share + LEAST_SHARE) / (1 - share + LEAST_SHARE))
 
 
 @compiled
@@ -167,7 +176,7 @@ def _features(experts, usage, horizons):  # type: ignore[no-untyped-def]
         for layer in range(layers):
             for expert in range(count):
                 for index in range(size):
-                    features[token, layer, expert, index] = np.log(average[layer, expert, index] + LEAST_SHARE)
+                    features[token, layer, expert, index] = log_odds(average[layer, expert, index])
                     average[layer, expert, index] -= average[layer, expert, index] / horizons[index]
                 features[token, layer, expert, size] = np.log(1.0 + min(token - last[layer, expert], FORGOTTEN))
             for choice in range(k):

@@ -87,17 +87,19 @@ class Policy:
         state: A rule's state (`lru.py`, ...).
         resident: (layers, E) bool; copied.
         scope: `layer`: an expert makes room only in its own layer.
+        selective: A missing expert that is worth less than every resident is used and forgotten.
         admits: False: the residents stay.
 
     Attributes:
         decide: Which missing experts run in place instead of being fetched; set it to a predictor's.
     """
 
-    def __init__(self, state: Any, resident: Residency, scope: Scope, admits: bool = True):
+    def __init__(self, state: Any, resident: Residency, scope: Scope, selective: bool = False, admits: bool = True):
         self.decide: Decide = _fetch_all
         self.state = state
         self.resident = resident.copy()
         self.per_layer = scope == "layer"
+        self.selective = selective
         self.admits = admits
         self._placed = np.zeros(resident.shape[1], np.int64)
         self._admit = np.zeros(resident.shape[1], np.bool_)
@@ -126,9 +128,9 @@ class Policy:
         in_place = self.decide(hits, {int(one): int(counts[one]) for one in missing})
         self._admit[:] = self.admits
         self._admit[in_place] = False
-        cache.visit(
-            self.state, self.resident, layer, counts, tokens, self._clock - 1, self.per_layer, self._admit, self._placed
-        )
+        now = self._clock - 1
+        switches = (self.per_layer, self.selective, self._admit)
+        cache.visit(self.state, self.resident, layer, counts, tokens, now, *switches, self._placed)
         experts = self.resident.shape[1]
         replaces = {int(one): divmod(int(self._placed[one]), experts) for one in missing if self._placed[one] >= 0}
         return Visit(wanted.tolist(), missing.tolist(), in_place, replaces)
@@ -137,7 +139,7 @@ class Policy:
         """Run a whole trace through the cache, and count."""
         tallies = cache.empty_tallies(trace.layers)
         arrays = (np.asarray(each) for each in (trace.experts, trace.decode, trace.starts))  # numba knows no memmap
-        cache.replay(self.state, self.resident, *arrays, self.per_layer, self.admits, tallies)
+        cache.replay(self.state, self.resident, *arrays, self.per_layer, self.selective, self.admits, tallies)
         self._clock += trace.tokens
         return HitRates(
             pairs=float(tallies.pair_hits.sum() / tallies.pairs.sum()),
@@ -173,7 +175,7 @@ def make_policy(
         case "moe_infinity":
             return Policy(matching(profile), resident, scope)
         case "haq":
-            return Policy(expected_wait(path_model or fit_path_model(profile)), resident, scope)
+            return Policy(expected_wait(path_model or fit_path_model(profile)), resident, scope, selective=True)
         case "belady":
-            return Policy(belady(profile), resident, scope)
+            return Policy(belady(profile), resident, scope, selective=True)
     raise invalid("offload.cache", rule, get_args(CacheRule))

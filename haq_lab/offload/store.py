@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.errors import UserError
-from haq_lab.files import written_aside
 
 ALIGNMENT = 64  # of every tensor in a blob: a cache line, and what the kernels' vector loads want
 ATTEMPTS = 3
@@ -69,30 +67,6 @@ class ExpertStore:
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         self._map = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8)
 
-    @classmethod
-    def write(cls, path: Path, layers: Iterable[nn.ModuleList]) -> ExpertStore:
-        """Write the experts of each layer, the layers in order, and open the file.
-
-        Raises:
-            UserError: Experts differ in their tensors' shapes or types.
-        """
-        parts: list[Part] = []
-        size = count = 0
-        with written_aside(path) as aside, aside.open("wb") as stream:
-            for layer, experts in enumerate(layers):
-                count = len(experts)
-                for number, expert in enumerate(experts):
-                    tensors = tensors_of(expert)
-                    own, own_size = layout(tensors)
-                    parts, size = (parts, size) if parts else (own, own_size)
-                    if own != parts:
-                        raise UserError(f"offload: expert {number} of layer {layer} is not laid out like the others")
-                    blob = torch.zeros(size, dtype=torch.uint8)
-                    for part in parts:
-                        part.of(blob).copy_(tensors[part.name])
-                    stream.write(memoryview(blob.numpy()))
-        return cls(path, parts, size, count)
-
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
         """An expert's bytes into `blob` (blob_bytes,) uint8; a failed or short read is tried again.
 
@@ -136,6 +110,49 @@ class ExpertStore:
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+
+
+class StoreWriter:
+    """Writes a store a layer at a time: `with StoreWriter(path) as writer: writer.add(experts); store = writer.open()`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._parts: list[Part] = []
+        self._size = self._count = self._layers = 0
+
+    def __enter__(self) -> StoreWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self.path.open("wb")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+
+    def add(self, experts: nn.ModuleList) -> None:
+        """The next layer's experts: into the file, and out of memory.
+
+        Raises:
+            UserError: Experts differ in their tensors' shapes or types.
+        """
+        for number, expert in enumerate(experts):
+            tensors = tensors_of(expert)
+            parts, size = layout(tensors)
+            self._parts, self._size = self._parts or parts, self._size or size
+            if parts != self._parts:
+                raise UserError(f"offload: expert {number} of layer {self._layers} is not laid out like the others")
+            blob = torch.zeros(size, dtype=torch.uint8)
+            for part in parts:
+                part.of(blob).copy_(tensors[part.name])
+            self._stream.write(memoryview(blob.numpy()))
+            bind(expert, parts, None)
+        self._count, self._layers = len(experts), self._layers + 1
+
+    def open(self) -> ExpertStore:
+        """The finished store, none of it in the page cache."""
+        self._stream.flush()
+        store = ExpertStore(self.path, self._parts, self._size, self._count)
+        store.drop_cache()
+        return store
 
 
 def bind(expert: nn.Module, parts: list[Part], blob: Tensor | None) -> None:

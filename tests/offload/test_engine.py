@@ -20,7 +20,7 @@ from haq_lab.offload.placement import PLACEMENTS, place
 from haq_lab.offload.policy import make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath
 from haq_lab.offload.record import record_trace
-from haq_lab.offload.store import ExpertStore, ReadError, layout, tensors_of
+from haq_lab.offload.store import ExpertStore, ReadError, StoreWriter, layout, tensors_of
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.rtn import RTN
 
@@ -38,7 +38,11 @@ class Case:
         self.path = folder / f"experts-{quantizer is not None}.bin"
         layers = self.layers()
         self.parts, self.size = layout(tensors_of(layers[0].mlp.experts[0]))
-        ExpertStore.write(self.path, [layer.mlp.experts for layer in layers]).close()
+        with StoreWriter(self.path) as writer:
+            for layer in layers:
+                writer.add(layer.mlp.experts)
+            writer.open().close()
+        layers = self.layers()
         if quantizer is None:  # float products depend on where in memory a matrix begins, so: all resident, same places
             engine_for(self, self.open(), layers, "none", 24)
         self.expected = generate(self.model.assemble(layers))
