@@ -95,6 +95,18 @@ class Trace:
             self.text,
         )
 
+    def stretched(self, layers: int, experts: int) -> Trace:
+        """The routing of a model of another depth: layers at even distances, some twice or left out.
+
+        Raises:
+            UserError: The number of experts differs; routing does not carry over.
+        """
+        if experts != self.expert_count:
+            raise UserError(f"trace: it is of {self.expert_count} experts a layer, the model has {experts}")
+        taken = np.arange(layers) * self.layers // layers
+        parts = self.experts[:, taken], self.weights[:, taken]
+        return Trace(*parts, self.decode, self.starts, experts, f"{self.model}, stretched", self.text)
+
     def save(self, path: Path) -> None:
         """Write the trace to `path`, aside first."""
         tensors = {name: np.ascontiguousarray(getattr(self, name), dtype) for name, (_, dtype) in TENSORS.items()}
