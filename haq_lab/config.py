@@ -24,6 +24,7 @@ from haq_lab.help import GROUPS
 from haq_lab.int8.backend import Backend
 from haq_lab.measure.study import Measure
 from haq_lab.models.sources import ModelSource
+from haq_lab.offload.settings import Offload
 from haq_lab.quantizers.base import Quantizer
 from haq_lab.tracking.wandb import Wandb
 
@@ -40,6 +41,7 @@ class Experiment:
     measures: dict[str, Measure]
     tracking: Wandb | None
     checkpoint: Path | None
+    offload: Offload | None
 
 
 def build(config: DictConfig) -> Experiment:
@@ -67,6 +69,7 @@ def build(config: DictConfig) -> Experiment:
         data=data,
         measures=measures,
         tracking=_object(config.get("tracking"), "tracking"),
+        offload=_object(config.get("offload"), "offload"),
         checkpoint=None if checkpoint is None else Path(str(checkpoint)).expanduser(),
     )
 

@@ -17,6 +17,7 @@ GROUPS = {
     "data": "evaluation texts, any number: data=[wikitext2,c4]",
     "calibration": "calibration text",
     "backend": "what computes the int8 products",
+    "offload": "which experts stay in memory, and where the others run",
     "measure": "what is measured, any number: measure=[perplexity,memory,latency]",
     "tracking": "Weights & Biases",
     "experiment": "ready-made studies: +experiment=NAME",

@@ -26,6 +26,7 @@ from haq_lab.int8.deploy import deploy
 from haq_lab.measure.memory import reset_peaks
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
+from haq_lab.offload.session import OffloadSession
 from haq_lab.onepass import PassResult, one_pass
 from haq_lab.preflight import preflight
 from haq_lab.show import Progress, say, show_results
@@ -40,7 +41,7 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
     facts = {
         "overrides": list(hydra.overrides.task),
         "sweep": str(hydra.sweep.dir) if hydra.mode.name == "MULTIRUN" else None,
-        **{group: label.get(group) for group in ("quantizer", "backend", "calibration")},
+        **{group: label.get(group) for group in ("quantizer", "backend", "offload", "calibration")},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -77,6 +78,16 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
 
         # 2. One pass through the weights: calibrate, smooth, quantise, evaluate.
         layers: list[nn.Module] = []
+        offload = None
+        if experiment.offload is not None:
+            offload = OffloadSession(experiment.offload, model, folder.path)
+            held.callback(offload.close)
+
+        def keep(layer: nn.Module) -> None:
+            if offload is not None:
+                offload.add(layer)
+            layers.append(layer)
+
         deploys = any(measure.deploys for measure in experiment.measures.values())
         writer = _writer(experiment, folder.config, model, evaluation, calibration)
         if writer is not None:
@@ -85,7 +96,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
 
         def finished(index: int, layer: nn.Module) -> None:
             if deploys and writer is None:
-                layers.append(layer)
+                keep(layer)
             folder.event("layer", index=index)
             progress.layer_done()
 
@@ -103,13 +114,22 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             writer.finish()
             facts["checkpoint"], facts["resumed_from_layer"] = str(writer.folder), writer.resumed
             model = QuantizedModel(writer.folder, experiment.backend)
-            layers = [model.load_layer(index) for index in range(model.depth)] if deploys else []
+            if deploys:
+                for index in range(model.depth):
+                    keep(model.load_layer(index))
+        if offload is not None and layers:
+            progress.stage("offload")
+            if calibration is None:
+                calibration = experiment.calibration.load(model.tokenizer())
+            offload.engage(layers, passed.routing, calibration.tokens, experiment.calibration.text)
 
         # 3. Measurements on the model as deployed.
         study = Study(model, tokens, passed, deploy(model.assemble(layers), model, experiment.backend), progress.stage)
         metrics: dict[str, float] = {}
         for measure in experiment.measures.values():
             metrics |= measure(study)
+        if offload is not None:
+            metrics |= offload.metrics()
 
     # 4. The record.
     if isinstance(model, QuantizedModel):
@@ -120,6 +140,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         dynamic = sum(report.scheme != "static" for report in passed.reports)
         metrics["quantizer.dynamic_share"] = dynamic / len(passed.reports)
     tables = _tables(passed)
+    if offload is not None:
+        tables["offload"] = offload.table()
     for name, table in tables.items():
         with written_aside(folder.path / f"{name}.csv") as aside:
             table.to_csv(aside, index=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from haq_lab.int8 import native
 from haq_lab.int8.backend import Backend, ReferenceBackend
-from haq_lab.int8.numerics import Activations, scale_of
+from haq_lab.int8.numerics import Activations, epilogue, scale_of
 
 Product = Callable[[Tensor, Tensor], Tensor]
 EXACT_IN_FLOAT32 = 2**24 // 127**2  # columns whose products sum exactly in a float32: 1,040
@@ -135,6 +135,20 @@ class CpuBackend(Backend):
             scale,
         )
         return y.to(x.dtype)
+
+    def product(
+        self,
+        qx: Tensor,
+        row_scale: Tensor,
+        packed: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        if packed.dtype != torch.uint8:
+            return super().product(qx, row_scale, packed, weight_scale, bias, dtype)
+        sums = native.accumulate(qx, native.Packed(packed, len(weight_scale), qx.shape[1]))
+        return epilogue(sums, row_scale, weight_scale, bias).to(dtype)
 
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
         rows = qx.shape[0]

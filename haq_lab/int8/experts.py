@@ -45,7 +45,7 @@ class Int8Experts(Experts):
             own = levels[tokens], scale[tokens]
             return down(expert.act_fn(gate.product(*own)) * up.product(*own)).to(hidden.dtype)
 
-        return dispatch(hidden, chosen, weights, run)
+        return dispatch(hidden, chosen, weights, run, self.order)
 
 
 def _projections(expert: Expert) -> tuple[Int8Linear, Int8Linear, Int8Linear]:

@@ -28,6 +28,7 @@ class Hardware:
     bandwidth_gbs: float  # 10^9 bytes a second
     memory_gb: float
     link_gbs: float | None  # host to device; None where memory is shared
+    host_gbs: float  # memory bandwidth of a host that goes with it
     source: str
 
 

@@ -35,7 +35,12 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """All experts of a layer, called as transformers calls its own. Children are named by their number."""
+    """All experts of a layer, called as transformers calls its own. Children are named by their number.
+
+    `order` says in which order the next call runs its experts; None leaves it to their numbers.
+    """
+
+    order: list[int] | None = None
 
     @classmethod
     def unfused(cls, fused: Any) -> Experts:
@@ -49,10 +54,16 @@ class Experts(nn.ModuleList):
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Hidden states (t, d), expert numbers (t, k) and gate weights (t, k) -> (t, d)."""
-        return dispatch(hidden, chosen, weights, lambda number, tokens: self.expert(number)(hidden[tokens]))
+        return dispatch(hidden, chosen, weights, lambda number, tokens: self.expert(number)(hidden[tokens]), self.order)
 
 
-def dispatch(hidden: Tensor, chosen: Tensor, weights: Tensor, run: Callable[[int, Tensor], Tensor]) -> Tensor:
+def dispatch(
+    hidden: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    run: Callable[[int, Tensor], Tensor],
+    order: list[int] | None = None,
+) -> Tensor:
     """Run each expert once, over all the tokens that chose it, and sum a token's results by their gate weights.
 
     Results are summed in the order of the router's choice, whichever expert ran first: neither the other tokens
@@ -63,14 +74,16 @@ def dispatch(hidden: Tensor, chosen: Tensor, weights: Tensor, run: Callable[[int
         chosen: (t, k) expert numbers.
         weights: (t, k) gate weights.
         run: From an expert's number and the tokens (m,) that chose it to their results (m, d).
+        order: The chosen experts in the order in which they run; None takes them by number.
     """
     tokens, k = chosen.shape
     flat = chosen.flatten()
     pairs = flat.argsort(stable=True)
     active, counts = flat[pairs].unique_consecutive(return_counts=True)
     results = hidden.new_empty(tokens * k, hidden.shape[-1])
-    for number, own in zip(active.tolist(), pairs.split(counts.tolist()), strict=True):
-        results[own] = run(number, own // k)
+    owners = dict(zip(active.tolist(), pairs.split(counts.tolist()), strict=True))
+    for number in order or owners:
+        results[owners[number]] = run(number, owners[number] // k)
     ranked = results.view(tokens, k, hidden.shape[-1])
     total = torch.zeros_like(hidden)
     for rank in range(k):

@@ -118,7 +118,9 @@ class HAQ(Quantizer):
 
     def __post_init__(self) -> None:
         if self.activations == "auto" and not self.sensitivity:
-            raise UserError("quantizer.activations: auto weighs errors in nats, for which quantizer.sensitivity must not be 0")
+            raise UserError(
+                "quantizer.activations: auto weighs errors in nats, for which quantizer.sensitivity must not be 0"
+            )
 
     @property
     def needs(self) -> Needs:

@@ -46,7 +46,11 @@ def measured() -> dict[str, tuple[LayeredModel, Tensor, list]]:
         ("opt", 0, "fc2"),
         ("llama", 0, "self_attn.o_proj"),
         ("llama", 0, "mlp.down_proj"),
-        ("mixtral", -1, "mlp.experts.1.down_proj"),  # the last layer: a later router's choice jumps, and has no gradient
+        (
+            "mixtral",
+            -1,
+            "mlp.experts.1.down_proj",
+        ),  # the last layer: a later router's choice jumps, and has no gradient
     ],
 )
 @pytest.mark.parametrize("side", ["in", "out"])
@@ -63,7 +67,7 @@ def test_half_the_sensitivity_times_the_noise_is_the_divergence(measured, archit
 
 def test_linears_that_share_an_input_are_disturbed_together(measured):
     """Its gradient is the sum over q, k and v, not the gradient of one of them."""
-    model, windows, found = measured["llama"]
+    model, _windows, found = measured["llama"]
     known = found[0]["self_attn.q_proj"]
     weights = [model.load_layer(0).get_submodule(f"self_attn.{name}_proj").weight for name in "qkv"]
     assert len(known.outputs) == sum(len(weight) for weight in weights)

@@ -1,0 +1,75 @@
+"""Hit-rate curves: every policy at every budget on one trace, with Belady's bound above them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from haq_lab.offload.path_model import fit_path_model
+from haq_lab.offload.placement import place
+from haq_lab.offload.policy import CacheRule, Scope, make_policy
+from haq_lab.offload.trace import Trace
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy as it is known: cache rule, placement, scope."""
+
+    name: str
+    rule: CacheRule
+    placement: str
+    scope: Scope
+
+
+CONTENDERS = (
+    Contender("static (scheme 1; Fiddler)", "none", "frequency", "global"),
+    Contender("static (scheme 2)", "none", "uniform", "layer"),
+    Contender("static (scheme 3)", "none", "two_stage", "global"),
+    Contender("LRU, per layer", "lru", "uniform", "layer"),
+    Contender("LRU, global", "lru", "frequency", "global"),
+    Contender("LFU, per layer", "lfu", "uniform", "layer"),
+    Contender("LFU, global", "lfu", "frequency", "global"),
+    Contender("MoE-Infinity, per layer", "moe_infinity", "uniform", "layer"),
+    Contender("MoE-Infinity, global", "moe_infinity", "frequency", "global"),
+    Contender("HAQ", "haq", "two_stage", "global"),
+    Contender("Belady's bound", "belady", "frequency", "global"),
+)
+
+
+def hit_rates(
+    profile: Trace, test: Trace, budgets: Sequence[float], finished: Callable[[], None] = lambda: None
+) -> pd.DataFrame:
+    """Replay the test trace under every contender, profiled on the other trace.
+
+    Args:
+        budgets: Shares of all experts.
+        finished: Called after each replay.
+
+    Returns:
+        A row for each policy and budget: `pairs`, `experts` (the two hit rates), `layer_std`, `fetched_per_token`.
+    """
+    model = fit_path_model(profile)
+    rows = []
+    for budget in budgets:
+        slots = round(budget * test.layers * test.expert_count)
+        placed = {rule: place(rule, profile, slots) for rule in {one.placement for one in CONTENDERS}}
+        for one in CONTENDERS:
+            known = test if one.rule == "belady" else profile
+            policy = make_policy(one.rule, placed[one.placement], known, one.scope, model)
+            rates = policy.replay(test)
+            row = {"policy": one.name, "budget": budget, "slots": slots, "pairs": rates.pairs, "experts": rates.experts}
+            rows.append(row | {"layer_std": rates.layer_std, "fetched_per_token": rates.fetched / rates.tokens})
+            finished()
+    return pd.DataFrame(rows)
+
+
+def closed(table: pd.DataFrame) -> dict[float, float]:
+    """By budget: the share of the distance between the best of LRU and LFU and Belady's bound that HAQ closes."""
+    shares = {}
+    for budget, rows in table.groupby("budget"):
+        pairs = rows.set_index("policy")["pairs"]
+        best = max(value for name, value in pairs.items() if str(name).startswith(("LRU", "LFU")))
+        shares[float(budget)] = float((pairs["HAQ"] - best) / (pairs["Belady's bound"] - best))  # type: ignore[arg-type]
+    return shares

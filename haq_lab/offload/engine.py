@@ -1,0 +1,291 @@
+"""The engine: a model whose experts live on two tiers, computing exactly what it would with all of them in memory.
+
+The fast tier is an arena in RAM, the slow tier a file (`store.py`). A policy says which experts stay. A thread
+reads missing experts while the layer's resident ones compute; a missing expert that the policy does not admit, and
+every prefetched one, passes through a few spare slots of the same arena.
+
+    engine = Engine(store, policy, spare=2)
+    engine.attach(layers, family.moe)
+    ... the model runs ...
+    engine.stats()
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from haq_lab.models.families import Moe
+from haq_lab.offload.arena import Arena, Key
+from haq_lab.offload.policy import Policy
+from haq_lab.offload.prefetch import Prefetch
+from haq_lab.offload.store import ExpertStore, ReadError, bind
+
+
+@dataclass
+class Counters:
+    """What an engine has counted, a layer each, (layers,); `waited` in seconds."""
+
+    pairs: NDArray[np.int64]
+    pair_hits: NDArray[np.int64]
+    experts: NDArray[np.int64]
+    expert_hits: NDArray[np.int64]
+    read: NDArray[np.int64]
+    guessed: NDArray[np.int64]
+    guesses_used: NDArray[np.int64]
+    waited: NDArray[np.float64]
+
+    @classmethod
+    def zero(cls, layers: int) -> Counters:
+        def counts() -> NDArray[np.int64]:
+            return np.zeros(layers, np.int64)
+
+        return cls(counts(), counts(), counts(), counts(), counts(), counts(), counts(), np.zeros(layers))
+
+
+@dataclass
+class _Step:
+    """A layer's visit in progress: missing experts without a slot yet, those that run in the slow tier, and those that
+    pass through a spare slot."""
+
+    waiting: list[Key] = field(default_factory=list)
+    in_place: set[Key] = field(default_factory=set)
+    passing: set[Key] = field(default_factory=set)
+
+
+class Engine:
+    """Args:
+    store: The slow tier.
+    policy: Which experts are resident.
+    spare: Slots beside the policy's, for experts that pass through and for guesses; at least 1, 2 to overlap.
+    prefetch: Guesses the next layer's experts.
+    guesses: At most so many experts are read ahead.
+    """
+
+    def __init__(
+        self, store: ExpertStore, policy: Policy, spare: int = 2, prefetch: Prefetch | None = None, guesses: int = 0
+    ):
+        layers, self.experts = policy.resident.shape
+        assert 0 <= guesses < spare, "a missing expert needs a spare slot"
+        self.store, self.policy, self.prefetch, self.guesses = store, policy, prefetch, guesses
+        self.arena = Arena(policy.slots + spare, store.blob_bytes)
+        self.counters = Counters.zero(layers)
+        self._modules: list[nn.ModuleList] = []
+        self._reader = ThreadPoolExecutor(1, "expert-reader")
+        self._reads: dict[Key, Future[None]] = {}
+        self._guessed: dict[Key, None] = {}  # read ahead for the coming layer
+        self._step = _Step()
+        self._layer = 0
+
+    # Putting it in place.
+
+    def attach(self, layers: list[nn.Module], moe: Moe) -> None:
+        """Take the layers' experts over: their weights leave memory, and the placed ones come in from the store."""
+        for index, layer in enumerate(layers):
+            experts = cast(nn.ModuleList, layer.get_submodule(moe.experts))
+            for expert in experts:
+                bind(expert, self.store.parts, None)
+            self._modules.append(experts)
+            _intercept(self, index, experts)
+        for layer_index, number in zip(*np.nonzero(self.policy.resident), strict=True):
+            self._fetch((int(layer_index), int(number)))
+        for key in list(self._reads):
+            self._arrive(key)
+
+    # One layer's visit.
+
+    def begin(self, layer: int, hidden: Tensor, chosen: Tensor) -> list[int]:
+        """The layer's router has chosen (t, k) experts for hidden states (t, d).
+
+        Returns:
+            The experts in the order in which they should run: those in memory first.
+        """
+        counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
+        self._drop_wrong_guesses(layer, counts)
+        visit = self.policy.visit(layer, counts, len(chosen))
+        self._count(layer, counts, visit.missing)
+        self._step, self._layer = _Step(), layer
+        for number in visit.missing:
+            key = (layer, number)
+            if number in visit.in_place and key not in self._guessed:
+                self._step.in_place.add(key)
+                bind(self._modules[layer][number], self.store.parts, self.store.mapped(layer, number))
+                continue
+            if number in visit.replaces:
+                self._evict(visit.replaces[number])
+            else:
+                self._step.passing.add(key)
+            if key in self._guessed:
+                self._guessed.pop(key)
+                self.counters.guesses_used[layer] += 1
+            else:
+                self._step.waiting.append(key)
+        # Admitted experts have a slot for certain, the ones passing through take turns.
+        self._step.waiting.sort(key=lambda key: key in self._step.passing)
+        self._issue()
+        if self.prefetch is not None and layer + 1 < len(self._modules):
+            self._guess(layer, self.prefetch.guess(layer, hidden, chosen, self.guesses))
+        missing = sorted(visit.missing, key=lambda number: (layer, number) not in self.arena.where)
+        return [number for number in visit.wanted if number not in visit.missing] + missing
+
+    def expert(self, layer: int, number: int) -> None:
+        """See that the expert's weights are in memory, waiting for them where they are not.
+
+        Raises:
+            ReadError: They could not be read. The expert is then not resident, and the engine can go on.
+        """
+        key = (layer, number)
+        if key in self._step.waiting:
+            self._release_passed(key)
+            self._issue()
+        if key in self._reads:
+            start = time.perf_counter()
+            self._arrive(key)
+            self.counters.waited[layer] += time.perf_counter() - start
+
+    def end(self) -> None:
+        """The layer is done: spare slots are free again."""
+        for layer, number in self._step.in_place:
+            bind(self._modules[layer][number], self.store.parts, None)
+        for key in self._step.waiting:  # only where a read failed: what was admitted has not come
+            self.policy.resident[key] = False
+        for key in [key for key in self._step.passing if key in self.arena.where]:
+            self._remove(key)
+        self._step = _Step()
+
+    # Moving experts.
+
+    def _issue(self) -> None:
+        while self._step.waiting and self.arena.free:
+            self._fetch(self._step.waiting.pop(0))
+
+    def _fetch(self, key: Key) -> None:
+        self.arena.take(key)
+        self.counters.read[key[0]] += 1
+        self._reads[key] = self._reader.submit(self.store.read, *key, self.arena.blob(key))
+
+    def _arrive(self, key: Key) -> None:
+        try:
+            self._reads.pop(key).result()
+        except ReadError:
+            self.policy.resident[key] = False
+            self.arena.release(key)
+            self._step.passing.discard(key)
+            raise
+        bind(self._modules[key[0]][key[1]], self.store.parts, self.arena.blob(key))
+
+    def _remove(self, key: Key) -> None:
+        """Out of the arena, once a read that is under way is over."""
+        if key in self._reads:
+            self._reads.pop(key).exception()
+        else:
+            bind(self._modules[key[0]][key[1]], self.store.parts, None)
+        self.arena.release(key)
+
+    def _evict(self, key: Key) -> None:
+        if key in self.arena.where:  # a failed read may have left it without
+            self._remove(key)
+
+    def _release_passed(self, wanted: Key) -> None:
+        """Make room: of the experts that pass through, those that have been computed are done with."""
+        if self.arena.free:
+            return
+        done = [key for key in self._step.passing if key in self.arena.where and key not in self._reads]
+        for key in done or list(self._guessed)[:1]:
+            self._guessed.pop(key, None)
+            self._step.passing.discard(key)
+            self._remove(key)
+
+    # Guesses.
+
+    def _guess(self, layer: int, numbers: list[int]) -> None:
+        for number in numbers:
+            key = (layer + 1, number)
+            if key in self.arena.where or not self.arena.free or self._step.waiting:
+                continue
+            self._fetch(key)
+            self._guessed[key] = None
+            self.counters.guessed[layer + 1] += 1
+
+    def _drop_wrong_guesses(self, layer: int, counts: NDArray[np.int64]) -> None:
+        for key in [key for key in self._guessed if key[0] != layer or counts[key[1]] == 0]:
+            self._guessed.pop(key)
+            self._remove(key)
+
+    # Looking in.
+
+    def _count(self, layer: int, counts: NDArray[np.int64], missing: list[int]) -> None:
+        counters = self.counters
+        counters.pairs[layer] += counts.sum()
+        counters.pair_hits[layer] += counts.sum() - counts[missing].sum()
+        counters.experts[layer] += np.count_nonzero(counts)
+        counters.expert_hits[layer] += np.count_nonzero(counts) - len(missing)
+
+    def reset(self) -> None:
+        """Count from now on."""
+        self.counters = Counters.zero(len(self.policy.resident))
+
+    def stats(self) -> dict[str, float]:
+        """Metrics by their full names."""
+        counts = self.counters
+        by_layer = counts.pair_hits / np.maximum(counts.pairs, 1)
+        stats = {
+            "offload.hit_rate_pairs": float(counts.pair_hits.sum() / max(counts.pairs.sum(), 1)),
+            "offload.hit_rate_experts": float(counts.expert_hits.sum() / max(counts.experts.sum(), 1)),
+            "offload.hit_rate_layer_std": float(by_layer.std()),
+            "offload.bytes_moved": float(counts.read.sum() * self.store.blob_bytes),
+            "offload.waited_s": float(counts.waited.sum()),
+            "offload.fast_tier_bytes": float(self.arena.bytes),
+            "offload.slots": float(self.policy.slots),
+        }
+        if self.prefetch is not None:
+            stats["offload.prefetch_accuracy"] = float(counts.guesses_used.sum() / max(counts.guessed.sum(), 1))
+        return stats
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each layer: residents, hits, misses, bytes, prefetches."""
+        counts, rows = self.counters, []
+        for layer, resident in enumerate(self.policy.resident):
+            row = {"layer": layer, "resident": " ".join(map(str, np.flatnonzero(resident)))}
+            row |= {"hits": int(counts.pair_hits[layer]), "misses": int(counts.pairs[layer] - counts.pair_hits[layer])}
+            row |= {"bytes": int(counts.read[layer] * self.store.blob_bytes), "waited_s": float(counts.waited[layer])}
+            row |= {"guessed": int(counts.guessed[layer]), "guesses_used": int(counts.guesses_used[layer])}
+            rows.append(row)
+        return rows
+
+    def check(self) -> None:
+        """Assert the invariants that hold between two layers."""
+        self.arena.check()
+        residents = {(int(layer), int(one)) for layer, one in zip(*np.nonzero(self.policy.resident), strict=True)}
+        assert residents | set(self._guessed) == set(self.arena.where), "residents and slots differ"
+
+    def close(self) -> None:
+        """Stop the reading thread and close the store."""
+        self._reader.shutdown()
+        self.store.close()
+
+
+def _intercept(engine: Engine, layer: int, experts: nn.ModuleList) -> None:
+    """Route a layer's experts through the engine: its visit before they run, and each one's weights before it does."""
+    forward: Callable[..., Tensor] = experts.forward
+
+    def visited(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        cast(Any, experts).order = engine.begin(layer, hidden, chosen)
+        try:
+            return forward(hidden, chosen, weights)
+        finally:
+            engine.end()
+
+    def expert(number: int) -> nn.Module:
+        engine.expert(layer, number)
+        return experts[number]
+
+    cast(Any, experts).forward, cast(Any, experts).expert = visited, expert

@@ -1,0 +1,77 @@
+"""Micro-benchmarks of this machine: what its experts cost to run and to read. The engine's predictor decides by
+them, and the simulator is held against the engine with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from haq_lab.models.families import Moe
+from haq_lab.models.layered import LayeredModel
+from haq_lab.offload.costs import Costs, PiecewiseLinear
+from haq_lab.offload.store import ExpertStore, bind
+
+TOKENS = (1, 4, 16, 64)
+REPEATS = 7
+READS = 40
+
+
+def measure_costs(layer: nn.Module, moe: Moe, store: ExpertStore, model: LayeredModel) -> Costs:
+    """The costs of a model's experts here, on the RAM and disk tiers. Takes about a second.
+
+    Args:
+        layer: A decoder layer whose experts are in the store or in memory.
+    """
+    experts = cast(nn.ModuleList, layer.get_submodule(moe.experts))
+    blob = torch.empty(store.blob_bytes + 64, dtype=torch.uint8)
+    blob = blob[-blob.data_ptr() % 64 :][: store.blob_bytes]
+    fetch = [(store.blob_bytes, _once(partial(store.read, 0, index % len(experts), blob))) for index in range(READS)]
+    held = dict(_tensors(experts[0]))
+    store.read(0, 0, blob)
+    bind(experts[0], store.parts, blob)
+    fast, slow = [], []
+    for tokens in TOKENS:
+        hidden = torch.randn(tokens, model.config.hidden_size)
+        chosen, weights = torch.zeros(tokens, 1, dtype=torch.long), torch.ones(tokens, 1)
+        run = lambda hidden=hidden, chosen=chosen, weights=weights: experts(hidden, chosen, weights)  # noqa: E731
+        run()
+        fast += [(tokens, _once(run)) for _ in range(REPEATS)]
+
+        def in_place(run: Callable[[], Any] = run) -> None:
+            bind(experts[0], store.parts, store.mapped(0, 0))
+            run()
+
+        for _ in range(3):
+            store.drop_cache()
+            slow.append((tokens, _once(in_place)))
+        bind(experts[0], store.parts, blob)
+    bind(experts[0], store.parts, None)
+    for name, tensor in held.items():
+        _put(experts[0], name, tensor)
+    zero = PiecewiseLinear([1], [0.0])
+    curves = [PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch)]
+    return Costs(*curves, zero, zero, store.blob_bytes)
+
+
+def _once(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _tensors(expert: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*expert.named_parameters(), *((name, buffer) for name, buffer in expert.named_buffers())]
+
+
+def _put(expert: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    linear, _, own = name.rpartition(".")
+    module = expert.get_submodule(linear)
+    if own in module._parameters:
+        cast(nn.Parameter, module._parameters[own]).data = tensor
+    else:
+        module._buffers[own] = tensor

@@ -1,0 +1,118 @@
+"""The settings of `offload=...`, and the way from them to a running engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from haq_lab.errors import UserError
+from haq_lab.models.layered import LayeredModel
+from haq_lab.offload.budget import Budget
+from haq_lab.offload.costs import Objective, Predictor
+from haq_lab.offload.engine import Engine
+from haq_lab.offload.hardware import Shape
+from haq_lab.offload.local import measure_costs
+from haq_lab.offload.placement import place
+from haq_lab.offload.policy import Scope, make_policy
+from haq_lab.offload.prefetch import NextGate, NextOnPath, Prefetch
+from haq_lab.offload.store import ExpertStore
+from haq_lab.offload.trace import Trace
+
+KV_BYTES = 4  # of a number in the key-value cache, float32 on a CPU
+
+
+@dataclass(frozen=True)
+class Offload:
+    """How a model's experts are kept on two tiers.
+
+    Args:
+        budget: Of the fast tier: a share of all experts ("40%"), bytes ("500MB"), or a number of experts.
+        placement: Which experts are resident to begin with.
+        cache: Which one leaves; none: the placed ones stay.
+        scope: Whether an expert makes room in its own layer only, or anywhere.
+        prefetch: Read ahead for the next layer: by its router applied early, or by the calibration trace's paths.
+        miss: A missing expert is fetched, runs in the slow tier, or whichever the predictor finds faster.
+        objective: What the predictor minimises.
+        host_format, device_format: Of experts in the slow and in the fast tier. The engine holds both as the
+            quantizer made them; other pairs can be planned and simulated (`python -m haq_lab.offload plan`).
+        spare: Slots for experts that pass through and for guesses.
+        kv_tokens: Context whose key-value cache a budget in bytes must hold as well.
+        profile: A trace file to place and predict by; null records one on the calibration text.
+        seed: Of random placement.
+    """
+
+    budget: str | int = "50%"
+    placement: Literal["random", "uniform", "frequency", "front", "two_stage"] = "two_stage"
+    cache: Literal["none", "lru", "lfu", "moe_infinity", "haq"] = "haq"
+    scope: Scope = "global"
+    prefetch: Literal["none", "next_gate", "path"] = "none"
+    miss: Literal["fetch", "cpu", "predict"] = "fetch"
+    objective: Objective = "max"
+    host_format: Literal["int8", "bf16"] = "int8"
+    device_format: Literal["int8", "fp16"] = "int8"
+    spare: Annotated[int, Field(ge=1)] = 4
+    kv_tokens: Annotated[int, Field(ge=0)] = 2048
+    profile: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        Budget.parse(self.budget)
+        for setting, value in (("host_format", self.host_format), ("device_format", self.device_format)):
+            if value != "int8":
+                raise UserError(
+                    f"offload.{setting}: '{value}' needs a GPU's fast tier, which this engine does not have; int8 "
+                    "holds experts as the quantizer made them, and `python -m haq_lab.offload plan` simulates the rest"
+                )
+        if self.prefetch != "none" and self.spare < 2:
+            raise UserError("offload.spare: prefetching needs at least 2 spare slots")
+
+    def trace(self) -> Trace | None:
+        """The profile that was named, if one was."""
+        return None if self.profile is None else Trace.open(Path(self.profile).expanduser())
+
+    def engage(self, model: LayeredModel, layers: list[nn.Module], store: ExpertStore, profile: Trace) -> Engine:
+        """Build the engine and attach the layers.
+
+        Args:
+            layers: Decoder layers in their final form.
+            store: Their experts, written.
+            profile: Calibration trace of this model.
+
+        Raises:
+            UserError: The budget leaves no slot, or the profile is another model's.
+        """
+        moe = model.family.moe
+        count = model.family.experts(model.config)
+        if moe is None or (profile.layers, profile.expert_count) != (model.depth, count):
+            raise UserError(
+                f"offload.profile: a trace of {profile.layers} layers and {profile.expert_count} experts does not fit "
+                f"the model's {model.depth} and {count}"
+            )
+        reserved = KV_BYTES * Shape.of(model.config, count).kv_per_token * self.kv_tokens
+        slots = Budget.parse(self.budget).slots(model.depth * count, store.blob_bytes, self.spare, reserved)
+        resident = place(self.placement, profile, slots, self.seed)
+        policy = make_policy(self.cache, resident, profile, self.scope)
+        if self.miss == "cpu":
+            policy.decide = lambda present, missing: list(missing)
+        elif self.miss == "predict":
+            policy.decide = Predictor(measure_costs(layers[0], moe, store, model), self.objective).decide
+        prefetch: Prefetch | None = None
+        if self.prefetch == "next_gate":
+            prefetch = NextGate([layer.get_submodule(moe.router) for layer in layers])
+        elif self.prefetch == "path":
+            prefetch = NextOnPath(profile)
+        guesses = min(profile.k, self.spare - 1) if prefetch is not None else 0
+        engine = Engine(store, policy, self.spare, prefetch, guesses)
+        engine.attach(layers, moe)
+        return engine
+
+
+def experts_of(layer: nn.Module, model: LayeredModel) -> nn.ModuleList:
+    """A layer's experts. Raises `UserError` for a dense model."""
+    if model.family.moe is None:
+        raise UserError(f"offload: a '{model.config.model_type}' has no experts to offload; add offload=none")
+    return cast(nn.ModuleList, layer.get_submodule(model.family.moe.experts))

@@ -1,0 +1,176 @@
+"""The slow tier: a file of experts, each one contiguous range of bytes, read with one call.
+
+Experts are written as their modules hold them, in the backend's own weight layout: what is read can be computed
+with as it lies. After a read the pages are dropped from the operating system's cache, so that the next read of the
+same expert moves bytes from the disk again; otherwise the "slow tier" of a test would be RAM.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from haq_lab.errors import UserError
+
+ALIGNMENT = 64  # of every tensor in a blob: a cache line, and what the kernels' vector loads want
+ATTEMPTS = 3
+PAUSE = 0.01  # seconds before the second attempt, twice as long before the third
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of an expert: `linear.name`, where it lies in the blob, its type and shape."""
+
+    name: str
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def of(self, blob: Tensor) -> Tensor:
+        """The tensor as a view of a blob (bytes,) uint8."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return blob[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+
+
+class ReadError(UserError):
+    """An expert could not be read."""
+
+
+def tensors_of(expert: nn.Module) -> dict[str, Tensor]:
+    """An expert's weights by name. A static input scale stays with the module: all experts' input is quantised by
+    it before any of them is chosen."""
+    tensors = dict(expert.named_parameters()) | dict(expert.named_buffers())
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(".input_scale")}
+
+
+class ExpertStore:
+    """The experts of all layers in one file.
+
+    Attributes:
+        parts: How an expert's blob is laid out, the same for all.
+        blob_bytes: Its size.
+    """
+
+    def __init__(self, path: Path, parts: list[Part], blob_bytes: int, experts: int):
+        self.path = path
+        self.parts = parts
+        self.blob_bytes = blob_bytes
+        self.experts = experts
+        self._file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
+        self._map = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8)
+
+    def read(self, layer: int, expert: int, blob: Tensor) -> None:
+        """An expert's bytes into `blob` (blob_bytes,) uint8; a failed or short read is tried again.
+
+        Raises:
+            ReadError: It failed `ATTEMPTS` times; the message names the expert.
+        """
+        view = memoryview(cast(Any, blob.numpy()))
+        offset = (layer * self.experts + expert) * self.blob_bytes
+        problem = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE * 2 ** (attempt - 1))
+            try:
+                done = self._pread(view, offset)
+            except OSError as error:
+                problem = str(error)
+                continue
+            if done == self.blob_bytes:
+                os.posix_fadvise(self._file, offset, self.blob_bytes, os.POSIX_FADV_DONTNEED)
+                return
+            problem = f"{done} of {self.blob_bytes} bytes"
+        raise ReadError(f"offload: expert {expert} of layer {layer} could not be read from {self.path}: {problem}")
+
+    def _pread(self, view: memoryview, offset: int) -> int:
+        """Bytes read, all there are to be had."""
+        done = 0
+        while done < len(view) and (got := os.preadv(self._file, [view[done:]], offset + done)):
+            done += got
+        return done
+
+    def mapped(self, layer: int, expert: int) -> Tensor:
+        """An expert's blob in place: computing with it reads the slow tier."""
+        offset = (layer * self.experts + expert) * self.blob_bytes
+        return self._map[offset : offset + self.blob_bytes]
+
+    def drop_cache(self) -> None:
+        """Forget the whole file's pages."""
+        os.fsync(self._file)
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+class StoreWriter:
+    """Writes a store a layer at a time: `add` each layer's experts, then `open` the store."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._parts: list[Part] = []
+        self._size = self._count = self._layers = 0
+
+    def __enter__(self) -> StoreWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self.path.open("wb")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+
+    def add(self, experts: nn.ModuleList) -> None:
+        """The next layer's experts: into the file, and out of memory.
+
+        Raises:
+            UserError: Experts differ in their tensors' shapes or types.
+        """
+        for number, expert in enumerate(experts):
+            tensors = tensors_of(expert)
+            parts, size = layout(tensors)
+            self._parts, self._size = self._parts or parts, self._size or size
+            if parts != self._parts:
+                raise UserError(f"offload: expert {number} of layer {self._layers} is not laid out like the others")
+            blob = torch.zeros(size, dtype=torch.uint8)
+            for part in parts:
+                part.of(blob).copy_(tensors[part.name])
+            self._stream.write(memoryview(cast(Any, blob.numpy())))
+            bind(expert, parts, None)
+        self._count, self._layers = len(experts), self._layers + 1
+
+    def open(self) -> ExpertStore:
+        """The finished store, none of it in the page cache."""
+        self._stream.flush()
+        store = ExpertStore(self.path, self._parts, self._size, self._count)
+        store.drop_cache()
+        return store
+
+
+def bind(expert: nn.Module, parts: list[Part], blob: Tensor | None) -> None:
+    """Let an expert's modules use the tensors in a blob; None takes them away, so that no stale use goes unnoticed."""
+    for part in parts:
+        linear, _, name = part.name.rpartition(".")
+        module = expert.get_submodule(linear)
+        tensor = torch.empty(0, dtype=part.dtype) if blob is None else part.of(blob)
+        if name in module._parameters:
+            cast(nn.Parameter, module._parameters[name]).data = tensor
+        else:
+            module._buffers[name] = tensor
+
+
+def layout(tensors: dict[str, Tensor]) -> tuple[list[Part], int]:
+    """Where each tensor lies in a blob, and the blob's size."""
+    parts, end = [], 0
+    for name, tensor in tensors.items():
+        parts.append(Part(name, end, tensor.dtype, tuple(tensor.shape)))
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return parts, end

@@ -1,0 +1,80 @@
+"""The predictor's choice against every other; the simulator against a timeline worked out by hand."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from haq_lab.offload.costs import Costs, PiecewiseLinear, Predictor, seconds
+from haq_lab.offload.placement import place
+from haq_lab.offload.policy import make_policy
+from haq_lab.offload.simulator import Simulator
+
+rate = st.floats(0.1, 10)
+
+
+def flat(value):
+    return PiecewiseLinear([1], [value])
+
+
+@given(
+    tokens=st.lists(st.integers(1, 50), min_size=1, max_size=7),
+    fast=rate,
+    slow=rate,
+    fetch=rate,
+    objective=st.sampled_from(["sum", "max"]),
+)
+def test_the_decision_is_the_best_of_all(tokens, fast, slow, fetch, objective):
+    line = [PiecewiseLinear([1, 50], [a, a * b]) for a, b in ((fast, 3), (slow, 20))]
+    costs = Costs(*line, flat(fetch), flat(0), flat(0), expert_bytes=1)
+    missing = dict(enumerate(tokens))
+    in_place = Predictor(costs, objective).decide({9: 3}, missing)
+
+    def price(kept):
+        fetched = {e: n for e, n in missing.items() if e not in kept}
+        return seconds(costs, {9: 3}, fetched, {e: missing[e] for e in kept}, objective)
+
+    every = [
+        [e for e, keep in zip(missing, flags, strict=True) if keep] for flags in product([0, 1], repeat=len(missing))
+    ]
+    assert price(in_place) == pytest.approx(min(map(price, every)))
+
+
+def test_curves():
+    curve = PiecewiseLinear.fitted([(1, 2.0), (1, 4.0), (1, 3.0), (3, 5.0), (5, 4.0)])
+    assert [curve(size) for size in (0, 1, 2, 3, 5)] == [0, 3, 4, 5, 5]
+    assert PiecewiseLinear([1, 2], [1, 3])(4) == 7
+    for _ in range(500):
+        curve.observe(3, 10.0)
+    assert curve(3) == pytest.approx(10.0)
+
+
+def test_a_timeline_by_hand(make_trace):
+    """One token, one layer, two experts of which one is missing: its fetch hides behind the other's computing."""
+    trace = make_trace(tokens=1, layers=1, sequences=1)
+    present = trace.experts[0, 0, 0]
+    resident = np.zeros((1, 8), bool)
+    resident[0, present] = True
+    costs = Costs(flat(4.0), flat(50.0), flat(3.0), flat(1.0), flat(0.5), expert_bytes=10)
+    timeline = Simulator(costs, make_policy("none", resident, trace)).run(trace)
+    assert timeline.token_s == [1 + 4 + 4 + 0.5]
+    costs.fetch = flat(7.0)
+    timeline = Simulator(costs, make_policy("none", resident, trace)).run(trace)
+    assert timeline.token_s == [1 + 7 + 4 + 0.5]
+    assert timeline.bytes == 10
+    assert timeline.busy["link"] == pytest.approx(7 / 12.5)
+
+
+def test_metrics_are_labelled_simulated(make_trace):
+    trace = make_trace(tokens=40, prompt=5)
+    policy = make_policy("lru", place("uniform", trace, 12), trace)
+    costs = Costs(flat(1.0), flat(5.0), flat(2.0), flat(1.0), flat(1.0), expert_bytes=1)
+    policy.decide = Predictor(costs).decide
+    timeline = Simulator(costs, policy).run(trace)
+    assert len(timeline.prompt_s) == 2
+    assert len(timeline.token_s) == 30
+    assert all(name.startswith("simulated.test.") for name in timeline.metrics("test"))

@@ -1,0 +1,159 @@
+"""Bytes that move change no output: any budget, policy and prefetch gives the all-resident model's bits."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from haq_lab.calibration.statistics import Policy as CalibrationPolicy
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
+from haq_lab.offload.engine import Engine
+from haq_lab.offload.path_model import fit_path_model
+from haq_lab.offload.placement import PLACEMENTS, place
+from haq_lab.offload.policy import make_policy
+from haq_lab.offload.prefetch import NextGate, NextOnPath
+from haq_lab.offload.record import record_trace
+from haq_lab.offload.store import ExpertStore, ReadError, StoreWriter, layout, tensors_of
+from haq_lab.onepass import one_pass
+from haq_lab.quantizers.rtn import RTN
+
+PROMPT = torch.randint(0, 257, (1, 12), generator=torch.Generator().manual_seed(3))
+
+
+class Case:
+    """A tiny Mixtral, quantised or not, its store, and what it says with all experts in memory."""
+
+    def __init__(self, folder: Path, quantizer: RTN | None):
+        self.model = LayeredModel(TinyModel("mixtral", layers=3).folder())
+        windows = torch.randint(0, 257, (2, 64), generator=torch.Generator().manual_seed(1))
+        self.profile = record_trace(self.model, windows, "random")
+        self.path_model = fit_path_model(self.profile, steps=50)
+        self.quantizer = quantizer
+        self.path = folder / f"experts-{quantizer is not None}.bin"
+        layers = self.layers()
+        self.parts, self.size = layout(tensors_of(layers[0].mlp.experts[0]))
+        with StoreWriter(self.path) as writer:
+            for layer in layers:
+                writer.add(layer.mlp.experts)
+            writer.open().close()
+        layers = self.layers()
+        if quantizer is None:  # float products depend on where in memory a matrix begins, so: all resident, same places
+            engine_for(self, self.open(), layers, "none", 24)
+        self.expected = generate(self.model.assemble(layers))
+
+    def layers(self) -> list:
+        layers: list = []
+        keep = lambda index, layer: layers.append(layer)  # noqa: E731
+        one_pass(self.model, self.quantizer, CpuBackend(), None, CalibrationPolicy(), {}, keep)
+        return layers
+
+    def open(self) -> ExpertStore:
+        return ExpertStore(self.path, self.parts, self.size, 8)
+
+
+def generate(whole, steps=5):
+    """Logits of a prompt and of tokens decoded after it."""
+    tokens, cache, logits = PROMPT, None, []
+    for _ in range(steps):
+        output = whole(tokens, cache=cache, use_cache=True)
+        logits.append(output.logits[:, -1])
+        tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
+    return torch.cat(logits)
+
+
+@pytest.fixture(scope="module", params=["int8", "float"])
+def case(request, tmp_path_factory) -> Case:
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        return Case(tmp_path_factory.mktemp("store"), RTN() if request.param == "int8" else None)
+
+
+def engine_for(case, store, layers, rule="lru", slots=6, placement="frequency", scope="global", spare=2, prefetch=None):
+    policy = make_policy(rule, place(placement, case.profile, slots), case.profile, scope, case.path_model)
+    guess = {None: None, "path": NextOnPath(case.profile), "gate": NextGate([layer.mlp.gate for layer in layers])}
+    engine = Engine(store, policy, spare, guess[prefetch], guesses=min(2, spare - 1) if prefetch else 0)
+    engine.attach(layers, case.model.family.moe)
+    return engine
+
+
+@settings(max_examples=20)
+@given(
+    rule=st.sampled_from(["none", "lru", "lfu", "moe_infinity", "haq"]),
+    slots=st.integers(1, 24),
+    placement=st.sampled_from(PLACEMENTS),
+    scope=st.sampled_from(["layer", "global"]),
+    spare=st.integers(1, 4),
+    prefetch=st.sampled_from([None, "path", "gate"]),
+    in_place=st.sampled_from([0, 1, 2]),
+)
+def test_no_budget_or_policy_changes_a_bit(case, rule, slots, placement, scope, spare, prefetch, in_place):
+    layers = case.layers()
+    engine = engine_for(case, case.open(), layers, rule, slots, placement, scope, spare, prefetch)
+    if in_place:
+        engine.policy.decide = lambda resident, missing: [e for e in missing if e % 2 < in_place - 1 or e == 0]
+    try:
+        assert torch.equal(generate(case.model.assemble(layers)), case.expected)
+        engine.check()
+        stats = engine.stats()
+        assert stats["offload.fast_tier_bytes"] == (engine.policy.slots + spare) * engine.store.blob_bytes
+        assert 0 <= stats["offload.hit_rate_pairs"] <= 1
+        assert sum(row["misses"] for row in engine.table()) > 0 or slots > 12
+    finally:
+        engine.close()
+
+
+def test_the_weights_have_left_memory(case):
+    layers = case.layers()
+    engine = engine_for(case, case.open(), layers, slots=3)
+    held = sum(t.nbytes for layer in layers for expert in layer.mlp.experts for t in tensors_of(expert).values())
+    engine.close()
+    assert held <= 3 * engine.store.blob_bytes
+
+
+class Flaky:
+    """A read that fails: the first so many times, shortly or with an error."""
+
+    def __init__(self, store, times, short):
+        self.store, self.times, self.short, self.real = store, times, short, store._pread
+        store._pread = self
+
+    def __call__(self, view, offset):
+        if self.times:
+            self.times -= 1
+            if self.short:
+                return 10
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self.real(view, offset)
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_read_that_fails_twice_is_tried_again(case, short):
+    layers, store = case.layers(), case.open()
+    engine = engine_for(case, store, layers)
+    Flaky(store, 2, short)
+    assert torch.equal(generate(case.model.assemble(layers)), case.expected)
+    engine.close()
+
+
+@pytest.mark.parametrize("prefetch", [None, "gate"])
+@pytest.mark.parametrize("rule", ["none", "lru"])
+def test_a_read_that_keeps_failing_names_the_expert_and_leaves_the_arena_whole(case, rule, prefetch):
+    layers, store = case.layers(), case.open()
+    engine = engine_for(case, store, layers, rule, slots=8, prefetch=prefetch)
+    flaky = Flaky(store, 10**6, short=False)
+    whole = case.model.assemble(layers)
+    with pytest.raises(ReadError, match=r"expert \d of layer \d could not be read"):
+        generate(whole)
+    flaky.times = 0
+    engine.arena.check()
+    assert torch.equal(generate(whole), case.expected), "it goes on once the disk answers again"
+    engine.check()
+    engine.close()
