@@ -32,7 +32,9 @@ class Int8Experts(Experts):
 
         def run(number: int, tokens: Tensor) -> Tensor:
             expert = self.expert(number)
-            gate, up, down = (cast(Int8Linear, linear) for linear in (expert.gate_proj, expert.up_proj, expert.down_proj))
+            gate, up, down = (
+                cast(Int8Linear, linear) for linear in (expert.gate_proj, expert.up_proj, expert.down_proj)
+            )
             qx, row_scale = levels[tokens], scale[tokens]
             return down(expert.act_fn(gate.product(qx, row_scale)) * up.product(qx, row_scale)).to(hidden.dtype)
 

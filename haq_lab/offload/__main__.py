@@ -1,9 +1,9 @@
 """`python -m haq_lab.offload trace|replay|plan|profile`: offloading without a run.
 
-  trace MODEL TEXT --out FILE          record which experts a text's tokens choose (TEXT: a file, or python_docs)
-  replay PROFILE TEST --out DIR        every policy and budget on one trace, profiled on another
-  plan --hardware NAME PROFILE TEST    placement, formats and slots for a GPU, and the Pareto front (simulated)
-  profile                              measure this machine: hardware=local
+trace MODEL TEXT --out FILE          record which experts a text's tokens choose (TEXT: a file, or python_docs)
+replay PROFILE TEST --out DIR        every policy and budget on one trace, profiled on another
+plan --hardware NAME PROFILE TEST    placement, formats and slots for a GPU, and the Pareto front (simulated)
+profile                              measure this machine: hardware=local
 """
 
 from __future__ import annotations
@@ -107,13 +107,18 @@ def _replay(given: argparse.Namespace) -> None:
     first, either = repeat_rate(test)
     apart = drift(profile, test)
     near, far = jaccard(test, [1, 16]).mean(1)
-    say(f"\nentropy {entropy(test).mean():.3f} bits; first choice again {first.mean():.3f}, any choice {either.mean():.3f}")
+    say(
+        f"\nentropy {entropy(test).mean():.3f} bits; first choice again {first.mean():.3f}, any choice {either.mean():.3f}"
+    )
     say(f"Jaccard of the expert sets of neighbouring tokens {near:.3f}, 16 tokens apart {far:.3f}")
     say(f"drift from the profile's text: shares differ by {apart.distance.mean():.3f} (total variation)")
     for budget, share in closed(table).items():
         say(f"{budget:.1%} resident: HAQ closes {share:.1%} of the distance from the best of LRU, LFU to Belady")
     title = f"{test.model}\nprofiled on {profile.text}, tested on {test.text}"
-    for path in (curve_figure(table, title, given.out / "hit_rates.png"), heat_figure(test, given.out / "heat_map.png")):
+    for path in (
+        curve_figure(table, title, given.out / "hit_rates.png"),
+        heat_figure(test, given.out / "heat_map.png"),
+    ):
         say(f"figure: {path}")
 
 
@@ -146,7 +151,9 @@ def _plan(given: argparse.Namespace) -> None:
     if fitting.empty:
         raise UserError(f"plan: nothing fits the {machine.memory_gb} GB of {machine.name}; lower --context")
     best = fitting.loc[fitting["simulated_ms"].idxmin()]
-    choice = ", ".join(f"{name} {best[name]}" for name in ("host_format", "device_format", "placement", "cache", "slots"))
+    choice = ", ".join(
+        f"{name} {best[name]}" for name in ("host_format", "device_format", "placement", "cache", "slots")
+    )
     say(f"\nfastest that fits: {choice}; simulated {best['simulated_ms']:.1f} ms a token")
     say(f"figure: {pareto_figure(table, machine.name, given.out / 'pareto.png')}")
 

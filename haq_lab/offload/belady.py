@@ -54,12 +54,12 @@ def _moments(trace: Trace) -> NDArray[np.int64]:
 
 
 @compiled
-def _begin(state):  # type: ignore[no-untyped-def]
+def _begin(state):
     pass
 
 
 @compiled
-def _touch(state, layer, counts, tokens, now):  # type: ignore[no-untyped-def]
+def _touch(state, layer, counts, tokens, now):
     layers = len(state.values)
     for expert in range(len(counts)):
         if counts[expert] > 0:
@@ -72,7 +72,7 @@ def _touch(state, layer, counts, tokens, now):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _refresh(state, layer):  # type: ignore[no-untyped-def]
+def _refresh(state, layer):
     pass
 
 

@@ -30,32 +30,32 @@ def teach(state: type, begin: Any, touch: Any, refresh: Any) -> None:
     _TAUGHT[state] = begin, touch, refresh
 
 
-def _begin(state):  # type: ignore[no-untyped-def]
+def _begin(state):
     raise NotImplementedError
 
 
-def _touch(state, layer, counts, tokens, now):  # type: ignore[no-untyped-def]
+def _touch(state, layer, counts, tokens, now):
     raise NotImplementedError
 
 
-def _refresh(state, layer):  # type: ignore[no-untyped-def]
+def _refresh(state, layer):
     raise NotImplementedError
 
 
 @overload(_begin)
-def _begin_of(state):  # type: ignore[no-untyped-def]  # numba compares signatures, annotations too
+def _begin_of(state):  # numba compares signatures, annotations too
     taught = _TAUGHT[state.instance_class][0]
     return lambda state: taught(state)
 
 
 @overload(_touch)
-def _touch_of(state, layer, counts, tokens, now):  # type: ignore[no-untyped-def]
+def _touch_of(state, layer, counts, tokens, now):
     taught = _TAUGHT[state.instance_class][1]
     return lambda state, layer, counts, tokens, now: taught(state, layer, counts, tokens, now)
 
 
 @overload(_refresh)
-def _refresh_of(state, layer):  # type: ignore[no-untyped-def]
+def _refresh_of(state, layer):
     taught = _TAUGHT[state.instance_class][2]
     return lambda state, layer: taught(state, layer)
 
@@ -78,13 +78,13 @@ def empty_tallies(layers: int) -> Tallies:
 
 
 @compiled
-def begin(state):  # type: ignore[no-untyped-def]
+def begin(state):
     """A sequence begins."""
     _begin(state)
 
 
 @compiled
-def visit(state, resident, layer, counts, tokens, now, per_layer, selective, admit, placed):  # type: ignore[no-untyped-def]
+def visit(state, resident, layer, counts, tokens, now, per_layer, selective, admit, placed):
     """One layer's visit: learn what it chose, then admit what it missed.
 
     Args:
@@ -135,7 +135,7 @@ def visit(state, resident, layer, counts, tokens, now, per_layer, selective, adm
 
 
 @compiled
-def replay(state, resident, experts, decode, starts, per_layer, selective, admits, tallies):  # type: ignore[no-untyped-def]
+def replay(state, resident, experts, decode, starts, per_layer, selective, admits, tallies):
     """A whole trace under one rule: decoded tokens one by one, a prompt's tokens as one batch.
 
     Args:

@@ -78,7 +78,9 @@ class Costs:
     expert_bytes: int
 
 
-def seconds(costs: Costs, resident: dict[int, int], fetched: dict[int, int], in_place: dict[int, int], by: Objective) -> float:
+def seconds(
+    costs: Costs, resident: dict[int, int], fetched: dict[int, int], in_place: dict[int, int], by: Objective
+) -> float:
     """Predicted seconds of a layer's experts, given as {expert: tokens}, under an objective."""
     fast = sum(costs.fast(tokens) for tokens in (*resident.values(), *fetched.values()))
     link = len(fetched) * costs.fetch(costs.expert_bytes)

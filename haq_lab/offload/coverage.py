@@ -76,7 +76,7 @@ def _needed(resident: Residency, minimum: int) -> int:
 
 
 @numba.njit(cache=True)
-def _best(experts, counts, resident):  # type: ignore[no-untyped-def]
+def _best(experts, counts, resident):
     """(fragment, tokens that it completes per slot) for the fragment that completes the most; (0, 0.0) if none."""
     present = resident.copy()
     best, best_rate = 0, 0.0

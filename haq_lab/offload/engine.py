@@ -45,8 +45,10 @@ class Counters:
 
     @classmethod
     def zero(cls, layers: int) -> Counters:
-        counts = [np.zeros(layers, np.int64) for _ in range(7)]
-        return cls(*counts, np.zeros(layers))
+        def counts() -> NDArray[np.int64]:
+            return np.zeros(layers, np.int64)
+
+        return cls(counts(), counts(), counts(), counts(), counts(), counts(), counts(), np.zeros(layers))
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Engine:
         self, store: ExpertStore, policy: Policy, spare: int = 2, prefetch: Prefetch | None = None, guesses: int = 0
     ):
         layers, self.experts = policy.resident.shape
-        assert spare >= 1 and guesses < spare, "a missing expert needs a spare slot"
+        assert 0 <= guesses < spare, "a missing expert needs a spare slot"
         self.store, self.policy, self.prefetch, self.guesses = store, policy, prefetch, guesses
         self.arena = Arena(policy.slots + spare, store.blob_bytes)
         self.counters = Counters.zero(layers)

@@ -21,15 +21,14 @@ class ExpectedWait(NamedTuple):
     """`values` (layers, E), and what it is computed from, float32.
 
     average: (layers, E, horizons) moving averages of use; last: (layers, E) token of the last use.
-    logits: (layers, E) of use at the next visit, path aside; wait: (layers, E) further visits expected after a miss.
-    known: (layers, E) path terms from the latest whole token; coming: from the token at work.
+    logits: (2, layers, E) of use at the next visit and of the hazard after it, path aside.
+    known: (2, layers, E) path terms from the latest whole token; coming: from the token at work.
     """
 
     values: np.ndarray
     average: np.ndarray
     last: np.ndarray
     logits: np.ndarray
-    wait: np.ndarray
     known: np.ndarray
     coming: np.ndarray
     recency: np.ndarray
@@ -41,22 +40,20 @@ class ExpectedWait(NamedTuple):
 def expected_wait(model: PathModel) -> ExpectedWait:
     """The rule before anything was used."""
     shape = model.usage.shape
-    empty = [np.zeros(shape, np.float32) for _ in range(5)]
     average = np.repeat(model.usage[:, :, None], len(HORIZONS), 2).astype(np.float32)
     last = np.full(shape, -FORGOTTEN)
-    path = np.ascontiguousarray(model.path).reshape(*shape, *shape)
-    values, logits, wait, known, coming = empty
-    state = ExpectedWait(
-        values, average, last, logits, wait, known, coming, model.recency, model.bias, path, HORIZONS.copy()
-    )
+    logits, known, coming = (np.zeros((2, *shape), np.float32) for _ in range(3))
+    path = np.ascontiguousarray(model.path).reshape(*shape, 2, *shape)
+    fitted = model.recency, model.bias, path, HORIZONS.copy()
+    state = ExpectedWait(np.zeros(shape, np.float32), average, last, logits, known, coming, *fitted)
     for layer in range(shape[0]):
         _judge(state, layer, 0)
     return state
 
 
 @compiled
-def _judge(state, layer, now):  # type: ignore[no-untyped-def]
-    """The layer's logits and waits from what was used lately."""
+def _judge(state, layer, now):
+    """The layer's logits from what was used lately."""
     size = len(state.horizons)
     for expert in range(state.values.shape[1]):
         next_use, hazard = state.bias[0, layer, expert], state.bias[1, layer, expert]
@@ -65,18 +62,18 @@ def _judge(state, layer, now):  # type: ignore[no-untyped-def]
             next_use += state.recency[0, index] * feature
             hazard += state.recency[1, index] * feature
         age = np.log(np.float32(1.0 + min(now + 1 - state.last[layer, expert], FORGOTTEN)))
-        state.logits[layer, expert] = next_use + state.recency[0, size] * age
-        state.wait[layer, expert] = 1 + np.exp(-(hazard + state.recency[1, size] * age))
+        state.logits[0, layer, expert] = next_use + state.recency[0, size] * age
+        state.logits[1, layer, expert] = hazard + state.recency[1, size] * age
 
 
 @compiled
-def _begin(state):  # type: ignore[no-untyped-def]
+def _begin(state):
     state.known[:] = 0
     state.coming[:] = 0
 
 
 @compiled
-def _touch(state, layer, counts, tokens, now):  # type: ignore[no-untyped-def]
+def _touch(state, layer, counts, tokens, now):
     layers, count = state.values.shape
     if layer == 0:
         state.coming[:] = 0
@@ -88,28 +85,30 @@ def _touch(state, layer, counts, tokens, now):  # type: ignore[no-untyped-def]
         if counts[expert] > 0:
             state.last[layer, expert] = now
             row = state.path[layer, expert]
-            for later in range(layers):
-                for other in range(count):
-                    state.coming[later, other] += share * row[later, other]
+            for head in range(2):
+                for later in range(layers):
+                    for other in range(count):
+                        state.coming[head, later, other] += share * row[head, later, other]
     _judge(state, layer, now)
     if layer == layers - 1:
         state.known[:] = state.coming
 
 
 @compiled
-def _refresh(state, layer):  # type: ignore[no-untyped-def]
+def _refresh(state, layer):
     layers, count = state.values.shape
     for row in range(layers):
         path = state.coming if row <= layer else state.known
         distance = np.float32(row - layer if row > layer else row - layer + layers)
         for expert in range(count):
-            use = _sigmoid(state.logits[row, expert] + path[row, expert])
-            until_used = distance + layers * (np.float32(1) - use) * state.wait[row, expert]
+            use = _sigmoid(state.logits[0, row, expert] + path[0, row, expert])
+            hazard = _sigmoid(state.logits[1, row, expert] + path[1, row, expert])
+            until_used = distance + layers * (np.float32(1) - use) / hazard
             state.values[row, expert] = max(use / distance, np.float32(1) / until_used)
 
 
 @compiled
-def _sigmoid(z):  # type: ignore[no-untyped-def]
+def _sigmoid(z):
     """The logistic function by a rational tanh, right to 1e-4: this is the innermost loop, and exp() is not inlined."""
     x = min(max(z * np.float32(0.5), np.float32(-4.9)), np.float32(4.9))
     s = x * x

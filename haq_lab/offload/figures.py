@@ -25,7 +25,7 @@ def curve_figure(table: pd.DataFrame, title: str, path: Path) -> Path:
     for policy, rows in table.groupby("policy", sort=False):
         bound = str(policy).startswith("Belady")
         style = {"color": "black", "linestyle": "--"} if bound else {"linewidth": 2.5 if policy == "HAQ" else 1}
-        axes.plot(100 * rows["budget"], rows["pairs"], marker=".", label=policy, **style)  # type: ignore[arg-type]
+        axes.plot(100 * rows["budget"], rows["pairs"], marker=".", label=policy, **style)
     axes.set(xlabel="experts resident, %", ylabel="hit rate, share of (token, expert) pairs", title=title)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)

@@ -50,7 +50,9 @@ class Shape:
         queries = config.num_attention_heads * head
         rest = 2 * hidden * queries + 2 * hidden * keys + hidden * experts
         kv = 2 * keys * layers
-        return cls(layers, experts, config.num_experts_per_tok, 3 * hidden * inner, rest, hidden * config.vocab_size, kv)
+        return cls(
+            layers, experts, config.num_experts_per_tok, 3 * hidden * inner, rest, hidden * config.vocab_size, kv
+        )
 
 
 MIXTRAL = Shape(32, 8, 2, 3 * 4096 * 14336, 2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 * 8, 4096 * 32000, 65536)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,8 +30,8 @@ def measure_costs(layer: nn.Module, moe: Moe, store: ExpertStore, model: Layered
     experts = cast(nn.ModuleList, layer.get_submodule(moe.experts))
     blob = torch.empty(store.blob_bytes + 64, dtype=torch.uint8)
     blob = blob[-blob.data_ptr() % 64 :][: store.blob_bytes]
-    fetch = [(store.blob_bytes, _once(lambda: store.read(0, index % len(experts), blob))) for index in range(READS)]
-    held = {name: tensor for name, tensor in _tensors(experts[0])}
+    fetch = [(store.blob_bytes, _once(partial(store.read, 0, index % len(experts), blob))) for index in range(READS)]
+    held = dict(_tensors(experts[0]))
     store.read(0, 0, blob)
     bind(experts[0], store.parts, blob)
     fast, slow = [], []

@@ -23,12 +23,12 @@ def lru(layers: int, experts: int) -> Lru:
 
 
 @compiled
-def _begin(state):  # type: ignore[no-untyped-def]
+def _begin(state):
     pass
 
 
 @compiled
-def _touch(state, layer, counts, tokens, now):  # type: ignore[no-untyped-def]
+def _touch(state, layer, counts, tokens, now):
     state.clock[0] += 1
     for expert in range(len(counts)):
         if counts[expert] > 0:
@@ -36,7 +36,7 @@ def _touch(state, layer, counts, tokens, now):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _refresh(state, layer):  # type: ignore[no-untyped-def]
+def _refresh(state, layer):
     pass
 
 

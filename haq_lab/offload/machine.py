@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -72,7 +72,7 @@ def save_local(profile: Hardware) -> Path:
 
 def _reader(path: Path, target: torch.Tensor) -> Callable[[], Any]:
     path.write_bytes(bytes(SIZE))
-    view = memoryview(target.numpy())
+    view = memoryview(cast(Any, target.numpy()))
 
     def read() -> None:
         with path.open("rb", buffering=0) as stream:

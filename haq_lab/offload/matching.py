@@ -52,13 +52,13 @@ def activation_matrices(trace: Trace) -> NDArray[np.float32]:
 
 
 @compiled
-def _begin(state):  # type: ignore[no-untyped-def]
+def _begin(state):
     state.current[:] = 0
     state.nearest[0] = 0
 
 
 @compiled
-def _touch(state, layer, counts, tokens, now):  # type: ignore[no-untyped-def]
+def _touch(state, layer, counts, tokens, now):
     layers, count = state.values.shape
     for expert in range(count):
         state.current[layer, expert] += counts[expert]
@@ -67,7 +67,7 @@ def _touch(state, layer, counts, tokens, now):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _match(current, past):  # type: ignore[no-untyped-def]
+def _match(current, past):
     """The past matrix with the largest mean cosine similarity over the layers."""
     best, best_similarity = 0, -1.0
     for index in range(len(past)):
@@ -86,7 +86,7 @@ def _match(current, past):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _refresh(state, layer):  # type: ignore[no-untyped-def]
+def _refresh(state, layer):
     layers, count = state.values.shape
     predicted = state.past[state.nearest[0]]
     for row in range(layers):

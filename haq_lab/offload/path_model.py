@@ -2,11 +2,11 @@
 
 For every expert it gives the probability of use at its layer's next visit, from
 
-- how often it was used lately: moving averages over 2, 16 and 128 visits, and the visits since its last use;
-- the path: which experts the latest token chose, at all layers. One matrix (layers * E, layers * E); it is what
-  tells tokens apart, since the upper layers already prepare the next token.
+- how often it was used lately: moving averages over 2 to 1,024 visits, and the visits since its last use;
+- the path: which experts the latest token chose, at all layers. A matrix (layers * E, layers * E); it is what tells
+  tokens apart, since the upper layers already prepare the next token.
 
-and the hazard per visit after that one (from the first group alone). The hazard is fitted as a geometric wait.
+and from the same the hazard per visit after that one, fitted as a geometric wait.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from haq_lab.offload.compiled import compiled
 from haq_lab.offload.paths import frequencies
 from haq_lab.offload.trace import Trace
 
-HORIZONS = np.array([2, 16, 128, 1024], np.float32)  # visits; nine horizons gave no more (experiments/offload_policy.md)
+HORIZONS = np.array([2, 16, 128, 1024], np.float32)  # visits; more of them gave no more (experiments/offload_policy.md)
 LEAST_SHARE = 0.03  # added to a moving average and to its complement before their logarithms
 FORGOTTEN = 256  # visits: waits and ages longer than that count as this
-STEPS, BATCH = 400, 256
-import os
-OWN=float(os.environ.get('OWN','0.001'))
+STEPS, BATCH = 1600, 256
+RATE, RATE_OWN, RATE_PATH = 0.02, 0.01, 0.003  # of learning: what all experts share, each one's own, the path
 MOST_NUMBERS = 100_000_000  # in the features of the calibration tokens that are used
 MOST_PATH_NUMBERS = 4_000_000  # in the path matrix; larger models go without one
 
@@ -49,8 +48,8 @@ class PathModel:
         recency: (2, horizons + 1) weights of the averages' log odds and of log(1 + age); row 0 for the next
             visit, row 1 for the hazard after it.
         bias: (2, layers, E).
-        path: (layers * E, layers * E): what a choice (row) adds to the logits of the next visit. Centred, so that
-            a layer whose choice is not known adds nothing.
+        path: (layers * E, 2, layers * E): what a choice (row) adds to both logits. Centred, so that a layer whose
+            choice is not known adds nothing.
     """
 
     usage: NDArray[np.float32]
@@ -72,8 +71,10 @@ class PathModel:
             raise UserError(f"offload: '{path}' is not a path model ({error})") from error
 
 
-def fit_path_model(trace: Trace, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> PathModel:
-    """Fit on a calibration trace; about 10 s on one core for 32,000 tokens of 240 experts.
+def fit_path_model(
+    trace: Trace, seed: int = 0, steps: int = STEPS, progress: Callable[[int, int], None] | None = None
+) -> PathModel:
+    """Fit on a calibration trace; about a minute on one core for 32,000 tokens of 240 experts.
 
     Args:
         progress: Called with (steps done, steps).
@@ -84,14 +85,16 @@ def fit_path_model(trace: Trace, seed: int = 0, progress: Callable[[int, int], N
     experts = np.ascontiguousarray(trace.experts[:most])
     usage = frequencies(trace).astype(np.float32)
     fit = _Fit(experts, usage, np.random.default_rng(seed), with_path=size * size <= MOST_PATH_NUMBERS)
-    fit.run(progress)
+    fit.run(steps, progress)
     return fit.model()
 
 
 class _Fit:
     """Adam on the two likelihoods; a step sees some tokens, each with its sweep over the layers cut at random."""
 
-    def __init__(self, experts: NDArray[np.uint8], usage: NDArray[np.float32], rng: np.random.Generator, with_path: bool):
+    def __init__(
+        self, experts: NDArray[np.uint8], usage: NDArray[np.float32], rng: np.random.Generator, with_path: bool
+    ):
         self.usage, self.rng = usage, rng
         layers, count = usage.shape
         self.features = torch.from_numpy(_features(experts, usage, HORIZONS))  # (tokens, layers, E, horizons + 1)
@@ -105,16 +108,16 @@ class _Fit:
         self.recency = nn.Parameter(torch.zeros(2, self.features.shape[-1]))
         self.bias = nn.Parameter(torch.zeros(2, 1, 1))
         self.own = nn.Parameter(torch.zeros(2, layers, count))
-        self.path = nn.Parameter(torch.zeros(layers * count, layers * count), requires_grad=with_path)
+        self.path = nn.Parameter(torch.zeros(layers * count, 2 * layers * count), requires_grad=with_path)
 
-    def run(self, progress: Callable[[int, int], None] | None) -> None:
-        groups: list[dict[str, Any]] = [{"params": [self.recency, self.bias], "weight_decay": 0.0, "lr": 0.02}]
-        groups += [{"params": [self.own], "weight_decay": 0.0, "lr": OWN}]
-        groups += [{"params": [self.path], "weight_decay": 0.05, "lr": 0.003}] if self.path.requires_grad else []
+    def run(self, steps: int, progress: Callable[[int, int], None] | None) -> None:
+        groups: list[dict[str, Any]] = [{"params": [self.recency, self.bias], "weight_decay": 0.0, "lr": RATE}]
+        groups += [{"params": [self.own], "weight_decay": 0.0, "lr": RATE_OWN}]
+        groups += [{"params": [self.path], "weight_decay": 0.05, "lr": RATE_PATH}] if self.path.requires_grad else []
         optimizer = torch.optim.AdamW(groups)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], STEPS)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], steps)
         first = min(int(HORIZONS[-1]), len(self.chosen) // 2)  # the averages have settled
-        for step in range(STEPS):
+        for step in range(steps):
             rows = torch.from_numpy(self.rng.integers(max(first, 1), len(self.chosen), BATCH))
             with torch.enable_grad():
                 loss = self._loss(rows)
@@ -123,7 +126,7 @@ class _Fit:
             optimizer.step()
             schedule.step()
             if progress is not None:
-                progress(step + 1, STEPS)
+                progress(step + 1, steps)
 
     def _loss(self, rows: Tensor) -> Tensor:
         layers, count = self.usage.shape
@@ -135,8 +138,8 @@ class _Fit:
             cut = torch.from_numpy(self.rng.integers(0, layers, (len(rows), 1)))
             layer = torch.arange(layers)[None]
             known = torch.where(layer.repeat_interleave(count, 1) <= cut, before, 0.0)
-            partial, whole = ((part @ self.path).view(-1, layers, count) for part in (known, before))
-            logits = torch.stack([logits[0] + torch.where((layer <= cut)[..., None], partial, whole), logits[1]])
+            partial, whole = ((part @ self.path).view(-1, 2, layers, count) for part in (known, before))
+            logits = logits + torch.where((layer <= cut)[:, None, :, None], partial, whole).transpose(0, 1)
         waits = self.waits[rows].float()
         at_once = binary_cross_entropy_with_logits(logits[0], (waits == 1).float())
         # Geometric: the wait beyond the next visit ends with the hazard, and is censored where it was not seen to end.
@@ -152,18 +155,18 @@ class _Fit:
             by_layer = self.path.view(layers, count, -1)
             k = self.mean.view(layers, count).sum(-1)[:, None]
             average = torch.einsum("le,leo->lo", self.mean.view(layers, count), by_layer) / k
-            path = (by_layer - average[:, None]).reshape(layers * count, -1)
+            path = (by_layer - average[:, None]).reshape(layers * count, 2, layers * count)
         return PathModel(self.usage, *(each.numpy().astype(np.float32) for each in (recency, bias, path)))
 
 
 @compiled
-def log_odds(share):  # type: ignore[no-untyped-def]
+def log_odds(share):
     """Of a share, kept finite."""
     return np.log((share + LEAST_SHARE) / (1 - share + LEAST_SHARE))
 
 
 @compiled
-def _features(experts, usage, horizons):  # type: ignore[no-untyped-def]
+def _features(experts, usage, horizons):
     """(tokens, layers, E, horizons + 1): the recency features as they stand before each token."""
     tokens, layers, k = experts.shape
     count, size = usage.shape[1], len(horizons)
@@ -188,7 +191,7 @@ def _features(experts, usage, horizons):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _waits(experts, count):  # type: ignore[no-untyped-def]
+def _waits(experts, count):
     """(tokens, layers, E) int16: visits until an expert is used, 1 where the token itself uses it."""
     tokens, layers, k = experts.shape
     waits = np.empty((tokens, layers, count), np.int16)

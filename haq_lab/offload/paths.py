@@ -18,7 +18,9 @@ Residency = NDArray[np.bool_]  # (layers, E): which experts are in the fast tier
 
 def frequencies(trace: Trace) -> NDArray[np.float64]:
     """(layers, E): the share of tokens that choose an expert; each layer sums to k."""
-    counts = [np.bincount(trace.experts[:, layer].ravel(), minlength=trace.expert_count) for layer in range(trace.layers)]
+    counts = [
+        np.bincount(trace.experts[:, layer].ravel(), minlength=trace.expert_count) for layer in range(trace.layers)
+    ]
     return np.stack(counts) / trace.tokens
 
 

@@ -66,13 +66,14 @@ class Simulator:
     """Args:
     costs: What everything takes.
     policy: The same object that would drive the engine.
-    from_disk: Fetches come off the disk instead of over a link.
+    from_disk: There is no GPU: fetches come off the disk, and what runs in place runs where everything does.
     """
 
     def __init__(self, costs: Costs, policy: Policy, from_disk: bool = False):
         self.costs, self.policy = costs, policy
         self.resources = {name: Resource() for name in ("gpu", "link", "cpu", "disk")}
         self.source = self.resources["disk" if from_disk else "link"]
+        self.in_place = self.resources["gpu" if from_disk else "cpu"]  # with no GPU, the CPU is the fast device
         self.bytes = 0
 
     def run(self, trace: Trace, tokens: int | None = None) -> Timeline:
@@ -95,7 +96,7 @@ class Simulator:
 
     def step(self, experts: NDArray[np.uint8], now: float) -> float:
         """One forward pass of (tokens, layers, k) choices that starts at `now`; when it is done."""
-        gpu, cpu, costs = self.resources["gpu"], self.resources["cpu"], self.costs
+        gpu, costs = self.resources["gpu"], self.costs
         tokens = len(experts)
         for layer in range(experts.shape[1]):
             counts = np.bincount(experts[:, layer].ravel(), minlength=self.policy.resident.shape[1])
@@ -106,7 +107,7 @@ class Simulator:
                 if expert not in visit.in_place:
                     arrivals[expert] = self.source.run(costs.fetch(costs.expert_bytes), routed)
                     self.bytes += costs.expert_bytes
-            done = [cpu.run(costs.slow(int(counts[expert])), routed) for expert in visit.in_place]
+            done = [self.in_place.run(costs.slow(int(counts[expert])), routed) for expert in visit.in_place]
             for expert in visit.wanted:
                 if expert not in visit.missing:
                     done.append(gpu.run(costs.fast(int(counts[expert])), routed))

@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class ExpertStore:
         Raises:
             ReadError: It failed `ATTEMPTS` times; the message names the expert.
         """
-        view = memoryview(blob.numpy())
+        view = memoryview(cast(Any, blob.numpy()))
         offset = (layer * self.experts + expert) * self.blob_bytes
         problem = ""
         for attempt in range(ATTEMPTS):
@@ -113,7 +113,7 @@ class ExpertStore:
 
 
 class StoreWriter:
-    """Writes a store a layer at a time: `with StoreWriter(path) as writer: writer.add(experts); store = writer.open()`."""
+    """Writes a store a layer at a time: `add` each layer's experts, then `open` the store."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -143,7 +143,7 @@ class StoreWriter:
             blob = torch.zeros(size, dtype=torch.uint8)
             for part in parts:
                 part.of(blob).copy_(tensors[part.name])
-            self._stream.write(memoryview(blob.numpy()))
+            self._stream.write(memoryview(cast(Any, blob.numpy())))
             bind(expert, parts, None)
         self._count, self._layers = len(experts), self._layers + 1
 

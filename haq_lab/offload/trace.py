@@ -58,7 +58,7 @@ class Trace:
         tokens = len(self.experts)
         fits = self.experts.ndim == 3 and self.weights.shape == self.experts.shape and self.decode.shape == (tokens,)
         if not fits or tokens == 0:
-            raise UserError("trace: experts and weights are (tokens, layers, k), decode (tokens,), and there is a token")
+            raise UserError("trace: experts and weights are (tokens, layers, k), decode (tokens,), and not empty")
         starts = self.starts
         if len(starts) == 0 or starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= tokens:
             raise UserError("trace: starts must begin with 0, rise, and stay within the tokens")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haq_lab.errors import UserError
+from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import make_policy
 
@@ -47,7 +48,9 @@ def test_lru_and_lfu_are_what_they_say(make_trace, rule, scope, seed, slots):
     trace = make_trace(tokens=60, seed=seed)
     resident = place("uniform", trace, slots)
     rates = make_policy(rule, resident, trace, scope).replay(trace)
-    np.testing.assert_array_equal(np.rint(rates.by_layer * trace.tokens * trace.k), plain_hits(trace, resident, rule, scope))
+    np.testing.assert_array_equal(
+        np.rint(rates.by_layer * trace.tokens * trace.k), plain_hits(trace, resident, rule, scope)
+    )
 
 
 @given(seed=st.integers(0, 1000), slots=st.integers(8, 31))
@@ -81,7 +84,8 @@ def test_the_engines_clock_and_the_replay_agree(make_trace, rule):
     """Visit by visit, as the engine and the simulator drive it, or all at once: one policy."""
     profile, trace = make_trace(), make_trace(seed=0, tokens=120)
     resident = place("frequency", profile, 12)
-    whole, stepwise = (make_policy(rule, resident, profile) for _ in range(2))
+    model = fit_path_model(profile, steps=50)
+    whole, stepwise = (make_policy(rule, resident, profile, path_model=model) for _ in range(2))
     rates = whole.replay(trace)
     hits = 0
     for token in range(trace.tokens):
@@ -114,9 +118,10 @@ def test_haq_beats_lru_and_lfu_where_paths_repeat(make_trace):
     # One generator seed: the same kinds of tokens, another text.
     both = make_trace(tokens=6000, layers=8, sequences=12)
     profile, test = both.part(slice(0, 8)), both.part(slice(8, 12))
+    model = fit_path_model(profile, steps=300)
     for slots in (16, 32):
         resident = place("two_stage", profile, slots)
-        rates = {rule: make_policy(rule, resident, profile).replay(test).pairs for rule in RULES}
+        rates = {rule: make_policy(rule, resident, profile, path_model=model).replay(test).pairs for rule in RULES}
         per_layer = [make_policy(rule, place("uniform", profile, slots), profile, "layer") for rule in ("lru", "lfu")]
         best = max(*(policy.replay(test).pairs for policy in per_layer), rates["lru"], rates["lfu"], rates["none"])
         assert rates["haq"] > best

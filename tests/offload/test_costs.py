@@ -38,7 +38,9 @@ def test_the_decision_is_the_best_of_all(tokens, fast, slow, fetch, objective):
         fetched = {e: n for e, n in missing.items() if e not in kept}
         return seconds(costs, {9: 3}, fetched, {e: missing[e] for e in kept}, objective)
 
-    every = [[e for e, keep in zip(missing, flags, strict=True) if keep] for flags in product([0, 1], repeat=len(missing))]
+    every = [
+        [e for e, keep in zip(missing, flags, strict=True) if keep] for flags in product([0, 1], repeat=len(missing))
+    ]
     assert price(in_place) == pytest.approx(min(map(price, every)))
 
 
@@ -54,7 +56,7 @@ def test_curves():
 def test_a_timeline_by_hand(make_trace):
     """One token, one layer, two experts of which one is missing: its fetch hides behind the other's computing."""
     trace = make_trace(tokens=1, layers=1, sequences=1)
-    present, missing = trace.experts[0, 0]
+    present = trace.experts[0, 0, 0]
     resident = np.zeros((1, 8), bool)
     resident[0, present] = True
     costs = Costs(flat(4.0), flat(50.0), flat(3.0), flat(1.0), flat(0.5), expert_bytes=10)

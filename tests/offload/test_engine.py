@@ -16,6 +16,7 @@ from haq_lab.int8.cpu import CpuBackend
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.offload.engine import Engine
+from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import PLACEMENTS, place
 from haq_lab.offload.policy import make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath
@@ -34,6 +35,7 @@ class Case:
         self.model = LayeredModel(TinyModel("mixtral", layers=3).folder())
         windows = torch.randint(0, 257, (2, 64), generator=torch.Generator().manual_seed(1))
         self.profile = record_trace(self.model, windows, "random")
+        self.path_model = fit_path_model(self.profile, steps=50)
         self.quantizer = quantizer
         self.path = folder / f"experts-{quantizer is not None}.bin"
         layers = self.layers()
@@ -75,7 +77,7 @@ def case(request, tmp_path_factory) -> Case:
 
 
 def engine_for(case, store, layers, rule="lru", slots=6, placement="frequency", scope="global", spare=2, prefetch=None):
-    policy = make_policy(rule, place(placement, case.profile, slots), case.profile, scope)
+    policy = make_policy(rule, place(placement, case.profile, slots), case.profile, scope, case.path_model)
     guess = {None: None, "path": NextOnPath(case.profile), "gate": NextGate([layer.mlp.gate for layer in layers])}
     engine = Engine(store, policy, spare, guess[prefetch], guesses=min(2, spare - 1) if prefetch else 0)
     engine.attach(layers, case.model.family.moe)

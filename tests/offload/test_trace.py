@@ -61,7 +61,9 @@ def test_recorded_choices_are_the_routers(windows):
     for index in range(model.depth):
         layer = model.load_layer(index)
         inputs = []
-        layer.get_submodule("mlp.gate").register_forward_pre_hook(lambda module, args, seen=inputs: seen.append(args[0]))
+        layer.get_submodule("mlp.gate").register_forward_pre_hook(
+            lambda module, args, seen=inputs: seen.append(args[0])
+        )
         model.run(layer, index, hidden)
         x = torch.cat(inputs).reshape(-1, hidden.shape[-1])
         expected = (x @ layer.get_submodule("mlp.gate").weight.t()).topk(2).indices
