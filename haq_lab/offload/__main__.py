@@ -107,9 +107,8 @@ def _replay(given: argparse.Namespace) -> None:
     first, either = repeat_rate(test)
     apart = drift(profile, test)
     near, far = jaccard(test, [1, 16]).mean(1)
-    say(
-        f"\nentropy {entropy(test).mean():.3f} bits; first choice again {first.mean():.3f}, any choice {either.mean():.3f}"
-    )
+    say(f"\nentropy {entropy(test).mean():.3f} bits")
+    say(f"the previous token's first choice: first again {first.mean():.3f}, chosen again {either.mean():.3f}")
     say(f"Jaccard of the expert sets of neighbouring tokens {near:.3f}, 16 tokens apart {far:.3f}")
     say(f"drift from the profile's text: shares differ by {apart.distance.mean():.3f} (total variation)")
     for budget, share in closed(table).items():
@@ -150,7 +149,7 @@ def _plan(given: argparse.Namespace) -> None:
     fitting = table[table["fits"]]
     if fitting.empty:
         raise UserError(f"plan: nothing fits the {machine.memory_gb} GB of {machine.name}; lower --context")
-    best = fitting.loc[fitting["simulated_ms"].idxmin()]
+    best = fitting.sort_values("simulated_ms").iloc[0]
     choice = ", ".join(
         f"{name} {best[name]}" for name in ("host_format", "device_format", "placement", "cache", "slots")
     )

@@ -25,9 +25,10 @@ FOLDER = cache_folder() / "numba" / _sources()
 
 def compiled(function: Callable[..., Any]) -> Any:
     """`function`, compiled at its first call for the types it gets. No Python object, no checks of bounds."""
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(FOLDER)
+    settings: Any = numba.config
+    before = settings.CACHE_DIR
+    settings.CACHE_DIR = str(FOLDER)
     try:
         return numba.njit(function, cache=True, fastmath={"nsz", "arcp", "contract", "reassoc"}, error_model="numpy")
     finally:
-        numba.config.CACHE_DIR = before
+        settings.CACHE_DIR = before

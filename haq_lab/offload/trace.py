@@ -109,7 +109,9 @@ class Trace:
 
     def save(self, path: Path) -> None:
         """Write the trace to `path`, aside first."""
-        tensors = {name: np.ascontiguousarray(getattr(self, name), dtype) for name, (_, dtype) in TENSORS.items()}
+        tensors: dict[str, NDArray[Any]] = {
+            name: np.ascontiguousarray(getattr(self, name), dtype) for name, (_, dtype) in TENSORS.items()
+        }
         metadata = {"model": self.model, "text": self.text, "experts": str(self.expert_count)}
         with written_aside(path) as aside:
             save_file(tensors, aside, metadata)
