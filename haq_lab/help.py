@@ -58,7 +58,7 @@ def help_text() -> str:
 def _option_lines(path: Path, option: str) -> list[str]:
     text = path.read_text(encoding="utf-8")
     comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#") and "@package" not in line]
-    lines = [f"  {option:<14}{comments[0] if comments else ''}"]
+    lines = [f"  {option:<22}{comments[0] if comments else ''}"]
     if path.parent.name != "experiment":
         settings = [line for line in text.splitlines() if re.match(r"(?!defaults:)[a-z]\w*:", line)]
         lines += [f"      {line}" for line in settings]

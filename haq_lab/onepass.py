@@ -110,11 +110,12 @@ def one_pass(
         evaluate(first, layer, index)
         if quantizer is not None:
             assert calibrator is not None
-            smoothed = _sharing(layer)
+            smoothed = _sharing(layer) if evaluation else None  # it keeps the float weights
             result.reports += _quantize_layer(model, layer, smoothed, index, quantizer, backend, calibrator, clock)
             spool.release()
-            evaluate("smoothed", smoothed, index)
-            evaluate("quantized", layer, index)
+            if smoothed is not None:
+                evaluate("smoothed", smoothed, index)
+                evaluate("quantized", layer, index)
             del smoothed
         if keeper is not None:
             with clock.stage("write"):
@@ -127,7 +128,7 @@ def one_pass(
 def _quantize_layer(
     model: LayeredModel,
     layer: nn.Module,
-    smoothed: nn.Module,
+    smoothed: nn.Module | None,
     index: int,
     quantizer: Quantizer,
     backend: Backend,
@@ -136,11 +137,12 @@ def _quantize_layer(
 ) -> list[LinearReport]:
     """Smooth both states of a layer and quantise the first, group by group."""
     reports: list[LinearReport] = []
+    states = [layer] if smoothed is None else [layer, smoothed]
     calibrator.enter(layer, index)
     for group in model.groups:
         statistics = calibrator.statistics(layer, index, group)
         with clock.stage("smooth"):
-            statistics, strength = smooth_group([layer, smoothed], group, model.family, quantizer, statistics)
+            statistics, strength = smooth_group(states, group, model.family, quantizer, statistics)
         with clock.stage("solve"):
             reports += quantize_group(layer, index, group, quantizer, statistics, strength, backend)
     if (moe := model.family.moe) is not None:

@@ -27,6 +27,7 @@ from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.session import OffloadSession
 from haq_lab.onepass import PassResult, one_pass
+from haq_lab.preflight import preflight
 from haq_lab.show import Progress, say, show_results
 from haq_lab.tracking.run_folder import RunFolder
 
@@ -65,7 +66,8 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
 def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> None:
     """The method section."""
     reset_peak_rss()
-    with Progress() as progress, ExitStack() as closing:
+    preflight(experiment, facts["overrides"])
+    with ExitStack() as held, Progress() as progress:
         # 1. The model's shell and the texts.
         progress.stage(f"model {experiment.model.label}")
         model = open_model(experiment.model, experiment.backend)
@@ -78,7 +80,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         offload = None
         if experiment.offload is not None:
             offload = OffloadSession(experiment.offload, model, folder.path)
-            closing.callback(offload.close)
+            held.callback(offload.close)
 
         def keep(layer: nn.Module) -> None:
             if offload is not None:
@@ -87,6 +89,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
 
         deploys = any(measure.deploys for measure in experiment.measures.values())
         writer = _writer(experiment, folder.config, model, evaluation, calibration)
+        if writer is not None:
+            held.callback(writer.release)
         progress.layers(model.depth, "quantise" if experiment.quantizer else "evaluate")
 
         def finished(index: int, layer: nn.Module) -> None:
@@ -108,10 +112,9 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         if writer is not None:
             writer.finish()
             facts["checkpoint"], facts["resumed_from_layer"] = str(writer.folder), writer.resumed
-            if deploys:
-                written = QuantizedModel(writer.folder, experiment.backend)
-                for index in range(model.depth):
-                    keep(written.load_layer(index))
+            model = QuantizedModel(writer.folder, experiment.backend)
+            for index in range(model.depth if deploys else 0):
+                keep(model.load_layer(index))
         if offload is not None and layers:
             progress.stage("offload")
             if calibration is None:
@@ -127,6 +130,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             metrics |= offload.metrics()
 
     # 4. The record.
+    if isinstance(model, QuantizedModel):
+        metrics["memory.checkpoint_bytes"] = model.manifest.bytes
     metrics |= {f"time.{stage}_s": seconds for stage, seconds in passed.stopwatch.seconds.items()}
     metrics["quantizer.fallback_modules"] = sum("fallback" in report.notes for report in passed.reports)
     if passed.reports:

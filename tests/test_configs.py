@@ -18,7 +18,11 @@ from haq_lab.help import GROUPS, options
 from haq_lab.paths import bundled
 
 QUANTIZERS = [name for name in options("quantizer") if name != "none"]
-NEEDED = {"model=hf": ["model.name=x"], "model=gguf": ["model.path=x"]}
+NEEDED = {
+    "model=hf": ["model.name=x"],
+    "model=gguf": ["model.path=x"],
+    "model=quantized": ["model.path=x", "quantizer=none"],
+}
 ONE_CHOICE = [f"{group}={option}" for group in GROUPS if group not in ("experiment",) for option in options(group)]
 
 
@@ -40,6 +44,12 @@ SPELLINGS = [
     "model=opt model.name=facebook/opt-125m",
     "model=hf model.name=some/model model.revision=main",
     "model=gguf model.path=file.gguf",
+    "model=smol_moe model.experts=4 model.active=1 model.seed=1",
+    "model=smol_moe model@model.dense=tiny_llama",
+    "model=tiny_mixtral_trained model.steps=10",
+    "model=mixtral model.name=/a/folder",
+    "model=quantized model.path=folder quantizer=none",
+    "checkpoint.dir=folder",
     "quantizer=haq quantizer.activations=auto",
     "quantizer=haq quantizer.adaptive=false quantizer.strength=0.5",
     "quantizer=haq quantizer.fold=[norm]",
@@ -54,6 +64,7 @@ SPELLINGS = [
     "calibration=c4 calibration.propagate=fp",
     "calibration=text calibration.path=a.jsonl calibration.propagate=quantized",
     "calibration=python_docs",
+    "model=tiny_mixtral calibration.route=all calibration.min_tokens=200",
     "measure=[perplexity,memory,latency]",
     "measure=perplexity",
     "tracking=online",
@@ -109,6 +120,34 @@ def test_every_quantizer_runs_with_every_scheme(quantizer, activations, tmp_path
     assert abs(metrics["perplexity.python_docs"] / fp - 1) < 0.5
     assert abs(metrics["perplexity_smoothed_fp.python_docs"] / fp - 1) < 1e-4
     assert metrics["quantizer.dynamic_share"] == (activations != "static")
+
+
+@pytest.mark.parametrize("activations", ["token", "static"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_quantizer_runs_on_a_mixture_of_experts(quantizer, activations, tmp_path):
+    chosen = [f"quantizer={quantizer}", f"quantizer.activations={activations}", "model=tiny_mixtral", "model.layers=1"]
+    metrics = _metrics(tmp_path, *chosen)
+    fp = metrics["perplexity_fp.python_docs"]
+    assert abs(metrics["perplexity.python_docs"] / fp - 1) < 0.5
+    assert abs(metrics["perplexity_smoothed_fp.python_docs"] / fp - 1) < 1e-4
+    layers = pd.read_csv(tmp_path / "layers.csv")
+    assert layers["linear"].str.contains("experts").sum() == 24
+    calibrated = (quantizer, activations) != ("rtn", "token")
+    assert (tmp_path / "experts.csv").is_file() == (tmp_path / "routing.safetensors").is_file() == calibrated
+    if calibrated:
+        experts = pd.read_csv(tmp_path / "experts.csv")
+        assert experts["tokens"].sum() == 4 * 64 * 2
+        assert (layers["fallback"] == "shared").sum() == metrics["quantizer.fallback_modules"] > 0
+
+
+def test_the_experts_tokens_are_a_choice(tmp_path):
+    errors = {}
+    for route in ("topk", "all"):
+        few = ["model=tiny_mixtral", "quantizer=gptq", f"calibration.route={route}", "calibration.min_tokens=1"]
+        _metrics(tmp_path / route, *few)
+        layers = pd.read_csv(tmp_path / route / "layers.csv")
+        errors[route] = layers[layers["linear"].str.contains("gate_proj")]["error"].tolist()
+    assert errors["topk"] != errors["all"]
 
 
 def test_haq_chooses_schemes_by_itself(tmp_path):
@@ -189,6 +228,7 @@ def test_every_experiment_runs_on_a_tiny_model(experiment, texts, tmp_path):
     calibration = _composed(f"+experiment={experiment}").calibration.text
     paths += [f"calibration.path={texts['train.txt']}"] if calibration != "python_docs" else []
     quick = ["measure.latency.seconds=0", "measure.latency.iterations=1", "measure.latency.decode_tokens=2"]
+    quick = quick if "latency" in _composed(f"+experiment={experiment}").measure else []
     outcome = launch(f"experiment={experiment}", *small, *cut, *paths, *quick, f"hydra.run.dir={tmp_path}")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "results.json").is_file()

@@ -33,7 +33,7 @@ def test_every_option_and_setting_has_a_line(group):
         if group == "experiment":
             continue
         for line in (bundled("conf") / group / f"{option}.yaml").read_text().splitlines():
-            if re.match(r"[a-z]", line):
+            if re.match(r"(?!defaults:)[a-z]", line):
                 assert line in section
 
 

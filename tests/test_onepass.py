@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from haq_lab.calibration.statistics import Policy
+from haq_lab.calibration.statistics import MIN_TOKENS, Policy
 from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.int8.experts import Int8Experts
 from haq_lab.int8.linear import Int8Linear
+from haq_lab.models.families import expert_of
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.rtn import RTN
@@ -58,7 +62,9 @@ def test_levels(tiny, windows, name, propagate):
     quantized = torch.cat([whole(window[None]).logits for window in windows])
     apart = float((logits["quantized"] - expected).norm())
     assert float((logits["quantized"] - quantized).norm()) < 0.02 * apart
-    assert 0 < apart / float(expected.norm()) < (0.9 if name == "gptq4" else 0.35)
+    # Where a token's experts change, so does its output, by far more than rounding.
+    coarse = name == "gptq4" or (name == "rtn_static" and tiny.experts)
+    assert 0 < apart / float(expected.norm()) < (0.9 if coarse else 0.35)
 
 
 def test_propagating_the_quantised_model_gives_other_statistics(tiny, windows):
@@ -77,3 +83,50 @@ def test_nothing_to_evaluate_still_quantises(tiny, windows):
     assert result.hidden == {}
     assert len(layers) == tiny.depth
     assert result.stopwatch.seconds["solve"] > 0
+
+
+@pytest.mark.parametrize("architecture", ["mixtral"])
+def test_routing_is_recorded_and_counted(tiny, windows):
+    result, layers = pass_through(tiny, GPTQ(), windows, "quantized")
+    assert all(isinstance(layer.mlp.experts, Int8Experts) for layer in layers)
+    assert len(result.routing.chosen) == tiny.depth
+    tokens = {(row.layer, row.expert): row.tokens for row in result.routing.table().itertuples()}
+    for report in result.reports:
+        expert = expert_of(report.linear)
+        assert report.notes.get("tokens") == (None if expert is None else tokens[report.layer, expert])
+        fallback = expert is not None and tokens[report.layer, expert] < MIN_TOKENS
+        assert report.notes.get("fallback") == ("shared" if fallback else None)
+    calibration = windows.flip(0).flip(1)
+    seen: list[torch.Tensor] = []
+    layers[1].mlp.gate.register_forward_hook(lambda module, arguments, output: seen.append(output[2]))
+    tiny.assemble(layers)(calibration)
+    apart = (result.routing.chosen[1].long() != seen[0]).float().mean()
+    assert apart < 0.02, "the deployed model routes as recorded, but for near ties"
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq4"])
+def test_nothing_keeps_a_layers_weights_once_it_is_finished(tiny, windows, name):
+    """One layer is in memory at a time, whatever the depth: neither the float weights nor the finished layer stay."""
+    loaded: list[weakref.ref] = []
+    original = tiny.load_layer
+
+    def load(index):
+        assert not [reference for reference in loaded if reference() is not None]
+        layer = original(index)
+        loaded.extend(weakref.ref(parameter) for parameter in layer.parameters())
+        return layer
+
+    tiny.load_layer = load
+    calibration = windows.flip(1)
+    evaluation = {"text": windows}
+    policy = Policy()
+    one_pass(tiny, QUANTIZERS[name], ReferenceBackend(), calibration, policy, evaluation, lambda index, layer: None)
+    assert len(loaded) > 10
+
+
+def test_hidden_states_in_files_change_nothing(tiny, windows, monkeypatch):
+    in_ram, _ = pass_through(tiny, GPTQ(), windows, "quantized")
+    monkeypatch.setattr("haq_lab.calibration.spool.RAM_BYTES", 100_000)
+    in_files, _ = pass_through(tiny, GPTQ(), windows, "quantized")
+    for level, hidden in in_ram.hidden["text"].items():
+        assert torch.equal(in_files.hidden["text"][level], hidden)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 SAMPLE_ROWS = 512  # tokens kept whole, evenly spaced
 EXTREME_ROWS = 64  # and those with the largest entries, where outliers live
-MIN_TOKENS = 128
+MIN_TOKENS = 64
+STANDING_IN_WORTH = 0.1  # of a token that the router sent elsewhere, to an expert that it stands in for
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,19 @@ class InputStatistics:
     def of(self, expert: int | None) -> InputStatistics:
         """What the linears of an expert go by: its own statistics where there are any, else these."""
         return self if expert is None else self.routed.get(expert, self)
+
+    def shrunk_hessian(self) -> Tensor:
+        """The Hessian with its off-diagonal part shrunk by n / (n + k), for n tokens and k channels.
+
+        A Hessian from few tokens knows directions that nobody else will ever see, and weights solved under it
+        are worse than rounded ones as long as n is below 2 k or so. Shrunk towards its diagonal (as Ledoit and
+        Wolf, 2004, shrink a covariance), it goes over into plain rounding instead.
+        """
+        assert self.hessian is not None
+        worth = self.count * (STANDING_IN_WORTH if self.stands_in else 1.0)
+        hessian = self.hessian * (worth / (worth + len(self.hessian)))
+        hessian.diagonal().copy_(self.hessian.diagonal())
+        return hessian
 
     def standing_in(self) -> InputStatistics:
         """These, for an expert that has too few tokens of its own."""

@@ -31,6 +31,11 @@ class Manifest:
     shards: dict[str, Shard]
     files: dict[str, str]
 
+    @property
+    def bytes(self) -> int:
+        """Of all shards: what the weights take on disk, each tensor in its stored dtype."""
+        return sum(shard.bytes for shard in self.shards.values())
+
     def write(self, folder: Path) -> None:
         """Write `manifest.json`: from here on the folder is a checkpoint."""
         shards = [asdict(shard) for shard in self.shards.values()]

@@ -73,11 +73,12 @@ class QuantizedModel(LayeredModel):
         layer = self.new_layer(index)
         for name, scheme in json.loads(metadata["schemes"]).items():
             name = name.removeprefix(prefix)
-            own = {key: tensors.pop(f"{name}.{key}", None) for key in ("weight", "weight_scale", "bias", "input_scale")}
-            weight = cast(Tensor, layer.get_submodule(name).weight)
-            if own["weight"] is None or own["weight_scale"] is None or own["weight"].shape != weight.shape:
+            parts = ("weight", "weight_scale", "bias", "input_scale")
+            levels, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
+            shape = cast(Tensor, layer.get_submodule(name).weight).shape
+            if levels is None or scale is None or levels.shape != shape:
                 raise UserError(f"checkpoint: {self.folder / file}: '{prefix}{name}' does not fit the config")
-            layer.set_submodule(name, Int8Linear(**own, scheme=scheme, backend=self.backend))
+            layer.set_submodule(name, Int8Linear(levels, scale, bias, scheme, input_scale, self.backend))
         if (moe := self.family.moe) is not None:
             layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
         self._assign(layer, tensors, self.folder / file)
@@ -85,13 +86,14 @@ class QuantizedModel(LayeredModel):
 
     def _assign(self, layer: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         """What is not quantised: norms, and a router."""
-        try:
-            left = layer.load_state_dict(tensors, strict=False, assign=True)
-        except RuntimeError as error:
-            raise UserError(f"checkpoint: {path} does not fit its config: {error}") from error
-        unset = [name for name, tensor in layer.state_dict().items() if tensor.device.type == "meta"]
-        for name in (*left.unexpected_keys, *unset):
+        places = {name: tensor for name, tensor in layer.named_parameters() if tensor.is_meta}
+        for name in sorted({*tensors} ^ {*places}):
             raise UserError(f"checkpoint: {path}: tensor '{name}' is superfluous or missing")
+        for name, tensor in tensors.items():
+            if tensor.shape != places[name].shape:
+                raise UserError(f"checkpoint: {path}: tensor '{name}' does not fit the config")
+            parent, _, own = name.rpartition(".")
+            setattr(layer.get_submodule(parent), own, nn.Parameter(tensor, requires_grad=False))
 
 
 def open_model(source: ModelSource, backend: Backend) -> LayeredModel:

@@ -1,8 +1,8 @@
 """One safetensors file of a quantised checkpoint, its tensors in an order of our own.
 
-The format leaves the order open; its library sorts by dtype and cannot be told otherwise, hence the writer here. Here each expert's tensors (the scales of its
-gate, up and down projection, then their levels) lie side by side, so that an offloading engine can read an expert
-as one range of bytes: `byte_range` says which.
+The format leaves the order open; its library sorts by dtype and cannot be told otherwise, hence the writer here.
+Each expert's tensors (the scales of its gate, up and down projection, then their levels) lie side by side, so that
+an offloading engine can read an expert as one range of bytes: `byte_range` says which.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
         raise UserError(f"checkpoint: {path} is missing")
     if path.stat().st_size != shard.bytes:
         raise UserError(f"checkpoint: {path} has {path.stat().st_size} bytes, not {shard.bytes}: truncated or changed")
-    header, start = _header(path)
+    header, start = read_header(path)
     metadata = header.pop("__metadata__", {})
     for name in sorted({*header} ^ {*shard.tensors}):
         raise UserError(f"checkpoint: {path}: tensor '{name}' is not where the manifest has it; was a file renamed?")
@@ -86,8 +87,8 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
             begin, end = entry["data_offsets"]
             stream.seek(start + begin)
             data = torch.empty(end - begin, dtype=torch.uint8)
-            stream.readinto(data.numpy())
-            if hashlib.sha256(data.numpy()).hexdigest() != shard.tensors[name]:
+            stream.readinto(_bytes(data))
+            if hashlib.sha256(_bytes(data)).hexdigest() != shard.tensors[name]:
                 raise UserError(f"checkpoint: {path}: tensor '{name}' does not match its hash; the file is damaged")
             tensors[name] = data.view(_TYPES[entry["dtype"]]).view(entry["shape"])
     return tensors, metadata
@@ -99,17 +100,17 @@ def byte_range(path: Path, names: Iterable[str]) -> tuple[int, int]:
     Raises:
         UserError: They don't lie side by side, or are not there.
     """
-    header, start = _header(path)
+    header, start = read_header(path)
     wanted = set(names)
     if missing := wanted - set(header):
         raise UserError(f"checkpoint: {path} has no tensor '{min(missing)}'")
     ranges = sorted(header[name]["data_offsets"] for name in wanted)
-    if any(before[1] != after[0] for before, after in zip(ranges, ranges[1:], strict=False)):
+    if any(before[1] != after[0] for before, after in pairwise(ranges)):
         raise UserError(f"checkpoint: {path}: the tensors of {min(wanted)} and others do not lie side by side")
     return start + ranges[0][0], start + ranges[-1][1]
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file's header, and where the tensors' bytes begin."""
     try:
         with path.open("rb") as stream:
@@ -129,7 +130,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
 
 def _in_order(tensors: dict[str, Tensor]) -> list[str]:

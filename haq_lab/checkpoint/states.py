@@ -47,8 +47,6 @@ def restore_state(work: Path, state: PassState) -> tuple[int, list[Shard]]:
     Returns:
         The number of layers that are done, and their shards.
     """
-    for left in work.glob(".state-*.part"):
-        shutil.rmtree(left)
     states = _states(work)
     if not states:
         return 0, []

@@ -1,6 +1,6 @@
 """Write a quantised checkpoint while the pass goes on, and go on with one that was killed.
 
-    checkpoint.dir=DIR
+checkpoint.dir=DIR
 """
 
 from __future__ import annotations
@@ -49,36 +49,41 @@ class CheckpointWriter:
         self.work = folder / WORK
         self.shards: list[Shard] = []
         self.resumed = 0
-        self._lock = FileLock(folder.parent / f".{folder.name}.lock")
+        self._lock = FileLock(self.work / ".lock")
         self._begin(json.loads(json.dumps({"provenance": provenance, "evaluation": evaluation})), force)
 
     def _begin(self, identity: dict[str, Any], force: bool) -> None:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        record, manifest = self.work / IDENTITY, self.folder / FILE
+        began = record.is_file()
+        if not (began or force):
+            self._refuse_what_is_there()
+        self.work.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"checkpoint.dir: another run is writing to '{self.folder}'") from None
-        record = self.work / IDENTITY
-        if force and (record.is_file() or (self.folder / FILE).is_file()):
-            (self.folder / FILE).unlink(missing_ok=True)
-            shutil.rmtree(self.work, ignore_errors=True)
-        if record.is_file():
-            began = json.loads(record.read_text(encoding="utf-8"))
-            if others := list(differences(identity, began)):
-                raise UserError(
-                    f"checkpoint.dir: '{self.folder}' was begun by a run that differs in {', '.join(others[:5])}; "
-                    "choose another folder, or set force=true to begin again"
-                )
-        elif (self.folder / FILE).is_file():
+        for left in [*self.folder.glob(".*.part"), *self.work.glob(".*.part")]:  # what a killed run wrote aside
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if force:
+            manifest.unlink(missing_ok=True)
+            for state in self.work.glob("state-*"):
+                shutil.rmtree(state)
+        elif began and (others := list(differences(identity, json.loads(record.read_text(encoding="utf-8"))))):
+            self.release()
+            raise UserError(
+                f"checkpoint.dir: '{self.folder}' was begun by a run that differs in {', '.join(others[:5])}; "
+                "choose another folder, or set force=true to begin again"
+            )
+        write_json(record, identity)
+
+    def _refuse_what_is_there(self) -> None:
+        if (self.folder / FILE).is_file():
             raise UserError(
                 f"checkpoint.dir: '{self.folder}' holds a finished checkpoint (model=quantized model.path="
                 f"{self.folder} runs it); choose another folder, or set force=true to write it again"
             )
-        elif self.folder.is_dir() and any(item.name != WORK for item in self.folder.iterdir()) and not force:
+        if self.folder.is_dir() and any(item.name != WORK for item in self.folder.iterdir()):
             raise UserError(f"checkpoint.dir: '{self.folder}' is not empty; choose another folder")
-        else:
-            self.work.mkdir(parents=True, exist_ok=True)
-            write_json(record, identity)
 
     def restore(self, state: PassState) -> int:
         """See `haq_lab.onepass.Keeper`."""
@@ -109,13 +114,11 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Remove the hidden states: nothing is left to be resumed."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.release()
+        shutil.rmtree(self.work)
 
     def release(self) -> None:
         """Let others write there."""
         self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
 
 
 def _storable(tensor: Tensor) -> Tensor:

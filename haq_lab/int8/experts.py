@@ -6,39 +6,51 @@ from typing import cast
 
 from torch import Tensor
 
+from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.experts import Experts, dispatch
+from haq_lab.int8.numerics import Activations
+from haq_lab.models.experts import Expert, Experts, dispatch
 
 
 class Int8Experts(Experts):
     """Experts whose projections are all `Int8Linear`s; the gate and up projections of all share one input scheme.
 
-    The input is quantised once, whichever experts then read it.
+    The input is quantised once, whichever experts then read it. An expert's weights are asked for through
+    `expert` alone, and only where a token has chosen it.
     """
+
+    scheme: Activations
+    backend: Backend
+    input_scale: Tensor | None
 
     @classmethod
     def of(cls, experts: Experts) -> Int8Experts:
-        """The same experts, run in int8. Asserts that they are quantised, and alike."""
-        linears = [module for expert in experts for module in expert.children() if hasattr(module, "weight")]
+        """The same experts, run in int8. Asserts that they are quantised for good, and alike."""
+        made = cls(cast(Expert, expert) for expert in experts)
+        linears = [linear for expert in made for linear in _projections(cast(Expert, expert))]
         assert all(isinstance(linear, Int8Linear) for linear in linears), "experts that are not quantised yet"
-        inputs = [cast(Int8Linear, linear) for expert in experts for linear in (expert.gate_proj, expert.up_proj)]
-        assert len({_scheme(linear) for linear in inputs}) == 1, "experts that quantise their shared input differently"
-        return cls(experts)
+        readers = [linear for expert in made for linear in _projections(cast(Expert, expert))[:2]]
+        assert len({_scheme(linear) for linear in readers}) == 1, "experts that quantise their shared input differently"
+        made.scheme, made.backend = readers[0].scheme, readers[0].backend
+        made.register_buffer("input_scale", readers[0].input_scale, persistent=False)
+        return made
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Hidden states (t, d), expert numbers (t, k) and gate weights (t, k) -> (t, d)."""
-        first = cast(Int8Linear, self[0].gate_proj)  # any expert's: they share the scheme
-        levels, scale = first.quantize(hidden)
+        levels, scale = self.backend.quantize(hidden, self.scheme, self.input_scale)
 
         def run(number: int, tokens: Tensor) -> Tensor:
             expert = self.expert(number)
-            gate, up, down = (
-                cast(Int8Linear, linear) for linear in (expert.gate_proj, expert.up_proj, expert.down_proj)
-            )
-            qx, row_scale = levels[tokens], scale[tokens]
-            return down(expert.act_fn(gate.product(qx, row_scale)) * up.product(qx, row_scale)).to(hidden.dtype)
+            gate, up, down = _projections(expert)
+            own = levels[tokens], scale[tokens]
+            return down(expert.act_fn(gate.product(*own)) * up.product(*own)).to(hidden.dtype)
 
         return dispatch(hidden, chosen, weights, run, self.order)
+
+
+def _projections(expert: Expert) -> tuple[Int8Linear, Int8Linear, Int8Linear]:
+    """What reads the shared input, gate and up, then down."""
+    return cast(tuple[Int8Linear, Int8Linear, Int8Linear], (expert.gate_proj, expert.up_proj, expert.down_proj))
 
 
 def _scheme(linear: Int8Linear) -> tuple[str, float | None]:

@@ -55,10 +55,6 @@ class Int8Linear(nn.Module):
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (m, k) -> int8 (m, k) and scales (m, 1), as this linear's input is quantised."""
-        return self.backend.quantize(x, self.scheme, self.input_scale)
-
     def product(self, qx: Tensor, row_scale: Tensor) -> Tensor:
         """An input that is quantised already, (m, k) and (m, 1) -> float32 (m, n)."""
         return self.backend.product(qx, row_scale, self.weight, self.weight_scale, self.bias)

@@ -205,7 +205,9 @@ FAMILIES: tuple[Family, ...] = (
         "model.layers",
         _MOE_GROUPS,
         smoothquant_strength=0.8,
-        applies=lambda config: not config.mlp_only_layers and config.decoder_sparse_step == 1,  # no dense layers between
+        applies=lambda config: (
+            not config.mlp_only_layers and config.decoder_sparse_step == 1
+        ),  # no dense layers between
         moe=Moe("num_experts"),
     ),
     # Clipped values don't let a factor pass.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,10 +63,14 @@ class LayeredModel:
         self.groups = self.family.resolve(self.config)
         self.experts = self.family.experts(self.config)
         self.depth: int = self.config.num_hidden_layers
-        self.weights = Weights(folder)
         self._layer_class = self._find_layer_class()
         self.shell = self._build_shell()
         self._arguments: dict[int, list[dict[str, Any]]] = {}
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The checkpoint's tensors by name."""
+        return Weights(self.folder)
 
     # The shell: everything but the layers.
 

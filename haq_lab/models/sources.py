@@ -3,13 +3,14 @@ tokenizer and safetensors. What is converted or made here is kept in the cache f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from filelock import FileLock
@@ -43,15 +44,40 @@ class HubModel:
         revision: Branch, tag or commit on the hub; null takes the default branch.
         allow_pickle: Convert `.bin` weights, a pickle format, where there are no safetensors. They are
             read with torch's restricted unpickler all the same.
+        architecture: The model type whose default config in transformers is this model's: its size is then known
+            before anything is fetched.
     """
 
     name: str
     revision: str | None = None
     allow_pickle: bool = False
+    architecture: str | None = None
 
     @property
     def label(self) -> str:
         return self.name.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the name is a folder's."""
+        return Path(self.name).expanduser().is_dir()
+
+    def config(self) -> Any:
+        """The model's config without its weights; None where it cannot be had."""
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        try:
+            offline = not self.is_local and not hub_answers()
+            return AutoConfig.from_pretrained(self.name, revision=self.revision, local_files_only=offline)
+        except (OSError, ValueError, KeyError):
+            return None if self.architecture is None else CONFIG_MAPPING[self.architecture]()
+
+    def cached_bytes(self) -> int:
+        """What the hub's cache holds of it, finished or not."""
+        from huggingface_hub import constants
+
+        blobs = Path(constants.HF_HUB_CACHE) / f"models--{self.name.replace('/', '--')}" / "blobs"
+        return sum(path.stat().st_size for path in blobs.glob("*"))
 
     def folder(self) -> Path:
         local = Path(self.name).expanduser()
@@ -163,6 +189,20 @@ class TinyModel:
         return made_once(
             name, lambda target: build_tiny(target, self.architecture, self.layers, self.hidden, self.seed)
         )
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub can be asked; looked at once a process."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of whatever the client is built on
+        return False
+    return True
 
 
 def made_once(name: str, make: Callable[[Path], None]) -> Path:

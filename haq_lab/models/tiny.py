@@ -56,9 +56,7 @@ def _config(architecture: str, layers: int, hidden: int) -> PreTrainedConfig:
     if architecture == "mixtral":
         return MixtralConfig(**shared, intermediate_size=3 * hidden // 2, num_local_experts=8)
     if architecture == "qwen3_moe":
-        return Qwen3MoeConfig(
-            **shared, moe_intermediate_size=hidden // 2, num_experts=16, head_dim=hidden // 4, norm_topk_prob=True
-        )
+        return Qwen3MoeConfig(**shared, moe_intermediate_size=hidden // 2, num_experts=16, norm_topk_prob=True)
     return OlmoeConfig(**shared, intermediate_size=hidden // 2, num_experts=16)
 
 

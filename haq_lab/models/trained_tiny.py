@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
@@ -135,8 +135,8 @@ def _loss(model: MixtralForCausalLM, windows: Tensor) -> Tensor:
     targets = windows[:, 1:].flatten()
     loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), targets)
     experts, active = model.config.num_local_experts, model.config.num_experts_per_tok
-    balance = [load_balancing_loss_func((logits,), experts, active) for logits in output.router_logits]
-    return loss + BALANCE * torch.stack(balance).mean()
+    layers = [cast(Tensor, load_balancing_loss_func((one,), experts, active)) for one in output.router_logits]
+    return loss + BALANCE * torch.stack(layers).mean()
 
 
 def _descend(model: MixtralForCausalLM, tokens: Tensor, settings: TrainedTinyModel, progress: Progress) -> None:

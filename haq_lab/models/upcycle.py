@@ -24,10 +24,10 @@ from haq_lab.calibration.observe import record_inputs
 from haq_lab.data.calibration import Calibration
 from haq_lab.data.text import fingerprint, python_docs
 from haq_lab.errors import UserError
+from haq_lab.models.facts import whole_model_facts
 from haq_lab.models.kmeans import kmeans
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.shards import ShardWriter
-from haq_lab.models.facts import whole_model_facts
 from haq_lab.models.sources import made_once
 from haq_lab.show import Progress
 

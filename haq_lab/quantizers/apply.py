@@ -77,7 +77,7 @@ def quantize_group(
         solution = quantizer.solve(stacked(layer, names), own, activation)
         done = 0
         for name in names:
-            rows = slice(done, done := done + len(layer.get_submodule(name).weight))
+            rows = slice(done, done := done + cast(nn.Linear, layer.get_submodule(name)).out_features)
             solved = Solution(solution.levels[rows].clone(), solution.scale[rows].clone(), dict(solution.notes))
             if own is not None and own.stands_in:
                 solved.notes.setdefault("fallback", "shared")

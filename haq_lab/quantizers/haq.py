@@ -110,7 +110,7 @@ class HAQ(Quantizer):
         candidates = list(self._candidates(weight, statistics, channels))
         if not self.adaptive:
             return candidates[0]
-        predictor = Predictor(weight, statistics, self._factor(statistics.hessian), self.weight_bits)
+        predictor = Predictor(weight, statistics, self._factor(statistics.shrunk_hessian()), self.weight_bits)
         if self.activations != "auto":
             return predictor.least(self.activations, candidates)
         static, token = predictor.least("static", candidates), predictor.least("token", candidates)
@@ -142,7 +142,7 @@ class HAQ(Quantizer):
         assert statistics is not None
         scheme = self.activations
         if scheme == "auto":
-            predictor = Predictor(weight, statistics, self._factor(statistics.hessian), self.weight_bits)
+            predictor = Predictor(weight, statistics, self._factor(statistics.shrunk_hessian()), self.weight_bits)
             scheme = "static" if self._prefers_static(predictor, torch.ones(weight.shape[1])) else "token"
         if scheme != "static":
             return ActivationChoice(scheme)
@@ -154,7 +154,7 @@ class HAQ(Quantizer):
     def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
         assert statistics is not None
         assert statistics.hessian is not None
-        hessian, target = statistics.hessian, weight
+        hessian, target = statistics.shrunk_hessian(), weight
         if statistics.cross is not None:
             # What the linear multiplies is x + e: the rounding noise e adds to H and not to the cross moment.
             if activation.scale is not None:
@@ -173,8 +173,7 @@ class HAQ(Quantizer):
         notes = {"damp": factor.damp, "dead_columns": int(factor.dead.sum())}
         return Solution(solve(target, factor, scale, self.weight_bits), scale, notes)
 
-    def _factor(self, hessian: Tensor | None) -> Factor | None:
-        assert hessian is not None
+    def _factor(self, hessian: Tensor) -> Factor | None:
         return factorize(hessian, self.damp, self.act_order)
 
     def _corrected(self, weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:

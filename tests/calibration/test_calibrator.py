@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from haq_lab.calibration import calibrator as module
 from haq_lab.calibration.calibrator import Calibrator
-from haq_lab.calibration.observe import record_inputs
+from haq_lab.calibration.observe import captured_inputs
 from haq_lab.calibration.spool import Spool
 from haq_lab.calibration.statistics import Needs, Policy
 from haq_lab.int8.backend import ReferenceBackend
@@ -16,9 +18,10 @@ from haq_lab.stopwatch import Stopwatch
 NEEDS = Needs(inputs=True, hessian=True, cross=True, sample=True)
 
 
-def calibrate(model, windows, propagate, needs=NEEDS):
-    """Statistics by layer and site, with 4-bit RTN on the way; and the quantised layers."""
-    calibrator = Calibrator(model, needs, windows, Policy(propagate), Stopwatch(), Spool())
+def calibrate(model, windows, propagate, needs=NEEDS, route="topk"):
+    """Statistics by layer and site, with 4-bit RTN on the way; the quantised layers; and the calibrator."""
+    policy = Policy(propagate, route, min_tokens=1)
+    calibrator = Calibrator(model, needs, windows, policy, Stopwatch(), Spool())
     seen, layers = {}, []
     for index in range(model.depth):
         layer = model.load_layer(index)
@@ -28,7 +31,7 @@ def calibrate(model, windows, propagate, needs=NEEDS):
             quantize_group(layer, index, group, RTN(weight_bits=4), None, None, ReferenceBackend())
         calibrator.leave(layer, index)
         layers.append(layer)
-    return seen, layers
+    return seen, layers, calibrator
 
 
 def hessian(x):
@@ -40,38 +43,65 @@ def close(got, expected):
 
 
 def inputs_of(model, layers, windows):
-    """What the linears of these layers receive, by layer and site."""
+    """What the linears of these layers receive, by layer and site; the windows go through in one batch."""
     hidden, inputs = model.embed(windows), {}
     sites = [group.site for group in model.groups]
     for index, layer in enumerate(layers):
-        for site, x in record_inputs(model, layer, index, hidden, sites).items():
-            inputs[index, site] = x
+        with captured_inputs(layer, sites) as seen:
+            output = model.forward(layer, index, hidden)
+        inputs |= {(index, site): x.reshape(-1, x.shape[-1]) for site, x in seen.items()}
+        hidden = output
     return inputs
 
 
 def test_full_precision(tiny, windows):
-    seen, _ = calibrate(tiny, windows, "fp")
+    seen, _, _ = calibrate(tiny, windows, "fp")
     expected = inputs_of(tiny, [tiny.load_layer(index) for index in range(tiny.depth)], windows)
-    assert set(seen) == set(expected)
+    routed = {group.site for group in tiny.groups if group.expert is not None}
+    assert set(expected) <= set(seen)
     for key, x in expected.items():
         close(seen[key].hessian, hessian(x))
-        assert (seen[key].cross == 0).all()
+        assert key[1] in routed or (seen[key].cross == 0).all()
+        assert not seen[key].stands_in
+    assert all(seen[key].stands_in for key in set(seen) - set(expected)), "experts that no token was sent to"
 
 
 def test_quantized(tiny, windows):
-    seen, layers = calibrate(tiny, windows, "quantized")
+    seen, layers, _ = calibrate(tiny, windows, "quantized")
     quantized = inputs_of(tiny, layers, windows)
     full = inputs_of(tiny, [tiny.load_layer(index) for index in range(tiny.depth)], windows)
     # All groups of a layer are RTN here, so a group's input is the finished layer's: earlier groups were done.
+    everyones = {group.site for group in tiny.groups if group.expert is None}
+    differs = []
     for key, x in quantized.items():
         close(seen[key].hessian, hessian(x))
-        close(seen[key].cross, (full[key] - x).t() @ x / len(x) + 0)
-    differs = [(seen[key].hessian - hessian(full[key])).norm() / hessian(full[key]).norm() for key in full]
+        if key[1] in everyones:
+            close(seen[key].cross, (full[key] - x).t() @ x / len(x) + 0)
+            differs.append((seen[key].hessian - hessian(full[key])).norm() / hessian(full[key]).norm())
+        else:
+            assert seen[key].cross is None, "a token may be routed elsewhere at full precision"
     assert differs[0] < 1e-5, "the first layer's first input is no one's product"
     assert max(differs) > 0.01
 
 
 def test_nothing_is_run_where_nothing_is_needed(tiny, windows):
     for needs, tokens in ((Needs(), windows), (NEEDS, None)):
-        seen, _ = calibrate(tiny, tokens, "quantized", needs)
+        seen, _, calibrator = calibrate(tiny, tokens, "quantized", needs)
         assert set(seen.values()) == {None}
+        assert calibrator.routing is None
+
+
+@pytest.mark.parametrize("architecture", ["mixtral"])
+@pytest.mark.parametrize("propagate", ["fp", "quantized"])
+def test_experts_are_observed_in_as_many_forwards_as_memory_asks_for(tiny, windows, propagate, monkeypatch):
+    forwards = []
+    original = module.observe
+    monkeypatch.setattr(module, "observe", lambda *arguments: (forwards.append(1), original(*arguments)))
+    at_once, _, _ = calibrate(tiny, windows, propagate)
+    few, forwards[:] = len(forwards), []
+    assert few <= 4 * tiny.depth, "one for each distinct input, and one for all down projections"
+    monkeypatch.setattr(module, "HESSIAN_BYTES", 3 * 4 * 96**2)  # three experts' down projections
+    in_turn, _, _ = calibrate(tiny, windows, propagate)
+    assert len(forwards) == few + 2 * tiny.depth
+    for key, statistics in at_once.items():
+        close(in_turn[key].hessian, statistics.hessian)

@@ -7,6 +7,7 @@ import torch
 
 from haq_lab.calibration.observe import captured_inputs, observe, record_inputs
 from haq_lab.calibration.statistics import Needs
+from haq_lab.calibration.watchers import SharedInput
 from haq_lab.models import layered
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
@@ -37,12 +38,21 @@ def transformers_inputs(model: LayeredModel, index: int, windows) -> dict[str, t
     return inputs
 
 
+def statistics_of(model, layer, index, hidden, needs, inputs_fp=None):
+    """Statistics of each group's input, by the first linear that reads it."""
+    tokens = hidden.shape[0] * hidden.shape[1]
+    fp = inputs_fp or {}
+    watchers = [SharedInput(layer, group, needs, tokens, fp.get(group.site)) for group in model.groups]
+    observe(model, layer, index, hidden, watchers, Stopwatch())
+    return {watcher.group.site: watcher.finish() for watcher in watchers}
+
+
 def test_statistics_are_of_what_the_whole_model_feeds_its_linears(model, windows, monkeypatch):
     monkeypatch.setattr(layered, "TOKENS_PER_BATCH", 96)
     hidden = model.embed(windows)
     model.run(model.load_layer(0), 0, hidden)
     layer, before = model.load_layer(1), hidden.clone()
-    statistics = observe(model, layer, 1, hidden, [group.consumers[0] for group in model.groups], NEEDS, Stopwatch())
+    statistics = statistics_of(model, layer, 1, hidden, NEEDS)
     assert torch.equal(hidden, before)
     expected = transformers_inputs(model, 1, windows)
     for group in model.groups:
@@ -75,7 +85,7 @@ def test_cross_moment_is_against_the_same_rows(model, windows, monkeypatch):
     hidden_fp = model.embed(windows)
     hidden = hidden_fp + 0.01 * torch.randn_like(hidden_fp)
     x_fp = record_inputs(model, layer, 0, hidden_fp, [site])
-    statistics = observe(model, layer, 0, hidden, [site], NEEDS, Stopwatch(), x_fp)[site]
+    statistics = statistics_of(model, layer, 0, hidden, NEEDS, x_fp)[site]
     x = record_inputs(model, layer, 0, hidden, [site])[site]
     expected = (x_fp[site] - x).t() @ x / len(x)
     torch.testing.assert_close(statistics.cross, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.calibration.statistics import EXTREME_ROWS, SAMPLE_ROWS, Accumulator, Needs
+from haq_lab.calibration.statistics import EXTREME_ROWS, SAMPLE_ROWS, Accumulator, InputStatistics, Needs
+from haq_lab.quantizers.grid import round_to_nearest, row_scale
+from haq_lab.quantizers.solver import factorize, solve
 
 ALL = Needs(inputs=True, hessian=True, cross=True, sample=True)
 
@@ -77,3 +79,44 @@ def test_divided_by_is_what_the_smoothed_linear_sees():
     torch.testing.assert_close(divided.sample[:-EXTREME_ROWS], direct.sample[:-EXTREME_ROWS])
     assert divided.count == direct.count
     assert torch.equal(divided.sample_weight, direct.sample_weight)
+
+
+def test_few_tokens_shrink_the_hessian_towards_its_diagonal():
+    x = torch.randn(30, 10)
+    statistics = accumulate(x, None, [30], Needs(inputs=True, hessian=True))
+    hessian = statistics.hessian
+    shrunk = statistics.shrunk_hessian()
+    assert torch.equal(shrunk.diagonal(), hessian.diagonal())
+    torch.testing.assert_close(shrunk[0, 1:], hessian[0, 1:] * 30 / 40)
+    torch.testing.assert_close(statistics.standing_in().shrunk_hessian()[0, 1:], hessian[0, 1:] * 3 / 13)
+    factor = torch.rand(10) + 0.5  # smoothing before or after is the same
+    torch.testing.assert_close(statistics.divided_by(factor).shrunk_hessian(), shrunk / (factor[:, None] * factor))
+
+
+def test_solving_under_few_tokens_is_no_worse_than_rounding():
+    """What shrinking is for: on tokens it has not seen, the plain Hessian's solution is worse than rounding."""
+    mix = torch.eye(96) + 0.05 * torch.randn(96, 96)
+    seen, unseen = torch.randn(100, 96) @ mix, torch.randn(5000, 96) @ mix
+    statistics = accumulate(seen, None, [100], Needs(inputs=True, hessian=True))
+    weight = torch.randn(64, 96)
+    scale = row_scale(weight, 8)
+
+    def error(levels):
+        return (unseen @ (levels.float() * scale[:, None] - weight).t()).square().mean()
+
+    def solved(hessian):
+        return error(solve(weight, factorize(hessian, 0.01, True), scale, 8))
+
+    nearest = error(round_to_nearest(weight, scale, 8))
+    assert solved(statistics.hessian) > 1.2 * nearest
+    assert solved(statistics.shrunk_hessian()) < nearest
+
+
+def test_what_an_expert_goes_by():
+    shared, own = InputStatistics(9, torch.ones(2)), InputStatistics(4, torch.ones(2))
+    shared.routed = {1: own}
+    assert shared.of(None) is shared
+    assert shared.of(1) is own
+    assert shared.of(0) is shared
+    assert shared.standing_in().stands_in
+    assert shared.standing_in().routed == {}

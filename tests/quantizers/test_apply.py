@@ -7,15 +7,25 @@ import torch
 from torch import nn
 
 from haq_lab.calibration.observe import observe
+from haq_lab.calibration.statistics import InputStatistics
+from haq_lab.calibration.watchers import SharedInput
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear, to_float
 from haq_lab.quantizers.apply import quantize_group, smooth_group
+from haq_lab.quantizers.base import ActivationChoice
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothquant import SmoothQuant
 from haq_lab.stopwatch import Stopwatch
 
 BACKEND = ReferenceBackend()
+
+
+def seen_by(model, layer, group, hidden, needs):
+    """Statistics of one group's input in layer 0."""
+    watcher = SharedInput(layer, group, needs, hidden.shape[0] * hidden.shape[1], None)
+    observe(model, layer, 0, hidden, [watcher], Stopwatch())
+    return watcher.finish()
 
 
 def test_every_linear_is_replaced_in_place(tiny):
@@ -39,9 +49,7 @@ def test_every_linear_is_replaced_in_place(tiny):
 def test_reports(tiny, windows, scheme):
     layer, group = tiny.load_layer(0), tiny.groups[0]
     quantizer = GPTQ(activations=scheme, weight_bits=4)
-    seen = observe(tiny, layer, 0, tiny.embed(windows), ["self_attn.q_proj"], quantizer.needs, Stopwatch())[
-        "self_attn.q_proj"
-    ]
+    seen = seen_by(tiny, layer, group, tiny.embed(windows), quantizer.needs)
     reports = quantize_group(layer, 3, group, quantizer, seen, 0.25, BACKEND)
     assert [report.linear for report in reports] == list(group.consumers)
     for report in reports:
@@ -61,14 +69,45 @@ def test_reports(tiny, windows, scheme):
 def test_smoothing_returns_the_statistics_of_the_smoothed_input(tiny, windows):
     layer, twin = tiny.load_layer(0), tiny.load_layer(0)
     group, quantizer, hidden = tiny.groups[0], SmoothQuant(), tiny.embed(windows)
-    site = group.consumers[0]
-    before = observe(tiny, layer, 0, hidden, [site], GPTQ().needs, Stopwatch())[site]
+    before = seen_by(tiny, layer, group, hidden, GPTQ().needs)
     after, strength = smooth_group([layer, twin], group, tiny.family, quantizer, before)
     assert strength == tiny.family.smoothquant_strength
-    seen = observe(tiny, layer, 0, hidden, [site], GPTQ().needs, Stopwatch())[site]
+    seen = seen_by(tiny, layer, group, hidden, GPTQ().needs)
     torch.testing.assert_close(after.channel_max, seen.channel_max, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(after.hessian, seen.hessian, rtol=1e-3, atol=1e-4 * float(seen.hessian.abs().max()))
     assert all(torch.equal(x, y) for x, y in zip(layer.parameters(), twin.parameters(), strict=True))
     assert float(after.channel_max.max() / after.channel_max.median()) < float(
         before.channel_max.max() / before.channel_max.median()
     )
+
+
+@pytest.mark.parametrize("architecture", ["mixtral"])
+def test_experts_go_by_their_own_statistics_and_share_one_input_scheme(tiny):
+    group = next(group for group in tiny.groups if group.float_consumers)
+    x = torch.randn(400, 64) * torch.logspace(-1, 1, 64)
+    own = {e: InputStatistics(50, y.abs().amax(0), y.t() @ y / 50) for e, y in enumerate(x.split(50))}
+    shared = InputStatistics(400, x.abs().amax(0), x.t() @ x / 400)
+    shared.routed = own | {3: shared.standing_in()}
+    layer, apart = tiny.load_layer(0), tiny.load_layer(0)
+    quantizer = GPTQ(activations="static", weight_bits=4)
+    reports = quantize_group(layer, 0, group, quantizer, shared, None, BACKEND)
+    assert [report.linear for report in reports] == list(group.consumers)
+    assert len({report.static_scale for report in reports}) == 1
+    assert reports[0].static_scale == pytest.approx(float(x.abs().max()) / 127)
+    assert {report.linear: report.notes.get("fallback") for report in reports if "fallback" in report.notes} == {
+        f"mlp.experts.3.{name}_proj": "shared" for name in ("gate", "up")
+    }
+    assert isinstance(layer.mlp.gate.weight, nn.Parameter), "the router stays as it is"
+    for expert in (0, 3):
+        weight = torch.cat([apart.mlp.experts[expert].gate_proj.weight, apart.mlp.experts[expert].up_proj.weight])
+        solution = quantizer.solve(weight, own[0] if expert == 0 else shared, ActivationChoice("token"))
+        levels = torch.cat([layer.mlp.experts[expert].gate_proj.weight, layer.mlp.experts[expert].up_proj.weight])
+        assert torch.equal(levels, solution.levels)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral"])
+def test_a_hessian_without_a_factor_falls_back_to_rounding_whoever_it_is_of(tiny):
+    group = next(group for group in tiny.groups if group.expert == 2)
+    broken = InputStatistics(9, torch.ones(96), torch.full((96, 96), float("nan")), stands_in=True)
+    (report,) = quantize_group(tiny.load_layer(0), 0, group, GPTQ(), broken, None, BACKEND)
+    assert report.notes["fallback"] == "rtn"

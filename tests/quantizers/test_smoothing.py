@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from haq_lab.calibration.observe import captured_inputs
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.families import Group
@@ -53,6 +54,47 @@ def test_logits_are_the_same(tiny, windows, logits_of, kinds):
     assert relative(logits_of(tiny, layers, windows) - before, before) < 1e-4
     name = next(group for group in tiny.groups if group.kind in kinds).consumers[0]
     assert not torch.equal(layers[0].get_submodule(name).weight, tiny.load_layer(0).get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "olmoe"])
+def test_the_router_decides_as_before(tiny, windows):
+    def choices(layers):
+        seen, hidden = [], tiny.embed(windows)
+        for index, layer in enumerate(layers):
+            with captured_inputs(layer, ["mlp.gate"]) as inputs:
+                hidden = tiny.forward(layer, index, hidden)
+            _, weights, chosen = layer.mlp.gate(inputs["mlp.gate"])
+            seen.append((weights, chosen))
+        return seen
+
+    before = choices([tiny.load_layer(index) for index in range(tiny.depth)])
+    layers, _ = smoothed_layers(tiny, ("norm", "value", "up"))
+    assert not torch.equal(layers[0].mlp.gate.weight, tiny.load_layer(0).mlp.gate.weight)
+    for (weights, chosen), (weights_after, chosen_after) in zip(before, choices(layers), strict=True):
+        assert torch.equal(chosen, chosen_after)
+        torch.testing.assert_close(weights, weights_after, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["opt", "mixtral"])
+def test_states_of_a_layer_that_share_tensors_are_scaled_once(tiny):
+    """The quantised state's up projection is int8 by then, the smoothed one's is not; all else they share."""
+    layer, alone = tiny.load_layer(0), tiny.load_layer(0)
+    shared = {id(tensor): tensor for tensor in layer.parameters()}
+    smoothed = copy.deepcopy(layer, shared)
+    assert smoothed.self_attn.q_proj.weight.data_ptr() == layer.self_attn.q_proj.weight.data_ptr()
+    group = next(group for group in tiny.groups if group.kind == "up")
+    source = smoothed.get_submodule(group.source)
+    scale = row_scale(source.weight, 8)
+    levels, bias = round_to_nearest(source.weight, scale, 8), None if source.bias is None else source.bias.clone()
+    layer.set_submodule(group.source, Int8Linear(levels, scale.clone(), bias, "token", None, ReferenceBackend()))
+    channels = Channels(group, layer, stacked(layer, group.consumers).shape[1])
+    factor = torch.rand(len(channels.rows)) + 0.5
+
+    fold([layer, smoothed], group, factor, channels)
+    fold([alone], group, factor, channels)
+    assert torch.equal(layer.get_submodule(group.source).weight_scale, scale / factor)
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(smoothed.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize(

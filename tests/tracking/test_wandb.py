@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-import pytest
 from launching import TINY, launch
 
 from haq_lab.tracking.run_folder import RunFolder

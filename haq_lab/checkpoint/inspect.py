@@ -1,0 +1,72 @@
+"""What is in a quantised checkpoint, and whether all of it is as it was written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Column, Table
+
+from haq_lab.checkpoint.manifest import FILE, Manifest
+from haq_lab.checkpoint.shard import read_header, read_shard
+from haq_lab.errors import UserError
+from haq_lab.files import sha256
+
+
+def summary(folder: Path) -> tuple[Table, dict[str, Any]]:
+    """A table of the tensors by kind, and the provenance."""
+    manifest = Manifest.read(folder)
+    kinds: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for shard in manifest.shards.values():
+        header, _ = read_header(folder / shard.file)
+        schemes = json.loads(header.pop("__metadata__", {}).get("schemes", "{}"))
+        for name, entry in header.items():
+            scheme = schemes.get(name.rpartition(".")[0], "") if name.endswith(".weight") else ""
+            count = kinds[re.sub(r"\.\d+\.", ".*.", name), entry["dtype"], scheme]
+            count[0] += 1
+            count[1] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    table = Table(
+        Column("tensors", overflow="fold"),
+        "dtype",
+        "activations",
+        "count",
+        "MB",
+        title=str(folder),
+        title_justify="left",
+    )
+    for (name, dtype, scheme), (number, size) in kinds.items():
+        table.add_row(name, dtype, scheme, str(number), f"{size / 1e6:,.2f}")
+    total = sum(size for _, size in kinds.values())
+    table.add_section()
+    table.add_row("all", "", "", str(sum(number for number, _ in kinds.values())), f"{total / 1e6:,.2f}")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return table, config["quantization_config"]["provenance"]
+
+
+def problems(folder: Path) -> Iterator[str]:
+    """Whatever is wrong with a checkpoint: every tensor and every file against its hash, files that are not its own."""
+    manifest = Manifest.read(folder)
+    for file in manifest.files:
+        if problem := _problem(lambda file=file: manifest.check_file(folder, file)):
+            yield problem
+    for shard in manifest.shards.values():
+        if problem := _problem(lambda shard=shard: read_shard(folder, shard)):
+            yield problem
+        elif sha256(folder / shard.file) != shard.sha256:
+            yield f"checkpoint: {folder / shard.file} does not match its hash"
+    known = {FILE, *manifest.files, *manifest.shards}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in known:
+            yield f"checkpoint: {path} is no part of the checkpoint"
+
+
+def _problem(check: Any) -> str | None:
+    try:
+        check()
+    except UserError as error:
+        return str(error)
+    return None

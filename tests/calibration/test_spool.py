@@ -1,0 +1,59 @@
+"""Hidden states beyond the limit are in files that nobody sees and that leave no trace."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from haq_lab.calibration.spool import Spool
+from haq_lab.errors import UserError
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_both_kinds_hold_what_is_written(tmp_path):
+    spool = Spool(limit=5000, folder=tmp_path)
+    kept, mapped = spool.empty((2, 3, 100), torch.float32), spool.empty((2, 3, 200), torch.float32)
+    for tensor in (kept, mapped):
+        values = torch.randn(tensor.shape)
+        for batch, part in zip(tensor.split(1), values.split(1), strict=True):
+            batch.copy_(part)
+        spool.release()
+        assert torch.equal(tensor, values)
+        assert torch.equal(spool.copy(tensor), values)
+    assert not list(tmp_path.iterdir()), "files without a name: nothing is left behind, however the run ends"
+    del spool
+    gc.collect()
+    assert mapped.isfinite().all(), "a tensor keeps its file alive"
+
+
+def test_released_pages_leave_memory(tmp_path):
+    spool = Spool(limit=0, folder=tmp_path)
+    tensor = spool.empty((64, 1 << 18), torch.float32)  # 64 MiB
+    before = resident()
+    tensor.fill_(3)
+    assert resident() - before > 50 << 20
+    spool.release()
+    assert resident() - before < 10 << 20
+    assert (tensor[::7, ::1000] == 3).all()
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"no room for 4\.0 GB of hidden states"):
+        Spool(limit=0, folder=tmp_path).empty((10**9,), torch.float32)
+
+
+def test_nothing_at_all():
+    assert Spool(limit=0).empty((0, 3), torch.float32).shape == (0, 3)

@@ -1,0 +1,132 @@
+"""transformers' own loader reads the export: no tensor missing or left over, our weights bit for bit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from haq_lab.calibration.statistics import Policy
+from haq_lab.checkpoint import __main__ as command
+from haq_lab.checkpoint.export import export, pack
+from haq_lab.checkpoint.model import QuantizedModel
+from haq_lab.checkpoint.writer import CheckpointWriter
+from haq_lab.errors import UserError
+from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.int8.linear import Int8Linear, to_float
+from haq_lab.models.experts import Experts
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
+from haq_lab.onepass import one_pass
+from haq_lab.quantizers.haq import HAQ
+
+compressed_tensors = pytest.importorskip("compressed_tensors")
+
+
+@pytest.fixture
+def written(architecture, windows, tmp_path):
+    """A function that quantises a tiny model and writes its checkpoint."""
+
+    def write(quantizer):
+        model = LayeredModel(TinyModel(architecture).folder())
+        writer = CheckpointWriter(tmp_path / "checkpoint", model, {}, {}, force=False)
+        one_pass(model, quantizer, ReferenceBackend(), windows.flip(0), Policy(), {}, lambda *_: None, writer)
+        writer.finish()
+        writer.close()
+        return tmp_path / "checkpoint"
+
+    return write
+
+
+def _read(folder, windows):
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(found.values()), found
+    return model(windows).logits
+
+
+def _dequantized(model, layer):
+    """The same layer with our weights in float arithmetic."""
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, Int8Linear):
+            linear = nn.Linear(module.weight.shape[1], module.weight.shape[0], bias=module.bias is not None)
+            linear.weight = nn.Parameter(to_float(module))
+            linear.bias = None if module.bias is None else nn.Parameter(module.bias)
+            layer.set_submodule(name, linear)
+    if model.family.moe:
+        layer.set_submodule(model.family.moe.experts, Experts(layer.get_submodule(model.family.moe.experts)))
+    return layer
+
+
+def _apart(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("activations", ["token", "static"])
+def test_transformers_reads_it(written, windows, logits_of, tmp_path, activations):
+    folder = written(HAQ(activations=activations))
+    export(folder, tmp_path / "export")
+    model = QuantizedModel(folder, ReferenceBackend())
+    layers = [[model.load_layer(index) for index in range(model.depth)] for _ in range(2)]
+    ours = logits_of(model, layers[0], windows)
+    weights_only = logits_of(model, [_dequantized(model, layer) for layer in layers[1]], windows)
+    theirs = _read(tmp_path / "export", windows)
+    if model.family.moe:
+        assert _apart(theirs, weights_only) < 1e-5
+    elif activations == "static":
+        assert _apart(theirs, ours) < 0.01 < _apart(weights_only, ours)
+    else:  # another scale for a row, see the module
+        assert _apart(theirs, ours) < 2 * _apart(weights_only, ours)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_linears_may_differ_in_scheme(written, windows, tmp_path):
+    folder = written(HAQ(activations="auto", auto_limit=1.6))
+    export(folder, tmp_path / "export")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]
+    assert {*config["config_groups"]} == {"static", "token"}
+    _read(tmp_path / "export", windows)
+
+
+def test_packing_is_compressed_tensors_own():
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    levels = torch.randint(-127, 128, (6, 32)).to(torch.int8)
+    assert torch.equal(pack(levels), pack_to_int32(levels, 8))
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_the_command(written, tmp_path, capsys):
+    folder = written(HAQ())
+
+    def run(*arguments):
+        with mock.patch.object(sys, "argv", ["checkpoint", *map(str, arguments)]), pytest.raises(SystemExit) as ended:
+            command.main()
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out + printed.err
+
+    code, text = run("inspect", folder)
+    assert code == 0
+    assert "model.layers.*.mlp.gate_proj.weight" in text
+    code, text = run("verify", folder)
+    assert (code, "as it was written" in text) == (0, True)
+    assert run("export", folder, tmp_path / "export")[0] == 0
+    code, text = run("export", folder, tmp_path / "export")
+    assert (code, "there already" in text) == (2, True)
+    with (folder / "layer-00000.safetensors").open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"\x01")
+    (folder / "stray.txt").write_text("")
+    code, text = run("verify", folder)
+    assert code == 2
+    assert "layer-00000.safetensors: tensor" in text
+    assert "stray.txt is no part" in text
+    with pytest.raises(UserError, match="does not match its hash"):
+        export(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

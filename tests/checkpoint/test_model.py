@@ -1,0 +1,126 @@
+"""A checkpoint runs as the model that wrote it did, bit for bit; whatever is wrong with it is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from launching import TINY, launch
+from transformers import AutoModelForCausalLM
+
+from haq_lab.calibration.statistics import Policy
+from haq_lab.checkpoint.model import QuantizedCheckpoint, QuantizedModel
+from haq_lab.checkpoint.writer import CheckpointWriter
+from haq_lab.errors import UserError
+from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.int8.linear import Int8Linear
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
+from haq_lab.onepass import one_pass
+from haq_lab.quantizers.haq import HAQ
+
+
+def _metrics(folder):
+    return json.loads((folder / "results.json").read_text())["metrics"]
+
+
+def test_it_runs_like_the_run_that_wrote_it(written, tmp_path):
+    settings = ["model=quantized", f"model.path={written / 'checkpoint'}", "quantizer=none"]
+    outcome = launch(
+        *[s for s in TINY if not s.startswith(("model", "quantizer"))], *settings, f"hydra.run.dir={tmp_path}"
+    )
+    assert outcome.code == 0, outcome.err
+    before, after = _metrics(written / "run"), _metrics(tmp_path)
+    assert after["perplexity.python_docs"] == before["perplexity.python_docs"]
+    assert "perplexity_fp.python_docs" not in after
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama", "mixtral"])
+@pytest.mark.parametrize("activations", ["token", "static", "auto"])
+def test_logits_are_bit_equal(architecture, activations, windows, logits_of, tmp_path):
+    model = LayeredModel(TinyModel(architecture).folder())
+    layers = []
+    writer = CheckpointWriter(tmp_path / "checkpoint", model, {}, {}, force=False)
+    one_pass(
+        model,
+        HAQ(activations=activations),
+        ReferenceBackend(),
+        windows.flip(0),
+        Policy(),
+        {},
+        lambda index, layer: layers.append(layer),
+        writer,
+    )
+    writer.finish()
+    writer.close()
+    read = QuantizedModel(tmp_path / "checkpoint", ReferenceBackend())
+    loaded = [read.load_layer(index) for index in range(read.depth)]
+    assert torch.equal(logits_of(read, loaded, windows), logits_of(model, layers, windows))
+    linears = [module for layer in loaded for module in layer.modules() if isinstance(module, Int8Linear)]
+    assert len(linears) == sum(len(group.consumers) for group in model.groups) * model.depth
+    assert not (tmp_path / "checkpoint" / "work").exists()
+
+
+def test_provenance_and_dtype(written):
+    config = json.loads((written / "checkpoint" / "config.json").read_text())
+    origin = config["quantization_config"]["provenance"]
+    assert origin["settings"]["quantizer"]["activations"] == "static"
+    assert len(origin["model"]["files"]["model.safetensors"]) == 64
+    assert origin["calibration"]["text_sha256"]
+    assert origin["calibration"]["seed"] == 0
+    assert {"torch", "transformers", "python"} <= {*origin["versions"]}
+
+
+def test_other_loaders_refuse_it(written):
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(written / "checkpoint")
+    with pytest.raises(UserError, match="quantised already, by haq_lab"):
+        LayeredModel(written / "checkpoint")
+
+
+def test_it_is_not_quantised_again(written, tmp_path):
+    outcome = launch("model=quantized", f"model.path={written / 'checkpoint'}", f"hydra.run.dir={tmp_path}")
+    assert outcome.code == 2
+    assert "quantizer=none" in outcome.err
+
+
+def _load_all(folder):
+    model = QuantizedModel(QuantizedCheckpoint(str(folder)).folder(), ReferenceBackend())
+    return [model.load_layer(index) for index in range(model.depth)]
+
+
+def _swap(folder):
+    one, two = folder / "layer-00000.safetensors", folder / "layer-00001.safetensors"
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+
+
+DAMAGE = {
+    r"layer-00001\.safetensors is missing": lambda folder: (folder / "layer-00001.safetensors").unlink(),
+    r"layer-00000\.safetensors: tensor '.*layers\.\d\..*' is not where": _swap,
+    r"rest\.safetensors .* truncated": lambda folder: (folder / "rest.safetensors").write_bytes(b"1234"),
+    r"config\.json does not match": lambda folder: (folder / "config.json").write_text("{}"),
+    r"tokenizer\.json is missing": lambda folder: (folder / "tokenizer.json").unlink(),
+    r"is no checkpoint of haq_lab": lambda folder: (folder / "manifest.json").unlink(),
+    r"manifest\.json is not a readable manifest": lambda folder: (folder / "manifest.json").write_text("{"),
+    r"there is no folder": lambda folder: shutil.rmtree(folder),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_damage_is_named(checkpoint, message):
+    DAMAGE[message](checkpoint)
+    with pytest.raises(UserError, match=message):
+        _load_all(checkpoint)
+
+
+def test_a_flipped_bit_names_file_and_tensor(checkpoint):
+    path = checkpoint / "layer-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"layer-00001\.safetensors: tensor '.*layers\.1\..*' does not match its hash"):
+        _load_all(checkpoint)

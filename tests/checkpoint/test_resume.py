@@ -1,0 +1,114 @@
+"""A run killed at any point goes on from its last finished layer, and its checkpoint is the uninterrupted one's."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from launching import TINY, launch
+from safetensors.torch import load_file
+
+MODEL = ["model=tiny_mixtral", "model.layers=3", "quantizer=haq", "quantizer.asymmetric=true"]
+
+
+def _arguments(folder: Path) -> list[str]:
+    return [*TINY, *MODEL, f"checkpoint.dir={folder / 'checkpoint'}", f"hydra.run.dir={folder / 'run'}"]
+
+
+def _killed(folder: Path, at: int) -> bool:
+    """Run in a process of its own that is killed at its `at`-th rename or flush; False where it ended before."""
+    child = os.fork()
+    if child == 0:
+        left = at
+
+        def deadly(original):
+            def call(*arguments, **keywords):
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments, **keywords)
+
+            return call
+
+        Path.replace, os.fsync = deadly(Path.replace), deadly(os.fsync)
+        try:
+            outcome = launch(*_arguments(folder))
+            os.write(2, outcome.err.encode())
+            os._exit(outcome.code)
+        finally:
+            os._exit(99)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _results(folder: Path) -> dict:
+    return json.loads((folder / "run" / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    outcome = launch(*_arguments(folder))
+    assert outcome.code == 0, outcome.err
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_again_and_again(uninterrupted, tmp_path, seed):
+    draw = random.Random(seed)
+    deaths = 0
+    while _killed(tmp_path, at=draw.randint(3, 40)):
+        deaths += 1
+        assert not (tmp_path / "run" / "results.json").exists()
+        assert deaths < 40
+    assert deaths >= 1
+    assert _content(tmp_path / "checkpoint") == _content(uninterrupted / "checkpoint")
+    ours, theirs = _results(tmp_path), _results(uninterrupted)
+    same = [name for name in theirs["metrics"] if not name.startswith(("time.", "memory.peak"))]
+    assert {name: ours["metrics"][name] for name in same} == {name: theirs["metrics"][name] for name in same}
+    routing = [load_file(folder / "run" / "routing.safetensors") for folder in (tmp_path, uninterrupted)]
+    assert all(torch.equal(routing[0][name], routing[1][name]) for name in routing[1])
+    for table in ("layers.csv", "experts.csv"):
+        assert (tmp_path / "run" / table).read_bytes() == (uninterrupted / "run" / table).read_bytes()
+
+
+def test_finished_layers_are_not_done_again(uninterrupted, tmp_path):
+    """Killed while the third layer's state is renamed, the second start begins with that layer."""
+    at = 1
+    while not (tmp_path / "checkpoint" / "work" / "state-00001").is_dir():
+        at += 8
+        assert _killed(tmp_path, at)
+    outcome = launch(*_arguments(tmp_path))
+    assert outcome.code == 0, outcome.err
+    assert _results(tmp_path)["run"]["resumed_from_layer"] >= 2
+
+
+def test_other_settings_don_t_go_on_with_it(tmp_path):
+    assert _killed(tmp_path, 30)
+    outcome = launch(*_arguments(tmp_path), "quantizer.damp=0.02")
+    assert outcome.code == 2
+    assert "provenance.settings.quantizer.damp" in outcome.err
+    outcome = launch(*_arguments(tmp_path), "quantizer.damp=0.02", "force=true")
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_folder_that_holds_something_is_left_alone(uninterrupted, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "thesis.tex").write_text("precious")
+    outcome = launch(*_arguments(tmp_path))
+    assert outcome.code == 2
+    assert "is not empty" in outcome.err
+    outcome = launch(*_arguments(uninterrupted), f"hydra.run.dir={tmp_path / 'other'}")
+    assert outcome.code == 2
+    assert "holds a finished checkpoint" in outcome.err

@@ -1,0 +1,47 @@
+"""`python -m haq_lab.models build NAME` makes a model, checks it, and says where it is."""
+
+from __future__ import annotations
+
+import sys
+from unittest import mock
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from haq_lab.models import __main__ as command
+
+
+def _run(capsys, *arguments: str) -> tuple[int, str]:
+    GlobalHydra.instance().clear()
+    code = 0
+    with mock.patch.object(sys, "argv", ["models", "build", *arguments]):
+        try:
+            command.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def test_it_builds_and_checks(capsys, monkeypatch):
+    monkeypatch.setattr("haq_lab.models.facts.SEQLEN", 64)
+    small = ["layers=1", "hidden=32", "experts=2", "vocabulary=257", "steps=1", "batch=1", "seqlen=16"]
+    code, text = _run(capsys, "tiny_mixtral_trained", *[f"model.{setting}" for setting in small])
+    assert code == 0
+    assert "untrained: perplexity" in text
+    assert "after 1 steps: perplexity" in text
+    assert "tiny_mixtral_trained: " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smol_mo"], "did you mean 'smol_moe'"),
+        (["tiny_mixtral_trained", "model.steps=-1"], "model.steps: '-1' is not valid"),
+        (["smol_moe", "model.active=9"], "model.active: 9 is more than the 8"),
+    ],
+)
+def test_mistakes(capsys, arguments, message):
+    code, text = _run(capsys, *arguments)
+    assert code == 2
+    assert message in text

@@ -1,0 +1,83 @@
+"""The family table, row by row."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import MixtralConfig, OlmoeConfig, OPTConfig, Qwen3MoeConfig
+
+from haq_lab.errors import UserError
+from haq_lab.models.families import FAMILIES, Group, expert_of, family_of
+
+
+def test_mixtrals_groups():
+    groups = family_of(MixtralConfig()).resolve(MixtralConfig(num_local_experts=3))
+    assert [group.source for group in groups] == [
+        "input_layernorm",
+        "self_attn.v_proj",
+        "post_attention_layernorm",
+        "mlp.experts.0.up_proj",
+        "mlp.experts.1.up_proj",
+        "mlp.experts.2.up_proj",
+    ]
+    norm = groups[2]
+    assert norm.float_consumers == ("mlp.gate",)
+    assert norm.site == "mlp.gate"
+    assert norm.readers == (*norm.consumers, "mlp.gate")
+    assert norm.expert is None
+    assert norm.parts() == {e: (f"mlp.experts.{e}.gate_proj", f"mlp.experts.{e}.up_proj") for e in range(3)}
+    assert groups[4].consumers == ("mlp.experts.1.down_proj",)
+    assert groups[4].expert == 1
+
+
+@pytest.mark.parametrize("config", [MixtralConfig(), Qwen3MoeConfig(), OlmoeConfig()], ids=lambda c: c.model_type)
+def test_every_expert_has_its_projections_in_groups(config):
+    family = family_of(config)
+    count = family.experts(config)
+    names = [name for group in family.resolve(config) for name in group.consumers]
+    assert len(names) == len(set(names)) == 4 + 3 * count
+    assert {expert_of(name) for name in names} == {None, *range(count)}
+
+
+def test_dense_families_have_no_experts():
+    family = family_of(OPTConfig())
+    assert family.experts(OPTConfig()) == 0
+    assert all(group.parts() == {None: group.consumers} for group in family.resolve(OPTConfig()))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Qwen3MoeConfig(mlp_only_layers=[1]), "this variant of 'qwen3_moe'"),
+        (Qwen3MoeConfig(decoder_sparse_step=2), "this variant of 'qwen3_moe'"),
+        (OlmoeConfig(clip_qkv=8.0), "this variant of 'olmoe'"),
+    ],
+)
+def test_variants_whose_layers_differ_or_that_cannot_be_folded_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        family_of(config)
+
+
+def test_mixtrals_names_there_and_back():
+    family = family_of(MixtralConfig())
+    pairs = {
+        "model.layers.3.block_sparse_moe.experts.7.w1.weight": "model.layers.3.mlp.experts.7.gate_proj.weight",
+        "model.layers.3.block_sparse_moe.experts.7.w3.weight": "model.layers.3.mlp.experts.7.up_proj.weight",
+        "model.layers.3.block_sparse_moe.experts.7.w2.weight": "model.layers.3.mlp.experts.7.down_proj.weight",
+        "model.layers.3.block_sparse_moe.gate.weight": "model.layers.3.mlp.gate.weight",
+        "model.layers.3.self_attn.q_proj.weight": "model.layers.3.self_attn.q_proj.weight",
+    }
+    for theirs, ours in pairs.items():
+        assert family.module_name(theirs) == ours
+        assert family.checkpoint_name(ours) == theirs
+
+
+def test_expert_numbers():
+    assert expert_of("mlp.experts.12.down_proj") == 12
+    assert expert_of("mlp.gate") is None
+    assert expert_of("self_attn.q_proj") is None
+    assert Group("norm", None, ("mlp.experts.1.up_proj",)).expert is None
+
+
+def test_smoothing_strengths_are_the_published_ones():
+    strengths = {family.model_type: family.smoothquant_strength for family in FAMILIES}
+    assert (strengths["opt"], strengths["llama"], strengths["mistral"], strengths["mixtral"]) == (0.5, 0.85, 0.8, 0.8)

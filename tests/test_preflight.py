@@ -1,0 +1,94 @@
+"""What a run needs is counted from the config, and a run that does not fit is told what would."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import psutil
+import pytest
+import torch
+from launching import TINY, launch
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from haq_lab import preflight
+from haq_lab.models.sources import HubModel, TinyModel
+
+
+def test_sizes_are_those_of_the_real_modules(tiny):
+    size = preflight.measure_size(tiny.config)
+    whole = AutoModelForCausalLM.from_pretrained(tiny.folder)
+    assert size.total == sum(parameter.numel() for parameter in whole.parameters())
+    assert size.depth == tiny.depth
+
+
+def test_mixtral_8x7b_is_known_without_its_config():
+    size = preflight.measure_size(MixtralConfig())
+    assert size.total == pytest.approx(46.7e9, rel=0.001)  # the size that its authors publish
+    assert (size.width, size.widest) == (4096, 14336)
+
+
+def _mixtral(tmp_path, *more):
+    return launch("+experiment=mixtral_w8a8", "tracking=none", f"hydra.run.dir={tmp_path}", *more)
+
+
+def test_mixtral_without_hub_or_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100e9, 50e9, 50e9))
+    outcome = _mixtral(tmp_path, "data.c4.windows=16")
+    assert outcome.code == 2
+    assert "46.7 billion parameters in 32 layers" in outcome.err
+    assert re.search(r"the hub \(it does not answer\) .*DOES NOT FIT", outcome.err)
+    assert re.search(r"disk at .*DOES NOT FIT", outcome.err)
+    assert "python -m haq_lab +experiment=mixtral_w8a8 tracking=none data.c4.windows=16 model=smol_moe" in outcome.err
+    assert "model=tiny_mixtral" in outcome.err
+
+
+@pytest.fixture
+def local(tmp_path):
+    """A folder with Mixtral-8x7B's config, two layers of it, and no weights."""
+    folder = tmp_path / "mixtral"
+    folder.mkdir()
+    config = MixtralConfig(num_hidden_layers=2).to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _lines(experiment, source):
+    needs = preflight.list_needs(experiment, source, preflight.measure_size(source.config()))
+    return {need.what.split()[0]: need for need in needs}
+
+
+def test_a_local_folder_needs_no_hub(local, monkeypatch):
+    from haq_lab.config import build
+    from tests.test_configs import _composed
+
+    setting = ["+experiment=mixtral_w8a8", f"model.name={local}"]
+    few = ["calibration.samples=1", "data.c4.windows=1", "data.wikitext2.windows=1"]
+    experiment = build(_composed(*setting, *few))
+    needs = _lines(experiment, experiment.model)
+    assert {*needs} == {"memory", "GPU"}
+    assert needs["memory"].needed > 4 * 1.45e9  # a layer in float32
+    many = _lines(build(_composed(*setting)), experiment.model)
+    assert many["disk"].needed > 10e9, "hidden states of all windows don't stay in memory"
+    kept = build(_composed(*setting, *few, "measure=[perplexity,memory]"))
+    assert _lines(kept, experiment.model)["memory"].needed == pytest.approx(
+        needs["memory"].needed + 2 * 1.45e9, rel=0.01
+    )
+
+
+def test_too_little_memory(local, tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 4e9}))
+    outcome = _mixtral(tmp_path, f"model.name={local}")
+    assert outcome.code == 2
+    assert re.search(r"memory .* 4\.0 GB there +DOES NOT FIT", outcome.err)
+
+
+def test_small_models_pass_without_a_word(tmp_path):
+    plain = [setting for setting in TINY if not setting.startswith("model")]
+    folder = TinyModel("llama").folder()
+    outcome = launch(*plain, "model=hf", f"model.name={folder}", f"hydra.run.dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    assert "GB needed" not in outcome.out
+    assert HubModel("no-such/model").config() is None
+    assert not torch.is_grad_enabled()
