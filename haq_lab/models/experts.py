@@ -81,16 +81,10 @@ def dispatch(
     pairs = flat.argsort(stable=True)
     active, counts = flat[pairs].unique_consecutive(return_counts=True)
     results = hidden.new_empty(tokens * k, hidden.shape[-1])
-<<<<<<< HEAD
     owners = dict(zip(active.tolist(), pairs.split(counts.tolist()), strict=True))
     for number in order or owners:
         results[owners[number]] = run(number, owners[number] // k)
-    ranked = results.view(tokens, k, -1)
-=======
-    for number, own in zip(active.tolist(), pairs.split(counts.tolist()), strict=True):
-        results[own] = run(number, own // k)
     ranked = results.view(tokens, k, hidden.shape[-1])
->>>>>>> store
     total = torch.zeros_like(hidden)
     for rank in range(k):
         total += (ranked[:, rank] * weights[:, rank, None]).to(total.dtype)
