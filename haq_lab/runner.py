@@ -114,9 +114,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             writer.finish()
             facts["checkpoint"], facts["resumed_from_layer"] = str(writer.folder), writer.resumed
             model = QuantizedModel(writer.folder, experiment.backend)
-            if deploys:
-                for index in range(model.depth):
-                    keep(model.load_layer(index))
+            for index in range(model.depth if deploys else 0):
+                keep(model.load_layer(index))
         if offload is not None and layers:
             progress.stage("offload")
             if calibration is None:

@@ -25,6 +25,7 @@ from haq_lab.data.calibration import Calibration
 from haq_lab.data.text import fingerprint, python_docs
 from haq_lab.errors import UserError
 from haq_lab.models.facts import whole_model_facts
+from haq_lab.models.families import family_of
 from haq_lab.models.kmeans import kmeans
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.shards import ShardWriter
@@ -33,7 +34,6 @@ from haq_lab.show import Progress
 
 STORED = torch.bfloat16
 MLP_INPUT = "mlp.gate_proj"
-EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 FIRST_CHOICE = 0.5  # mean probability of a token's first expert: sharp, and the second still counts
 SAME_PERPLEXITY = 1e-4  # relative; float32 sums in another order leave about 1e-6
 TEXT = Calibration("python_docs", samples=32, seqlen=512)
@@ -95,8 +95,8 @@ def upcycle(dense: Path, target: Path, experts: int, active: int, seed: int, tex
     config = _mixtral_config(model.config, experts, active)
     windows = Calibration(text.text, text.path, text.samples, text.seqlen, seed).load(model.tokenizer()).tokens
     _round(model.shell)
-    writer = ShardWriter(target, model.depth + 1)
-    writer.add({name: _stored(tensor) for name, tensor in _outside(model).items()})
+    family, writer = family_of(config), ShardWriter(target, model.depth + 1)
+    writer.add({name: _stored(tensor) for name, tensor in model.outside().items()})
     hidden = model.embed(windows)
     with Progress() as progress:
         progress.layers(model.depth, "upcycle")
@@ -104,7 +104,8 @@ def upcycle(dense: Path, target: Path, experts: int, active: int, seed: int, tex
             layer = _round(model.load_layer(index))
             received = record_inputs(model, layer, index, hidden, [MLP_INPUT])[MLP_INPUT]
             router = _stored(router_rows(received, experts, seed))
-            writer.add(_mixtral_layer(layer, f"{model.family.layers}.{index}", router))
+            tensors, prefix = _sparse_layer(layer, router), f"{family.layers}.{index}."
+            writer.add({family.checkpoint_name(prefix + name): tensor for name, tensor in tensors.items()})
             progress.layer_done()
     writer.finish()
     config.save_pretrained(target)
@@ -146,23 +147,16 @@ def _mixtral_config(dense: PreTrainedConfig, experts: int, active: int) -> Mixtr
     return config
 
 
-def _mixtral_layer(layer: torch.nn.Module, prefix: str, router: Tensor) -> dict[str, Tensor]:
-    """A dense decoder layer's tensors under Mixtral's hub names, the MLP's once an expert."""
-    tensors = {f"{prefix}.block_sparse_moe.gate.weight": router}
+def _sparse_layer(layer: torch.nn.Module, router: Tensor) -> dict[str, Tensor]:
+    """A dense decoder layer's tensors, the MLP's once an expert, and the router."""
+    tensors = {"mlp.gate.weight": router}
     for name, tensor in layer.state_dict().items():
         if name.startswith("mlp."):
-            part = EXPERT_NAMES[name.split(".")[1]]
-            for expert in range(len(router)):
-                tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{part}.weight"] = _stored(tensor)
+            part = name.removeprefix("mlp.")
+            tensors |= dict.fromkeys((f"mlp.experts.{expert}.{part}" for expert in range(len(router))), _stored(tensor))
         else:
-            tensors[f"{prefix}.{name}"] = _stored(tensor)
+            tensors[name] = _stored(tensor)
     return tensors
-
-
-def _outside(model: LayeredModel) -> dict[str, Tensor]:
-    """Tensors outside the layers by hub name; a tied head is its embedding and not stored again."""
-    tied = set(model.shell.all_tied_weights_keys)
-    return {name: tensor for name, tensor in model.shell.state_dict().items() if name not in tied}
 
 
 def _stored(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(text for text in texts if b"@compiled" in text)).hexdigest()[:16]
 
 
+FLAGS = {"nnan", "nsz", "arcp", "contract", "reassoc"}  # what lets loops become vector code; infinities stay
 FOLDER = cache_folder() / "numba" / _sources()
 
 
@@ -29,6 +30,6 @@ def compiled(function: Callable[..., Any]) -> Any:
     before = settings.CACHE_DIR
     settings.CACHE_DIR = str(FOLDER)
     try:
-        return numba.njit(function, cache=True, fastmath={"nsz", "arcp", "contract", "reassoc"}, error_model="numpy")
+        return numba.njit(function, cache=True, fastmath=FLAGS, error_model="numpy")
     finally:
         settings.CACHE_DIR = before

@@ -84,11 +84,9 @@ def _touch(state, layer, counts, tokens, now):
             state.average[layer, expert, index] += (share - average) / state.horizons[index]
         if counts[expert] > 0:
             state.last[layer, expert] = now
-            row = state.path[layer, expert]
-            for head in range(2):
-                for later in range(layers):
-                    for other in range(count):
-                        state.coming[head, later, other] += share * row[head, later, other]
+            coming, row = state.coming.reshape(-1), state.path[layer, expert].reshape(-1)
+            for index in range(len(coming)):
+                coming[index] += share * row[index]
     _judge(state, layer, now)
     if layer == layers - 1:
         state.known[:] = state.coming
@@ -97,14 +95,24 @@ def _touch(state, layer, counts, tokens, now):
 @compiled
 def _refresh(state, layer):
     layers, count = state.values.shape
-    for row in range(layers):
-        path = state.coming if row <= layer else state.known
-        distance = np.float32(row - layer if row > layer else row - layer + layers)
-        for expert in range(count):
-            use = _sigmoid(state.logits[0, row, expert] + path[0, row, expert])
-            hazard = _sigmoid(state.logits[1, row, expert] + path[1, row, expert])
-            until_used = distance + layers * (np.float32(1) - use) / hazard
-            state.values[row, expert] = max(use / distance, np.float32(1) / until_used)
+    passed = (layer + 1) * count
+    _judge_span(state, state.coming, 0, passed, layers - layer)
+    _judge_span(state, state.known, passed, layers * count, -layer)
+
+
+@compiled
+def _judge_span(state, path, begin, end, ahead):
+    """Values of experts `begin` to `end` (layer * E + expert), whose next visit is `ahead` + their layer away."""
+    layers, count = state.values.shape
+    size, one = layers * count, np.float32(1)
+    values, logits, known = state.values.reshape(-1), state.logits.reshape(-1), path.reshape(-1)
+    sweep = np.float32(layers)
+    for index in range(begin, end):
+        use = _sigmoid(logits[index] + known[index])
+        hazard = _sigmoid(logits[size + index] + known[size + index])
+        distance = np.float32(index // count + ahead)
+        until_used = distance + sweep * (one - use) / hazard
+        values[index] = max(use / distance, one / until_used)
 
 
 @compiled

@@ -54,8 +54,9 @@ def measure_costs(layer: nn.Module, moe: Moe, store: ExpertStore, model: Layered
     for name, tensor in held.items():
         _put(experts[0], name, tensor)
     zero = PiecewiseLinear([1], [0.0])
-    curves = [PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch)]
-    return Costs(*curves, zero, zero, store.blob_bytes)
+    measured = (PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch))
+    fast_curve, slow_curve, fetch_curve = measured
+    return Costs(fast_curve, slow_curve, fetch_curve, zero, zero, store.blob_bytes)
 
 
 def _once(run: Callable[[], Any]) -> float:

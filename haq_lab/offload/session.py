@@ -13,25 +13,26 @@ from haq_lab.calibration.routing import Routing
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.engine import Engine
 from haq_lab.offload.record import record_trace
-from haq_lab.offload.settings import Offload, experts_of
+from haq_lab.offload.settings import Offload, experts_of, refuse_dense
 from haq_lab.offload.store import StoreWriter
 from haq_lab.offload.trace import Trace
 
 
 class OffloadSession:
     """Args:
-    settings: The run's `offload`.
+    settings: The run's `offload`; a dense model is refused.
     folder: Where the slow tier lies while the run lasts.
     """
 
     def __init__(self, settings: Offload, model: LayeredModel, folder: Path):
+        refuse_dense(model)
         self.settings, self.model = settings, model
         self.path = folder / "experts.bin"
         self._writer = StoreWriter(self.path).__enter__()
         self.engine: Engine | None = None
 
     def add(self, layer: nn.Module) -> None:
-        """The next layer in its final form: its experts go to the slow tier. Raises `UserError` for a dense model."""
+        """The next layer in its final form: its experts go to the slow tier."""
         self._writer.add(experts_of(layer, self.model))
 
     def engage(self, layers: list[nn.Module], routing: Routing | None, calibration: Tensor | None, text: str) -> None:

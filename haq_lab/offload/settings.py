@@ -111,8 +111,13 @@ class Offload:
         return engine
 
 
-def experts_of(layer: nn.Module, model: LayeredModel) -> nn.ModuleList:
-    """A layer's experts. Raises `UserError` for a dense model."""
+def refuse_dense(model: LayeredModel) -> None:
+    """Raise `UserError` for a model without experts."""
     if model.family.moe is None:
         raise UserError(f"offload: a '{model.config.model_type}' has no experts to offload; add offload=none")
+
+
+def experts_of(layer: nn.Module, model: LayeredModel) -> nn.ModuleList:
+    """A layer's experts."""
+    assert model.family.moe is not None
     return cast(nn.ModuleList, layer.get_submodule(model.family.moe.experts))

@@ -1,0 +1,184 @@
+"""The real engine on the RAM and disk tiers: decode latency by configuration, and the simulator held against it.
+
+    python experiments/benchmarks/offload_engine.py CHECKPOINT --profile A.trace --text FILE [--accelerate BF16_FOLDER]
+
+CHECKPOINT is a quantised one (`checkpoint.dir=`). Costs come from micro-benchmarks, one all-resident run and one
+half-resident run under LRU; the other configurations are predicted by them. Latencies are medians over tokens, as
+other work on the machine shows in the mean. With --accelerate, the same model in bf16 through accelerate's disk
+offload decodes in the same run. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from haq_lab.checkpoint.model import QuantizedModel
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.offload.costs import Costs, PiecewiseLinear
+from haq_lab.offload.engine import Engine
+from haq_lab.offload.local import measure_costs
+from haq_lab.offload.path_model import fit_path_model
+from haq_lab.offload.placement import place
+from haq_lab.offload.policy import Policy, make_policy
+from haq_lab.offload.simulator import Simulator
+from haq_lab.offload.store import ExpertStore, StoreWriter
+from haq_lab.offload.trace import Trace
+
+TOKENS, SPARE = 32, 4
+CONFIGURATIONS = [
+    (rule, placement, scope, share)
+    for rule, placement, scope in (
+        ("none", "frequency", "global"),
+        ("lru", "uniform", "layer"),
+        ("haq", "two_stage", "global"),
+    )
+    for share in (0.25, 0.4, 0.55, 0.75)
+]
+
+
+def decode(whole: nn.Module, prompt: Tensor, text: Tensor) -> list[float]:
+    """Seconds of each decoded token, the text's own tokens being fed (so that every configuration sees the same)."""
+    output = whole(prompt, use_cache=True, logits_to_keep=1)
+    seconds = []
+    for token in text[0]:
+        start = time.perf_counter()
+        output = whole(token.view(1, 1), cache=output.cache, use_cache=True, logits_to_keep=1)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+class Bench:
+    """A quantised model whose experts lie in a store."""
+
+    def __init__(self, checkpoint: Path, profile: Trace, tokens: Tensor, scratch: Path):
+        self.model = QuantizedModel(checkpoint, CpuBackend())
+        self.profile, self.path_model = profile, fit_path_model(profile)
+        self.prompt, self.text = tokens[:, :64], tokens[:, 64 : 64 + TOKENS]
+        self.layers: list[nn.Module] = []
+        with StoreWriter(scratch / "experts.bin") as writer:
+            for index in range(self.model.depth):
+                layer = self.model.load_layer(index)
+                writer.add(layer.mlp.experts)  # type: ignore[arg-type, union-attr]
+                self.layers.append(layer)
+            self.store: ExpertStore = writer.open()
+        self.forwards = [layer.mlp.experts.__dict__.copy() for layer in self.layers]  # type: ignore[union-attr]
+        self.whole = self.model.assemble(self.layers)
+
+    def policy(self, rule: str, placement: str, scope: str, share: float) -> Policy:
+        slots = round(share * self.profile.layers * self.profile.expert_count)
+        resident = place(placement, self.profile, slots)
+        return make_policy(rule, resident, self.profile, scope, self.path_model)  # type: ignore[arg-type]
+
+    def measured(self, *configuration: Any) -> tuple[list[float], Engine, Trace]:
+        """Seconds a token, the engine, and the routing of prompt and text as the engine saw it."""
+        for layer, untouched in zip(self.layers, self.forwards, strict=True):
+            layer.mlp.experts.__dict__.clear()  # type: ignore[union-attr]
+            layer.mlp.experts.__dict__.update(untouched)  # type: ignore[union-attr]
+        engine = Engine(self.store, self.policy(*configuration), SPARE)
+        engine.attach(self.layers, self.model.family.moe)  # type: ignore[arg-type]
+        heard: list[Tensor] = []
+        begin = engine.begin
+        engine.begin = lambda layer, hidden, chosen: (heard.append(chosen), begin(layer, hidden, chosen))[1]  # type: ignore[method-assign]
+        seconds = decode(self.whole, self.prompt, self.text)
+        return seconds, engine, self._trace(heard)
+
+    def _trace(self, heard: list[Tensor]) -> Trace:
+        depth = self.model.depth
+        steps = [torch.stack(heard[at : at + depth], 1).numpy() for at in range(0, len(heard), depth)]
+        experts = np.concatenate(steps).astype(np.uint8)
+        decoded = np.arange(len(experts)) >= self.prompt.shape[1]
+        return Trace(
+            experts, np.ones(experts.shape, np.float16), decoded, np.zeros(1, np.int64), self.profile.expert_count
+        )
+
+    def costs(self) -> Costs:
+        """Micro-benchmarks; the rest of a layer and the head are what the all-resident run leaves over."""
+        costs = measure_costs(self.layers[0], self.model.family.moe, self.store, self.model)  # type: ignore[arg-type]
+        seconds, _, trace = self.measured("none", "frequency", "global", 1.0)
+        per_layer = (float(np.median(seconds)) - costs.outside(1)) / self.model.depth
+        costs.rest = PiecewiseLinear([1], [per_layer - trace.k * costs.fast(1)])
+        return costs
+
+
+def correct_fetch(bench: Bench, costs: Costs, calibration: tuple[Any, ...]) -> None:
+    """One free number, the fetch's cost beside computing, from one measured configuration."""
+    seconds, _, trace = bench.measured(*calibration)
+    measured = float(np.median(seconds))
+    low, high = 0.1, 10.0
+    for _ in range(30):
+        costs.fetch.correction = (low + high) / 2
+        simulated = float(np.median(Simulator(costs, bench.policy(*calibration), from_disk=True).run(trace).token_s))
+        low, high = (low, costs.fetch.correction) if simulated > measured else (costs.fetch.correction, high)
+
+
+def accelerate_seconds(folder: Path, prompt: Tensor, text: Tensor, scratch: Path, budget: float) -> list[float]:
+    """The same text through accelerate's disk offload; `budget` bytes may stay in RAM."""
+    from accelerate import infer_auto_device_map
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    limits = {"cpu": int(budget), "disk": 10**12}
+    placed = infer_auto_device_map(empty, limits, no_split_module_classes=["MixtralDecoderLayer"], dtype=torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map=placed, offload_folder=str(scratch / "accelerate")
+    )
+    return decode(whole, prompt, text)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure, predict and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--accelerate", type=Path)
+    given = parser.parse_args()
+    rows, result = [], {}
+    with tempfile.TemporaryDirectory(dir=given.checkpoint.parent) as name:
+        scratch = Path(name)
+        tokenizer = QuantizedModel(given.checkpoint, CpuBackend()).tokenizer()
+        ids = tokenizer.encode(given.text.read_text(encoding="utf-8")[:20_000])[: 64 + TOKENS]
+        bench = Bench(given.checkpoint, Trace.open(given.profile), torch.tensor([ids]), scratch)
+        costs = bench.costs()
+        resident_ms = 1e3 * float(np.mean(bench.measured("none", "frequency", "global", 1.0)[0]))
+        correct_fetch(bench, costs, ("lru", "uniform", "layer", 0.5))
+        for configuration in CONFIGURATIONS:
+            seconds, engine, trace = bench.measured(*configuration)
+            simulated = Simulator(costs, bench.policy(*configuration), from_disk=True).run(trace)
+            row = {"configuration": " ".join(map(str, configuration)), "ms": 1e3 * float(np.median(seconds))}
+            row |= {"std_ms": 1e3 * float(np.std(seconds)), "simulated_ms": 1e3 * float(np.median(simulated.token_s))}
+            row |= {"error": row["simulated_ms"] / row["ms"] - 1, "over_resident": row["ms"] / resident_ms}
+            row |= {"hit_rate": engine.stats()["offload.hit_rate_pairs"], "fast_tier_bytes": engine.arena.bytes}
+            engine._reader.shutdown()
+            rows.append(row)
+            print(
+                f"{row['configuration']:<32}{row['ms']:8.1f} ms  simulated {row['simulated_ms']:8.1f} ms "
+                f"({row['error']:+.1%})  x{row['over_resident']:.2f}  hits {row['hit_rate']:.3f}",
+                flush=True,
+            )
+        result["mean_error"] = float(np.mean([abs(row["error"]) for row in rows]))
+        if given.accelerate:
+            half = next(row for row in rows if row["configuration"] == "haq two_stage global 0.25")
+            budget = half["fast_tier_bytes"]
+            seconds = accelerate_seconds(given.accelerate, bench.prompt, bench.text[:, :6], scratch, budget)
+            result |= {
+                "accelerate_ms": 1e3 * float(np.median(seconds)),
+                "times_faster": 1e3 * float(np.median(seconds)) / half["ms"],
+            }
+    print(json.dumps({"all_resident_ms": resident_ms, "rows": rows, **result}))
+
+
+if __name__ == "__main__":
+    main()

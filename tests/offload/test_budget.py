@@ -1,0 +1,37 @@
+"""From what a user writes to expert slots."""
+
+from __future__ import annotations
+
+import pytest
+
+from haq_lab.errors import UserError
+from haq_lab.offload.budget import Budget
+from haq_lab.offload.settings import Offload
+
+
+@pytest.mark.parametrize(
+    ("text", "slots"),
+    [("40%", 92), ("100%", 240), ("60", 60), (60, 60), ("1000", 240), ("110kB", 96), ("1 GB", 240)],
+)
+def test_forms(text, slots):
+    # 240 experts of 1,000 bytes, 4 spare slots, 10,000 bytes reserved
+    assert Budget.parse(text).slots(240, 1000, spare=4, reserved=10_000) == slots
+
+
+@pytest.mark.parametrize("text", ["1%", "13kB", "0", "5 kB"])
+def test_nothing_left_is_a_mistake_and_no_silent_off(text):
+    with pytest.raises(UserError, match="no slot for an expert of 1,000 bytes"):
+        Budget.parse(text).slots(240, 1000, spare=4, reserved=10_000)
+
+
+@pytest.mark.parametrize("text", ["", "much", "-4", "40 %%", "120%", "1.5", "3 TB"])
+def test_other_words_are_refused(text):
+    with pytest.raises(UserError, match=r"offload\.budget"):
+        Offload(budget=text)
+
+
+def test_formats_that_need_a_gpu_say_so():
+    with pytest.raises(UserError, match=r"offload\.device_format: 'fp16' needs a GPU"):
+        Offload(device_format="fp16")
+    with pytest.raises(UserError, match="at least 2 spare"):
+        Offload(prefetch="path", spare=1)

@@ -1,0 +1,49 @@
+"""`offload=...` in a run, and the commands beside it, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from launching import launch
+
+from haq_lab.offload.__main__ import main
+from haq_lab.offload.trace import Trace
+
+SMALL = ["model=tiny_mixtral", "tracking=none", "measure=[memory,latency]", "measure.latency.prompt_tokens=8"]
+SMALL += ["measure.latency.decode_tokens=4", "measure.latency.seconds=0", "measure.latency.iterations=1"]
+SMALL += ["calibration.samples=4", "calibration.seqlen=64"]
+
+
+@pytest.mark.parametrize("options", [["quantizer=rtn", "offload=lru"], ["quantizer=none", "offload=static"]])
+def test_a_run_reports_what_its_engine_did(tmp_path, options):
+    done = launch(*SMALL, *options, f"hydra.run.dir={tmp_path}")
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert 0 < metrics["offload.hit_rate_pairs"] < 1
+    assert metrics["offload.bytes_moved"] > 0
+    assert (tmp_path / "offload.csv").read_text().startswith("layer,resident,hits,misses")
+    assert not (tmp_path / "experts.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["model=tiny_llama", "offload=haq"], "has no experts"), (["offload=lru", "offload.budget=1%"], "no slot")],
+)
+def test_mistakes_end_with_code_2(tmp_path, options, message):
+    done = launch(*SMALL, "quantizer=none", *options, f"hydra.run.dir={tmp_path}")
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_trace_and_its_mistakes(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play. " * 40)
+    arguments = ["--windows", "2", "--seqlen", "64", "--prompt", "16", "--out", str(tmp_path / "a.trace")]
+    main(["trace", "tiny_mixtral", str(text), *arguments])
+    trace = Trace.open(tmp_path / "a.trace")
+    assert (trace.tokens, trace.layers, int(trace.decode.sum())) == (128, 2, 96)
+    with pytest.raises(SystemExit) as stopped:
+        main(["trace", "tiny_mixtrl", str(text), *arguments])
+    assert stopped.value.code == 2
+    assert "did you mean 'tiny_mixtral'" in capsys.readouterr().err
