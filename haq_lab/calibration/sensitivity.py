@@ -130,16 +130,21 @@ class _Tap:
 
     def add(self, seen: dict[str, Tensor]) -> None:
         """One batch; an expert may have had no token in it."""
-        gradients = [seen[f"{name}.in"].grad for name in self._entrances if f"{name}.in" in seen]
-        if gradients:
-            self._channels += _squares(sum(gradients))
+        readers = [_gradient(seen[f"{name}.in"]) for name in self._entrances if f"{name}.in" in seen]
+        if readers:
+            self._channels += _squares(torch.stack(readers).sum(dim=0))
         for name, total in self._outputs.items():
             if f"{name}.out" in seen:
-                total += _squares(seen[f"{name}.out"].grad)
+                total += _squares(_gradient(seen[f"{name}.out"]))
 
     def finish(self, tokens: int) -> Sensitivity:
         """Means over all tokens, those that an expert never saw included."""
         return Sensitivity(self._channels / tokens, torch.cat(list(self._outputs.values())) / tokens)
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None, "not reached by the backward"
+    return tensor.grad
 
 
 def _squares(gradient: Tensor) -> Tensor:

@@ -71,8 +71,10 @@ class StaticNoise:
 
 
 def solved_weight_error(scale: Tensor, cost: Tensor, conditional_variance: Tensor) -> float:
-    """What GPTQ leaves of the sum over rows of cost * dw H dw^T: uniform rounding noise in each column, of variance
-    scale^2 / 12, at the price that the column has once later ones make up for it. Within 10 % of the measured error (`tests`).
+    """What GPTQ leaves of the sum over rows of cost * dw H dw^T.
+
+    Uniform rounding noise in each column, of variance scale^2 / 12, at the price that the column has once later ones
+    make up for it. Within 10 % of the measured error (`tests`).
 
     Args:
         scale: (n,) row scales.
