@@ -149,7 +149,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         figures.append(layer_figure(tables["layers"], folder.path / "figures" / "layers.png"))
     if passed.routing is not None:
         text = experiment.calibration.text
-        passed.routing.save(folder.path / "routing.safetensors", experiment.model.label, text)
+        passed.routing.trace(experiment.model.label, text).save(folder.path / "routing.safetensors")
     protocol: dict[str, Any] = {name: windows.protocol for name, windows in evaluation.items()}
     if calibration is not None:
         protocol["calibration"] = calibration.protocol

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from haq_lab.files import written_aside
+from haq_lab.offload.trace import Trace
 
 
 @dataclass
@@ -50,15 +49,15 @@ class Routing:
                 rows.append({"layer": layer, "expert": expert, "tokens": count, "share": share, "gate_weight": mean})
         return pd.DataFrame(rows)
 
-    def save(self, path: Path, model: str, text: str) -> None:
-        """Write the trace: `experts` and `weights` (tokens, layers, k), `decode` (tokens,), all false as these are
-        prefills, and `starts` (n,), each window's first token."""
+    def trace(self, model: str, text: str) -> Trace:
+        """As a routing trace: every window a prompt of its own."""
         count, length = self.windows
-        tensors = {
-            "experts": torch.stack(self.chosen, dim=1),
-            "weights": torch.stack(self.weights, dim=1),
-            "decode": torch.zeros(count * length, dtype=torch.bool),
-            "starts": torch.arange(count) * length,
-        }
-        with written_aside(path) as aside:
-            save_file(tensors, aside, metadata={"model": model, "text": text, "experts": str(self.experts)})
+        return Trace(
+            torch.stack(self.chosen, dim=1).numpy(),
+            torch.stack(self.weights, dim=1).numpy(),
+            np.zeros(count * length, np.bool_),
+            np.arange(count) * length,
+            self.experts,
+            model,
+            text,
+        )

@@ -32,7 +32,7 @@ def test_counts_and_table(routing):
 
 
 def test_file(routing, tmp_path):
-    routing.save(tmp_path / "routing.safetensors", "a model", "a text")
+    routing.trace("a model", "a text").save(tmp_path / "routing.safetensors")
     with safe_open(tmp_path / "routing.safetensors", "pt") as stored:
         assert stored.metadata() == {"model": "a model", "text": "a text", "experts": "4"}
         assert stored.get_tensor("experts").dtype == torch.uint8

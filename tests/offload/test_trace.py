@@ -36,7 +36,7 @@ def test_what_calibration_writes_can_be_read(tmp_path):
     routing = Routing(experts=4, windows=(2, 3))
     chosen = torch.randint(0, 4, (6, 2))
     routing.add_layer(chosen, torch.rand(6, 2))
-    routing.save(tmp_path / "r.trace", "model", "text")
+    routing.trace("model", "text").save(tmp_path / "r.trace")
     trace = Trace.open(tmp_path / "r.trace")
     np.testing.assert_array_equal(trace.experts[:, 0], chosen.numpy())
     assert not trace.decode.any()
