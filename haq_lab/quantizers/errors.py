@@ -14,6 +14,7 @@ from haq_lab.calibration.statistics import InputStatistics, Sensitivity
 from haq_lab.int8.numerics import round_to_grid, scale_of
 
 CLIPS = tuple(0.84**step for step in range(30))  # static scales tried, as shares of the one that covers all
+COARSE = 4  # of the sampled rows one is enough to compare factors by
 TINY = 1e-30  # noise of a dead channel, so that it has a logarithm
 PER_OCTAVE = 6
 STEPS = 2.0 ** torch.arange(-6, 8.01, 1 / PER_OCTAVE)  # grid steps tabulated, over the one that covers a channel
@@ -24,9 +25,10 @@ def every_output_alike(weight: Tensor) -> Sensitivity:
     return Sensitivity(channels=weight.square().sum(dim=0), outputs=torch.ones(len(weight)))
 
 
-def dynamic_noise(statistics: InputStatistics, per_row: bool) -> Tensor:
-    """(k,) mean squared rounding error of each channel with scales taken at run time, a row's or the tensor's."""
-    sample, weight = sampled(statistics)
+def dynamic_noise(statistics: InputStatistics, per_row: bool, every: int = 1) -> Tensor:
+    """(k,) mean squared rounding error of each channel with scales taken at run time, a row's or the tensor's; from
+    every so many sampled rows."""
+    sample, weight = sampled(statistics, every)
     largest = sample.abs().amax(dim=1, keepdim=True) if per_row else statistics.channel_max.amax()
     scale = scale_of(largest)
     return weight @ round_to_grid(sample, scale).mul_(scale).sub_(sample).square_()
@@ -39,8 +41,8 @@ class StaticNoise:
     So one table serves every scale and every factor.
     """
 
-    def __init__(self, statistics: InputStatistics):
-        sample, weight = sampled(statistics)
+    def __init__(self, statistics: InputStatistics, every: int = COARSE):
+        sample, weight = sampled(statistics, every)
         self._full = scale_of(statistics.channel_max)
         rows = []
         for step in STEPS:
@@ -84,8 +86,9 @@ def solved_weight_error(scale: Tensor, cost: Tensor, conditional_variance: Tenso
     return float(cost @ scale.square() / 12 * conditional_variance.sum())
 
 
-def sampled(statistics: InputStatistics) -> tuple[Tensor, Tensor]:
-    """The sampled rows (r, k), and the share of tokens (r,) that each stands for."""
+def sampled(statistics: InputStatistics, every: int = 1) -> tuple[Tensor, Tensor]:
+    """Every so many sampled rows (r, k), and the share of tokens (r,) that each stands for."""
     assert statistics.sample is not None
     assert statistics.sample_weight is not None
-    return statistics.sample, statistics.sample_weight / statistics.sample_weight.sum()
+    weight = statistics.sample_weight[::every]
+    return statistics.sample[::every], weight / weight.sum()

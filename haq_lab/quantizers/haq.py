@@ -30,7 +30,14 @@ from haq_lab.errors import UserError
 from haq_lab.int8.numerics import QMAX
 from haq_lab.models.families import Family, FoldKind, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solution
-from haq_lab.quantizers.errors import StaticNoise, dynamic_noise, every_output_alike, sampled, solved_weight_error
+from haq_lab.quantizers.errors import (
+    COARSE,
+    StaticNoise,
+    dynamic_noise,
+    every_output_alike,
+    sampled,
+    solved_weight_error,
+)
 from haq_lab.quantizers.grid import qmax, row_scale, searched_row_scale
 from haq_lab.quantizers.refine import DynamicError, refined
 from haq_lab.quantizers.smoothing import Channels, factor_of
@@ -61,20 +68,20 @@ class Predictor:
     def _static(self) -> StaticNoise:
         return StaticNoise(self._ranges)
 
-    def error(self, scheme: Scheme, factor: Tensor) -> float:
-        """Predicted error under a scheme, for a factor (k,)."""
+    def error(self, scheme: Scheme, factor: Tensor, every: int = 1) -> float:
+        """Predicted error under a scheme, for a factor (k,), from every so many sampled rows."""
         rows = row_scale(self._weight * factor, self._bits)
         rounding = solved_weight_error(rows, self._cost.outputs, self._variance / factor.square())
         if scheme == "static":
             disturbance = self._static.best_scale(factor, self._cost.channels)[1]
         else:
-            noise = dynamic_noise(self._ranges.divided_by(factor), per_row=scheme == "token")
+            noise = dynamic_noise(self._ranges.divided_by(factor), per_row=scheme == "token", every=every)
             disturbance = float(noise @ (self._cost.channels * factor.square()))
         return (rounding + disturbance) / 2
 
     def least(self, scheme: Scheme, candidates: list[Smoothing], channels: Channels) -> Smoothing:
         """The candidate with the least predicted error; under dynamic scales then refined channel by channel."""
-        best = min(candidates, key=lambda candidate: self.error(scheme, candidate.factor))
+        best = min(candidates, key=lambda candidate: self.error(scheme, candidate.factor, COARSE))
         if scheme == "static":
             return best  # refined under static scales, the prediction fell and the model got worse
         finer = replace(best, factor=refined(best.factor, self._dynamic(scheme), channels))
