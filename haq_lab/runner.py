@@ -22,7 +22,8 @@ from haq_lab.data.windows import Windows
 from haq_lab.errors import UserError
 from haq_lab.figures import layer_figure
 from haq_lab.files import written_aside
-from haq_lab.measure.memory import reset_peak_rss
+from haq_lab.int8.deploy import deploy
+from haq_lab.measure.memory import reset_peaks
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.session import OffloadSession
@@ -65,7 +66,7 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
 @torch.no_grad()
 def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> None:
     """The method section."""
-    reset_peak_rss()
+    reset_peaks()
     preflight(experiment, facts["overrides"])
     with ExitStack() as held, Progress() as progress:
         # 1. The model's shell and the texts.
@@ -122,7 +123,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             offload.engage(layers, passed.routing, calibration.tokens, experiment.calibration.text)
 
         # 3. Measurements on the model as deployed.
-        study = Study(model, tokens, passed, model.assemble(layers), progress.stage)
+        study = Study(model, tokens, passed, deploy(model.assemble(layers), model, experiment.backend), progress.stage)
         metrics: dict[str, float] = {}
         for measure in experiment.measures.values():
             metrics |= measure(study)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from haq_lab.calibration.statistics import Policy
 from haq_lab.int8.cpu import CpuBackend
-from haq_lab.measure.memory import peak_rss, reset_peak_rss
+from haq_lab.measure.memory import peak_rss, reset_peaks
 from haq_lab.models.families import family_of
 from haq_lab.models.layered import LayeredModel
 from haq_lab.onepass import one_pass
@@ -93,7 +93,7 @@ def measure(folder: Path, quantizer: str, windows: int) -> None:
     torch.set_num_threads(1)
     model = LayeredModel(folder)
     tokens = torch.randint(0, 1024, (2 * windows, WINDOW), generator=torch.Generator().manual_seed(0))
-    reset_peak_rss()
+    reset_peaks()
     base = peak_rss()
     evaluation = {"random": tokens[windows:]}
     passed = one_pass(

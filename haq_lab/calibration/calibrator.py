@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.observe import observe, record_inputs
 from haq_lab.calibration.routing import Routing
+from haq_lab.calibration.sensitivity import LayerSensitivity, measure_sensitivity
 from haq_lab.calibration.spool import Spool
 from haq_lab.calibration.statistics import InputStatistics, Needs, Policy
 from haq_lab.calibration.watchers import ExpertInside, ExpertsInput, SharedInput, channels_of
@@ -49,7 +50,11 @@ class Calibrator:
         self.model, self.needs, self.policy, self.clock = model, needs, policy, clock
         self.hidden = self.hidden_fp = None
         self.routing: Routing | None = None
+        self._sensitivity: list[LayerSensitivity] = []
         if needs.inputs and windows is not None:
+            if needs.sensitivity:
+                with clock.stage("sensitivity"):
+                    self._sensitivity = measure_sensitivity(model, windows[: needs.sensitivity], Spool())
             self.hidden = model.embed(windows, spool.empty)
             if needs.cross and policy.propagate == "quantized":
                 self.hidden_fp = spool.copy(self.hidden)
@@ -80,7 +85,10 @@ class Calibrator:
             return None
         if group.site not in self._known:
             self._observe(layer, index, self.hidden, self._together(layer, group))
-        return self._known.pop(group.site)
+        statistics = self._known.pop(group.site)
+        if self._sensitivity:
+            statistics.sensitivity = self._sensitivity[index][group.site]
+        return statistics
 
     def leave(self, layer: nn.Module, index: int) -> None:
         """After a layer is quantised."""

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-SAMPLE_ROWS = 512  # tokens kept whole, evenly spaced
+SAMPLE_ROWS = 2048  # tokens kept whole, evenly spaced
 EXTREME_ROWS = 64  # and those with the largest entries, where outliers live
 MIN_TOKENS = 64
 STANDING_IN_WORTH = 0.1  # of a token that the router sent elsewhere, to an expert that it stands in for
@@ -22,6 +22,21 @@ class Needs:
     hessian: bool = False
     cross: bool = False
     sample: bool = False
+    sensitivity: int = 0  # windows, of those that calibrate
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What an error of one group of linears costs the model's predictions: twice the KL divergence, in nats a token,
+    for each unit of squared error (`haq_lab.calibration.sensitivity`).
+
+    Attributes:
+        channels: (k,) of their input.
+        outputs: (n,) of their outputs, stacked.
+    """
+
+    channels: Tensor
+    outputs: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,7 @@ class InputStatistics:
         routed: By expert, the same of the tokens that are routed to it, where the experts that share this input
             are calibrated apart.
         stands_in: Too few tokens were routed to the expert, so these are of the layer's tokens.
+        sensitivity: Of the linears that read it.
     """
 
     count: int
@@ -62,6 +78,7 @@ class InputStatistics:
     sample_weight: Tensor | None = None
     routed: dict[int, InputStatistics] = field(default_factory=dict)
     stands_in: bool = False
+    sensitivity: Sensitivity | None = None
 
     def of(self, expert: int | None) -> InputStatistics:
         """What the linears of an expert go by: its own statistics where there are any, else these."""
@@ -100,6 +117,7 @@ class InputStatistics:
             self.sample_weight,
             {expert: statistics.divided_by(factor) for expert, statistics in self.routed.items()},
             self.stands_in,
+            self.sensitivity and replace(self.sensitivity, channels=self.sensitivity.channels * factor.square()),
         )
 
 

@@ -1,4 +1,4 @@
-"""What a backend is: the arithmetic of one int8 linear. `reference`, `cpu` and `fake` are in their modules."""
+"""What a backend is: how one int8 linear is held and computed. `reference` and `fake` are here, others beside it."""
 
 from __future__ import annotations
 
@@ -7,39 +7,63 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from haq_lab.errors import UserError
 from haq_lab.int8.numerics import Activations, epilogue, quantize_activations
 
 
 class Backend:
-    """Quantise the rows, multiply in int8, scale. A backend overrides `accumulate`, or `product` as a whole."""
+    """Quantise the rows, multiply in int8, scale.
+
+    A backend overrides what it does in its own way: `accumulate` or `product`, `quantize`, and `pack` with
+    `unpack` where it holds weights in a layout of its own. `linear` has its one signature here.
+    """
 
     name: ClassVar[str]
+    device: torch.device = torch.device("cpu")  # where packed weights lie and a deployed model runs
 
-    def accumulate(self, qx: Tensor, qw: Tensor) -> Tensor:
-        """int8 (m, k) times int8 (n, k) transposed -> int32 (m, n), exact."""
-        raise NotImplementedError
+    def pack(self, levels: Tensor) -> Tensor:
+        """int8 levels (n, k) -> the tensor that `linear` multiplies with; done once for each linear."""
+        return levels
+
+    def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        """The int8 levels (rows, columns) that were packed, exactly."""
+        return packed
+
+    def joins(self, rows: int) -> bool:
+        """Whether packed weights of so many rows, and others of the same k after them, are packed as one matrix."""
+        return True
 
     def linear(
         self,
         x: Tensor,
-        qw: Tensor,
+        packed: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None,
         scheme: Activations,
         static_scale: Tensor | None,
     ) -> Tensor:
-        """x (m, k) floating -> (m, n) of the same type; `qw` (n, k) int8, `weight_scale` (n,) float32."""
+        """x (m, k) floating -> (m, n) of the same type; `packed` is `pack` of (n, k), `weight_scale` (n,) float32."""
         qx, row_scale = self.quantize(x, scheme, static_scale)
-        return self.product(qx, row_scale, qw, weight_scale, bias).to(x.dtype)
+        return self.product(qx, row_scale, packed, weight_scale, bias, x.dtype).to(x.device)
 
     def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (m, k) floating -> int8 (m, k) and float32 scales (m, 1)."""
+        """x (m, k) floating -> int8 (m, k) and float32 scales, one a row, as `product` takes them."""
         return quantize_activations(x, scheme, static_scale)
 
-    def product(self, qx: Tensor, row_scale: Tensor, qw: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-        """The quantised rows times the weights, scaled: float32 (m, n)."""
-        return epilogue(self.accumulate(qx, qw), row_scale, weight_scale, bias)
+    def product(
+        self,
+        qx: Tensor,
+        row_scale: Tensor,
+        packed: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The quantised rows times the packed weights, scaled in float32: (m, n) of `dtype`."""
+        return epilogue(self.accumulate(qx, packed), row_scale, weight_scale, bias).to(dtype)
+
+    def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
+        """int8 (m, k) times int8 levels (n, k) transposed -> int32 (m, n), exact."""
+        raise NotImplementedError
 
 
 class ReferenceBackend(Backend):
@@ -47,8 +71,8 @@ class ReferenceBackend(Backend):
 
     name = "reference"
 
-    def accumulate(self, qx: Tensor, qw: Tensor) -> Tensor:
-        return (qx.double() @ qw.double().t()).to(torch.int32)
+    def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
+        return (qx.double() @ levels.double().t()).to(torch.int32)
 
 
 class FakeBackend(Backend):
@@ -56,10 +80,15 @@ class FakeBackend(Backend):
 
     name = "fake"
 
-    def product(self, qx: Tensor, row_scale: Tensor, qw: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.nn.functional.linear(qx.float() * row_scale, qw.float() * weight_scale[:, None], bias)
-
-
-def cuda() -> Backend:
-    """Refused until the CUDA kernels are there."""
-    raise UserError("backend: 'cuda' is not available yet; choose cpu, reference or fake")
+    def product(
+        self,
+        qx: Tensor,
+        row_scale: Tensor,
+        packed: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return torch.nn.functional.linear(qx.float() * row_scale, packed.float() * weight_scale[:, None], bias).to(
+            dtype
+        )

@@ -1,8 +1,10 @@
-"""int8 products on a CPU by the fastest exact path that torch has, chosen at run time by measuring.
+"""`backend=cpu`: int8 products by our own kernels (`native`), else by the fastest exact path that torch has.
 
-`torch._int_mm` is fast where the CPU has VNNI. Without it, it saturates pairs of products in silence, so each
-candidate is first held against the reference on extreme values. What always works: the product of int8 values
-in float32, exact as long as a partial sum stays below 2^24, hence columns in chunks of 1,040.
+Our kernels need a compiler once, or a library built before, and are held against the reference at start-up.
+torch's paths are chosen between by measuring, for each shape. `torch._int_mm` is fast where the CPU has VNNI.
+Without it, it saturates pairs of products in silence, so each candidate is first held against the reference on
+extreme values. What always works: the product of int8 values in float32, exact as long as a partial sum stays
+below 2^24, hence columns in chunks of 1,040.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from haq_lab.int8 import native
 from haq_lab.int8.backend import Backend, ReferenceBackend
+from haq_lab.int8.numerics import Activations, epilogue, scale_of
 
 Product = Callable[[Tensor, Tensor], Tensor]
 EXACT_IN_FLOAT32 = 2**24 // 127**2  # columns whose products sum exactly in a float32: 1,040
@@ -71,14 +75,84 @@ def fastest(rows: int, outputs: int, columns: int) -> Product:
     return min(exact, key=lambda product: _seconds(product, qx, qw))
 
 
+@cache
+def native_is_exact(isa: str) -> bool:
+    """Whether our kernels are there and equal the reference, in the sums and to the last bit of a linear."""
+    reference = ReferenceBackend()
+    generator = torch.Generator().manual_seed(0)
+    with native.forced_isa(isa):
+        for rows, outputs, columns in ((1, 33, 70), (7, 64, 2100), (40, 100, 576)):
+            if not is_exact(lambda qx, qw: native.accumulate(qx, native.pack(qw)), rows, outputs, columns):
+                return False
+            levels = torch.randint(-127, 128, (outputs, columns), dtype=torch.int8, generator=generator)
+            x, scale, bias = (torch.randn(shape, generator=generator) for shape in ((rows, columns), outputs, outputs))
+            wanted = reference.linear(x, levels, scale.abs(), bias, "token", None)
+            if not torch.equal(native.linear(x, native.pack(levels), scale.abs(), bias), wanted):
+                return False
+    return True
+
+
 class CpuBackend(Backend):
-    """Real int8 products on this CPU."""
+    """Real int8 products on this CPU.
+
+    Weights that `pack` has put in our kernels' layout are uint8; where those kernels cannot be used they stay int8
+    levels, which torch multiplies. Both give the same bits.
+    """
 
     name = "cpu"
 
-    def accumulate(self, qx: Tensor, qw: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        self._native = native.available() and native_is_exact(native.isa())
+
+    def pack(self, levels: Tensor) -> Tensor:
+        return native.pack(levels.contiguous()).data if self._native else levels
+
+    def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        return native.unpack(native.Packed(packed, rows, columns)) if packed.dtype == torch.uint8 else packed
+
+    def joins(self, rows: int) -> bool:
+        return not self._native or rows % native.PANEL == 0
+
+    def linear(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        scheme: Activations,
+        static_scale: Tensor | None,
+    ) -> Tensor:
+        if packed.dtype != torch.uint8:
+            return super().linear(x, packed, weight_scale, bias, scheme, static_scale)
+        if scheme == "tensor":
+            static_scale = scale_of(x.float().abs().amax()) if x.numel() else None
+        scale = None if scheme == "token" or static_scale is None else float(static_scale)
+        y = native.linear(
+            (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous(),
+            native.Packed(packed, len(weight_scale), x.shape[1]),
+            weight_scale,
+            None if bias is None else bias.float(),
+            scale,
+        )
+        return y.to(x.dtype)
+
+    def product(
+        self,
+        qx: Tensor,
+        row_scale: Tensor,
+        packed: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        if packed.dtype != torch.uint8:
+            return super().product(qx, row_scale, packed, weight_scale, bias, dtype)
+        sums = native.accumulate(qx, native.Packed(packed, len(weight_scale), qx.shape[1]))
+        return epilogue(sums, row_scale, weight_scale, bias).to(dtype)
+
+    def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
         rows = qx.shape[0]
         if rows == 0:
-            return torch.zeros(0, qw.shape[0], dtype=torch.int32)
+            return torch.zeros(0, levels.shape[0], dtype=torch.int32)
         # One choice for all row counts of the same magnitude: experts see a different count each step.
-        return fastest(1 << min(rows - 1, 511).bit_length(), *qw.shape)(qx, qw)
+        return fastest(1 << min(rows - 1, 511).bit_length(), *levels.shape)(qx, levels)

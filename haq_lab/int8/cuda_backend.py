@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from haq_lab.errors import UserError
 from haq_lab.int8 import cuda
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.cuda import GEMV_ROWS, Kernels, padded
@@ -14,34 +15,58 @@ from haq_lab.int8.numerics import Activations, scale_of
 class CudaBackend(Backend):
     """Quantise, multiply and scale in two launches.
 
+    Weights lie on the device. An input from elsewhere is brought there and its output taken back: calibration and
+    evaluation, which hold one layer at a time, keep their hidden states on the CPU. In a deployed model nothing moves.
+
     Args:
-        kernels: The calls to use; those of torch's current CUDA device if None (UserError where there is none).
+        device: Such as `cuda` (torch's current one) or `cuda:1`.
+        kernels: The calls to use; those of the device if None.
+
+    Raises:
+        UserError: No GPU, no CuPy, or too old a GPU.
     """
 
     name = "cuda"
 
-    def __init__(self, kernels: Kernels | None = None) -> None:
-        self._kernels = kernels or cuda.kernels()
+    def __init__(self, device: str = "cuda", kernels: Kernels | None = None) -> None:
+        self.device = _device(device)
+        self._kernels = kernels or cuda.kernels(self.device.index)
 
-    def accumulate(self, qx: Tensor, qw: Tensor) -> Tensor:
-        return self._kernels.accumulate(padded(qx), padded(qw))
+    def pack(self, levels: Tensor) -> Tensor:
+        return padded(levels.to(self.device))
 
-    def linear(
+    def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        return packed[:, :columns]
+
+    def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
+        return self._kernels.accumulate(padded(qx), padded(levels))
+
+    def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As the contract says, with columns added up to a multiple of 16."""
+        x = padded(x.to(self.device).contiguous())
+        if scheme == "token":
+            return self._kernels.quantize_rows(x)
+        # One scale for all rows: known from calibration, or the maximum of this tensor.
+        scale = scale_of(x.float().abs().amax()) if scheme == "tensor" else static_scale
+        assert scale is not None, "the static scheme needs the scale from calibration"
+        return self._kernels.quantize_static(x, scale.to(self.device, torch.float32).reshape(1))
+
+    def product(
         self,
-        x: Tensor,
-        qw: Tensor,
+        qx: Tensor,
+        row_scale: Tensor,
+        packed: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None,
-        scheme: Activations,
-        static_scale: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        x, qw = padded(x.contiguous()), padded(qw)
-        if scheme == "token":
-            qx, sx = self._kernels.quantize_rows(x)
-        else:
-            # One scale for all rows: known from calibration, or the maximum of this tensor.
-            scale = scale_of(x.float().abs().amax()) if scheme == "tensor" else static_scale
-            assert scale is not None, "the static scheme needs the scale from calibration"
-            qx, sx = self._kernels.quantize_static(x, scale.to(torch.float32).reshape(1))
-        product = self._kernels.gemv if len(x) <= GEMV_ROWS else self._kernels.gemm
-        return product(qx, qw, sx, weight_scale, None if bias is None else bias.float(), x.dtype)
+        product = self._kernels.gemv if len(qx) <= GEMV_ROWS else self._kernels.gemm
+        bias = None if bias is None else bias.to(self.device, torch.float32)
+        return product(qx, packed, row_scale, weight_scale.to(self.device), bias, dtype)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"backend.device: '{name}' is not a device; say cuda, or cuda:1 for the second GPU") from error

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
+from haq_lab.int8.joint import Joint
 from haq_lab.int8.numerics import Activations
 
 
 class Int8Linear(nn.Module):
     """y = x W^T + b with int8 weights and int8 activations (`haq_lab.int8.numerics` has the contract).
+
+    The weights are held once, as the backend packs them (`packed`). `weight` gives the int8 levels back, and the
+    state dict holds those, whatever the backend.
 
     Args:
         weight: int8 (n, k).
@@ -21,7 +27,7 @@ class Int8Linear(nn.Module):
         backend: What computes it.
     """
 
-    weight: Tensor
+    packed: Tensor
     weight_scale: Tensor
     bias: Tensor | None
     input_scale: Tensor | None
@@ -36,18 +42,32 @@ class Int8Linear(nn.Module):
         backend: Backend,
     ):
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("packed", backend.pack(weight), persistent=False)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", input_scale)
         self.scheme: Activations = scheme
         self.backend = backend
+        self.joint: Joint | None = None  # with those that read the same tensor, where they have been joined
+        self.place = 0  # in the joint product
+
+    @property
+    def weight(self) -> Tensor:
+        """The int8 levels (n, k): the held tensor itself where the backend does not pack, else a copy."""
+        return self.backend.unpack(self.packed, self.out_features, self.in_features)
+
+    def hold(self, packed: Tensor) -> None:
+        """Keep the packed weights in this tensor, which has the same values."""
+        self.packed = packed
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., k) -> (..., n)."""
+        if self.joint is not None:
+            return self.joint.output(self.place, x)
         y = self.backend.linear(
             x.reshape(-1, x.shape[-1]),
-            self.weight,
+            self.packed,
             self.weight_scale,
             self.bias,
             self.scheme,
@@ -56,12 +76,27 @@ class Int8Linear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def product(self, qx: Tensor, row_scale: Tensor) -> Tensor:
-        """An input that is quantised already, (m, k) and (m, 1) -> float32 (m, n)."""
-        return self.backend.product(qx, row_scale, self.weight, self.weight_scale, self.bias)
+        """An input (m, k) that the backend has quantised already, with its row scales -> float32 (m, n)."""
+        return self.backend.product(qx, row_scale, self.packed, self.weight_scale, self.bias, torch.float32)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Raises KeyError without the weights, ValueError for levels of another shape or type."""
+        levels: Tensor = state_dict[prefix + "weight"]
+        shape = (self.out_features, self.in_features)
+        if tuple(levels.shape) != shape or levels.dtype != torch.int8:
+            raise ValueError(f"{prefix}weight: {tuple(levels.shape)} {levels.dtype}, expected {shape} torch.int8")
+        packed = self.backend.pack(levels)
+        self.packed = packed if self.joint is None else self.packed.copy_(packed)
+        rest = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
+        super()._load_from_state_dict(rest, prefix, *arguments)
 
     def extra_repr(self) -> str:
-        rows, columns = self.weight.shape
-        return f"in={columns}, out={rows}, activations={self.scheme}, backend={self.backend.name}"
+        size = f"in={self.in_features}, out={self.out_features}"
+        return f"{size}, activations={self.scheme}, backend={self.backend.name}"
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -78,6 +113,9 @@ def parameter_count(module: nn.Module) -> int:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
         if name.rpartition(".")[2] in ("weight", "bias") and tensor is not None
     }
+    for linear in module.modules():
+        if isinstance(linear, Int8Linear):
+            tensors[linear.packed.data_ptr()] = linear.out_features * linear.in_features
     return sum(tensors.values())
 
 

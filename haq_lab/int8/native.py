@@ -23,6 +23,7 @@ from torch import Tensor
 from haq_lab.errors import UserError
 from haq_lab.int8.native_build import BuildError, build
 
+PANEL, GROUP = 32, 4  # columns whose weights lie together, and consecutive k of each (kernels/cpu/kernels.h)
 _INT32, _INT8 = 0, 3
 _FLOAT_KINDS = {torch.float32: 1, torch.bfloat16: 2}
 _forced: str | None = None
@@ -54,6 +55,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("haq_linear", i32, (i32, i32, ptr, i32, i64, i64, ptr, i64, ptr, ptr, f32, ptr, i32)),
         ("haq_quantize", None, (i32, i32, ptr, i32, i64, i64, f32, ptr, ptr)),
         ("haq_silu_mul", None, (i32, i32, ptr, i32, i64, i64, ptr)),
+        ("haq_decoder_layers", i32, (i32, i32, ptr, i64, ptr, i64, ptr, ptr, ptr, ptr, i64, i64)),
         ("haq_read", ctypes.c_uint64, (i32, i32, ptr, i64)),
     ):
         function = getattr(lib, name)
@@ -71,7 +73,8 @@ def unavailable_reason() -> str:
     return _load()[1]
 
 
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The built kernels. Raises UserError where there are none."""
     lib, reason = _load()
     if lib is None:
         raise UserError(f"the native CPU backend is not available: {reason}")
@@ -80,7 +83,7 @@ def _library() -> ctypes.CDLL:
 
 @cache
 def _levels() -> dict[str, int]:
-    lib = _library()
+    lib = library()
     names: list[str] = []
     while name := lib.haq_level_name(len(names)):
         names.append(name.decode())
@@ -125,7 +128,8 @@ def _default_level() -> int:
     return _level_of(os.environ.get("HAQ_LAB_ISA") or isas()[-1], "HAQ_LAB_ISA")
 
 
-def _level() -> int:
+def level() -> int:
+    """The number of the instruction set in use, as the library takes it."""
     return _default_level() if _forced is None else _levels()[_forced]
 
 
@@ -152,30 +156,42 @@ def _check_x(x: Tensor, k: int) -> int:
 
 
 def _static_scale(scale: float | None) -> float:
-    """As the kernels take it: 0 stands for a scale per row."""
+    """As the kernels take it: 0 stands for a scale per row. An infinite one or NaN is let through to the outputs."""
     if scale is None:
         return 0.0
-    if not 0.0 < scale < float("inf"):
-        raise ValueError(f"activation scale must be positive and finite, not {scale}")
+    if scale <= 0.0:
+        raise ValueError(f"activation scale must be positive, not {scale}")
     return scale
 
 
 def pack(weight: Tensor | Sequence[Tensor]) -> Packed:
     """Pack int8 weights (N, K), or several of the same K as one matrix of all their rows."""
-    lib = _library()
+    lib = library()
     parts = [weight] if isinstance(weight, Tensor) else list(weight)
     k = parts[0].shape[-1]
     for part in parts:
         _check(part, "weight", torch.int8, part.shape[0], k)
     n = sum(part.shape[0] for part in parts)
-    data = torch.empty(lib.haq_packed_bytes(n, k), dtype=torch.uint8)
-    lib.haq_prefer_huge_pages(data.data_ptr(), data.nbytes)
-    data.zero_()
+    data = huge_pages(lib.haq_packed_bytes(n, k)).zero_()
     column, threads = 0, torch.get_num_threads()
     for part in parts:
         lib.haq_pack(part.data_ptr(), part.shape[0], k, column, data.data_ptr(), threads)
         column += part.shape[0]
     return Packed(data, n, k)
+
+
+def huge_pages(count: int) -> Tensor:
+    """So many bytes, in huge pages where the system has some to give."""
+    data = torch.empty(count, dtype=torch.uint8)
+    library().haq_prefer_huge_pages(data.data_ptr(), count)
+    return data
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The int8 weights (N, K) that were packed, exactly."""
+    groups = -(-packed.k // GROUP)
+    rows = packed.data.view(-1, groups, PANEL, GROUP).permute(0, 2, 1, 3).reshape(-1, groups * GROUP)
+    return (rows[: packed.n, : packed.k] ^ 128).view(torch.int8).contiguous()  # a byte holds w + 128
 
 
 class Linear:
@@ -200,7 +216,7 @@ class Linear:
         self._scale = weight_scale.data_ptr()
         self._bias = None if bias is None else bias.data_ptr()
         self._static_scale = _static_scale(activation_scale)
-        self._run = _library().haq_linear
+        self._run = library().haq_linear
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """`x (..., K) -> (..., N)` in x's type."""
@@ -212,9 +228,9 @@ class Linear:
             out = torch.empty((*shape[:-1], self.n), dtype=dtype)
         else:
             _check(out, "out", dtype, *shape[:-1], self.n)
-        m, level = out.numel() // self.n if self.n else 0, _level()
+        m = out.numel() // self.n if self.n else 0
         failed = self._run(
-            level, torch.get_num_threads(), x.data_ptr(), kind, m, self.k, self._weights, self.n,
+            level(), torch.get_num_threads(), x.data_ptr(), kind, m, self.k, self._weights, self.n,
             self._scale, self._bias, self._static_scale, out.data_ptr(), kind,
         )  # fmt: skip
         if failed:
@@ -246,8 +262,8 @@ def accumulate(qx: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
         out = torch.empty((m, packed.n), dtype=torch.int32)
     else:
         _check(out, "out", torch.int32, m, packed.n)
-    failed = _library().haq_linear(
-        _level(), torch.get_num_threads(), qx.data_ptr(), _INT8, m, packed.k,
+    failed = library().haq_linear(
+        level(), torch.get_num_threads(), qx.data_ptr(), _INT8, m, packed.k,
         packed.data.data_ptr(), packed.n, None, None, 0.0, out.data_ptr(), _INT32,
     )  # fmt: skip
     if failed:
@@ -269,8 +285,8 @@ def _quantize(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     m = _check_x(x, x.shape[-1])
     q = torch.empty(x.shape, dtype=torch.int8)
     scales = torch.empty(x.shape[:-1], dtype=torch.float32)
-    _library().haq_quantize(
-        _level(),
+    library().haq_quantize(
+        level(),
         torch.get_num_threads(),
         x.data_ptr(),
         _FLOAT_KINDS[x.dtype],
@@ -293,10 +309,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         raise ValueError(f"gate_up must hold gate | up, so an even width, not {gate_up.shape[-1]}")
     out = torch.empty((*gate_up.shape[:-1], n), dtype=gate_up.dtype)
     threads, kind = torch.get_num_threads(), _FLOAT_KINDS[gate_up.dtype]
-    _library().haq_silu_mul(_level(), threads, gate_up.data_ptr(), kind, m, n, out.data_ptr())
+    library().haq_silu_mul(level(), threads, gate_up.data_ptr(), kind, m, n, out.data_ptr())
     return out
 
 
 def read_bytes(data: Tensor) -> int:
     """Read a contiguous tensor once, as fast as the threads can, and return its checksum (for bandwidth)."""
-    return _library().haq_read(_level(), torch.get_num_threads(), data.data_ptr(), data.nbytes)
+    return library().haq_read(level(), torch.get_num_threads(), data.data_ptr(), data.nbytes)

@@ -42,6 +42,7 @@ class Latency:
         prompt_tokens = min(self.prompt_tokens, study.model.max_tokens - decode_tokens)
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(0, study.model.config.vocab_size, (1, prompt_tokens), generator=generator)
+        prompt = prompt.to(next(study.whole.parameters()).device)
         for _ in range(self.warmup):
             _generate(study.whole, prompt, decode_tokens)
         prefill: list[float] = []
@@ -70,5 +71,7 @@ def _generate(model: nn.Module, prompt: Tensor, count: int) -> tuple[float, list
         start = time.perf_counter()
         output = model(tokens, cache=cache, use_cache=True, logits_to_keep=1)
         tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds[0], seconds[1:]

@@ -19,7 +19,7 @@ RESET = Path("/proc/self/clear_refs")
 @dataclass(frozen=True)
 class Memory:
     """Bytes of the deployed model's weights, counted from its storages, beside what they would take in fp16;
-    and the peak resident memory of the whole run."""
+    and the peak memory of the whole run: resident in RAM, and allocated by torch on the GPU."""
 
     evaluates: ClassVar[bool] = False
     deploys: ClassVar[bool] = True
@@ -33,8 +33,10 @@ class Memory:
         }
 
 
-def reset_peak_rss() -> None:
-    """Let the peak be counted from now on, where the system allows it: a sweep's jobs share a process."""
+def reset_peaks() -> None:
+    """Let the peaks be counted from now on, where the system allows it: a sweep's jobs share a process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     try:
         RESET.write_text("5")
     except OSError:

@@ -185,10 +185,11 @@ class LayeredModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states after the last layer (n, t, d) -> logits (n, t, vocabulary)."""
-        recorder = self.recorders[-1]
-        recorder.replay = hidden
+        recorder, device = self.recorders[-1], self.shell.device  # a deployed model's, which shares these weights
+        recorder.replay = hidden.to(device)
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
         try:
-            return self.shell(torch.zeros(hidden.shape[:2], dtype=torch.long), use_cache=False).logits
+            return self.shell(tokens, use_cache=False).logits.to(hidden.device)
         finally:
             recorder.replay = None
 

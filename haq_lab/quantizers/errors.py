@@ -1,8 +1,8 @@
-"""Predicted squared output errors, summed over outputs: what HAQ weighs before it rounds anything.
+"""Predicted errors of a group of linears: what HAQ weighs before it rounds anything.
 
 Rounding errors of different channels are taken as uncorrelated, so an activation error costs the noise of each
-channel times the squared norm of its weight column, and needs no product with the weights. How large the noise
-is comes from a sample of whole rows, rounded and clipped as they will be.
+channel times what an error there costs, and needs no product with the weights. How large the noise is comes from a
+sample of whole rows, rounded and clipped as they will be.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haq_lab.calibration.statistics import InputStatistics
+from haq_lab.calibration.statistics import InputStatistics, Sensitivity
 from haq_lab.int8.numerics import round_to_grid, scale_of
 
-CLIPS = tuple(0.84**step for step in range(18))  # static scales tried, as shares of the one that covers all
+CLIPS = tuple(0.84**step for step in range(30))  # static scales tried, as shares of the one that covers all
 TINY = 1e-30  # noise of a dead channel, so that it has a logarithm
 PER_OCTAVE = 6
 STEPS = 2.0 ** torch.arange(-6, 8.01, 1 / PER_OCTAVE)  # grid steps tabulated, over the one that covers a channel
 
 
+def every_output_alike(weight: Tensor) -> Sensitivity:
+    """Where the model's sensitivity is not known: squared errors of all outputs (n) count alike."""
+    return Sensitivity(channels=weight.square().sum(dim=0), outputs=torch.ones(len(weight)))
+
+
 def dynamic_noise(statistics: InputStatistics, per_row: bool) -> Tensor:
     """(k,) mean squared rounding error of each channel with scales taken at run time, a row's or the tensor's."""
-    sample, weight = _sample(statistics)
+    sample, weight = sampled(statistics)
     largest = sample.abs().amax(dim=1, keepdim=True) if per_row else statistics.channel_max.amax()
     scale = scale_of(largest)
     return weight @ round_to_grid(sample, scale).mul_(scale).sub_(sample).square_()
@@ -35,7 +40,7 @@ class StaticNoise:
     """
 
     def __init__(self, statistics: InputStatistics):
-        sample, weight = _sample(statistics)
+        sample, weight = sampled(statistics)
         self._full = scale_of(statistics.channel_max)
         rows = []
         for step in STEPS:
@@ -53,30 +58,33 @@ class StaticNoise:
         high = self._table.gather(0, below[None] + 1)[0]
         return (low + share * (high - low)).exp()
 
-    def best_scale(self, factor: Tensor, energy: Tensor) -> tuple[Tensor, float]:
-        """The static scale with the least output error for inputs divided by `factor` (k,), and that error.
+    def best_scale(self, factor: Tensor, cost: Tensor) -> tuple[Tensor, float]:
+        """The static scale with the least error for inputs divided by `factor` (k,), and that error.
 
         Args:
-            energy: (k,) squared norms of the weight columns, before smoothing.
+            cost: (k,) of a squared error in each channel, before smoothing.
         """
         covering = (self._full / factor).amax()
-        errors = [float(self(covering * clip * factor) @ energy) for clip in CLIPS]
+        errors = [float(self(covering * clip * factor) @ cost) for clip in CLIPS]
         best = min(range(len(CLIPS)), key=errors.__getitem__)
         return covering * CLIPS[best], errors[best]
 
 
-def solved_weight_error(scale: Tensor, conditional_variance: Tensor) -> float:
-    """What GPTQ leaves of tr(dW H dW^T): uniform rounding noise in each column, of variance scale^2 / 12, at the
-    price that the column has once later ones make up for it. Within 10 % of the measured error (`tests`).
+def solved_weight_error(scale: Tensor, cost: Tensor, conditional_variance: Tensor) -> float:
+    """What GPTQ leaves of the sum over rows of cost * dw H dw^T.
+
+    Uniform rounding noise in each column, of variance scale^2 / 12, at the price that the column has once later ones
+    make up for it. Within 10 % of the measured error (`tests`).
 
     Args:
         scale: (n,) row scales.
+        cost: (n,) of a squared error in each output.
         conditional_variance: (k,) from `solver.Factor`; smoothing by s divides it by s^2.
     """
-    return float(scale.square().sum() / 12 * conditional_variance.sum())
+    return float(cost @ scale.square() / 12 * conditional_variance.sum())
 
 
-def _sample(statistics: InputStatistics) -> tuple[Tensor, Tensor]:
+def sampled(statistics: InputStatistics) -> tuple[Tensor, Tensor]:
     """The sampled rows (r, k), and the share of tokens (r,) that each stands for."""
     assert statistics.sample is not None
     assert statistics.sample_weight is not None

@@ -6,7 +6,8 @@ one for the other:
     weights      tr(dW' H' dW'^T)      with H' = D^-1 H D^-1
     activations  E ||dX' W'^T||^2      under the activation scheme in force
 
-1. `adaptive`: each group takes the factor with the least sum of the two, predicted (`errors.py`).
+1. `adaptive`: each group takes the factor with the least sum of the two, predicted (`errors.py`), each error
+   weighted by what it costs the model's predictions (`sensitivity`).
 2. `fold`: the down and output projections are smoothed too, through the rows of up and value projections.
 3. `scale_search`, `act_order`: the weights are solved under H' by GPTQ, with searched row scales.
 4. `asymmetric`: the weights are solved for the input that the quantised model really sees (GPTAQ, 2504.02692).
@@ -25,10 +26,13 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
+from haq_lab.errors import UserError
+from haq_lab.int8.numerics import QMAX
 from haq_lab.models.families import Family, FoldKind, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solution
-from haq_lab.quantizers.errors import StaticNoise, dynamic_noise, solved_weight_error
-from haq_lab.quantizers.grid import row_scale, searched_row_scale
+from haq_lab.quantizers.errors import StaticNoise, dynamic_noise, every_output_alike, sampled, solved_weight_error
+from haq_lab.quantizers.grid import qmax, row_scale, searched_row_scale
+from haq_lab.quantizers.refine import DynamicError, refined
 from haq_lab.quantizers.smoothing import Channels, factor_of
 from haq_lab.quantizers.solver import Factor, factorize, solve
 
@@ -38,19 +42,20 @@ TRUST = 0.25  # of the correction for earlier layers: a regression on calibratio
 
 
 class Predictor:
-    """The output error that a smoothing factor will leave: of the weights and of the activations.
+    """The error that a smoothing factor will leave, of the weights and of the activations: the KL divergence in nats a
+    token where the model's sensitivity is known, else half the squared error of the outputs.
 
     Args:
-        weight: (n, k) the consumers' stacked weights, before smoothing.
+        weight: (n, k) the consumers' stacked weights, before smoothing; further rows are not rounded (a router's).
         statistics: Of their input, before smoothing.
         solver: The factor of the input's Hessian; where it has none, the weights' part is left out.
     """
 
     def __init__(self, weight: Tensor, statistics: InputStatistics, solver: Factor | None, bits: int):
-        self._weight, self._bits = weight, bits
+        self._cost = statistics.sensitivity or every_output_alike(weight)
+        self._weight, self._bits = weight[: len(self._cost.outputs)], bits
         self._variance = torch.zeros(weight.shape[1]) if solver is None else solver.conditional_variance()
-        self._energy = weight.square().sum(dim=0)
-        self._ranges = replace(statistics, hessian=None, cross=None)
+        self._ranges = replace(statistics, hessian=None, cross=None, sensitivity=None)
 
     @cached_property
     def _static(self) -> StaticNoise:
@@ -59,15 +64,28 @@ class Predictor:
     def error(self, scheme: Scheme, factor: Tensor) -> float:
         """Predicted error under a scheme, for a factor (k,)."""
         rows = row_scale(self._weight * factor, self._bits)
-        rounding = solved_weight_error(rows, self._variance / factor.square())
+        rounding = solved_weight_error(rows, self._cost.outputs, self._variance / factor.square())
         if scheme == "static":
-            return rounding + self._static.best_scale(factor, self._energy)[1]
-        noise = dynamic_noise(self._ranges.divided_by(factor), per_row=scheme == "token")
-        return rounding + float(noise @ (self._energy * factor.square()))
+            disturbance = self._static.best_scale(factor, self._cost.channels)[1]
+        else:
+            noise = dynamic_noise(self._ranges.divided_by(factor), per_row=scheme == "token")
+            disturbance = float(noise @ (self._cost.channels * factor.square()))
+        return (rounding + disturbance) / 2
 
-    def least(self, scheme: Scheme, candidates: list[Smoothing]) -> Smoothing:
-        """The candidate with the least predicted error."""
-        return min(candidates, key=lambda candidate: self.error(scheme, candidate.factor))
+    def least(self, scheme: Scheme, candidates: list[Smoothing], channels: Channels) -> Smoothing:
+        """The candidate with the least predicted error; under dynamic scales then refined channel by channel."""
+        best = min(candidates, key=lambda candidate: self.error(scheme, candidate.factor))
+        if scheme == "static":
+            return best  # refined under static scales, the prediction fell and the model got worse
+        finer = replace(best, factor=refined(best.factor, self._dynamic(scheme), channels))
+        return min(best, finer, key=lambda candidate: self.error(scheme, candidate.factor))
+
+    def _dynamic(self, scheme: Scheme) -> DynamicError:
+        rows, share = self._ranges.channel_max[None], torch.ones(1)
+        if scheme == "token":
+            rows, share = sampled(self._ranges)
+        weight = self._weight.abs() / qmax(self._bits)
+        return DynamicError(rows.abs() / QMAX, share, weight, self._cost, self._variance)
 
 
 @dataclass(frozen=True)
@@ -81,8 +99,10 @@ class HAQ(Quantizer):
     act_order: Solve the columns by falling diag(H').
     asymmetric: Solve for the quantised model's own input.
     damp: Share of mean(diag H') added to the diagonal.
-    auto_limit: With `auto`, an input is static where that makes its predicted error at most so many times
-        what it is with token-dynamic scales.
+    sensitivity: Windows of the calibration text from which it is measured how much the model's predictions depend
+        on each channel; 0: every output of a linear counts alike.
+    auto_limit: With `auto`, an input is static where that adds at most so much to the predicted KL divergence, in
+        nats a token.
     """
 
     activations: Literal["token", "tensor", "static", "auto"] = "token"  # type: ignore[assignment]
@@ -93,11 +113,18 @@ class HAQ(Quantizer):
     act_order: bool = True
     asymmetric: bool = False
     damp: Annotated[float, Field(gt=0, le=1)] = 0.01
-    auto_limit: Annotated[float, Field(ge=1)] = 3.0
+    sensitivity: Annotated[int, Field(ge=0)] = 8
+    auto_limit: Annotated[float, Field(ge=0)] = 1.2e-4
+
+    def __post_init__(self) -> None:
+        if self.activations == "auto" and not self.sensitivity:
+            raise UserError(
+                "quantizer.activations: auto weighs errors in nats, for which quantizer.sensitivity must not be 0"
+            )
 
     @property
     def needs(self) -> Needs:
-        return Needs(inputs=True, hessian=True, cross=self.asymmetric, sample=True)
+        return Needs(inputs=True, hessian=True, cross=self.asymmetric, sample=True, sensitivity=self.sensitivity)
 
     # 1. and 2. Smoothing.
 
@@ -112,9 +139,9 @@ class HAQ(Quantizer):
             return candidates[0]
         predictor = Predictor(weight, statistics, self._factor(statistics.shrunk_hessian()), self.weight_bits)
         if self.activations != "auto":
-            return predictor.least(self.activations, candidates)
-        static, token = predictor.least("static", candidates), predictor.least("token", candidates)
-        return static if self._prefers_static(predictor, static.factor) else token
+            return predictor.least(self.activations, candidates, channels)
+        static, token = (predictor.least(scheme, candidates, channels) for scheme in ("static", "token"))
+        return static if self._affords_static(predictor, static.factor, token.factor) else token
 
     def _candidates(self, weight: Tensor, statistics: InputStatistics, channels: Channels) -> Iterator[Smoothing]:
         """Factors to choose from: SmoothQuant's form, over what stands for a channel's size.
@@ -135,18 +162,21 @@ class HAQ(Quantizer):
 
     # Activations.
 
-    def _prefers_static(self, predictor: Predictor, factor: Tensor) -> bool:
-        return predictor.error("static", factor) <= self.auto_limit * predictor.error("token", factor)
+    def _affords_static(self, predictor: Predictor, static: Tensor, token: Tensor) -> bool:
+        """Whether `auto` takes static scales, for the best factor under either scheme."""
+        return predictor.error("static", static) - predictor.error("token", token) <= self.auto_limit
 
     def activation(self, weight: Tensor, statistics: InputStatistics | None) -> ActivationChoice:
         assert statistics is not None
         scheme = self.activations
         if scheme == "auto":
             predictor = Predictor(weight, statistics, self._factor(statistics.shrunk_hessian()), self.weight_bits)
-            scheme = "static" if self._prefers_static(predictor, torch.ones(weight.shape[1])) else "token"
+            smoothed = torch.ones(weight.shape[1])
+            scheme = "static" if self._affords_static(predictor, smoothed, smoothed) else "token"
         if scheme != "static":
             return ActivationChoice(scheme)
-        scale, _ = StaticNoise(statistics).best_scale(torch.ones(weight.shape[1]), weight.square().sum(dim=0))
+        cost = statistics.sensitivity or every_output_alike(weight)
+        scale, _ = StaticNoise(statistics).best_scale(torch.ones(weight.shape[1]), cost.channels)
         return ActivationChoice("static", scale)
 
     # 3. and 4. Weights.

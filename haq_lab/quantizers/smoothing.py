@@ -44,6 +44,10 @@ class Channels:
         top = torch.zeros(self.source_rows).scatter_reduce_(0, self.rows, values, "amax", include_self=False)
         return top[self.rows]
 
+    def shared_sum(self, values: Tensor) -> Tensor:
+        """Each channel's value replaced by the sum over the channels that share its row."""
+        return torch.zeros(self.source_rows).index_add_(0, self.rows, values)[self.rows]
+
     def per_row(self, values: Tensor) -> Tensor:
         """A value per channel -> a value per row of the source, for values equal within a row."""
         out = torch.empty(self.source_rows)

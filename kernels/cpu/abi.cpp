@@ -8,6 +8,7 @@
 #include <atomic>
 #include <new>
 
+#include "decoder.h"
 #include "gemm.h"
 #include "parallel.h"
 
@@ -109,6 +110,19 @@ void haq_silu_mul(int level, int threads, const void* gate_up, int kind, int64_t
     kLevels[level]->silu_mul(gate, gate + bytes, static_cast<Kind>(kind), n,
                              static_cast<uint8_t*>(out) + row * bytes);
   });
+}
+
+// Decoder layers one after the other, `hidden` (tokens, hidden size) in place.
+int haq_decoder_layers(int level, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
+                       const float* cosines, const float* sines, float* keys, float* values, int64_t capacity,
+                       int64_t past) {
+  try {
+    run_layers(*kLevels[level], threads, layers, count, hidden, tokens, cosines, sines,
+               {keys, values, capacity, past});
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
 }
 
 // Reads `bytes` at `data` in blocks of 128 KiB; the sum keeps the compiler honest.

@@ -6,6 +6,7 @@
 #define HAQ_STAGED int16_t
 #include "chunk_avx2.h"
 #include "rows.h"
+#include "attention.h"
 
 namespace haq {
 namespace {
@@ -94,7 +95,7 @@ HAQ_TARGET void widen(const uint8_t* panel, int64_t groups, uint16_t* out) {
 
 } // namespace
 
-const Kernels kAvx2 = {"avx2", kRows, 2, stage<kRows>, quantize, tile, widen, finish, silu_mul, read};
+const Kernels kAvx2 = {"avx2", kRows, 2, stage<kRows>, quantize, tile, widen, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, read};
 
 } // namespace haq
 #endif

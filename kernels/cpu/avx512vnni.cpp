@@ -5,6 +5,7 @@
 #define HAQ_STAGED int8_t
 #include "chunk_avx512.h"
 #include "rows.h"
+#include "attention.h"
 
 namespace haq {
 namespace {
@@ -92,7 +93,7 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
 } // namespace
 
 const Kernels kAvx512Vnni = {"avx512vnni", kRows,  1,      stage<kRows>, quantize,
-                             tile,         nullptr, finish, silu_mul,     read};
+                             tile,         nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<8, 2>, read};
 
 } // namespace haq
 #endif

@@ -5,6 +5,7 @@
 #define HAQ_STAGED int8_t
 #include "chunk_avx2.h"
 #include "rows.h"
+#include "attention.h"
 
 namespace haq {
 namespace {
@@ -71,7 +72,7 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
 
 } // namespace
 
-const Kernels kAvxVnni = {"avxvnni", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, read};
+const Kernels kAvxVnni = {"avxvnni", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, read};
 
 } // namespace haq
 #endif

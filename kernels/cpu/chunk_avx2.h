@@ -7,6 +7,30 @@
 namespace haq {
 namespace {
 
+struct Vec {
+  __m256 low, high;
+};
+HAQ_TARGET inline Vec vec_load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
+HAQ_TARGET inline void vec_store(float* out, Vec v) {
+  _mm256_storeu_ps(out, v.low);
+  _mm256_storeu_ps(out + 8, v.high);
+}
+HAQ_TARGET inline Vec vec_set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+HAQ_TARGET inline Vec vec_fma(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+HAQ_TARGET inline Vec vec_add(Vec a, Vec b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+HAQ_TARGET inline Vec vec_mul(Vec a, Vec b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+HAQ_TARGET inline Vec vec_div(Vec a, Vec b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+HAQ_TARGET inline Vec vec_min(Vec a, Vec b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+HAQ_TARGET inline __m256 power_of_two(__m256 shifted) {
+  const __m256i n = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(n, 23));
+}
+// 2^n of the n that `kRound + n` holds
+HAQ_TARGET inline Vec vec_power_of_two(Vec shifted) { return {power_of_two(shifted.low), power_of_two(shifted.high)}; }
+HAQ_TARGET inline Vec vec_max(Vec a, Vec b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+
 HAQ_TARGET inline __m256 load8(const float* x) { return _mm256_loadu_ps(x); }
 HAQ_TARGET inline __m256 load8(const uint16_t* x) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));

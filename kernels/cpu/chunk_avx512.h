@@ -7,6 +7,21 @@
 namespace haq {
 namespace {
 
+using Vec = __m512;
+HAQ_TARGET inline Vec vec_load(const float* x) { return _mm512_loadu_ps(x); }
+HAQ_TARGET inline void vec_store(float* out, Vec v) { _mm512_storeu_ps(out, v); }
+HAQ_TARGET inline Vec vec_set(float x) { return _mm512_set1_ps(x); }
+HAQ_TARGET inline Vec vec_fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+HAQ_TARGET inline Vec vec_add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+HAQ_TARGET inline Vec vec_mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+HAQ_TARGET inline Vec vec_div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+HAQ_TARGET inline Vec vec_min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+HAQ_TARGET inline Vec vec_power_of_two(Vec shifted) { // 2^n of the n that `kRound + n` holds
+  const __m512i n = _mm512_add_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(127));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(n, 23));
+}
+HAQ_TARGET inline Vec vec_max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+
 HAQ_TARGET inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
 HAQ_TARGET inline __m512 load16(const uint16_t* x) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));

@@ -6,6 +6,49 @@
 namespace haq {
 namespace {
 
+struct Vec {
+  float v[16];
+};
+HAQ_TARGET inline Vec vec_load(const float* x) {
+  Vec out;
+  std::memcpy(out.v, x, sizeof out.v);
+  return out;
+}
+HAQ_TARGET inline void vec_store(float* out, const Vec& a) { std::memcpy(out, a.v, sizeof a.v); }
+HAQ_TARGET inline Vec vec_set(float x) {
+  Vec out;
+  for (float& lane : out.v) lane = x;
+  return out;
+}
+HAQ_TARGET inline Vec vec_fma(const Vec& a, const Vec& b, Vec c) {
+  for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+HAQ_TARGET inline Vec vec_add(Vec a, const Vec& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+HAQ_TARGET inline Vec vec_mul(Vec a, const Vec& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+HAQ_TARGET inline Vec vec_div(Vec a, const Vec& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+HAQ_TARGET inline Vec vec_min(Vec a, const Vec& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+HAQ_TARGET inline Vec vec_power_of_two(Vec shifted) { // 2^n of the n that `kRound + n` holds
+  for (float& lane : shifted.v) lane = from_bits((to_bits(lane) + 127u) << 23);
+  return shifted;
+}
+HAQ_TARGET inline Vec vec_max(Vec a, const Vec& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+
 // q = clamp(round_half_even(x / scale)), written as one chunk; returns the sum of the 64. `fast` allows the
 // inverse (see kSure); Clamp is false where no value can leave the range or be NaN. The int16 versions elsewhere write two chunks of 32, `stride` elements apart.
 template <bool Clamp, class T>

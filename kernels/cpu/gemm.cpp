@@ -5,11 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <new>
 
 #include "parallel.h"
+#include "scratch.h"
 
 namespace haq {
 
@@ -22,27 +21,6 @@ constexpr int64_t kWideGroups = 512;      // k groups widened at a time: 128 KiB
 constexpr int kWideTiles = 4;             // tiles from which widening a panel first pays
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// A buffer that grows and is kept by its thread: a decode step must not allocate.
-class Scratch {
- public:
-  uint8_t* get(int64_t bytes) {
-    if (bytes > size_) {
-      const auto rounded = static_cast<size_t>(ceil_div(bytes, 4096) * 4096);
-      data_.reset(static_cast<uint8_t*>(std::aligned_alloc(4096, rounded)));
-      size_ = data_ ? static_cast<int64_t>(rounded) : 0;
-      if (!data_) throw std::bad_alloc();
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint8_t, Free> data_;
-  int64_t size_ = 0;
-};
 
 thread_local Scratch staged_scratch, row_scratch, worker_scratch;
 

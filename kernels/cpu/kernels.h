@@ -32,6 +32,23 @@ struct Epilogue {
   int64_t columns;           // N
 };
 
+// Attention of `rows` queries of one head over the keys and values of decoder.h. Row r sees the first
+// seen + r * more_seen positions.
+struct Attention {
+  int rows; // at most kAttendRows
+  const float* queries;
+  int64_t query_stride;
+  const float *keys, *values;
+  int64_t head_dim, seen, more_seen;
+  float scaling;
+  float* scores; // (rows, score_stride): work; score_stride is a multiple of 32, at least what the last row sees
+  int64_t score_stride;
+  float* out;
+  int64_t out_stride;
+};
+
+constexpr int kAttendRows = 8;
+
 struct Kernels {
   const char* name;
   int row_tile;      // rows of a full tile
@@ -51,6 +68,10 @@ struct Kernels {
   void (*widen)(const uint8_t* panel, int64_t groups, uint16_t* out);
   void (*finish)(const int32_t* acc, int rows, int64_t row, int64_t column, const Epilogue& e);
   void (*silu_mul)(const void* gate, const void* up, Kind kind, int64_t n, void* out);
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t k, float* out);
+  void (*rotate)(float* x, const float* cosines, const float* sines, int64_t d);
+  void (*gate_up)(const float* gate, const float* up, int64_t n, float* out); // silu(gate) * up
+  void (*attend)(const Attention& a);
   uint64_t (*read)(const uint8_t* data, int64_t bytes); // sums 64-bit words: measures read bandwidth
 };
 

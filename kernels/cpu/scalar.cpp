@@ -3,6 +3,7 @@
 #define HAQ_STAGED int8_t
 #include "chunk_scalar.h"
 #include "rows.h"
+#include "attention.h"
 
 namespace haq {
 namespace {
@@ -28,6 +29,6 @@ void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, b
 
 } // namespace
 
-const Kernels kScalar = {"scalar", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, read};
+const Kernels kScalar = {"scalar", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, read};
 
 } // namespace haq

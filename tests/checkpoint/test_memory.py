@@ -25,14 +25,14 @@ from pathlib import Path
 import psutil
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.measure.memory import peak_rss, reset_peak_rss
+from haq_lab.measure.memory import peak_rss, reset_peaks
 
 def load(folder):
     model = QuantizedModel(Path(folder), ReferenceBackend())
     return model.assemble([model.load_layer(index) for index in range(model.depth)])
 
 load(sys.argv[1])  # whatever is imported late, is now
-reset_peak_rss()
+reset_peaks()
 before = psutil.Process().memory_info().rss
 whole = load(sys.argv[2])
 print(peak_rss() - before)

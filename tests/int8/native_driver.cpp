@@ -3,6 +3,8 @@
 #include <cstdio>
 #include <vector>
 
+#include "decoder.h"
+
 extern "C" {
 const char* haq_level_name(int);
 int haq_level_supported(int);
@@ -12,6 +14,8 @@ int haq_linear(int, int, const void*, int, int64_t, int64_t, const uint8_t*, int
                float, void*, int);
 void haq_quantize(int, int, const void*, int, int64_t, int64_t, float, int8_t*, float*);
 void haq_silu_mul(int, int, const void*, int, int64_t, int64_t, void*);
+int haq_decoder_layers(int, int, const haq::Layer*, int64_t, float*, int64_t, const float*, const float*, float*, float*,
+                       int64_t, int64_t);
 }
 
 static bool run(int level, int threads, int64_t m, int64_t n, int64_t k) {
@@ -38,6 +42,38 @@ static bool run(int level, int threads, int64_t m, int64_t n, int64_t k) {
   return true;
 }
 
+struct Weights {
+  Weights(int64_t n, int64_t k) : packed(haq_packed_bytes(n, k)), scale(n, 0.001f), bias(n, 0.1f) {
+    std::vector<int8_t> w(n * k);
+    for (int64_t i = 0; i < n * k; ++i) w[i] = static_cast<int8_t>(i * 37 % 255 - 127);
+    haq_pack(w.data(), n, k, 0, packed.data(), 1);
+    linear = {packed.data(), scale.data(), bias.data(), n, k, 0};
+  }
+  std::vector<uint8_t> packed;
+  std::vector<float> scale, bias;
+  haq::Linear linear;
+};
+
+// A prompt of 70 tokens and one after it: nothing is read or written beyond the buffers, and all is finite.
+static bool run_layer(int level, int threads) {
+  const int64_t heads = 6, kv_heads = 2, d = 20, width = 50, inner = 33, tokens = 70, capacity = 96;
+  Weights qkv((heads + 2 * kv_heads) * d, width), output(width, heads * d), gate_up(2 * inner, width);
+  Weights down(width, inner);
+  std::vector<float> norm(width, 1.0f), hidden((tokens + 1) * width), angles((tokens + 1) * d, 0.5f);
+  for (size_t i = 0; i < hidden.size(); ++i) hidden[i] = 0.01f * static_cast<float>(i * 53 % 255);
+  std::vector<float> keys(2 * kv_heads * capacity * d), values(2 * kv_heads * capacity * 32);
+  haq::Layer layer = {heads, kv_heads, d, norm.data(), norm.data(), 1e-5f, 1e-5f, 0.2f,
+                      qkv.linear, output.linear, gate_up.linear, down.linear};
+  const haq::Layer layers[] = {layer, layer};
+  haq_decoder_layers(level, threads, layers, 2, hidden.data(), tokens, angles.data(), angles.data(), keys.data(),
+                     values.data(), capacity, 0);
+  haq_decoder_layers(level, threads, layers, 2, hidden.data() + tokens * width, 1, angles.data() + tokens * d,
+                     angles.data() + tokens * d, keys.data(), values.data(), capacity, tokens);
+  for (const float x : hidden)
+    if (!(x - x == 0.0f)) return false;
+  return true;
+}
+
 int main() {
   int levels = 0;
   const int64_t shapes[][3] = {{1, 1, 1},   {1, 33, 65},   {2, 64, 128},  {5, 32, 63},  {14, 40, 100},
@@ -51,6 +87,11 @@ int main() {
           std::printf("wrong sums at %s\n", haq_level_name(level));
           return 1;
         }
+    for (const int threads : {1, 3})
+      if (!run_layer(level, threads)) {
+        std::printf("not finite at %s\n", haq_level_name(level));
+        return 1;
+      }
   }
   std::printf("ok %d\n", levels);
   return 0;

@@ -8,12 +8,21 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from haq_lab.errors import UserError
-from haq_lab.int8 import cpu
-from haq_lab.int8.backend import FakeBackend, ReferenceBackend, cuda
+from haq_lab.int8 import cpu, native
+from haq_lab.int8.backend import Backend, FakeBackend, ReferenceBackend
 from haq_lab.int8.cpu import CpuBackend, fastest, is_exact
 
 REFERENCE, CPU = ReferenceBackend(), CpuBackend()
+
+
+def cpu_without_native() -> CpuBackend:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "available", lambda: False)
+        return CpuBackend()
+
+
+CPUS = {"native": CPU, "torch": cpu_without_native()}
+ISAS = native.isas() if native.available() else ()
 
 
 def levels(seed: int, rows: int, columns: int) -> Tensor:
@@ -103,19 +112,69 @@ def test_linear_is_the_contract_on_every_backend(seed, rows, outputs, columns, s
     qw, scale = levels(seed, outputs, columns), torch.rand(outputs, generator=generator) + 0.01
     bias = torch.randn(outputs, generator=generator) if with_bias else None
     static = torch.tensor(0.02)
-    reference, real, fake = (
-        backend.linear(x, qw, scale, bias, scheme, static) for backend in (REFERENCE, CPU, FakeBackend())
-    )
-    assert torch.equal(reference, real)
+
+    def by(backend: Backend) -> Tensor:
+        return backend.linear(x, backend.pack(qw), scale, bias, scheme, static)
+
+    reference, fake = by(REFERENCE), by(FakeBackend())
+    for real in CPUS.values():
+        assert torch.equal(reference, by(real))
+    for isa in ISAS:
+        with native.forced_isa(isa):
+            assert torch.equal(reference, by(CPU))
     torch.testing.assert_close(fake, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
 
 
-def test_linear_keeps_the_type_of_its_input():
-    x = torch.randn(2, 8).bfloat16()
-    for backend in (REFERENCE, CPU, FakeBackend()):
-        assert backend.linear(x, levels(1, 3, 8), torch.ones(3), None, "token", None).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_linear_keeps_the_type_of_its_input(dtype):
+    x, qw = torch.randn(2, 8).to(dtype), levels(1, 3, 8)
+    wanted = REFERENCE.linear(x, qw, torch.ones(3), None, "token", None)
+    assert wanted.dtype == dtype
+    for backend in (*CPUS.values(), FakeBackend()):
+        y = backend.linear(x, backend.pack(qw), torch.ones(3), None, "token", None)
+        assert y.dtype == dtype
+        assert torch.equal(y, wanted) or backend.name == "fake"
 
 
-def test_cuda_is_refused():
-    with pytest.raises(UserError, match="choose cpu, reference or fake"):
-        cuda()
+def test_linear_takes_rows_that_are_not_contiguous():
+    x, qw = torch.randn(8, 5).t(), levels(1, 3, 8)
+    wanted = REFERENCE.linear(x, qw, torch.ones(3), None, "token", None)
+    for backend in CPUS.values():
+        assert torch.equal(backend.linear(x, backend.pack(qw), torch.ones(3), None, "token", None), wanted)
+
+
+@given(st.integers(0, 2**16), st.integers(1, 70), st.integers(1, 70))
+def test_packed_weights_give_their_levels_back(seed, outputs, columns):
+    qw = levels(seed, outputs, columns)
+    for backend in (REFERENCE, *CPUS.values()):
+        unpacked = backend.unpack(backend.pack(qw), outputs, columns)
+        assert torch.equal(unpacked, qw)
+        assert unpacked.dtype == torch.int8
+
+
+@given(st.integers(0, 2**16), st.integers(1, 70), st.integers(1, 70))
+def test_packed_weights_join_where_the_backend_says_so(seed, outputs, columns):
+    first, second = levels(seed, outputs, columns), levels(seed + 1, 33, columns)
+    x, scale = torch.randn(3, columns), torch.rand(outputs + 33)
+    for backend in (REFERENCE, *CPUS.values()):
+        if backend.joins(outputs):
+            packed = torch.cat([backend.pack(first), backend.pack(second)])
+            y = backend.linear(x, packed, scale, None, "token", None)
+            wanted = REFERENCE.linear(x, torch.cat([first, second]), scale, None, "token", None)
+            assert torch.equal(y, wanted)
+
+
+@pytest.mark.skipif(not ISAS, reason="no CPU kernels here")
+def test_kernels_that_are_not_exact_are_not_used(monkeypatch):
+    monkeypatch.setattr(native, "accumulate", lambda qx, packed: saturating(qx, native.unpack(packed)))
+    cpu.native_is_exact.cache_clear()
+    try:
+        assert CpuBackend().pack(levels(1, 3, 8)).dtype == torch.int8
+    finally:
+        cpu.native_is_exact.cache_clear()
+
+
+@pytest.mark.skipif(not ISAS, reason="no CPU kernels here")
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_passes_the_check(isa):
+    assert cpu.native_is_exact(isa)

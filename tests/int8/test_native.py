@@ -256,6 +256,9 @@ def test_the_library_is_built_once(monkeypatch, tmp_path):
     assert first.read_bytes() == b"built"
     monkeypatch.setattr(native_build, "_compile", None)
     assert native_build.build() == first
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert native_build.build() == first, "without a compiler, what it has built will do"
 
 
 def test_the_environment_chooses_the_instruction_set(monkeypatch):

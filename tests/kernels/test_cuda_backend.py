@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.errors import UserError
+from haq_lab.int8.backend import Backend, ReferenceBackend
 from haq_lab.int8.cuda import Kernels
 from haq_lab.int8.cuda_backend import CudaBackend
+from haq_lab.int8.deploy import deploy
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
+from haq_lab.onepass import one_pass
+from haq_lab.quantizers.apply import quantize_group
+from haq_lab.quantizers.rtn import RTN
 
 from .checks import FLOATS, Draw
 from .reference import assert_same_bits
@@ -20,11 +28,68 @@ def test_a_linear_has_the_references_bits(host: Kernels, m, k, dtype, scheme):
     x, qw, sw = draw.activations(m, k, dtype), draw.int8(37, k), draw.scale(37)
     for bias in (None, draw.normal(37, dtype=dtype)):
         static = draw.scale(1)[0] if scheme == "static" else None
-        arguments = (x, qw, sw, bias, scheme, static)
-        assert_same_bits(CudaBackend(host).linear(*arguments), ReferenceBackend().linear(*arguments))
+        results = [
+            backend.linear(x, backend.pack(qw), sw, bias, scheme, static)
+            for backend in (CudaBackend("cpu", host), ReferenceBackend())
+        ]
+        assert_same_bits(*results)
 
 
 def test_sums_are_the_references(host: Kernels):
     draw = Draw(8)
     qx, qw = draw.int8(5, 40), draw.int8(9, 40)
-    assert_same_bits(CudaBackend(host).accumulate(qx, qw), ReferenceBackend().accumulate(qx, qw))
+    assert_same_bits(CudaBackend("cpu", host).accumulate(qx, qw), ReferenceBackend().accumulate(qx, qw))
+
+
+def test_packed_weights_give_their_levels_back(host: Kernels):
+    backend, levels = CudaBackend("cpu", host), Draw(9).int8(5, 40)
+    packed = backend.pack(levels)
+    assert packed.shape == (5, 48)
+    assert_same_bits(backend.unpack(packed, 5, 40), levels)
+
+
+def test_without_a_gpu_the_choice_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="backend=cuda needs an NVIDIA GPU"):
+        CudaBackend()
+
+
+def test_a_device_that_is_none_is_told():
+    with pytest.raises(UserError, match=r"backend\.device: 'gpu0' is not a device; say cuda"):
+        CudaBackend("gpu0")
+
+
+def logits_of(model: LayeredModel, backend: Backend, prompt: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of the deployed model's prompt and next token, and of the pass."""
+    layers: list[torch.nn.Module] = []
+    passed = one_pass(
+        model, RTN(), backend, prompt, "quantized", {"text": prompt}, lambda index, layer: layers.append(layer)
+    )
+    whole = deploy(model.assemble(layers), model, backend)
+    output = whole(prompt, use_cache=True)
+    step = whole(prompt[:, :1], cache=output.cache, use_cache=True)
+    return output.logits, step.logits, model.head(passed.hidden["text"]["quantized"])
+
+
+def test_a_deployed_model_generates_as_the_reference_does(host: Kernels):
+    """The whole way of a run, on the host layer in place of a GPU."""
+    model = LayeredModel(TinyModel("llama").folder())
+    prompt = torch.randint(0, 257, (1, 9))
+    for got, wanted in zip(
+        logits_of(model, CudaBackend("cpu", host), prompt), logits_of(model, ReferenceBackend(), prompt), strict=True
+    ):
+        assert_same_bits(got, wanted)
+
+
+def test_weights_and_a_deployed_model_lie_on_the_device(host: Kernels):
+    """`meta` stands for a GPU: another device than the CPU, that any machine has."""
+    model = LayeredModel(TinyModel("llama").folder())
+    backend = CudaBackend("meta", host)
+    layer = model.load_layer(0)
+    for group in model.groups:
+        quantize_group(layer, 0, group, RTN(), None, None, backend)
+    assert layer.self_attn.q_proj.packed.is_meta
+    whole = deploy(model.assemble([layer]), model, backend)
+    assert all(tensor.is_meta for tensor in [*whole.parameters(), *whole.buffers()])
+    assert layer.mlp.up_proj.joint.weight_scale.is_meta

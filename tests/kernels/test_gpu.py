@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from haq_lab.int8 import cuda
+from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.cuda import Kernels
+from haq_lab.int8.cuda_backend import CudaBackend
 from haq_lab.int8.launch import TILES
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
 
 from .checks import FLOATS, Draw, check_grouped, check_product, check_quantize, every_kernel
+from .test_cuda_backend import logits_of
 
 READY = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
 pytestmark = [
@@ -70,3 +75,15 @@ def test_calls_follow_torchs_current_stream(kernels: Kernels):
         actual = kernels.accumulate(kernels.quantize_rows(target)[0], qw)
     torch.cuda.synchronize()
     assert torch.equal(actual, expected)
+
+
+def test_a_run_comes_near_the_reference():
+    """Norms and attention are torch's on the GPU, whose sums differ; the products' bits are checked above."""
+    model = LayeredModel(TinyModel("llama").folder())
+    prompt = torch.randint(0, 257, (1, 40))
+    wanted = logits_of(model, ReferenceBackend(), prompt)
+    before = torch.cuda.max_memory_allocated()
+    got = logits_of(model, CudaBackend(), prompt)  # moves the model's own weights, hence last
+    assert torch.cuda.max_memory_allocated() > before
+    for ours, reference in zip(got, wanted, strict=True):
+        assert (ours.cpu() - reference).norm() / reference.norm() < 0.05

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from haq_lab.measure import memory
-from haq_lab.measure.memory import Memory, peak_rss, reset_peak_rss
+from haq_lab.measure.memory import Memory, peak_rss, reset_peaks
 
 
 def test_weights_are_counted(full, quantized):
@@ -27,7 +27,7 @@ def test_weights_are_counted(full, quantized):
 
 
 def test_peak_sees_what_was_let_go():
-    reset_peak_rss()
+    reset_peaks()
     before = peak_rss()
     block = torch.ones(64 * 2**20, dtype=torch.uint8)
     del block
@@ -37,6 +37,6 @@ def test_peak_sees_what_was_let_go():
 def test_peak_where_the_system_has_no_proc(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "PEAK", tmp_path / "absent")
     monkeypatch.setattr(memory, "RESET", tmp_path / "absent" / "deeper")
-    reset_peak_rss()
+    reset_peaks()
     assert peak_rss() == pytest.approx(peak_rss())
     assert peak_rss() > 10 * 2**20

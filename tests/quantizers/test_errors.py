@@ -58,6 +58,6 @@ def test_best_scale_clips_a_lone_outlier_that_costs_little_and_no_other():
 
 
 def test_weight_error_does_not_depend_on_a_common_factor():
-    scale, variance = torch.rand(6), torch.rand(9)
-    once = solved_weight_error(scale, variance)
-    assert solved_weight_error(scale * 4, variance / 16) == pytest.approx(once)
+    scale, ones, variance = torch.rand(6), torch.ones(6), torch.rand(9)
+    once = solved_weight_error(scale, ones, variance)
+    assert solved_weight_error(scale * 4, ones, variance / 16) == pytest.approx(once)

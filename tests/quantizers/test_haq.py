@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import InputStatistics
+from haq_lab.errors import UserError
 from haq_lab.models.families import FAMILIES, Group
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
+from haq_lab.quantizers.errors import every_output_alike
 from haq_lab.quantizers.haq import HAQ, Predictor
 from haq_lab.quantizers.smoothing import Channels
 
@@ -80,7 +82,24 @@ def test_auto_is_static_where_rows_are_alike_and_dynamic_where_they_are_not():
     uneven = even * torch.logspace(-3, 2, 500)[:, None]
     for x, scheme in ((even, "static"), (uneven, "token")):
         statistics = InputStatistics(500, x.abs().amax(0), x.t() @ x / 500, None, x, torch.ones(500))
-        assert HAQ(activations="auto", auto_limit=1.5).activation(weight, statistics).scheme == scheme
+        statistics.sensitivity = every_output_alike(weight / x.std())  # errors count relative to the input's size
+        assert HAQ(activations="auto", auto_limit=1e-2).activation(weight, statistics).scheme == scheme
+
+
+def test_auto_refuses_to_weigh_errors_that_have_no_unit():
+    with pytest.raises(UserError, match="sensitivity must not be 0"):
+        HAQ(activations="auto", sensitivity=0)
+
+
+def test_what_the_model_does_not_depend_on_may_be_rounded_coarsely():
+    """A channel whose errors cost nothing does not decide the factor or the scale."""
+    weight, x = torch.randn(20, K), torch.randn(600, K)
+    x[:, 0] *= 1000
+    statistics = InputStatistics(len(x), x.abs().amax(0), x.t() @ x / len(x), None, x, torch.ones(len(x)))
+    alike = HAQ(activations="static").activation(weight, statistics)
+    statistics.sensitivity = every_output_alike(weight)
+    statistics.sensitivity.channels[0] = 0
+    assert HAQ(activations="static").activation(weight, statistics).scale < alike.scale / 10
 
 
 def test_scale_search_never_loses_by_its_own_measure_and_helps_at_four_bits():

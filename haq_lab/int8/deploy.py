@@ -1,0 +1,76 @@
+"""A quantised model made ready to run: what can be computed together is, and nothing is held twice.
+
+    whole = deploy(model.assemble(layers), model, backend)
+
+Linears that read one tensor become one product (`joint`), on every backend and without changing a bit. On a CPU with
+our kernels the weights lie side by side in memory, and the layers become one call (`decoder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from haq_lab.int8 import native
+from haq_lab.int8.backend import Backend
+from haq_lab.int8.decoder import NativeStack, stacked
+from haq_lab.int8.joint import Joint, can_join
+from haq_lab.int8.layer_parts import LayerParts
+from haq_lab.int8.linear import Int8Linear
+from haq_lab.int8.numerics import round_to_grid, scale_of
+from haq_lab.models.families import Group
+
+if TYPE_CHECKING:
+    from haq_lab.models.layered import LayeredModel
+
+
+def deploy(whole: nn.Module, model: LayeredModel, backend: Backend) -> nn.Module:
+    """Move an assembled model to the backend's device, join and stack its decoder layers, in place; returns it."""
+    whole.to(backend.device)
+    layers = list(whole.get_submodule(model.family.layers).children())
+    for layer in layers:
+        join(layer, model.groups)
+    lay_side_by_side(layers)
+    parts = []
+    for layer in layers:
+        part = LayerParts.of(layer, model.groups)
+        parts.append(part if part and NativeStack([layer], [part], 0).reproduces_its_layers() else None)
+    whole.set_submodule(model.family.layers, nn.ModuleList(stacked(layers, parts)))
+    return whole
+
+
+def join(layer: nn.Module, groups: Iterable[Group]) -> None:
+    """Join the linears of a decoder layer that read one tensor, by the family's groups, in place.
+
+    Not those of experts: each reads the tokens that chose it.
+    """
+    for group in groups:
+        members = [layer.get_submodule(name) for name in group.parts().get(None, ())]
+        linears = [member for member in members if isinstance(member, Int8Linear)]
+        if linears and len(linears) == len(members) and can_join(linears):
+            Joint(linears)
+
+
+def lay_side_by_side(layers: Iterable[nn.Module]) -> None:
+    """Move packed weights into one stretch of huge pages, in the order in which they are read.
+
+    One linear after the other: a page of the new place is taken when it is written, so that little is held twice.
+    """
+    linears = [m for layer in layers for m in layer.modules() if isinstance(m, Int8Linear)]
+    holders = dict.fromkeys(linear.joint or linear for linear in linears if linear.packed.dtype == torch.uint8)
+    if holders:
+        sizes = [holder.packed.numel() for holder in holders]
+        for holder, place in zip(holders, native.huge_pages(sum(sizes)).split(sizes), strict=True):
+            holder.hold(place.view_as(holder.packed).copy_(holder.packed))
+
+
+def rounded(linear: nn.Linear, backend: Backend) -> Int8Linear:
+    """A linear outside the decoder layers (the head) in int8: rounded to nearest, activations per token."""
+    weight = linear.weight.detach().float()
+    scale = scale_of(weight.abs().amax(dim=1))
+    levels = round_to_grid(weight, scale[:, None]).to(torch.int8)
+    bias = None if linear.bias is None else linear.bias.detach().float()
+    return Int8Linear(levels, scale, bias, "token", None, backend)

@@ -1,0 +1,145 @@
+// What lies between the products of a decoder layer, in float32: RMS norm, rotation of queries and keys, attention.
+// Included after rows.h by each instruction set; `Vec` (16 floats) is its chunk header's.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "values.h"
+
+namespace haq {
+namespace {
+
+// x * weight / sqrt(mean(x^2) + eps)
+HAQ_TARGET void rms_norm(const float* x, const float* weight, float eps, int64_t k, float* out) {
+  Vec sums = vec_set(0.0f);
+  int64_t i = 0;
+  for (; i + 16 <= k; i += 16) sums = vec_fma(vec_load(x + i), vec_load(x + i), sums);
+  float lanes[16], sum = 0.0f;
+  vec_store(lanes, sums);
+  for (; i < k; ++i) lanes[0] += x[i] * x[i];
+  for (const float lane : lanes) sum += lane;
+  const float factor = 1.0f / std::sqrt(sum / static_cast<float>(k) + eps);
+  for (int64_t j = 0; j < k; ++j) out[j] = weight[j] * (x[j] * factor);
+}
+
+// Rotary embedding in place: x * cos + (-second half, first half) * sin.
+HAQ_TARGET void rotate(float* x, const float* __restrict cosines, const float* __restrict sines, int64_t d) {
+  const int64_t half = d / 2;
+  float* __restrict low = x;
+  float* __restrict high = x + half;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = low[i], b = high[i];
+    low[i] = a * cosines[i] - b * sines[i];
+    high[i] = b * cosines[half + i] + a * sines[half + i];
+  }
+}
+
+// out (R, 16 V) = a (R, depth) times b (depth, 16 V), rows at their strides.
+template <int R, int V>
+HAQ_TARGET void small_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                                     int64_t depth, float* out, int64_t out_stride) {
+  Vec sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sum[r][v] = vec_set(0.0f);
+  for (int64_t i = 0; i < depth; ++i) {
+    Vec w[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) w[v] = vec_load(b + i * b_stride + 16 * v);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec x = vec_set(a[r * a_stride + i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[r][v] = vec_fma(x, w[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) vec_store(out + r * out_stride + 16 * v, sum[r][v]);
+}
+
+// 32 columns of any number of rows, by as many rows at a time as there are registers for.
+template <int R, int V>
+HAQ_TARGET void product32(int rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                          int64_t depth, float* out, int64_t out_stride) {
+  for (int c = 0; c < kPanel; c += 16 * V) {
+    for (int r = 0; r < rows;) {
+      const int left = rows - r;
+      const auto product = left >= R ? small_product<R, V> : left >= 3 ? small_product<3, V> : small_product<1, V>;
+      product(a + r * a_stride, a_stride, b + c, b_stride, depth, out + r * out_stride + c, out_stride);
+      r += left >= R ? R : left >= 3 ? 3 : 1;
+    }
+  }
+}
+
+// exp of 16 values, as exp_poly but with fused multiply-adds.
+HAQ_TARGET inline Vec vec_exp(Vec x) {
+  x = vec_max(vec_min(x, vec_set(88.0f)), vec_set(-87.0f));
+  const Vec shifted = vec_fma(x, vec_set(1.44269504088896341f), vec_set(kRound));
+  const Vec n = vec_add(shifted, vec_set(-kRound));
+  const Vec r = vec_fma(n, vec_set(2.12194440e-4f), vec_fma(n, vec_set(-0.693359375f), x));
+  Vec p = vec_fma(r, vec_set(1.9875691500e-4f), vec_set(1.3981999507e-3f));
+  p = vec_fma(p, r, vec_set(8.3334519073e-3f));
+  p = vec_fma(p, r, vec_set(4.1665795894e-2f));
+  p = vec_fma(p, r, vec_set(1.6666665459e-1f));
+  p = vec_fma(p, r, vec_set(5.0000001201e-1f));
+  p = vec_fma(vec_mul(p, r), r, vec_add(r, vec_set(1.0f)));
+  return vec_mul(p, vec_power_of_two(shifted));
+}
+
+// silu(gate) * up
+HAQ_TARGET void gate_up(const float* gate, const float* up, int64_t n, float* out) {
+  const Vec one = vec_set(1.0f), minus = vec_set(-1.0f);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const Vec g = vec_load(gate + i), divisor = vec_add(one, vec_exp(vec_mul(g, minus)));
+    vec_store(out + i, vec_mul(vec_div(g, divisor), vec_load(up + i)));
+  }
+  for (; i < n; ++i) out[i] = gate[i] / (1.0f + exp_poly(-gate[i])) * up[i];
+}
+
+// exp(scaling * (score - maximum)) over the first `seen` scores, zeros up to `width`; returns 1 / their sum.
+HAQ_TARGET float soften(float* scores, int64_t seen, int64_t width, float scaling) {
+  for (int64_t i = seen; i < width; ++i) scores[i] = -std::numeric_limits<float>::infinity();
+  Vec most = vec_load(scores);
+  for (int64_t i = 16; i < width; i += 16) most = vec_max(most, vec_load(scores + i));
+  float lanes[16];
+  vec_store(lanes, most);
+  float maximum = lanes[0];
+  for (const float lane : lanes) maximum = lane > maximum ? lane : maximum;
+  const Vec factor = vec_set(scaling), shift = vec_set(-maximum * scaling);
+  for (int64_t i = 0; i < width; i += 16)
+    vec_store(scores + i, vec_exp(vec_fma(vec_load(scores + i), factor, shift)));
+  for (int64_t i = seen; i < width; ++i) scores[i] = 0.0f;
+  Vec sums = vec_set(0.0f);
+  for (int64_t i = 0; i < width; i += 16) sums = vec_add(sums, vec_load(scores + i));
+  vec_store(lanes, sums);
+  float sum = 0.0f;
+  for (const float lane : lanes) sum += lane;
+  return 1.0f / sum;
+}
+
+template <int R, int V>
+HAQ_TARGET void attend(const Attention& a) {
+  const int64_t d = a.head_dim, value_width = (d + kPanel - 1) / kPanel * kPanel;
+  const int64_t all = a.seen + (a.rows - 1) * a.more_seen; // keys that the last row sees
+  const int64_t width = (all + kPanel - 1) / kPanel * kPanel;
+  for (int64_t j = 0; j < width; j += kPanel)
+    product32<R, V>(a.rows, a.queries, a.query_stride, a.keys + j * d, kPanel, d, a.scores + j, a.score_stride);
+  float factor[kAttendRows];
+  for (int r = 0; r < a.rows; ++r)
+    factor[r] = soften(a.scores + r * a.score_stride, a.seen + r * a.more_seen, width, a.scaling);
+  float block[kAttendRows * kPanel];
+  for (int64_t c = 0; c < d; c += kPanel) {
+    product32<R, V>(a.rows, a.scores, a.score_stride, a.values + c, value_width, all, block, kPanel);
+    const int64_t count = d - c < kPanel ? d - c : kPanel;
+    for (int r = 0; r < a.rows; ++r)
+      for (int64_t i = 0; i < count; ++i)
+        a.out[r * a.out_stride + c + i] = block[r * kPanel + i] * factor[r];
+  }
+}
+
+} // namespace
+} // namespace haq

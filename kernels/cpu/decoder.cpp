@@ -1,0 +1,139 @@
+// RMS norm, q/k/v, rotation, attention, output, residual; RMS norm, gate/up, SiLU, down, residual. The products
+// are those of gemm.cpp; what lies between them is float32.
+#include "decoder.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "gemm.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace haq {
+namespace {
+
+constexpr int64_t kTokens = 168; // taken at a time: bounds the scratch memory; a multiple of all row tiles
+
+thread_local Scratch normed_scratch, wide_scratch, narrow_scratch, score_scratch;
+
+int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+struct Step {
+  const Kernels& isa;
+  int threads;
+  const Layer& layer;
+  float* hidden;
+  int64_t tokens, width; // width of `hidden`
+  const float *cosines, *sines;
+  KeyValues kv;
+};
+
+void apply(const Step& s, const Linear& linear, const float* x, float* out) {
+  multiply({&s.isa, s.threads, x, kFloat, linear.activation_scale, linear.packed, s.tokens, linear.n, linear.k},
+           {nullptr, nullptr, linear.scale, linear.bias, out, kFloat, linear.n});
+}
+
+const float* normed(const Step& s, const float* weight, float eps) {
+  float* out = normed_scratch.floats(s.tokens * s.width);
+  for (int64_t t = 0; t < s.tokens; ++t)
+    s.isa.rms_norm(s.hidden + t * s.width, weight, eps, s.width, out + t * s.width);
+  return out;
+}
+
+// Rotates queries and keys in place, and appends the keys and values to those of before.
+void remember(const Step& s, float* qkv) {
+  const Layer& l = s.layer;
+  const int64_t d = l.head_dim, value_width = round_up(d, kPanel);
+  for (int64_t t = 0; t < s.tokens; ++t) {
+    float* row = qkv + t * l.qkv.n;
+    for (int64_t h = 0; h < l.heads + l.kv_heads; ++h)
+      s.isa.rotate(row + h * d, s.cosines + t * d, s.sines + t * d, d);
+    const int64_t position = s.kv.past + t;
+    for (int64_t h = 0; h < l.kv_heads; ++h) {
+      const float* key = row + (l.heads + h) * d;
+      float* panel = s.kv.keys + (h * s.kv.capacity + position / kPanel * kPanel) * d + position % kPanel;
+      for (int64_t i = 0; i < d; ++i) panel[i * kPanel] = key[i];
+      std::memcpy(s.kv.values + (h * s.kv.capacity + position) * value_width, key + l.kv_heads * d,
+                  static_cast<size_t>(d) * sizeof(float));
+    }
+  }
+}
+
+// A unit of work is one tile of rows: consecutive tokens of one head, or, where there is one token, the query
+// heads that share a key-value head.
+void attend(const Step& s, const float* qkv, float* out) {
+  const Layer& l = s.layer;
+  const int64_t d = l.head_dim, shared = l.heads / l.kv_heads, out_width = l.heads * d;
+  const bool one = s.tokens == 1;
+  const int64_t rows = one ? shared : s.tokens;
+  const int64_t tiles = (rows + kAttendRows - 1) / kAttendRows;
+  const int64_t most = round_up(s.kv.past + s.tokens, kPanel);
+  std::atomic<bool> out_of_memory{false};
+  parallel_for(s.threads, (one ? l.kv_heads : l.heads) * tiles, [&](int64_t unit) {
+    const int64_t head = one ? unit / tiles * shared : unit / tiles, first = unit % tiles * kAttendRows;
+    const int64_t kv_head = head / shared, token = one ? 0 : first;
+    Attention a;
+    a.rows = static_cast<int>(std::min<int64_t>(kAttendRows, rows - first));
+    a.queries = qkv + token * l.qkv.n + (one ? head + first : head) * d;
+    a.query_stride = one ? d : l.qkv.n;
+    a.keys = s.kv.keys + kv_head * s.kv.capacity * d;
+    a.values = s.kv.values + kv_head * s.kv.capacity * round_up(d, kPanel);
+    a.head_dim = d;
+    a.seen = s.kv.past + token + 1;
+    a.more_seen = one ? 0 : 1;
+    a.scaling = l.scaling;
+    a.out = out + token * out_width + (one ? head + first : head) * d;
+    a.out_stride = one ? d : out_width;
+    a.score_stride = most;
+    try {
+      a.scores = score_scratch.floats(kAttendRows * most);
+      s.isa.attend(a);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+void add(float* x, const float* y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] += y[i];
+}
+
+void run(const Step& s) {
+  const Layer& l = s.layer;
+  const int64_t inner = l.down.k;
+  float* wide = wide_scratch.floats(s.tokens * std::max({l.qkv.n, l.gate_up.n, s.width}));
+  float* narrow = narrow_scratch.floats(s.tokens * std::max(l.output.k, inner));
+  apply(s, l.qkv, normed(s, l.attention_norm, l.attention_eps), wide);
+  remember(s, wide);
+  attend(s, wide, narrow);
+  apply(s, l.output, narrow, wide); // the queries are done with
+  add(s.hidden, wide, s.tokens * s.width);
+  apply(s, l.gate_up, normed(s, l.mlp_norm, l.mlp_eps), wide);
+  for (int64_t t = 0; t < s.tokens; ++t) {
+    const float* gate = wide + t * 2 * inner;
+    s.isa.gate_up(gate, gate + inner, inner, narrow + t * inner);
+  }
+  apply(s, l.down, narrow, wide);
+  add(s.hidden, wide, s.tokens * s.width);
+}
+
+} // namespace
+
+void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
+                const float* cosines, const float* sines, KeyValues kv) {
+  for (const Layer* layer = layers; layer != layers + count; ++layer) {
+    const int64_t width = layer->output.n, d = layer->head_dim;
+    KeyValues own = kv;
+    for (int64_t first = 0; first < tokens; first += kTokens) {
+      const int64_t some = std::min(kTokens, tokens - first);
+      run({isa, threads, *layer, hidden + first * width, some, width, cosines + first * d, sines + first * d, own});
+      own.past += some;
+    }
+    kv.keys += layer->kv_heads * kv.capacity * d;
+    kv.values += layer->kv_heads * kv.capacity * round_up(d, kPanel);
+  }
+}
+
+} // namespace haq

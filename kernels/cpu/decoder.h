@@ -1,0 +1,35 @@
+// Decoder layers of int8 linears over one sequence, with their keys and values kept from step to step.
+#pragma once
+#include "kernels.h"
+
+namespace haq {
+
+// As haq_lab/int8/decoder.py fills it in (ctypes): all fields are 8 bytes, but for those named float.
+struct Linear {
+  const uint8_t* packed;     // (n, k)
+  const float* scale;        // (n,)
+  const float* bias;         // (n,) or null
+  int64_t n, k;
+  float activation_scale;    // 0: a scale per row
+};
+
+struct Layer {
+  int64_t heads, kv_heads, head_dim;
+  const float *attention_norm, *mlp_norm; // weights of the RMS norms
+  float attention_eps, mlp_eps, scaling;
+  Linear qkv, output, gate_up, down;
+};
+
+// Of all layers, which have the same heads. Keys (layers, kv_heads, capacity / 32, head_dim, 32): a panel's 32 positions lie together, as the weights of a product do.
+// Values (layers, kv_heads, capacity, value_width): head_dim, padded with zeros to a multiple of 32.
+struct KeyValues {
+  float *keys, *values;
+  int64_t capacity; // a multiple of 32
+  int64_t past;     // positions already there
+};
+
+// hidden (tokens, hidden size) float32, in place; cosines and sines (tokens, head_dim). Throws std::bad_alloc.
+void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
+                const float* cosines, const float* sines, KeyValues kv);
+
+} // namespace haq

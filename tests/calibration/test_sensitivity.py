@@ -1,0 +1,92 @@
+"""The sensitivity's promise: half of it times a small disturbance's variance is the KL divergence that it causes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from haq_lab.calibration.sensitivity import measure_sensitivity
+from haq_lab.calibration.spool import Spool
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
+
+
+def predictions(
+    model: LayeredModel, windows: Tensor, at: int = 0, noisy: str = "", side: str = "in", size: float = 0.0
+) -> Tensor:
+    """Log-probabilities (n, t, vocabulary), with Gaussian noise at one linear of layer `at`."""
+    hidden = model.embed(windows)
+    for index in range(model.depth):
+        layer = model.load_layer(index)
+        if index == at and noisy:
+            linear = layer.get_submodule(noisy)
+            if side == "in":
+                linear.register_forward_pre_hook(lambda _, x: (x[0] + size * torch.randn_like(x[0]),))
+            else:
+                linear.register_forward_hook(lambda _, x, y: y + size * torch.randn_like(y))
+        hidden = model.run(layer, index, hidden)
+    return F.log_softmax(model.head(hidden), -1)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, tuple[LayeredModel, Tensor, list]]:
+    """Each tiny model with windows and its sensitivity."""
+    windows = torch.randint(0, 257, (24, 32), generator=torch.Generator().manual_seed(2))
+    models = {name: LayeredModel(TinyModel(name).folder()) for name in ("opt", "llama", "mixtral")}  # type: ignore[arg-type]
+    with torch.no_grad():
+        return {name: (model, windows, measure_sensitivity(model, windows, Spool())) for name, model in models.items()}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "at", "linear"),
+    [
+        ("opt", 0, "self_attn.out_proj"),
+        ("opt", 0, "fc2"),
+        ("llama", 0, "self_attn.o_proj"),
+        ("llama", 0, "mlp.down_proj"),
+        (
+            "mixtral",
+            -1,
+            "mlp.experts.1.down_proj",
+        ),  # the last layer: a later router's choice jumps, and has no gradient
+    ],
+)
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_half_the_sensitivity_times_the_noise_is_the_divergence(measured, architecture, at, linear, side):
+    model, windows, found = measured[architecture]
+    clean = predictions(model, windows)
+    known = found[at][linear]
+    total = float((known.channels if side == "in" else known.outputs).sum())
+    size = (2 * 2e-4 / total) ** 0.5  # aims at a divergence of 2e-4 nats
+    noisy = [predictions(model, windows, at % model.depth, linear, side, size) for _ in range(8)]
+    divergence = sum(float(F.kl_div(other, clean, reduction="sum", log_target=True)) for other in noisy)
+    assert divergence / len(noisy) / windows.numel() == pytest.approx(2e-4, rel=0.25)
+
+
+def test_linears_that_share_an_input_are_disturbed_together(measured):
+    """Its gradient is the sum over q, k and v, not the gradient of one of them."""
+    model, _windows, found = measured["llama"]
+    known = found[0]["self_attn.q_proj"]
+    weights = [model.load_layer(0).get_submodule(f"self_attn.{name}_proj").weight for name in "qkv"]
+    assert len(known.outputs) == sum(len(weight) for weight in weights)
+    # Were the outputs' gradients uncorrelated, the inputs' would follow from them.
+    expected = torch.cat(weights).square().t() @ known.outputs
+    assert 0.2 < float(known.channels.sum() / expected.sum()) < 5
+
+
+def test_every_group_of_every_layer_has_one(measured):
+    for model, _, found in measured.values():
+        assert len(found) == model.depth
+        for layer in found:
+            assert set(layer) == {group.site for group in model.groups}
+            assert all(torch.isfinite(known.channels).all() and known.channels.sum() > 0 for known in layer.values())
+
+
+def test_it_is_the_same_twice(measured):
+    model, windows, found = measured["mixtral"]
+    again = measure_sensitivity(model, windows, Spool(limit=0))
+    for before, after in zip(found, again, strict=True):
+        for site, known in before.items():
+            assert torch.equal(known.channels, after[site].channels)

@@ -1,0 +1,194 @@
+"""A decoder layer in one native call does what its own code does, up to float32 rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from haq_lab.int8 import native
+from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.decoder import NativeStack, stacked
+from haq_lab.int8.deploy import deploy, join, rounded
+from haq_lab.int8.layer_parts import LayerParts
+from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_bytes
+from haq_lab.models.families import family_of
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
+from haq_lab.onepass import one_pass
+from haq_lab.quantizers.rtn import RTN
+
+if not native.available():
+    pytest.skip(f"no CPU kernels here: {native.unavailable_reason()}", allow_module_level=True)
+
+isas = pytest.mark.parametrize("isa", native.isas())
+
+
+def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=None, **config):
+    """A quantised, joined layer. Weights are small, so that few values lie between two levels."""
+    config = LlamaConfig(
+        hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        intermediate_size=inner, attn_implementation="sdpa", **config,
+    )  # fmt: skip
+    backend = backend or CpuBackend()
+    layer = LlamaDecoderLayer(config, 0).eval().requires_grad_(False)
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            layer.set_submodule(name, rounded(module, backend))
+    layer.input_layernorm.weight.uniform_(0.5, 1.5)
+    groups = family_of(config).resolve(config)
+    join(layer, groups)
+    return layer, groups
+
+
+def native_form(layer, groups):
+    """The layer as a stack of one, or None where it has no such form."""
+    part = LayerParts.of(layer, groups)
+    stack = part and NativeStack([layer], [part], 0)
+    return stack if stack and stack.reproduces_its_layers() else None
+
+
+def inputs(tokens, head_dim, hidden):
+    angles = torch.randn(1, tokens, head_dim // 2).repeat(1, 1, 2)
+    return torch.randn(1, tokens, hidden), (angles.cos(), angles.sin())
+
+
+def agree(got, wanted, hidden):
+    """Most tokens to float32's last places; the others by the fall of a value to another level."""
+    error = (got - wanted).norm(dim=-1) / (wanted - hidden).norm(dim=-1)
+    assert error.median() < 1e-4
+    assert error.max() < 0.05
+
+
+@isas
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"heads": 4, "kv_heads": 4, "head_dim": 24, "hidden": 80},
+        {"heads": 12, "kv_heads": 1, "head_dim": 64, "attention_bias": True, "mlp_bias": True},
+    ],
+    ids=["grouped", "ragged", "one key head, biases"],
+)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_prompt_and_steps(isa, shape, threads):
+    if shape.get("head_dim") == 24:  # 96 rows of q, k and v each: a multiple of a panel
+        assert 4 * 24 % native.PANEL == 0
+    layer, groups = llama_layer(**shape)
+    fused = native_form(layer, groups)
+    assert fused is not None
+    hidden, (cosines, sines) = inputs(200, fused.head_dim, shape.get("hidden", 96))
+    wanted = layer(hidden.clone(), position_embeddings=(cosines, sines), attention_mask=None)
+    torch.set_num_threads(threads)
+    with native.forced_isa(isa):
+        agree(fused(hidden, position_embeddings=(cosines, sines)), wanted, hidden)
+        kept, parts = fused.new_cache(), []
+        for part in (slice(0, 1), slice(1, 190), *(slice(i, i + 1) for i in range(190, 200))):
+            parts.append(fused.step(hidden[:, part], cosines[:, part], sines[:, part], kept))
+        assert kept.get_seq_length() == 200
+        agree(torch.cat(parts, 1), wanted, hidden)
+
+
+def test_long_prompts_are_taken_in_parts():
+    layer, groups = llama_layer()
+    fused = native_form(layer, groups)
+    hidden, positions = inputs(700, 32, 96)
+    wanted = layer(hidden.clone(), position_embeddings=positions, attention_mask=None)
+    agree(fused(hidden, position_embeddings=positions), wanted, hidden)
+
+
+def test_other_layers_stay_as_they_are():
+    layer, groups = llama_layer(hidden_act="gelu")
+    assert native_form(layer, groups) is None, "found out by trying"
+    layer, groups = llama_layer(backend=ReferenceBackend())
+    assert native_form(layer, groups) is None
+    layer, groups = llama_layer()
+    layer.self_attn.o_proj.scheme = "tensor"
+    assert native_form(layer, groups) is None
+    layer, groups = llama_layer()
+    assert native_form(layer, groups[:-1]) is None
+
+
+def test_runs_of_native_layers_are_stacked():
+    layers = [torch.nn.Linear(1, 1) for _ in range(6)]
+    one, other = (LayerParts(heads=4, kv_heads=heads, head_dim=32) for heads in (2, 4))
+    result = stacked(layers, [one, one, None, one, other, other])
+    assert [[*stack.layers] if isinstance(stack, NativeStack) else stack for stack in result] == [
+        layers[:2],
+        layers[2],
+        layers[3:4],
+        layers[4:],
+    ]
+    assert [stack.first for stack in result if isinstance(stack, NativeStack)] == [0, 3, 4]
+    assert stacked(layers, [None] * 6) == layers
+
+
+def test_static_scales():
+    layer, groups = llama_layer()
+    for linear in layer.modules():
+        if isinstance(linear, Int8Linear):
+            linear.scheme, linear.input_scale = "static", torch.tensor(0.03)
+            if linear.joint is not None:
+                linear.joint.scheme, linear.joint.input_scale = "static", linear.input_scale
+    assert native_form(layer, groups) is not None
+
+
+@pytest.fixture
+def pair():
+    """A tiny Llama quantised twice: as it is, and deployed."""
+    model = LayeredModel(TinyModel("llama", hidden=128).folder())
+    wholes = []
+    for _ in range(2):
+        layers: list[torch.nn.Module] = []
+        one_pass(model, RTN(), CpuBackend(), None, "fp", {}, lambda index, layer, layers=layers: layers.append(layer))
+        wholes.append(model.assemble(layers))
+    size = weight_bytes(wholes[1]), parameter_count(wholes[1])
+    deploy(wholes[1], model, CpuBackend())
+    assert (weight_bytes(wholes[1]), parameter_count(wholes[1])) == size
+    (stack,) = wholes[1].get_submodule(model.family.layers)
+    assert isinstance(stack, NativeStack)
+    assert len(stack.layers) == model.depth
+    return wholes
+
+
+def close(a, b):
+    """Logits of a two-layer model; levels that fall to another side are rare and small."""
+    assert (a - b).norm() / a.norm() < 0.02
+
+
+def test_generation_is_the_same(pair):
+    plain, deployed = pair
+    prompt = torch.randint(0, 257, (1, 60))
+    a, b = plain(prompt, use_cache=True), deployed(prompt, use_cache=True)
+    close(a.logits, b.logits)
+    for token in range(4):
+        tokens = torch.tensor([[token]])
+        a, b = plain(tokens, cache=a.cache, use_cache=True), deployed(tokens, cache=b.cache, use_cache=True)
+        close(a.logits, b.logits)
+    assert b.cache.get_seq_length() == 64
+
+
+def test_batches_masks_and_later_parts_go_the_layers_own_way(pair):
+    plain, deployed = pair
+    batch = torch.randint(0, 257, (3, 20))
+    assert torch.equal(plain(batch, use_cache=False).logits, deployed(batch, use_cache=False).logits)
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    a, b = (whole(batch, attention_mask=mask, use_cache=True) for whole in pair)
+    assert torch.equal(a.logits, b.logits)
+    a, b = (whole(batch[:, :1], cache=out.cache, use_cache=True) for whole, out in zip(pair, (a, b), strict=True))
+    assert torch.equal(a.logits, b.logits)
+    # A prompt natively, then several tokens at once under a mask: the kept keys and values change their form.
+    a, b = (whole(batch[:1], use_cache=True) for whole in pair)
+    a, b = (whole(batch[1:2], cache=out.cache, use_cache=True) for whole, out in zip(pair, (a, b), strict=True))
+    close(a.logits, b.logits)
+    assert b.cache.get_seq_length() == 40
+
+
+def test_a_rounded_head_is_int8():
+    head = torch.nn.Linear(64, 257, bias=False)
+    small = rounded(head, CpuBackend())
+    torch.testing.assert_close(to_float(small), head.weight, atol=float(head.weight.abs().max()) / 250, rtol=0)
+    assert small.weight.dtype == torch.int8

@@ -1,0 +1,120 @@
+"""Joined linears give the bits they gave alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from haq_lab.int8 import native
+from haq_lab.int8.backend import FakeBackend, ReferenceBackend
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.deploy import join, lay_side_by_side
+from haq_lab.int8.joint import Joint, can_join
+from haq_lab.int8.linear import Int8Linear, parameter_count, weight_bytes
+from haq_lab.onepass import one_pass
+from haq_lab.quantizers.rtn import RTN
+
+BACKENDS = [ReferenceBackend(), CpuBackend(), FakeBackend()]
+
+
+def linears(backend, rows=(64, 32, 40), scheme="token", bias=False):
+    """Three of one input; the last has rows that do not fill a panel."""
+    scale = torch.tensor(0.02) if scheme == "static" else None
+    return [
+        Int8Linear(
+            torch.randint(-127, 128, (n, 50), dtype=torch.int8),
+            torch.rand(n) + 0.01,
+            torch.randn(n) if bias else None,
+            scheme,
+            scale,
+            backend,
+        )
+        for n in rows
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scheme", ["token", "tensor", "static"])
+def test_outputs_keep_their_bits(backend, bias, scheme):
+    members = linears(backend, scheme=scheme, bias=bias)
+    levels, size = [member.weight.clone() for member in members], weight_bytes(torch.nn.ModuleList(members))
+    assert can_join(members)
+    for x in (torch.randn(1, 1, 50), torch.randn(2, 7, 50), torch.randn(3, 50)):
+        apart = [member(x) for member in members]
+        joined = copy.deepcopy(members)
+        joint = Joint(joined)
+        for _ in range(2):
+            for got, wanted in zip([member(x) for member in joined], apart, strict=True):
+                # fake multiplies in float, whose sums may depend on the width
+                assert torch.equal(got, wanted) or (backend.name == "fake" and torch.allclose(got, wanted, atol=1e-4))
+        assert joint._input is None
+    together = torch.nn.ModuleList(joined)
+    assert weight_bytes(together) == size, "nothing is held twice"
+    assert parameter_count(together) == sum(member.weight.numel() for member in members) + bias * 136
+    for member, before in zip(joined, levels, strict=True):
+        assert torch.equal(member.weight, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2], ids=lambda backend: backend.name)
+def test_a_tensor_written_to_is_another_input(backend):
+    members = linears(backend)
+    apart = copy.deepcopy(members)
+    Joint(members)
+    x = torch.randn(2, 50)
+    assert torch.equal(members[0](x), apart[0](x))
+    x.mul_(3)
+    assert torch.equal(members[1](x), apart[1](x))
+    assert torch.equal(members[1](x), apart[1](x)), "and calls may come in any order, any number of times"
+    assert torch.equal(members[0](x + 1), apart[0](x + 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2], ids=lambda backend: backend.name)
+def test_members_can_be_scaled_and_loaded(backend):
+    members, other = linears(backend), linears(backend)
+    Joint(members)
+    for member, source in zip(members, other, strict=True):
+        member.load_state_dict(source.state_dict())
+        member.weight_scale.div_(2)
+    x = torch.randn(3, 50)
+    for member, source in zip(members, other, strict=True):
+        assert torch.equal(member(x), source(x) / 2)
+
+
+def test_what_differs_is_not_joined():
+    backend = ReferenceBackend()
+    a, b, _ = linears(backend)
+    assert not can_join([a])
+    assert not can_join([a, linears(ReferenceBackend())[1]])
+    assert not can_join([a, linears(backend, scheme="tensor")[1]])
+    assert not can_join([a, linears(backend, bias=True)[1]])
+    static, other = linears(backend, scheme="static"), linears(backend, scheme="static")
+    assert can_join([static[0], other[1]])
+    other[1].input_scale.mul_(2)
+    assert not can_join([static[0], other[1]])
+    Joint([a, b])
+    assert not can_join([a, b])
+
+
+@pytest.mark.skipif(not native.available(), reason="no CPU kernels here")
+def test_rows_that_do_not_fill_a_panel_can_only_be_last():
+    members = linears(CpuBackend(), rows=(40, 64))
+    assert not can_join(members)
+    assert can_join(members[::-1])
+
+
+def test_a_layer_of_every_family_keeps_its_bits(tiny, windows):
+    """The perplexity path: whole windows through the layer's own code."""
+    layers: list[torch.nn.Module] = []
+    one_pass(tiny, RTN(), CpuBackend(), None, "fp", {}, lambda index, layer: layers.append(layer))
+    hidden = tiny.embed(windows)
+    wanted = tiny.run(layers[0], 0, hidden.clone())
+    size = weight_bytes(layers[0])
+    join(layers[0], tiny.groups)
+    lay_side_by_side(layers[:1])
+    joints = {m.joint for m in layers[0].modules() if isinstance(m, Int8Linear) and m.joint is not None}
+    assert len(joints) == {"llama": 2, "opt": 1}[tiny.config.model_type]
+    assert torch.equal(tiny.run(layers[0], 0, hidden.clone()), wanted)
+    assert weight_bytes(layers[0]) == size

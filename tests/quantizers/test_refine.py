@@ -1,0 +1,63 @@
+"""The refined factor against the predicted error that it lowers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from haq_lab.calibration.statistics import Sensitivity
+from haq_lab.models.families import Group
+from haq_lab.quantizers.refine import DynamicError, refined
+from haq_lab.quantizers.smoothing import Channels
+
+K = 12
+
+
+def one_to_one() -> Channels:
+    layer = nn.Module()
+    layer.up = nn.Linear(4, K)
+    return Channels(Group("up", "up", ("down",)), layer, K)
+
+
+def error() -> DynamicError:
+    inputs = torch.rand(50, K).pow(3) * torch.logspace(-1, 1, K)
+    cost = Sensitivity(torch.rand(K), torch.rand(7))
+    return DynamicError(inputs, torch.full((50,), 1 / 50), torch.rand(7, K), cost, torch.rand(K))
+
+
+def test_the_gradient_is_that_of_the_error():
+    predicted, place = error(), torch.randn(K, dtype=torch.float64) * 0.3
+    predicted = DynamicError(
+        predicted.inputs.double(),
+        predicted.share.double(),
+        predicted.weight.double(),
+        Sensitivity(predicted.cost.channels.double(), predicted.cost.outputs.double()),
+        predicted.variance.double(),
+    )
+    _, gradient = predicted(place.exp())
+    for channel in range(K):
+        step = torch.zeros(K, dtype=torch.float64)
+        step[channel] = 1e-6
+        slope = (predicted((place + step).exp())[0] - predicted((place - step).exp())[0]) / 2e-6
+        torch.testing.assert_close(gradient[channel], torch.tensor(slope, dtype=torch.float64), rtol=1e-4, atol=1e-9)
+
+
+def test_it_ends_lower_than_it_began_and_near_the_one_minimum():
+    """Convex in the logarithms: two starts end at about the same error."""
+    predicted = error()
+    ends = []
+    for start in (torch.ones(K), torch.logspace(-0.3, 0.3, K)):
+        end = refined(start, predicted, one_to_one())
+        assert predicted(end)[0] < 0.9 * predicted(start)[0]
+        ends.append(predicted(end)[0])
+    assert max(ends) < 1.1 * min(ends)
+
+
+def test_channels_of_one_row_keep_one_factor():
+    channels = one_to_one()
+    channels.rows = torch.arange(K) // 3
+    channels.source_rows = K // 3
+    factor = refined(torch.ones(K), error(), channels)
+    shared: Tensor = factor.view(-1, 3)
+    assert torch.equal(shared, shared[:, :1].expand_as(shared))
+    assert factor.unique().numel() > 1
