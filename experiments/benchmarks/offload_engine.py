@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from haq_lab.offload.local import measure_costs
 from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import Policy, make_policy
+from haq_lab.offload.prefetch import NextGate
 from haq_lab.offload.simulator import Simulator
 from haq_lab.offload.store import ExpertStore, StoreWriter
 from haq_lab.offload.trace import Trace
@@ -45,11 +49,12 @@ CONFIGURATIONS = [
 ]
 
 
-def decode(whole: nn.Module, prompt: Tensor, text: Tensor) -> list[float]:
+def decode(whole: nn.Module, prompt: Tensor, text: Tensor, before: Callable[[], None] = lambda: None) -> list[float]:
     """Seconds of each decoded token, the text's own tokens being fed (so that every configuration sees the same)."""
     output = whole(prompt, use_cache=True, logits_to_keep=1)
     seconds = []
     for token in text[0]:
+        before()
         start = time.perf_counter()
         output = whole(token.view(1, 1), cache=output.cache, use_cache=True, logits_to_keep=1)
         seconds.append(time.perf_counter() - start)
@@ -78,12 +83,15 @@ class Bench:
         resident = place(placement, self.profile, slots)
         return make_policy(rule, resident, self.profile, scope, self.path_model)  # type: ignore[arg-type]
 
-    def measured(self, *configuration: Any) -> tuple[list[float], Engine, Trace]:
+    def measured(self, *configuration: Any, ahead: bool = False) -> tuple[list[float], Engine, Trace]:
         """Seconds a token, the engine, and the routing of prompt and text as the engine saw it."""
         for layer, untouched in zip(self.layers, self.forwards, strict=True):
             layer.mlp.experts.__dict__.clear()  # type: ignore[union-attr]
             layer.mlp.experts.__dict__.update(untouched)  # type: ignore[union-attr]
-        engine = Engine(self.store, self.policy(*configuration), SPARE)
+        router = self.model.family.moe.router  # type: ignore[union-attr]
+        gates = NextGate([layer.get_submodule(router) for layer in self.layers])
+        guesser = (gates, self.profile.k) if ahead else (None, 0)
+        engine = Engine(self.store, self.policy(*configuration), SPARE, *guesser)
         engine.attach(self.layers, self.model.family.moe)  # type: ignore[arg-type]
         heard: list[Tensor] = []
         begin = engine.begin
@@ -109,19 +117,25 @@ class Bench:
         return costs
 
 
-def correct_fetch(bench: Bench, costs: Costs, calibration: tuple[Any, ...]) -> None:
-    """One free number, the fetch's cost beside computing, from one measured configuration."""
-    seconds, _, trace = bench.measured(*calibration)
-    measured = float(np.median(seconds))
-    low, high = 0.1, 10.0
+def fit(bench: Bench, costs: Costs, configuration: tuple[Any, ...], put: Callable[[float], None], high: float) -> None:
+    """Choose one free number, between 0 and `high`, so that a configuration's simulated latency is the measured one."""
+    seconds, engine, trace = bench.measured(*configuration)
+    engine._reader.shutdown()
+    low = 0.0
     for _ in range(30):
-        costs.fetch.correction = (low + high) / 2
-        simulated = float(np.median(Simulator(costs, bench.policy(*calibration), from_disk=True).run(trace).token_s))
-        low, high = (low, costs.fetch.correction) if simulated > measured else (costs.fetch.correction, high)
+        put((low + high) / 2)
+        simulated = Simulator(costs, bench.policy(*configuration), from_disk=True).run(trace)
+        slower = np.median(simulated.token_s) > np.median(seconds)
+        low, high = (low, (low + high) / 2) if slower else ((low + high) / 2, high)
 
 
-def accelerate_seconds(folder: Path, prompt: Tensor, text: Tensor, scratch: Path, budget: float) -> list[float]:
-    """The same text through accelerate's disk offload; `budget` bytes may stay in RAM."""
+def accelerate_seconds(
+    folder: Path, prompt: Tensor, text: Tensor, scratch: Path, budget: float
+) -> tuple[list[float], list[float]]:
+    """The same text through accelerate's disk offload, page cache warm, then dropped before each token.
+
+    `budget` bytes may stay in RAM.
+    """
     from accelerate import infer_auto_device_map
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -133,7 +147,16 @@ def accelerate_seconds(folder: Path, prompt: Tensor, text: Tensor, scratch: Path
     whole = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, device_map=placed, offload_folder=str(scratch / "accelerate")
     )
-    return decode(whole, prompt, text)
+    files = [*folder.glob("*.safetensors"), *(scratch / "accelerate").glob("*")]
+    cold = partial(drop, files)
+    return decode(whole, prompt, text), decode(whole, prompt, text, before=cold)
+
+
+def drop(files: list[Path]) -> None:
+    """Out of the page cache, as the engine does with what it reads."""
+    for path in files:
+        with path.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @torch.no_grad()
@@ -145,7 +168,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--accelerate", type=Path)
     given = parser.parse_args()
-    rows, result = [], {}
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=given.checkpoint.parent) as name:
         scratch = Path(name)
         tokenizer = QuantizedModel(given.checkpoint, CpuBackend()).tokenizer()
@@ -153,7 +177,7 @@ def main() -> None:
         bench = Bench(given.checkpoint, Trace.open(given.profile), torch.tensor([ids]), scratch)
         costs = bench.costs()
         resident_ms = 1e3 * float(np.mean(bench.measured("none", "frequency", "global", 1.0)[0]))
-        correct_fetch(bench, costs, ("lru", "uniform", "layer", 0.5))
+        fit(bench, costs, ("lru", "uniform", "layer", 0.5), partial(setattr, costs.fetch, "correction"), 10.0)
         for configuration in CONFIGURATIONS:
             seconds, engine, trace = bench.measured(*configuration)
             simulated = Simulator(costs, bench.policy(*configuration), from_disk=True).run(trace)
@@ -169,14 +193,24 @@ def main() -> None:
                 flush=True,
             )
         result["mean_error"] = float(np.mean([abs(row["error"]) for row in rows]))
+        for share in (0.25, 0.4):
+            seconds, engine, _ = bench.measured("haq", "frequency", "global", share, ahead=True)
+            engine._reader.shutdown()
+            row = {"configuration": f"haq, next gate, {share}", "ms": 1e3 * float(np.median(seconds)), **engine.stats()}
+            row |= {"over_resident": row["ms"] / resident_ms, "fast_tier_bytes": engine.arena.bytes}
+            result.setdefault("prefetch", []).append(row)
+            print(
+                f"{row['configuration']:<32}{row['ms']:8.1f} ms  x{row['over_resident']:.2f}  "
+                f"guesses right {row['offload.prefetch_accuracy']:.3f}",
+                flush=True,
+            )
         if given.accelerate:
             half = next(row for row in rows if row["configuration"] == "haq two_stage global 0.25")
             budget = half["fast_tier_bytes"]
-            seconds = accelerate_seconds(given.accelerate, bench.prompt, bench.text[:, :6], scratch, budget)
-            result |= {
-                "accelerate_ms": 1e3 * float(np.median(seconds)),
-                "times_faster": 1e3 * float(np.median(seconds)) / half["ms"],
-            }
+            both = accelerate_seconds(given.accelerate, bench.prompt, bench.text[:, :8], scratch, budget)
+            for name, seconds in zip(("warm", "cold"), both, strict=True):
+                ms = 1e3 * float(np.median(seconds))
+                result |= {f"accelerate_{name}_ms": ms, f"times_faster_than_{name}": ms / half["ms"]}
     print(json.dumps({"all_resident_ms": resident_ms, "rows": rows, **result}))
 
 
