@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.routing import Routing
@@ -15,7 +15,6 @@ from haq_lab.offload.engine import Engine
 from haq_lab.offload.record import record_trace
 from haq_lab.offload.settings import Offload, experts_of, refuse_dense
 from haq_lab.offload.store import StoreWriter
-from haq_lab.offload.trace import Trace
 
 
 class OffloadSession:
@@ -44,7 +43,8 @@ class OffloadSession:
         """
         profile = self.settings.trace()
         if profile is None and routing is not None:
-            profile = _trace_of(routing, text)
+            told = routing.trace(self.model.folder.name, text)
+            profile = replace(told, decode=np.ones_like(told.decode))  # token by token, as it will be decoded
         if profile is None:
             assert calibration is not None
             profile = record_trace(self.model, calibration, text)
@@ -64,11 +64,3 @@ class OffloadSession:
             self.engine.close()
         self._writer.__exit__()
         self.path.unlink(missing_ok=True)
-
-
-def _trace_of(routing: Routing, text: str) -> Trace:
-    """A calibration pass's record as a trace of decoded tokens."""
-    count, length = routing.windows
-    experts, weights = (torch.stack(part, 1).numpy() for part in (routing.chosen, routing.weights))
-    starts = np.arange(count, dtype=np.int64) * length
-    return Trace(experts, weights, np.ones(count * length, np.bool_), starts, routing.experts, text=text)
