@@ -155,6 +155,8 @@ class Engine:
         """The layer is done: spare slots are free again."""
         for layer, number in self._step.in_place:
             bind(self._modules[layer][number], self.store.parts, None)
+        if self._step.in_place:
+            self.store.drop_cache()
         for key in self._step.waiting:  # only where a read failed: what was admitted has not come
             self.policy.resident[key] = False
         for key in [key for key in self._step.passing if key in self.arena.where]:
