@@ -135,11 +135,12 @@ def visit(state, resident, layer, counts, tokens, now, per_layer, selective, adm
 
 
 @compiled
-def replay(state, resident, experts, decode, starts, per_layer, selective, admits, tallies):
+def replay(state, resident, experts, decode, starts, clock, per_layer, selective, admits, tallies):
     """A whole trace under one rule: decoded tokens one by one, a prompt's tokens as one batch.
 
     Args:
-        experts, decode, starts: A trace's arrays.
+        experts, decode, starts: A trace's arrays; they must fit `resident`, nothing is checked here.
+        clock: Tokens that the rule has seen before.
         admits: False keeps the residents as they are.
         tallies: Counts, added to.
     """
@@ -170,5 +171,5 @@ def replay(state, resident, experts, decode, starts, per_layer, selective, admit
                         tallies.expert_hits[layer] += 1
                     else:
                         tallies.fetched[layer] += 1
-            visit(state, resident, layer, counts, end - token, end - 1, per_layer, selective, admit, placed)
+            visit(state, resident, layer, counts, end - token, clock + end - 1, per_layer, selective, admit, placed)
         token = end

@@ -105,11 +105,15 @@ class Engine:
     def begin(self, layer: int, hidden: Tensor, chosen: Tensor) -> list[int]:
         """The layer's router has chosen (t, k) experts for hidden states (t, d).
 
+        More than one token at once is a prompt, or an evaluation's window: a sequence begins.
+
         Returns:
             The experts in the order in which they should run: those in memory first.
         """
         counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
         self._drop_wrong_guesses(layer, counts)
+        if layer == 0 and len(chosen) > 1:
+            self.policy.begin()
         visit = self.policy.visit(layer, counts, len(chosen))
         self._count(layer, counts, visit.missing)
         self._step, self._layer = _Step(), layer
@@ -155,6 +159,8 @@ class Engine:
         """The layer is done: spare slots are free again."""
         for layer, number in self._step.in_place:
             bind(self._modules[layer][number], self.store.parts, None)
+        if self._step.in_place:
+            self.store.drop_cache()
         for key in self._step.waiting:  # only where a read failed: what was admitted has not come
             self.policy.resident[key] = False
         for key in [key for key in self._step.passing if key in self.arena.where]:

@@ -9,7 +9,7 @@ import numpy as np
 from haq_lab.offload.cache import teach
 from haq_lab.offload.compiled import compiled
 
-RECENT = 2.0**-40  # a visit's share of the value: it orders equal counts and never outweighs one
+RECENT = 2.0**-30  # a visit's share of the value: float64 holds it beside 4 million uses, and 2^30 visits are no use
 
 
 class Lfu(NamedTuple):

@@ -136,10 +136,16 @@ class Policy:
         return Visit(wanted.tolist(), missing.tolist(), in_place, replaces)
 
     def replay(self, trace: Trace) -> HitRates:
-        """Run a whole trace through the cache, and count."""
+        """Run a whole trace through the cache, and count.
+
+        Raises:
+            UserError: The trace is of another number of layers or experts.
+        """
+        trace.must_be_of(*self.resident.shape)
         tallies = cache.empty_tallies(trace.layers)
         arrays = (np.asarray(each) for each in (trace.experts, trace.decode, trace.starts))  # numba knows no memmap
-        cache.replay(self.state, self.resident, *arrays, self.per_layer, self.selective, self.admits, tallies)
+        switches = (self.per_layer, self.selective, self.admits)
+        cache.replay(self.state, self.resident, *arrays, self._clock, *switches, tallies)
         self._clock += trace.tokens
         return HitRates(
             pairs=float(tallies.pair_hits.sum() / tallies.pairs.sum()),

@@ -4,6 +4,7 @@ and are always labelled `simulated.<hardware>.`.
 Four resources work at the same time, each one thing after another: the fast device, the link, the CPU and the disk.
 An event starts when its resource is free and what it needs is there. The order of events is the engine's: the
 layer's attention and router, then resident experts while the link fetches the missing ones, then these as they come.
+Prefetching is not simulated.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from haq_lab.errors import UserError
 from haq_lab.offload.costs import Costs
 from haq_lab.offload.policy import Policy
 from haq_lab.offload.trace import Trace
@@ -46,10 +48,16 @@ class Timeline:
     prompt_s: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
     busy: dict[str, float] = field(default_factory=dict)
-    bytes: float = 0.0
+    bytes: int = 0
 
     def metrics(self, hardware: str) -> dict[str, float]:
-        """By their full names."""
+        """By their full names.
+
+        Raises:
+            UserError: No token was decoded.
+        """
+        if not self.token_s:
+            raise UserError("trace: none of the tokens simulated is a decoded one; simulate more, or shorten its prompts")
         milliseconds = 1e3 * np.array(self.token_s)
         name = f"simulated.{hardware}"
         return {
@@ -57,7 +65,7 @@ class Timeline:
             f"{name}.latency.decode_ms_per_token.p95": float(np.percentile(milliseconds, 95)),
             f"{name}.latency.decode_ms_per_token.std": float(milliseconds.std()),
             f"{name}.latency.tokens_per_s": 1e3 / float(milliseconds.mean()),
-            f"{name}.offload.bytes_moved": self.bytes,
+            f"{name}.offload.bytes_moved": float(self.bytes),
             **{f"{name}.busy.{resource}": share for resource, share in self.busy.items()},
         }
 
@@ -74,11 +82,21 @@ class Simulator:
         self.resources = {name: Resource() for name in ("gpu", "link", "cpu", "disk")}
         self.source = self.resources["disk" if from_disk else "link"]
         self.in_place = self.resources["gpu" if from_disk else "cpu"]  # with no GPU, the CPU is the fast device
-        self.bytes = 0
+        self.fetched = 0
 
     def run(self, trace: Trace, tokens: int | None = None) -> Timeline:
-        """The first `tokens` tokens of a trace: prompts as batches, the others one by one."""
+        """The first `tokens` tokens of a trace: prompts as batches, the others one by one.
+
+        The clock begins at 0; what the policy has learnt stays.
+
+        Raises:
+            UserError: The trace is of another number of layers or experts.
+        """
+        trace.must_be_of(*self.policy.resident.shape)
         timeline, now = Timeline(), 0.0
+        for resource in self.resources.values():
+            resource.free = resource.busy = 0.0
+        self.fetched = 0
         starts = set(trace.starts.tolist())
         token, last = 0, min(tokens or trace.tokens, trace.tokens)
         while token < last:
@@ -91,7 +109,7 @@ class Simulator:
             (timeline.token_s if trace.decode[token] else timeline.prompt_s).append(done - now)
             token, now = end, done
         timeline.busy = {name: resource.busy / now for name, resource in self.resources.items()}
-        timeline.bytes = float(self.bytes)
+        timeline.bytes = self.fetched * self.costs.expert_bytes
         return timeline
 
     def step(self, experts: NDArray[np.uint8], now: float) -> float:
@@ -106,7 +124,7 @@ class Simulator:
             for expert in visit.missing:
                 if expert not in visit.in_place:
                     arrivals[expert] = self.source.run(costs.fetch(costs.expert_bytes), routed)
-                    self.bytes += costs.expert_bytes
+                    self.fetched += 1
             done = [self.in_place.run(costs.slow(int(counts[expert])), routed) for expert in visit.in_place]
             for expert in visit.wanted:
                 if expert not in visit.missing:

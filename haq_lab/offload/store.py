@@ -1,13 +1,14 @@
 """The slow tier: a file of experts, each one contiguous range of bytes, read with one call.
 
 Experts are written as their modules hold them, in the backend's own weight layout: what is read can be computed
-with as it lies. After a read the pages are dropped from the operating system's cache, so that the next read of the
-same expert moves bytes from the disk again; otherwise the "slow tier" of a test would be RAM.
+with as it lies. After a read, or a use in place, the pages are dropped from the operating system's cache, so that the
+next use of the same expert moves bytes from the disk again; otherwise the "slow tier" would be RAM.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import time
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ class ExpertStore:
         self.experts = experts
         self._file = os.open(path, os.O_RDONLY)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
-        self._map = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8)
+        self._pages = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)  # writable as torch wants it, never written
+        self._map = torch.frombuffer(self._pages, dtype=torch.uint8)
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
         """An expert's bytes into `blob` (blob_bytes,) uint8; a failed or short read is tried again.
@@ -98,13 +100,13 @@ class ExpertStore:
         return done
 
     def mapped(self, layer: int, expert: int) -> Tensor:
-        """An expert's blob in place: computing with it reads the slow tier."""
+        """An expert's blob in place: computing with it reads the slow tier. `drop_cache` when it has been used."""
         offset = (layer * self.experts + expert) * self.blob_bytes
         return self._map[offset : offset + self.blob_bytes]
 
     def drop_cache(self) -> None:
-        """Forget the whole file's pages."""
-        os.fsync(self._file)
+        """Take all the file's pages out of memory: what is mapped and was read ahead of it, too."""
+        self._pages.madvise(mmap.MADV_DONTNEED)  # first, since the cache keeps what is mapped
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
@@ -150,6 +152,7 @@ class StoreWriter:
     def open(self) -> ExpertStore:
         """The finished store, none of it in the page cache."""
         self._stream.flush()
+        os.fsync(self._stream.fileno())  # the cache keeps what is not on the disk yet
         store = ExpertStore(self.path, self._parts, self._size, self._count)
         store.drop_cache()
         return store

@@ -81,6 +81,14 @@ class Trace:
         """(sequences,) where each sequence ends, exclusive."""
         return np.append(self.starts[1:], self.tokens)
 
+    def must_be_of(self, layers: int, experts: int) -> None:
+        """Raise `UserError` where the trace is of another number of layers, or of experts a layer."""
+        if (self.layers, self.expert_count) != (layers, experts):
+            raise UserError(
+                f"trace: it is of {self.layers} layers and {self.expert_count} experts a layer, "
+                f"where {layers} and {experts} are wanted"
+            )
+
     def part(self, sequences: slice) -> Trace:
         """The trace of some of the sequences."""
         starts, ends = self.starts[sequences], self.ends()[sequences]

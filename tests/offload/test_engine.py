@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from haq_lab.offload.policy import make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath
 from haq_lab.offload.record import record_trace
 from haq_lab.offload.store import ExpertStore, ReadError, StoreWriter, layout, tensors_of
+from haq_lab.offload.trace import Trace
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.rtn import RTN
 
@@ -108,6 +110,29 @@ def test_no_budget_or_policy_changes_a_bit(case, rule, slots, placement, scope, 
         assert sum(row["misses"] for row in engine.table()) > 0 or slots > 12
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("rule", ["lru", "moe_infinity", "haq"])
+def test_the_engine_counts_what_a_replay_does(case, rule):
+    """One policy, two clocks: the routing that an engine met, two sequences of it, replayed."""
+    layers = case.layers()
+    engine = engine_for(case, case.open(), layers, rule, slots=8)
+    replayed = make_policy(rule, engine.policy.resident, case.profile, "global", case.path_model)
+    heard, begin = [], engine.begin
+    engine.begin = lambda layer, hidden, chosen: (heard.append(chosen), begin(layer, hidden, chosen))[1]
+    whole = case.model.assemble(layers)
+    generate(whole), generate(whole)
+    steps = [torch.stack(heard[at : at + 3], 1) for at in range(0, len(heard), 3)]
+    decode = np.concatenate([np.full(len(step), len(step) == 1) for step in steps])
+    experts = torch.cat(steps).numpy().astype(np.uint8)
+    starts = np.array([0, len(experts) // 2])
+    trace = Trace(experts, np.ones(experts.shape, np.float16), decode, starts, engine.experts)
+    rates = replayed.replay(trace)
+    engine.close()
+    np.testing.assert_array_equal(replayed.resident, engine.policy.resident)
+    assert rates.pairs == pytest.approx(engine.stats()["offload.hit_rate_pairs"])
+    if rule == "moe_infinity":  # it matches what a sequence chose so far, the second one's alone
+        np.testing.assert_array_equal(engine.policy.state.current, replayed.state.current)
 
 
 def test_the_weights_have_left_memory(case):

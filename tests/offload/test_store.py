@@ -1,0 +1,67 @@
+"""The slow tier: what is written is read, nothing of it stays in memory, and a layer laid out otherwise is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from haq_lab.errors import UserError
+from haq_lab.offload.store import ALIGNMENT, StoreWriter, bind, layout, tensors_of
+
+
+def layer_of(experts: int, width: int, seed: int = 0) -> nn.ModuleList:
+    torch.manual_seed(seed)
+    return nn.ModuleList(nn.Sequential(nn.Linear(width, 3), nn.Linear(3, width)) for _ in range(experts))
+
+
+def mapped_bytes(path: Path) -> int:
+    """How much of a mapped file is in this process's memory."""
+    maps = Path("/proc/self/smaps").read_text()
+    sizes = re.findall(rf"{re.escape(str(path))}\n(?:.*\n)*?Rss:\s+(\d+) kB", maps)
+    return 1024 * sum(map(int, sizes))
+
+
+@given(shapes=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=5))
+def test_parts_are_aligned_and_apart(shapes):
+    tensors = {f"{index}.weight": torch.randn(shape).to(torch.float16) for index, shape in enumerate(shapes)}
+    parts, size = layout(tensors)
+    assert size % ALIGNMENT == 0
+    assert all(part.offset % ALIGNMENT == 0 for part in parts)
+    blob = torch.zeros(size, dtype=torch.uint8)
+    for part in parts:
+        part.of(blob).copy_(tensors[part.name])
+    assert all(torch.equal(part.of(blob), tensors[part.name]) for part in parts)
+
+
+def test_what_is_written_is_read_or_used_in_place_and_does_not_stay(tmp_path):
+    layers = [layer_of(4, 700, seed) for seed in range(3)]
+    kept = [[{name: t.clone() for name, t in tensors_of(expert).items()} for expert in layer] for layer in layers]
+    with StoreWriter(tmp_path / "experts.bin") as writer:
+        for layer in layers:
+            writer.add(layer)
+        assert all(tensor.numel() == 0 for layer in layers for tensor in layer.parameters()), "gone from memory"
+        store = writer.open()
+    blob = torch.empty(store.blob_bytes, dtype=torch.uint8)
+    for layer, expert in ((2, 3), (0, 0), (1, 2)):
+        store.read(layer, expert, blob)
+        assert torch.equal(blob, store.mapped(layer, expert))
+        bind(layers[layer][expert], store.parts, blob)
+        for name, tensor in tensors_of(layers[layer][expert]).items():
+            assert torch.equal(tensor, kept[layer][expert][name])
+        assert mapped_bytes(store.path) > 0
+        store.drop_cache()
+        assert mapped_bytes(store.path) == 0
+    store.close()
+
+
+def test_an_expert_laid_out_otherwise_is_refused(tmp_path):
+    with StoreWriter(tmp_path / "experts.bin") as writer:
+        writer.add(layer_of(2, 8))
+        with pytest.raises(UserError, match="expert 0 of layer 1 is not laid out like the others"):
+            writer.add(layer_of(2, 9))
