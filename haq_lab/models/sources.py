@@ -10,7 +10,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from filelock import FileLock
@@ -24,6 +24,7 @@ from haq_lab.paths import cache_folder
 from haq_lab.show import say
 
 
+@runtime_checkable
 class ModelSource(Protocol):
     """A model the user named. `label` is its short name in tables and folder names."""
 
