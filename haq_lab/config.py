@@ -99,7 +99,10 @@ def _object(node: Any, setting: str) -> Any:
         if isinstance(value, dict) and "_target_" in value:
             fields[name] = _object(node[name], f"{setting}.{name}")
     made = _locate(target, f"{setting}._target_")
-    parameters = inspect.signature(made).parameters  # pydantic's classes pass over names that they don't have
+    try:
+        parameters = inspect.signature(made).parameters  # pydantic's classes pass over names that they don't have
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{setting}._target_: '{target}' is nothing that takes settings") from error
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in fields:
         if name not in parameters and not open_ended:

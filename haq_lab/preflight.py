@@ -118,7 +118,7 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
         Need("memory", memory, psutil.virtual_memory().available),
         Need("GPU memory", (1 + FLOAT) * size.layer if experiment.backend.name == "cuda" else 0, gpu),
     ]
-    missing = 0.0 if source.is_local else max(0.0, HALF * size.total - source.cached_bytes())
+    missing = 0.0 if source.local else max(0.0, HALF * size.total - source.cached_bytes())
     if missing > 0.01 * HALF * size.total and not hub_answers():
         needs.append(Need("the hub (it does not answer)", missing, 0, "model.name=FOLDER takes a local copy"))
     disk = [(Path(constants.HF_HUB_CACHE), missing), (cache_folder(), max(0.0, hidden - RAM_BYTES))]

@@ -171,6 +171,7 @@ def test_a_killed_run_leaves_no_results_and_runs_again(tiny_run, tmp_path, cache
         ("quantizer=", "quantizer: '' is not one of"),
         ("data=[wikitext2", "input"),
         ("quantizer._target_=no.such.Quantizer", "quantizer._target_: 'no.such.Quantizer' cannot be imported"),
+        ("quantizer._target_=builtins.dict", "quantizer._target_: 'builtins.dict' is nothing that takes settings"),
         ("quantizer=rtn,gptq", "add --multirun"),
         ("hydra.run.dir=/proc/nowhere", "/proc/nowhere: "),
     ],
