@@ -83,7 +83,7 @@ class CheckpointWriter:
             manifest = Manifest.read(self.folder, "checkpoint.dir")
             (self.folder / FILE).unlink()
             for file in [*manifest.shards, *manifest.files]:
-                (self.folder / file).unlink(missing_ok=True)
+                (self.folder / Path(file).name).unlink(missing_ok=True)
         for shard in self.folder.glob("layer-*.safetensors"):
             shard.unlink()
         for state in self.work.glob("state-*"):
