@@ -136,7 +136,7 @@ def _plan(given: argparse.Namespace) -> None:
     shape = MIXTRAL
     if given.shape != "mixtral":
         shape = Shape.of(AutoConfig.from_pretrained(given.shape, trust_remote_code=False), profile.expert_count)
-    if (shape.layers, shape.experts) != (profile.layers, profile.expert_count):
+    if {(trace.layers, trace.expert_count) for trace in (profile, test)} != {(shape.layers, shape.experts)}:
         profile, test = (trace.stretched(shape.layers, shape.experts) for trace in (profile, test))
         say(f"the trace is of another model: its layers are repeated or left out to make {shape.layers}")
     with Progress() as progress:
