@@ -157,7 +157,7 @@ class Engine:
         """
         key = (layer, number)
         if key in self._step.waiting:
-            self._release_passed(key)
+            self._release_passed()
             self._issue()
         if key in self._reads:
             start = time.perf_counter()
@@ -215,7 +215,7 @@ class Engine:
         if key in self.arena.where:  # a failed read may have left it without
             self._remove(key)
 
-    def _release_passed(self, wanted: Key) -> None:
+    def _release_passed(self) -> None:
         """Make room: of the experts that pass through, those that have been computed are done with."""
         if self.arena.free:
             return
@@ -249,10 +249,6 @@ class Engine:
         counters.pair_hits[layer] += counts.sum() - counts[missing].sum()
         counters.experts[layer] += np.count_nonzero(counts)
         counters.expert_hits[layer] += np.count_nonzero(counts) - len(missing)
-
-    def reset(self) -> None:
-        """Count from now on."""
-        self.counters = Counters.zero(len(self.policy.resident))
 
     def stats(self) -> dict[str, float]:
         """Metrics by their full names."""

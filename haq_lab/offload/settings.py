@@ -15,7 +15,7 @@ from haq_lab.offload.budget import Budget
 from haq_lab.offload.costs import Objective, PiecewiseLinear, Predictor
 from haq_lab.offload.engine import Engine
 from haq_lab.offload.measured_costs import measure_costs
-from haq_lab.offload.placement import place
+from haq_lab.offload.placement import Placement, place
 from haq_lab.offload.policy import Scope, make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath, Prefetch
 from haq_lab.offload.shape import Shape
@@ -46,7 +46,7 @@ class Offload:
     """
 
     budget: str | int = "50%"
-    placement: Literal["random", "uniform", "frequency", "front", "two_stage"] = "two_stage"
+    placement: Placement = "two_stage"
     cache: Literal["none", "lru", "lfu", "moe_infinity", "haq"] = "haq"
     scope: Scope = "global"
     prefetch: Literal["none", "next_gate", "path"] = "none"
