@@ -12,7 +12,8 @@ from haq_lab.files import written_aside
 FORMATS = ("png", "svg", "pdf")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure in the format of its ending, aside first."""
     with written_aside(path) as aside:
         figure.savefig(aside, format=path.suffix.lstrip("."), dpi=150)
     return path
@@ -32,7 +33,7 @@ def layer_figure(layers: pd.DataFrame, path: Path) -> Path:
     bottom.set(ylabel="smoothing strength", xlabel="layer", ylim=(-0.05, 1.05))
     if top.has_data():
         top.legend(ncols=4, fontsize="small")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def comparison_figure(runs: pd.DataFrame, path: Path) -> Path:
@@ -48,4 +49,4 @@ def comparison_figure(runs: pd.DataFrame, path: Path) -> Path:
         panel.set(xlabel="perplexity over full precision, %", title=column.partition(".")[2])
         panel.margins(x=0.25)
         panel.invert_yaxis()
-    return _save(figure, path)
+    return save(figure, path)

@@ -28,7 +28,7 @@ from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.offload.costs import Costs, PiecewiseLinear
 from haq_lab.offload.engine import Engine
-from haq_lab.offload.local import measure_costs
+from haq_lab.offload.measured_costs import measure_costs
 from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import Policy, make_policy

@@ -1,6 +1,6 @@
 """Hit rates of every policy on held-out text, between LRU/LFU and Belady's bound. Routing only: no weights, no GPU.
 
-    python experiments/benchmarks/offload_hit_rates.py --profile py_cal.trace --test wiki_test.trace [--tokens 4096]
+    python experiments/benchmarks/offload_hit_rates.py --profile A.trace --test B.trace [--budgets 0.25 0.5]
 
 Traces come from `python -m haq_lab.offload trace`. The last line is JSON.
 """

@@ -126,9 +126,9 @@ def _plan(given: argparse.Namespace) -> None:
 
     from haq_lab.files import written_aside
     from haq_lab.offload.figures import pareto_figure
-    from haq_lab.offload.hardware import MIXTRAL, Shape
-    from haq_lab.offload.machine import hardware
+    from haq_lab.offload.hardware import hardware
     from haq_lab.offload.plan import CACHES, FORMATS, SHARES, plan
+    from haq_lab.offload.shape import MIXTRAL, Shape
     from haq_lab.offload.trace import Trace
 
     machine = hardware(given.hardware)
@@ -136,7 +136,7 @@ def _plan(given: argparse.Namespace) -> None:
     shape = MIXTRAL
     if given.shape != "mixtral":
         shape = Shape.of(AutoConfig.from_pretrained(given.shape, trust_remote_code=False), profile.expert_count)
-    if (shape.layers, shape.experts) != (profile.layers, profile.expert_count):
+    if {(trace.layers, trace.expert_count) for trace in (profile, test)} != {(shape.layers, shape.experts)}:
         profile, test = (trace.stretched(shape.layers, shape.experts) for trace in (profile, test))
         say(f"the trace is of another model: its layers are repeated or left out to make {shape.layers}")
     with Progress() as progress:
@@ -158,7 +158,7 @@ def _plan(given: argparse.Namespace) -> None:
 
 
 def _profile(given: argparse.Namespace) -> None:
-    from haq_lab.offload.machine import measure_machine, save_local
+    from haq_lab.offload.hardware import measure_machine, save_local
 
     profile = measure_machine(given.scratch)
     say(f"{profile.int8_tops:.3f} int8 TOPS, memory {profile.bandwidth_gbs:.1f} GB/s, disk {profile.link_gbs:.2f} GB/s")

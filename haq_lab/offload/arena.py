@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from haq_lab.offload.store import ALIGNMENT
+
 Key = tuple[int, int]  # (layer, expert)
+
+
+def aligned(size: int) -> Tensor:
+    """Memory (size,) uint8 that begins where a store's parts want to lie."""
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % ALIGNMENT :][:size]
 
 
 class Arena:
@@ -17,8 +25,7 @@ class Arena:
 
     def __init__(self, slots: int, blob_bytes: int):
         self.blob_bytes = blob_bytes
-        self._memory = torch.empty(slots * blob_bytes + 64, dtype=torch.uint8)
-        self._first = -self._memory.data_ptr() % 64
+        self._memory = aligned(slots * blob_bytes)
         self.where: dict[Key, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._slots = slots
@@ -35,7 +42,7 @@ class Arena:
 
     def blob(self, key: Key) -> Tensor:
         """The memory (bytes,) uint8 of an expert's slot."""
-        first = self._first + self.where[key] * self.blob_bytes
+        first = self.where[key] * self.blob_bytes
         return self._memory[first : first + self.blob_bytes]
 
     def take(self, key: Key) -> None:

@@ -1,11 +1,11 @@
-"""From a memory budget to expert slots. The key-value cache, the workspace and the spare slots are served first."""
+"""From a memory budget to expert slots. The key-value cache and the spare slots are served first."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from haq_lab.errors import UserError
+from haq_lab.errors import UserError, nearest
 
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FORMS = "a share as '40%', bytes as '500MB' or '6GiB', or a number of experts"
@@ -17,7 +17,7 @@ class Budget:
 
     Attributes:
         share: Of all experts' bytes; 1 makes all resident, the spare slots beside them.
-        bytes: Of the fast tier for experts, key-value cache and workspace.
+        bytes: Of the fast tier for experts and key-value cache.
         experts: Resident ones, all layers together.
     """
 
@@ -30,7 +30,8 @@ class Budget:
         """From the setting. Raises `UserError` for what is none of the forms."""
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[A-Za-z]*)\s*", str(text))
         if found is None or (found[2] not in ("", "%") and found[2] not in UNITS):
-            raise UserError(f"offload.budget: '{text}' is not {FORMS}")
+            hint = nearest(found[2], UNITS) if found else ""
+            raise UserError(f"offload.budget: '{text}' is not {FORMS}{hint}")
         number, unit = float(found[1]), found[2]
         if unit == "%":
             if number > 100:
@@ -49,7 +50,7 @@ class Budget:
             total: Experts of the model.
             blob_bytes: Of one expert in the fast tier.
             spare: Slots for experts that pass through; they come out of a budget in bytes or as a share.
-            reserved: Bytes of the key-value cache and the workspace; they come out of a budget in bytes.
+            reserved: Bytes of the key-value cache; they come out of a budget in bytes.
 
         Raises:
             UserError: Nothing is left for a single expert.
@@ -60,9 +61,9 @@ class Budget:
             slots, took = int(self.share * total) - spare, f"{spare} spare slots"
         elif self.bytes is not None:
             slots = (self.bytes - reserved) // blob_bytes - spare
-            took = f"{reserved:,} bytes of key-value cache and workspace, and {spare} spare slots"
+            took = f"{reserved:,} bytes of key-value cache and {spare} spare slots"
         else:
-            slots, took = self.experts or 0, "nothing"
+            slots, took = self.experts or 0, "no spare slots"
         if slots < 1:
             raise UserError(
                 f"offload.budget: it leaves no slot for an expert of {blob_bytes:,} bytes ({took} come first); "

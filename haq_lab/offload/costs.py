@@ -1,8 +1,9 @@
 """The latency predictor: what an expert costs to run, here or there, and to fetch; and where each one should run.
 
-Costs are piecewise linear, fitted on micro-benchmarks (`profile.py`) or taken from a GPU's figures (`hardware.py`),
-and corrected by what the engine measures. The objective is the sum of all costs (Fiddler's code) or the longest of
-the fast device, the link and the CPU, which work at the same time (Fiddler's comment; arXiv 2402.07033).
+Costs are piecewise linear, fitted on micro-benchmarks (`measured_costs.py`) or taken from a GPU's figures
+(`gpu_costs.py`). The engine corrects a fetch's, which other work on the disk moves most, by every read. The objective
+is the sum of all costs (Fiddler's code) or the longest of the fast device, the link and the CPU, which work at the
+same time (Fiddler's comment; arXiv 2402.07033).
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class PiecewiseLinear:
         return float(y1 + (y1 - y0) / (x1 - x0) * (size - x1))
 
     def observe(self, size: float, seconds: float) -> None:
-        """Move towards a measurement."""
-        self.correction = MEMORY * self.correction + (1 - MEMORY) * seconds / self._curve(size)
+        """Move towards a measurement. A curve of no seconds has nothing to correct."""
+        if predicted := self._curve(size):
+            self.correction = MEMORY * self.correction + (1 - MEMORY) * seconds / predicted
 
     @classmethod
     def fitted(cls, samples: Sequence[tuple[float, float]]) -> PiecewiseLinear:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from haq_lab.offload.compiled import compiled
 from haq_lab.offload.paths import Residency
 from haq_lab.offload.trace import Trace
 
@@ -75,7 +75,7 @@ def _needed(resident: Residency, minimum: int) -> int:
     return int(np.maximum(resident.sum(-1), minimum).sum())
 
 
-@numba.njit(cache=True)
+@compiled
 def _best(experts, counts, resident):
     """(fragment, tokens that it completes per slot) for the fragment that completes the most; (0, 0.0) if none."""
     present = resident.copy()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from haq_lab.errors import UserError
 from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import CacheRule, Scope, make_policy
@@ -49,11 +50,19 @@ def hit_rates(
 
     Returns:
         A row for each policy and budget: `pairs`, `experts` (the two hit rates), `layer_std`, `fetched_per_token`.
+
+    Raises:
+        UserError: A budget is no share or holds no expert, or the traces are of different models.
     """
+    profile.must_be_of(test.layers, test.expert_count)
+    total = test.layers * test.expert_count
+    for budget in budgets:
+        if not 0 < budget <= 1 or round(budget * total) < 1:
+            raise UserError(f"budgets: {budget} is not a share of {total} experts, as 0.25 is")
     model = fit_path_model(profile)
     rows = []
     for budget in budgets:
-        slots = round(budget * test.layers * test.expert_count)
+        slots = round(budget * total)
         placed = {rule: place(rule, profile, slots) for rule in {one.placement for one in CONTENDERS}}
         for one in CONTENDERS:
             known = test if one.rule == "belady" else profile
@@ -66,8 +75,12 @@ def hit_rates(
 
 
 def closed(table: pd.DataFrame) -> dict[float, float]:
-    """By budget: the share of the distance between the best of LRU and LFU and Belady's bound that HAQ closes."""
+    """By budget: the share of the distance between the best of LRU and LFU and Belady's bound that HAQ closes.
+
+    A budget that holds all experts has no such distance, and is left out.
+    """
     shares = {}
+    table = table[table["budget"] < 1]
     for budget, rows in table.groupby("budget"):
         pairs = rows.set_index("policy")["pairs"]
         best = max(value for name, value in pairs.items() if str(name).startswith(("LRU", "LFU")))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from haq_lab.models.families import Moe
 from haq_lab.offload.arena import Arena, Key
+from haq_lab.offload.costs import PiecewiseLinear
 from haq_lab.offload.policy import Policy
 from haq_lab.offload.prefetch import Prefetch
 from haq_lab.offload.store import ExpertStore, ReadError, bind
@@ -68,14 +69,22 @@ class Engine:
     spare: Slots beside the policy's, for experts that pass through and for guesses; at least 1, 2 to overlap.
     prefetch: Guesses the next layer's experts.
     guesses: At most so many experts are read ahead.
+    fetch: What the policy's predictor takes for the seconds of a read; corrected by each one.
     """
 
     def __init__(
-        self, store: ExpertStore, policy: Policy, spare: int = 2, prefetch: Prefetch | None = None, guesses: int = 0
+        self,
+        store: ExpertStore,
+        policy: Policy,
+        spare: int = 2,
+        prefetch: Prefetch | None = None,
+        guesses: int = 0,
+        fetch: PiecewiseLinear | None = None,
     ):
         layers, self.experts = policy.resident.shape
         assert 0 <= guesses < spare, "a missing expert needs a spare slot"
         self.store, self.policy, self.prefetch, self.guesses = store, policy, prefetch, guesses
+        self.fetch = fetch
         self.arena = Arena(policy.slots + spare, store.blob_bytes)
         self.counters = Counters.zero(layers)
         self._modules: list[nn.ModuleList] = []
@@ -148,7 +157,7 @@ class Engine:
         """
         key = (layer, number)
         if key in self._step.waiting:
-            self._release_passed(key)
+            self._release_passed()
             self._issue()
         if key in self._reads:
             start = time.perf_counter()
@@ -176,7 +185,13 @@ class Engine:
     def _fetch(self, key: Key) -> None:
         self.arena.take(key)
         self.counters.read[key[0]] += 1
-        self._reads[key] = self._reader.submit(self.store.read, *key, self.arena.blob(key))
+        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key))
+
+    def _read(self, key: Key, blob: Tensor) -> None:
+        start = time.perf_counter()
+        self.store.read(*key, blob)
+        if self.fetch is not None:
+            self.fetch.observe(self.store.blob_bytes, time.perf_counter() - start)
 
     def _arrive(self, key: Key) -> None:
         try:
@@ -200,7 +215,7 @@ class Engine:
         if key in self.arena.where:  # a failed read may have left it without
             self._remove(key)
 
-    def _release_passed(self, wanted: Key) -> None:
+    def _release_passed(self) -> None:
         """Make room: of the experts that pass through, those that have been computed are done with."""
         if self.arena.free:
             return
@@ -234,10 +249,6 @@ class Engine:
         counters.pair_hits[layer] += counts.sum() - counts[missing].sum()
         counters.experts[layer] += np.count_nonzero(counts)
         counters.expert_hits[layer] += np.count_nonzero(counts) - len(missing)
-
-    def reset(self) -> None:
-        """Count from now on."""
-        self.counters = Counters.zero(len(self.policy.resident))
 
     def stats(self) -> dict[str, float]:
         """Metrics by their full names."""

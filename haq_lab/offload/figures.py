@@ -7,15 +7,9 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from haq_lab.files import written_aside
+from haq_lab.figures import save
 from haq_lab.offload.paths import frequencies
 from haq_lab.offload.trace import Trace
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    with written_aside(path) as aside:
-        figure.savefig(aside, format=path.suffix.lstrip("."), dpi=150)
-    return path
 
 
 def curve_figure(table: pd.DataFrame, title: str, path: Path) -> Path:
@@ -29,7 +23,7 @@ def curve_figure(table: pd.DataFrame, title: str, path: Path) -> Path:
     axes.set(xlabel="experts resident, %", ylabel="hit rate, share of (token, expert) pairs", title=title)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def heat_figure(trace: Trace, path: Path) -> Path:
@@ -40,7 +34,7 @@ def heat_figure(trace: Trace, path: Path) -> Path:
     image = axes.imshow(usage, aspect="auto", cmap="viridis", vmin=0)
     axes.set(xlabel="expert", ylabel="layer", title="Share of tokens that choose an expert")
     figure.colorbar(image, ax=axes)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def pareto_figure(table: pd.DataFrame, hardware: str, path: Path) -> Path:
@@ -55,4 +49,4 @@ def pareto_figure(table: pd.DataFrame, hardware: str, path: Path) -> Path:
     axes.set(xlabel="GPU memory, GB", ylabel="simulated ms a token", yscale="log", title=f"Simulated: {hardware}")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    return _save(figure, path)
+    return save(figure, path)

@@ -1,85 +1,102 @@
-"""What experts cost on a GPU, from its figures in conf/hardware: for planning and simulating without one.
-
-Each cost is the larger of the operations at peak rate and the bytes at full bandwidth, times what is reached of
-them in practice, plus a launch. These are bounds made plausible, no measurements: whatever follows from them is
-labelled simulated.
-"""
+"""Hardware by name, this machine included: `local` is what `python -m haq_lab.offload profile` measured here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
 
-from haq_lab.int8.roofline import Hardware
-from haq_lab.offload.costs import Costs, PiecewiseLinear
+import psutil
+import torch
+import yaml
 
-Format = Literal["int8", "fp16", "bf16"]
-BYTES = {"int8": 1, "fp16": 2, "bf16": 2}
-LINK_REACHED = 0.82  # pinned copies reach 80-85 % of the link (a rule of thumb, unsourced)
-REACHED = 0.6  # of peak operations and bandwidth (a rule of thumb, unsourced)
-LAUNCH = 30e-6  # seconds for an expert's few kernels
-HOST_OPERATIONS_PER_BYTE = 16.0  # int8 operations a second over bytes a second of a host's memory: AVX2 desktops
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+from haq_lab.errors import UserError, invalid
+from haq_lab.files import write_text
+from haq_lab.help import options
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.roofline import Hardware, load_hardware
+from haq_lab.paths import cache_folder
+
+SIZE = 64 * 2**20  # bytes copied and read: more than any cache near the cores
+ROWS, K = 512, 2048  # of the int8 product
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Mixture-of-Experts model by its sizes.
+def local_path() -> Path:
+    """Where this machine's profile is kept."""
+    return cache_folder() / "hardware" / "local.yaml"
 
-    Attributes:
-        expert: Weights of one expert.
-        rest: Weights of one layer outside the experts.
-        outside: Weights outside the layers, those that a token reads.
+
+def hardware(name: str) -> Hardware:
+    """A profile by name. Raises `UserError` for an unknown one, or for `local` before it was measured."""
+    cited = options("hardware")
+    if name in cited:
+        return load_hardware(name)
+    if name != "local":
+        raise invalid("hardware", name, [*cited, "local"])
+    again = "run: python -m haq_lab.offload profile"
+    if not local_path().is_file():
+        raise UserError(f"hardware: 'local' has not been measured yet; {again}")
+    try:
+        return Hardware(**yaml.safe_load(local_path().read_text(encoding="utf-8")))
+    except (TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"hardware: '{local_path()}' is no hardware profile ({error}); {again}") from error
+
+
+def measure_machine(scratch: Path) -> Hardware:
+    """This machine as a profile: the CPU is the device, the disk is behind the link.
+
+    Args:
+        scratch: A folder on the disk that would hold the slow tier.
     """
-
-    layers: int
-    experts: int
-    k: int
-    expert: int
-    rest: int
-    outside: int
-    kv_per_token: int  # numbers in the key-value cache, all layers
-
-    @classmethod
-    def of(cls, config: Any, experts: int) -> Shape:
-        """From a transformers config."""
-        hidden, layers = config.hidden_size, config.num_hidden_layers
-        inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-        head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-        keys = config.num_key_value_heads * head
-        queries = config.num_attention_heads * head
-        rest = 2 * hidden * queries + 2 * hidden * keys + hidden * experts
-        kv = 2 * keys * layers
-        return cls(
-            layers, experts, config.num_experts_per_tok, 3 * hidden * inner, rest, hidden * config.vocab_size, kv
-        )
-
-
-MIXTRAL = Shape(32, 8, 2, 3 * 4096 * 14336, 2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 * 8, 4096 * 32000, 65536)
-
-
-def gpu_costs(hardware: Hardware, shape: Shape, host: Format = "int8", device: Format = "int8") -> Costs:
-    """The costs of a model on a GPU whose experts lie in the host's memory as `host` and run as `device`.
-
-    Where the two differ, a fetch includes the conversion on the device (dequantization on load).
-    """
-    operations = hardware.int8_tops * 1e12 * (1.0 if device == "int8" else 0.5) * REACHED
-    bandwidth = hardware.bandwidth_gbs * 1e9 * REACHED
-
-    def on_device(weights: int, width: int) -> PiecewiseLinear:
-        least = [max(2 * n * weights / operations, width * weights / bandwidth) + LAUNCH for n in TOKENS]
-        return PiecewiseLinear(TOKENS, least)
-
-    host_rate = hardware.host_gbs * 1e9 * REACHED
-    in_place = [max(BYTES[host], 2 * n / HOST_OPERATIONS_PER_BYTE) * shape.expert / host_rate for n in TOKENS]
-    moved = shape.expert * BYTES[host]
-    link = bandwidth if hardware.link_gbs is None else hardware.link_gbs * 1e9 * LINK_REACHED
-    conversion = 0.0 if BYTES[host] == BYTES[device] else (BYTES[host] + BYTES[device]) * shape.expert / bandwidth
-    return Costs(
-        fast=on_device(shape.expert, BYTES[device]),
-        slow=PiecewiseLinear(TOKENS, in_place),
-        fetch=PiecewiseLinear([moved], [moved / link + conversion + LAUNCH]),
-        rest=on_device(shape.rest, BYTES[device]),
-        outside=on_device(shape.outside, 2),
-        expert_bytes=moved,
+    backend = CpuBackend()
+    rows, columns = (torch.randint(-127, 128, (size, K), dtype=torch.int8) for size in (ROWS, K))
+    weight, scales = backend.pack(columns), (torch.ones(ROWS, 1), torch.ones(K))
+    multiply = _least(lambda: backend.product(rows, scales[0], weight, scales[1], None, torch.float32))
+    source, target = torch.ones(SIZE, dtype=torch.uint8), torch.empty(SIZE, dtype=torch.uint8)
+    copy = _least(lambda: target.copy_(source))
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        read = _least(_reader(Path(folder) / "bytes", target))
+    stamp = time.strftime("%Y-%m-%d")
+    return Hardware(
+        name=f"this machine ({platform.machine()}, {os.cpu_count()} cores)",
+        int8_tops=2 * ROWS * K * K / multiply / 1e12,
+        bandwidth_gbs=2 * SIZE / copy / 1e9,
+        memory_gb=psutil.virtual_memory().total / 1e9,
+        link_gbs=SIZE / read / 1e9,
+        host_gbs=2 * SIZE / copy / 1e9,
+        source=f"measured here on {stamp}: int8 product, copy in memory, uncached read from the disk as link",
     )
+
+
+def save_local(profile: Hardware) -> Path:
+    """Keep it as `local`."""
+    write_text(local_path(), yaml.safe_dump(asdict(profile), sort_keys=False))
+    return local_path()
+
+
+def _reader(path: Path, target: torch.Tensor) -> Callable[[], Any]:
+    path.write_bytes(bytes(SIZE))
+    view = memoryview(cast(Any, target.numpy()))
+
+    def read() -> None:
+        with path.open("rb", buffering=0) as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            stream.readinto(view)
+
+    return read
+
+
+def _least(run: Callable[[], Any]) -> float:
+    """The shortest of a few runs, in seconds."""
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -13,19 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from haq_lab.errors import UserError
-from haq_lab.files import written_aside
 from haq_lab.offload.compiled import compiled
 from haq_lab.offload.paths import frequencies
 from haq_lab.offload.trace import Trace
@@ -35,6 +30,7 @@ LEAST_SHARE = 0.03  # added to a moving average and to its complement before the
 FORGOTTEN = 256  # visits: waits and ages longer than that count as this
 STEPS, BATCH = 1600, 256
 RATE, RATE_OWN, RATE_PATH = 0.02, 0.01, 0.003  # of learning: what all experts share, each one's own, the path
+SHARE_LATER = 0.2  # of the waits beyond the next visit in the loss
 MOST_NUMBERS = 100_000_000  # in the features of the calibration tokens that are used
 MOST_PATH_NUMBERS = 4_000_000  # in the path matrix; larger models go without one
 
@@ -56,19 +52,6 @@ class PathModel:
     recency: NDArray[np.float32]
     bias: NDArray[np.float32]
     path: NDArray[np.float32]
-
-    def save(self, path: Path) -> None:
-        """Write the model as safetensors, aside first."""
-        with written_aside(path) as aside:
-            save_file(vars(self), aside, {"kind": "haq_lab path model"})
-
-    @classmethod
-    def open(cls, path: Path) -> PathModel:
-        """A saved model. Raises `UserError` where the file is none."""
-        try:
-            return cls(**load_file(path))
-        except (OSError, SafetensorError, TypeError) as error:
-            raise UserError(f"offload: '{path}' is not a path model ({error})") from error
 
 
 def fit_path_model(
@@ -145,7 +128,7 @@ class _Fit:
         # Geometric: the wait beyond the next visit ends with the hazard, and is censored where it was not seen to end.
         later, ended = (waits > 1).float(), (waits < FORGOTTEN).float()
         likelihood = later * (ended * logsigmoid(logits[1]) + (waits - 2) * logsigmoid(-logits[1]))
-        return at_once - 0.2 * likelihood.mean()
+        return at_once - SHARE_LATER * likelihood.mean()
 
     def model(self) -> PathModel:
         layers, count = self.usage.shape

@@ -8,6 +8,7 @@ KTransformers' `random` and `front`.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ from haq_lab.offload.coverage import add_paths
 from haq_lab.offload.paths import Residency, frequencies
 from haq_lab.offload.trace import Trace
 
-PLACEMENTS = ("random", "uniform", "frequency", "front", "two_stage")
+Placement = Literal["random", "uniform", "frequency", "front", "two_stage"]
+PLACEMENTS = get_args(Placement)
 SPAN = 2  # layers of a path that stage one counts: a fetch can hide behind about one layer's computing
 FLOOR = 0.9  # of an equal share of the slots: what stage two gives every layer at least
 

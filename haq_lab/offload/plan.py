@@ -9,10 +9,11 @@ import pandas as pd
 
 from haq_lab.int8.roofline import Hardware
 from haq_lab.offload.costs import Predictor
-from haq_lab.offload.hardware import BYTES, Format, Shape, gpu_costs
+from haq_lab.offload.gpu_costs import BYTES, Format, gpu_costs
 from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import make_policy
+from haq_lab.offload.shape import Shape
 from haq_lab.offload.simulator import Simulator
 from haq_lab.offload.trace import Trace
 

@@ -12,13 +12,13 @@ from torch import nn
 from haq_lab.errors import UserError
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.budget import Budget
-from haq_lab.offload.costs import Objective, Predictor
+from haq_lab.offload.costs import Objective, PiecewiseLinear, Predictor
 from haq_lab.offload.engine import Engine
-from haq_lab.offload.hardware import Shape
-from haq_lab.offload.local import measure_costs
-from haq_lab.offload.placement import place
+from haq_lab.offload.measured_costs import measure_costs
+from haq_lab.offload.placement import Placement, place
 from haq_lab.offload.policy import Scope, make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath, Prefetch
+from haq_lab.offload.shape import Shape
 from haq_lab.offload.store import ExpertStore
 from haq_lab.offload.trace import Trace
 
@@ -46,7 +46,7 @@ class Offload:
     """
 
     budget: str | int = "50%"
-    placement: Literal["random", "uniform", "frequency", "front", "two_stage"] = "two_stage"
+    placement: Placement = "two_stage"
     cache: Literal["none", "lru", "lfu", "moe_infinity", "haq"] = "haq"
     scope: Scope = "global"
     prefetch: Literal["none", "next_gate", "path"] = "none"
@@ -96,17 +96,19 @@ class Offload:
         slots = Budget.parse(self.budget).slots(model.depth * count, store.blob_bytes, self.spare, reserved)
         resident = place(self.placement, profile, slots, self.seed)
         policy = make_policy(self.cache, resident, profile, self.scope)
+        fetch: PiecewiseLinear | None = None
         if self.miss == "cpu":
             policy.decide = lambda present, missing: list(missing)
         elif self.miss == "predict":
-            policy.decide = Predictor(measure_costs(layers[0], moe, store, model), self.objective).decide
+            costs = measure_costs(layers[0], moe, store, model)
+            policy.decide, fetch = Predictor(costs, self.objective).decide, costs.fetch
         prefetch: Prefetch | None = None
         if self.prefetch == "next_gate":
             prefetch = NextGate([layer.get_submodule(moe.router) for layer in layers])
         elif self.prefetch == "path":
             prefetch = NextOnPath(profile)
         guesses = min(profile.k, self.spare - 1) if prefetch is not None else 0
-        engine = Engine(store, policy, self.spare, prefetch, guesses)
+        engine = Engine(store, policy, self.spare, prefetch, guesses, fetch)
         engine.attach(layers, moe)
         return engine
 

@@ -57,7 +57,7 @@ class Timeline:
             UserError: No token was decoded.
         """
         if not self.token_s:
-            raise UserError("trace: none of the tokens simulated is a decoded one; simulate more, or shorten its prompts")
+            raise UserError("trace: none of the tokens simulated is a decoded one; simulate more of them")
         milliseconds = 1e3 * np.array(self.token_s)
         name = f"simulated.{hardware}"
         return {

@@ -161,13 +161,17 @@ class StoreWriter:
 def bind(expert: nn.Module, parts: list[Part], blob: Tensor | None) -> None:
     """Let an expert's modules use the tensors in a blob; None takes them away, so that no stale use goes unnoticed."""
     for part in parts:
-        linear, _, name = part.name.rpartition(".")
-        module = expert.get_submodule(linear)
-        tensor = torch.empty(0, dtype=part.dtype) if blob is None else part.of(blob)
-        if name in module._parameters:
-            cast(nn.Parameter, module._parameters[name]).data = tensor
-        else:
-            module._buffers[name] = tensor
+        put(expert, part.name, torch.empty(0, dtype=part.dtype) if blob is None else part.of(blob))
+
+
+def put(expert: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let an expert's module use a tensor as its parameter or buffer `name`."""
+    linear, _, own = name.rpartition(".")
+    module = expert.get_submodule(linear)
+    if own in module._parameters:
+        cast(nn.Parameter, module._parameters[own]).data = tensor
+    else:
+        module._buffers[own] = tensor
 
 
 def layout(tensors: dict[str, Tensor]) -> tuple[list[Part], int]:

@@ -138,7 +138,7 @@ class Trace:
             metadata = header.get("__metadata__", {})
             arrays: dict[str, Any] = {name: _mapped(path, begin, header[name], name) for name in TENSORS}
             count = int(metadata["experts"])
-        except (OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"trace: '{path}' is not a routing trace, or is damaged ({error})") from error
         return cls(**arrays, expert_count=count, model=metadata.get("model", ""), text=metadata.get("text", ""))
 

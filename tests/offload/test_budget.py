@@ -30,6 +30,11 @@ def test_other_words_are_refused(text):
         Offload(budget=text)
 
 
+def test_a_unit_misspelt_is_told_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'MB'"):
+        Budget.parse("500 Mb")
+
+
 def test_formats_that_need_a_gpu_say_so():
     with pytest.raises(UserError, match=r"offload\.device_format: 'fp16' needs a GPU"):
         Offload(device_format="fp16")

@@ -51,6 +51,9 @@ def test_curves():
     for _ in range(500):
         curve.observe(3, 10.0)
     assert curve(3) == pytest.approx(10.0)
+    nothing = flat(0)
+    nothing.observe(1, 2.0)
+    assert nothing(1) == 0
 
 
 def test_a_timeline_by_hand(make_trace):

@@ -16,6 +16,7 @@ from haq_lab.calibration.statistics import Policy as CalibrationPolicy
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
+from haq_lab.offload.costs import MEMORY, PiecewiseLinear
 from haq_lab.offload.engine import Engine
 from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import PLACEMENTS, place
@@ -141,6 +142,16 @@ def test_the_weights_have_left_memory(case):
     held = sum(t.nbytes for layer in layers for expert in layer.mlp.experts for t in tensors_of(expert).values())
     engine.close()
     assert held <= 3 * engine.store.blob_bytes
+
+
+def test_reads_correct_what_a_fetch_is_taken_to_cost(case):
+    layers, store = case.layers(), case.open()
+    fetch = PiecewiseLinear([store.blob_bytes], [1000.0])
+    policy = make_policy("none", place("frequency", case.profile, 6), case.profile)
+    engine = Engine(store, policy, fetch=fetch)
+    engine.attach(layers, case.model.family.moe)
+    engine.close()
+    assert fetch.correction == pytest.approx(MEMORY**6, rel=1e-3), "six reads of no time to speak of"
 
 
 class Flaky:

@@ -34,7 +34,9 @@ def test_a_resource_does_one_thing_after_another(jobs):
     assert last >= resource.busy - 1e-6
 
 
-@given(seed=st.integers(0, 1000), slots=st.integers(4, 31), fast=seconds, slow=seconds, fetch=seconds, disk=st.booleans())
+@given(
+    seed=st.integers(0, 1000), slots=st.integers(4, 31), fast=seconds, slow=seconds, fetch=seconds, disk=st.booleans()
+)
 def test_time_is_at_least_each_resources_work(make_trace, seed, slots, fast, slow, fetch, disk):
     trace = make_trace(tokens=30, seed=seed, prompt=3)
     costs = costs_of(fast, slow, fetch)

@@ -13,8 +13,9 @@ from torch import nn
 
 from haq_lab.models.families import Moe
 from haq_lab.models.layered import LayeredModel
+from haq_lab.offload.arena import aligned
 from haq_lab.offload.costs import Costs, PiecewiseLinear
-from haq_lab.offload.store import ExpertStore, bind
+from haq_lab.offload.store import ExpertStore, bind, put, tensors_of
 
 TOKENS = (1, 4, 16, 64)
 REPEATS = 7
@@ -28,10 +29,9 @@ def measure_costs(layer: nn.Module, moe: Moe, store: ExpertStore, model: Layered
         layer: A decoder layer whose experts are in the store or in memory.
     """
     experts = cast(nn.ModuleList, layer.get_submodule(moe.experts))
-    blob = torch.empty(store.blob_bytes + 64, dtype=torch.uint8)
-    blob = blob[-blob.data_ptr() % 64 :][: store.blob_bytes]
+    blob = aligned(store.blob_bytes)
     fetch = [(store.blob_bytes, _once(partial(store.read, 0, index % len(experts), blob))) for index in range(READS)]
-    held = dict(_tensors(experts[0]))
+    held = {name: tensor.detach() for name, tensor in tensors_of(experts[0]).items()}
     store.read(0, 0, blob)
     bind(experts[0], store.parts, blob)
     fast, slow = [], []
@@ -50,9 +50,8 @@ def measure_costs(layer: nn.Module, moe: Moe, store: ExpertStore, model: Layered
             store.drop_cache()
             slow.append((tokens, _once(in_place)))
         bind(experts[0], store.parts, blob)
-    bind(experts[0], store.parts, None)
     for name, tensor in held.items():
-        _put(experts[0], name, tensor)
+        put(experts[0], name, tensor)
     zero = PiecewiseLinear([1], [0.0])
     measured = (PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch))
     fast_curve, slow_curve, fetch_curve = measured
@@ -63,16 +62,3 @@ def _once(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def _tensors(expert: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*expert.named_parameters(), *((name, buffer) for name, buffer in expert.named_buffers())]
-
-
-def _put(expert: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    linear, _, own = name.rpartition(".")
-    module = expert.get_submodule(linear)
-    if own in module._parameters:
-        cast(nn.Parameter, module._parameters[own]).data = tensor
-    else:
-        module._buffers[own] = tensor

@@ -1,0 +1,45 @@
+"""Hardware profiles: the cited ones are whole, this machine's is measured and kept, mistakes name the nearest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from haq_lab.errors import UserError
+from haq_lab.help import options
+from haq_lab.offload import hardware as profiles
+from haq_lab.offload.hardware import hardware, local_path, measure_machine, save_local
+
+
+@pytest.mark.parametrize("name", options("hardware"))
+def test_cited_profiles_say_where_their_figures_come_from(name):
+    profile = hardware(name)
+    figures = {key: value for key, value in asdict(profile).items() if key not in ("name", "source", "link_gbs")}
+    assert all(value > 0 for value in figures.values())
+    assert profile.link_gbs is None or 0 < profile.link_gbs < profile.bandwidth_gbs
+    assert "int8" in profile.source
+    assert "host" in profile.source
+
+
+def test_this_machine_is_measured_kept_and_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path / "cache"))
+    for name, size in (("SIZE", 2**16), ("ROWS", 8), ("K", 64)):
+        monkeypatch.setattr(profiles, name, size)
+    with pytest.raises(UserError, match="has not been measured yet; run: python -m"):
+        hardware("local")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    profile = measure_machine(scratch)
+    assert not any(scratch.iterdir())
+    save_local(profile)
+    assert hardware("local") == profile
+    local_path().write_text("bandwidth: 3")
+    with pytest.raises(UserError, match="is no hardware profile"):
+        hardware("local")
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("rtx3060_12", "rtx3060_12g"), ("locl", "local")])
+def test_an_unknown_name_is_a_mistake(name, nearest):
+    with pytest.raises(UserError, match=f"did you mean '{nearest}'"):
+        hardware(name)

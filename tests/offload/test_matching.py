@@ -1,0 +1,30 @@
+"""MoE-Infinity's rule: the nearest of the past sequences is found, and what it predicts is kept, near layers first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from haq_lab.offload import cache
+from haq_lab.offload.matching import MOST, PIECE, activation_matrices, matching
+
+
+def test_matrices_are_shares_of_pieces(make_trace):
+    trace = make_trace(tokens=PIECE + 40, layers=2, sequences=1)
+    matrices = activation_matrices(trace)
+    assert matrices.shape == (2, 2, 8)
+    np.testing.assert_allclose(matrices.sum(-1), 1, rtol=1e-6)
+    assert matrices[1, 0, 3] * 40 * 2 == np.sum(trace.experts[PIECE:, 0] == 3)
+    assert len(activation_matrices(make_trace(tokens=800, layers=1, sequences=200))) == MOST
+
+
+def test_a_sequence_is_matched_with_itself(make_trace):
+    trace = make_trace(tokens=120, sequences=4)
+    state = matching(trace)
+    resident, admit, placed = np.ones((4, 8), bool), np.ones(8, bool), np.zeros(8, np.int64)
+    for sequence in (2, 0, 3):
+        cache.begin(state)
+        for token, chosen in enumerate(trace.part(slice(sequence, sequence + 1)).experts):
+            for layer in range(4):
+                counts = np.bincount(chosen[layer], minlength=8)
+                cache.visit(state, resident, layer, counts, 1, token, False, False, admit, placed)
+        assert state.nearest[0] == sequence

@@ -1,0 +1,34 @@
+"""What the path model is fitted on against plain loops, and that it learns what there is to learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from haq_lab.offload.path_model import FORGOTTEN, HORIZONS, _features, _waits, fit_path_model, log_odds
+from haq_lab.offload.paths import frequencies
+
+
+def test_features_and_waits_are_what_they_say(make_trace):
+    trace = make_trace(tokens=60, layers=2, experts=6)
+    usage = frequencies(trace).astype(np.float32)
+    features, waits = _features(trace.experts, usage, HORIZONS), _waits(trace.experts, 6)
+    for layer, expert in np.ndindex(2, 6):
+        used = (trace.experts[:, layer] == expert).any(-1)
+        average, last = np.repeat(usage[layer, expert], len(HORIZONS)), -FORGOTTEN
+        for token in range(60):
+            np.testing.assert_allclose(features[token, layer, expert, :-1], log_odds(average), rtol=1e-3, atol=1e-4)
+            age = min(token - last, FORGOTTEN)
+            assert features[token, layer, expert, -1] == pytest.approx(np.log(1 + age), rel=1e-5)
+            average, last = average + (used[token] - average) / HORIZONS, token if used[token] else last
+            ahead = np.flatnonzero(used[token:])
+            # One visit ahead of the trace's end is as far as FORGOTTEN: not seen to end.
+            assert waits[token, layer, expert] == (ahead[0] + 1 if len(ahead) else FORGOTTEN)
+
+
+def test_a_choice_unknown_adds_nothing(make_trace):
+    trace = make_trace(tokens=300, layers=3, experts=4)
+    model = fit_path_model(trace, steps=30)
+    rows = model.path.reshape(3, 4, -1)
+    mean = (frequencies(trace)[:, :, None] * rows).sum(1)
+    np.testing.assert_allclose(mean, 0, atol=1e-5)
