@@ -7,9 +7,9 @@ schema: types, ranges and allowed values are checked here, before anything is lo
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
-from dataclasses import dataclass, is_dataclass
-from dataclasses import fields as fields_of
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,8 @@ def build(config: DictConfig) -> Experiment:
     measures = {name: _object(node, f"measure.{name}") for name, node in (config.get("measure") or {}).items()}
     model = _object(config.get("model"), "model")
     quantizer = _object(config.get("quantizer"), "quantizer")
-    checkpoint = config.checkpoint.dir
     if quantizer is not None and isinstance(model, QuantizedCheckpoint):
-        raise UserError("quantizer: model=quantized is quantised already; add quantizer=none")
-    if quantizer is None and checkpoint is not None:
-        raise UserError("checkpoint.dir: quantizer=none leaves nothing to write; choose a quantizer")
+        raise UserError("quantizer: model=quantized is quantised already; leave the quantizer out, or quantizer=none")
     return Experiment(
         model=model,
         quantizer=quantizer,
@@ -70,8 +67,21 @@ def build(config: DictConfig) -> Experiment:
         measures=measures,
         tracking=_object(config.get("tracking"), "tracking"),
         offload=_object(config.get("offload"), "offload"),
-        checkpoint=None if checkpoint is None else Path(str(checkpoint)).expanduser(),
+        checkpoint=_checkpoint(config.get("checkpoint"), quantizer),
     )
+
+
+def _checkpoint(node: Any, quantizer: Quantizer | None) -> Path | None:
+    """Where the quantised model is to be written, absolute; None for nowhere."""
+    if not isinstance(node, DictConfig) or "dir" not in node:
+        raise UserError(f"checkpoint: '{node}' is not valid; checkpoint.dir=DIR names the folder")
+    if node.dir is None:
+        return None
+    if not str(node.dir):
+        raise UserError("checkpoint.dir: '' is not valid; name a folder, or null")
+    if quantizer is None:
+        raise UserError("checkpoint.dir: quantizer=none leaves nothing to write; choose a quantizer")
+    return Path(str(node.dir)).expanduser().resolve()
 
 
 def _object(node: Any, setting: str) -> Any:
@@ -89,11 +99,14 @@ def _object(node: Any, setting: str) -> Any:
         if isinstance(value, dict) and "_target_" in value:
             fields[name] = _object(node[name], f"{setting}.{name}")
     made = _locate(target, f"{setting}._target_")
-    if is_dataclass(made):  # pydantic's pass over names they don't have
-        known = [field.name for field in fields_of(made)]
-        for name in fields:
-            if name not in known:
-                raise UserError(f"{setting}.{name}: there is no such setting{nearest(name, known)}")
+    try:
+        parameters = inspect.signature(made).parameters  # pydantic's classes pass over names that they don't have
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{setting}._target_: '{target}' is nothing that takes settings") from error
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in fields:
+        if name not in parameters and not open_ended:
+            raise UserError(f"{setting}.{name}: there is no such setting{nearest(name, parameters)}")
     try:
         return made(**fields)
     except ValidationError as error:

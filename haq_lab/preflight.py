@@ -20,7 +20,9 @@ from haq_lab.calibration.calibrator import HESSIAN_BYTES
 from haq_lab.calibration.spool import RAM_BYTES
 from haq_lab.config import Experiment
 from haq_lab.errors import UserError
+from haq_lab.models.families import family_of
 from haq_lab.models.sources import HubModel, hub_answers
+from haq_lab.offload.budget import Budget
 from haq_lab.paths import cache_folder
 from haq_lab.quiet import quiet_transformers
 from haq_lab.show import say
@@ -48,13 +50,16 @@ class Need:
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a model: outside the layers, and in each of `depth` layers; widths of the stream and at most."""
+    """Parameters of a model: outside the layers, in each of `depth` layers, and in each of a layer's `experts`; widths
+    of the stream and at most."""
 
     shell: int
     layer: int
     depth: int
     width: int
     widest: int
+    experts: int
+    expert: int
 
     @property
     def total(self) -> int:
@@ -83,6 +88,8 @@ def preflight(experiment: Experiment, overrides: list[str]) -> None:
 
 def measure_size(config: Any) -> Size:
     """Count a config's parameters without making them."""
+    family = family_of(config)
+    experts = family.experts(config)
     counts = []
     for layers in (0, 1):
         bare = copy.deepcopy(config)
@@ -90,8 +97,13 @@ def measure_size(config: Any) -> Size:
         with torch.device("meta"), quiet_transformers():
             model = AutoModelForCausalLM.from_config(bare)
         counts.append(sum(parameter.numel() for parameter in model.parameters()))
-        widest = max(parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1)
-    return Size(counts[0], counts[1] - counts[0], config.num_hidden_layers, config.hidden_size, widest)
+    widest = max(parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1)
+    each = 0
+    if family.moe is not None:
+        each = sum(p.numel() for p in model.get_submodule(f"{family.layers}.0.{family.moe.experts}").parameters())
+        each //= experts
+    depth, width = config.num_hidden_layers, config.hidden_size
+    return Size(counts[0], counts[1] - counts[0], depth, width, widest, experts, each)
 
 
 def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Need]:
@@ -100,20 +112,35 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
     memory = PROCESS + FLOAT * size.shell + (FLOAT + 1) * size.layer + min(hidden, RAM_BYTES)
     if experiment.quantizer is not None and experiment.quantizer.needs.hessian:
         memory += SOLVER * FLOAT * size.widest**2 + HESSIAN_BYTES
-    if any(measure.deploys for measure in experiment.measures.values()) or experiment.quantizer is None:
-        memory += size.depth * size.layer * (FLOAT if experiment.quantizer is None else 1)
+    memory += _deployed_bytes(experiment, size)
     gpu = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
     needs = [
         Need("memory", memory, psutil.virtual_memory().available),
         Need("GPU memory", (1 + FLOAT) * size.layer if experiment.backend.name == "cuda" else 0, gpu),
     ]
-    missing = 0.0 if source.is_local else max(0.0, HALF * size.total - source.cached_bytes())
+    missing = 0.0 if source.local else max(0.0, HALF * size.total - source.cached_bytes())
     if missing > 0.01 * HALF * size.total and not hub_answers():
         needs.append(Need("the hub (it does not answer)", missing, 0, "model.name=FOLDER takes a local copy"))
     disk = [(Path(constants.HF_HUB_CACHE), missing), (cache_folder(), max(0.0, hidden - RAM_BYTES))]
     if experiment.checkpoint is not None:
         disk.append((experiment.checkpoint, HALF * size.shell + size.depth * size.layer + 2 * hidden))
     return needs + _disk_needs(disk)
+
+
+def _deployed_bytes(experiment: Experiment, size: Size) -> float:
+    """The layers, where a measure deploys the model; of experts that are offloaded, those in the fast tier."""
+    if not any(measure.deploys for measure in experiment.measures.values()):
+        return 0.0
+    stored = FLOAT if experiment.quantizer is None else 1
+    if (offload := experiment.offload) is None:
+        return float(stored * size.depth * size.layer)
+    expert, total = stored * size.expert, size.depth * size.experts
+    budget = Budget.parse(offload.budget)
+    if budget.bytes is not None:
+        tier = float(budget.bytes)
+    else:
+        tier = expert * (budget.share * total if budget.share is not None else (budget.experts or 0) + offload.spare)
+    return stored * size.depth * (size.layer - size.experts * size.expert) + tier
 
 
 def _disk_needs(files: list[tuple[Path, float]]) -> list[Need]:

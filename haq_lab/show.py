@@ -45,9 +45,9 @@ class Progress:
         """A stage without a known length."""
         self._bars.update(self._task, description=name)
 
-    def layers(self, depth: int, name: str) -> None:
-        """The pass over the layers begins."""
-        self._bars.reset(self._task, total=depth, description=name)
+    def layers(self, depth: int, name: str, done: int = 0) -> None:
+        """The pass over the layers begins, at layer `done`."""
+        self._bars.reset(self._task, total=depth, completed=done, description=name)
 
     def layer_done(self) -> None:
         """One more layer."""

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from haq_lab import preflight
 from haq_lab.models.sources import HubModel, TinyModel
 
+EXPERT = 3 * 4096 * 14336  # parameters of one of Mixtral-8x7B's
+
 
 def test_sizes_are_those_of_the_real_modules(tiny):
     size = preflight.measure_size(tiny.config)
@@ -75,6 +77,27 @@ def test_a_local_folder_needs_no_hub(local, monkeypatch):
     assert _lines(kept, experiment.model)["memory"].needed == pytest.approx(
         needs["memory"].needed + 2 * 1.45e9, rel=0.01
     )
+
+
+@pytest.mark.parametrize(("budget", "resident"), [("50%", 8), ("4", 4 + 4), ("1GB", 1e9 / EXPERT)])
+def test_offloaded_experts_need_no_memory_but_their_budget(budget, resident, local):
+    from haq_lab.config import build
+    from tests.test_configs import _composed
+
+    setting = ["+experiment=mixtral_w8a8", f"model.name={local}", "measure=[memory]", "calibration.samples=1"]
+    all_of_it = build(_composed(*setting))
+    offloaded = build(_composed(*setting, "offload=haq", f"offload.budget='{budget}'"))
+    spared = _lines(all_of_it, all_of_it.model)["memory"].needed - _lines(offloaded, offloaded.model)["memory"].needed
+    assert spared == pytest.approx((2 * 8 - resident) * EXPERT, rel=0.01)
+
+
+def test_a_full_precision_baseline_keeps_no_layer(local):
+    from haq_lab.config import build
+    from tests.test_configs import _composed
+
+    few = ["data.c4.windows=1", "data.wikitext2.windows=1"]
+    experiment = build(_composed("+experiment=mixtral_w8a8", f"model.name={local}", "quantizer=none", *few))
+    assert _lines(experiment, experiment.model)["memory"].needed < 2 * 4 * 1.45e9
 
 
 def test_too_little_memory(local, tmp_path, monkeypatch):

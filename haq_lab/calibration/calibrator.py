@@ -54,7 +54,8 @@ class Calibrator:
         if needs.inputs and windows is not None:
             if needs.sensitivity:
                 with clock.stage("sensitivity"):
-                    self._sensitivity = measure_sensitivity(model, windows[: needs.sensitivity], Spool())
+                    on_disk = Spool(limit=0)  # the states of all layers: memory must not grow with depth
+                    self._sensitivity = measure_sensitivity(model, windows[: needs.sensitivity], on_disk)
             self.hidden = model.embed(windows, spool.empty)
             if needs.cross and policy.propagate == "quantized":
                 self.hidden_fp = spool.copy(self.hidden)

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from haq_lab.checkpoint.shard import Shard
-from haq_lab.errors import UserError
+from haq_lab.errors import UserError, nearest
 from haq_lab.files import sha256, write_json
 
 FILE = "manifest.json"
 WORK = "work"
+IDENTITY = "identity.json"  # in there: whose work it is
 REST = "rest.safetensors"
 VERSION = 1
 
@@ -42,23 +43,27 @@ class Manifest:
         write_json(folder / FILE, {"format": "haq_lab", "version": VERSION, "files": self.files, "shards": shards})
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """The manifest of a checkpoint folder. Raises `UserError` where it is none, or not a whole one."""
+    def read(cls, folder: Path, setting: str = "checkpoint") -> Manifest:
+        """The manifest of a checkpoint folder, which `setting` named.
+
+        Raises `UserError` where it is none, or not a whole one.
+        """
         path = folder / FILE
         if not folder.is_dir():
-            raise UserError(f"checkpoint: there is no folder '{folder}'")
+            beside = [other.parent for other in folder.parent.glob(f"*/{FILE}")]
+            raise UserError(f"{setting}: there is no folder '{folder}'{nearest(folder, beside)}")
         if not path.is_file():
-            if (folder / WORK).is_dir():
-                raise UserError(f"checkpoint: '{folder}' is not finished; the command that began it goes on with it")
-            raise UserError(f"checkpoint: '{folder}' is no checkpoint of haq_lab (it has no {FILE})")
+            if (folder / WORK / IDENTITY).is_file():
+                raise UserError(f"{setting}: '{folder}' is not finished; the command that began it goes on with it")
+            raise UserError(f"{setting}: '{folder}' is no checkpoint of haq_lab (it has no {FILE})")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != "haq_lab" or content["version"] != VERSION:
-                raise UserError(f"checkpoint: {path} is of another format or version than haq_lab {VERSION}")
+                raise UserError(f"{setting}: {path} is of another format or version than haq_lab {VERSION}")
             shards = {entry["file"]: Shard(**entry) for entry in content["shards"]}
             return cls(shards, dict(content["files"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"checkpoint: {path} is not a readable manifest ({error})") from error
+            raise UserError(f"{setting}: {path} is not a readable manifest ({error})") from error
 
     def shard(self, folder: Path, file: str) -> Shard:
         """One entry. Raises `UserError` where there is none."""

@@ -36,7 +36,7 @@ class QuantizedCheckpoint:
 
     def folder(self) -> Path:
         folder = Path(self.path).expanduser()
-        Manifest.read(folder)
+        Manifest.read(folder, "model.path")
         return folder
 
 

@@ -41,17 +41,18 @@ def save_state(work: Path, index: int, state: PassState, shards: list[Shard]) ->
         shutil.rmtree(older)
 
 
-def restore_state(work: Path, state: PassState) -> tuple[int, list[Shard]]:
-    """Bring a fresh pass to where the last one was kept.
-
-    Returns:
-        The number of layers that are done, and their shards.
-    """
+def layers_done(work: Path) -> int:
+    """How many layers a pass had finished that was kept here."""
     states = _states(work)
-    if not states:
-        return 0, []
-    newest = states[-1]
-    done = int(newest.name.rpartition("-")[2]) + 1
+    return int(states[-1].name.rpartition("-")[2]) + 1 if states else 0
+
+
+def restore_state(work: Path, state: PassState) -> list[Shard]:
+    """Bring a fresh pass to where the last one was kept; returns the shards of the layers that are done."""
+    done = layers_done(work)
+    if not done:
+        return []
+    newest = _states(work)[-1]
     record = json.loads((newest / RECORD).read_text(encoding="utf-8"))
     result = state.result
     result.reports += [LinearReport(**report) for report in record["reports"]]
@@ -66,7 +67,7 @@ def restore_state(work: Path, state: PassState) -> tuple[int, list[Shard]]:
         if not path.is_file() or path.stat().st_size != tensor.nbytes:
             raise UserError(f"checkpoint: {path} is not what this run needs; remove {work} to begin again")
         _bytes(tensor).copy_(torch.from_file(str(path), shared=False, size=tensor.nbytes, dtype=torch.uint8))
-    return done, [Shard(**shard) for shard in record["shards"]]
+    return [Shard(**shard) for shard in record["shards"]]
 
 
 def _states(work: Path) -> list[Path]:

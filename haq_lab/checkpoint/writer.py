@@ -14,10 +14,10 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from haq_lab.checkpoint.manifest import FILE, REST, WORK, Manifest, layer_file
+from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, WORK, Manifest, layer_file
 from haq_lab.checkpoint.provenance import differences
 from haq_lab.checkpoint.shard import DTYPES, Shard, write_shard
-from haq_lab.checkpoint.states import restore_state, save_state
+from haq_lab.checkpoint.states import layers_done, restore_state, save_state
 from haq_lab.errors import UserError
 from haq_lab.files import sha256, write_json
 from haq_lab.int8.linear import Int8Linear
@@ -25,7 +25,6 @@ from haq_lab.models.layered import LayeredModel
 from haq_lab.onepass import PassState
 
 METHOD = "haq_lab"  # a quantization method that no other loader knows, so none takes int8 levels for weights
-IDENTITY = "identity.json"
 
 
 class CheckpointWriter:
@@ -36,7 +35,7 @@ class CheckpointWriter:
         model: The model that is quantised.
         provenance: Where the checkpoint comes from.
         evaluation: Stamps of the evaluation texts, whose hidden states are kept too.
-        force: Begin again, whatever checkpoint is there.
+        force: Begin again, whichever checkpoint is there.
 
     Raises:
         UserError: The folder holds something else, or another run is writing there.
@@ -48,16 +47,20 @@ class CheckpointWriter:
         self.folder, self.model, self.provenance = folder, model, provenance
         self.work = folder / WORK
         self.shards: list[Shard] = []
-        self.resumed = 0
         self._lock = FileLock(self.work / ".lock")
         self._begin(json.loads(json.dumps({"provenance": provenance, "evaluation": evaluation})), force)
+        self.resumed = layers_done(self.work)
 
     def _begin(self, identity: dict[str, Any], force: bool) -> None:
-        record, manifest = self.work / IDENTITY, self.folder / FILE
+        record = self.work / IDENTITY
         began = record.is_file()
-        if not (began or force):
-            self._refuse_what_is_there()
-        self.work.mkdir(parents=True, exist_ok=True)
+        if not began:
+            self._refuse_what_is_there(force)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            where = f" at '{error.filename}'" if error.filename else ""
+            raise UserError(f"checkpoint.dir: '{self.folder}' cannot be made: {error.strerror}{where}") from error
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -65,9 +68,7 @@ class CheckpointWriter:
         for left in [*self.folder.glob(".*.part"), *self.work.glob(".*.part")]:  # what a killed run wrote aside
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         if force:
-            manifest.unlink(missing_ok=True)
-            for state in self.work.glob("state-*"):
-                shutil.rmtree(state)
+            self._clear()
         elif began and (others := list(differences(identity, json.loads(record.read_text(encoding="utf-8"))))):
             self.release()
             raise UserError(
@@ -76,18 +77,33 @@ class CheckpointWriter:
             )
         write_json(record, identity)
 
-    def _refuse_what_is_there(self) -> None:
+    def _clear(self) -> None:
+        """Remove what an earlier run wrote, which another model's would not overwrite all of."""
         if (self.folder / FILE).is_file():
-            raise UserError(
-                f"checkpoint.dir: '{self.folder}' holds a finished checkpoint (model=quantized model.path="
-                f"{self.folder} runs it); choose another folder, or set force=true to write it again"
-            )
-        if self.folder.is_dir() and any(item.name != WORK for item in self.folder.iterdir()):
+            manifest = Manifest.read(self.folder, "checkpoint.dir")
+            (self.folder / FILE).unlink()
+            for file in [*manifest.shards, *manifest.files]:
+                (self.folder / Path(file).name).unlink(missing_ok=True)
+        for shard in self.folder.glob("layer-*.safetensors"):
+            shard.unlink()
+        for state in self.work.glob("state-*"):
+            shutil.rmtree(state)
+
+    def _refuse_what_is_there(self, force: bool) -> None:
+        """What is not of our making is left alone, `force` or not: all of `work/` is removed in the end."""
+        if (self.folder / FILE).is_file():
+            Manifest.read(self.folder, "checkpoint.dir")
+            if not force:
+                raise UserError(
+                    f"checkpoint.dir: '{self.folder}' holds a finished checkpoint (model=quantized model.path="
+                    f"{self.folder} runs it); choose another folder, or set force=true to write it again"
+                )
+        elif self.folder.is_dir() and any(item != self.work or _used(item) for item in self.folder.iterdir()):
             raise UserError(f"checkpoint.dir: '{self.folder}' is not empty; choose another folder")
 
     def restore(self, state: PassState) -> int:
         """See `haq_lab.onepass.Keeper`."""
-        self.resumed, self.shards = restore_state(self.work, state)
+        self.shards = restore_state(self.work, state)
         return self.resumed
 
     def keep(self, index: int, layer: nn.Module, state: PassState) -> None:
@@ -119,6 +135,11 @@ class CheckpointWriter:
     def release(self) -> None:
         """Let others write there."""
         self._lock.release()
+
+
+def _used(folder: Path) -> bool:
+    """Whether more is there than a start leaves that was killed at once: a lock, and what was written aside."""
+    return not folder.is_dir() or any(not item.name.startswith(".") for item in folder.iterdir())
 
 
 def _storable(tensor: Tensor) -> Tensor:

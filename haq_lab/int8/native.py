@@ -10,7 +10,6 @@ one. All of them, and the reference backend, agree bit for bit.
 """
 
 import ctypes
-import difflib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from haq_lab.errors import UserError
+from haq_lab.errors import UserError, nearest
 from haq_lab.int8.native_build import BuildError, build
 
 PANEL, GROUP = 32, 4  # columns whose weights lie together, and consecutive k of each (kernels/cpu/kernels.h)
@@ -116,9 +115,8 @@ def forced_isa(name: str) -> Iterator[None]:
 
 def _level_of(name: str, setting: str) -> int:
     if name not in _levels():
-        near = difflib.get_close_matches(name, isas(), 1)
         raise UserError(
-            f"{setting}={name}: this CPU can run {', '.join(isas())}" + (f"; did you mean {near[0]}?" if near else "")
+            f"{setting}: '{name}' is not one that this CPU can run: {', '.join(isas())}{nearest(name, isas())}"
         )
     return _levels()[name]
 

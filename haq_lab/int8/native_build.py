@@ -1,8 +1,7 @@
 """Build the CPU kernels in `kernels/cpu` into a shared library, once for each source, compiler and machine.
 
-The library is built at first use and kept in a per-user cache folder (`$HAQ_LAB_CACHE`, else
-`$XDG_CACHE_HOME/haq_lab`, else `~/.cache/haq_lab`). It is written aside and renamed under a lock, so that
-processes that start together build it once and none loads half a file.
+The library is built at first use and kept in the cache folder (`haq_lab.paths`). It is written aside and renamed
+under a lock, so that processes that start together build it once and none loads half a file.
 """
 
 import hashlib
@@ -16,7 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-import haq_lab
+from haq_lab.int8.sources import kernel_folder
+from haq_lab.paths import cache_folder
 
 # The epilogue's multiplications and additions must stay apart (one numerics for every backend), hence no
 # contraction into fused multiply-adds. Vector instructions are chosen function by function at run time.
@@ -28,12 +28,11 @@ class BuildError(Exception):
 
 
 def source_folder() -> Path:
-    """The kernels' folder: inside the package when installed from a wheel, beside it in the repository."""
-    package = Path(haq_lab.__file__).resolve().parent
-    for folder in (package / "kernels" / "cpu", package.parent / "kernels" / "cpu"):
-        if (folder / "kernels.h").is_file():
-            return folder
-    raise BuildError(f"the kernel sources are neither in {package} nor beside it")
+    """The CPU kernels' folder."""
+    folder = kernel_folder() / "cpu"
+    if not (folder / "kernels.h").is_file():
+        raise BuildError(f"the kernel sources are not in {folder}")
+    return folder
 
 
 def compiler() -> list[str]:
@@ -49,20 +48,12 @@ def compiler() -> list[str]:
     raise BuildError("no C++ compiler: none of c++, g++, clang++ is on the path, and CXX is not set")
 
 
-def cache_folder() -> Path:
-    """The per-user folder for built libraries."""
-    if asked := os.environ.get("HAQ_LAB_CACHE"):
-        return Path(asked) / "native"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "haq_lab" / "native"
-
-
 def build() -> Path:
     """Path of the shared library, built if it is not in the cache. Raises BuildError.
 
     Without a compiler, a library that was built from these very sources before will do.
     """
-    folder, cache = source_folder(), cache_folder()
+    folder, cache = source_folder(), cache_folder() / "native"
     sources = sorted(folder.glob("*.cpp"))
     try:
         stem = f"haq_cpu-{_source_key(folder)}"

@@ -1,4 +1,4 @@
-"""The CUDA sources as one text a module: `kernels/<module>.cu` with the project's own headers put in.
+"""Where the kernels are, and a CUDA source as one text: `kernels/<module>.cu` with the project's own headers put in.
 
 One text, so that the compiler needs no include path and a cache key over the text covers the headers too.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from haq_lab.cli import MISTAKES
 from haq_lab.errors import UserError, nearest
 from haq_lab.help import explain, options
 from haq_lab.show import errors, say
@@ -20,7 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         _build(arguments.name, arguments.settings)
-    except (UserError, OSError) as error:
+    except MISTAKES as error:
         say(f"haq_lab: {explain(error)}", on=errors)
         sys.exit(2)
 

@@ -10,7 +10,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from filelock import FileLock
@@ -24,6 +24,7 @@ from haq_lab.paths import cache_folder
 from haq_lab.show import say
 
 
+@runtime_checkable
 class ModelSource(Protocol):
     """A model the user named. `label` is its short name in tables and folder names."""
 
@@ -58,17 +59,19 @@ class HubModel:
         return self.name.rstrip("/").rsplit("/", 1)[-1]
 
     @property
-    def is_local(self) -> bool:
-        """Whether the name is a folder's."""
-        return Path(self.name).expanduser().is_dir()
+    def local(self) -> Path | None:
+        """The folder that the name is; None for a name on the hub."""
+        folder = Path(self.name).expanduser()
+        return folder if folder.is_dir() else None
 
     def config(self) -> Any:
         """The model's config without its weights; None where it cannot be had."""
         from transformers import CONFIG_MAPPING, AutoConfig
 
         try:
-            offline = not self.is_local and not hub_answers()
-            return AutoConfig.from_pretrained(self.name, revision=self.revision, local_files_only=offline)
+            offline = self.local is None and not hub_answers()
+            place = self.local or self.name
+            return AutoConfig.from_pretrained(place, revision=self.revision, local_files_only=offline)
         except (OSError, ValueError, KeyError):
             return None if self.architecture is None else CONFIG_MAPPING[self.architecture]()
 
@@ -80,8 +83,7 @@ class HubModel:
         return sum(path.stat().st_size for path in blobs.glob("*"))
 
     def folder(self) -> Path:
-        local = Path(self.name).expanduser()
-        folder = local if local.is_dir() else self._download()
+        folder = self.local or self._download()
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name: '{folder}' has no config.json; it is not a checkpoint folder")
         if any(folder.glob("*.safetensors")):

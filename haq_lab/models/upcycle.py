@@ -29,7 +29,7 @@ from haq_lab.models.families import family_of
 from haq_lab.models.kmeans import kmeans
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.shards import ShardWriter
-from haq_lab.models.sources import made_once
+from haq_lab.models.sources import ModelSource, made_once
 from haq_lab.show import Progress
 
 STORED = torch.bfloat16
@@ -56,6 +56,8 @@ class UpcycledModel:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dense, ModelSource):
+            raise UserError(f"model.dense: '{self.dense}' is no model; model@model.dense=OPTION chooses one")
         if self.active > self.experts:
             raise UserError(f"model.active: {self.active} is more than the {self.experts} of model.experts")
 

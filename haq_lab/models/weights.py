@@ -22,9 +22,9 @@ class Weights:
             with _open(path) as shard:
                 self._file_of.update(dict.fromkeys(shard.keys(), path))
 
-    def names(self, prefix: str = "") -> list[str]:
-        """The tensors' names that begin with `prefix`, sorted."""
-        return sorted(name for name in self._file_of if name.startswith(prefix))
+    def names(self) -> list[str]:
+        """The tensors' names, sorted."""
+        return sorted(self._file_of)
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Tensors by name, floating ones as `dtype` where one is given.

@@ -46,6 +46,8 @@ class RunFolder:
             "config.yaml",
             "layers.csv",
             "experts.csv",
+            "offload.csv",
+            "experts.bin",
             "routing.safetensors",
             "figures",
             "wandb",

@@ -27,7 +27,7 @@ def _metrics(folder):
 
 
 def test_it_runs_like_the_run_that_wrote_it(written, tmp_path):
-    settings = ["model=quantized", f"model.path={written / 'checkpoint'}", "quantizer=none"]
+    settings = ["model=quantized", f"model.path={written / 'checkpoint'}"]
     outcome = launch(
         *[s for s in TINY if not s.startswith(("model", "quantizer"))], *settings, f"hydra.run.dir={tmp_path}"
     )
@@ -81,7 +81,8 @@ def test_other_loaders_refuse_it(written):
 
 
 def test_it_is_not_quantised_again(written, tmp_path):
-    outcome = launch("model=quantized", f"model.path={written / 'checkpoint'}", f"hydra.run.dir={tmp_path}")
+    settings = ["model=quantized", f"model.path={written / 'checkpoint'}", "quantizer=haq"]
+    outcome = launch(*settings, f"hydra.run.dir={tmp_path}")
     assert outcome.code == 2
     assert "quantizer=none" in outcome.err
 

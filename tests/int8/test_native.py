@@ -226,7 +226,7 @@ def test_wrong_arguments_are_refused():
         native.linear(torch.ones(2, 8), packed, scale, None, 0.0)
     with pytest.raises(ValueError, match="weight must be"):
         native.pack(torch.ones(4, 8))
-    with pytest.raises(UserError, match="did you mean scalar"), native.forced_isa("scaler"):
+    with pytest.raises(UserError, match="did you mean 'scalar'"), native.forced_isa("scaler"):
         pass
 
 
@@ -265,7 +265,7 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch):
     monkeypatch.setenv("HAQ_LAB_ISA", "scalar")
     assert native._default_level.__wrapped__() == 0
     monkeypatch.setenv("HAQ_LAB_ISA", "avx3")
-    with pytest.raises(UserError, match="HAQ_LAB_ISA=avx3: this CPU can run scalar"):
+    with pytest.raises(UserError, match="HAQ_LAB_ISA: 'avx3' is not one that this CPU can run: scalar"):
         native._default_level.__wrapped__()
 
 

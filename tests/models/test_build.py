@@ -39,6 +39,8 @@ def test_it_builds_and_checks(capsys, monkeypatch):
         (["smol_mo"], "did you mean 'smol_moe'"),
         (["tiny_mixtral_trained", "model.steps=-1"], "model.steps: '-1' is not valid"),
         (["smol_moe", "model.active=9"], "model.active: 9 is more than the 8"),
+        (["tiny_llama", "model.layer=3"], "model.layer: there is no such setting in the options chosen (did you mean"),
+        (["tiny_llama", "modl.layers=3"], "'modl.layers' (did you mean 'model'?)"),
     ],
 )
 def test_mistakes(capsys, arguments, message):

@@ -1,0 +1,67 @@
+"""What a run leaves in its folder beside the measurements: what the pass did, as metrics, tables, a figure, a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from haq_lab.config import Experiment
+from haq_lab.figures import layer_figure
+from haq_lab.files import written_aside
+from haq_lab.onepass import PassResult
+from haq_lab.tracking.run_folder import RunFolder
+
+
+def write_record(
+    experiment: Experiment,
+    folder: RunFolder,
+    facts: dict[str, Any],
+    protocol: dict[str, Any],
+    passed: PassResult,
+    metrics: dict[str, float],
+    tables: dict[str, pd.DataFrame],
+) -> dict[str, Any]:
+    """Write tables, figure, routing trace and W&B's files, and `results.json` last; returns its content.
+
+    Args:
+        facts: About the run.
+        protocol: Stamps of its texts.
+        metrics: As measured; those of the pass are added.
+        tables: Beside those of the pass.
+    """
+    metrics = metrics | pass_metrics(passed)
+    tables = pass_tables(passed) | tables
+    for name, table in tables.items():
+        with written_aside(folder.path / f"{name}.csv") as aside:
+            table.to_csv(aside, index=False)
+    figures = []
+    if "layers" in tables:
+        figures.append(layer_figure(tables["layers"], folder.path / "figures" / "layers.png"))
+    if passed.routing is not None:
+        trace = passed.routing.trace(experiment.model.label, experiment.calibration.text)
+        trace.save(folder.path / "routing.safetensors")
+    if experiment.tracking is not None:
+        experiment.tracking.log(folder, folder.path.name, facts["sweep"], metrics, tables, figures)
+    return folder.finish(facts, protocol, metrics)
+
+
+def pass_metrics(passed: PassResult) -> dict[str, float]:
+    """Seconds by stage, linears that fell back, and the share with dynamic activations."""
+    metrics: dict[str, float] = {f"time.{stage}_s": seconds for stage, seconds in passed.stopwatch.seconds.items()}
+    metrics["quantizer.fallback_modules"] = sum("fallback" in report.notes for report in passed.reports)
+    if passed.reports:
+        dynamic = sum(report.scheme != "static" for report in passed.reports)
+        metrics["quantizer.dynamic_share"] = dynamic / len(passed.reports)
+    return metrics
+
+
+def pass_tables(passed: PassResult) -> dict[str, pd.DataFrame]:
+    """`layers`: what was done to each linear; `experts`: the tokens that each expert was calibrated on."""
+    tables = {}
+    if passed.reports:
+        layers = pd.DataFrame([{**vars(report), **report.notes} for report in passed.reports])
+        tables["layers"] = layers.drop(columns="notes")
+    if passed.routing is not None:
+        tables["experts"] = passed.routing.table()
+    return tables

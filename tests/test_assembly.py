@@ -1,0 +1,38 @@
+"""What a run keeps of the layers, and what it asks of the calibration text, follow from what is measured."""
+
+from __future__ import annotations
+
+import json
+
+from launching import TINY, launch
+
+MIXTRAL = [*TINY, "model=tiny_mixtral", "measure=[memory]"]
+OFFLOADED = ["offload=static", "offload.budget=8"]
+
+
+def _run(folder, *more):
+    code, _, err = launch(*MIXTRAL, f"hydra.run.dir={folder}", *more)
+    assert code == 0, err
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_calibration_text_is_read_for_offloading_only_where_no_trace_is_there(tmp_path):
+    calibrated = _run(tmp_path / "first", "quantizer=gptq")
+    assert "calibration" in calibrated["protocol"]
+    assert "calibration" in _run(tmp_path / "traced", *OFFLOADED)["protocol"]
+    profile = f"offload.profile={tmp_path / 'first' / 'routing.safetensors'}"
+    elsewhere = ["calibration=wikitext2", "calibration.path=/no/such.txt"]
+    assert "calibration" not in _run(tmp_path / "given", *OFFLOADED, profile, *elsewhere)["protocol"]
+
+
+def test_another_run_in_the_same_folder_leaves_no_table_of_the_first(tmp_path):
+    assert any(name.startswith("offload.") for name in _run(tmp_path, *OFFLOADED)["metrics"])
+    assert (tmp_path / "offload.csv").is_file()
+    assert not (tmp_path / "experts.bin").exists()
+    assert not any(name.startswith("offload.") for name in _run(tmp_path)["metrics"])
+    assert not (tmp_path / "offload.csv").exists()
+
+
+def test_layers_are_kept_only_for_measures_that_deploy(tmp_path):
+    metrics = _run(tmp_path, *OFFLOADED, "measure=[perplexity]")["metrics"]
+    assert not any(name.startswith("offload.") for name in metrics)
