@@ -115,6 +115,7 @@ def test_a_layer_of_every_family_keeps_its_bits(tiny, windows):
     join(layers[0], tiny.groups)
     lay_side_by_side(layers[:1])
     joints = {m.joint for m in layers[0].modules() if isinstance(m, Int8Linear) and m.joint is not None}
-    assert len(joints) == {"llama": 2, "opt": 1}[tiny.config.model_type]
+    moe = tiny.family.moe is not None  # each expert reads tokens of its own, so only q/k/v are joined
+    assert len(joints) == (1 if moe else {"llama": 2, "opt": 1}[tiny.config.model_type])
     assert torch.equal(tiny.run(layers[0], 0, hidden.clone()), wanted)
     assert weight_bytes(layers[0]) == size
