@@ -22,7 +22,7 @@ class Stages:
 
     use: bool = True
     dir: str | None = None
-    limit: str = "20GB"
+    limit: str | int = "20GB"
 
     def __post_init__(self) -> None:
         if self.dir is not None and not self.dir:
@@ -38,7 +38,7 @@ class Stages:
         return Store(self.folder, bytes_of(self.limit)) if self.use else Store()
 
 
-def bytes_of(limit: str) -> int:
+def bytes_of(limit: str | int) -> int:
     """`20GB` as bytes. Raises `UserError` for what is no size."""
     message = f"stages.limit: '{limit}' is no size as '20GB' or '500MiB'"
     try:
