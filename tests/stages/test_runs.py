@@ -162,7 +162,7 @@ def test_two_runs_on_one_store(tmp_path):
     settings = ["model=tiny_mixtral", *QUANTIZERS["haq"], "measure=[perplexity]"]
     settings.append("calibration.propagate=fp")
     _run(tmp_path / "without", *settings, "stages.use=false")
-    settings.append(f"stages.dir={tmp_path / 'store'}")
+    settings.append(f"stages.dir='{tmp_path / 'one störe'}'")
     children = [in_child(lambda name=name: _run(tmp_path / name, *settings) and None) for name in ("one", "two")]
     for child in children:
         assert not killed(child)
