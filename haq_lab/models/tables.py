@@ -62,10 +62,10 @@ class _Widened(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) <= NATIVE_ROWS and _native_takes(rows, table):
             return native.half_linear(rows.contiguous(), table).view(*x.shape[:-1], len(table))
-        y = x.new_empty(*x.shape[:-1], len(table))
+        y = rows.new_empty(len(rows), len(table))
         for part in _blocks(table, x.dtype):
-            y[..., part] = F.linear(x, table[part].to(x.dtype))
-        return y
+            torch.mm(rows, table[part].to(x.dtype).t(), out=y[:, part])
+        return y.view(*x.shape[:-1], len(table))
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
