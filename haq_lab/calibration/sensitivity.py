@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haq_lab.calibration.spool import Spool
@@ -53,10 +52,19 @@ def _differentiate_head(model: LayeredModel, hidden: Tensor) -> None:
         with torch.enable_grad():
             leaf = window.detach().clone().requires_grad_()
             logits = model.head(leaf)[0].float()
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            F.cross_entropy(logits, labels, reduction="sum").backward()
+            probabilities = logits.detach().softmax(-1)
+            # Of the negative log-likelihood of a label: the probabilities, less one at the label.
+            probabilities.scatter_add_(1, _drawn(probabilities, generator), torch.full((len(logits), 1), -1.0))
+            logits.backward(probabilities)
         assert leaf.grad is not None
         window.copy_(leaf.grad)
+
+
+def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One label a row of (n, v), (n, 1), by its distribution function: `torch.multinomial` takes ten times as long."""
+    reached = probabilities.cumsum(dim=-1)
+    wanted = torch.rand(len(reached), 1, generator=generator) * reached[:, -1:]
+    return torch.searchsorted(reached, wanted, right=True).clamp_(max=probabilities.shape[1] - 1)
 
 
 def _differentiate_layer(model: LayeredModel, index: int, hidden: Tensor, gradient: Tensor) -> LayerSensitivity:
