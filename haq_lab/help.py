@@ -18,6 +18,7 @@ GROUPS = {
     "calibration": "calibration text",
     "backend": "what computes the int8 products",
     "offload": "which experts stay in memory, and where the others run",
+    "hardware": "what the predictor decides for, and a run with offloading is simulated on",
     "measure": "what is measured, any number: measure=[perplexity,memory,latency]",
     "tracking": "Weights & Biases",
     "experiment": "ready-made studies: +experiment=NAME",

@@ -35,7 +35,7 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
     facts = {
         "overrides": list(hydra.overrides.task),
         "sweep": str(hydra.sweep.dir) if hydra.mode.name == "MULTIRUN" else None,
-        **{group: label.get(group) for group in ("quantizer", "backend", "offload", "calibration")},
+        **{group: label.get(group) for group in ("quantizer", "backend", "offload", "hardware", "calibration")},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -99,7 +99,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             metrics: dict[str, float] = {}
             for measure in experiment.measures.values():
                 metrics |= measure(study)
-            metrics |= assembly.metrics()
+            metrics |= assembly.metrics() | assembly.simulated(facts["hardware"])
 
     # 4. The record.
     protocol: dict[str, Any] = {name: windows.protocol for name, windows in evaluation.items()}

@@ -16,6 +16,7 @@ from launching import TINY, launch
 from haq_lab import cli  # noqa: F401  (registers the resolver that the config uses)
 from haq_lab.config import build
 from haq_lab.help import GROUPS, options
+from haq_lab.offload.hardware import local_path
 from haq_lab.paths import bundled
 
 QUANTIZERS = [name for name in options("quantizer") if name != "none"]
@@ -24,6 +25,7 @@ NEEDED = {
     "model=gguf": ["model.path=x"],
     "model=quantized": ["model.path=x", "quantizer=none"],
 }
+NEEDED |= {f"hardware={name}": ["offload=haq"] for name in options("hardware")}
 ONE_CHOICE = [f"{group}={option}" for group in GROUPS if group not in ("experiment",) for option in options(group)]
 
 
@@ -37,6 +39,8 @@ def _composed(*overrides: str):
 def test_every_option_makes_its_object(choice):
     if choice == "backend=cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU; test_cli has the refusal")
+    if choice == "hardware=local" and not local_path().is_file():
+        pytest.skip("this machine has not been measured; test_hardware has the refusal")
     build(_composed(choice, *NEEDED.get(choice, [])))
 
 
@@ -69,6 +73,8 @@ SPELLINGS = [
     "+experiment=demo measure=[perplexity] data=[text] data.text.path=a.txt",  # less than the experiment sets up
     "measure=[perplexity,memory,latency]",
     "measure=perplexity",
+    "model=smol_moe offload=haq hardware=rtx3060_12g",
+    "offload=fiddler hardware=jetson_orin_64g hardware.memory_gb=32",
     "tracking=online",
     "force=true",
     *[f"quantizer={name} quantizer.activations={how}" for name in QUANTIZERS for how in ("token", "tensor", "static")],

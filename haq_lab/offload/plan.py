@@ -9,7 +9,7 @@ import pandas as pd
 
 from haq_lab.int8.roofline import Hardware
 from haq_lab.offload.costs import Predictor
-from haq_lab.offload.gpu_costs import BYTES, Format, gpu_costs
+from haq_lab.offload.machine_costs import BYTES, Format, machine_costs
 from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import make_policy
@@ -20,7 +20,7 @@ from haq_lab.offload.trace import Trace
 FORMATS: tuple[tuple[Format, Format], ...] = (("int8", "int8"), ("int8", "fp16"), ("bf16", "fp16"))
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
 CACHES = ("none", "haq")
-WORKSPACE = 512 * 2**20  # bytes: activations, logits, the allocator's own
+CONTEXT = 512 * 2**20  # bytes that a GPU's driver and allocator take for themselves
 
 
 def plan(
@@ -50,18 +50,24 @@ def plan(
         for rule, share in product(("frequency", "two_stage"), shares)
     }
     for (host, device), (rule, share), cache in product(FORMATS, placed, CACHES):
-        costs = gpu_costs(hardware, shape, host, device)
+        costs = machine_costs(hardware, shape, host, device)
         policy = make_policy(cache, placed[rule, share], profile, "global", model)  # type: ignore[arg-type]
         policy.decide = Predictor(costs).decide
         metrics = Simulator(costs, policy).run(test, tokens).metrics("plan")
-        fixed = shape.layers * shape.rest * BYTES[device] + 2 * shape.outside * 2 + 2 * shape.kv_per_token * context
-        memory = fixed + WORKSPACE + policy.slots * shape.expert * BYTES[device]
+        memory = fixed_bytes(shape, device, context) + policy.slots * shape.expert * BYTES[device]
         row = {"host_format": host, "device_format": device, "placement": rule, "cache": cache, "slots": policy.slots}
         row |= {"memory_bytes": memory, "fits": memory <= hardware.memory_gb * 1e9}
         name = "simulated.plan.latency.decode_ms_per_token"
         rows.append(row | {"simulated_ms": metrics[f"{name}.mean"], "simulated_std_ms": metrics[f"{name}.std"]})
         finished()
     return mark_pareto(pd.DataFrame(rows))
+
+
+def fixed_bytes(shape: Shape, device: Format, context: int) -> int:
+    """What the GPU holds beside experts: other weights, embedding and head in 16 bits, the key-value cache and the
+    workspace of a prompt of `context` tokens, and the driver's own."""
+    weights = shape.layers * shape.rest * BYTES[device] + 2 * 2 * shape.outside
+    return weights + 2 * (shape.kv_per_token + shape.work_per_token) * context + CONTEXT
 
 
 def mark_pareto(table: pd.DataFrame) -> pd.DataFrame:

@@ -48,9 +48,12 @@ def test_curves():
     curve = PiecewiseLinear.fitted([(1, 2.0), (1, 4.0), (1, 3.0), (3, 5.0), (5, 4.0)])
     assert [curve(size) for size in (0, 1, 2, 3, 5)] == [0, 3, 4, 5, 5]
     assert PiecewiseLinear([1, 2], [1, 3])(4) == 7
-    for _ in range(500):
-        curve.observe(3, 10.0)
-    assert curve(3) == pytest.approx(10.0)
+    for seconds_seen in (8.0, 12.0):
+        curve.observe(3, seconds_seen)
+    assert curve(3) == pytest.approx(10.0), "the mean of few"
+    for _ in range(5000):
+        curve.observe(3, 20.0)
+    assert curve(3) == pytest.approx(20.0, rel=1e-3), "later of the latest"
     nothing = flat(0)
     nothing.observe(1, 2.0)
     assert nothing(1) == 0
