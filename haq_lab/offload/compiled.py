@@ -17,7 +17,9 @@ from haq_lab.paths import cache_folder
 
 def _sources() -> str:
     texts = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"".join(text for text in texts if b"@compiled" in text or b"@innermost" in text)).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(text for text in texts if b"@compiled" in text or b"@innermost" in text)
+    ).hexdigest()[:16]
 
 
 FLAGS = {"nnan", "nsz", "arcp", "contract", "reassoc"}  # what lets loops become vector code; infinities stay

@@ -183,10 +183,8 @@ class Engine:
 
     def end(self, layer: int) -> None:
         """The layer is done: spare slots are free again."""
-        if self.observer is not None:
-            self.observer.finished(layer)
-        for layer, number in self._step.in_place:
-            bind(self._modules[layer][number], self.store.parts, None)
+        for key in self._step.in_place:
+            bind(self._modules[key[0]][key[1]], self.store.parts, None)
         if self._step.in_place:
             self.store.drop_cache()
         for key in self._step.waiting:  # only where a read failed: what was admitted has not come
@@ -194,6 +192,8 @@ class Engine:
         for key in [key for key in self._step.passing if key in self.arena.where]:
             self._remove(key)
         self._step = _Step()
+        if self.observer is not None:
+            self.observer.finished(layer)
 
     # Moving experts.
 

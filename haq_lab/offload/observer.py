@@ -27,9 +27,7 @@ class Observer:
         predicted, measured: Seconds that the experts of each decoded token took, all layers together.
     """
 
-    def __init__(
-        self, costs: Costs, objective: Objective, layers: int, clock: Callable[[], float] = time.perf_counter
-    ):
+    def __init__(self, costs: Costs, objective: Objective, layers: int, clock: Callable[[], float] = time.perf_counter):
         self.costs, self.objective, self._last, self._clock = costs, objective, layers - 1, clock
         self.predicted: list[float] = []
         self.measured: list[float] = []
@@ -39,7 +37,9 @@ class Observer:
         self._routed = self._running = 0.0
         self._run: tuple[bool, int] | None = None
 
-    def routed(self, layer: int, tokens: int, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]) -> None:
+    def routed(
+        self, layer: int, tokens: int, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]
+    ) -> None:
         """A layer has chosen, for so many tokens: experts {number: tokens} that are there, are fetched, run in place."""
         self._routed = self._clock()
         decoded, self._decodes = self._decodes, tokens == 1

@@ -92,7 +92,12 @@ class Offload:
         return profile
 
     def engage(
-        self, model: LayeredModel, layers: list[nn.Module], store: ExpertStore, profile: Trace, hardware: Hardware | None
+        self,
+        model: LayeredModel,
+        layers: list[nn.Module],
+        store: ExpertStore,
+        profile: Trace,
+        hardware: Hardware | None,
     ) -> Engine:
         """Build the engine and attach the layers.
 
