@@ -27,6 +27,7 @@ from haq_lab.measure.study import Measure
 from haq_lab.models.sources import ModelSource
 from haq_lab.offload.settings import Offload
 from haq_lab.quantizers.base import Quantizer
+from haq_lab.stages.settings import Stages
 from haq_lab.tracking.wandb import Wandb
 
 
@@ -44,11 +45,12 @@ class Experiment:
     checkpoint: Path | None
     offload: Offload | None
     hardware: Hardware | None
+    stages: Stages
 
 
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group. Raises `UserError` with the setting's full name for whatever is not valid."""
-    known = [*GROUPS, "checkpoint", "force"]
+    known = [*GROUPS, "checkpoint", "stages", "force"]
     for name in map(str, config):
         if name not in known:
             raise UserError(f"there is no group or setting '{name}'{nearest(name, known)}")
@@ -71,6 +73,7 @@ def build(config: DictConfig) -> Experiment:
         tracking=_object(config.get("tracking"), "tracking"),
         offload=offload,
         hardware=hardware,
+        stages=_object(config.get("stages"), "stages"),
         checkpoint=_checkpoint(config.get("checkpoint"), quantizer),
     )
 

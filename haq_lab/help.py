@@ -33,11 +33,13 @@ HEAD = """Squeeze a large language model onto one edge GPU, and measure the pric
   python -m haq_lab.results DIR... [--csv FILE]                      all runs below DIR as a table
   python -m haq_lab.models build OPTION                              make a model that is made here, and check it
   python -m haq_lab.checkpoint inspect|verify|export DIR             a quantised checkpoint
+  python -m haq_lab.stages ls|gc                                     what runs have left for one another
   python -m haq_lab.offload trace|replay|plan ...                    routing traces, policies, what a GPU would do
 """
 
 TAIL = """
 checkpoint.dir=DIR   write the quantised model there, and go on with it after a kill; model=quantized runs it
+stages.use=false     compute everything anew; stages.dir=DIR and stages.limit=20GB say where what is kept, and how much
 force=true           run even where a finished run of this config is there
 hydra.run.dir=DIR    the run folder (hydra.sweep.dir=DIR for a sweep)
 --cfg job            show the composed config

@@ -23,6 +23,7 @@ from haq_lab.models.layered import LayeredModel
 from haq_lab.onepass import one_pass
 from haq_lab.preflight import preflight
 from haq_lab.show import Progress, say, show_results
+from haq_lab.stages.quantized import QuantizedStages
 from haq_lab.tracking.record import write_record
 from haq_lab.tracking.run_folder import RunFolder
 
@@ -69,26 +70,38 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         evaluation, calibration = _texts(experiment, model)
         tokens = {name: windows.tokens for name, windows in evaluation.items()}
         folder.event("loaded", model=str(model.folder), depth=model.depth)
+        store = experiment.stages.open()
 
-        with Assembly(experiment, model, folder, evaluation, calibration) as assembly:
-            # 2. One pass through the weights: calibrate, smooth, quantise, evaluate.
+        with Assembly(experiment, model, folder, evaluation, calibration, store) as assembly:
+            calibrated = None if calibration is None else calibration.tokens
+            stages = QuantizedStages(store, experiment, model, calibrated, tokens, assembly.deploys)
+
+            # 2. One pass through the weights: calibrate, smooth, quantise, evaluate. Or what another run's pass left.
             progress.layers(model.depth, "quantise" if experiment.quantizer else "evaluate", assembly.resumed)
 
             def finished(index: int, layer: nn.Module) -> None:
+                stages.keep_layer(index, layer)
                 assembly.add(layer)
                 folder.event("layer", index=index)
                 progress.layer_done()
 
-            passed = one_pass(
-                model,
-                experiment.quantizer,
-                experiment.backend,
-                None if calibration is None else calibration.tokens,
-                experiment.calibration.policy,
-                tokens,
-                finished,
-                assembly.writer,
-            )
+            if (passed := stages.find()) is not None:
+                for layer in stages.layers():
+                    assembly.add(layer)
+                    progress.layer_done()
+            else:
+                passed = one_pass(
+                    model,
+                    experiment.quantizer,
+                    experiment.backend,
+                    calibrated,
+                    experiment.calibration.policy,
+                    tokens,
+                    finished,
+                    assembly.writer,
+                    store,
+                )
+                stages.keep(passed)
 
             # 3. Measurements on the model as deployed.
             progress.stage("assemble")
@@ -98,14 +111,15 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             study = Study(assembly.model, tokens, passed, whole, progress.stage)
             metrics: dict[str, float] = {}
             for measure in experiment.measures.values():
-                metrics |= measure(study)
+                metrics |= stages.measured(measure, study)
             metrics |= assembly.metrics() | assembly.simulated(facts["hardware"])
+            metrics |= {f"time.stages_{what}_s": spent for what, spent in store.clock.seconds.items()}
 
     # 4. The record.
     protocol: dict[str, Any] = {name: windows.protocol for name, windows in evaluation.items()}
     if calibration is not None:
         protocol["calibration"] = calibration.protocol
-    facts |= assembly.facts()
+    facts |= assembly.facts() | {"reused": [f"{count} x {stage}" for stage, count in store.reused.items()]}
     results = write_record(experiment, folder, facts, protocol, passed, metrics, assembly.tables())
     assembly.recorded()
     show_results(results, folder.path)

@@ -23,6 +23,7 @@ TINY = [
     "data.python_docs.windows=2",
     "measure=[perplexity]",
     "tracking=none",
+    "stages.use=false",
 ]
 
 

@@ -13,10 +13,11 @@ from haq_lab.calibration.routing import Routing
 from haq_lab.int8.roofline import Hardware
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.engine import Engine
-from haq_lab.offload.record import record_trace
 from haq_lab.offload.settings import Offload, experts_of, refuse_dense
 from haq_lab.offload.shape import Shape
 from haq_lab.offload.store import StoreWriter
+from haq_lab.stages.store import Store
+from haq_lab.stages.trace import routing_trace
 
 
 class OffloadSession:
@@ -24,14 +25,17 @@ class OffloadSession:
     settings: The run's `offload`; a dense model is refused.
     hardware: The run's; what the predictor decides for.
     folder: Where the slow tier lies while the run lasts.
+    store: Where a trace is kept that has to be recorded.
 
     Raises:
         UserError: The model is dense, or the profile that the settings name does not fit it.
     """
 
-    def __init__(self, settings: Offload, hardware: Hardware | None, model: LayeredModel, folder: Path):
+    def __init__(
+        self, settings: Offload, hardware: Hardware | None, model: LayeredModel, folder: Path, store: Store
+    ):
         refuse_dense(model)
-        self.settings, self.hardware, self.model = settings, hardware, model
+        self.settings, self.hardware, self.model, self.stages = settings, hardware, model, store
         self._profile = settings.trace(model)
         self.path = folder / "experts.bin"
         self._writer = StoreWriter(self.path).__enter__()
@@ -53,7 +57,7 @@ class OffloadSession:
             self._profile = replace(told, decode=np.ones_like(told.decode))  # token by token, as it will be decoded
         if self._profile is None:
             assert calibration is not None
-            self._profile = record_trace(self.model, calibration, text)
+            self._profile = routing_trace(self.stages, self.model, calibration, text)
         self.engine = self.settings.engage(self.model, layers, self._writer.open(), self._profile, self.hardware)
         self._start = self.engine.policy.resident.copy()
 

@@ -110,4 +110,4 @@ def read_results(path: Path) -> dict[str, Any] | None:
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what does not change the results."""
-    return {key: value for key, value in config.items() if key not in ("force", "tracking")}
+    return {key: value for key, value in config.items() if key not in ("force", "tracking", "stages")}
