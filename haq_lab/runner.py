@@ -35,7 +35,7 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
     facts = {
         "overrides": list(hydra.overrides.task),
         "sweep": str(hydra.sweep.dir) if hydra.mode.name == "MULTIRUN" else None,
-        **{group: label.get(group) for group in ("quantizer", "backend", "offload", "calibration")},
+        **{group: label.get(group) for group in ("experiment", "quantizer", "backend", "offload", "calibration")},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -106,7 +106,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     if calibration is not None:
         protocol["calibration"] = calibration.protocol
     facts |= assembly.facts()
-    results = write_record(experiment, folder, facts, protocol, passed, metrics, assembly.tables())
+    results = write_record(experiment, folder, facts, protocol, passed, metrics, study.tables | assembly.tables())
     assembly.recorded()
     show_results(results, folder.path)
 
