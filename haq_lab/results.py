@@ -28,7 +28,9 @@ def load(*folders: str | Path) -> pd.DataFrame:
 
     Columns: `folder`, `name` (what it differs in), `status` (finished, failed, unfinished), `error`, what the
     run was (`model`, `quantizer`, ...), its settings as `config.<name>`, its metrics by their names, and for
-    each dataset `change_percent.<dataset>`, the perplexity's distance from full precision.
+    each dataset `change_percent.<dataset>`, the perplexity's distance from full precision, and
+    `comparable.<dataset>`, the published tables that it can stand beside; `saved_percent.memory`, of the weights
+    against fp16.
 
     Raises:
         UserError: A folder does not exist.
@@ -40,13 +42,13 @@ def load(*folders: str | Path) -> pd.DataFrame:
             raise UserError(f"there is no folder '{folder}'{near}")
         found |= {run.resolve(): run for run in sorted(_run_folders(folder))}
     rows = [_row(run) for run in found.values()]
-    for row, name in zip(rows, _names(rows), strict=True):
+    for row, name in zip(rows, short_names(rows), strict=True):
         row["name"] = name
     return pd.DataFrame(rows, columns=None if rows else ["folder", "name", "status", "error"])
 
 
-def _names(rows: list[dict[str, Any]]) -> list[str]:
-    """Short names: for a sweep's runs the overrides in which they differ, else the folder's name."""
+def short_names(rows: list[dict[str, Any]]) -> list[str]:
+    """What runs, as rows of `load`, are called: a sweep's by the overrides in which they differ, else by the folder."""
     given = [row["overrides"].split() if row.get("sweep") else [] for row in rows]
     shared = set.intersection(*map(set, filter(None, given))) if any(given) else set()
     names = [" ".join(override for override in own if override not in shared) for own in given]
@@ -73,6 +75,10 @@ def _row(folder: Path) -> dict[str, Any]:
         kind, _, dataset = name.partition(".")
         if kind == "perplexity" and (fp := metrics.get(f"perplexity_fp.{dataset}")):
             row[f"change_percent.{dataset}"] = (value / fp - 1) * 100
+    if (weights := metrics.get("memory.weights_bytes")) and (fp16 := metrics.get("memory.weights_fp16_bytes")):
+        row["saved_percent.memory"] = (1 - weights / fp16) * 100
+    for text, stamp in record.get("protocol", {}).items():
+        row[f"comparable.{text}"] = "; ".join(stamp.get("comparable_with", []))
     return row
 
 
