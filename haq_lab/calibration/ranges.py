@@ -26,6 +26,12 @@ class Ranges:
     before: dict[str, list[Tensor]] = field(default_factory=dict)
     after: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    @property
+    def smoothed(self) -> bool:
+        """Whether smoothing has changed anything."""
+        pairs = ((self.before[site], self.after[site]) for site in self.before)
+        return any(not torch.equal(*pair) for rows in pairs for pair in zip(*rows, strict=True))
+
     def add(self, site: str, before: Tensor, after: Tensor) -> None:
         """The next layer's maxima at a site, (k,) both."""
         self.before.setdefault(site, []).append(before.clone())

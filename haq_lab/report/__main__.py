@@ -1,4 +1,4 @@
-"""`python -m haq_lab.report DIR... -o report.html [--latex tables.tex]`: runs, replays and plans below DIR as a page."""
+"""Runs, replays and plans as one page: `python -m haq_lab.report DIR... -o report.html [--latex tables.tex]`."""
 
 from __future__ import annotations
 

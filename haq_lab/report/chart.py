@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -41,7 +42,7 @@ def style() -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "hoverlabel": {"align": "left", "namelength": -1},
-        "legend": {"orientation": "h", "yanchor": "top", "y": -0.18, "x": 0},
+        "legend": {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0},
     }
 
 
@@ -55,6 +56,11 @@ def axes(figure: go.Figure, x: str, y: str) -> go.Figure:
 def broken(label: str) -> str:
     """A label in lines of at most `LABEL` characters."""
     return "<br>".join(textwrap.wrap(label, LABEL)) or label
+
+
+def bar_room(labels: Iterable[str]) -> int:
+    """Pixels that horizontal bars with these labels need."""
+    return sum(26 + 17 * (broken(label).count("<br>") + 1) for label in labels)
 
 
 def coloured(names: list[str]) -> dict[str, str]:

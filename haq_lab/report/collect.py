@@ -17,6 +17,9 @@ TABLES = ("layers", "experts", "offload", "latency", "lm_eval")  # what runs lea
 STUDIES = ("hit_rates", "plan")  # what `python -m haq_lab.offload replay` and `plan` leave
 
 
+LONGEST = 80  # characters of a run's name; an unfinished run has only its folder's
+
+
 @dataclass
 class Collection:
     """Attributes:
@@ -33,6 +36,11 @@ class Collection:
     studies: dict[str, pd.DataFrame] = field(default_factory=dict)
     protocol: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def by_model(self) -> list[tuple[str, pd.DataFrame]]:
+        """The finished runs of each model, by names without the model's."""
+        groups = self.finished.groupby("model", sort=False)
+        return [(str(model), runs.assign(label=runs["name"].str.removeprefix(f"{model} "))) for model, runs in groups]
+
     @property
     def finished(self) -> pd.DataFrame:
         """The runs that have results."""
@@ -45,7 +53,7 @@ def collect(*folders: str | Path) -> Collection:
     Raises:
         UserError: A folder does not exist.
     """
-    found = Collection(results.load(*folders))
+    found = Collection(_named(results.load(*folders)))
     stacks: dict[str, list[pd.DataFrame]] = {}
     for _, run in found.finished.iterrows():
         folder, name = Path(run["folder"]), str(run["name"])
@@ -66,6 +74,19 @@ def collect(*folders: str | Path) -> Collection:
         if stack:
             found.studies[kind] = pd.concat(stack, ignore_index=True)
     return found
+
+
+def _named(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs by shorter names: within a model's, what they differ in; the model stands before where there are several."""
+    models = runs["model"].fillna("") if "model" in runs else pd.Series("", runs.index)
+    for model in models.unique():
+        own = runs[models == model]
+        names = results.short_names([{**row, "name": Path(row["folder"]).name} for row in own.to_dict("records")])
+        runs.loc[own.index, "name"] = [f"{model} {name}".strip() if models.nunique() > 1 else name for name in names]
+    twice = runs["name"].duplicated(keep=False)
+    runs.loc[twice, "name"] = runs.loc[twice, "folder"]
+    runs["name"] = [name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in runs["name"]]
+    return runs.assign(model=models).sort_values(["model", "name"], ignore_index=True)
 
 
 def _studies(folders: tuple[str | Path, ...], kind: str) -> list[Path]:

@@ -11,8 +11,8 @@ SPECIAL |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
 
 
 def latex(tables: list[Table]) -> str:
-    """All tables as LaTeX source, each in a `table` of its own; needs `\\usepackage{booktabs}`."""
-    return "\n".join(["% \\usepackage{booktabs}", *map(_table, tables)])
+    """All tables as LaTeX source, each in a `table` of its own; needs the packages booktabs and graphicx."""
+    return "\n".join([r"% \usepackage{booktabs,graphicx}", *map(_table, tables)])
 
 
 def _table(table: Table) -> str:
@@ -22,13 +22,14 @@ def _table(table: Table) -> str:
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{escaped(table.title)}. {escaped(table.note)}}}",
+        r"\resizebox{\linewidth}{!}{%",
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         " & ".join(map(escaped, table.head)) + r" \\",
         r"\midrule",
         *rows,
         r"\bottomrule",
-        r"\end{tabular}",
+        r"\end{tabular}}",
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"

@@ -37,7 +37,10 @@ def page(found: Collection, title: str) -> str:
     missing = [(name, reason) for name, reason in drawn.items() if isinstance(reason, str)]
     failures = found.runs[found.runs["status"] != "finished"]
     told = [
-        {**run[["name", "status", "folder"]], "error": run["error"] or "It was killed, or is still running."}
+        {
+            **run[["name", "status", "folder"]],
+            "error": run["error"] if run["status"] == "failed" else "It was killed, or is still running.",
+        }
         for _, run in failures.iterrows()
     ]
     published = tables.published_table(found)
@@ -83,7 +86,7 @@ def _facts(found: Collection) -> list[tuple[Any, str]]:
     facts: list[tuple[Any, str]] = [(counts.get("finished", 0), "runs finished")]
     facts += [(counts[status], status) for status in ("failed", "unfinished") if status in counts]
     for column, what in (("model", "models"), ("quantizer", "quantizers"), ("offload", "offload policies")):
-        names = [str(name) for name in found.runs.get(column, []) if isinstance(name, str) and name != "none"]
+        names = [str(name) for name in found.runs.get(column, []) if name not in ("", "none", None)]
         if names := list(dict.fromkeys(names)):
             facts.append(
                 (", ".join(names), what if len(names) > 1 else what.removesuffix("s").replace("policie", "policy"))

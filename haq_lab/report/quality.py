@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -10,7 +12,8 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 from torch import Tensor, stack
 
-from haq_lab.report.chart import HEAT, Chart, axes, base, broken, coloured, style
+from haq_lab.calibration.ranges import Ranges
+from haq_lab.report.chart import HEAT, Chart, axes, bar_room, base, broken, coloured, style
 from haq_lab.report.collect import Collection
 
 CELLS = 128  # across an outlier map; each is the largest of the channels that it stands for
@@ -19,27 +22,30 @@ CELLS = 128  # across an outlier map; each is the largest of the channels that i
 def perplexity(found: Collection) -> Chart | str:
     """Perplexity over full precision, a bar a run and a variant a dataset."""
     variants = {}
-    for column in [name for name in map(str, found.finished) if name.startswith("change_percent.")]:
-        dataset = column.partition(".")[2]
-        runs = found.finished[found.finished[column].notna() & (found.finished["quantizer"] != "none")]
-        if runs.empty:
-            continue
-        figure = base(120 + 44 * len(runs))
-        told = runs[["name", f"perplexity.{dataset}", f"perplexity_fp.{dataset}"]]
-        figure.add_bar(
-            y=runs["name"].map(broken),
-            x=runs[column],
-            orientation="h",
-            text=runs[column].map("{:+.2f} %".format),
-            textposition="auto",
-            customdata=told,
-            hovertemplate="%{customdata[0]}<br>%{customdata[1]:.4f}, full precision %{customdata[2]:.4f}<extra></extra>",
-        )
-        figure.update_yaxes(autorange="reversed")
-        variants[dataset] = axes(figure, "perplexity over full precision, %", "")
+    columns = [name for name in map(str, found.finished) if name.startswith("change_percent.")]
+    for (model, runs), column in product(found.by_model(), columns):
+        runs = runs[runs[column].notna() & (runs["quantizer"] != "none")]
+        if not runs.empty:
+            dataset = column.partition(".")[2]
+            variants[f"{model}, {dataset}"] = _bars(runs, dataset)
     if not variants:
         return "no finished run of a quantizer has measured perplexity (measure=[perplexity])"
     return Chart("Perplexity by method", "How far each run is above its own full precision.", variants)
+
+
+def _bars(runs: pd.DataFrame, dataset: str) -> go.Figure:
+    figure = base(100 + bar_room(runs["label"]))
+    figure.add_bar(
+        y=runs["label"].map(broken),
+        x=runs[f"change_percent.{dataset}"],
+        orientation="h",
+        text=runs[f"change_percent.{dataset}"].map("{:+.2f} %".format),
+        textposition="auto",
+        customdata=runs[["label", f"perplexity.{dataset}", f"perplexity_fp.{dataset}"]],
+        hovertemplate="%{customdata[0]}<br>%{customdata[1]:.4f}, full precision %{customdata[2]:.4f}<extra></extra>",
+    )
+    figure.update_yaxes(autorange="reversed")
+    return axes(figure, "over full precision, %", "")
 
 
 def layers(found: Collection) -> Chart | str:
@@ -47,7 +53,10 @@ def layers(found: Collection) -> Chart | str:
     if "layers" not in found.tables:
         return "no run has quantised anything (layers.csv)"
     variants = {}
-    for run, table in found.tables["layers"].groupby("run", sort=False):
+    smoothed_first = sorted(
+        found.tables["layers"].groupby("run", sort=False), key=lambda run: -run[1]["strength"].count()
+    )
+    for run, table in smoothed_first:
         if table[["error", "strength"]].notna().any(axis=None):
             variants[str(run)] = _layer_figure(table)
     if not variants:
@@ -87,40 +96,39 @@ def outliers(found: Collection) -> Chart | str:
     """Heat maps of the largest |x| by layer and channel, before and after smoothing, a variant a run."""
     if not found.ranges:
         return "no run has calibrated (ranges.safetensors); RTN with dynamic activations needs no calibration"
-    variants = {}
-    for run, ranges in found.ranges.items():
-        before, after = _maps(ranges.before), _maps(ranges.after)
-        titles = [f"{site}, {state}" for site in before for state in ("before", "after")]
-        figure = make_subplots(
-            len(before),
-            2,
-            shared_yaxes=True,
-            shared_xaxes=True,
-            subplot_titles=titles,
-            horizontal_spacing=0.04,
-            vertical_spacing=0.05,
-        )
-        figure.update_layout(
-            template="none",
-            height=60 + 190 * len(before),
-            margin={"l": 12, "r": 12, "t": 28, "b": 12},
-            **style(),
-            coloraxis={"colorscale": HEAT, "colorbar": {"title": {"text": "log10"}, "thickness": 12}},
-        )
-        for row, site in enumerate(before, start=1):
-            for column, values in enumerate((before[site], after[site]), start=1):
-                heat = {"z": np.log10(np.maximum(values, 1e-6)).astype(np.float32), "coloraxis": "coloraxis"}
-                hover = "layer %{y}, channels %{x} of 128<br>10^%{z:.2f}<extra></extra>"
-                figure.add_heatmap(**heat, hovertemplate=hover, row=row, col=column)
-        figure.update_annotations(font={"size": 11})
-        axes(figure, "", "")
-        figure.update_xaxes(showticklabels=False)
-        variants[run] = figure
+    smoothing = {run: ranges for run, ranges in found.ranges.items() if ranges.smoothed}
+    if not smoothing:
+        return "no run has smoothed (quantizer=smoothquant or haq)"
+    variants = {run: _outlier_figure(ranges) for run, ranges in smoothing.items()}
     caption = (
         "The largest magnitude of each input channel over the calibration text, layers up, channels across "
         f"(the largest of each {CELLS}th of them). Bright columns are outlier channels."
     )
     return Chart("Outliers before and after smoothing", caption, variants)
+
+
+def _outlier_figure(ranges: Ranges) -> go.Figure:
+    before, after = _maps(ranges.before), _maps(ranges.after)
+    titles = [f"{site}, {state}" for site in before for state in ("before", "after")]
+    room = {"horizontal_spacing": 0.04, "vertical_spacing": 0.05}
+    figure = make_subplots(len(before), 2, shared_yaxes=True, shared_xaxes=True, subplot_titles=titles, **room)
+    bar = {
+        "title": {"text": "log10 of the largest |x|", "side": "top"},
+        "thickness": 10,
+        "orientation": "h",
+        "y": -0.12,
+    }
+    figure.update_layout(template="none", height=120 + 180 * len(before), margin={"l": 12, "r": 12, "t": 28, "b": 12})
+    figure.update_layout(**style(), coloraxis={"colorscale": HEAT, "colorbar": bar})
+    for row, site in enumerate(before, start=1):
+        for column, values in enumerate((before[site], after[site]), start=1):
+            heat = {"z": np.log10(np.maximum(values, 1e-6)).astype(np.float32), "coloraxis": "coloraxis"}
+            hover = f"{site}, layer %{{y}}, part %{{x}} of {values.shape[1]}<br>10^%{{z:.2f}}<extra></extra>"
+            figure.add_heatmap(**heat, hovertemplate=hover, row=row, col=column)
+    figure.update_annotations(font={"size": 11})
+    axes(figure, "", "")
+    figure.update_xaxes(showticklabels=False, ticks="")
+    return figure
 
 
 def _maps(sites: dict[str, list[Tensor]]) -> dict[str, NDArray[np.float32]]:

@@ -62,7 +62,7 @@ def _replays(found: Collection) -> list[tuple[str, pd.DataFrame]]:
 def _measured(found: Collection) -> pd.DataFrame | None:
     """The runs' own hit rates, with the share of all experts that has a slot."""
     runs, name = found.finished, "offload.hit_rate_pairs"
-    if name not in runs or "experts" not in found.tables and "offload" not in found.tables:
+    if name not in runs or ("experts" not in found.tables and "offload" not in found.tables):
         return None
     runs = runs[runs[name].notna()]
     budget = runs["config.offload.budget"].astype(str)

@@ -16,7 +16,7 @@ PROVENANCE = ("started", "python", "torch", "cpu", "threads", "checkpoint", "fol
 STAMP = ("tokenizer", "seqlen", "stride", "windows", "tokens_scored", "split", "join", "level", "text_sha256")
 NOTE = (
     "Bold: the best of the quantised runs. In %: a perplexity over the run's own full precision, weights against the "
-    "same in fp16, everything else against the table's unquantised run."
+    "whole model in fp16, everything else against the table's unquantised run."
 )
 
 
@@ -72,7 +72,7 @@ def _result_table(runs: pd.DataFrame, title: str) -> Table:
     best = {name: _best(contenders[name], metric) for name, metric in measured.items()}
     rows = []
     for _, run in runs.iterrows():
-        row = [Cell(str(run["name"]))]
+        row = [Cell(str(run["name"]).removeprefix(f"{run['model']} "))]
         for name, metric in measured.items():
             value = run[name]
             if pd.isna(value):
@@ -99,7 +99,7 @@ def _difference(name: str, metric: Metric, run: pd.Series, baseline: pd.DataFram
     if kind == "perplexity":
         reference = run.get(f"perplexity_fp.{dataset}")
     elif name == "memory.weights_bytes":
-        reference = run.get("memory.weights_fp16_bytes")
+        return f"{-run['saved_percent.memory']:+.2f} %"
     else:
         reference = baseline[name].mean() if name in baseline else None
     if reference is None or pd.isna(reference) or not reference or run[name] == reference:
@@ -144,35 +144,27 @@ def protocol_table(found: Collection) -> Table:
     stamps: dict[Any, tuple[dict[str, Any], list[str]]] = {}
     for name, texts in found.protocol.items():
         for text, stamp in texts.items():
-            stamps.setdefault((text, _stamp(stamp)), (stamp | {"text": text}, []))[1].append(name)
+            stamps.setdefault((text, _stamp(stamp)), (stamp, []))[1].append(name)
     present = [name for name in STAMP if any(name in stamp for stamp, _ in stamps.values())]
     rows = []
-    for stamp, names in stamps.values():
+    for (text, _), (stamp, names) in stamps.items():
+        label = f"calibration ({stamp.get('text')})" if text == "calibration" else text
         comparable = ", ".join(stamp.get("comparable_with") or []) or "nothing published"
-        label = (
-            stamp["text"]
-            if stamp["text"] != "calibration"
-            else f"calibration ({stamp.get('name', stamp.get('source', ''))})"
-        )
-        runs = Cell("all" if len(names) == len(found.protocol) else ", ".join(names))
-        rows.append([Cell(label), *(Cell(str(stamp.get(name, ""))) for name in present), Cell(comparable), runs])
+        runs = "all" if len(names) == len(found.protocol) else f"{len(names)}: {names[0]}" + ", ..." * (len(names) > 1)
+        rows.append(list(map(Cell, [label, *(str(stamp.get(name, "")) for name in present), comparable, runs])))
     return Table("Protocol stamps", ["text", *present, "comparable with", "runs"], rows)
 
 
 def provenance_table(found: Collection) -> Table:
     """Where each run came from: time, versions, machine, folder and the overrides that make it again."""
     names = [name for name in PROVENANCE if name in found.runs]
-    rows = [
-        [
-            Cell(str(run["name"])),
-            *(
-                Cell("" if pd.isna(run[name]) else f"{run[name]:g}" if isinstance(run[name], float) else str(run[name]))
-                for name in names
-            ),
-            Cell(f"python -m haq_lab {run['overrides']}"),
+    rows = []
+    for _, run in found.runs.iterrows():
+        told = [
+            "" if pd.isna(run[name]) else f"{run[name]:g}" if isinstance(run[name], float) else run[name]
+            for name in names
         ]
-        for _, run in found.runs.iterrows()
-    ]
+        rows.append([Cell(str(text)) for text in (run["name"], *told, f"python -m haq_lab {run['overrides']}")])
     return Table("Provenance", ["run", *names, "command"], rows)
 
 
