@@ -31,6 +31,7 @@ HEAD = """Squeeze a large language model onto one edge GPU, and measure the pric
   python -m haq_lab [GROUP=OPTION ...] [GROUP.SETTING=VALUE ...]     one run
   python -m haq_lab -m quantizer=rtn,haq ...                         a sweep: every combination
   python -m haq_lab.results DIR... [--csv FILE]                      all runs below DIR as a table
+  python -m haq_lab.report DIR... -o report.html                     the same as one page with figures
   python -m haq_lab.models build OPTION                              make a model that is made here, and check it
   python -m haq_lab.checkpoint inspect|verify|export DIR             a quantised checkpoint
   python -m haq_lab.stages ls|gc                                     what runs have left for one another

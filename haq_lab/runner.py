@@ -36,7 +36,10 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
     facts = {
         "overrides": list(hydra.overrides.task),
         "sweep": str(hydra.sweep.dir) if hydra.mode.name == "MULTIRUN" else None,
-        **{group: label.get(group) for group in ("quantizer", "backend", "offload", "hardware", "calibration")},
+        **{
+            group: label.get(group)
+            for group in ("experiment", "quantizer", "backend", "offload", "hardware", "calibration")
+        },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -120,7 +123,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     if calibration is not None:
         protocol["calibration"] = calibration.protocol
     facts |= assembly.facts() | {"reused": [f"{count} x {stage}" for stage, count in store.reused.items()]}
-    results = write_record(experiment, folder, facts, protocol, passed, metrics, assembly.tables())
+    results = write_record(experiment, folder, facts, protocol, passed, metrics, study.tables | assembly.tables())
     assembly.recorded()
     show_results(results, folder.path)
 

@@ -70,9 +70,9 @@ def fixed_bytes(shape: Shape, device: Format, context: int) -> int:
     return weights + 2 * (shape.kv_per_token + shape.work_per_token) * context + CONTEXT
 
 
-def mark_pareto(table: pd.DataFrame) -> pd.DataFrame:
-    """Add `pareto`: no other row takes less memory and less time."""
-    order = table.sort_values(["memory_bytes", "simulated_ms"])
-    best = order["simulated_ms"].cummin()
-    front = order["simulated_ms"].eq(best) & ~best.duplicated()
+def mark_pareto(table: pd.DataFrame, memory: str = "memory_bytes", cost: str = "simulated_ms") -> pd.DataFrame:
+    """Add `pareto`: no other row has both less in column `memory` and less in column `cost`."""
+    order = table.sort_values([memory, cost])
+    best = order[cost].cummin()
+    front = order[cost].eq(best) & ~best.duplicated()
     return table.assign(pareto=front.reindex(table.index))

@@ -1,0 +1,68 @@
+"""What the page's charts share: a chart with its variants, colours for light and dark, labels that break."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import plotly.graph_objects as go
+
+# Eight hues that stay apart for the colour-blind and stand on white as on near-black.
+COLOURS = ("#3b78d8", "#e07b16", "#1f9e89", "#d64550", "#8a63d2", "#b3941f", "#2ba8d9", "#8a8f98")
+HEAT = "Viridis"
+LABEL = 24  # characters of a line on an axis: a phone has little room beside the bars
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of the page, in one variant or in several of which the reader chooses one."""
+
+    title: str
+    caption: str
+    variants: dict[str, go.Figure]
+
+
+def base(height: int, **layout: Any) -> go.Figure:
+    """An empty figure in the page's manner; the page itself colours text and lines by its theme."""
+    figure = go.Figure()
+    figure.update_layout(
+        template="none", height=height, margin={"l": 12, "r": 12, "t": 28, "b": 12}, **style(), **layout
+    )
+    return figure
+
+
+def style() -> dict[str, Any]:
+    """Colours, fonts and the legend, for every figure."""
+    return {
+        "colorway": COLOURS,
+        "font": {"size": 13, "family": "system-ui, sans-serif"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hoverlabel": {"align": "left", "namelength": -1},
+        "legend": {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0},
+    }
+
+
+def axes(figure: go.Figure, x: str, y: str) -> go.Figure:
+    """Titles, and axes that make room for their labels."""
+    figure.update_xaxes(automargin=True, zeroline=False, title={"text": x, "standoff": 8})
+    figure.update_yaxes(automargin=True, zeroline=False, title={"text": y, "standoff": 8})
+    return figure
+
+
+def broken(label: str) -> str:
+    """A label in lines of at most `LABEL` characters."""
+    return "<br>".join(textwrap.wrap(label, LABEL)) or label
+
+
+def bar_room(labels: Iterable[str]) -> int:
+    """Pixels that horizontal bars with these labels need."""
+    return sum(26 + 17 * (broken(label).count("<br>") + 1) for label in labels)
+
+
+def coloured(names: list[str]) -> dict[str, str]:
+    """A colour for each name."""
+    return dict(zip(names, cycle(COLOURS), strict=False))
