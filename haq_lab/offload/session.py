@@ -31,9 +31,7 @@ class OffloadSession:
         UserError: The model is dense, or the profile that the settings name does not fit it.
     """
 
-    def __init__(
-        self, settings: Offload, hardware: Hardware | None, model: LayeredModel, folder: Path, store: Store
-    ):
+    def __init__(self, settings: Offload, hardware: Hardware | None, model: LayeredModel, folder: Path, store: Store):
         refuse_dense(model)
         self.settings, self.hardware, self.model, self.stages = settings, hardware, model, store
         self._profile = settings.trace(model)
