@@ -62,7 +62,9 @@ def build(config: DictConfig) -> Experiment:
         raise UserError("quantizer: model=quantized is quantised already; leave the quantizer out, or quantizer=none")
     offload, hardware = _object(config.get("offload"), "offload"), _object(config.get("hardware"), "hardware")
     if offload is None and hardware is not None:
-        raise UserError(f"hardware: '{hardware.name}' is for runs that offload experts; add offload=haq, or hardware=none")
+        raise UserError(
+            f"hardware: '{hardware.name}' is for runs that offload experts; add offload=haq, or hardware=none"
+        )
     return Experiment(
         model=model,
         quantizer=quantizer,

@@ -2,9 +2,10 @@
 
     python experiments/benchmarks/offload_engine.py CHECKPOINT --profile A.trace --text FILE [--accelerate BF16_FOLDER]
 
-CHECKPOINT is a quantised one (`checkpoint.dir=`). Costs come from micro-benchmarks, one all-resident run and one
-half-resident run under LRU; the other configurations are predicted by them. Latencies are medians over tokens, as
-other work on the machine shows in the mean. With --accelerate, the same model in bf16 through accelerate's disk
+CHECKPOINT is a quantised one (`checkpoint.dir=`). Before and after every configuration a reference decodes, half
+resident under LRU, a quarter of its missing experts run in place: the mean of what the engine's observer finds there
+are the costs that the configuration is simulated by. So nothing is fitted on it, and the machine's mood, which other
+work moves by a factor, is the same for both. With --accelerate, the same model in bf16 through accelerate's disk
 offload decodes in the same run. The last line is JSON.
 """
 
@@ -199,7 +200,8 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{row['configuration']:<38}{row['ms']:8.1f} ms  simulated {row['simulated_ms']:8.1f} ms "
-                f"({row['error']:+.1%})  x{row['over_resident']:.2f}  hits {row['hit_rate']:.3f}  mape {row['mape']:.2f}",
+                f"({row['error']:+.1%})  x{row['over_resident']:.2f}  hits {row['hit_rate']:.3f}  "
+                f"mape {row['mape']:.2f}",
                 flush=True,
             )
         result["mean_error"] = float(np.mean([abs(row["error"]) for row in rows]))
