@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--accelerate", type=Path)
+    parser.add_argument("--part", type=int, choices=[0, 1, 2], help="of the configurations: a third of them")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -183,7 +184,7 @@ def main() -> None:
         whole = ("none", "frequency", "global", 1.0, "fetch")
         resident_ms = 1e3 * float(np.mean(bench.measured(*whole, costs=deepcopy(fresh))[0]))
         before = bench.reference(fresh)
-        for configuration in CONFIGURATIONS:
+        for configuration in CONFIGURATIONS if given.part is None else CONFIGURATIONS[given.part :: 3]:
             own = deepcopy(before)
             seconds, engine = bench.measured(*configuration, costs=own)
             after = bench.reference(fresh)
