@@ -21,7 +21,6 @@ from haq_lab.errors import invalid
 from haq_lab.int8.launch import STEP, Tile, blocks, k_part
 from haq_lab.paths import bundled
 
-
 Positive = Annotated[float, Field(gt=0)]
 
 

@@ -189,8 +189,7 @@ def replay(state, resident, experts, decode, starts, clock, per_layer, selective
         room: (3, E) int64 of zeros to work in.
         tallies: Counts, added to.
     """
-    tokens, layers, k = experts.shape
-    count = resident.shape[1]
+    tokens, layers = experts.shape[:2]
     counts, placed, chosen = room[0], room[1], room[2]
     sequence, token = 0, 0
     while token < tokens:

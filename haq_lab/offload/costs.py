@@ -2,8 +2,8 @@
 
 Costs are piecewise linear, fitted on micro-benchmarks (`measured_costs.py`) or taken from a machine's figures
 (`machine_costs.py`). A running engine corrects them by what everything takes (`observer.py`). The objective is the sum
-of all costs (Fiddler's code) or the longest of the fast device, the link and the CPU, which work at the same time
-(Fiddler's comment; arXiv 2402.07033).
+of all costs (Fiddler's code) or when the last of the fast device, the link and the CPU is done, which work at the same
+time (Fiddler's comment; arXiv 2402.07033).
 """
 
 from __future__ import annotations
@@ -92,13 +92,20 @@ class Costs:
 def seconds(
     costs: Costs, resident: dict[int, int], fetched: dict[int, int], in_place: dict[int, int], by: Objective
 ) -> float:
-    """Predicted seconds of a layer's experts, given as {expert: tokens}, under an objective."""
-    fast = sum(costs.fast(tokens) for tokens in (*resident.values(), *fetched.values()))
-    link = len(fetched) * costs.fetch(costs.expert_bytes)
-    slow = sum(costs.slow(tokens) for tokens in in_place.values())
+    """Predicted seconds of a layer's experts, given as {expert: tokens}, under an objective.
+
+    `max`: the link works beside the fast device, which runs the resident experts first and a fetched one when it is
+    there, heaviest first; beside both works the CPU, if it is not the fast device itself.
+    """
+    begin = costs.issue(len(fetched)) + sum(costs.fast(tokens) for tokens in resident.values())
+    fetch, slow = costs.fetch(costs.expert_bytes), sum(costs.slow(tokens) for tokens in in_place.values())
     if by == "sum":
-        return fast + link + slow
-    return max(fast + slow, link) if costs.from_disk else max(fast, link, slow)
+        return begin + slow + sum(fetch + costs.fast(tokens) for tokens in fetched.values())
+    done, arrived = begin + (slow if costs.from_disk else 0.0), 0.0
+    for tokens in sorted(fetched.values(), reverse=True):
+        arrived += fetch
+        done = max(done, arrived) + costs.fast(tokens)
+    return max(done, slow)
 
 
 @dataclass

@@ -217,7 +217,7 @@ def _exp_minus(z):
 
 @innermost
 def _log_odds(share):
-    """`path_model.log_odds` without its logarithm: 2 atanh(x) by a rational function, right to 4e-6 on shares of 0 to 1."""
+    """`path_model.log_odds` without its logarithm: 2 atanh(x) by a rational function, right to 4e-6."""
     x = (share - F(0.5)) * F(2 / (1 + 2 * LEAST_SHARE))
     s = x * x
     above = F(2.00003534) + s * (F(-3.54842942) + s * (F(1.75630286) + s * F(-0.18012021)))

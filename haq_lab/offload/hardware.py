@@ -45,7 +45,7 @@ def local() -> Hardware:
     if not local_path().is_file():
         raise UserError(f"hardware: 'local' has not been measured yet; {again}")
     try:
-        return Hardware(**yaml.safe_load(local_path().read_text(encoding="utf-8")))
+        return Hardware(**yaml.safe_load(local_path().read_text(encoding="utf-8")) | {"from_disk": True})
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"hardware: '{local_path()}' is no hardware profile ({error}); {again}") from error
 

@@ -62,10 +62,9 @@ def _begin(state):
 
 @innermost
 def _touch(state, layer, wanted, counts, tokens, now):
-    layers, count = state.values.shape
     for expert in wanted:
         state.current[layer, expert] += counts[expert]
-    if layer == layers - 1:
+    if layer == len(state.values) - 1:
         state.nearest[0] = _match(state.current, state.past)
 
 

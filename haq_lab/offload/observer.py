@@ -40,7 +40,7 @@ class Observer:
     def routed(
         self, layer: int, tokens: int, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]
     ) -> None:
-        """A layer has chosen, for so many tokens: experts {number: tokens} that are there, are fetched, run in place."""
+        """A layer has chosen, for so many tokens: experts {number: tokens} there, to be fetched, and run in place."""
         self._routed = self._clock()
         decoded, self._decodes = self._decodes, tokens == 1
         if self._decodes and self._done is not None and (layer or decoded):

@@ -21,7 +21,7 @@ class Prefetch(Protocol):
     """Guesses the experts of layer + 1, most wanted first."""
 
     def guess(self, layer: int, hidden: Tensor | None, chosen: Tensor, k: int) -> list[int]:
-        """From what `layer`'s experts receive, (t, d), which a simulator does not have, and which were chosen, (t, k)."""
+        """From what `layer`'s experts receive, (t, d), None in a simulator, and which were chosen, (t, k)."""
         ...
 
 
