@@ -50,7 +50,7 @@ class Experiment:
 
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group. Raises `UserError` with the setting's full name for whatever is not valid."""
-    known = [*GROUPS, "checkpoint", "stages", "force"]
+    known = [*GROUPS, "checkpoint", "stages", "objective", "force"]
     for name in map(str, config):
         if name not in known:
             raise UserError(f"there is no group or setting '{name}'{nearest(name, known)}")

@@ -24,6 +24,7 @@ GROUPS = {
     "experiment": "ready-made studies: +experiment=NAME",
 }
 
+MISSING = re.compile(r"'(?:hydra_plugins\.hydra_|hydra/launcher/|hydra/sweeper/)(joblib|submitit|ray|optuna)[\w./]*'")
 MANY = ("data", "measure")  # groups of which any number of options can be chosen
 
 HEAD = """Squeeze a large language model onto one edge GPU, and measure the price.
@@ -41,6 +42,8 @@ HEAD = """Squeeze a large language model onto one edge GPU, and measure the pric
 TAIL = """
 checkpoint.dir=DIR   write the quantised model there, and go on with it after a kill; model=quantized runs it
 stages.use=false     compute everything anew; stages.dir=DIR and stages.limit=20GB say where what is kept, and how much
+-m hydra/launcher=local|slurm|cluster    a sweep's jobs at once: joblib, submitit, ray, each an extra to install
+-m hydra/sweeper=search objective=METRIC quantizer.strength='interval(0,1)'    search by optuna instead of trying all
 force=true           run even where a finished run of this config is there
 hydra.run.dir=DIR    the run folder (hydra.sweep.dir=DIR for a sweep)
 --cfg job            show the composed config
@@ -79,7 +82,10 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, HydraException):  # one of Hydra's is both
         return _disk(error)
     message = "\n".join(dict.fromkeys(str(link).strip() for link in _chain(error)))
-    if missing := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", message):
+    if plugin := MISSING.search(message):
+        extra = plugin.group(1)
+        return f"hydra: {extra} is not installed; run: pip install 'haq-lab[{extra}]'"
+    if missing := re.search(r"Could not (?:find|load) '([\w/]+)/([^'/]*)'", message):
         group, option = missing.groups()
         known = options(group)
         return f"{group}: '{option}' is not one of {', '.join(known)}{nearest(option, known)}"
@@ -124,7 +130,7 @@ def _unknown_key(key: str) -> str:
     if group == "checkpoint":
         return f"there is no setting '{key}' (did you mean 'checkpoint.dir'?)"
     if group not in GROUPS and group != "hydra":
-        return f"there is no group or setting '{key}'{nearest(group, [*GROUPS, 'checkpoint', 'force'])}"
+        return f"there is no group or setting '{key}'{nearest(group, [*GROUPS, 'checkpoint', 'stages', 'objective', 'force'])}"
     if not setting:
         return f"{group}: the config has none; write +{group}=OPTION (one of {', '.join(options(group))})"
     inner, _, name = setting.rpartition(".")

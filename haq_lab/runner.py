@@ -16,7 +16,7 @@ from haq_lab.checkpoint.model import open_model
 from haq_lab.config import Experiment, build
 from haq_lab.data.calibration import refuse_overlap, refuse_same_text
 from haq_lab.data.windows import Windows
-from haq_lab.errors import UserError
+from haq_lab.errors import UserError, invalid
 from haq_lab.measure.memory import reset_peaks
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
@@ -28,8 +28,12 @@ from haq_lab.tracking.record import write_record
 from haq_lab.tracking.run_folder import RunFolder
 
 
-def run(config: DictConfig, hydra: DictConfig) -> None:
-    """Run one composed config in Hydra's output folder, unless a finished run of it is there."""
+def run(config: DictConfig, hydra: DictConfig) -> float | None:
+    """Run one composed config in Hydra's output folder, unless a finished run of it is there.
+
+    Returns:
+        The metric that `objective` names, for a search; None where it names none.
+    """
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     folder = RunFolder(Path(hydra.runtime.output_dir), plain)
     label = dict(hydra.runtime.choices)
@@ -49,20 +53,21 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
     if (done := folder.finished()) is not None and not config.force:
         say(f"already finished: {folder.path} (force=true runs it again)")
         show_results(done, folder.path)
-        return
+        return _objective(config.objective, done["metrics"])
     try:
         experiment = build(config)
         facts["model"] = experiment.model.label
         folder.begin(OmegaConf.to_yaml(config, resolve=True))
-        _study(experiment, folder, facts)
+        results = _study(experiment, folder, facts)
     except (Exception, KeyboardInterrupt) as error:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.fail(facts, error)
         raise
+    return _objective(config.objective, results["metrics"])
 
 
 @torch.no_grad()
-def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> None:
+def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
     """The method section."""
     reset_peaks()
     preflight(experiment, facts["overrides"])
@@ -126,6 +131,13 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     results = write_record(experiment, folder, facts, protocol, passed, metrics, study.tables | assembly.tables())
     assembly.recorded()
     show_results(results, folder.path)
+    return results
+
+
+def _objective(name: str | None, metrics: dict[str, float]) -> float | None:
+    if name is not None and name not in metrics:
+        raise invalid("objective", name, metrics)
+    return None if name is None else metrics[name]
 
 
 def _texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windows], Windows | None]:
