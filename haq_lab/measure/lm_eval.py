@@ -9,6 +9,7 @@ measure=[lm_eval]                                                               
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -62,9 +63,11 @@ class LmEval:
         study.progress(f"lm_eval: {', '.join(self.tasks)}")
         folder = OWN if self.folder is None else Path(self.folder).expanduser().resolve()
         with _quiet(), contextlib.chdir(folder):
+            import datasets
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
 
+            datasets.disable_progress_bars()
             manager = self._manager(folder)
             model = HFLM(pretrained=study.whole, tokenizer=study.model.tokenizer(), batch_size=self.batch)  # type: ignore[arg-type]
             settings: dict[str, Any] = {"limit": self.limit, "num_fewshot": self.fewshot, "log_samples": False}
@@ -116,12 +119,10 @@ def _table(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def _require() -> None:
-    try:
-        import lm_eval.models.huggingface  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"measure: lm_eval needs lm-evaluation-harness ({error}); run: pip install 'haq-lab[lm_eval]'"
-        ) from error
+    """Look for the harness and what its wrapper imports, without importing them: that takes seconds."""
+    for package in ("lm_eval", "peft"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"measure: lm_eval needs the package '{package}'; run: pip install 'haq-lab[lm_eval]'")
 
 
 @contextlib.contextmanager

@@ -57,7 +57,9 @@ def upload(folders: list[Path]) -> None:
     say(f"{len(runs) - len(failed)} of {len(runs)} runs uploaded")
     if failed:
         told_of = "\n".join(f"{run}: {reason}" for run, reason in failed.items())
-        raise UserError(f"{len(failed)} runs wait still (`wandb login`, a network?); the same command tries again\n{told_of}")
+        raise UserError(
+            f"{len(failed)} runs wait still (`wandb login`, a network?); the same command tries again\n{told_of}"
+        )
 
 
 if __name__ == "__main__":
