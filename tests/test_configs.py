@@ -79,6 +79,7 @@ SPELLINGS = [
     "measure=perplexity",
     "model=smol_moe offload=haq hardware=rtx3060_12g",
     "offload=fiddler hardware=jetson_orin_64g hardware.memory_gb=32",
+    "measure=[lm_eval] measure.lm_eval.tasks=[arc_easy] measure.lm_eval.limit=8 measure.lm_eval.fewshot=0",
     "tracking=online",
     "force=true",
     *[f"quantizer={name} quantizer.activations={how}" for name in QUANTIZERS for how in ("token", "tensor", "static")],
@@ -256,7 +257,7 @@ def test_every_experiment_runs_on_a_tiny_model(experiment, texts, tmp_path):
 SWEEPS = {
     "paper_opt": (25, ["hydra.sweeper.params.quantizer='none,rtn'"]),
     "paper_mixtral": (5, ["hydra.sweeper.params.quantizer='none,haq'"]),
-    "paper_memory": (8, ["quantizer=rtn"]),
+    "paper_memory": (8, ["hydra.sweeper.params.quantizer='rtn,gptq'"]),
     "paper_latency": (7, ["hydra.sweeper.params.offload='lru,layer_split'"]),
     "paper_hit_rate": (12, ["hydra.sweeper.params.offload='static,haq'"]),
     "ablation_haq": (8, ["quantizer.adaptive=false", "quantizer.act_order=true"]),
@@ -268,7 +269,7 @@ def test_every_sweep_that_an_experiment_holds_is_listed_and_composes():
     composed = {name: _sweep(name) for name in options("experiment")}
     assert {name: len(jobs) for name, jobs in composed.items() if jobs} == {name: SWEEPS[name][0] for name in SWEEPS}
     for name, jobs in composed.items():
-        for job in jobs:
+        for job in jobs[:: max(len(jobs) - 1, 1)]:  # the first and the last, which differ in every choice
             build(_composed(f"+experiment={name}", *job))
 
 
