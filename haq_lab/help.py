@@ -130,7 +130,8 @@ def _unknown_key(key: str) -> str:
     if group == "checkpoint":
         return f"there is no setting '{key}' (did you mean 'checkpoint.dir'?)"
     if group not in GROUPS and group != "hydra":
-        return f"there is no group or setting '{key}'{nearest(group, [*GROUPS, 'checkpoint', 'stages', 'objective', 'force'])}"
+        known = [*GROUPS, "checkpoint", "stages", "objective", "force"]
+        return f"there is no group or setting '{key}'{nearest(group, known)}"
     if not setting:
         return f"{group}: the config has none; write +{group}=OPTION (one of {', '.join(options(group))})"
     inner, _, name = setting.rpartition(".")
