@@ -48,7 +48,7 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
         return
     try:
         experiment = build(config)
-        facts["model"] = experiment.model.label
+        facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
         folder.begin(OmegaConf.to_yaml(config, resolve=True))
         _study(experiment, folder, facts)
     except (Exception, KeyboardInterrupt) as error:
