@@ -19,6 +19,7 @@ from haq_lab.calibration.calibrator import Calibrator
 from haq_lab.calibration.routing import Routing
 from haq_lab.calibration.spool import Spool
 from haq_lab.calibration.statistics import Policy
+from haq_lab.heap import give_back
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.experts import Int8Experts
 from haq_lab.models.experts import Experts
@@ -122,6 +123,7 @@ def one_pass(
                 keeper.keep(index, layer, state)
         finished(index, layer)
         del layer  # or it would stay while the next one is read
+        give_back()
     return result
 
 
