@@ -20,6 +20,7 @@ from haq_lab.calibration.ranges import Ranges
 from haq_lab.calibration.routing import Routing
 from haq_lab.calibration.spool import Spool
 from haq_lab.calibration.statistics import Policy
+from haq_lab.heap import give_back
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.experts import Int8Experts
 from haq_lab.models.experts import Experts
@@ -143,6 +144,7 @@ def one_pass(
                 keeper.keep(index, layer, state)
         finished(index, layer)
         del layer  # or it would stay while the next one is read
+        give_back()
     for name in computed:
         keep_baseline(store, model, evaluation[name], result.hidden[name]["fp"])
     return result

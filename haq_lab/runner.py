@@ -56,7 +56,7 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
         return _objective(config.objective, done["metrics"])
     try:
         experiment = build(config)
-        facts["model"] = experiment.model.label
+        facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
         folder.begin(OmegaConf.to_yaml(config, resolve=True))
         results = _study(experiment, folder, facts)
     except (Exception, KeyboardInterrupt) as error:

@@ -46,6 +46,7 @@ def test_a_run_leaves_a_whole_folder(tiny_run, tmp_path):
     assert results["schema"] == 1
     assert results["run"]["model"] == "tiny_llama"
     assert results["run"]["quantizer"] == "rtn"
+    assert results["run"]["kernels"].startswith(("native", "torch"))
     assert results["config"]["quantizer"]["activations"] == "token"
     assert set(results["metrics"]) >= {
         "perplexity.python_docs",

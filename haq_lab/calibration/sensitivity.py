@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.spool import Spool
 from haq_lab.calibration.statistics import Sensitivity
+from haq_lab.heap import give_back
 from haq_lab.models.families import Group
 from haq_lab.models.layered import LayeredModel
 
@@ -35,12 +36,14 @@ def measure_sensitivity(model: LayeredModel, windows: Tensor, spool: Spool) -> l
     for index in range(model.depth):
         states.append(model.run(model.load_layer(index), index, spool.copy(states[-1])))
         spool.release()
+        give_back()
     gradient = states.pop()
     _differentiate_head(model, gradient)
     found: list[LayerSensitivity] = []
     for index in reversed(range(model.depth)):
         found.append(_differentiate_layer(model, index, states.pop(), gradient))
         spool.release()
+        give_back()
     return found[::-1]
 
 
