@@ -152,7 +152,7 @@ def test_what_happens_corrects_what_is_taken_to_be(case):
     assert torch.equal(generate(case.model.assemble(layers)), case.expected)
     engine.close()
     assert all(curve(1) < 10 for curve in curves)
-    assert 0 < engine.stats()["predictor.mape"] < 100
+    assert engine.stats()["predictor.mape"] > 1, "issuing the first fetches was taken to last for hours"
 
 
 class Flaky:

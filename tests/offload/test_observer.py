@@ -54,7 +54,7 @@ def test_predictions_are_held_against_what_followed():
     visit(observer, 0)
     visit(observer, 1)
     assert observer.measured == [8.0]
-    # A resident, a fetched one that is computed too, one in place and the issuing: 5 s, and for layer 1, as nothing
-    # that layer 0 has taught differs, the same.
+    # A resident, a fetched one that is computed too, one in place and the issuing: 5 s, and for layer 1, as layer 0 has
+    # taught nothing else, the same.
     assert observer.predicted == [pytest.approx(10.0)]
     assert observer.mape() == pytest.approx(0.25)

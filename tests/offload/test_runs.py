@@ -42,7 +42,7 @@ def test_hardware_is_what_the_predictor_decides_for_and_what_is_simulated(tmp_pa
         (["offload=lru", "offload.budget=0"], "offload.budget: '0' leaves no slot"),
         (["offload=lru", "offload.profile=no.trace"], "offload.profile: trace: there is no file 'no.trace'"),
         (["offload=lru", "offload.host_format=bf16"], "offload.host_format: 'bf16' needs a GPU's fast tier"),
-        (["offload=lru", "hardware=rtx3060"], "did you mean 'rtx3060_12g'"),
+        (["offload=lru", "hardware=rtx3060"], "hardware: 'rtx3060' is not one of a100_80g"),
         (["hardware=rtx3060_12g"], "is for runs that offload experts"),
     ],
 )
