@@ -26,6 +26,7 @@ from haq_lab.paths import bundled, folder_name
 from haq_lab.sweeps import JobFailed, new_failures
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+NO_TRIAL = "No trials are completed yet"  # what optuna says then
 MISTAKES = (UserError, HydraException, OmegaConfBaseException, OSError)
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
@@ -104,8 +105,9 @@ def main() -> None:
             _failures.append(UserError(str(error)))
             _tell(_failures[0])
     except Exception as error:
-        _failures.append(error)
-        _tell(error)
+        if not (NO_TRIAL in str(error) and (_failures or _tell_elsewhere())):  # a search of which each trial failed
+            _failures.append(error)
+            _tell(error)
     else:
         if not _failures:
             _tell_elsewhere()  # a search goes on after failures, and raises none

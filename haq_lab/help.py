@@ -25,6 +25,7 @@ GROUPS = {
 }
 
 MISSING = re.compile(r"'(?:hydra_plugins\.hydra_|hydra/launcher/|hydra/sweeper/)(joblib|submitit|ray|optuna)[\w./]*'")
+PLAIN = {"checkpoint": ["dir"], "stages": ["use", "dir", "limit"]}  # settings that are no group's
 MANY = ("data", "measure")  # groups of which any number of options can be chosen
 
 HEAD = """Squeeze a large language model onto one edge GPU, and measure the price.
@@ -127,8 +128,10 @@ def _disk(error: OSError) -> str:
 def _unknown_key(key: str) -> str:
     """A key that no config has, and the nearest that one does."""
     group, _, setting = key.replace("/", ".").partition(".")
-    if group == "checkpoint":
-        return f"there is no setting '{key}' (did you mean 'checkpoint.dir'?)"
+    if group in PLAIN:
+        known = [f"{group}.{name}" for name in PLAIN[group]]
+        there = f" (there is {', '.join(known)})"
+        return f"there is no setting '{key}'{nearest(key, known) or there}"
     if group not in GROUPS and group != "hydra":
         known = [*GROUPS, "checkpoint", "stages", "objective", "force"]
         return f"there is no group or setting '{key}'{nearest(group, known)}"

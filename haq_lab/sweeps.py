@@ -7,7 +7,7 @@ before, and tells afterwards what is new.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -24,8 +24,8 @@ class JobFailed(Exception):
 class Watch(Callback):
     """Hydra's callback: notes the failures that a sweep's folder holds when the sweep starts."""
 
-    folder: Path | None = None
-    before: dict[Path, int]
+    folder: ClassVar[Path | None] = None
+    before: ClassVar[dict[Path, int]] = {}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         Watch.folder = Path(str(config.hydra.sweep.dir))

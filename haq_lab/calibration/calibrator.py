@@ -110,9 +110,8 @@ class Calibrator:
             self._at[CALIBRATION] = index + 1
 
     def _measure_sensitivity(self, windows: Tensor) -> list[LayerSensitivity]:
-        return measure_sensitivity(
-            self.model, windows, Spool(limit=0)
-        )  # of all layers: memory must not grow with depth
+        on_disk = Spool(limit=0)  # the states of all layers: memory must not grow with depth
+        return measure_sensitivity(self.model, windows, on_disk)
 
     def _observe_layer(self, layer: nn.Module, index: int) -> dict[str, InputStatistics]:
         """The statistics of all groups, with the layer as it is; the hidden states are brought to it and past it."""

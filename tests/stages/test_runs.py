@@ -162,7 +162,7 @@ def test_two_runs_on_one_store(tmp_path):
     settings = ["model=tiny_mixtral", *QUANTIZERS["haq"], "measure=[perplexity]"]
     settings.append("calibration.propagate=fp")
     _run(tmp_path / "without", *settings, "stages.use=false")
-    settings.append(f"stages.dir={tmp_path / 'store'}")
+    settings.append(f"stages.dir='{tmp_path / 'one störe'}'")
     children = [in_child(lambda name=name: _run(tmp_path / name, *settings) and None) for name in ("one", "two")]
     for child in children:
         assert not killed(child)
@@ -232,9 +232,9 @@ def test_a_users_own_quantizer_is_always_run(tmp_path, monkeypatch):
         ("stages.dir=''", "stages.dir: '' is not valid"),
         ("stages.use=maybe", "stages.use: 'maybe' is not valid"),
         ("+stages.size=1", "stages.size: there is no such setting"),
+        ("stages.limt=1GB", "there is no setting 'stages.limt' (did you mean 'stages.limit'?)"),
     ],
 )
 def test_mistakes(setting, message, tmp_path):
     outcome = launch(*SMALL, "model=tiny_llama", setting, f"hydra.run.dir={tmp_path}")
     assert (outcome.code, message in outcome.err) == (2, True), outcome.err
-    assert (tmp_path / "error.json").exists()
