@@ -43,9 +43,6 @@ def test_a_quantizer(copied):
     target = ["quantizer._target_=power_of_two.PowerOfTwo", "+quantizer.round_up=false"]
     metrics = _extended(copied, 0, *target)["metrics"]
     assert metrics["perplexity.python_docs"] != metrics["perplexity_fp.python_docs"]
-    assert not subprocess.run(
-        ["git", "diff", "--no-index", "--quiet", ROOT / "conf", copied / "conf"], check=False
-    ).returncode
 
 
 def test_a_family(copied, cache):
