@@ -69,19 +69,19 @@ class LmEval:
 
             datasets.disable_progress_bars()
             manager = self._manager(folder)
-            model = HFLM(pretrained=study.whole, tokenizer=study.model.tokenizer(), batch_size=self.batch)  # type: ignore[arg-type]
+            model = HFLM(pretrained=study.whole, tokenizer=study.model.tokenizer(), batch_size=self.batch)
             settings: dict[str, Any] = {"limit": self.limit, "num_fewshot": self.fewshot, "log_samples": False}
             try:
                 found = simple_evaluate(model, tasks=self.tasks, task_manager=manager, bootstrap_iters=1000, **settings)
             except (OSError, ValueError, RuntimeError) as error:  # of `datasets` and of the hub's client
                 raise UserError(f"measure.lm_eval: {', '.join(self.tasks)} cannot run ({error})") from error
         assert found is not None
-        study.tables["lm_eval"] = table = _table(found)  # type: ignore[arg-type]
-        metrics = {}
-        for row in table.itertuples():
-            metrics[f"lm_eval.{row.task}.{row.metric}"] = row.value
-            if pd.notna(row.stderr):
-                metrics[f"lm_eval.{row.task}.{row.metric}_stderr"] = row.stderr
+        study.tables["lm_eval"] = table = _table(found)
+        metrics: dict[str, float] = {}
+        for row in table.to_dict("records"):
+            name = f"lm_eval.{row['task']}.{row['metric']}"
+            told = {name: row["value"], f"{name}_stderr": row["stderr"]}
+            metrics |= {key: value for key, value in told.items() if pd.notna(value)}
         return metrics
 
     def _manager(self, folder: Path) -> Any:

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 # Eight hues that stay apart for the colour-blind and stand on white as on near-black.
 COLOURS = ("#3b78d8", "#e07b16", "#1f9e89", "#d64550", "#8a63d2", "#b3941f", "#2ba8d9", "#8a8f98")
+GREY = COLOURS[-1]  # of lines that only guide the eye
 HEAT = "Viridis"
 LABEL = 24  # characters of a line on an axis: a phone has little room beside the bars
 

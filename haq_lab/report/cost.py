@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from haq_lab.offload.plan import mark_pareto
-from haq_lab.report.chart import COLOURS, Chart, axes, bar_room, base, broken, coloured
+from haq_lab.report.chart import COLOURS, GREY, Chart, axes, bar_room, base, broken, coloured
 from haq_lab.report.collect import Collection
 
 MEMORY = "memory.weights_bytes"
@@ -85,7 +85,7 @@ def _front(points: pd.DataFrame, group: str, x: str, y: str, log: bool = False) 
             hovertemplate="%{customdata}<br>%{x:,.4g}: %{y:.4g}<extra></extra>",
         )
     front = mark_pareto(points, "memory", "cost").query("pareto").sort_values("memory")
-    line = {"color": "#8a8f98", "width": 1.5}
+    line = {"color": GREY, "width": 1.5}
     figure.add_scatter(x=front["memory"], y=front["cost"], mode="lines", line=line, showlegend=False, hoverinfo="skip")
     axes(figure, x, y)
     figure.update_yaxes(type="log" if log else "linear")

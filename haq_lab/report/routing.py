@@ -3,12 +3,16 @@ or the reason why there is none."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from haq_lab.report.chart import HEAT, Chart, axes, base, coloured
+from haq_lab.report.chart import GREY, HEAT, Chart, axes, base, coloured
 from haq_lab.report.collect import Collection
+
+HIT_RATE = "offload.hit_rate_pairs"
 
 
 def popularity(found: Collection) -> Chart | str:
@@ -42,8 +46,9 @@ def popularity(found: Collection) -> Chart | str:
 def hit_rates(found: Collection) -> Chart | str:
     """Hit rate over the budget: replays of traces under every policy with Belady's bound, and what runs measured."""
     variants = {f"replay: {study}": _curves(table) for study, table in _replays(found)}
-    if (measured := _measured(found)) is not None:
-        variants["measured in runs"] = _curves(measured)
+    for model, runs in found.by_model():
+        if not (measured := _measured(runs)).empty:
+            variants[f"measured in runs: {model}"] = _curves(measured)
     if not variants:
         return "no replay (python -m haq_lab.offload replay ... --out DIR below the folder), no run with offload=..."
     caption = (
@@ -59,37 +64,32 @@ def _replays(found: Collection) -> list[tuple[str, pd.DataFrame]]:
     return [(str(study), table) for study, table in found.studies["hit_rates"].groupby("study", sort=False)]
 
 
-def _measured(found: Collection) -> pd.DataFrame | None:
-    """The runs' own hit rates, with the share of all experts that has a slot."""
-    runs, name = found.finished, "offload.hit_rate_pairs"
-    if name not in runs or ("experts" not in found.tables and "offload" not in found.tables):
-        return None
-    runs = runs[runs[name].notna()]
+def _measured(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs' own hit rates by policy, where the budget is a share of all experts; means of runs that share both."""
+    if HIT_RATE not in runs:
+        return pd.DataFrame()
     budget = runs["config.offload.budget"].astype(str)
-    runs = runs[budget.str.endswith("%")]
-    if runs.empty:
-        return None
+    runs = runs[runs[HIT_RATE].notna() & budget.str.endswith("%")]
     share = budget[runs.index].str.rstrip("%").astype(float) / 100
-    return pd.DataFrame({"policy": runs["offload"], "budget": share, "pairs": runs[name]}).sort_values("budget")
+    rates = pd.DataFrame({"policy": runs["offload"], "budget": share, "pairs": runs[HIT_RATE]})
+    return rates.groupby(["policy", "budget"], as_index=False).mean()
 
 
 def _curves(table: pd.DataFrame) -> go.Figure:
     figure = base(430)
-    colours = coloured([name for name in table["policy"].unique() if not str(name).startswith("Belady")])
+    colours = coloured([name for name in table["policy"].unique() if not name.startswith("Belady")])
     for policy, rows in table.groupby("policy", sort=False):
-        bound = str(policy).startswith("Belady")
-        line = {
-            "color": colours.get(policy, "#8a8f98"),
-            "dash": "dash" if bound else "solid",
-            "width": 3.5 if str(policy).lower() == "haq" else 1.6,
-        }
+        name = str(policy)
+        bound = name.startswith("Belady")
+        line: dict[str, Any] = {"color": GREY if bound else colours[name], "dash": "dash" if bound else "solid"}
+        line["width"] = 3.5 if name.lower() == "haq" else 1.6
         figure.add_scatter(
             x=rows["budget"],
             y=rows["pairs"],
-            name=str(policy),
+            name=name,
             mode="lines+markers",
             line=line,
-            hovertemplate=f"{policy}<br>%{{x:.1%}} resident: %{{y:.2%}}<extra></extra>",
+            hovertemplate=f"{name}<br>%{{x:.1%}} resident: %{{y:.2%}}<extra></extra>",
         )
     axes(figure, "experts resident", "hit rate")
     figure.update_xaxes(tickformat=".0%")

@@ -129,12 +129,12 @@ def run_table(found: Collection) -> Table:
     """What was run, failed and unfinished runs included."""
     groups = [name for name in ("experiment", "model", "quantizer", "backend", "offload") if name in found.runs]
     groups = [name for name in groups if (found.runs[name].fillna("none") != "none").any()]
-    shown = [name for name in found.runs if str(name).startswith("time.")]
+    stages = [name for name in map(str, found.runs) if name.startswith("time.")]
     rows = []
     for _, run in found.runs.iterrows():
         row = [Cell(str(run["name"])), Cell(str(run["status"]))]
         row += [Cell("" if pd.isna(run[name]) else str(run[name])) for name in groups]
-        seconds = sum(run[name] for name in shown if pd.notna(run[name]))
+        seconds = sum(run[name] for name in stages if pd.notna(run[name]))
         rows.append([*row, Cell(f"{seconds:,.1f}" if seconds else "")])
     return Table("Runs", ["run", "status", *groups, "stages, s"], rows, 1)
 

@@ -68,7 +68,7 @@ def test_a_hover_tells_the_figure_and_a_choice_redraws(opened, studied):
     curves = page.locator("section").filter(has_text="Hit rate by budget")
     drawn = curves.locator(".scatterlayer .trace")
     assert drawn.count() == pd.read_csv(next(studied.rglob("hit_rates.csv")))["policy"].nunique()
-    curves.locator("select").select_option("measured in runs")
+    curves.locator("select").select_option("measured in runs: tiny_mixtral")
     drawn.nth(1).wait_for(state="detached")
     assert drawn.count() == 1  # offload=haq
     assert wrong == []
