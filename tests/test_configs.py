@@ -66,6 +66,7 @@ SPELLINGS = [
     "calibration=text calibration.path=a.jsonl calibration.propagate=quantized",
     "calibration=python_docs",
     "model=tiny_mixtral calibration.route=all calibration.min_tokens=200",
+    "+experiment=demo measure=[perplexity] data=[text] data.text.path=a.txt",  # less than the experiment sets up
     "measure=[perplexity,memory,latency]",
     "measure=perplexity",
     "tracking=online",
