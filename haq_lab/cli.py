@@ -75,6 +75,8 @@ def main() -> None:
     # `experiment=NAME` is no default, so Hydra wants a plus there; both spellings are welcome.
     sys.argv[1:] = [re.sub(r"^experiment=", "+experiment=", argument) for argument in sys.argv[1:]]
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))  # Hydra's come first
+    # Before torch loads: threads that wait should sleep, or two of them collapse beside any other busy process.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _failures.clear()
     _process = os.getpid()
     before = os.environ.get(FULL_ERROR)

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from haq_lab.checkpoint.model import QuantizedCheckpoint
 from haq_lab.data.calibration import Calibration
 from haq_lab.errors import UserError, invalid, nearest
-from haq_lab.help import GROUPS
+from haq_lab.help import GROUPS, options
 from haq_lab.int8.backend import Backend
 from haq_lab.measure.study import Measure
 from haq_lab.models.sources import ModelSource
@@ -52,8 +52,6 @@ def build(config: DictConfig) -> Experiment:
             raise UserError(f"there is no group or setting '{name}'{nearest(name, known)}")
     if not isinstance(config.force, bool):
         raise invalid("force", config.force, ["true", "false"])
-    data = {name: _object(node, f"data.{name}") for name, node in (config.get("data") or {}).items()}
-    measures = {name: _object(node, f"measure.{name}") for name, node in (config.get("measure") or {}).items()}
     model = _object(config.get("model"), "model")
     quantizer = _object(config.get("quantizer"), "quantizer")
     if quantizer is not None and isinstance(model, QuantizedCheckpoint):
@@ -63,8 +61,8 @@ def build(config: DictConfig) -> Experiment:
         quantizer=quantizer,
         backend=_object(config.get("backend"), "backend"),
         calibration=_object(config.get("calibration"), "calibration"),
-        data=data,
-        measures=measures,
+        data=_objects(config, "data"),
+        measures=_objects(config, "measure"),
         tracking=_object(config.get("tracking"), "tracking"),
         offload=_object(config.get("offload"), "offload"),
         checkpoint=_checkpoint(config.get("checkpoint"), quantizer),
@@ -82,6 +80,13 @@ def _checkpoint(node: Any, quantizer: Quantizer | None) -> Path | None:
     if quantizer is None:
         raise UserError("checkpoint.dir: quantizer=none leaves nothing to write; choose a quantizer")
     return Path(str(node.dir)).expanduser().resolve()
+
+
+def _objects(config: DictConfig, group: str) -> dict[str, Any]:
+    """The chosen options of a group that takes several. An experiment may set up more than are chosen."""
+    nodes = dict(config.get(group) or {})
+    unchosen = {name for name, node in nodes.items() if "_target_" not in node and name in options(group)}
+    return {str(name): _object(node, f"{group}.{name}") for name, node in nodes.items() if name not in unchosen}
 
 
 def _object(node: Any, setting: str) -> Any:

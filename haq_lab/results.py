@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.console import Console
 from rich.table import Table
 
 from haq_lab.errors import UserError, invalid, nearest
@@ -95,32 +96,37 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return items
 
 
+FILE_WIDTH = 200  # columns, where there is no terminal to be narrower
 SHOWN = {
-    "memory.weights_bytes": ("weights MB", 1e-6, "{:,.0f}"),
-    "latency.prefill_ms": ("prefill ms", 1, "{:,.1f}"),
-    "latency.decode_ms_per_token.mean": ("decode ms/token", 1, "{:,.2f}"),
+    "memory.weights_bytes": ("weights\nMB", 1e-6, "{:,.0f}"),
+    "latency.prefill_ms": ("prefill\nms", 1, "{:,.1f}"),
+    "latency.decode_ms_per_token.mean": ("decode\nms/token", 1, "{:,.2f}"),
 }
 
 
 def show(runs: pd.DataFrame) -> None:
     """The table on the terminal: what differs between the runs, and what they measured."""
     datasets = [column.partition(".")[2] for column in map(str, runs) if column.startswith("change_percent.")]
-    table = Table("run", "status")
-    table.columns[0].overflow = "fold"
+    all_finished = bool((runs["status"] == "finished").all())
+    table = Table()
+    table.add_column("run", overflow="fold", min_width=10)
+    if not all_finished:
+        table.add_column("status", min_width=10)
     for dataset in datasets:
-        table.add_column(f"{dataset} ppl", justify="right", no_wrap=True)
-        table.add_column("over fp", justify="right", no_wrap=True)
+        table.add_column(f"{dataset}\nppl", justify="right", no_wrap=True)
+        table.add_column("over\nfp", justify="right", no_wrap=True)
     measured = {column: shown for column, shown in SHOWN.items() if column in runs}
     for label, _, _ in measured.values():
         table.add_column(label, justify="right", no_wrap=True)
     for _, run in runs.iterrows():
-        cells = [run["name"], run["status"]]
+        cells = [run["name"]] if all_finished else [run["name"], run["status"]]
         for dataset in datasets:
             cells.append(_cell(run.get(f"perplexity.{dataset}"), "{:.4f}"))
             cells.append(_cell(run.get(f"change_percent.{dataset}"), "{:+.2f} %"))
         cells += [_cell(run[column], form, factor) for column, (_, factor, form) in measured.items()]
         table.add_row(*cells)
-    console.print(table)
+    wide = console if console.is_terminal else Console(file=console.file, highlight=False, width=FILE_WIDTH)
+    wide.print(table)
     for _, run in runs[runs["status"] == "failed"].iterrows():
         say(f"failed: {run['folder']}: {run['error']}")
     for folder in runs["folder"]:

@@ -70,6 +70,7 @@ SPELLINGS = [
     "calibration=text calibration.path=a.jsonl calibration.propagate=quantized",
     "calibration=python_docs",
     "model=tiny_mixtral calibration.route=all calibration.min_tokens=200",
+    "+experiment=demo measure=[perplexity] data=[text] data.text.path=a.txt",  # less than the experiment sets up
     "measure=[perplexity,memory,latency]",
     "measure=perplexity",
     "measure=[lm_eval] measure.lm_eval.tasks=[arc_easy] measure.lm_eval.limit=8 measure.lm_eval.fewshot=0",

@@ -54,6 +54,7 @@ def test_csv_and_figure(runs, capsys):
     results.main([str(runs), "--csv", str(csv), "--figure", str(figure)])
     printed = capsys.readouterr().out
     assert "what went wrong" in printed
+    assert re.search(r"haq\W+finished\W+30\.1000", printed), "names are not cut where there is no terminal"
     assert len(pd.read_csv(csv)) == 4
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in csv.parent.iterdir()) == ["figure.png", "table.csv"]

@@ -12,6 +12,7 @@ sample of tokens sets the maxima, and unseen tokens have others: hence the pull 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,11 +43,19 @@ class DynamicError:
     cost: Sensitivity
     variance: Tensor
 
+    @cached_property
+    def _input_room(self) -> Tensor:
+        return torch.empty_like(self.inputs)
+
+    @cached_property
+    def _weight_room(self) -> Tensor:
+        return torch.empty_like(self.weight)
+
     def __call__(self, factor: Tensor) -> tuple[float, Tensor]:
         """J and dJ / d log s (k,) at the factors (k,)."""
         square = factor.square()
-        input_max, input_at = (self.inputs / factor).max(dim=1)
-        weight_max, weight_at = (self.weight * factor).max(dim=1)
+        input_max, input_at = _largest(self.inputs, 1 / factor, self._input_room)
+        weight_max, weight_at = _largest(self.weight, factor, self._weight_room)
         input_steps = self.share * input_max.square() / 12
         weight_steps = self.cost.outputs * weight_max.square() / 12
         costs, variances = self.cost.channels * square, self.variance / square
@@ -55,6 +64,14 @@ class DynamicError:
         gradient = gradient.index_add(0, input_at, -input_steps * costs.sum())
         gradient = gradient.index_add(0, weight_at, weight_steps * variances.sum())
         return float(noise + rounding), 2 * gradient
+
+
+def _largest(rows: Tensor, factor: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest of rows * factor, (r, k) by (k,), and where it is: (r,) both. By numpy's argmax, several times
+    as fast as torch's `max` over a dimension; `room` (r, k) takes the products."""
+    torch.mul(rows, factor, out=room)
+    at = torch.from_numpy(room.numpy().argmax(axis=1))
+    return room.gather(1, at[:, None])[:, 0], at
 
 
 def refined(factor: Tensor, error: DynamicError, channels: Channels) -> Tensor:
