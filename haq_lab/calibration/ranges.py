@@ -37,18 +37,27 @@ class Ranges:
         self.before.setdefault(site, []).append(before.clone())
         self.after.setdefault(site, []).append(after.clone())
 
+    def tensors(self) -> dict[str, Tensor]:
+        """`<site>.before` and `<site>.after`, (layers, k) float32 each."""
+        states = (("before", self.before), ("after", self.after))
+        return {f"{site}.{state}": torch.stack(rows) for state, sites in states for site, rows in sites.items()}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Ranges:
+        """From what `tensors` gave; others among them are passed over."""
+        ranges = cls()
+        for name, rows in tensors.items():
+            site, _, state = name.rpartition(".")
+            if state in ("before", "after"):
+                getattr(ranges, state)[site] = list(rows)
+        return ranges
+
     def save(self, path: Path) -> None:
-        """Write `<site>.before` and `<site>.after`, (layers, k) float32 each, aside first."""
-        pairs = (("before", self.before), ("after", self.after))
-        tensors = {f"{site}.{state}": torch.stack(rows) for state, sites in pairs for site, rows in sites.items()}
+        """Write the tensors as one safetensors file, aside first."""
         with written_aside(path) as aside:
-            save_file(tensors, aside)
+            save_file(self.tensors(), aside)
 
     @classmethod
     def open(cls, path: Path) -> Ranges:
         """What `save` wrote."""
-        ranges = cls()
-        for name, rows in load_file(path).items():
-            site, _, state = name.rpartition(".")
-            (ranges.before if state == "before" else ranges.after)[site] = list(rows)
-        return ranges
+        return cls.of(load_file(path))
