@@ -26,25 +26,13 @@ class Chart:
     variants: dict[str, go.Figure]
 
 
-def base(height: int, **layout: Any) -> go.Figure:
-    """An empty figure in the page's manner; the page itself colours text and lines by its theme."""
-    figure = go.Figure()
-    figure.update_layout(
-        template="none", height=height, margin={"l": 12, "r": 12, "t": 28, "b": 12}, **style(), **layout
-    )
-    return figure
-
-
-def style() -> dict[str, Any]:
-    """Colours, fonts and the legend, for every figure."""
-    return {
-        "colorway": COLOURS,
-        "font": {"size": 13, "family": "system-ui, sans-serif"},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "hoverlabel": {"align": "left", "namelength": -1},
-        "legend": {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0},
-    }
+def styled(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
+    """A figure in the page's manner; text and lines are coloured by the page itself, by its theme."""
+    clear = "rgba(0,0,0,0)"
+    figure.update_layout(template="none", height=height, margin={"l": 12, "r": 12, "t": 28, "b": 12}, colorway=COLOURS)
+    figure.update_layout(paper_bgcolor=clear, plot_bgcolor=clear, font={"size": 13, "family": "system-ui, sans-serif"})
+    legend = {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0}
+    return figure.update_layout(legend=legend, hoverlabel={"align": "left", "namelength": -1}, **layout)
 
 
 def axes(figure: go.Figure, x: str, y: str) -> go.Figure:

@@ -13,9 +13,8 @@ from haq_lab.calibration import ranges
 from haq_lab.calibration.ranges import Ranges
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
 
-TABLES = ("layers", "experts", "offload", "latency", "lm_eval")  # what runs leave as <name>.csv
+TABLES = ("layers", "experts", "latency")  # of what runs leave as <name>.csv, those that charts are drawn from
 STUDIES = ("hit_rates", "plan")  # what `python -m haq_lab.offload replay` and `plan` leave
-
 
 LONGEST = 80  # characters of a run's name; an unfinished run has only its folder's
 
@@ -81,11 +80,14 @@ def _named(runs: pd.DataFrame) -> pd.DataFrame:
     models = runs["model"].fillna("") if "model" in runs else pd.Series("", runs.index)
     for model in models.unique():
         own = runs[models == model]
-        names = results.short_names([{**row, "name": Path(row["folder"]).name} for row in own.to_dict("records")])
+        rows = (
+            own.astype(object).where(own.notna(), None).assign(name=own["folder"].map(lambda folder: Path(folder).name))
+        )
+        names = results.short_names(rows.to_dict("records"))
         runs.loc[own.index, "name"] = [f"{model} {name}".strip() if models.nunique() > 1 else name for name in names]
-    twice = runs["name"].duplicated(keep=False)
-    runs.loc[twice, "name"] = runs.loc[twice, "folder"]
-    runs["name"] = [name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in runs["name"]]
+    cut = runs["name"].map(lambda name: name if len(name) <= LONGEST else f"{name[:LONGEST]}...")
+    again = cut.groupby(cut).cumcount()
+    runs["name"] = [name if not count else f"{name} ({count + 1})" for name, count in zip(cut, again, strict=True)]
     return runs.assign(model=models).sort_values(["model", "name"], ignore_index=True)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from haq_lab.offload.plan import mark_pareto
-from haq_lab.report.chart import COLOURS, GREY, Chart, axes, bar_room, base, broken, coloured
+from haq_lab.report.chart import COLOURS, GREY, Chart, axes, bar_room, broken, coloured, styled
 from haq_lab.report.collect import Collection
 
 MEMORY = "memory.weights_bytes"
@@ -24,7 +24,7 @@ def latency(found: Collection) -> Chart | str:
         own = runs[runs["name"].isin(samples["run"])]
         if own.empty:
             continue
-        figure = base(100 + bar_room(own["label"]), showlegend=False)
+        figure = styled(go.Figure(), 100 + bar_room(own["label"]), showlegend=False)
         for (_, run), colour in zip(own.iterrows(), cycle(COLOURS), strict=False):
             values = samples.loc[(samples["run"] == run["name"]) & (samples["phase"] == phase), "ms"]
             box = {"orientation": "h", "boxpoints": "outliers", "boxmean": True, "hoverinfo": "x+name"}
@@ -72,7 +72,7 @@ def _plans(found: Collection) -> list[tuple[str, pd.DataFrame]]:
 
 def _front(points: pd.DataFrame, group: str, x: str, y: str, log: bool = False) -> go.Figure:
     """Columns `memory`, `cost`, `label`, and the group's, which gives the colours."""
-    figure = base(430)
+    figure = styled(go.Figure(), 430)
     for name, colour in coloured(list(points[group].unique())).items():
         rows = points[points[group] == name]
         figure.add_scatter(

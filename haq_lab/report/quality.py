@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor, stack
 
 from haq_lab.calibration.ranges import Ranges
-from haq_lab.report.chart import HEAT, Chart, axes, bar_room, base, broken, coloured, style
+from haq_lab.report.chart import HEAT, Chart, axes, bar_room, broken, coloured, styled
 from haq_lab.report.collect import Collection
 
 CELLS = 128  # across an outlier map; each is the largest of the channels that it stands for
@@ -34,7 +34,7 @@ def perplexity(found: Collection) -> Chart | str:
 
 
 def _bars(runs: pd.DataFrame, dataset: str) -> go.Figure:
-    figure = base(100 + bar_room(runs["label"]))
+    figure = styled(go.Figure(), 100 + bar_room(runs["label"]))
     figure.add_bar(
         y=runs["label"].map(broken),
         x=runs[f"change_percent.{dataset}"],
@@ -72,7 +72,7 @@ def _layer_figure(table: pd.DataFrame) -> go.Figure:
     table = table.assign(linear=table["linear"].str.replace(r"\.experts\.\d+\.", ".experts.", regex=True))
     values = table.groupby(["linear", "layer"], sort=False)[["error", "error_rtn", "strength"]].mean().reset_index()
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
-    figure.update_layout(template="none", height=520, margin={"l": 12, "r": 12, "t": 12, "b": 12}, **style())
+    styled(figure, 520)
     for linear, colour in coloured(list(values["linear"].unique())).items():
         rows = values[values["linear"] == linear]
         line = {"x": rows["layer"], "mode": "lines+markers", "line": {"color": colour}, "marker": {"size": 5}}
@@ -118,8 +118,7 @@ def _outlier_figure(ranges: Ranges) -> go.Figure:
         "orientation": "h",
         "y": -0.12,
     }
-    figure.update_layout(template="none", height=120 + 180 * len(before), margin={"l": 12, "r": 12, "t": 28, "b": 12})
-    figure.update_layout(**style(), coloraxis={"colorscale": HEAT, "colorbar": bar})
+    styled(figure, 120 + 180 * len(before), coloraxis={"colorscale": HEAT, "colorbar": bar})
     for row, site in enumerate(before, start=1):
         for column, values in enumerate((before[site], after[site]), start=1):
             heat = {"z": np.log10(np.maximum(values, 1e-6)).astype(np.float32), "coloraxis": "coloraxis"}

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from haq_lab.report.chart import GREY, HEAT, Chart, axes, base, coloured
+from haq_lab.report.chart import GREY, HEAT, Chart, axes, coloured, styled
 from haq_lab.report.collect import Collection
 
 HIT_RATE = "offload.hit_rate_pairs"
@@ -25,7 +25,7 @@ def popularity(found: Collection) -> Chart | str:
         if (key := share.round(6).to_numpy().tobytes()) in seen:  # the same model on the same text
             continue
         seen.add(key)
-        figure = base(140 + max(14 * len(share), 120))
+        figure = styled(go.Figure(), 140 + max(14 * len(share), 120))
         hover = "layer %{y}, expert %{x}<br>%{z:.2%} of the choices<extra></extra>"
         bar = {"tickformat": ".0%", "thickness": 12}
         figure.add_heatmap(
@@ -76,7 +76,7 @@ def _measured(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _curves(table: pd.DataFrame) -> go.Figure:
-    figure = base(430)
+    figure = styled(go.Figure(), 430)
     colours = coloured([name for name in table["policy"].unique() if not name.startswith("Belady")])
     for policy, rows in table.groupby("policy", sort=False):
         name = str(policy)

@@ -79,7 +79,7 @@ def _result_table(runs: pd.DataFrame, title: str) -> Table:
                 row.append(Cell(""))
                 continue
             is_best = run["quantizer"] != "none" and value == best[name]
-            row.append(Cell(metric.text(value), is_best, _difference(name, metric, run, baseline)))
+            row.append(Cell(metric.text(value), is_best, _difference(name, run, baseline)))
         rows.append(row)
     return Table(title, ["run", *(metric.label for metric in measured.values())], rows, len(measured), NOTE)
 
@@ -92,7 +92,7 @@ def _best(values: pd.Series, metric: Metric) -> float | None:
     return float(values.min() if metric.better == "less" else values.max())
 
 
-def _difference(name: str, metric: Metric, run: pd.Series, baseline: pd.DataFrame) -> str:
+def _difference(name: str, run: pd.Series, baseline: pd.DataFrame) -> str:
     kind, _, dataset = name.partition(".")
     if kind in ("kl", "token_agreement", "quantizer", "offload"):
         return ""

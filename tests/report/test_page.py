@@ -68,6 +68,21 @@ def test_what_is_missing_is_told_with_its_reason(studied, tmp_path):
     assert "<h3>Latency distributions</h3>" in text
 
 
+def test_a_replay_alone_has_a_page(studied):
+    text = page(collect(studied / "replay"), "replay")
+    assert "<h3>Hit rate by budget</h3>" in text
+    assert "No run is finished." in text
+
+
+def test_runs_of_one_name_stay_apart(studied, tmp_path):
+    folder = results.load(studied / "dense")["folder"][0]
+    for parent in ("one", "other"):
+        shutil.copytree(folder, tmp_path / parent / ("a long name " * 12))
+    names = collect(tmp_path).runs["name"]
+    assert names.nunique() == 2
+    assert (names.str.len() < 100).all()
+
+
 def test_hostile_names_stay_text(studied, tmp_path):
     folder = next(path.parent for path in (studied / "dense").rglob("results.json"))
     shutil.copytree(folder, tmp_path / "run")
