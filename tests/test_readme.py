@@ -28,9 +28,7 @@ def _places() -> dict[str, str]:
 
 
 def _modules() -> list[Path]:
-    return sorted(
-        path.relative_to(ROOT) for path in (ROOT / "haq_lab").rglob("*.py") if not path.name.startswith("__")
-    )
+    return sorted(path.relative_to(ROOT) for path in (ROOT / "haq_lab").rglob("*.py") if not path.name.startswith("__"))
 
 
 @pytest.mark.parametrize("module", _modules(), ids=str)

@@ -20,6 +20,7 @@ from haq_lab.offload.settings import Offload
 from haq_lab.offload.store import StoreWriter, tensors_of
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.rtn import RTN
+from haq_lab.stages.store import Store
 
 WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
 
@@ -60,7 +61,7 @@ def decode(whole, steps=6):
 @torch.no_grad()
 def test_a_session_serves_counts_and_simulates(model, tmp_path, settings, machine):
     profile = hardware(machine) if machine else None
-    session = OffloadSession(settings, profile, model, tmp_path)
+    session = OffloadSession(settings, profile, model, tmp_path, Store())
     layers = finished(model, session.add)
     session.engage(layers, None, WINDOWS, "random")
     decode(model.assemble(layers))
@@ -83,7 +84,7 @@ def test_a_profile_of_another_model_is_told_before_the_pass(model, tmp_path):
     record_trace(LayeredModel(TinyModel("mixtral", layers=3).folder()), WINDOWS, "random").save(tmp_path / "a.trace")
     for path, message in (("a.trace", "of 3 layers"), ("none.trace", "there is no file")):
         with pytest.raises(UserError, match=rf"offload\.profile: trace: .*{message}"):
-            OffloadSession(Offload(profile=str(tmp_path / path)), None, model, tmp_path)
+            OffloadSession(Offload(profile=str(tmp_path / path)), None, model, tmp_path, Store())
 
 
 @torch.no_grad()
