@@ -42,6 +42,7 @@ from haq_lab.quantizers.grid import qmax, row_scale, row_scales, searched_row_sc
 from haq_lab.quantizers.refine import DynamicError, refined
 from haq_lab.quantizers.smoothing import Channels, factor_of
 from haq_lab.quantizers.solver import Factor, conditional_variance, factorize, solve
+from haq_lab.threads import one_thread
 
 Scheme = Literal["token", "tensor", "static"]
 STRENGTHS = tuple(step / 16 for step in range(17))
@@ -152,9 +153,10 @@ class HAQ(Quantizer):
         if not self.adaptive:
             return candidates[0]
         predictor = self._predictor(weight, statistics)
-        if self.activations != "auto":
-            return predictor.least(self.activations, candidates, channels)
-        static, token = (predictor.least(scheme, candidates, channels) for scheme in ("static", "token"))
+        with one_thread():
+            if self.activations != "auto":
+                return predictor.least(self.activations, candidates, channels)
+            static, token = (predictor.least(scheme, candidates, channels) for scheme in ("static", "token"))
         return static if self._affords_static(predictor, static.factor, token.factor) else token
 
     def _predictor(self, weight: Tensor, statistics: InputStatistics) -> Predictor:
