@@ -17,6 +17,7 @@ from haq_lab.int8.deploy import deploy
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.session import OffloadSession
 from haq_lab.onepass import PassResult
+from haq_lab.stages.store import Store
 from haq_lab.tracking.run_folder import RunFolder
 
 
@@ -25,7 +26,7 @@ class Assembly:
 
     Where experts are offloaded, they leave memory layer by layer.
 
-        with Assembly(experiment, model, folder, evaluation, calibration) as assembly:
+        with Assembly(experiment, model, folder, evaluation, calibration, store) as assembly:
             passed = one_pass(..., assembly.add, assembly.writer)
             whole = assembly.finish(passed, calibration)
 
@@ -44,6 +45,7 @@ class Assembly:
         folder: RunFolder,
         evaluation: dict[str, Windows],
         calibration: Windows | None,
+        store: Store,
     ):
         self.experiment, self.model = experiment, model
         self.deploys = any(measure.deploys for measure in experiment.measures.values())
@@ -52,7 +54,7 @@ class Assembly:
         self.writer: CheckpointWriter | None = None
         with ExitStack() as held:
             if experiment.offload is not None:
-                self._offload = OffloadSession(experiment.offload, model, folder.path)
+                self._offload = OffloadSession(experiment.offload, model, folder.path, store)
                 held.callback(self._offload.close)
             if experiment.checkpoint is not None:
                 text = None if calibration is None else calibration.protocol

@@ -1,7 +1,7 @@
 """The command line: Hydra composes the config, `runner.run` does the work, mistakes are told in one message.
 
 Exit codes: 0 done (or already done), 1 a bug, 2 a user's mistake, 130 interrupted. `HYDRA_FULL_ERROR=1` shows
-stack traces. In a sweep, a job that fails does not stop the others.
+stack traces. In a sweep, a job that fails does not stop the others, whichever of Hydra's launchers runs them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from rich.console import Console
 from haq_lab.errors import UserError
 from haq_lab.help import explain, help_text
 from haq_lab.paths import bundled, folder_name
+from haq_lab.sweeps import JobFailed, new_failures
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+NO_TRIAL = "No trials are completed yet"  # what optuna says then
 MISTAKES = (UserError, HydraException, OmegaConfBaseException, OSError)
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
@@ -34,7 +36,7 @@ _process: int | None = None  # the one that `main` runs in; some of Hydra's laun
 
 
 @hydra.main(version_base="1.3", config_path=str(bundled("conf").resolve()), config_name="config")
-def _job(config: DictConfig) -> None:
+def _job(config: DictConfig) -> float | None:
     from haq_lab.runner import run  # torch and transformers load here, not for --help
     from haq_lab.show import say
 
@@ -42,12 +44,13 @@ def _job(config: DictConfig) -> None:
     if job.mode is RunMode.MULTIRUN:
         say(f"\nrun {job.job.num + 1}: {' '.join(job.overrides.task) or 'default'}")
     try:
-        run(config, job)
+        return run(config, job)
     except Exception as error:
         if os.getpid() != _process:
-            raise
+            raise JobFailed(explain(error)) from None
         _failures.append(error)  # and return, so that the other jobs of a sweep run
         _tell(error)
+        return None
 
 
 def _tell(error: Exception) -> None:
@@ -60,6 +63,16 @@ def _tell(error: Exception) -> None:
 
 def _is_mistake(error: Exception) -> bool:
     return isinstance(error, MISTAKES) or "Config group override must be" in str(error)  # Hydra's plain ValueError
+
+
+def _tell_elsewhere() -> bool:
+    """Tell the failures of a sweep's jobs in other processes; whether there were any."""
+    found = new_failures()
+    for folder, error in found.items():
+        mistake = error["mistake"]
+        _failures.append(UserError(error["message"]) if mistake else RuntimeError(error["message"]))
+        _print(f"{folder}: {error['message'] if mistake and not _traces else error['trace']}")
+    return bool(found)
 
 
 def _print(message: str) -> None:
@@ -87,9 +100,17 @@ def main() -> None:
     except KeyboardInterrupt:
         _print("interrupted; the same command starts the unfinished runs again")
         sys.exit(130)
+    except JobFailed as error:
+        if not _tell_elsewhere():
+            _failures.append(UserError(str(error)))
+            _tell(_failures[0])
     except Exception as error:
-        _failures.append(error)
-        _tell(error)
+        if not (NO_TRIAL in str(error) and (_failures or _tell_elsewhere())):  # a search of which each trial failed
+            _failures.append(error)
+            _tell(error)
+    else:
+        if not _failures:
+            _tell_elsewhere()  # a search goes on after failures, and raises none
     finally:
         os.environ.pop(FULL_ERROR) if before is None else os.environ.update({FULL_ERROR: before})
     if len(_failures) > 1:

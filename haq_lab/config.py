@@ -26,6 +26,7 @@ from haq_lab.measure.study import Measure
 from haq_lab.models.sources import ModelSource
 from haq_lab.offload.settings import Offload
 from haq_lab.quantizers.base import Quantizer
+from haq_lab.stages.settings import Stages
 from haq_lab.tracking.wandb import Wandb
 
 
@@ -42,11 +43,12 @@ class Experiment:
     tracking: Wandb | None
     checkpoint: Path | None
     offload: Offload | None
+    stages: Stages
 
 
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group. Raises `UserError` with the setting's full name for whatever is not valid."""
-    known = [*GROUPS, "checkpoint", "force"]
+    known = [*GROUPS, "checkpoint", "stages", "objective", "force"]
     for name in map(str, config):
         if name not in known:
             raise UserError(f"there is no group or setting '{name}'{nearest(name, known)}")
@@ -65,6 +67,7 @@ def build(config: DictConfig) -> Experiment:
         measures=_objects(config, "measure"),
         tracking=_object(config.get("tracking"), "tracking"),
         offload=_object(config.get("offload"), "offload"),
+        stages=_object(config.get("stages"), "stages"),
         checkpoint=_checkpoint(config.get("checkpoint"), quantizer),
     )
 

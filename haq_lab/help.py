@@ -23,6 +23,8 @@ GROUPS = {
     "experiment": "ready-made studies: +experiment=NAME",
 }
 
+MISSING = re.compile(r"'(?:hydra_plugins\.hydra_|hydra/launcher/|hydra/sweeper/)(joblib|submitit|ray|optuna)[\w./]*'")
+PLAIN = {"checkpoint": ["dir"], "stages": ["use", "dir", "limit"]}  # settings that are no group's
 MANY = ("data", "measure")  # groups of which any number of options can be chosen
 
 HEAD = """Squeeze a large language model onto one edge GPU, and measure the price.
@@ -33,11 +35,15 @@ HEAD = """Squeeze a large language model onto one edge GPU, and measure the pric
   python -m haq_lab.report DIR... -o report.html                     the same as one page with figures
   python -m haq_lab.models build OPTION                              make a model that is made here, and check it
   python -m haq_lab.checkpoint inspect|verify|export DIR             a quantised checkpoint
+  python -m haq_lab.stages ls|gc                                     what runs have left for one another
   python -m haq_lab.offload trace|replay|plan ...                    routing traces, policies, what a GPU would do
 """
 
 TAIL = """
 checkpoint.dir=DIR   write the quantised model there, and go on with it after a kill; model=quantized runs it
+stages.use=false     compute everything anew; stages.dir=DIR and stages.limit=20GB say where what is kept, and how much
+-m hydra/launcher=local|slurm|cluster    a sweep's jobs at once: joblib, submitit, ray, each an extra to install
+-m hydra/sweeper=search objective=METRIC quantizer.strength='interval(0,1)'    search by optuna instead of trying all
 force=true           run even where a finished run of this config is there
 hydra.run.dir=DIR    the run folder (hydra.sweep.dir=DIR for a sweep)
 --cfg job            show the composed config
@@ -76,7 +82,10 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, HydraException):  # one of Hydra's is both
         return _disk(error)
     message = "\n".join(dict.fromkeys(str(link).strip() for link in _chain(error)))
-    if missing := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", message):
+    if plugin := MISSING.search(message):
+        extra = plugin.group(1)
+        return f"hydra: {extra} is not installed; run: pip install 'haq-lab[{extra}]'"
+    if missing := re.search(r"Could not (?:find|load) '([\w/]+)/([^'/]*)'", message):
         group, option = missing.groups()
         known = options(group)
         return f"{group}: '{option}' is not one of {', '.join(known)}{nearest(option, known)}"
@@ -118,10 +127,13 @@ def _disk(error: OSError) -> str:
 def _unknown_key(key: str) -> str:
     """A key that no config has, and the nearest that one does."""
     group, _, setting = key.replace("/", ".").partition(".")
-    if group == "checkpoint":
-        return f"there is no setting '{key}' (did you mean 'checkpoint.dir'?)"
+    if group in PLAIN:
+        known = [f"{group}.{name}" for name in PLAIN[group]]
+        there = f" (there is {', '.join(known)})"
+        return f"there is no setting '{key}'{nearest(key, known) or there}"
     if group not in GROUPS and group != "hydra":
-        return f"there is no group or setting '{key}'{nearest(group, [*GROUPS, 'checkpoint', 'force'])}"
+        known = [*GROUPS, "checkpoint", "stages", "objective", "force"]
+        return f"there is no group or setting '{key}'{nearest(group, known)}"
     if not setting:
         return f"{group}: the config has none; write +{group}=OPTION (one of {', '.join(options(group))})"
     inner, _, name = setting.rpartition(".")

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from haq_lab.calibration.calibrator import Calibrator
+from haq_lab.calibration.calibrator import CALIBRATION, Calibrator
 from haq_lab.calibration.ranges import Ranges
 from haq_lab.calibration.routing import Routing
 from haq_lab.calibration.spool import Spool
@@ -27,6 +27,8 @@ from haq_lab.models.families import expert_of
 from haq_lab.models.layered import LayeredModel
 from haq_lab.quantizers.apply import LinearReport, quantize_group, smooth_group
 from haq_lab.quantizers.base import Quantizer
+from haq_lab.stages.baseline import find_baseline, keep_baseline
+from haq_lab.stages.store import Store
 from haq_lab.stopwatch import Stopwatch
 
 Level = Literal["fp", "smoothed", "quantized"]
@@ -46,10 +48,15 @@ class PassResult:
 
 @dataclass
 class PassState:
-    """What a pass carries from one layer to the next: hidden states (n, t, d) by name, and the result so far."""
+    """What a pass carries from one layer to the next: hidden states (n, t, d) by name, and the result so far.
+
+    Attributes:
+        at: Before which layer those stand that need not keep pace, since stages that are kept can stand in for them.
+    """
 
     hidden: dict[str, Tensor]
     result: PassResult
+    at: dict[str, int]
 
 
 class Keeper(Protocol):
@@ -74,6 +81,7 @@ def one_pass(
     evaluation: dict[str, Tensor],
     finished: Callable[[int, nn.Module], None],
     keeper: Keeper | None = None,
+    store: Store | None = None,
 ) -> PassResult:
     """Quantise `model` and carry the evaluation windows through it.
 
@@ -84,27 +92,36 @@ def one_pass(
         evaluation: Token windows (n, t) by dataset.
         finished: Called with each layer once it is in its final form; the pass keeps none of them.
         keeper: Where a killed pass goes on from; `finished` is not called for layers that were done before.
+        store: Stages of the full-precision model that other runs have computed, and where this one's go.
     """
+    store = store or Store()
     first: Level = "quantized" if model.quantized else "fp"
     levels: tuple[Level, ...] = (first,) if quantizer is None else ("fp", "smoothed", "quantized")
     spool = Spool()
     result = PassResult({})
+    clock = result.stopwatch
+    at: dict[str, int] = {}
     for name, windows in evaluation.items():
         embedded = model.embed(windows, spool.empty)
         result.hidden[name] = {level: embedded if level == first else spool.copy(embedded) for level in levels}
-    clock = result.stopwatch
+        found = first == "fp" and find_baseline(store, model, windows, embedded)
+        at[f"{name}/{first}"] = model.depth if found else 0
+    computed = [name for name in evaluation if first == "fp" and not at[f"{name}/fp"]]
     calibrator = None
     if quantizer is not None:
-        calibrator = Calibrator(model, quantizer.needs, calibration, policy, clock, spool)
+        calibrator = Calibrator(model, quantizer.needs, calibration, policy, clock, spool, store, at)
         result.routing = calibrator.routing
 
     def evaluate(level: Level, layer: nn.Module, index: int) -> None:
         with clock.stage("evaluate"):
-            for hidden in result.hidden.values():
-                model.run(layer, index, hidden[level])
-                spool.release()
+            for name, hidden in result.hidden.items():
+                if at.get(f"{name}/{level}", index) <= index:
+                    model.run(layer, index, hidden[level])
+                    spool.release()
+                    if level == first:
+                        at[f"{name}/{level}"] = index + 1
 
-    state = PassState(_hidden(result, calibrator), result)
+    state = PassState(_hidden(result, calibrator), result, at)
     done = 0 if keeper is None else keeper.restore(state)
     for index in range(done, model.depth):
         with clock.stage("load"):
@@ -126,6 +143,8 @@ def one_pass(
                 keeper.keep(index, layer, state)
         finished(index, layer)
         del layer  # or it would stay while the next one is read
+    for name in computed:
+        keep_baseline(store, model, evaluation[name], result.hidden[name]["fp"])
     return result
 
 
@@ -165,7 +184,7 @@ def _hidden(result: PassResult, calibrator: Calibrator | None) -> dict[str, Tens
     """All hidden states of a pass, by names that stay the same from one start to the next."""
     hidden = {f"{name}/{level}": own for name, levels in result.hidden.items() for level, own in levels.items()}
     if calibrator is not None:
-        calibrated = {"/calibration": calibrator.hidden, "/calibration_fp": calibrator.hidden_fp}
+        calibrated = {CALIBRATION: calibrator.hidden, "/calibration_fp": calibrator.hidden_fp}
         hidden |= {name: own for name, own in calibrated.items() if own is not None}
     return hidden
 

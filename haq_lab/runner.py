@@ -16,19 +16,24 @@ from haq_lab.checkpoint.model import open_model
 from haq_lab.config import Experiment, build
 from haq_lab.data.calibration import refuse_overlap, refuse_same_text
 from haq_lab.data.windows import Windows
-from haq_lab.errors import UserError
+from haq_lab.errors import UserError, invalid
 from haq_lab.measure.memory import reset_peaks
 from haq_lab.measure.study import Study
 from haq_lab.models.layered import LayeredModel
 from haq_lab.onepass import one_pass
 from haq_lab.preflight import preflight
 from haq_lab.show import Progress, say, show_results
+from haq_lab.stages.quantized import QuantizedStages
 from haq_lab.tracking.record import write_record
 from haq_lab.tracking.run_folder import RunFolder
 
 
-def run(config: DictConfig, hydra: DictConfig) -> None:
-    """Run one composed config in Hydra's output folder, unless a finished run of it is there."""
+def run(config: DictConfig, hydra: DictConfig) -> float | None:
+    """Run one composed config in Hydra's output folder, unless a finished run of it is there.
+
+    Returns:
+        The metric that `objective` names, for a search; None where it names none.
+    """
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     folder = RunFolder(Path(hydra.runtime.output_dir), plain)
     label = dict(hydra.runtime.choices)
@@ -45,20 +50,21 @@ def run(config: DictConfig, hydra: DictConfig) -> None:
     if (done := folder.finished()) is not None and not config.force:
         say(f"already finished: {folder.path} (force=true runs it again)")
         show_results(done, folder.path)
-        return
+        return _objective(config.objective, done["metrics"])
     try:
         experiment = build(config)
         facts["model"] = experiment.model.label
         folder.begin(OmegaConf.to_yaml(config, resolve=True))
-        _study(experiment, folder, facts)
+        results = _study(experiment, folder, facts)
     except (Exception, KeyboardInterrupt) as error:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.fail(facts, error)
         raise
+    return _objective(config.objective, results["metrics"])
 
 
 @torch.no_grad()
-def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> None:
+def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
     """The method section."""
     reset_peaks()
     preflight(experiment, facts["overrides"])
@@ -69,26 +75,38 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         evaluation, calibration = _texts(experiment, model)
         tokens = {name: windows.tokens for name, windows in evaluation.items()}
         folder.event("loaded", model=str(model.folder), depth=model.depth)
+        store = experiment.stages.open()
 
-        with Assembly(experiment, model, folder, evaluation, calibration) as assembly:
-            # 2. One pass through the weights: calibrate, smooth, quantise, evaluate.
+        with Assembly(experiment, model, folder, evaluation, calibration, store) as assembly:
+            calibrated = None if calibration is None else calibration.tokens
+            stages = QuantizedStages(store, experiment, model, calibrated, tokens, assembly.deploys)
+
+            # 2. One pass through the weights: calibrate, smooth, quantise, evaluate. Or what another run's pass left.
             progress.layers(model.depth, "quantise" if experiment.quantizer else "evaluate", assembly.resumed)
 
             def finished(index: int, layer: nn.Module) -> None:
+                stages.keep_layer(index, layer)
                 assembly.add(layer)
                 folder.event("layer", index=index)
                 progress.layer_done()
 
-            passed = one_pass(
-                model,
-                experiment.quantizer,
-                experiment.backend,
-                None if calibration is None else calibration.tokens,
-                experiment.calibration.policy,
-                tokens,
-                finished,
-                assembly.writer,
-            )
+            if (passed := stages.find()) is not None:
+                for layer in stages.layers():
+                    assembly.add(layer)
+                    progress.layer_done()
+            else:
+                passed = one_pass(
+                    model,
+                    experiment.quantizer,
+                    experiment.backend,
+                    calibrated,
+                    experiment.calibration.policy,
+                    tokens,
+                    finished,
+                    assembly.writer,
+                    store,
+                )
+                stages.keep(passed)
 
             # 3. Measurements on the model as deployed.
             progress.stage("assemble")
@@ -98,17 +116,26 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             study = Study(assembly.model, tokens, passed, whole, progress.stage)
             metrics: dict[str, float] = {}
             for measure in experiment.measures.values():
-                metrics |= measure(study)
-            metrics |= assembly.metrics()
+                metrics |= stages.measured(measure, study)
+            metrics |= assembly.metrics() | {
+                f"time.stages_{what}_s": spent for what, spent in store.clock.seconds.items()
+            }
 
     # 4. The record.
     protocol: dict[str, Any] = {name: windows.protocol for name, windows in evaluation.items()}
     if calibration is not None:
         protocol["calibration"] = calibration.protocol
-    facts |= assembly.facts()
+    facts |= assembly.facts() | {"reused": [f"{count} x {stage}" for stage, count in store.reused.items()]}
     results = write_record(experiment, folder, facts, protocol, passed, metrics, study.tables | assembly.tables())
     assembly.recorded()
     show_results(results, folder.path)
+    return results
+
+
+def _objective(name: str | None, metrics: dict[str, float]) -> float | None:
+    if name is not None and name not in metrics:
+        raise invalid("objective", name, metrics)
+    return None if name is None else metrics[name]
 
 
 def _texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windows], Windows | None]:

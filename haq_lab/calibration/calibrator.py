@@ -7,6 +7,7 @@ for an error must not be followed by one that makes up for it again.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import takewhile
 
 from torch import Tensor, nn
@@ -19,8 +20,11 @@ from haq_lab.calibration.statistics import InputStatistics, Needs, Policy
 from haq_lab.calibration.watchers import ExpertInside, ExpertsInput, SharedInput, channels_of
 from haq_lab.models.families import Group
 from haq_lab.models.layered import LayeredModel
+from haq_lab.stages.calibration import CalibrationStages
+from haq_lab.stages.store import Store
 from haq_lab.stopwatch import Stopwatch
 
+CALIBRATION = "/calibration"  # the name of its hidden states in a pass
 HESSIAN_BYTES = 2 << 30  # of the experts that are observed in one forward
 
 
@@ -33,6 +37,9 @@ class Calibrator:
         policy: On which hidden states, and on which tokens of an expert.
         clock: Gets the stages `calibrate` (statistics) and `forward` (tokens through layers).
         spool: Room for the hidden states.
+        store: Where other runs have left what they asked of the full-precision model.
+        at: Gets, under `CALIBRATION`, the layer before which the hidden states stand. They stay behind where the
+            statistics of the layers are found in the store.
 
     Attributes:
         routing: The router's choices so far; None for a dense model, or where nothing is needed.
@@ -46,16 +53,20 @@ class Calibrator:
         policy: Policy,
         clock: Stopwatch,
         spool: Spool,
+        store: Store,
+        at: dict[str, int],
     ):
         self.model, self.needs, self.policy, self.clock = model, needs, policy, clock
         self.hidden = self.hidden_fp = None
         self.routing: Routing | None = None
         self._sensitivity: list[LayerSensitivity] = []
+        self._at = at
         if needs.inputs and windows is not None:
+            self._stages = CalibrationStages(store, model, windows, policy)
+            at[CALIBRATION] = 0
             if needs.sensitivity:
                 with clock.stage("sensitivity"):
-                    on_disk = Spool(limit=0)  # the states of all layers: memory must not grow with depth
-                    self._sensitivity = measure_sensitivity(model, windows[: needs.sensitivity], on_disk)
+                    self._sensitivity = self._stages.sensitivity(needs.sensitivity, self._measure_sensitivity)
             self.hidden = model.embed(windows, spool.empty)
             if needs.cross and policy.propagate == "quantized":
                 self.hidden_fp = spool.copy(self.hidden)
@@ -74,11 +85,8 @@ class Calibrator:
             with self.clock.stage("forward"):
                 self._inputs_fp = record_inputs(self.model, layer, index, self.hidden_fp, sites)
         if self.policy.propagate == "fp":
-            self._observe(layer, index, self.hidden, [group for group in self.model.groups if group.expert is None])
-            for group in self.model.groups:
-                if group.site not in self._known:
-                    self._observe(layer, index, self.hidden, self._together(layer, group))
-            self._advance(layer, index, self.hidden)
+            observe = partial(self._observe_layer, layer, index)
+            self._known = self._stages.statistics(index, self.needs, self.routing, observe)
 
     def statistics(self, layer: nn.Module, index: int, group: Group) -> InputStatistics | None:
         """The statistics of one group's input; they are handed out once."""
@@ -99,6 +107,23 @@ class Calibrator:
     def _advance(self, layer: nn.Module, index: int, hidden: Tensor) -> None:
         with self.clock.stage("forward"):
             self.model.run(layer, index, hidden)
+            self._at[CALIBRATION] = index + 1
+
+    def _measure_sensitivity(self, windows: Tensor) -> list[LayerSensitivity]:
+        on_disk = Spool(limit=0)  # the states of all layers: memory must not grow with depth
+        return measure_sensitivity(self.model, windows, on_disk)
+
+    def _observe_layer(self, layer: nn.Module, index: int) -> dict[str, InputStatistics]:
+        """The statistics of all groups, with the layer as it is; the hidden states are brought to it and past it."""
+        assert self.hidden is not None
+        for before in range(self._at[CALIBRATION], index):
+            self._advance(self.model.load_layer(before), before, self.hidden)
+        self._observe(layer, index, self.hidden, [group for group in self.model.groups if group.expert is None])
+        for group in self.model.groups:
+            if group.site not in self._known:
+                self._observe(layer, index, self.hidden, self._together(layer, group))
+        self._advance(layer, index, self.hidden)
+        return self._known
 
     def _together(self, layer: nn.Module, group: Group) -> list[Group]:
         """The groups that are seen in the same forward: within experts, as many as there is room for."""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import cast
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from haq_lab.checkpoint.layer import int8_layer
 from haq_lab.checkpoint.manifest import REST, Manifest, layer_file
 from haq_lab.checkpoint.shard import read_shard
 from haq_lab.errors import UserError
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.experts import Int8Experts
-from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.experts import Experts
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import ModelSource
 
@@ -70,30 +67,8 @@ class QuantizedModel(LayeredModel):
             if not name.startswith(prefix):
                 raise UserError(f"checkpoint: {self.folder / file}: tensor '{name}' is not of layer {index}")
         tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-        layer = self.new_layer(index)
-        for name, scheme in json.loads(metadata["schemes"]).items():
-            name = name.removeprefix(prefix)
-            parts = ("weight", "weight_scale", "bias", "input_scale")
-            levels, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
-            shape = cast(Tensor, layer.get_submodule(name).weight).shape
-            if levels is None or scale is None or levels.shape != shape:
-                raise UserError(f"checkpoint: {self.folder / file}: '{prefix}{name}' does not fit the config")
-            layer.set_submodule(name, Int8Linear(levels, scale, bias, scheme, input_scale, self.backend))
-        if (moe := self.family.moe) is not None:
-            layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
-        self._assign(layer, tensors, self.folder / file)
-        return layer.requires_grad_(False)
-
-    def _assign(self, layer: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-        """What is not quantised: norms, and a router."""
-        places = {name: tensor for name, tensor in layer.named_parameters() if tensor.is_meta}
-        for name in sorted({*tensors} ^ {*places}):
-            raise UserError(f"checkpoint: {path}: tensor '{name}' is superfluous or missing")
-        for name, tensor in tensors.items():
-            if tensor.shape != places[name].shape:
-                raise UserError(f"checkpoint: {path}: tensor '{name}' does not fit the config")
-            parent, _, own = name.rpartition(".")
-            setattr(layer.get_submodule(parent), own, nn.Parameter(tensor, requires_grad=False))
+        schemes = {name.removeprefix(prefix): scheme for name, scheme in json.loads(metadata["schemes"]).items()}
+        return int8_layer(self, index, tensors, schemes, self.backend, str(self.folder / file))
 
 
 def open_model(source: ModelSource, backend: Backend) -> LayeredModel:

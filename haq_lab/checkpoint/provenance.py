@@ -26,17 +26,27 @@ def provenance(folder: Path, label: str, config: dict[str, Any], calibration: di
         calibration: The calibration text's stamp: source, hash, seed.
     """
     return {
-        "model": {"label": label, "revision": _revision(folder), "files": _hashes(folder)},
+        "model": {"label": label, "revision": _revision(folder), "files": file_hashes(folder)},
         "calibration": calibration,
         "settings": {group: config.get(group) for group in SETTINGS},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-        },
-        "machine": {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "versions": versions(),
+        "machine": machine(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes, and of what writes the files."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the last bits of floating-point sums depend on."""
+    return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> Iterable[str]:
@@ -48,8 +58,8 @@ def differences(ours: Any, theirs: Any, name: str = "") -> Iterable[str]:
         yield name
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the weights. The hub's cache names large files by it, which spares reading 93 GB."""
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the weights and the config. The hub's cache names large files by it, which spares reading 93 GB."""
     hashes = {}
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         name = path.resolve().name

@@ -24,7 +24,7 @@ from haq_lab.errors import UserError
 from haq_lab.files import written_aside
 from haq_lab.models.families import expert_of
 
-DTYPES = {torch.int8: "I8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -134,10 +134,10 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _in_order(tensors: dict[str, Tensor]) -> list[str]:
-    """Floats before int8, which keeps them aligned; within an expert too, one expert after the other."""
+    """Wide numbers before narrow ones, which keeps them aligned; within an expert too, one expert after the other."""
 
-    def key(name: str) -> tuple[int, bool]:
+    def key(name: str) -> tuple[int, int]:
         expert = expert_of(name)
-        return -1 if expert is None else expert, tensors[name].dtype == torch.int8
+        return -1 if expert is None else expert, -tensors[name].itemsize
 
     return sorted(tensors, key=key)

@@ -32,6 +32,7 @@ def save_state(work: Path, index: int, state: PassState, shards: list[Shard]) ->
     record: dict[str, Any] = {
         "shards": [asdict(shard) for shard in shards],
         "reports": [asdict(report) for report in result.reports],
+        "at": state.at,
         "experts_per_token": 0 if result.routing is None else result.routing.chosen[0].shape[1],
     }
     with folder_written_aside(work / f"state-{index:05}") as aside:
@@ -57,6 +58,7 @@ def restore_state(work: Path, state: PassState) -> list[Shard]:
     newest = _states(work)[-1]
     record = json.loads((newest / RECORD).read_text(encoding="utf-8"))
     result = state.result
+    state.at.update(record["at"])
     result.reports += [LinearReport(**report) for report in record["reports"]]
     result.ranges = ranges.Ranges.open(newest / ranges.FILE)
     targets = list(state.hidden.values())

@@ -10,17 +10,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import nn
 
+from haq_lab.checkpoint.layer import layer_content, storable
 from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, WORK, Manifest, layer_file
 from haq_lab.checkpoint.provenance import differences
-from haq_lab.checkpoint.shard import DTYPES, Shard, write_shard
+from haq_lab.checkpoint.shard import Shard, write_shard
 from haq_lab.checkpoint.states import layers_done, restore_state, save_state
 from haq_lab.errors import UserError
 from haq_lab.files import sha256, write_json
-from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.layered import LayeredModel
 from haq_lab.onepass import PassState
 
@@ -109,16 +108,16 @@ class CheckpointWriter:
     def keep(self, index: int, layer: nn.Module, state: PassState) -> None:
         """Write a layer's shard, then the state after it."""
         prefix = f"{self.model.family.layers}.{index}."
-        linears = {name: module for name, module in layer.named_modules() if isinstance(module, Int8Linear)}
-        schemes = {prefix + name: linear.scheme for name, linear in linears.items()}
-        tensors = {prefix + name: _storable(tensor) for name, tensor in layer.state_dict().items()}
-        shard = write_shard(self.folder / layer_file(index), tensors, {"schemes": json.dumps(schemes)})
+        own, schemes = layer_content(layer)
+        tensors = {prefix + name: tensor for name, tensor in own.items()}
+        named = json.dumps({prefix + name: scheme for name, scheme in schemes.items()})
+        shard = write_shard(self.folder / layer_file(index), tensors, {"schemes": named})
         self.shards.append(shard)
         save_state(self.work, index, state, self.shards)
 
     def finish(self) -> None:
         """Write what lies outside the layers, the tokenizer, the config, and the manifest last."""
-        rest = {name: _storable(tensor) for name, tensor in self.model.outside().items()}
+        rest = {name: storable(tensor) for name, tensor in self.model.outside().items()}
         shards = {shard.file: shard for shard in [write_shard(self.folder / REST, rest, {}), *self.shards]}
         self.model.tokenizer().save_pretrained(self.folder)
         config = json.loads(self.model.config.to_json_string())
@@ -140,7 +139,3 @@ class CheckpointWriter:
 def _used(folder: Path) -> bool:
     """Whether more is there than a start leaves that was killed at once: a lock, and what was written aside."""
     return not folder.is_dir() or any(not item.name.startswith(".") for item in folder.iterdir())
-
-
-def _storable(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype in DTYPES else tensor.to(torch.float32)

@@ -8,6 +8,7 @@ from torch import Tensor
 from haq_lab.errors import UserError
 from haq_lab.int8 import cuda
 from haq_lab.int8.backend import Backend
+from haq_lab.int8.claim import claim
 from haq_lab.int8.cuda import GEMV_ROWS, Kernels, padded
 from haq_lab.int8.numerics import Activations, scale_of
 
@@ -21,6 +22,7 @@ class CudaBackend(Backend):
     Args:
         device: Such as `cuda` (torch's current one) or `cuda:1`.
         kernels: The calls to use; those of the device if None.
+        share: Whether other processes may use the GPU at the same time; else `cuda` is the first that is free.
 
     Raises:
         UserError: No GPU, no CuPy, or too old a GPU.
@@ -28,8 +30,8 @@ class CudaBackend(Backend):
 
     name = "cuda"
 
-    def __init__(self, device: str = "cuda", kernels: Kernels | None = None) -> None:
-        self.device = _device(device)
+    def __init__(self, device: str = "cuda", kernels: Kernels | None = None, share: bool = False) -> None:
+        self.device = _device(device) if share else claim(_device(device))
         self._kernels = kernels or cuda.kernels(self.device.index)
 
     def pack(self, levels: Tensor) -> Tensor:

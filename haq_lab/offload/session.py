@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from haq_lab.calibration.routing import Routing
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.engine import Engine
-from haq_lab.offload.record import record_trace
 from haq_lab.offload.settings import Offload, experts_of, refuse_dense
 from haq_lab.offload.store import StoreWriter
+from haq_lab.stages.store import Store
+from haq_lab.stages.trace import routing_trace
 
 
 class OffloadSession:
     """Args:
     settings: The run's `offload`; a dense model is refused.
     folder: Where the slow tier lies while the run lasts.
+    store: Where a trace is kept that has to be recorded.
     """
 
-    def __init__(self, settings: Offload, model: LayeredModel, folder: Path):
+    def __init__(self, settings: Offload, model: LayeredModel, folder: Path, store: Store):
         refuse_dense(model)
-        self.settings, self.model = settings, model
+        self.settings, self.model, self.stages = settings, model, store
         self.path = folder / "experts.bin"
         self._writer = StoreWriter(self.path).__enter__()
         self.engine: Engine | None = None
@@ -47,7 +49,7 @@ class OffloadSession:
             profile = replace(told, decode=np.ones_like(told.decode))  # token by token, as it will be decoded
         if profile is None:
             assert calibration is not None
-            profile = record_trace(self.model, calibration, text)
+            profile = routing_trace(self.stages, self.model, calibration, text)
         self.engine = self.settings.engage(self.model, layers, self._writer.open(), profile)
 
     def metrics(self) -> dict[str, float]:

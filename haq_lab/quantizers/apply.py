@@ -108,14 +108,15 @@ def _report(
 
 
 def _put(layer: nn.Module, name: str, solved: Solution, activation: ActivationChoice, backend: Backend) -> None:
-    """An int8 linear where a linear was. The bias is its own: the linear lives on in the layer as smoothed."""
+    """An int8 linear where a linear was. The bias is its own: the linear lives on in the layer as smoothed. So is the
+    scale: a linear that is read from a file then takes as many bytes."""
     bias = cast(Tensor | None, layer.get_submodule(name).bias)
     int8 = Int8Linear(
         solved.levels,
         solved.scale,
         None if bias is None else bias.detach().clone(),
         activation.scheme,
-        activation.scale,
+        None if activation.scale is None else activation.scale.clone(),
         backend,
     )
     layer.set_submodule(name, int8)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from haq_lab.errors import UserError
 from haq_lab.files import write_json, write_text
 
 SCHEMA = 1
@@ -95,7 +97,12 @@ class RunFolder:
 
     def fail(self, run: dict[str, Any], error: BaseException) -> None:
         """Write `error.json`, where that is possible: a full disk must not hide the error itself."""
-        content = {"type": type(error).__name__, "message": str(error) or type(error).__name__}
+        content = {
+            "type": type(error).__name__,
+            "message": str(error) or type(error).__name__,
+            "mistake": isinstance(error, (UserError, OSError)),
+            "trace": "".join(traceback.format_exception(error)),
+        }
         with suppress(OSError):
             write_json(
                 self.path / "error.json", {"schema": SCHEMA, "run": run, "config": self.config, "error": content}
@@ -113,4 +120,4 @@ def read_results(path: Path) -> dict[str, Any] | None:
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """A config without what does not change the results."""
-    return {key: value for key, value in config.items() if key not in ("force", "tracking")}
+    return {key: value for key, value in config.items() if key not in ("force", "objective", "stages", "tracking")}

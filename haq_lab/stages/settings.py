@@ -1,0 +1,50 @@
+"""The settings of the stages' store: `stages.use`, `stages.dir`, `stages.limit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic.dataclasses import dataclass
+
+from haq_lab.errors import UserError
+from haq_lab.offload.budget import Budget
+from haq_lab.paths import cache_folder
+from haq_lab.stages.store import Store
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Args:
+    use: Whether anything is kept and found; the results are the same without.
+    dir: The store's folder; null takes `stages` in the cache folder.
+    limit: What it may take on disk, as `20GB`; what was unused for longest goes first.
+    """
+
+    use: bool = True
+    dir: str | None = None
+    limit: str | int = "20GB"
+
+    def __post_init__(self) -> None:
+        if self.dir is not None and not self.dir:
+            raise UserError("stages.dir: '' is not valid; name a folder, or null")
+        bytes_of(self.limit)
+
+    @property
+    def folder(self) -> Path:
+        return cache_folder() / "stages" if self.dir is None else Path(self.dir).expanduser().resolve()
+
+    def open(self) -> Store:
+        """The store, made when something is first kept."""
+        return Store(self.folder, bytes_of(self.limit)) if self.use else Store()
+
+
+def bytes_of(limit: str | int) -> int:
+    """`20GB` as bytes. Raises `UserError` for what is no size."""
+    message = f"stages.limit: '{limit}' is no size as '20GB' or '500MiB'"
+    try:
+        size = Budget.parse(limit).bytes
+    except UserError as error:
+        raise UserError(message) from error
+    if size is None:
+        raise UserError(message)
+    return size

@@ -1,0 +1,56 @@
+"""GPUs are claimed by process, here on two that are made up."""
+
+from __future__ import annotations
+
+import tempfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+from children import in_child, killed
+
+from haq_lab.int8 import claim as module
+from haq_lab.int8.claim import claim
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def two_gpus(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"gpu-{index}"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module, "_held", {})
+    yield
+    for lock in module._held.values():
+        lock.release()
+
+
+def test_a_process_keeps_its_gpu_and_others_take_another(capsys):
+    assert claim(CUDA) == torch.device("cuda", 0)
+    assert claim(CUDA) == torch.device("cuda", 0)
+
+    def other() -> None:
+        module._held.clear()
+        assert claim(CUDA) == torch.device("cuda", 1)
+        lock, waited = module._held.pop("gpu-1"), []  # what a third process would see
+
+        def later(seconds: float) -> None:
+            waited.append(seconds)
+            lock.release()
+
+        assert claim(CUDA, wait=later) == torch.device("cuda", 1)
+        assert waited == [1.0]
+
+    assert not killed(in_child(other))
+
+
+def test_a_gpu_that_is_named_is_waited_for():
+    assert claim(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert claim(CUDA) == torch.device("cuda", 1), "the one that it has"
+
+
+def test_what_is_not_there_is_left_to_the_kernels():
+    assert claim(torch.device("cuda", 5)) == torch.device("cuda", 5)
+    assert claim(torch.device("cpu")) == torch.device("cpu")

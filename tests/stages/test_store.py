@@ -1,0 +1,222 @@
+"""The store keeps what it can, trusts nothing damaged, and never fails a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from children import in_child, killed
+
+from haq_lab.stages.__main__ import main
+from haq_lab.stages.entries import entries
+from haq_lab.stages.store import Artefact, Store
+
+GB = 1_000_000_000
+
+
+def _artefact(number: int = 0, size: int = 1000) -> Artefact:
+    return Artefact({"x": torch.arange(size) * 0.1 + number}, {"number": number, "text": "ä"})
+
+
+def _same(one: Artefact | None, other: Artefact) -> bool:
+    return (
+        one is not None
+        and one.facts == other.facts
+        and one.tensors.keys() == other.tensors.keys()
+        and all(torch.equal(one.tensors[name], tensor) for name, tensor in other.tensors.items())
+    )
+
+
+def _never() -> Artefact:
+    raise AssertionError("computed twice")
+
+
+def test_an_artefact_is_computed_once(tmp_path):
+    assert _same(Store(tmp_path, GB).fetch("stage", "a" * 40, _artefact), _artefact())
+    store = Store(tmp_path, GB)
+    assert _same(store.fetch("stage", "a" * 40, _never), _artefact())
+    assert store.reused == {"stage": 1}
+    assert store.get("stage", "b" * 40) is None
+    assert store.get("other", "a" * 40) is None
+
+
+def test_tensors_come_back_in_their_types_and_aligned_as_torch_aligns(tmp_path):
+    tensors = {
+        "empty": torch.empty(0, 3),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "half": torch.arange(5).half(),
+        "experts.1.weight": torch.randn(3, 5),
+        "view": torch.randn(6, 4).t(),
+    }
+    Store(tmp_path, GB).put("stage", "a", Artefact(tensors))
+    found = Store(tmp_path, GB).get("stage", "a")
+    assert _same(found, Artefact(tensors))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in found.tensors.values())  # sums depend on it
+
+
+def test_a_store_without_a_folder_keeps_nothing():
+    store = Store()
+    assert _same(store.fetch("stage", "a", _artefact), _artefact())
+    assert store.get("stage", "a") is None
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "nonsense"])
+def test_a_damaged_artefact_is_computed_again_and_said_so(tmp_path, capsys, suffix, damage):
+    Store(tmp_path, GB).put("stage", "a", _artefact())
+    path = tmp_path / "stage" / f"a.{suffix}"
+    data = bytearray(path.read_bytes())
+    place = data.index(b'"x": "') + 10 if suffix == "json" else len(data) - 100  # a tensor's hash, or its bytes
+    data[place] ^= 1
+    changed = {"flip": bytes(data), "truncate": bytes(data[:-50]), "empty": b"", "nonsense": b"\x80\x04}q\x00."}
+    path.write_bytes(changed[damage])
+    store = Store(tmp_path, GB)
+    assert _same(store.fetch("stage", "a", lambda: _artefact(1)), _artefact(1))
+    assert "stages: stage is computed again: " in capsys.readouterr().err
+    assert _same(Store(tmp_path, GB).get("stage", "a"), _artefact(1))
+
+
+def test_a_changed_fact_is_noticed(tmp_path):
+    Store(tmp_path, GB).put("stage", "a", Artefact(facts={"perplexity": 12.5}))
+    path = tmp_path / "stage" / "a.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"12.5", b"11.5"))
+    assert Store(tmp_path, GB).get("stage", "a") is None
+
+
+def test_what_was_unused_for_longest_goes_first(tmp_path):
+    store = Store(tmp_path, 15_000)
+    for number in range(3):
+        store.put("stage", str(number), _artefact(number))
+        os.utime(tmp_path / "stage" / f"{number}.json", (number, number))
+    assert _same(store.get("stage", "0"), _artefact())  # used now
+    store.put("stage", "3", _artefact(3))
+    left = {entry.data.stem for entry in entries(tmp_path)}
+    assert "0" in left
+    assert "3" in left
+    assert left < {"0", "1", "2", "3"}
+    assert sum(entry.bytes for entry in entries(tmp_path)) <= 15_000
+
+
+def test_what_is_larger_than_the_limit_is_not_kept(tmp_path, capsys):
+    store = Store(tmp_path, 1000)
+    assert _same(store.fetch("stage", "a", _artefact), _artefact())
+    assert entries(tmp_path) == []
+    assert "stage is not kept: its 0.0 GB are more than stages.limit" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_nothing(small_disk, capsys):
+    store = Store(small_disk, GB)
+    assert _same(store.fetch("stage", "a", _artefact), _artefact())
+    for key in "bc":
+        assert _same(store.fetch("stage", key, lambda: _artefact(2, 100_000)), _artefact(2, 100_000))
+    assert capsys.readouterr().err.count("nothing more is kept") == 1
+    assert [path.name for path in sorted((small_disk / "stage").iterdir())] == ["a.json", "a.safetensors"]
+    assert _same(Store(small_disk, GB).get("stage", "a"), _artefact())
+
+
+def test_a_full_disk_that_is_made_up(tmp_path, full_disk, capsys):
+    assert _same(Store(tmp_path, GB).fetch("stage", "a", _artefact), _artefact())
+    assert "nothing more is kept" in capsys.readouterr().err
+    assert entries(tmp_path) == []
+
+
+def test_a_read_only_store_is_read(tmp_path, read_only, capsys):
+    Store(tmp_path, GB).put("stage", "a", _artefact())
+    read_only(tmp_path)
+    store = Store(tmp_path, GB)
+    assert _same(store.fetch("stage", "a", _never), _artefact())
+    assert capsys.readouterr().err == ""
+    for number in (1, 2):
+        assert _same(store.fetch("stage", "b", lambda number=number: _artefact(number)), _artefact(number))
+    assert capsys.readouterr().err.count("cannot be written to (Read-only file system)") == 1
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert _same(Store(tmp_path / "file" / "store", GB).fetch("stage", "a", _artefact), _artefact())
+    assert "cannot be written to (Not a directory)" in capsys.readouterr().err
+
+
+def test_killed_while_writing(tmp_path, capsys):
+    for at in range(1, 20):
+        dead = killed(in_child(lambda: Store(tmp_path, GB).put("stage", "a", _artefact()), dies_at=at))
+        found = Store(tmp_path, GB).get("stage", "a")
+        assert not dead or found is None
+        assert capsys.readouterr().err == ""
+        if not dead:
+            break
+    assert at > 3
+    assert _same(found, _artefact())
+    assert [path for path in (tmp_path / "stage").iterdir() if path.name.endswith(".part")]
+    for path in (tmp_path / "stage").glob(".*.part"):
+        os.utime(path, (0, 0))
+    main(["gc", "--dir", str(tmp_path)])
+    assert f"removed 0 artefacts, 0.0 MB, and {at - 1} unfinished files" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["a.json", "a.safetensors"]
+
+
+def test_two_processes_compute_it_once(tmp_path):
+    def compute() -> Artefact:
+        with (tmp_path / "computed").open("a") as stream:
+            stream.write("x")
+        time.sleep(0.05)
+        return _artefact()
+
+    def work() -> None:
+        for key in ("a" * 40, "b" * 40, "c" * 40):
+            assert _same(Store(tmp_path / "store", GB).fetch("stage", key, compute), _artefact())
+
+    for child in [in_child(work) for _ in range(3)]:
+        assert not killed(child)
+    assert (tmp_path / "computed").read_text() == "xxx"
+
+
+def test_a_killed_process_holds_up_nobody(tmp_path):
+    def die() -> Artefact:
+        os.kill(os.getpid(), 9)
+        raise AssertionError
+
+    assert killed(in_child(lambda: Store(tmp_path, GB).fetch("stage", "a", die)))
+    assert _same(Store(tmp_path, GB).fetch("stage", "a", _artefact), _artefact())
+
+
+# --- the command line
+
+
+def test_listing_and_collecting(tmp_path, capsys):
+    store = Store(tmp_path, GB)
+    for number, stage in enumerate(["one", "one", "two"]):
+        store.put(stage, str(number), _artefact(number), about=f"model {number}")
+    main(["ls", "--dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "one" in out
+    assert "3 artefacts, 0.0 MB" in out
+    main(["ls", "--all", "--dir", str(tmp_path)])
+    assert "model 2" in capsys.readouterr().out
+    (tmp_path / "two" / "2.json").unlink()
+    main(["ls", "--all", "--dir", str(tmp_path)])
+    assert "unfinished" in capsys.readouterr().out
+    main(["gc", "--limit", "0B", "--dir", str(tmp_path)])
+    assert "removed 3 artefacts" in capsys.readouterr().out
+    assert entries(tmp_path) == []
+    main(["ls", "--dir", str(tmp_path / "nowhere")])
+    assert "0 artefacts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limit", ["20", "20 %", "20GX", "much"])
+def test_a_limit_that_is_no_size(limit, capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        main(["gc", "--limit", limit, "--dir", str(tmp_path)])
+    assert ended.value.code == 2
+    assert f"stages.limit: '{limit}' is no size as '20GB' or '500MiB'" in capsys.readouterr().err
+
+
+def test_the_record_says_what_it_is(tmp_path):
+    Store(tmp_path, GB).put("stage", "a", _artefact(), about="a model")
+    record = json.loads((tmp_path / "stage" / "a.json").read_text())
+    assert record["about"] == "a model"
+    assert Path(record["shard"]["file"]).suffix == ".safetensors"
