@@ -249,13 +249,13 @@ def test_every_experiment_runs_on_a_tiny_model(experiment, texts, tmp_path):
 
 
 SWEEPS = {
-    "paper_opt": (25, ["hydra.sweeper.params.quantizer='none,rtn'"]),
-    "paper_mixtral": (5, ["hydra.sweeper.params.quantizer='none,haq'"]),
-    "paper_memory": (8, ["hydra.sweeper.params.quantizer='rtn,gptq'"]),
-    "paper_latency": (7, ["hydra.sweeper.params.offload='lru,layer_split'"]),
-    "paper_hit_rate": (12, ["hydra.sweeper.params.offload='static,haq'"]),
+    "paper_opt": (25, ["quantizer=none,rtn"]),
+    "paper_mixtral": (5, ["quantizer=none,haq"]),
+    "paper_memory": (8, ["quantizer=rtn,gptq"]),
+    "paper_latency": (7, ["offload=lru,layer_split"]),
+    "paper_hit_rate": (12, ["offload=static,haq"]),
     "ablation_haq": (8, ["quantizer.adaptive=false", "quantizer.act_order=true"]),
-    "pareto": (27, ["quantizer=rtn", "hydra.sweeper.params.offload='lru,haq'"]),
+    "pareto": (27, ["quantizer=rtn", "offload=lru,haq"]),
 }
 
 
