@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 FILE = Path(__file__).with_name("published.csv")
+ANOTHER_MODEL = "no: another model"  # whose difference from ours says nothing
 COLUMNS = ["run", "metric", "ours", "published", "difference_percent", "of", "comparable", "source"]
 
 
@@ -39,9 +40,10 @@ def beside(runs: pd.DataFrame) -> pd.DataFrame:
             if ours is None or pd.isna(ours):
                 continue
             row = {"run": run["name"], "metric": figure["metric"], "ours": ours, "published": theirs}
-            row["difference_percent"] = (ours / theirs - 1) * 100
+            row["comparable"] = _comparable(run, figure)
+            row["difference_percent"] = None if row["comparable"] == ANOTHER_MODEL else (ours / theirs - 1) * 100
             row["of"] = ", ".join(filter(None, (figure["model"], figure["setting"])))
-            rows.append(row | {"comparable": _comparable(run, figure), "source": figure["source"]})
+            rows.append(row | {"source": figure["source"]})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -66,7 +68,7 @@ def _comparable(run: pd.Series, figure: pd.Series) -> str:
     if pd.isna(figure["value"]):
         return ""
     if figure["model"].lower() != str(run.get("model")).lower():
-        return "no: another model"
+        return ANOTHER_MODEL
     kind, _, dataset = figure["metric"].partition(".")
     if kind != "perplexity":
         return "no: another machine"

@@ -125,8 +125,7 @@ def show(runs: pd.DataFrame) -> None:
             cells.append(_cell(run.get(f"change_percent.{dataset}"), "{:+.2f} %"))
         cells += [_cell(run[column], form, factor) for column, (_, factor, form) in measured.items()]
         table.add_row(*cells)
-    wide = console if console.is_terminal else Console(file=console.file, highlight=False, width=FILE_WIDTH)
-    wide.print(table)
+    _print(table)
     for _, run in runs[runs["status"] == "failed"].iterrows():
         say(f"failed: {run['folder']}: {run['error']}")
     for folder in runs["folder"]:
@@ -143,7 +142,12 @@ def show_published(figures: pd.DataFrame) -> None:
         numbers.append(_cell(row["difference_percent"], "{:+.2f} %"))
         told = ", ".join(filter(None, (row["of"], row["source"])))
         table.add_row(row["run"], row["metric"], *numbers, row["comparable"], told)
-    console.print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    wide = console if console.is_terminal else Console(file=console.file, highlight=False, width=FILE_WIDTH)
+    wide.print(table)
 
 
 def _cell(value: Any, form: str, factor: float = 1) -> str:

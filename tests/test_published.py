@@ -38,6 +38,7 @@ def test_a_run_of_the_papers_experiment_on_another_model_gets_the_papers_figures
     figures = beside(_run(**run, experiment="paper_mixtral"))
     assert figures["comparable"].tolist() == ["no: another model"]
     assert figures["published"].tolist() == [7.427]
+    assert figures["difference_percent"].isna().all()
 
 
 def test_what_is_unknown_stays_empty(capsys):

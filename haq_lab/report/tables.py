@@ -114,9 +114,8 @@ def published_table(found: Collection) -> Table | None:
         return None
     rows = []
     for _, row in table.iterrows():
-        known = pd.notna(row["published"])
-        difference = f"{row['difference_percent']:+.2f} %" if known else ""
-        numbers = [f"{row['ours']:,.4g}", f"{row['published']:,.4g}" if known else "", difference]
+        forms = {"ours": "{:,.4g}", "published": "{:,.4g}", "difference_percent": "{:+.2f} %"}
+        numbers = [form.format(row[name]) if pd.notna(row[name]) else "" for name, form in forms.items()]
         rows.append(
             [Cell(row[name]) for name in ("run", "metric", "of", "comparable", "source")] + list(map(Cell, numbers))
         )
