@@ -54,7 +54,7 @@ class Assembly:
         self.writer: CheckpointWriter | None = None
         with ExitStack() as held:
             if experiment.offload is not None:
-                self._offload = OffloadSession(experiment.offload, model, folder.path, store)
+                self._offload = OffloadSession(experiment.offload, experiment.hardware, model, folder.path, store)
                 held.callback(self._offload.close)
             if experiment.checkpoint is not None:
                 text = None if calibration is None else calibration.protocol
@@ -104,6 +104,10 @@ class Assembly:
         if isinstance(self.model, QuantizedModel):
             metrics["memory.checkpoint_bytes"] = self.model.manifest.bytes
         return metrics
+
+    def simulated(self, hardware: str) -> dict[str, float]:
+        """What the run's decoding would take on the hardware that it names; none where none is named."""
+        return {} if self._offload is None else self._offload.simulated(hardware)
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`offload`: what the engine has counted, by layer."""

@@ -24,6 +24,7 @@ from haq_lab.errors import UserError
 from haq_lab.help import explain, help_text
 from haq_lab.paths import bundled, folder_name
 from haq_lab.sweeps import JobFailed, new_failures
+from haq_lab.threads import wait_briefly
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 NO_TRIAL = "No trials are completed yet"  # what optuna says then
@@ -88,8 +89,7 @@ def main() -> None:
     # `experiment=NAME` is no default, so Hydra wants a plus there; both spellings are welcome.
     sys.argv[1:] = [re.sub(r"^experiment=", "+experiment=", argument) for argument in sys.argv[1:]]
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))  # Hydra's come first
-    # Before torch loads: threads that wait should sleep, or two of them collapse beside any other busy process.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     _failures.clear()
     _process = os.getpid()
     before = os.environ.get(FULL_ERROR)

@@ -22,6 +22,7 @@ from haq_lab.data.calibration import Calibration
 from haq_lab.errors import UserError, invalid, nearest
 from haq_lab.help import GROUPS, options
 from haq_lab.int8.backend import Backend
+from haq_lab.int8.roofline import Hardware
 from haq_lab.measure.study import Measure
 from haq_lab.models.sources import ModelSource
 from haq_lab.offload.settings import Offload
@@ -43,6 +44,7 @@ class Experiment:
     tracking: Wandb | None
     checkpoint: Path | None
     offload: Offload | None
+    hardware: Hardware | None
     stages: Stages
 
 
@@ -58,6 +60,11 @@ def build(config: DictConfig) -> Experiment:
     quantizer = _object(config.get("quantizer"), "quantizer")
     if quantizer is not None and isinstance(model, QuantizedCheckpoint):
         raise UserError("quantizer: model=quantized is quantised already; leave the quantizer out, or quantizer=none")
+    offload, hardware = _object(config.get("offload"), "offload"), _object(config.get("hardware"), "hardware")
+    if offload is None and hardware is not None:
+        raise UserError(
+            f"hardware: '{hardware.name}' is for runs that offload experts; add offload=haq, or hardware=none"
+        )
     return Experiment(
         model=model,
         quantizer=quantizer,
@@ -66,7 +73,8 @@ def build(config: DictConfig) -> Experiment:
         data=_objects(config, "data"),
         measures=_objects(config, "measure"),
         tracking=_object(config.get("tracking"), "tracking"),
-        offload=_object(config.get("offload"), "offload"),
+        offload=offload,
+        hardware=hardware,
         stages=_object(config.get("stages"), "stages"),
         checkpoint=_checkpoint(config.get("checkpoint"), quantizer),
     )

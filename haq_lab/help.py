@@ -18,6 +18,7 @@ GROUPS = {
     "calibration": "calibration text",
     "backend": "what computes the int8 products",
     "offload": "which experts stay in memory, and where the others run",
+    "hardware": "what the predictor decides for, and a run with offloading is simulated on",
     "measure": "what is measured, any number: measure=[perplexity,memory,latency]",
     "tracking": "Weights & Biases",
     "experiment": "ready-made studies: +experiment=NAME",
@@ -32,6 +33,7 @@ HEAD = """Squeeze a large language model onto one edge GPU, and measure the pric
   python -m haq_lab [GROUP=OPTION ...] [GROUP.SETTING=VALUE ...]     one run
   python -m haq_lab -m quantizer=rtn,haq ...                         a sweep: every combination
   python -m haq_lab.results DIR... [--csv FILE]                      all runs below DIR as a table
+  python -m haq_lab.report DIR... -o report.html                     the same as one page with figures
   python -m haq_lab.models build OPTION                              make a model that is made here, and check it
   python -m haq_lab.checkpoint inspect|verify|export DIR             a quantised checkpoint
   python -m haq_lab.stages ls|gc                                     what runs have left for one another

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.calibrator import CALIBRATION, Calibrator
+from haq_lab.calibration.ranges import Ranges
 from haq_lab.calibration.routing import Routing
 from haq_lab.calibration.spool import Spool
 from haq_lab.calibration.statistics import Policy
+from haq_lab.heap import give_back
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.experts import Int8Experts
 from haq_lab.models.experts import Experts
@@ -35,12 +37,13 @@ Level = Literal["fp", "smoothed", "quantized"]
 
 @dataclass
 class PassResult:
-    """Hidden states after the last layer, by dataset and level, what was done to each linear, and how the
-    calibration tokens were routed (None for a dense model, or one that needed no calibration)."""
+    """Hidden states after the last layer, by dataset and level, what was done to each linear, how the calibration
+    tokens were routed (None for a dense model, or one that needed no calibration), and what ranges its inputs had."""
 
     hidden: dict[str, dict[Level, Tensor]]
     reports: list[LinearReport] = field(default_factory=list)
     routing: Routing | None = None
+    ranges: Ranges = field(default_factory=Ranges)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
 
@@ -128,7 +131,9 @@ def one_pass(
         if quantizer is not None:
             assert calibrator is not None
             smoothed = _sharing(layer) if evaluation else None  # it keeps the float weights
-            result.reports += _quantize_layer(model, layer, smoothed, index, quantizer, backend, calibrator, clock)
+            states = [layer] if smoothed is None else [layer, smoothed]
+            result.reports += _quantize_layer(model, states, index, quantizer, backend, calibrator, result.ranges)
+            del states
             spool.release()
             if smoothed is not None:
                 evaluate("smoothed", smoothed, index)
@@ -139,6 +144,7 @@ def one_pass(
                 keeper.keep(index, layer, state)
         finished(index, layer)
         del layer  # or it would stay while the next one is read
+        give_back()
     for name in computed:
         keep_baseline(store, model, evaluation[name], result.hidden[name]["fp"])
     return result
@@ -146,22 +152,23 @@ def one_pass(
 
 def _quantize_layer(
     model: LayeredModel,
-    layer: nn.Module,
-    smoothed: nn.Module | None,
+    states: list[nn.Module],
     index: int,
     quantizer: Quantizer,
     backend: Backend,
     calibrator: Calibrator,
-    clock: Stopwatch,
+    ranges: Ranges,
 ) -> list[LinearReport]:
-    """Smooth both states of a layer and quantise the first, group by group."""
+    """Smooth all states of a layer and quantise the first, group by group."""
     reports: list[LinearReport] = []
-    states = [layer] if smoothed is None else [layer, smoothed]
+    layer, clock = states[0], calibrator.clock
     calibrator.enter(layer, index)
     for group in model.groups:
-        statistics = calibrator.statistics(layer, index, group)
+        seen = calibrator.statistics(layer, index, group)
         with clock.stage("smooth"):
-            statistics, strength = smooth_group(states, group, model.family, quantizer, statistics)
+            statistics, strength = smooth_group(states, group, model.family, quantizer, seen)
+        if seen is not None and statistics is not None and group.expert is None:
+            ranges.add(group.site, seen.channel_max, statistics.channel_max)
         with clock.stage("solve"):
             reports += quantize_group(layer, index, group, quantizer, statistics, strength, backend)
     if (moe := model.family.moe) is not None:

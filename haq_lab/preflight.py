@@ -109,7 +109,7 @@ def measure_size(config: Any) -> Size:
 def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Need]:
     """What a run takes, beside what this machine has."""
     hidden = _hidden_bytes(experiment, size)
-    memory = PROCESS + FLOAT * size.shell + (FLOAT + 1) * size.layer + min(hidden, RAM_BYTES)
+    memory = PROCESS + HALF * size.shell + (FLOAT + 1) * size.layer + min(hidden, RAM_BYTES)
     if experiment.quantizer is not None and experiment.quantizer.needs.hessian:
         memory += SOLVER * FLOAT * size.widest**2 + HESSIAN_BYTES
     memory += _deployed_bytes(experiment, size)

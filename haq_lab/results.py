@@ -18,6 +18,7 @@ from rich.table import Table
 from haq_lab.errors import UserError, invalid, nearest
 from haq_lab.files import written_aside
 from haq_lab.help import explain
+from haq_lab.published import beside
 from haq_lab.show import console, errors, say
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
 
@@ -29,7 +30,9 @@ def load(*folders: str | Path) -> pd.DataFrame:
 
     Columns: `folder`, `name` (what it differs in), `status` (finished, failed, unfinished), `error`, what the
     run was (`model`, `quantizer`, ...), its settings as `config.<name>`, its metrics by their names, and for
-    each dataset `change_percent.<dataset>`, the perplexity's distance from full precision.
+    each dataset `change_percent.<dataset>`, the perplexity's distance from full precision, and
+    `comparable.<dataset>`, the published tables that it can stand beside; `saved_percent.memory`, of the
+    weights against the largest fp16 figure among the model's runs.
 
     Raises:
         UserError: A folder does not exist.
@@ -41,13 +44,19 @@ def load(*folders: str | Path) -> pd.DataFrame:
             raise UserError(f"there is no folder '{folder}'{near}")
         found |= {run.resolve(): run for run in sorted(_run_folders(folder))}
     rows = [_row(run) for run in found.values()]
-    for row, name in zip(rows, _names(rows), strict=True):
+    for row, name in zip(rows, short_names(rows), strict=True):
         row["name"] = name
-    return pd.DataFrame(rows, columns=None if rows else ["folder", "name", "status", "error"])
+    runs = pd.DataFrame(rows, columns=None if rows else ["folder", "name", "status", "error"])
+    if {"memory.weights_bytes", "memory.weights_fp16_bytes"} <= set(runs):
+        whole = runs.groupby("model")["memory.weights_fp16_bytes"].transform(
+            "max"
+        )  # an offloaded run holds only a part
+        runs["saved_percent.memory"] = (1 - runs["memory.weights_bytes"] / whole) * 100
+    return runs
 
 
-def _names(rows: list[dict[str, Any]]) -> list[str]:
-    """Short names: for a sweep's runs the overrides in which they differ, else the folder's name."""
+def short_names(rows: list[dict[str, Any]]) -> list[str]:
+    """What runs, as rows of `load`, are called: a sweep's by the overrides in which they differ, else by the folder."""
     given = [row["overrides"].split() if row.get("sweep") else [] for row in rows]
     shared = set.intersection(*map(set, filter(None, given))) if any(given) else set()
     names = [" ".join(override for override in own if override not in shared) for own in given]
@@ -74,6 +83,8 @@ def _row(folder: Path) -> dict[str, Any]:
         kind, _, dataset = name.partition(".")
         if kind == "perplexity" and (fp := metrics.get(f"perplexity_fp.{dataset}")):
             row[f"change_percent.{dataset}"] = (value / fp - 1) * 100
+    for text, stamp in record.get("protocol", {}).items():
+        row[f"comparable.{text}"] = "; ".join(stamp.get("comparable_with", []))
     return row
 
 
@@ -114,12 +125,29 @@ def show(runs: pd.DataFrame) -> None:
             cells.append(_cell(run.get(f"change_percent.{dataset}"), "{:+.2f} %"))
         cells += [_cell(run[column], form, factor) for column, (_, factor, form) in measured.items()]
         table.add_row(*cells)
-    wide = console if console.is_terminal else Console(file=console.file, highlight=False, width=FILE_WIDTH)
-    wide.print(table)
+    _print(table)
     for _, run in runs[runs["status"] == "failed"].iterrows():
         say(f"failed: {run['folder']}: {run['error']}")
     for folder in runs["folder"]:
         say(f"run folder: {folder}")
+
+
+def show_published(figures: pd.DataFrame) -> None:
+    """Published figures beside ours, where there are any."""
+    if figures.empty:
+        return
+    table = Table("run", "metric", "ours", "published", "difference", "comparable", "published for, by")
+    for _, row in figures.iterrows():
+        numbers = [_cell(row["ours"], "{:,.4g}"), _cell(row["published"], "{:,.4g}")]
+        numbers.append(_cell(row["difference_percent"], "{:+.2f} %"))
+        told = ", ".join(filter(None, (row["of"], row["source"])))
+        table.add_row(row["run"], row["metric"], *numbers, row["comparable"], told)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    wide = console if console.is_terminal else Console(file=console.file, highlight=False, width=FILE_WIDTH)
+    wide.print(table)
 
 
 def _cell(value: Any, form: str, factor: float = 1) -> str:
@@ -147,6 +175,7 @@ def _report(runs: pd.DataFrame, given: argparse.Namespace) -> None:
         say(f"no runs below {', '.join(given.folders)}")
         return
     show(runs)
+    show_published(beside(runs[runs["status"] == "finished"]))
     if given.csv:
         with written_aside(given.csv) as aside:
             runs.to_csv(aside, index=False)

@@ -40,7 +40,10 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
     facts = {
         "overrides": list(hydra.overrides.task),
         "sweep": str(hydra.sweep.dir) if hydra.mode.name == "MULTIRUN" else None,
-        **{group: label.get(group) for group in ("quantizer", "backend", "offload", "calibration")},
+        **{
+            group: label.get(group)
+            for group in ("experiment", "quantizer", "backend", "offload", "hardware", "calibration")
+        },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -53,7 +56,7 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
         return _objective(config.objective, done["metrics"])
     try:
         experiment = build(config)
-        facts["model"] = experiment.model.label
+        facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
         folder.begin(OmegaConf.to_yaml(config, resolve=True))
         results = _study(experiment, folder, facts)
     except (Exception, KeyboardInterrupt) as error:
@@ -117,16 +120,15 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             metrics: dict[str, float] = {}
             for measure in experiment.measures.values():
                 metrics |= stages.measured(measure, study)
-            metrics |= assembly.metrics() | {
-                f"time.stages_{what}_s": spent for what, spent in store.clock.seconds.items()
-            }
+            metrics |= assembly.metrics() | assembly.simulated(facts["hardware"])
+            metrics |= {f"time.stages_{what}_s": spent for what, spent in store.clock.seconds.items()}
 
     # 4. The record.
     protocol: dict[str, Any] = {name: windows.protocol for name, windows in evaluation.items()}
     if calibration is not None:
         protocol["calibration"] = calibration.protocol
     facts |= assembly.facts() | {"reused": [f"{count} x {stage}" for stage, count in store.reused.items()]}
-    results = write_record(experiment, folder, facts, protocol, passed, metrics, assembly.tables())
+    results = write_record(experiment, folder, facts, protocol, passed, metrics, study.tables | assembly.tables())
     assembly.recorded()
     show_results(results, folder.path)
     return results

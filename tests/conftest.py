@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from launching import TINY, launch
 from torch import Tensor, nn
 
 from haq_lab.models.layered import LayeredModel
@@ -25,6 +26,29 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("HAQ_LAB_CACHE", str(folder))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield folder
+
+
+@pytest.fixture(scope="session")
+def studied(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results as a user has them: a sweep of a dense model (`dense`), one of offloading (`experts`), the replay of two
+    traces (`replay`), and a run that failed."""
+    from haq_lab.offload.__main__ import main as offload
+
+    folder = tmp_path_factory.mktemp("studied")
+    quick = ["measure=[perplexity,memory,latency]", "measure.latency.seconds=0", "measure.latency.prompt_tokens=16"]
+    quick += ["measure.latency.decode_tokens=4"]
+    dense = ["quantizer=none,rtn,smoothquant", f"hydra.sweep.dir={folder / 'dense'}"]
+    experts = ["model=tiny_mixtral", "quantizer=gptq", "offload=haq", "offload.budget=75%,80%", "model.layers=1"]
+    assert launch("-m", *TINY, *quick, *dense).code == 0
+    assert launch("-m", *TINY, *quick, *experts, f"hydra.sweep.dir={folder / 'experts'}").code == 0
+    launch(*TINY, "quantizer._target_=launching.Broken", f"hydra.run.dir={folder / 'failed'}")
+    traces = [str(folder / "profile.trace"), str(folder / "test.trace")]
+    for trace, part in zip(traces, ("calibration", "evaluation"), strict=True):
+        offload(
+            ["trace", "tiny_mixtral", "python_docs", "--part", part, "--windows=2", "--seqlen=32", f"--out={trace}"]
+        )
+    offload(["replay", *traces, "--budgets", "0.5", f"--out={folder / 'replay'}"])
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from haq_lab import cli
+from haq_lab.quantizers.rtn import RTN
 
 TINY = [
     "model=tiny_llama",
@@ -25,6 +26,13 @@ TINY = [
     "tracking=none",
     "stages.use=false",
 ]
+
+
+class Broken(RTN):
+    """A quantizer with a bug."""
+
+    def solve(self, weight, statistics, activation):
+        raise RuntimeError("a bug in a plug-in")
 
 
 class Outcome(NamedTuple):

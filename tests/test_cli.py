@@ -18,14 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from haq_lab import cli, onepass
 from haq_lab.models.sources import TinyModel
-from haq_lab.quantizers.rtn import RTN
-
-
-class Broken(RTN):
-    """A quantizer with a bug."""
-
-    def solve(self, weight, statistics, activation):
-        raise RuntimeError("a bug in a plug-in")
 
 
 @pytest.fixture
@@ -54,6 +46,7 @@ def test_a_run_leaves_a_whole_folder(tiny_run, tmp_path):
     assert results["schema"] == 1
     assert results["run"]["model"] == "tiny_llama"
     assert results["run"]["quantizer"] == "rtn"
+    assert results["run"]["kernels"].startswith(("native", "torch"))
     assert results["config"]["quantizer"]["activations"] == "token"
     assert set(results["metrics"]) >= {
         "perplexity.python_docs",
@@ -77,7 +70,7 @@ def test_a_run_leaves_a_whole_folder(tiny_run, tmp_path):
     stamp = results["protocol"]["python_docs"]
     assert set(stamp) >= {"tokenizer", "seqlen", "stride", "split", "join", "tokens_scored", "level", "comparable_with"}
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.yaml", "events.jsonl", "figures", "layers.csv", "results.json"}
+    assert names == {"config.yaml", "events.jsonl", "figures", "latency.csv", "layers.csv", "results.json"}
     assert "run folder:" in out
 
 
@@ -254,7 +247,7 @@ def test_traces_are_shown_where_they_are_wanted(tiny_run, monkeypatch):
 
 
 def test_a_bug_shows_its_trace_and_exits_with_1(tiny_run, tmp_path):
-    code, _, err = tiny_run(f"quantizer._target_={__name__}.Broken")
+    code, _, err = tiny_run("quantizer._target_=launching.Broken")
     assert code == 1
     assert "Traceback" in err
     assert "RuntimeError: a bug in a plug-in" in err
@@ -292,7 +285,7 @@ def test_a_sweep_runs_every_job_in_a_folder_named_by_its_overrides(tmp_path):
 
 def test_a_failing_job_stops_no_other(tmp_path):
     sweep = tmp_path / "sweep"
-    broken = f"{__name__}.Broken"
+    broken = "launching.Broken"
     code, out, err = launch(
         "-m", *TINY, f"hydra.sweep.dir={sweep}", f"quantizer._target_={broken},haq_lab.quantizers.rtn.RTN"
     )

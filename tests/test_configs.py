@@ -10,13 +10,18 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from launching import TINY, launch
 
 from haq_lab import cli  # noqa: F401  (registers the resolver that the config uses)
 from haq_lab.config import build
 from haq_lab.help import GROUPS, options
+from haq_lab.offload.hardware import local_path
 from haq_lab.paths import bundled
+from haq_lab.published import beside
+from haq_lab.results import load
 
 QUANTIZERS = [name for name in options("quantizer") if name != "none"]
 NEEDED = {
@@ -24,6 +29,7 @@ NEEDED = {
     "model=gguf": ["model.path=x"],
     "model=quantized": ["model.path=x", "quantizer=none"],
 }
+NEEDED |= {f"hardware={name}": ["offload=haq"] for name in options("hardware")}
 ONE_CHOICE = [f"{group}={option}" for group in GROUPS if group not in ("experiment",) for option in options(group)]
 
 
@@ -37,6 +43,8 @@ def _composed(*overrides: str):
 def test_every_option_makes_its_object(choice):
     if choice == "backend=cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU; test_cli has the refusal")
+    if choice == "hardware=local" and not local_path().is_file():
+        pytest.skip("this machine has not been measured; test_hardware has the refusal")
     build(_composed(choice, *NEEDED.get(choice, [])))
 
 
@@ -69,6 +77,9 @@ SPELLINGS = [
     "+experiment=demo measure=[perplexity] data=[text] data.text.path=a.txt",  # less than the experiment sets up
     "measure=[perplexity,memory,latency]",
     "measure=perplexity",
+    "model=smol_moe offload=haq hardware=rtx3060_12g",
+    "offload=fiddler hardware=jetson_orin_64g hardware.memory_gb=32",
+    "measure=[lm_eval] measure.lm_eval.tasks=[arc_easy] measure.lm_eval.limit=8 measure.lm_eval.fewshot=0",
     "tracking=online",
     "force=true",
     *[f"quantizer={name} quantizer.activations={how}" for name in QUANTIZERS for how in ("token", "tensor", "static")],
@@ -221,16 +232,64 @@ def test_any_measure_can_stand_alone(measures, tmp_path):
     assert any(name.startswith(measures) for name in metrics)
 
 
+def _small(experiment: str, texts: dict[str, Path]) -> list[str]:
+    """Overrides that let an experiment run here: a tiny model, which has experts where they are offloaded."""
+    config = _composed(f"+experiment={experiment}")
+    kept = ("data", "measure", "quantizer", "model")
+    small = [setting for setting in TINY if not setting.startswith(kept)]
+    offloads = config.offload._target_ is not None
+    small += ["model=tiny_mixtral", "model.layers=1"] if offloads else ["model=tiny_llama"]
+    small += ["offload.budget=75%"] if offloads else []
+    small += [f"data.{name}.{setting}" for name in config.data for setting in ("seqlen=64", "windows=1")]
+    small += [f"data.{name}.path={texts['test.txt']}" for name in config.data if name != "python_docs"]
+    small += [f"calibration.path={texts['train.txt']}"] if config.calibration.text != "python_docs" else []
+    quick = ("seconds=0", "iterations=1", "prompt_tokens=8", "decode_tokens=2")
+    return small + [f"measure.latency.{setting}" for setting in quick if "latency" in config.measure]
+
+
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_runs_on_a_tiny_model(experiment, texts, tmp_path):
-    small = [setting for setting in TINY if not setting.startswith(("data", "measure", "quantizer"))]
-    data = list(_composed(f"+experiment={experiment}").data)
-    cut = [f"data.{name}.{setting}" for name in data for setting in ("seqlen=64", "windows=1")]
-    paths = [f"data.{name}.path={texts['test.txt']}" for name in data if name != "python_docs"]
-    calibration = _composed(f"+experiment={experiment}").calibration.text
-    paths += [f"calibration.path={texts['train.txt']}"] if calibration != "python_docs" else []
-    quick = ["measure.latency.seconds=0", "measure.latency.iterations=1", "measure.latency.decode_tokens=2"]
-    quick = quick if "latency" in _composed(f"+experiment={experiment}").measure else []
-    outcome = launch(f"experiment={experiment}", *small, *cut, *paths, *quick, f"hydra.run.dir={tmp_path}")
+    outcome = launch(f"experiment={experiment}", *_small(experiment, texts), f"hydra.run.dir={tmp_path}")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "results.json").is_file()
+
+
+SWEEPS = {
+    "paper_opt": (25, ["quantizer=none,rtn"]),
+    "paper_mixtral": (5, ["quantizer=none,haq"]),
+    "paper_memory": (8, ["quantizer=rtn,gptq"]),
+    "paper_latency": (7, ["offload=lru,layer_split"]),
+    "paper_hit_rate": (12, ["offload=static,haq"]),
+    "ablation_haq": (8, ["quantizer.adaptive=false", "quantizer.act_order=true"]),
+    "pareto": (27, ["quantizer=rtn", "offload=lru,haq"]),
+}
+
+
+def test_every_sweep_that_an_experiment_holds_is_listed_and_composes():
+    composed = {name: _sweep(name) for name in options("experiment")}
+    assert {name: len(jobs) for name, jobs in composed.items() if jobs} == {name: SWEEPS[name][0] for name in SWEEPS}
+    for name, jobs in composed.items():
+        for job in jobs[:: max(len(jobs) - 1, 1)]:  # the first and the last, which differ in every choice
+            build(_composed(f"+experiment={name}", *job))
+
+
+def _sweep(experiment: str) -> list[list[str]]:
+    """The overrides of each job of an experiment's sweep."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(bundled("conf").resolve()), version_base="1.3"):
+        config = compose("config", [f"+experiment={experiment}"], return_hydra_config=True)
+    params = config.hydra.sweeper.params or {}
+    parsed = OverridesParser.create().parse_overrides([f"{name}={values}" for name, values in params.items()])
+    return BasicSweeper.split_arguments(parsed, None)[0] if params else []
+
+
+@pytest.mark.parametrize("experiment", SWEEPS)
+def test_a_sweep_is_one_command_and_its_table_has_the_published_column(experiment, texts, tmp_path):
+    fewer = [*_small(experiment, texts), *SWEEPS[experiment][1]]
+    outcome = launch("-m", f"experiment={experiment}", *fewer, f"hydra.sweep.dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    runs = load(tmp_path)
+    assert (runs["status"] == "finished").all()
+    assert len(runs) == 2
+    assert set(runs["experiment"]) == {experiment}
+    assert beside(runs).empty == (not experiment.startswith("paper"))

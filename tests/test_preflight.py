@@ -32,7 +32,7 @@ def test_mixtral_8x7b_is_known_without_its_config():
 
 
 def _mixtral(tmp_path, *more):
-    return launch("+experiment=mixtral_w8a8", "tracking=none", f"hydra.run.dir={tmp_path}", *more)
+    return launch("+experiment=paper_mixtral", "tracking=none", f"hydra.run.dir={tmp_path}", *more)
 
 
 def test_mixtral_without_hub_or_room(tmp_path, monkeypatch):
@@ -42,7 +42,7 @@ def test_mixtral_without_hub_or_room(tmp_path, monkeypatch):
     assert "46.7 billion parameters in 32 layers" in outcome.err
     assert re.search(r"the hub \(it does not answer\) .*DOES NOT FIT", outcome.err)
     assert re.search(r"disk at .*DOES NOT FIT", outcome.err)
-    assert "python -m haq_lab +experiment=mixtral_w8a8 tracking=none data.c4.windows=16 model=smol_moe" in outcome.err
+    assert "python -m haq_lab +experiment=paper_mixtral tracking=none data.c4.windows=16 model=smol_moe" in outcome.err
     assert "model=tiny_mixtral" in outcome.err
 
 
@@ -65,7 +65,7 @@ def test_a_local_folder_needs_no_hub(local, monkeypatch):
     from haq_lab.config import build
     from tests.test_configs import _composed
 
-    setting = ["+experiment=mixtral_w8a8", f"model.name={local}"]
+    setting = ["+experiment=paper_mixtral", f"model.name={local}"]
     few = ["calibration.samples=1", "data.c4.windows=1", "data.wikitext2.windows=1"]
     experiment = build(_composed(*setting, *few))
     needs = _lines(experiment, experiment.model)
@@ -84,7 +84,7 @@ def test_offloaded_experts_need_no_memory_but_their_budget(budget, resident, loc
     from haq_lab.config import build
     from tests.test_configs import _composed
 
-    setting = ["+experiment=mixtral_w8a8", f"model.name={local}", "measure=[memory]", "calibration.samples=1"]
+    setting = ["+experiment=paper_mixtral", f"model.name={local}", "measure=[memory]", "calibration.samples=1"]
     all_of_it = build(_composed(*setting))
     offloaded = build(_composed(*setting, "offload=haq", f"offload.budget='{budget}'"))
     spared = _lines(all_of_it, all_of_it.model)["memory"].needed - _lines(offloaded, offloaded.model)["memory"].needed
@@ -96,7 +96,7 @@ def test_a_full_precision_baseline_keeps_no_layer(local):
     from tests.test_configs import _composed
 
     few = ["data.c4.windows=1", "data.wikitext2.windows=1"]
-    experiment = build(_composed("+experiment=mixtral_w8a8", f"model.name={local}", "quantizer=none", *few))
+    experiment = build(_composed("+experiment=paper_mixtral", f"model.name={local}", "quantizer=none", *few))
     assert _lines(experiment, experiment.model)["memory"].needed < 2 * 4 * 1.45e9
 
 

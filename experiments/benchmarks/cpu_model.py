@@ -46,7 +46,8 @@ def main() -> None:
         "torch fp32": whole(smol, None),
         "int8, Python between the products": whole(smol, RTN(), fused=False),
         "int8": whole(smol, RTN()),
-        "int8, head too": whole(smol, RTN(), head=True),
+        "int8, head in bfloat16": whole(smol, RTN(), head=torch.bfloat16),
+        "int8, head too": whole(smol, RTN(), head=torch.int8),
     }
     prompt = torch.randint(0, smol.config.vocab_size, (1, arguments.prompt), generator=torch.Generator().manual_seed(0))
     seconds = {name: Seconds() for name in forms}
@@ -60,6 +61,7 @@ def main() -> None:
         "torch": torch.__version__,
         "prompt": arguments.prompt,
         "times_faster_than_torch_fp32": {name: ratios(took, seconds["torch fp32"]) for name, took in seconds.items()},
+        "bfloat16_head_times_faster_than_float32": ratios(seconds["int8, head in bfloat16"], seconds["int8"]),
         "tokens_per_cpu_second": {
             name: {
                 "prefill": round(arguments.prompt / min(cpu for _, cpu in took.prefill)),

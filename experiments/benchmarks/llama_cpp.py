@@ -108,7 +108,7 @@ def compare(arguments: argparse.Namespace) -> None:
     # -I: neither this folder, where this very file has the package's name, nor our packages are on its path.
     command = [python, "-I", __file__, "--serve", q8_file(python), *sizes]
     smol = model()
-    forms = {"int8": whole(smol, RTN()), "int8, head too": whole(smol, RTN(), head=True)}
+    forms = {"int8": whole(smol, RTN()), "int8, head too": whole(smol, RTN(), head=torch.int8)}
     prompt = torch.randint(0, smol.config.vocab_size, (1, arguments.prompt), generator=torch.Generator().manual_seed(0))
     names = ("llama.cpp Q8_0", *forms)
     seconds = {name: Seconds() for name in names}

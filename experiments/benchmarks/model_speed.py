@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, field
 from statistics import median
@@ -14,6 +15,7 @@ from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.deploy import deploy, rounded
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import WheelModel
+from haq_lab.models.tables import Head
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.base import Quantizer
 
@@ -50,14 +52,18 @@ def model() -> LayeredModel:
 
 
 @torch.no_grad()
-def whole(model: LayeredModel, quantizer: Quantizer | None, head: bool = False, fused: bool = True) -> Any:
-    """The assembled model, `head` in int8 or not. The quantizer does not matter to the speed."""
+def whole(
+    model: LayeredModel, quantizer: Quantizer | None, head: torch.dtype = torch.float32, fused: bool = True
+) -> Any:
+    """The assembled model, its head held in a type of its own. The quantizer does not matter to the speed."""
     layers: list[nn.Module] = []
     backend = CpuBackend()
     one_pass(model, quantizer, backend, None, "fp", {}, lambda index, layer: layers.append(layer))
     assembled: Any = model.assemble(layers)
-    if head:
+    if head == torch.int8:
         assembled.lm_head = rounded(assembled.lm_head, backend)
+    elif head != torch.float32:
+        assembled.lm_head = Head(copy.deepcopy(assembled.lm_head).to(head))
     return deploy(assembled, model, backend) if fused else assembled
 
 

@@ -2,9 +2,10 @@
 
     python experiments/benchmarks/offload_engine.py CHECKPOINT --profile A.trace --text FILE [--accelerate BF16_FOLDER]
 
-CHECKPOINT is a quantised one (`checkpoint.dir=`). Costs come from micro-benchmarks, one all-resident run and one
-half-resident run under LRU; the other configurations are predicted by them. Latencies are medians over tokens, as
-other work on the machine shows in the mean. With --accelerate, the same model in bf16 through accelerate's disk
+CHECKPOINT is a quantised one (`checkpoint.dir=`). Before and after every configuration a reference decodes, half
+resident under LRU, a quarter of its missing experts run in place: the mean of what the engine's observer finds there
+are the costs that the configuration is simulated by. So nothing is fitted on it, and the machine's mood, which other
+work moves by a factor, is the same for both. With --accelerate, the same model in bf16 through accelerate's disk
 offload decodes in the same run. The last line is JSON.
 """
 
@@ -16,7 +17,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,10 @@ from torch import Tensor, nn
 
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.cpu import CpuBackend
-from haq_lab.offload.costs import Costs, PiecewiseLinear
+from haq_lab.offload.costs import Costs, Predictor
 from haq_lab.offload.engine import Engine
 from haq_lab.offload.measured_costs import measure_costs
+from haq_lab.offload.observer import Observer
 from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import Policy, make_policy
@@ -37,15 +41,16 @@ from haq_lab.offload.simulator import Simulator
 from haq_lab.offload.store import ExpertStore, StoreWriter
 from haq_lab.offload.trace import Trace
 
-TOKENS, SPARE = 32, 4
+TOKENS, SPARE = 24, 4
+CURVES = ("fast", "slow", "fetch", "rest", "outside", "issue")
+REFERENCE = ("lru", "uniform", "layer", 0.5)
 CONFIGURATIONS = [
-    (rule, placement, scope, share)
-    for rule, placement, scope in (
-        ("none", "frequency", "global"),
-        ("lru", "uniform", "layer"),
-        ("haq", "two_stage", "global"),
-    )
-    for share in (0.25, 0.4, 0.55, 0.75)
+    *product(("none",), ("frequency",), ("global",), (0.25, 0.4, 0.55, 0.75), ("fetch",)),
+    *product(("lru",), ("uniform",), ("layer",), (0.25, 0.4, 0.75), ("fetch",)),
+    *product(("haq",), ("two_stage",), ("global",), (0.25, 0.4, 0.55, 0.75), ("fetch", "next gate")),
+    ("none", "frequency", "global", 0.5, "cpu"),
+    ("none", "frequency", "global", 0.5, "predict"),
+    ("lru", "uniform", "layer", 0.75, "predict"),
 ]
 
 
@@ -78,55 +83,53 @@ class Bench:
         self.forwards = [layer.mlp.experts.__dict__.copy() for layer in self.layers]  # type: ignore[union-attr]
         self.whole = self.model.assemble(self.layers)
 
-    def policy(self, rule: str, placement: str, scope: str, share: float) -> Policy:
+    def policy(self, rule: str, placement: str, scope: str, share: float, miss: str, costs: Costs) -> Policy:
         slots = round(share * self.profile.layers * self.profile.expert_count)
         resident = place(placement, self.profile, slots)
-        return make_policy(rule, resident, self.profile, scope, self.path_model)  # type: ignore[arg-type]
+        policy = make_policy(rule, resident, self.profile, scope, self.path_model)  # type: ignore[arg-type]
+        if miss == "cpu":
+            policy.decide = lambda resident, missing: list(missing)
+        elif miss == "predict":
+            policy.decide = Predictor(costs).decide
+        elif miss == "some of each":
+            policy.decide = lambda resident, missing: [expert for expert in missing if expert % 4 == 0]
+        return policy
 
-    def measured(self, *configuration: Any, ahead: bool = False) -> tuple[list[float], Engine, Trace]:
-        """Seconds a token, the engine, and the routing of prompt and text as the engine saw it."""
+    def measured(self, *configuration: Any, costs: Costs) -> tuple[list[float], Engine]:
+        """Seconds a token; `costs` are corrected by the run."""
         for layer, untouched in zip(self.layers, self.forwards, strict=True):
             layer.mlp.experts.__dict__.clear()  # type: ignore[union-attr]
             layer.mlp.experts.__dict__.update(untouched)  # type: ignore[union-attr]
         router = self.model.family.moe.router  # type: ignore[union-attr]
         gates = NextGate([layer.get_submodule(router) for layer in self.layers])
-        guesser = (gates, self.profile.k) if ahead else (None, 0)
-        engine = Engine(self.store, self.policy(*configuration), SPARE, *guesser)
+        guesser = (gates, self.profile.k) if configuration[-1] == "next gate" else (None, 0)
+        observer = Observer(costs, "max", self.model.depth)
+        engine = Engine(self.store, self.policy(*configuration, costs), SPARE, *guesser, observer)
         engine.attach(self.layers, self.model.family.moe)  # type: ignore[arg-type]
-        heard: list[Tensor] = []
-        begin = engine.begin
-        engine.begin = lambda layer, hidden, chosen: (heard.append(chosen), begin(layer, hidden, chosen))[1]  # type: ignore[method-assign]
         seconds = decode(self.whole, self.prompt, self.text)
-        return seconds, engine, self._trace(heard)
+        engine._reader.shutdown()
+        return seconds, engine
 
-    def _trace(self, heard: list[Tensor]) -> Trace:
-        depth = self.model.depth
-        steps = [torch.stack(heard[at : at + depth], 1).numpy() for at in range(0, len(heard), depth)]
-        experts = np.concatenate(steps).astype(np.uint8)
-        decoded = np.arange(len(experts)) >= self.prompt.shape[1]
-        return Trace(
-            experts, np.ones(experts.shape, np.float16), decoded, np.zeros(1, np.int64), self.profile.expert_count
-        )
-
-    def costs(self) -> Costs:
-        """Micro-benchmarks; the rest of a layer and the head are what the all-resident run leaves over."""
-        costs = measure_costs(self.layers[0], self.model.family.moe, self.store, self.model)  # type: ignore[arg-type]
-        seconds, _, trace = self.measured("none", "frequency", "global", 1.0)
-        per_layer = (float(np.median(seconds)) - costs.outside(1)) / self.model.depth
-        costs.rest = PiecewiseLinear([1], [per_layer - trace.k * costs.fast(1)])
+    def reference(self, fresh: Costs) -> Costs:
+        """What everything takes just now, as the reference configuration finds it."""
+        costs = deepcopy(fresh)
+        self.measured(*REFERENCE, "some of each", costs=costs)
         return costs
 
+    def simulated(self, *configuration: Any, engine: Engine, costs: Costs) -> list[float]:
+        """The same steps on the virtual clock."""
+        prefetch = engine.heard.prefetch() if engine.prefetch is not None else None
+        policy = self.policy(*configuration, costs)
+        return Simulator(costs, policy, prefetch, engine.guesses, SPARE).run(engine.heard.trace()).token_s
 
-def fit(bench: Bench, costs: Costs, configuration: tuple[Any, ...], put: Callable[[float], None], high: float) -> None:
-    """Choose one free number, between 0 and `high`, so that a configuration's simulated latency is the measured one."""
-    seconds, engine, trace = bench.measured(*configuration)
-    engine._reader.shutdown()
-    low = 0.0
-    for _ in range(30):
-        put((low + high) / 2)
-        simulated = Simulator(costs, bench.policy(*configuration), from_disk=True).run(trace)
-        slower = np.median(simulated.token_s) > np.median(seconds)
-        low, high = (low, (low + high) / 2) if slower else ((low + high) / 2, high)
+
+def between(before: Costs, after: Costs) -> Costs:
+    """The mean of two corrections."""
+    costs = deepcopy(before)
+    for name in CURVES:
+        curve = getattr(costs, name)
+        curve.correction = (curve.correction + getattr(after, name).correction) / 2
+    return costs
 
 
 def accelerate_seconds(
@@ -167,6 +170,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--accelerate", type=Path)
+    parser.add_argument("--part", type=int, choices=[0, 1, 2], help="of the configurations: a third of them")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -175,37 +179,36 @@ def main() -> None:
         tokenizer = QuantizedModel(given.checkpoint, CpuBackend()).tokenizer()
         ids = tokenizer.encode(given.text.read_text(encoding="utf-8")[:20_000])[: 64 + TOKENS]
         bench = Bench(given.checkpoint, Trace.open(given.profile), torch.tensor([ids]), scratch)
-        costs = bench.costs()
-        resident_ms = 1e3 * float(np.mean(bench.measured("none", "frequency", "global", 1.0)[0]))
-        fit(bench, costs, ("lru", "uniform", "layer", 0.5), partial(setattr, costs.fetch, "correction"), 10.0)
-        for configuration in CONFIGURATIONS:
-            seconds, engine, trace = bench.measured(*configuration)
-            simulated = Simulator(costs, bench.policy(*configuration), from_disk=True).run(trace)
-            row = {"configuration": " ".join(map(str, configuration)), "ms": 1e3 * float(np.median(seconds))}
-            row |= {"std_ms": 1e3 * float(np.std(seconds)), "simulated_ms": 1e3 * float(np.median(simulated.token_s))}
+        moe, store = bench.model.family.moe, bench.store
+        fresh = measure_costs(bench.layers[0], moe, store, bench.model)  # type: ignore[arg-type]
+        whole = ("none", "frequency", "global", 1.0, "fetch")
+        resident_ms = 1e3 * float(np.mean(bench.measured(*whole, costs=deepcopy(fresh))[0]))
+        before = bench.reference(fresh)
+        for configuration in CONFIGURATIONS if given.part is None else CONFIGURATIONS[given.part :: 3]:
+            own = deepcopy(before)
+            seconds, engine = bench.measured(*configuration, costs=own)
+            after = bench.reference(fresh)
+            costs = between(before, after)
+            simulated = bench.simulated(*configuration, engine=engine, costs=costs)
+            row = {"configuration": " ".join(map(str, configuration)), "ms": 1e3 * float(np.mean(seconds))}
+            row |= {"std_ms": 1e3 * float(np.std(seconds)), "simulated_ms": 1e3 * float(np.mean(simulated))}
             row |= {"error": row["simulated_ms"] / row["ms"] - 1, "over_resident": row["ms"] / resident_ms}
             row |= {"hit_rate": engine.stats()["offload.hit_rate_pairs"], "fast_tier_bytes": engine.arena.bytes}
-            engine._reader.shutdown()
+            row |= {"mape": engine.stats()["predictor.mape"], "median_ms": 1e3 * float(np.median(seconds))}
+            row |= {f"cost_{name}": getattr(costs, name).correction for name in CURVES}
+            row |= {f"own_{name}": getattr(own, name).correction for name in CURVES}
+            before = after
             rows.append(row)
             print(
-                f"{row['configuration']:<32}{row['ms']:8.1f} ms  simulated {row['simulated_ms']:8.1f} ms "
-                f"({row['error']:+.1%})  x{row['over_resident']:.2f}  hits {row['hit_rate']:.3f}",
+                f"{row['configuration']:<38}{row['ms']:8.1f} ms  simulated {row['simulated_ms']:8.1f} ms "
+                f"({row['error']:+.1%})  x{row['over_resident']:.2f}  hits {row['hit_rate']:.3f}  "
+                f"mape {row['mape']:.2f}",
                 flush=True,
             )
         result["mean_error"] = float(np.mean([abs(row["error"]) for row in rows]))
-        for share in (0.25, 0.4):
-            seconds, engine, _ = bench.measured("haq", "frequency", "global", share, ahead=True)
-            engine._reader.shutdown()
-            row = {"configuration": f"haq, next gate, {share}", "ms": 1e3 * float(np.median(seconds)), **engine.stats()}
-            row |= {"over_resident": row["ms"] / resident_ms, "fast_tier_bytes": engine.arena.bytes}
-            result.setdefault("prefetch", []).append(row)
-            print(
-                f"{row['configuration']:<32}{row['ms']:8.1f} ms  x{row['over_resident']:.2f}  "
-                f"guesses right {row['offload.prefetch_accuracy']:.3f}",
-                flush=True,
-            )
+        print(f"mean error {result['mean_error']:.1%}")
         if given.accelerate:
-            half = next(row for row in rows if row["configuration"] == "haq two_stage global 0.25")
+            half = next(row for row in rows if row["configuration"] == "haq two_stage global 0.25 fetch")
             budget = half["fast_tier_bytes"]
             both = accelerate_seconds(given.accelerate, bench.prompt, bench.text[:, :8], scratch, budget)
             for name, seconds in zip(("warm", "cold"), both, strict=True):

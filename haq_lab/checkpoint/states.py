@@ -1,4 +1,4 @@
-"""What a pass must keep between two layers to go on after a kill: hidden states, reports, routing.
+"""What a pass must keep between two layers to go on after a kill: hidden states, reports, routing, ranges.
 
 The states of layer i lie in `work/state-<i>`. They are written beside and renamed, and only then are those of
 layer i - 1 removed: whenever the process dies, one whole set is there, and never a half-advanced one.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from haq_lab.calibration import ranges
 from haq_lab.checkpoint.shard import Shard
 from haq_lab.errors import UserError
 from haq_lab.files import folder_written_aside, write_json
@@ -37,6 +38,7 @@ def save_state(work: Path, index: int, state: PassState, shards: list[Shard]) ->
     with folder_written_aside(work / f"state-{index:05}") as aside:
         for number, tensor in enumerate([*state.hidden.values(), *_routing(result)]):
             _bytes(tensor).numpy().tofile(aside / f"{number}.bin")
+        result.ranges.save(aside / ranges.FILE)
         write_json(aside / RECORD, record)
     for older in _states(work)[:-1]:
         shutil.rmtree(older)
@@ -58,6 +60,7 @@ def restore_state(work: Path, state: PassState) -> list[Shard]:
     result = state.result
     state.at.update(record["at"])
     result.reports += [LinearReport(**report) for report in record["reports"]]
+    result.ranges = ranges.Ranges.open(newest / ranges.FILE)
     targets = list(state.hidden.values())
     if (routing := result.routing) is not None:
         tokens, k = routing.windows[0] * routing.windows[1], record["experts_per_token"]

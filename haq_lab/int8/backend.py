@@ -20,6 +20,11 @@ class Backend:
     name: ClassVar[str]
     device: torch.device = torch.device("cpu")  # where packed weights lie and a deployed model runs
 
+    @property
+    def kernels(self) -> str:
+        """What computes the products here, for the record of a run."""
+        return "torch"
+
     def pack(self, levels: Tensor) -> Tensor:
         """int8 levels (n, k) -> the tensor that `linear` multiplies with; done once for each linear."""
         return levels

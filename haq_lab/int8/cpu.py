@@ -92,6 +92,11 @@ def native_is_exact(isa: str) -> bool:
     return True
 
 
+def _taken(x: Tensor) -> Tensor:
+    """x as our kernels take it."""
+    return (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+
+
 class CpuBackend(Backend):
     """Real int8 products on this CPU.
 
@@ -102,7 +107,15 @@ class CpuBackend(Backend):
     name = "cpu"
 
     def __init__(self) -> None:
-        self._native = native.available() and native_is_exact(native.isa())
+        if not native.available():
+            self._without = native.unavailable_reason()
+        else:
+            self._without = "" if native_is_exact(native.isa()) else f"our {native.isa()} kernels are not exact here"
+        self._native = not self._without
+
+    @property
+    def kernels(self) -> str:
+        return f"native {native.isa()}" if self._native else f"torch ({self._without})"
 
     def pack(self, levels: Tensor) -> Tensor:
         return native.pack(levels.contiguous()).data if self._native else levels
@@ -128,13 +141,25 @@ class CpuBackend(Backend):
             static_scale = scale_of(x.float().abs().amax()) if x.numel() else None
         scale = None if scheme == "token" or static_scale is None else float(static_scale)
         y = native.linear(
-            (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous(),
+            _taken(x),
             native.Packed(packed, len(weight_scale), x.shape[1]),
             weight_scale,
             None if bias is None else bias.float(),
             scale,
         )
         return y.to(x.dtype)
+
+    def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self._native:
+            return super().quantize(x, scheme, static_scale)
+        x = _taken(x)
+        if scheme == "token":
+            levels, scale = native.quantize_rows(x)
+            return levels, scale[:, None]
+        if scheme == "tensor":
+            static_scale = scale_of(x.float().abs().amax()) if x.numel() else x.new_ones(())
+        assert static_scale is not None, "the static scheme needs the scale from calibration"
+        return native.quantize_static(x, float(static_scale)), static_scale.float().expand(len(x), 1)
 
     def product(
         self,

@@ -34,6 +34,10 @@ class CudaBackend(Backend):
         self.device = _device(device) if share else claim(_device(device))
         self._kernels = kernels or cuda.kernels(self.device.index)
 
+    @property
+    def kernels(self) -> str:
+        return "cuda"
+
     def pack(self, levels: Tensor) -> Tensor:
         return padded(levels.to(self.device))
 

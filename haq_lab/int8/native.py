@@ -25,6 +25,7 @@ from haq_lab.int8.native_build import BuildError, build
 PANEL, GROUP = 32, 4  # columns whose weights lie together, and consecutive k of each (kernels/cpu/kernels.h)
 _INT32, _INT8 = 0, 3
 _FLOAT_KINDS = {torch.float32: 1, torch.bfloat16: 2}
+_HALF_KINDS = {torch.bfloat16: 2, torch.float16: 4}
 _forced: str | None = None
 
 
@@ -54,6 +55,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("haq_linear", i32, (i32, i32, ptr, i32, i64, i64, ptr, i64, ptr, ptr, f32, ptr, i32)),
         ("haq_quantize", None, (i32, i32, ptr, i32, i64, i64, f32, ptr, ptr)),
         ("haq_silu_mul", None, (i32, i32, ptr, i32, i64, i64, ptr)),
+        ("haq_half_linear", None, (i32, i32, ptr, i64, i64, ptr, i32, i64, ptr)),
         ("haq_decoder_layers", i32, (i32, i32, ptr, i64, ptr, i64, ptr, ptr, ptr, ptr, i64, i64)),
         ("haq_read", ctypes.c_uint64, (i32, i32, ptr, i64)),
     ):
@@ -308,6 +310,24 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((*gate_up.shape[:-1], n), dtype=gate_up.dtype)
     threads, kind = torch.get_num_threads(), _FLOAT_KINDS[gate_up.dtype]
     library().haq_silu_mul(level(), threads, gate_up.data_ptr(), kind, m, n, out.data_ptr())
+    return out
+
+
+def half_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """float32 `x (M, K)` times `weight (N, K)`, bfloat16 or float16 as it lies there, transposed: float32 (M, N).
+
+    The weights widen exactly and sums are float32, in an order of their own. Made for few rows: time grows with M.
+    """
+    m, (n, k) = x.shape[0], weight.shape
+    _check(x, "x", torch.float32, m, k)
+    if weight.dtype not in _HALF_KINDS:
+        raise ValueError(f"weight must be bfloat16 or float16, not {weight.dtype}")
+    _check(weight, "weight", weight.dtype, n, k)
+    out = torch.empty((m, n), dtype=torch.float32)
+    kind = _HALF_KINDS[weight.dtype]
+    library().haq_half_linear(
+        level(), torch.get_num_threads(), x.data_ptr(), m, k, weight.data_ptr(), kind, n, out.data_ptr()
+    )
     return out
 
 

@@ -1,4 +1,7 @@
-"""Latency of the deployed model: prefill of a prompt, then token by token with a KV cache, each timed alone."""
+"""Latency of the deployed model: prefill of a prompt, then token by token with a KV cache, each timed alone.
+
+Every sample is kept, in `latency.csv`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import time
 from typing import Annotated, ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -53,6 +57,8 @@ class Latency:
             prefill.append(first)
             decode += others
         milliseconds = 1e3 * np.array(decode)
+        samples = [("prefill", 1e3 * seconds) for seconds in prefill] + [("decode", one) for one in milliseconds]
+        study.tables["latency"] = pd.DataFrame(samples, columns=["phase", "ms"])
         return {
             "latency.prefill_ms": 1e3 * float(np.mean(prefill)),
             "latency.decode_ms_per_token.mean": float(milliseconds.mean()),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import pandas as pd
 from torch import Tensor, nn
 
 from haq_lab.models.layered import LayeredModel
@@ -20,6 +21,7 @@ class Study:
         windows: Evaluation windows (n, t) by dataset.
         whole: The model as deployed, all layers in place where a measure `deploys`.
         progress: Called with a line on what is being measured.
+        tables: What a measure leaves beside its metrics: a table by name, which the run folder gets as `<name>.csv`.
     """
 
     model: LayeredModel
@@ -27,6 +29,7 @@ class Study:
     passed: PassResult
     whole: nn.Module
     progress: Callable[[str], None]
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 class Measure(Protocol):

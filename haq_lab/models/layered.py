@@ -1,8 +1,8 @@
 """A causal language model held one decoder layer at a time.
 
-Only what lies outside the layers (embeddings, final norm, head) stays in memory. A layer is read from the
-checkpoint when it is its turn. The arguments a layer gets besides the hidden state (masks, rotary
-embeddings) are captured from the model's own forward, never built by hand: they change between releases.
+Only what lies outside the layers (embeddings, final norm, head) stays in memory, the tables in the type that they are
+stored in. A layer is read from the checkpoint when it is its turn. The arguments a layer gets besides the hidden state
+(masks, rotary embeddings) are captured from the model's own forward, never built by hand: they change between releases.
 
     model = LayeredModel(folder)
     hidden = model.embed(windows)                       # (n, t, d)
@@ -24,10 +24,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from haq_lab.errors import UserError
 from haq_lab.models.experts import Experts, split_fused
 from haq_lab.models.families import Family, family_of, refuse_unknown
+from haq_lab.models.tables import hold_as_stored, tables_of
 from haq_lab.models.weights import Weights
 from haq_lab.quiet import quiet_transformers
 
@@ -85,12 +87,18 @@ class LayeredModel:
             return type(self._bare(1).get_submodule(f"{self.family.layers}.0"))
 
     def _build_shell(self) -> PreTrainedModel:
-        shell = self._bare(0).eval()
+        with no_init_weights():  # pages that nobody writes to take no memory
+            shell = self._bare(0).eval()
         self.config._attn_implementation = shell.config._attn_implementation
         shell.config.num_hidden_layers = self.depth
         self.recorders = [_Recorder() for _ in range(self.depth)]
         shell.set_submodule(self.family.layers, nn.ModuleList(self.recorders))
-        tensors = {name: tensor.to(self.dtype) for name, tensor in self.outside().items()}
+        tables = tables_of(shell)
+        tensors = {
+            # Copied: what was read may lie in a mapped file.
+            name: tensor.clone() if name in tables else tensor.to(self.dtype)
+            for name, tensor in self.outside().items()
+        }
         try:
             result = shell.load_state_dict(tensors, strict=False, assign=True)
         except RuntimeError as error:
@@ -100,6 +108,7 @@ class LayeredModel:
         if missing:
             raise UserError(f"model: {self.folder} lacks the tensors {', '.join(missing[:5])}")
         shell.tie_weights()
+        hold_as_stored(shell, self.dtype)
         return shell.requires_grad_(False)
 
     def outside(self) -> dict[str, Tensor]:

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haq_lab.offload.cache import teach
-from haq_lab.offload.compiled import compiled
+from haq_lab.offload.compiled import innermost
 from haq_lab.offload.trace import Trace
 
 NEVER = np.iinfo(np.int64).max // 2
 
 
 class Belady(NamedTuple):
-    """`values` is minus the time (token * layers + layer) of an expert's next use.
+    """`values` is `NEVER` minus the time (token * layers + layer) of an expert's next use.
 
     `ahead` (tokens, layers, E) would be large, so next uses are kept as a list for each expert: `uses` holds the
     tokens that choose it, in order, from `cursor` (layers, E) on to `end` (layers, E).
@@ -37,9 +37,9 @@ def belady(trace: Trace) -> Belady:
     sizes = np.stack([np.bincount(trace.experts[:, layer].ravel(), minlength=count) for layer in range(layers)])
     end = np.cumsum(sizes.ravel()).reshape(sizes.shape)
     cursor = end - sizes
-    values = np.full(sizes.shape, -float(NEVER))
+    values = np.zeros(sizes.shape, np.int64)
     for layer, expert in zip(*np.nonzero(sizes), strict=True):
-        values[layer, expert] = -float(uses[cursor[layer, expert]] * layers + layer)
+        values[layer, expert] = NEVER - (uses[cursor[layer, expert]] * layers + layer)
     return Belady(values, uses, cursor, end)
 
 
@@ -53,27 +53,16 @@ def _moments(trace: Trace) -> NDArray[np.int64]:
     return np.minimum.accumulate(positions[::-1])[::-1]
 
 
-@compiled
-def _begin(state):
-    pass
-
-
-@compiled
-def _touch(state, layer, counts, tokens, now):
+@innermost
+def _touch(state, layer, wanted, counts, tokens, now):
     layers = len(state.values)
-    for expert in range(len(counts)):
-        if counts[expert] > 0:
-            at = state.cursor[layer, expert]
-            while at < state.end[layer, expert] and state.uses[at] <= now:
-                at += 1
-            state.cursor[layer, expert] = at
-            ahead = state.uses[at] * layers + layer if at < state.end[layer, expert] else NEVER
-            state.values[layer, expert] = -float(ahead)
+    for expert in wanted:
+        at = state.cursor[layer, expert]
+        while at < state.end[layer, expert] and state.uses[at] <= now:
+            at += 1
+        state.cursor[layer, expert] = at
+        ahead = state.uses[at] * layers + layer if at < state.end[layer, expert] else NEVER
+        state.values[layer, expert] = NEVER - ahead
 
 
-@compiled
-def _refresh(state, layer):
-    pass
-
-
-teach(Belady, _begin, _touch, _refresh)
+teach(Belady, _touch)

@@ -1,4 +1,4 @@
-"""From a memory budget to expert slots. The key-value cache and the spare slots are served first."""
+"""From a memory budget to expert slots. Key-value cache, workspace and spare slots are served first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Budget:
 
     Attributes:
         share: Of all experts' bytes; 1 makes all resident, the spare slots beside them.
-        bytes: Of the fast tier for experts and key-value cache.
+        bytes: Of the fast tier for experts, key-value cache and workspace.
         experts: Resident ones, all layers together.
     """
 
@@ -33,6 +33,8 @@ class Budget:
             hint = nearest(found[2], UNITS) if found else ""
             raise UserError(f"offload.budget: '{text}' is not {FORMS}{hint}")
         number, unit = float(found[1]), found[2]
+        if number == 0:
+            raise UserError(f"offload.budget: '{text}' leaves no slot for an expert; give it {FORMS}, or offload=none")
         if unit == "%":
             if number > 100:
                 raise UserError(f"offload.budget: '{text}' is more than all experts")
@@ -50,7 +52,7 @@ class Budget:
             total: Experts of the model.
             blob_bytes: Of one expert in the fast tier.
             spare: Slots for experts that pass through; they come out of a budget in bytes or as a share.
-            reserved: Bytes of the key-value cache; they come out of a budget in bytes.
+            reserved: Bytes of key-value cache and workspace; they come out of a budget in bytes.
 
         Raises:
             UserError: Nothing is left for a single expert.
@@ -61,7 +63,7 @@ class Budget:
             slots, took = int(self.share * total) - spare, f"{spare} spare slots"
         elif self.bytes is not None:
             slots = (self.bytes - reserved) // blob_bytes - spare
-            took = f"{reserved:,} bytes of key-value cache and {spare} spare slots"
+            took = f"{reserved:,} bytes of key-value cache and workspace, and {spare} spare slots,"
         else:
             slots, took = self.experts or 0, "no spare slots"
         if slots < 1:

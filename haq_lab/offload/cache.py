@@ -2,12 +2,17 @@
 takes seconds.
 
 A rule (least recently used, ...) is a NamedTuple of arrays whose field `values` (layers, E) says how much each
-expert is worth keeping; the least valuable resident leaves. What a rule does is three functions that its module
-teaches with `teach`:
+expert is worth keeping; the least valuable resident leaves. What a rule does is one to three functions that its
+module teaches with `teach`:
 
-    begin(state)                               a sequence begins
-    touch(state, layer, counts, tokens, now)   `layer` has chosen: counts (E,) int64 over `tokens` tokens
-    refresh(state, layer)                      an expert must leave after a visit of `layer`: bring `values` up to date
+    touch(state, layer, wanted, counts, tokens, now)   `layer` has chosen the experts `wanted`, rising, (n,) int64,
+                                                       each for counts (E,) int64 of `tokens` tokens
+    begin(state)                                       a sequence begins
+    refresh(state, layer)                              an expert must leave after a visit of `layer`: bring `values`
+                                                       up to date
+
+Values are integers, not negative: the search for the least is then vector code, many times faster than with floats. (A
+positive float32 is ordered as its bits are, so a rule that computes rates shows them as integers: `rates.view(int32)`.)
 
 Weights are read-only: an expert that leaves is forgotten, never written back. A visit that needs more experts than
 there are slots in reach bypasses the cache, so that a prompt does not flush it.
@@ -20,12 +25,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba.extending import overload
 
-from haq_lab.offload.compiled import compiled
+from haq_lab.offload.compiled import innermost
 
+STAYS, HELD = -1, -2  # in `placed`: nobody leaves for the expert; nor does it leave itself
+BLOCK = 64  # values searched at once
+NONE = np.iinfo(np.int64).max
 _TAUGHT: dict[Any, tuple[Any, Any, Any]] = {}  # numba needs to know a rule's functions by the type of its state
 
 
-def teach(state: type, begin: Any, touch: Any, refresh: Any) -> None:
+@innermost
+def _same_in_all_sequences(state):
+    pass
+
+
+@innermost
+def _always_up_to_date(state, layer):
+    pass
+
+
+def teach(state: type, touch: Any, begin: Any = _same_in_all_sequences, refresh: Any = _always_up_to_date) -> None:
     """Make a rule's compiled functions known."""
     _TAUGHT[state] = begin, touch, refresh
 
@@ -34,7 +52,7 @@ def _begin(state):
     raise NotImplementedError
 
 
-def _touch(state, layer, counts, tokens, now):
+def _touch(state, layer, wanted, counts, tokens, now):
     raise NotImplementedError
 
 
@@ -49,9 +67,9 @@ def _begin_of(state):  # numba compares signatures, annotations too
 
 
 @overload(_touch)
-def _touch_of(state, layer, counts, tokens, now):
+def _touch_of(state, layer, wanted, counts, tokens, now):
     taught = _TAUGHT[state.instance_class][1]
-    return lambda state, layer, counts, tokens, now: taught(state, layer, counts, tokens, now)
+    return lambda state, layer, wanted, counts, tokens, now: taught(state, layer, wanted, counts, tokens, now)
 
 
 @overload(_refresh)
@@ -77,77 +95,102 @@ def empty_tallies(layers: int) -> Tallies:
     return Tallies(*(np.zeros(layers, np.int64) for _ in Tallies._fields))
 
 
-@compiled
+@innermost
 def begin(state):
     """A sequence begins."""
     _begin(state)
 
 
-@compiled
-def visit(state, resident, layer, counts, tokens, now, per_layer, selective, admit, placed):
+@innermost
+def visit(state, resident, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed):
     """One layer's visit: learn what it chose, then admit what it missed.
 
     Args:
         state: The rule.
         resident: (layers, E) bool, changed in place; the number of residents (with `per_layer`: in each layer)
             stays what it is.
+        wanted: (n,) int64 the experts chosen, rising.
         counts: (E,) int64, how many of the visit's `tokens` tokens chose each expert.
         now: The token's number.
         per_layer: Only experts of the same layer may leave.
         selective: A missing expert that is worth less than every resident is used and forgotten.
         admit: (E,) bool: which missing experts may become resident.
-        placed: (E,) int64, filled: for an admitted expert layer * E + expert of the one that left, else -1.
+        placed: (E,) int64, filled for those wanted: for an admitted expert layer * E + expert of the one that left,
+            else -1.
     """
     layers, count = resident.shape
-    _touch(state, layer, counts, tokens, now)
-    wanted, missed = 0, 0
-    for expert in range(count):
-        placed[expert] = -1
-        if counts[expert] > 0:
-            wanted += 1
-            if not resident[layer, expert] and admit[expert]:
-                missed += 1
-    if missed == 0:
-        return
-    first, last = (layer, layer + 1) if per_layer else (0, layers)
-    slots = 0
-    for row in range(first, last):
-        for expert in range(count):
-            slots += resident[row, expert]
-    if wanted > slots:
+    _touch(state, layer, wanted, counts, tokens, now)
+    here, there = resident[layer], resident.reshape(-1)
+    missed = 0
+    for expert in wanted:
+        placed[expert] = STAYS
+        missed += admit[expert] and not here[expert]
+    first, last = (layer * count, (layer + 1) * count) if per_layer else (0, layers * count)
+    if missed == 0 or not _holds(there[first:last], len(wanted)):
         return
     _refresh(state, layer)
-    values = state.values
-    for expert in range(count):
-        if counts[expert] == 0 or resident[layer, expert] or not admit[expert]:
+    values = state.values.reshape(-1)
+    for expert in wanted:  # what the visit wants does not leave
+        if here[expert]:
+            here[expert], placed[expert] = False, HELD
+    for expert in wanted:
+        if placed[expert] == HELD or not admit[expert]:
             continue
-        worst, worst_value = -1, np.inf
-        for row in range(first, last):
-            for other in range(count):
-                if resident[row, other] and values[row, other] < worst_value:
-                    if row == layer and counts[other] > 0:
-                        continue
-                    worst, worst_value = row * count + other, values[row, other]
-        if worst >= 0 and not (selective and values[layer, expert] < worst_value):
-            resident[worst // count, worst % count] = False
-            resident[layer, expert] = True
-            placed[expert] = worst
+        worst = _least(values, there, first, last)
+        if worst >= 0 and not (selective and values[layer * count + expert] < values[worst]):
+            there[worst], placed[expert] = False, worst
+    for expert in wanted:
+        if placed[expert] != STAYS:
+            here[expert] = True
+        if placed[expert] == HELD:
+            placed[expert] = STAYS
 
 
-@compiled
-def replay(state, resident, experts, decode, starts, clock, per_layer, selective, admits, tallies):
+@innermost
+def _holds(present, wanted):
+    """Whether there are as many slots as experts wanted."""
+    slots = 0
+    for held in present:
+        slots += held
+        if slots == wanted:
+            return True
+    return False
+
+
+@innermost
+def _least(values, present, first, last):
+    """The first index of the least value among those present from `first` to `last`; -1 where none is.
+
+    Block by block, each one's least without its place, so that the inner loop is vector code.
+    """
+    block, least = -1, NONE
+    for begin in range(first, last, BLOCK):
+        end = min(begin + BLOCK, last)
+        some, there, low = values[begin:end], present[begin:end], NONE  # indices from 0 need no look at their sign
+        for index in range(len(some)):
+            absent = np.int64(there[index]) - 1  # all bits set, or none
+            low = min(low, some[index] | (absent & NONE))
+        if low < least:
+            block, least = begin, low
+    if block >= 0:
+        while not (present[block] and values[block] == least):
+            block += 1
+    return block
+
+
+@innermost
+def replay(state, resident, experts, decode, starts, clock, per_layer, selective, admit, room, tallies):
     """A whole trace under one rule: decoded tokens one by one, a prompt's tokens as one batch.
 
     Args:
         experts, decode, starts: A trace's arrays; they must fit `resident`, nothing is checked here.
         clock: Tokens that the rule has seen before.
-        admits: False keeps the residents as they are.
+        admit: (E,) bool: False keeps residents as they are.
+        room: (3, E) int64 of zeros to work in.
         tallies: Counts, added to.
     """
-    tokens, layers, k = experts.shape
-    count = resident.shape[1]
-    counts, placed = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    admit = np.full(count, admits)
+    tokens, layers = experts.shape[:2]
+    counts, placed, chosen = room[0], room[1], room[2]
     sequence, token = 0, 0
     while token < tokens:
         if sequence < len(starts) and starts[sequence] == token:
@@ -158,18 +201,35 @@ def replay(state, resident, experts, decode, starts, clock, per_layer, selective
         while not decode[token] and end < limit and not decode[end]:
             end += 1
         for layer in range(layers):
-            counts[:] = 0
-            for one in range(token, end):
-                for choice in range(k):
-                    counts[experts[one, layer, choice]] += 1
-            for expert in range(count):
-                if counts[expert] > 0:
-                    tallies.pairs[layer] += counts[expert]
-                    tallies.experts[layer] += 1
-                    if resident[layer, expert]:
-                        tallies.pair_hits[layer] += counts[expert]
-                        tallies.expert_hits[layer] += 1
-                    else:
-                        tallies.fetched[layer] += 1
-            visit(state, resident, layer, counts, end - token, clock + end - 1, per_layer, selective, admit, placed)
+            wanted = chosen[: _collect(experts[token:end, layer], counts, chosen)]
+            here = resident[layer]
+            for expert in wanted:
+                tallies.pairs[layer] += counts[expert]
+                tallies.experts[layer] += 1
+                hit = np.int64(here[expert])
+                tallies.pair_hits[layer] += hit * counts[expert]
+                tallies.expert_hits[layer] += hit
+                tallies.fetched[layer] += 1 - hit
+            now = clock + end - 1
+            visit(state, resident, layer, wanted, counts, end - token, now, per_layer, selective, admit, placed)
+            for expert in wanted:
+                counts[expert] = 0
         token = end
+
+
+@innermost
+def _collect(choices, counts, chosen):
+    """Count the choices (tokens, k), and write those there are to `chosen`, rising; how many."""
+    found = 0
+    for token in range(len(choices)):
+        for choice in range(choices.shape[1]):
+            expert = np.int64(choices[token, choice])
+            counts[expert] += 1
+            if counts[expert] == 1:
+                at = found
+                while at > 0 and chosen[at - 1] > expert:
+                    chosen[at] = chosen[at - 1]
+                    at -= 1
+                chosen[at] = expert
+                found += 1
+    return found

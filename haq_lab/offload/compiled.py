@@ -17,19 +17,27 @@ from haq_lab.paths import cache_folder
 
 def _sources() -> str:
     texts = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"".join(text for text in texts if b"@compiled" in text)).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(text for text in texts if b"@compiled" in text or b"@innermost" in text)
+    ).hexdigest()[:16]
 
 
 FLAGS = {"nnan", "nsz", "arcp", "contract", "reassoc"}  # what lets loops become vector code; infinities stay
 FOLDER = cache_folder() / "numba" / _sources()
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """`function`, compiled at its first call for the types it gets. No Python object, no checks of bounds."""
     settings: Any = numba.config
     before = settings.CACHE_DIR
     settings.CACHE_DIR = str(FOLDER)
     try:
-        return numba.njit(function, cache=True, fastmath=FLAGS, error_model="numpy")
+        return numba.njit(function, cache=True, fastmath=FLAGS, error_model="numpy", **options)
     finally:
         settings.CACHE_DIR = before
+
+
+def innermost(function: Callable[..., Any]) -> Any:
+    """As `compiled`, for what runs at every visit: it makes no arrays, so none is counted. (Numba counts references to
+    every array of a rule's state at every call, which takes longer than the arithmetic.)"""
+    return compiled(function, _nrt=False)

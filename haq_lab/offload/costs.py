@@ -1,9 +1,9 @@
 """The latency predictor: what an expert costs to run, here or there, and to fetch; and where each one should run.
 
-Costs are piecewise linear, fitted on micro-benchmarks (`measured_costs.py`) or taken from a GPU's figures
-(`gpu_costs.py`). The engine corrects a fetch's, which other work on the disk moves most, by every read. The objective
-is the sum of all costs (Fiddler's code) or the longest of the fast device, the link and the CPU, which work at the
-same time (Fiddler's comment; arXiv 2402.07033).
+Costs are piecewise linear, fitted on micro-benchmarks (`measured_costs.py`) or taken from a machine's figures
+(`machine_costs.py`). A running engine corrects them by what everything takes (`observer.py`). The objective is the sum
+of all costs (Fiddler's code) or when the last of the fast device, the link and the CPU is done, which work at the same
+time (Fiddler's comment; arXiv 2402.07033).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 Objective = Literal["sum", "max"]
 EXACT_UP_TO = 12  # missing experts whose every split is tried; beyond, only splits by the number of tokens
-MEMORY = 0.95  # of a correction that the next measurement leaves
+MEMORY = 0.998  # of a correction that the next measurement leaves, once there were many
 
 
 @dataclass
@@ -28,11 +28,13 @@ class PiecewiseLinear:
         sizes: Rising.
         seconds: At these sizes.
         correction: What the curve is multiplied by; moves with `observe`.
+        observed: Measurements that it has moved by.
     """
 
     sizes: Sequence[float]
     seconds: Sequence[float]
     correction: float = field(default=1.0)
+    observed: int = field(default=0)
 
     def __call__(self, size: float) -> float:
         """Seconds for a size; 0 for none."""
@@ -47,9 +49,12 @@ class PiecewiseLinear:
         return float(y1 + (y1 - y0) / (x1 - x0) * (size - x1))
 
     def observe(self, size: float, seconds: float) -> None:
-        """Move towards a measurement. A curve of no seconds has nothing to correct."""
+        """Move towards a measurement: the mean of all so far, later of the latest. A curve of no seconds has nothing to
+        correct."""
         if predicted := self._curve(size):
-            self.correction = MEMORY * self.correction + (1 - MEMORY) * seconds / predicted
+            self.observed += 1
+            weight = max(1 / self.observed, 1 - MEMORY)
+            self.correction += weight * (seconds / predicted - self.correction)
 
     @classmethod
     def fitted(cls, samples: Sequence[tuple[float, float]]) -> PiecewiseLinear:
@@ -70,6 +75,8 @@ class Costs:
         rest: Everything else of a layer (attention, norms, router), by tokens.
         outside: What lies outside the layers (embedding, head), by tokens.
         expert_bytes: Of one expert, as it is moved.
+        issue: What fetching keeps the fast device from its work, by experts fetched.
+        from_disk: There is no GPU: the slow tier is the disk, and what runs in place runs on the fast device too.
     """
 
     fast: PiecewiseLinear
@@ -78,16 +85,27 @@ class Costs:
     rest: PiecewiseLinear
     outside: PiecewiseLinear
     expert_bytes: int
+    issue: PiecewiseLinear = field(default_factory=lambda: PiecewiseLinear([1], [0.0]))
+    from_disk: bool = False
 
 
 def seconds(
     costs: Costs, resident: dict[int, int], fetched: dict[int, int], in_place: dict[int, int], by: Objective
 ) -> float:
-    """Predicted seconds of a layer's experts, given as {expert: tokens}, under an objective."""
-    fast = sum(costs.fast(tokens) for tokens in (*resident.values(), *fetched.values()))
-    link = len(fetched) * costs.fetch(costs.expert_bytes)
-    slow = sum(costs.slow(tokens) for tokens in in_place.values())
-    return fast + link + slow if by == "sum" else max(fast, link, slow)
+    """Predicted seconds of a layer's experts, given as {expert: tokens}, under an objective.
+
+    `max`: the link works beside the fast device, which runs the resident experts first and a fetched one when it is
+    there, heaviest first; beside both works the CPU, if it is not the fast device itself.
+    """
+    begin = costs.issue(len(fetched)) + sum(costs.fast(tokens) for tokens in resident.values())
+    fetch, slow = costs.fetch(costs.expert_bytes), sum(costs.slow(tokens) for tokens in in_place.values())
+    if by == "sum":
+        return begin + slow + sum(fetch + costs.fast(tokens) for tokens in fetched.values())
+    done, arrived = begin + (slow if costs.from_disk else 0.0), 0.0
+    for tokens in sorted(fetched.values(), reverse=True):
+        arrived += fetch
+        done = max(done, arrived) + costs.fast(tokens)
+    return max(done, slow)
 
 
 @dataclass

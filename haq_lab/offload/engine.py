@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from haq_lab.models.families import Moe
 from haq_lab.offload.arena import Arena, Key
-from haq_lab.offload.costs import PiecewiseLinear
-from haq_lab.offload.policy import Policy
+from haq_lab.offload.observer import Observer
+from haq_lab.offload.policy import Policy, Visit
 from haq_lab.offload.prefetch import Prefetch
+from haq_lab.offload.record import Heard
 from haq_lab.offload.store import ExpertStore, ReadError, bind
 
 
@@ -69,7 +70,10 @@ class Engine:
     spare: Slots beside the policy's, for experts that pass through and for guesses; at least 1, 2 to overlap.
     prefetch: Guesses the next layer's experts.
     guesses: At most so many experts are read ahead.
-    fetch: What the policy's predictor takes for the seconds of a read; corrected by each one.
+    observer: Told when everything happens.
+
+    Attributes:
+        heard: What the layers chose, and what was guessed.
     """
 
     def __init__(
@@ -79,12 +83,13 @@ class Engine:
         spare: int = 2,
         prefetch: Prefetch | None = None,
         guesses: int = 0,
-        fetch: PiecewiseLinear | None = None,
+        observer: Observer | None = None,
     ):
         layers, self.experts = policy.resident.shape
         assert 0 <= guesses < spare, "a missing expert needs a spare slot"
         self.store, self.policy, self.prefetch, self.guesses = store, policy, prefetch, guesses
-        self.fetch = fetch
+        self.observer = observer
+        self.heard = Heard(layers, self.experts)
         self.arena = Arena(policy.slots + spare, store.blob_bytes)
         self.counters = Counters.zero(layers)
         self._modules: list[nn.ModuleList] = []
@@ -92,7 +97,7 @@ class Engine:
         self._reads: dict[Key, Future[None]] = {}
         self._guessed: dict[Key, None] = {}  # read ahead for the coming layer
         self._step = _Step()
-        self._layer = 0
+        self._counts = np.zeros(self.experts, np.int64)  # tokens of the layer at work, by expert
 
     # Putting it in place.
 
@@ -125,7 +130,9 @@ class Engine:
             self.policy.begin()
         visit = self.policy.visit(layer, counts, len(chosen))
         self._count(layer, counts, visit.missing)
-        self._step, self._layer = _Step(), layer
+        self._step = _Step()
+        if self.observer is not None:
+            self._report(layer, len(chosen), counts, visit)
         for number in visit.missing:
             key = (layer, number)
             if number in visit.in_place and key not in self._guessed:
@@ -144,8 +151,14 @@ class Engine:
         # Admitted experts have a slot for certain, the ones passing through take turns.
         self._step.waiting.sort(key=lambda key: key in self._step.passing)
         self._issue()
+        guesses: list[int] = []
         if self.prefetch is not None and layer + 1 < len(self._modules):
-            self._guess(layer, self.prefetch.guess(layer, hidden, chosen, self.guesses))
+            guesses = self.prefetch.guess(layer, hidden, chosen, self.guesses)
+            self._guess(layer, guesses)
+        self.heard.note(layer, chosen, guesses)
+        self._counts = counts
+        if self.observer is not None:
+            self.observer.issued(len(visit.missing) - len(visit.in_place))
         missing = sorted(visit.missing, key=lambda number: (layer, number) not in self.arena.where)
         return [number for number in visit.wanted if number not in visit.missing] + missing
 
@@ -160,14 +173,18 @@ class Engine:
             self._release_passed()
             self._issue()
         if key in self._reads:
+            if self.observer is not None:
+                self.observer.waits()
             start = time.perf_counter()
             self._arrive(key)
             self.counters.waited[layer] += time.perf_counter() - start
+        if self.observer is not None:
+            self.observer.starts(int(self._counts[number]), key in self._step.in_place)
 
-    def end(self) -> None:
+    def end(self, layer: int) -> None:
         """The layer is done: spare slots are free again."""
-        for layer, number in self._step.in_place:
-            bind(self._modules[layer][number], self.store.parts, None)
+        for key in self._step.in_place:
+            bind(self._modules[key[0]][key[1]], self.store.parts, None)
         if self._step.in_place:
             self.store.drop_cache()
         for key in self._step.waiting:  # only where a read failed: what was admitted has not come
@@ -175,6 +192,8 @@ class Engine:
         for key in [key for key in self._step.passing if key in self.arena.where]:
             self._remove(key)
         self._step = _Step()
+        if self.observer is not None:
+            self.observer.finished(layer)
 
     # Moving experts.
 
@@ -190,8 +209,8 @@ class Engine:
     def _read(self, key: Key, blob: Tensor) -> None:
         start = time.perf_counter()
         self.store.read(*key, blob)
-        if self.fetch is not None:
-            self.fetch.observe(self.store.blob_bytes, time.perf_counter() - start)
+        if self.observer is not None:
+            self.observer.fetched(self.store.blob_bytes, time.perf_counter() - start)
 
     def _arrive(self, key: Key) -> None:
         try:
@@ -204,9 +223,12 @@ class Engine:
         bind(self._modules[key[0]][key[1]], self.store.parts, self.arena.blob(key))
 
     def _remove(self, key: Key) -> None:
-        """Out of the arena, once a read that is under way is over."""
-        if key in self._reads:
-            self._reads.pop(key).exception()
+        """Out of the arena: a read that has not begun is called off, one that is under way ends first."""
+        if read := self._reads.pop(key, None):
+            if read.cancel():
+                self.counters.read[key[0]] -= 1
+            else:
+                read.exception()
         else:
             bind(self._modules[key[0]][key[1]], self.store.parts, None)
         self.arena.release(key)
@@ -243,6 +265,18 @@ class Engine:
 
     # Looking in.
 
+    def _report(self, layer: int, tokens: int, counts: NDArray[np.int64], visit: Visit) -> None:
+        """Tell the observer how a visit will go."""
+        assert self.observer is not None
+
+        def of(numbers: list[int]) -> dict[int, int]:
+            return {number: int(counts[number]) for number in numbers}
+
+        hits = of([number for number in visit.wanted if number not in visit.missing])
+        placed = of([one for one in visit.in_place if (layer, one) not in self._guessed])
+        fetched = of([one for one in visit.missing if one not in placed and (layer, one) not in self._guessed])
+        self.observer.routed(layer, tokens, hits, fetched, placed)
+
     def _count(self, layer: int, counts: NDArray[np.int64], missing: list[int]) -> None:
         counters = self.counters
         counters.pairs[layer] += counts.sum()
@@ -263,6 +297,8 @@ class Engine:
             "offload.fast_tier_bytes": float(self.arena.bytes),
             "offload.slots": float(self.policy.slots),
         }
+        if self.observer is not None and self.observer.measured:
+            stats["predictor.mape"] = self.observer.mape()
         if self.prefetch is not None:
             stats["offload.prefetch_accuracy"] = float(counts.guesses_used.sum() / max(counts.guessed.sum(), 1))
         return stats
@@ -299,7 +335,7 @@ def _intercept(engine: Engine, layer: int, experts: nn.ModuleList) -> None:
         try:
             return forward(hidden, chosen, weights)
         finally:
-            engine.end()
+            engine.end(layer)
 
     def expert(number: int) -> nn.Module:
         engine.expert(layer, number)

@@ -17,9 +17,8 @@ import yaml
 
 from haq_lab.errors import UserError, invalid
 from haq_lab.files import write_text
-from haq_lab.help import options
 from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.roofline import Hardware, load_hardware
+from haq_lab.int8.roofline import Hardware, cited_hardware, load_hardware
 from haq_lab.paths import cache_folder
 
 SIZE = 64 * 2**20  # bytes copied and read: more than any cache near the cores
@@ -33,17 +32,21 @@ def local_path() -> Path:
 
 def hardware(name: str) -> Hardware:
     """A profile by name. Raises `UserError` for an unknown one, or for `local` before it was measured."""
-    cited = options("hardware")
-    if name in cited:
+    if name in cited_hardware():
         return load_hardware(name)
     if name != "local":
-        raise invalid("hardware", name, [*cited, "local"])
+        raise invalid("hardware", name, [*cited_hardware(), "local"])
+    return local()
+
+
+def local() -> Hardware:
+    """This machine's profile. Raises `UserError` before it was measured."""
     again = "run: python -m haq_lab.offload profile"
     if not local_path().is_file():
         raise UserError(f"hardware: 'local' has not been measured yet; {again}")
     try:
-        return Hardware(**yaml.safe_load(local_path().read_text(encoding="utf-8")))
-    except (TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return Hardware(**yaml.safe_load(local_path().read_text(encoding="utf-8")) | {"from_disk": True})
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"hardware: '{local_path()}' is no hardware profile ({error}); {again}") from error
 
 
@@ -70,6 +73,7 @@ def measure_machine(scratch: Path) -> Hardware:
         link_gbs=SIZE / read / 1e9,
         host_gbs=2 * SIZE / copy / 1e9,
         source=f"measured here on {stamp}: int8 product, copy in memory, uncached read from the disk as link",
+        from_disk=True,
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from haq_lab.offload.cache import teach
-from haq_lab.offload.compiled import compiled
+from haq_lab.offload.compiled import innermost
 
 
 class Lru(NamedTuple):
@@ -19,25 +19,14 @@ class Lru(NamedTuple):
 
 def lru(layers: int, experts: int) -> Lru:
     """The rule before anything was used."""
-    return Lru(np.zeros((layers, experts)), np.zeros(1))
+    return Lru(np.zeros((layers, experts), np.int64), np.zeros(1, np.int64))
 
 
-@compiled
-def _begin(state):
-    pass
-
-
-@compiled
-def _touch(state, layer, counts, tokens, now):
+@innermost
+def _touch(state, layer, wanted, counts, tokens, now):
     state.clock[0] += 1
-    for expert in range(len(counts)):
-        if counts[expert] > 0:
-            state.values[layer, expert] = state.clock[0]
+    for expert in wanted:
+        state.values[layer, expert] = state.clock[0]
 
 
-@compiled
-def _refresh(state, layer):
-    pass
-
-
-teach(Lru, _begin, _touch, _refresh)
+teach(Lru, _touch)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haq_lab.offload.cache import teach
-from haq_lab.offload.compiled import compiled
+from haq_lab.offload.compiled import innermost
 from haq_lab.offload.trace import Trace
 
 MOST = 128  # matrices kept
@@ -23,9 +23,11 @@ LEAST = 1e-3  # share: it lets distance decide between experts that the nearest 
 
 
 class Matching(NamedTuple):
-    """`current` (layers, E) counts of this sequence; `past` (n, layers, E) row-normalised; `nearest` (1,) its index."""
+    """`current` (layers, E) counts of this sequence; `past` (n, layers, E) row-normalised; `nearest` (1,) its index;
+    `priority` (layers, E) float32, whose bits `values` are."""
 
     values: np.ndarray
+    priority: np.ndarray
     current: np.ndarray
     past: np.ndarray
     nearest: np.ndarray
@@ -35,7 +37,8 @@ def matching(trace: Trace) -> Matching:
     """The rule with the activation matrices of a calibration trace."""
     past = activation_matrices(trace)
     shape = trace.layers, trace.expert_count
-    return Matching(np.zeros(shape, np.float32), np.zeros(shape, np.float32), past, np.zeros(1, np.int64))
+    priority, current = (np.zeros(shape, np.float32) for _ in range(2))
+    return Matching(priority.view(np.int32), priority, current, past, np.zeros(1, np.int64))
 
 
 def activation_matrices(trace: Trace) -> NDArray[np.float32]:
@@ -51,22 +54,21 @@ def activation_matrices(trace: Trace) -> NDArray[np.float32]:
     return matrices / matrices.sum(-1, keepdims=True)
 
 
-@compiled
+@innermost
 def _begin(state):
     state.current[:] = 0
     state.nearest[0] = 0
 
 
-@compiled
-def _touch(state, layer, counts, tokens, now):
-    layers, count = state.values.shape
-    for expert in range(count):
+@innermost
+def _touch(state, layer, wanted, counts, tokens, now):
+    for expert in wanted:
         state.current[layer, expert] += counts[expert]
-    if layer == layers - 1:
+    if layer == len(state.values) - 1:
         state.nearest[0] = _match(state.current, state.past)
 
 
-@compiled
+@innermost
 def _match(current, past):
     """The past matrix with the largest mean cosine similarity over the layers."""
     best, best_similarity = 0, -1.0
@@ -85,14 +87,14 @@ def _match(current, past):
     return best
 
 
-@compiled
+@innermost
 def _refresh(state, layer):
     layers, count = state.values.shape
     predicted = state.past[state.nearest[0]]
     for row in range(layers):
         distance = row - layer if row > layer else row - layer + layers
         for expert in range(count):
-            state.values[row, expert] = (predicted[row, expert] + LEAST) * (1 - distance / (layers + 1))
+            state.priority[row, expert] = (predicted[row, expert] + LEAST) * (1 - distance / (layers + 1))
 
 
-teach(Matching, _begin, _touch, _refresh)
+teach(Matching, _touch, _begin, _refresh)

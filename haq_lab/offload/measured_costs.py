@@ -20,6 +20,7 @@ from haq_lab.offload.store import ExpertStore, bind, put, tensors_of
 TOKENS = (1, 4, 16, 64)
 REPEATS = 7
 READS = 40
+UNKNOWN = 1e-4  # seconds of what only a running engine can tell, until it has (`observer.py`)
 
 
 def measure_costs(layer: nn.Module, moe: Moe, store: ExpertStore, model: LayeredModel) -> Costs:
@@ -52,10 +53,10 @@ def measure_costs(layer: nn.Module, moe: Moe, store: ExpertStore, model: Layered
         bind(experts[0], store.parts, blob)
     for name, tensor in held.items():
         put(experts[0], name, tensor)
-    zero = PiecewiseLinear([1], [0.0])
+    rest, outside, issue = (PiecewiseLinear([1], [UNKNOWN]) for _ in range(3))
     measured = (PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch))
     fast_curve, slow_curve, fetch_curve = measured
-    return Costs(fast_curve, slow_curve, fetch_curve, zero, zero, store.blob_bytes)
+    return Costs(fast_curve, slow_curve, fetch_curve, rest, outside, store.blob_bytes, issue, from_disk=True)
 
 
 def _once(run: Callable[[], Any]) -> float:

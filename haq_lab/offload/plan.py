@@ -9,7 +9,7 @@ import pandas as pd
 
 from haq_lab.int8.roofline import Hardware
 from haq_lab.offload.costs import Predictor
-from haq_lab.offload.gpu_costs import BYTES, Format, gpu_costs
+from haq_lab.offload.machine_costs import BYTES, Format, machine_costs
 from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import make_policy
@@ -20,7 +20,7 @@ from haq_lab.offload.trace import Trace
 FORMATS: tuple[tuple[Format, Format], ...] = (("int8", "int8"), ("int8", "fp16"), ("bf16", "fp16"))
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
 CACHES = ("none", "haq")
-WORKSPACE = 512 * 2**20  # bytes: activations, logits, the allocator's own
+CONTEXT = 512 * 2**20  # bytes that a GPU's driver and allocator take for themselves
 
 
 def plan(
@@ -50,12 +50,11 @@ def plan(
         for rule, share in product(("frequency", "two_stage"), shares)
     }
     for (host, device), (rule, share), cache in product(FORMATS, placed, CACHES):
-        costs = gpu_costs(hardware, shape, host, device)
+        costs = machine_costs(hardware, shape, host, device)
         policy = make_policy(cache, placed[rule, share], profile, "global", model)  # type: ignore[arg-type]
         policy.decide = Predictor(costs).decide
         metrics = Simulator(costs, policy).run(test, tokens).metrics("plan")
-        fixed = shape.layers * shape.rest * BYTES[device] + 2 * shape.outside * 2 + 2 * shape.kv_per_token * context
-        memory = fixed + WORKSPACE + policy.slots * shape.expert * BYTES[device]
+        memory = fixed_bytes(shape, device, context) + policy.slots * shape.expert * BYTES[device]
         row = {"host_format": host, "device_format": device, "placement": rule, "cache": cache, "slots": policy.slots}
         row |= {"memory_bytes": memory, "fits": memory <= hardware.memory_gb * 1e9}
         name = "simulated.plan.latency.decode_ms_per_token"
@@ -64,9 +63,16 @@ def plan(
     return mark_pareto(pd.DataFrame(rows))
 
 
-def mark_pareto(table: pd.DataFrame) -> pd.DataFrame:
-    """Add `pareto`: no other row takes less memory and less time."""
-    order = table.sort_values(["memory_bytes", "simulated_ms"])
-    best = order["simulated_ms"].cummin()
-    front = order["simulated_ms"].eq(best) & ~best.duplicated()
+def fixed_bytes(shape: Shape, device: Format, context: int) -> int:
+    """What the GPU holds beside experts: other weights, embedding and head in 16 bits, the key-value cache and the
+    workspace of a prompt of `context` tokens, and the driver's own."""
+    weights = shape.layers * shape.rest * BYTES[device] + 2 * 2 * shape.outside
+    return weights + 2 * (shape.kv_per_token + shape.work_per_token) * context + CONTEXT
+
+
+def mark_pareto(table: pd.DataFrame, memory: str = "memory_bytes", cost: str = "simulated_ms") -> pd.DataFrame:
+    """Add `pareto`: no other row has both less in column `memory` and less in column `cost`."""
+    order = table.sort_values([memory, cost])
+    best = order[cost].cummin()
+    front = order[cost].eq(best) & ~best.duplicated()
     return table.assign(pareto=front.reindex(table.index))

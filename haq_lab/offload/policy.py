@@ -130,7 +130,7 @@ class Policy:
         self._admit[in_place] = False
         now = self._clock - 1
         switches = (self.per_layer, self.selective, self._admit)
-        cache.visit(self.state, self.resident, layer, counts, tokens, now, *switches, self._placed)
+        cache.visit(self.state, self.resident, layer, wanted, counts, tokens, now, *switches, self._placed)
         experts = self.resident.shape[1]
         replaces = {int(one): divmod(int(self._placed[one]), experts) for one in missing if self._placed[one] >= 0}
         return Visit(wanted.tolist(), missing.tolist(), in_place, replaces)
@@ -144,8 +144,10 @@ class Policy:
         trace.must_be_of(*self.resident.shape)
         tallies = cache.empty_tallies(trace.layers)
         arrays = (np.asarray(each) for each in (trace.experts, trace.decode, trace.starts))  # numba knows no memmap
-        switches = (self.per_layer, self.selective, self.admits)
-        cache.replay(self.state, self.resident, *arrays, self._clock, *switches, tallies)
+        self._admit[:] = self.admits
+        switches = (self.per_layer, self.selective, self._admit)
+        room = np.zeros((3, trace.expert_count), np.int64)
+        cache.replay(self.state, self.resident, *arrays, self._clock, *switches, room, tallies)
         self._clock += trace.tokens
         return HitRates(
             pairs=float(tallies.pair_hits.sum() / tallies.pairs.sum()),

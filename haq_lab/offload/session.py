@@ -10,9 +10,11 @@ import pandas as pd
 from torch import Tensor, nn
 
 from haq_lab.calibration.routing import Routing
+from haq_lab.int8.roofline import Hardware
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.engine import Engine
 from haq_lab.offload.settings import Offload, experts_of, refuse_dense
+from haq_lab.offload.shape import Shape
 from haq_lab.offload.store import StoreWriter
 from haq_lab.stages.store import Store
 from haq_lab.stages.trace import routing_trace
@@ -21,13 +23,18 @@ from haq_lab.stages.trace import routing_trace
 class OffloadSession:
     """Args:
     settings: The run's `offload`; a dense model is refused.
+    hardware: The run's; what the predictor decides for.
     folder: Where the slow tier lies while the run lasts.
     store: Where a trace is kept that has to be recorded.
+
+    Raises:
+        UserError: The model is dense, or the profile that the settings name does not fit it.
     """
 
-    def __init__(self, settings: Offload, model: LayeredModel, folder: Path, store: Store):
+    def __init__(self, settings: Offload, hardware: Hardware | None, model: LayeredModel, folder: Path, store: Store):
         refuse_dense(model)
-        self.settings, self.model, self.stages = settings, model, store
+        self.settings, self.hardware, self.model, self.stages = settings, hardware, model, store
+        self._profile = settings.trace(model)
         self.path = folder / "experts.bin"
         self._writer = StoreWriter(self.path).__enter__()
         self.engine: Engine | None = None
@@ -43,18 +50,27 @@ class OffloadSession:
             routing: What the calibration pass recorded, if it did.
             calibration: Else token windows (n, t) to record a trace on, where the settings name none.
         """
-        profile = self.settings.trace()
-        if profile is None and routing is not None:
+        if self._profile is None and routing is not None:
             told = routing.trace(self.model.folder.name, text)
-            profile = replace(told, decode=np.ones_like(told.decode))  # token by token, as it will be decoded
-        if profile is None:
+            self._profile = replace(told, decode=np.ones_like(told.decode))  # token by token, as it will be decoded
+        if self._profile is None:
             assert calibration is not None
-            profile = routing_trace(self.stages, self.model, calibration, text)
-        self.engine = self.settings.engage(self.model, layers, self._writer.open(), profile)
+            self._profile = routing_trace(self.stages, self.model, calibration, text)
+        self.engine = self.settings.engage(self.model, layers, self._writer.open(), self._profile, self.hardware)
+        self._start = self.engine.policy.resident.copy()
 
     def metrics(self) -> dict[str, float]:
         """What the engine has counted, by full names."""
         return {} if self.engine is None else self.engine.stats()
+
+    def simulated(self, label: str) -> dict[str, float]:
+        """The same steps on the run's hardware, as `simulated.<label>.` metrics; none where none is named."""
+        if self.engine is None or self.hardware is None or not self.engine.heard.decoded:
+            return {}
+        assert self._profile is not None
+        shape = Shape.of(self.model.config, self.engine.experts)
+        timeline = self.settings.simulate(self.engine, self._start, self._profile, self.hardware, shape)
+        return timeline.metrics(label)
 
     def table(self) -> pd.DataFrame:
         """The same by layer, with the residents."""

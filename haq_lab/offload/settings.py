@@ -10,19 +10,24 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from haq_lab.errors import UserError
+from haq_lab.int8.roofline import Hardware
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.budget import Budget
-from haq_lab.offload.costs import Objective, PiecewiseLinear, Predictor
+from haq_lab.offload.costs import Objective, Predictor
 from haq_lab.offload.engine import Engine
+from haq_lab.offload.machine_costs import machine_costs
 from haq_lab.offload.measured_costs import measure_costs
+from haq_lab.offload.observer import Observer
+from haq_lab.offload.paths import Residency
 from haq_lab.offload.placement import Placement, place
-from haq_lab.offload.policy import Scope, make_policy
+from haq_lab.offload.policy import Policy, Scope, make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath, Prefetch
 from haq_lab.offload.shape import Shape
+from haq_lab.offload.simulator import Simulator, Timeline
 from haq_lab.offload.store import ExpertStore
 from haq_lab.offload.trace import Trace
 
-KV_BYTES = 4  # of a number in the key-value cache, float32 on a CPU
+FLOAT = 4  # bytes of a number in the key-value cache and the workspace, float32 on a CPU
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,13 @@ class Offload:
         cache: Which one leaves; none: the placed ones stay.
         scope: Whether an expert makes room in its own layer only, or anywhere.
         prefetch: Read ahead for the next layer: by its router applied early, or by the calibration trace's paths.
-        miss: A missing expert is fetched, runs in the slow tier, or whichever the predictor finds faster.
+        miss: A missing expert is fetched, runs in the slow tier, or whichever the predictor finds faster, for this
+            machine or the one that `hardware=` names.
         objective: What the predictor minimises.
         host_format, device_format: Of experts in the slow and in the fast tier. The engine holds both as the
             quantizer made them; other pairs can be planned and simulated (`python -m haq_lab.offload plan`).
         spare: Slots for experts that pass through and for guesses.
-        kv_tokens: Context whose key-value cache a budget in bytes must hold as well.
+        kv_tokens: Context whose key-value cache, and workspace as a prompt, a budget in bytes must hold as well.
         profile: A trace file to place and predict by; null records one on the calibration text.
         seed: Of random placement.
     """
@@ -70,47 +76,76 @@ class Offload:
         if self.prefetch != "none" and self.spare < 2:
             raise UserError("offload.spare: prefetching needs at least 2 spare slots")
 
-    def trace(self) -> Trace | None:
-        """The profile that was named, if one was."""
-        return None if self.profile is None else Trace.open(Path(self.profile).expanduser())
+    def trace(self, model: LayeredModel) -> Trace | None:
+        """The profile that was named, if one was.
 
-    def engage(self, model: LayeredModel, layers: list[nn.Module], store: ExpertStore, profile: Trace) -> Engine:
+        Raises:
+            UserError: It is no trace, or another model's.
+        """
+        if self.profile is None:
+            return None
+        try:
+            profile = Trace.open(Path(self.profile).expanduser())
+            profile.must_be_of(model.depth, model.family.experts(model.config))
+        except UserError as error:
+            raise UserError(f"offload.profile: {error}") from error
+        return profile
+
+    def engage(
+        self,
+        model: LayeredModel,
+        layers: list[nn.Module],
+        store: ExpertStore,
+        profile: Trace,
+        hardware: Hardware | None,
+    ) -> Engine:
         """Build the engine and attach the layers.
 
         Args:
             layers: Decoder layers in their final form.
             store: Their experts, written.
             profile: Calibration trace of this model.
+            hardware: Whose costs the predictor decides by; None times this machine's.
 
         Raises:
-            UserError: The budget leaves no slot, or the profile is another model's.
+            UserError: The budget leaves no slot.
         """
-        moe = model.family.moe
-        count = model.family.experts(model.config)
-        if moe is None or (profile.layers, profile.expert_count) != (model.depth, count):
-            raise UserError(
-                f"offload.profile: a trace of {profile.layers} layers and {profile.expert_count} experts does not fit "
-                f"the model's {model.depth} and {count}"
-            )
-        reserved = KV_BYTES * Shape.of(model.config, count).kv_per_token * self.kv_tokens
-        slots = Budget.parse(self.budget).slots(model.depth * count, store.blob_bytes, self.spare, reserved)
-        resident = place(self.placement, profile, slots, self.seed)
-        policy = make_policy(self.cache, resident, profile, self.scope)
-        fetch: PiecewiseLinear | None = None
-        if self.miss == "cpu":
-            policy.decide = lambda present, missing: list(missing)
-        elif self.miss == "predict":
-            costs = measure_costs(layers[0], moe, store, model)
-            policy.decide, fetch = Predictor(costs, self.objective).decide, costs.fetch
+        moe, shape = model.family.moe, Shape.of(model.config, model.family.experts(model.config))
+        assert moe is not None
+        reserved = FLOAT * (shape.kv_per_token + shape.work_per_token) * self.kv_tokens
+        slots = Budget.parse(self.budget).slots(shape.layers * shape.experts, store.blob_bytes, self.spare, reserved)
+        policy = self.policy(place(self.placement, profile, slots, self.seed), profile)
+        observer: Observer | None = None
+        if self.miss == "predict":
+            costs = machine_costs(hardware, shape) if hardware else measure_costs(layers[0], moe, store, model)
+            policy.decide = Predictor(costs, self.objective).decide
+            if hardware is None or hardware.from_disk:  # a GPU's costs are not corrected by this machine
+                observer = Observer(costs, self.objective, shape.layers)
         prefetch: Prefetch | None = None
         if self.prefetch == "next_gate":
             prefetch = NextGate([layer.get_submodule(moe.router) for layer in layers])
         elif self.prefetch == "path":
             prefetch = NextOnPath(profile)
         guesses = min(profile.k, self.spare - 1) if prefetch is not None else 0
-        engine = Engine(store, policy, self.spare, prefetch, guesses, fetch)
+        engine = Engine(store, policy, self.spare, prefetch, guesses, observer)
         engine.attach(layers, moe)
         return engine
+
+    def policy(self, resident: Residency, profile: Trace) -> Policy:
+        """The policy that starts from these residents; what the predictor decides is left to be set."""
+        policy = make_policy(self.cache, resident, profile, self.scope)
+        if self.miss == "cpu":
+            policy.decide = lambda present, missing: list(missing)
+        return policy
+
+    def simulate(self, engine: Engine, start: Residency, profile: Trace, hardware: Hardware, shape: Shape) -> Timeline:
+        """What the engine did, on another machine: the same routing and guesses from the same residents on."""
+        costs = machine_costs(hardware, shape)
+        policy = self.policy(start, profile)
+        if self.miss == "predict":
+            policy.decide = Predictor(costs, self.objective).decide
+        prefetch = engine.heard.prefetch() if engine.prefetch is not None else None
+        return Simulator(costs, policy, prefetch, engine.guesses, self.spare).run(engine.heard.trace())
 
 
 def refuse_dense(model: LayeredModel) -> None:

@@ -18,6 +18,8 @@ class Shape:
         rest: Weights of one layer outside the experts.
         outside: Weights outside the layers that a token reads: the head. The embedding has as many.
         kv_per_token: Numbers in the key-value cache, all layers.
+        work_per_token: Numbers that a layer at work holds beside it: the stream and its norm, queries, keys, values and
+            what attention makes of them, and the gate, up and down products of the k experts chosen.
     """
 
     layers: int
@@ -27,6 +29,7 @@ class Shape:
     rest: int
     outside: int
     kv_per_token: int
+    work_per_token: int
 
     @classmethod
     def of(cls, config: Any, experts: int) -> Shape:
@@ -44,7 +47,17 @@ class Shape:
             rest=2 * hidden * queries + 2 * hidden * keys + hidden * experts,
             outside=hidden * config.vocab_size,
             kv_per_token=2 * keys * layers,
+            work_per_token=2 * hidden + 2 * queries + 2 * keys + config.num_experts_per_tok * (2 * inner + hidden),
         )
 
 
-MIXTRAL = Shape(32, 8, 2, 3 * 4096 * 14336, 2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 * 8, 4096 * 32000, 65536)  # 8x7B
+MIXTRAL = Shape(  # 8x7B
+    layers=32,
+    experts=8,
+    k=2,
+    expert=3 * 4096 * 14336,
+    rest=2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 * 8,
+    outside=4096 * 32000,
+    kv_per_token=2 * 1024 * 32,
+    work_per_token=2 * 4096 + 2 * 4096 + 2 * 1024 + 2 * (2 * 14336 + 4096),
+)

@@ -3,8 +3,8 @@ and are always labelled `simulated.<hardware>.`.
 
 Four resources work at the same time, each one thing after another: the fast device, the link, the CPU and the disk.
 An event starts when its resource is free and what it needs is there. The order of events is the engine's: the
-layer's attention and router, then resident experts while the link fetches the missing ones, then these as they come.
-Prefetching is not simulated.
+layer's attention and router; fetches are issued, guesses of the next layer behind them; resident experts run while
+the link works, then the missing ones as they come. A wrong guess whose read has not begun is called off.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from haq_lab.errors import UserError
 from haq_lab.offload.costs import Costs
-from haq_lab.offload.policy import Policy
+from haq_lab.offload.policy import Policy, Visit
+from haq_lab.offload.prefetch import Prefetch
 from haq_lab.offload.trace import Trace
 
 
@@ -33,6 +35,11 @@ class Resource:
         self.busy += seconds
         return self.free
 
+    def call_off(self, seconds: float) -> None:
+        """The last thing, which has not begun, is not done after all."""
+        self.free -= seconds
+        self.busy -= seconds
+
 
 @dataclass
 class Timeline:
@@ -43,24 +50,23 @@ class Timeline:
         token_s: Seconds of each decoded token.
         busy: Share of the time that each resource worked.
         bytes: Moved into the fast tier.
+        guessed, guesses_used: Experts read ahead, and those of them that were wanted.
     """
 
     prompt_s: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
     busy: dict[str, float] = field(default_factory=dict)
     bytes: int = 0
+    guessed: int = 0
+    guesses_used: int = 0
 
     def metrics(self, hardware: str) -> dict[str, float]:
-        """By their full names.
-
-        Raises:
-            UserError: No token was decoded.
-        """
+        """Metrics by their full names. Raises `UserError` where no decoded token was simulated."""
         if not self.token_s:
             raise UserError("trace: none of the tokens simulated is a decoded one; simulate more of them")
         milliseconds = 1e3 * np.array(self.token_s)
         name = f"simulated.{hardware}"
-        return {
+        metrics = {
             f"{name}.latency.decode_ms_per_token.mean": float(milliseconds.mean()),
             f"{name}.latency.decode_ms_per_token.p95": float(np.percentile(milliseconds, 95)),
             f"{name}.latency.decode_ms_per_token.std": float(milliseconds.std()),
@@ -68,21 +74,29 @@ class Timeline:
             f"{name}.offload.bytes_moved": float(self.bytes),
             **{f"{name}.busy.{resource}": share for resource, share in self.busy.items()},
         }
+        if self.guessed:
+            metrics[f"{name}.offload.prefetch_accuracy"] = self.guesses_used / self.guessed
+        return metrics
 
 
 class Simulator:
     """Args:
     costs: What everything takes.
     policy: The same object that would drive the engine.
-    from_disk: There is no GPU: fetches come off the disk, and what runs in place runs where everything does.
+    prefetch, guesses, spare: The engine's (`engine.py`).
     """
 
-    def __init__(self, costs: Costs, policy: Policy, from_disk: bool = False):
+    def __init__(
+        self, costs: Costs, policy: Policy, prefetch: Prefetch | None = None, guesses: int = 0, spare: int = 2
+    ):
         self.costs, self.policy = costs, policy
+        self.prefetch, self.guesses, self.spare = prefetch, guesses, spare
         self.resources = {name: Resource() for name in ("gpu", "link", "cpu", "disk")}
-        self.source = self.resources["disk" if from_disk else "link"]
-        self.in_place = self.resources["gpu" if from_disk else "cpu"]  # with no GPU, the CPU is the fast device
-        self.fetched = 0
+        self.source = self.resources["disk" if costs.from_disk else "link"]
+        self.in_place = self.resources["gpu" if costs.from_disk else "cpu"]  # with no GPU, the CPU is the fast device
+        self._ahead: dict[int, float] = {}  # guesses of the coming layer: when they have arrived
+        self._timeline = Timeline()
+        self._fetched = 0
 
     def run(self, trace: Trace, tokens: int | None = None) -> Timeline:
         """The first `tokens` tokens of a trace: prompts as batches, the others one by one.
@@ -96,7 +110,7 @@ class Simulator:
         timeline, now = Timeline(), 0.0
         for resource in self.resources.values():
             resource.free = resource.busy = 0.0
-        self.fetched = 0
+        self._timeline, self._fetched, self._ahead = timeline, 0, {}
         starts = set(trace.starts.tolist())
         token, last = 0, min(tokens or trace.tokens, trace.tokens)
         while token < last:
@@ -109,23 +123,24 @@ class Simulator:
             (timeline.token_s if trace.decode[token] else timeline.prompt_s).append(done - now)
             token, now = end, done
         timeline.busy = {name: resource.busy / now for name, resource in self.resources.items()}
-        timeline.bytes = self.fetched * self.costs.expert_bytes
+        timeline.bytes = self._fetched * self.costs.expert_bytes
         return timeline
 
     def step(self, experts: NDArray[np.uint8], now: float) -> float:
         """One forward pass of (tokens, layers, k) choices that starts at `now`; when it is done."""
         gpu, costs = self.resources["gpu"], self.costs
-        tokens = len(experts)
-        for layer in range(experts.shape[1]):
+        tokens, layers = experts.shape[:2]
+        for layer in range(layers):
             counts = np.bincount(experts[:, layer].ravel(), minlength=self.policy.resident.shape[1])
-            routed = gpu.run(costs.rest(tokens), now)
+            gpu.run(costs.rest(tokens), now)
+            routed = max(gpu.free, self._drop_wrong_guesses(counts, gpu.free))
             visit = self.policy.visit(layer, counts, tokens)
-            arrivals = {}
-            for expert in visit.missing:
-                if expert not in visit.in_place:
-                    arrivals[expert] = self.source.run(costs.fetch(costs.expert_bytes), routed)
-                    self.fetched += 1
-            done = [self.in_place.run(costs.slow(int(counts[expert])), routed) for expert in visit.in_place]
+            arrivals = self._fetch(visit, routed)
+            gpu.run(costs.issue(len(arrivals)), routed)
+            if layer + 1 < layers:
+                self._guess(layer, experts[:, layer], len(arrivals.keys() - visit.replaces.keys()), routed)
+            in_place = [one for one in visit.in_place if one not in arrivals]
+            done = [self.in_place.run(costs.slow(int(counts[expert])), routed) for expert in in_place]
             for expert in visit.wanted:
                 if expert not in visit.missing:
                     done.append(gpu.run(costs.fast(int(counts[expert])), routed))
@@ -133,3 +148,44 @@ class Simulator:
                 done.append(gpu.run(costs.fast(int(counts[expert])), arrival))
             now = max(done)
         return gpu.run(costs.outside(tokens), now)
+
+    def _fetch(self, visit: Visit, routed: float) -> dict[int, float]:
+        """When the missing experts that do not run in place are there; guessed ones may be already."""
+        arrivals = {}
+        for expert in visit.missing:
+            if expert in self._ahead:
+                self._timeline.guesses_used += 1
+                arrivals[expert] = max(self._ahead[expert], routed)
+        for expert in visit.missing:
+            if expert not in visit.in_place and expert not in arrivals:
+                arrivals[expert] = self._read(routed)
+        self._ahead = {}
+        return arrivals
+
+    def _read(self, ready: float) -> float:
+        self._fetched += 1
+        return self.source.run(self.costs.fetch(self.costs.expert_bytes), ready)
+
+    def _guess(self, layer: int, chosen: NDArray[np.uint8], passing: int, routed: float) -> None:
+        """Read ahead into the spare slots that no expert passes through."""
+        if self.prefetch is None:
+            return
+        free = self.spare - passing
+        for expert in self.prefetch.guess(layer, None, torch.from_numpy(chosen.astype(np.int64)), self.guesses):
+            if free > 0 and not self.policy.resident[layer + 1, expert]:
+                free -= 1
+                self._timeline.guessed += 1
+                self._ahead[expert] = self._read(routed)
+
+    def _drop_wrong_guesses(self, counts: NDArray[np.int64], now: float) -> float:
+        """Until when wrong guesses keep the engine waiting: those that are being read."""
+        busy_until = 0.0
+        fetch = self.costs.fetch(self.costs.expert_bytes)
+        for expert in reversed([expert for expert in self._ahead if counts[expert] == 0]):
+            arrival = self._ahead.pop(expert)
+            if arrival - fetch >= now and arrival == self.source.free:
+                self.source.call_off(fetch)
+                self._fetched -= 1
+            elif arrival > now:
+                busy_until = max(busy_until, arrival)
+        return busy_until

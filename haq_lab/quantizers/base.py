@@ -19,6 +19,8 @@ from haq_lab.models.families import Family, Group
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 from haq_lab.quantizers.smoothing import Channels
 
+COLUMNS = 128  # of a Hessian, multiplied at a time
+
 
 @dataclass(frozen=True, config={"arbitrary_types_allowed": True})
 class Smoothing:
@@ -99,4 +101,11 @@ def output_error(weight: Tensor, solution: Solution, hessian: Tensor | None) -> 
     if hessian is None:
         return None
     difference = solution.levels.float() * solution.scale[:, None] - weight
-    return float(torch.einsum("nk,nk->", difference @ hessian, difference)) / len(weight)
+    total = 0.0
+    for first in range(0, len(hessian), COLUMNS):  # H is symmetric: what lies left of its diagonal counts twice
+        columns = slice(first, first + COLUMNS)
+        block = difference[:, columns]
+        product = block @ hessian[columns, columns]
+        product.addmm_(difference[:, :first], hessian[:first, columns], alpha=2)
+        total += float(torch.einsum("nk,nk->", product, block))
+    return total / len(weight)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Sensitivity
 from haq_lab.int8.numerics import round_to_grid, scale_of
+from haq_lab.quantizers.grid import cached_rows
 
 CLIPS = tuple(0.84**step for step in range(30))  # static scales tried, as shares of the one that covers all
 COARSE = 4  # of the sampled rows one is enough to compare factors by
@@ -25,13 +26,21 @@ def every_output_alike(weight: Tensor) -> Sensitivity:
     return Sensitivity(channels=weight.square().sum(dim=0), outputs=torch.ones(len(weight)))
 
 
-def dynamic_noise(statistics: InputStatistics, per_row: bool, every: int = 1) -> Tensor:
-    """(k,) mean squared rounding error of each channel with scales taken at run time, a row's or the tensor's; from
-    every so many sampled rows."""
+def dynamic_noise(statistics: InputStatistics, per_row: bool, every: int = 1, factor: Tensor | float = 1.0) -> Tensor:
+    """(k,) mean squared rounding error of each channel with scales taken at run time, a row's or the tensor's.
+
+    Args:
+        every: Of so many sampled rows one is looked at.
+        factor: (k,) that the input is divided by first.
+    """
     sample, weight = sampled(statistics, every)
-    largest = sample.abs().amax(dim=1, keepdim=True) if per_row else statistics.channel_max.amax()
-    scale = scale_of(largest)
-    return weight @ round_to_grid(sample, scale).mul_(scale).sub_(sample).square_()
+    whole = scale_of((statistics.channel_max / factor).amax())
+    squares = torch.empty_like(sample)
+    for rows in cached_rows(sample):
+        x = sample[rows] / factor
+        scale = scale_of(x.abs().amax(dim=1, keepdim=True)) if per_row else whole
+        torch.square(round_to_grid(x, scale).mul_(scale).sub_(x), out=squares[rows])
+    return weight @ squares
 
 
 class StaticNoise:
@@ -51,13 +60,13 @@ class StaticNoise:
         self._table = torch.stack(rows).clamp(min=TINY).log()  # (steps, k)
 
     def __call__(self, step: Tensor) -> Tensor:
-        """(k,) noise for the channels' steps (k,); geometric means between tabulated ones."""
+        """(..., k) noise for the channels' steps (..., k); geometric means between tabulated ones."""
         position = ((step / self._full).log2() - STEPS[0].log2()) * PER_OCTAVE
         position = position.clamp(0, len(STEPS) - 1.001)
         below = position.long()
         share = position - below
-        low = self._table.gather(0, below[None])[0]
-        high = self._table.gather(0, below[None] + 1)[0]
+        rows = below.view(-1, below.shape[-1])
+        low, high = (self._table.gather(0, index).view_as(share) for index in (rows, rows + 1))
         return (low + share * (high - low)).exp()
 
     def best_scale(self, factor: Tensor, cost: Tensor) -> tuple[Tensor, float]:
@@ -67,9 +76,10 @@ class StaticNoise:
             cost: (k,) of a squared error in each channel, before smoothing.
         """
         covering = (self._full / factor).amax()
-        errors = [float(self(covering * clip * factor) @ cost) for clip in CLIPS]
-        best = min(range(len(CLIPS)), key=errors.__getitem__)
-        return covering * CLIPS[best], errors[best]
+        scales = covering * torch.tensor(CLIPS)
+        errors = self(scales[:, None] * factor) @ cost
+        best = int(errors.argmin())
+        return scales[best], float(errors[best])
 
 
 def solved_weight_error(scale: Tensor, cost: Tensor, conditional_variance: Tensor) -> float:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from haq_lab.int8.numerics import round_to_grid, scale_of
+
+CACHED = 1 << 18  # bytes of a block of rows
 
 
 def qmax(bits: int) -> int:
@@ -16,6 +20,26 @@ def qmax(bits: int) -> int:
 def row_scale(weight: Tensor, bits: int) -> Tensor:
     """RTN's scale, max|w| / qmax for each row: (n, k) -> (n,). A zero row gets 1."""
     return scale_of(weight.abs().amax(dim=1), qmax(bits))
+
+
+def row_scales(weight: Tensor, factors: Sequence[Tensor], bits: int) -> Tensor:
+    """`row_scale` of weight (n, k) times each of the positive factors (k,): (factors, n), bit for bit.
+
+    A block of rows passes all factors while it is in the cache, so that the weights are read once.
+    """
+    largest = torch.empty(len(factors), len(weight))
+    for rows in cached_rows(weight):
+        magnitude = weight[rows].abs()
+        scaled = torch.empty_like(magnitude)
+        for number, factor in enumerate(factors):
+            torch.amax(torch.mul(magnitude, factor, out=scaled), dim=1, out=largest[number, rows])
+    return scale_of(largest, qmax(bits))
+
+
+def cached_rows(matrix: Tensor) -> list[slice]:
+    """The rows of a matrix (n, k) in blocks, of which a few at once fit into a core's cache."""
+    step = max(1, CACHED // (matrix.itemsize * matrix.shape[1]))
+    return [slice(first, first + step) for first in range(0, len(matrix), step)]
 
 
 def searched_row_scale(weight: Tensor, importance: Tensor, bits: int) -> Tensor:

@@ -38,10 +38,11 @@ from haq_lab.quantizers.errors import (
     sampled,
     solved_weight_error,
 )
-from haq_lab.quantizers.grid import qmax, row_scale, searched_row_scale
+from haq_lab.quantizers.grid import qmax, row_scale, row_scales, searched_row_scale
 from haq_lab.quantizers.refine import DynamicError, refined
 from haq_lab.quantizers.smoothing import Channels, factor_of
-from haq_lab.quantizers.solver import Factor, factorize, solve
+from haq_lab.quantizers.solver import Factor, conditional_variance, factorize, solve
+from haq_lab.threads import one_thread
 
 Scheme = Literal["token", "tensor", "static"]
 STRENGTHS = tuple(step / 16 for step in range(17))
@@ -55,37 +56,44 @@ class Predictor:
     Args:
         weight: (n, k) the consumers' stacked weights, before smoothing; further rows are not rounded (a router's).
         statistics: Of their input, before smoothing.
-        solver: The factor of the input's Hessian; where it has none, the weights' part is left out.
+        variance: (k,) conditional variances of their input; where it has none, the weights' part is left out.
     """
 
-    def __init__(self, weight: Tensor, statistics: InputStatistics, solver: Factor | None, bits: int):
+    def __init__(self, weight: Tensor, statistics: InputStatistics, variance: Tensor | None, bits: int):
         self._cost = statistics.sensitivity or every_output_alike(weight)
         self._weight, self._bits = weight[: len(self._cost.outputs)], bits
-        self._variance = torch.zeros(weight.shape[1]) if solver is None else solver.conditional_variance()
+        self._variance = torch.zeros(weight.shape[1]) if variance is None else variance
         self._ranges = replace(statistics, hessian=None, cross=None, sensitivity=None)
 
     @cached_property
     def _static(self) -> StaticNoise:
         return StaticNoise(self._ranges)
 
-    def error(self, scheme: Scheme, factor: Tensor, every: int = 1) -> float:
-        """Predicted error under a scheme, for a factor (k,), from every so many sampled rows."""
-        rows = row_scale(self._weight * factor, self._bits)
+    def errors(self, scheme: Scheme, factors: list[Tensor], every: int = 1) -> list[float]:
+        """Predicted errors under a scheme, one for each factor (k,), from every so many sampled rows."""
+        scales = row_scales(self._weight, factors, self._bits)
+        return [self._error(scheme, *each, every) for each in zip(factors, scales, strict=True)]
+
+    def _error(self, scheme: Scheme, factor: Tensor, rows: Tensor, every: int) -> float:
         rounding = solved_weight_error(rows, self._cost.outputs, self._variance / factor.square())
         if scheme == "static":
             disturbance = self._static.best_scale(factor, self._cost.channels)[1]
         else:
-            noise = dynamic_noise(self._ranges.divided_by(factor), per_row=scheme == "token", every=every)
+            noise = dynamic_noise(self._ranges, scheme == "token", every, factor)
             disturbance = float(noise @ (self._cost.channels * factor.square()))
         return (rounding + disturbance) / 2
 
     def least(self, scheme: Scheme, candidates: list[Smoothing], channels: Channels) -> Smoothing:
         """The candidate with the least predicted error; under dynamic scales then refined channel by channel."""
-        best = min(candidates, key=lambda candidate: self.error(scheme, candidate.factor, COARSE))
+        best = self._best(scheme, candidates, COARSE)
         if scheme == "static":
             return best  # refined under static scales, the prediction fell and the model got worse
         finer = replace(best, factor=refined(best.factor, self._dynamic(scheme), channels))
-        return min(best, finer, key=lambda candidate: self.error(scheme, candidate.factor))
+        return self._best(scheme, [best, finer])
+
+    def _best(self, scheme: Scheme, candidates: list[Smoothing], every: int = 1) -> Smoothing:
+        errors = self.errors(scheme, [candidate.factor for candidate in candidates], every)
+        return candidates[errors.index(min(errors))]
 
     def _dynamic(self, scheme: Scheme) -> DynamicError:
         rows, share = self._ranges.channel_max[None], torch.ones(1)
@@ -144,11 +152,16 @@ class HAQ(Quantizer):
         candidates = list(self._candidates(weight, statistics, channels))
         if not self.adaptive:
             return candidates[0]
-        predictor = Predictor(weight, statistics, self._factor(statistics.shrunk_hessian()), self.weight_bits)
-        if self.activations != "auto":
-            return predictor.least(self.activations, candidates, channels)
-        static, token = (predictor.least(scheme, candidates, channels) for scheme in ("static", "token"))
+        predictor = self._predictor(weight, statistics)
+        with one_thread():
+            if self.activations != "auto":
+                return predictor.least(self.activations, candidates, channels)
+            static, token = (predictor.least(scheme, candidates, channels) for scheme in ("static", "token"))
         return static if self._affords_static(predictor, static.factor, token.factor) else token
+
+    def _predictor(self, weight: Tensor, statistics: InputStatistics) -> Predictor:
+        variance = conditional_variance(statistics.shrunk_hessian(), self.damp, self.act_order)
+        return Predictor(weight, statistics, variance, self.weight_bits)
 
     def _candidates(self, weight: Tensor, statistics: InputStatistics, channels: Channels) -> Iterator[Smoothing]:
         """Factors to choose from: SmoothQuant's form, over what stands for a channel's size.
@@ -171,13 +184,14 @@ class HAQ(Quantizer):
 
     def _affords_static(self, predictor: Predictor, static: Tensor, token: Tensor) -> bool:
         """Whether `auto` takes static scales, for the best factor under either scheme."""
-        return predictor.error("static", static) - predictor.error("token", token) <= self.auto_limit
+        (as_static,), (as_token,) = predictor.errors("static", [static]), predictor.errors("token", [token])
+        return as_static - as_token <= self.auto_limit
 
     def activation(self, weight: Tensor, statistics: InputStatistics | None) -> ActivationChoice:
         assert statistics is not None
         scheme = self.activations
         if scheme == "auto":
-            predictor = Predictor(weight, statistics, self._factor(statistics.shrunk_hessian()), self.weight_bits)
+            predictor = self._predictor(weight, statistics)
             smoothed = torch.ones(weight.shape[1])
             scheme = "static" if self._affords_static(predictor, smoothed, smoothed) else "token"
         if scheme != "static":

@@ -6,6 +6,7 @@ are solved together.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from haq_lab.quantizers.grid import qmax
 
 BLOCK = 16  # columns solved one by one; more are halved
+SMALL = 64  # a triangle that is inverted as it is
 DAMP_LIMIT = 1.0
 
 
@@ -46,12 +48,52 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor | None:
 
     A failed Cholesky is tried again with ten times the damp, up to 1. A dead column gets a one on the diagonal.
     """
+    for ordered, order, added in _damped(hessian, damp, act_order):
+        root = _root(ordered)
+        if root is not None and torch.isfinite(upper := _inverse(root)).all():
+            return Factor(upper, order, added, hessian.diagonal() == 0)
+    return None
+
+
+def conditional_variance(hessian: Tensor, damp: float, act_order: bool) -> Tensor | None:
+    """`Factor.conditional_variance` of a Hessian (k, k) at half the price, for those who need no more."""
+    for ordered, order, _ in _damped(hessian, damp, act_order):
+        root = _root(ordered)
+        if root is not None:
+            variance = torch.empty_like(root[0])
+            variance[order] = root.diagonal().square()
+            return variance
+    return None
+
+
+def _root(matrix: Tensor) -> Tensor | None:
+    """R upper triangular with R R^T = matrix, so that R^-1 is the factor U of its inverse; None where it has none.
+
+    Cholesky's lower one comes out so when rows and columns are turned round before and after.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    return None if failed else lower.flip(0, 1)
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Of an upper triangular matrix; by halves, so that nearly all of it is matrix products."""
+    size = len(upper)
+    if size <= SMALL:
+        return torch.linalg.solve_triangular(upper, torch.eye(size), upper=True)
+    half, inverse = size // 2, torch.zeros_like(upper)
+    inverse[:half, :half] = _inverse(upper[:half, :half])
+    inverse[half:, half:] = _inverse(upper[half:, half:])
+    inverse[:half, half:] = -(inverse[:half, :half] @ (upper[:half, half:] @ inverse[half:, half:]))
+    return inverse
+
+
+def _damped(hessian: Tensor, damp: float, act_order: bool) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """A Hessian in the order of solving, under one damp after the other, with that order and damp."""
     if not torch.isfinite(hessian).all():
-        return None
+        return
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1
+    diagonal[diagonal == 0] = 1
     mean = diagonal.mean().item()
     order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(hessian))
     ordered = hessian[order][:, order]
@@ -59,13 +101,8 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor | None:
     while damp <= DAMP_LIMIT:
         ordered.diagonal().add_((damp - added) * mean)
         added = damp
-        lower, failed = torch.linalg.cholesky_ex(ordered)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(upper).all():
-                return Factor(upper, order, damp, dead)
+        yield ordered, order, damp
         damp = max(damp * 10, 1e-4)
-    return None
 
 
 def solve(weight: Tensor, factor: Factor, scale: Tensor, bits: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from haq_lab.calibration.ranges import Ranges
 from haq_lab.calibration.routing import Routing
 from haq_lab.checkpoint.layer import int8_layer, layer_content
 from haq_lab.config import Experiment
@@ -23,6 +24,7 @@ from haq_lab.stages.keys import key_of, model_hash, tokens_hash
 from haq_lab.stages.store import Artefact, Store
 
 LAYERS, PASS, MEASURED = "quantized", "pass", "measurement"
+RANGES = "ranges|"  # before the names of their tensors
 CODE = ("models", "calibration", "quantizers", "int8", "checkpoint", "onepass.py")
 
 
@@ -81,6 +83,8 @@ class QuantizedStages:
                 for name in ("chosen", "weights")
             )
             passed.routing = Routing(experts, tuple(windows), chosen, weights)
+        ranges = {name: rows for name, rows in found.tensors.items() if name.startswith(RANGES)}
+        passed.ranges = Ranges.of({name.removeprefix(RANGES): rows for name, rows in ranges.items()})
         return passed
 
     def layers(self) -> Iterator[nn.Module]:
@@ -106,7 +110,7 @@ class QuantizedStages:
         if self._depends is None or self.experiment.quantizer is None:
             return
         facts: dict[str, Any] = {"reports": [asdict(report) for report in passed.reports], "routing": None}
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"{RANGES}{name}": rows for name, rows in passed.ranges.tensors().items()}
         if (routing := passed.routing) is not None:
             facts["routing"] = [routing.experts, routing.windows]
             for index, (chosen, weights) in enumerate(zip(routing.chosen, routing.weights, strict=True)):

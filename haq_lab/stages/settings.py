@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from haq_lab.errors import UserError
-from haq_lab.offload.budget import Budget
+from haq_lab.offload.budget import UNITS
 from haq_lab.paths import cache_folder
 from haq_lab.stages.store import Store
 
@@ -40,11 +41,7 @@ class Stages:
 
 def bytes_of(limit: str | int) -> int:
     """`20GB` as bytes. Raises `UserError` for what is no size."""
-    message = f"stages.limit: '{limit}' is no size as '20GB' or '500MiB'"
-    try:
-        size = Budget.parse(limit).bytes
-    except UserError as error:
-        raise UserError(message) from error
-    if size is None:
-        raise UserError(message)
-    return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", str(limit))
+    if found is None or found[2] not in UNITS:
+        raise UserError(f"stages.limit: '{limit}' is no size as '20GB' or '500MiB'")
+    return int(float(found[1]) * UNITS[found[2]])

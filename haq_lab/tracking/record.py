@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from haq_lab.calibration import ranges
+from haq_lab.checkpoint import manifest as manifest_of
 from haq_lab.config import Experiment
 from haq_lab.figures import layer_figure
 from haq_lab.files import written_aside
@@ -41,8 +43,11 @@ def write_record(
     if passed.routing is not None:
         trace = passed.routing.trace(experiment.model.label, experiment.calibration.text)
         trace.save(folder.path / "routing.safetensors")
+    if passed.ranges.before:
+        passed.ranges.save(folder.path / ranges.FILE)
     if experiment.tracking is not None:
-        experiment.tracking.log(folder, folder.path.name, facts["sweep"], metrics, tables, figures)
+        manifest = None if experiment.checkpoint is None else experiment.checkpoint / manifest_of.FILE
+        experiment.tracking.log(folder, folder.path.name, facts["sweep"], metrics, tables, figures, manifest)
     return folder.finish(facts, protocol, metrics)
 
 

@@ -1,4 +1,4 @@
-"""W&B as a sink: config, metrics, tables and figures, one W&B run a job, grouped by sweep.
+"""W&B as a sink: config, metrics, tables, figures and the checkpoint's manifest, one W&B run a job, grouped by sweep.
 
 All its files stay inside the run folder. Whatever goes wrong with it, the run goes on.
 """
@@ -6,6 +6,7 @@ All its files stay inside the run folder. Whatever goes wrong with it, the run g
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ LONGEST = 128  # W&B's limit for names and groups
 @dataclass(frozen=True)
 class Wandb:
     """Args:
-    mode: `offline` writes files that `wandb sync` can upload later; `online` uploads.
+    mode: `offline` writes files that `python -m haq_lab.tracking sync` can upload later; `online` uploads.
     project: W&B project.
     """
 
@@ -37,11 +38,13 @@ class Wandb:
         metrics: dict[str, float],
         tables: dict[str, pd.DataFrame],
         figures: list[Path],
+        manifest: Path | None = None,
     ) -> None:
-        """Send one finished run. A failure is noted in `events.jsonl` and on no account raised."""
+        """Send one finished run, and the manifest of the checkpoint that it wrote. A failure is noted in `events.jsonl`
+        and on no account raised."""
         try:
             with _kept_inside(folder.path):
-                self._log(folder, name, group, metrics, tables, figures)
+                self._log(folder, name, group, metrics, tables, figures, manifest)
         except Exception as error:  # a run never fails because W&B does
             with suppress(OSError):
                 folder.event("wandb_failed", error=f"{type(error).__name__}: {error}")
@@ -54,6 +57,7 @@ class Wandb:
         metrics: dict[str, Any],
         tables: dict[str, pd.DataFrame],
         figures: list[Path],
+        manifest: Path | None,
     ) -> None:
         import wandb
 
@@ -73,6 +77,11 @@ class Wandb:
             content[key] = wandb.Table(dataframe=table.astype(object).where(table.notna(), None))
         content |= {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
         run.log(content)
+        if manifest is not None:
+            label = re.sub(r"[^\w.-]", "-", f"checkpoint-{manifest.parent.name}")[:LONGEST]
+            artifact = wandb.Artifact(label, type="checkpoint", metadata={"folder": str(manifest.parent)})
+            artifact.add_file(str(manifest))
+            run.log_artifact(artifact)
         run.finish()
 
 

@@ -26,7 +26,7 @@ const Kernels* const kLevels[] = {
 bool supported(int level) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); // F16C is older
   if (level == 1) return avx2;
   if (level == 2) {
     unsigned a = 7, c = 1, b, d; // CPUID leaf 7.1, EAX bit 4; older compilers have no name for it
@@ -109,6 +109,19 @@ void haq_silu_mul(int level, int threads, const void* gate_up, int kind, int64_t
     const auto* gate = static_cast<const uint8_t*>(gate_up) + 2 * row * bytes;
     kLevels[level]->silu_mul(gate, gate + bytes, static_cast<Kind>(kind), n,
                              static_cast<uint8_t*>(out) + row * bytes);
+  });
+}
+
+// out (m, n) = x (m, k) times w (n, k) transposed; w_kind is kBFloat16 or kFloat16. For few rows: each reads a block of
+// weights again, from the nearest cache.
+void haq_half_linear(int level, int threads, const float* x, int64_t m, int64_t k, const uint16_t* w, int w_kind,
+                     int64_t n, float* out) {
+  constexpr int64_t unit_values = 1 << 16;
+  const int64_t block = std::max<int64_t>(8, unit_values / std::max<int64_t>(1, k) / 8 * 8);
+  parallel_for(threads, (n + block - 1) / block, [&](int64_t i) {
+    const int64_t first = i * block, rows = std::min(block, n - first);
+    for (int64_t r = 0; r < m; ++r)
+      kLevels[level]->half_product(x + r * k, w + first * k, static_cast<Kind>(w_kind), rows, k, out + r * n + first);
   });
 }
 

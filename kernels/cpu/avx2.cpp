@@ -2,11 +2,12 @@
 // and vpmaddwd, which is exact, gives a column's 4 products as two sums of two. Activations are staged as
 // int16; weights are widened on the fly, or once for all tiles of a large product.
 #if defined(__x86_64__)
-#define HAQ_TARGET __attribute__((target("avx2,fma")))
+#define HAQ_TARGET __attribute__((target("avx2,fma,f16c")))
 #define HAQ_STAGED int16_t
 #include "chunk_avx2.h"
 #include "rows.h"
 #include "attention.h"
+#include "half.h"
 
 namespace haq {
 namespace {
@@ -95,7 +96,7 @@ HAQ_TARGET void widen(const uint8_t* panel, int64_t groups, uint16_t* out) {
 
 } // namespace
 
-const Kernels kAvx2 = {"avx2", kRows, 2, stage<kRows>, quantize, tile, widen, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, read};
+const Kernels kAvx2 = {"avx2", kRows, 2, stage<kRows>, quantize, tile, widen, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, half_product, read};
 
 } // namespace haq
 #endif

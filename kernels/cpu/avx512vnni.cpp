@@ -1,11 +1,12 @@
 // AVX512-VNNI: vpdpbusd on 16 columns at a time; a full tile is 14 rows x 32 columns in 28 registers.
 #if defined(__x86_64__)
 #define HAQ_TARGET \
-  __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define HAQ_STAGED int8_t
 #include "chunk_avx512.h"
 #include "rows.h"
 #include "attention.h"
+#include "half.h"
 
 namespace haq {
 namespace {
@@ -93,7 +94,7 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
 } // namespace
 
 const Kernels kAvx512Vnni = {"avx512vnni", kRows,  1,      stage<kRows>, quantize,
-                             tile,         nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<8, 2>, read};
+                             tile,         nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<8, 2>, half_product, read};
 
 } // namespace haq
 #endif

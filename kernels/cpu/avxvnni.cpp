@@ -1,11 +1,12 @@
 // AVX-VNNI: vpdpbusd on 8 columns at a time; 16 registers hold a tile of 6 rows x 16 columns, so that a panel
 // takes two passes (one when there are no more than 3 rows).
 #if defined(__x86_64__)
-#define HAQ_TARGET __attribute__((target("avx2,fma,avxvnni")))
+#define HAQ_TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
 #define HAQ_STAGED int8_t
 #include "chunk_avx2.h"
 #include "rows.h"
 #include "attention.h"
+#include "half.h"
 
 namespace haq {
 namespace {
@@ -72,7 +73,7 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
 
 } // namespace
 
-const Kernels kAvxVnni = {"avxvnni", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, read};
+const Kernels kAvxVnni = {"avxvnni", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, half_product, read};
 
 } // namespace haq
 #endif

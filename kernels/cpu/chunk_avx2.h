@@ -37,6 +37,18 @@ HAQ_TARGET inline __m256 load8(const uint16_t* x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
+HAQ_TARGET inline Vec vec_bfloat16(const uint16_t* x) { return {load8(x), load8(x + 8)}; }
+HAQ_TARGET inline __m256 half8(const uint16_t* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+HAQ_TARGET inline Vec vec_float16(const uint16_t* x) { return {half8(x), half8(x + 8)}; }
+HAQ_TARGET inline float vec_sum(Vec a) {
+  const __m256 eight = _mm256_add_ps(a.low, a.high);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
 template <bool Clamp>
 HAQ_TARGET inline __m256 clamp127(__m256 v) {
   if (!Clamp) return v;

@@ -28,6 +28,12 @@ HAQ_TARGET inline __m512 load16(const uint16_t* x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+HAQ_TARGET inline Vec vec_bfloat16(const uint16_t* x) { return load16(x); }
+HAQ_TARGET inline Vec vec_float16(const uint16_t* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+HAQ_TARGET inline float vec_sum(Vec a) { return _mm512_reduce_add_ps(a); }
+
 template <bool Clamp>
 HAQ_TARGET inline __m512 clamp127(__m512 v) {
   if (!Clamp) return v;

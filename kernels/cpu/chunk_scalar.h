@@ -49,6 +49,25 @@ HAQ_TARGET inline Vec vec_max(Vec a, const Vec& b) {
   return a;
 }
 
+HAQ_TARGET inline Vec vec_bfloat16(const uint16_t* x) {
+  Vec out;
+  for (int i = 0; i < 16; ++i) out.v[i] = load(x + i);
+  return out;
+}
+HAQ_TARGET inline Vec vec_float16(const uint16_t* x) { // of finite values
+  Vec out;
+  for (int i = 0; i < 16; ++i) {
+    const float magnitude = from_bits(static_cast<uint32_t>(x[i] & 0x7fff) << 13) * from_bits(239u << 23); // 2^112
+    out.v[i] = from_bits(to_bits(magnitude) | static_cast<uint32_t>(x[i] & 0x8000) << 16);
+  }
+  return out;
+}
+HAQ_TARGET inline float vec_sum(const Vec& a) {
+  float sum = 0.0f;
+  for (const float lane : a.v) sum += lane;
+  return sum;
+}
+
 // q = clamp(round_half_even(x / scale)), written as one chunk; returns the sum of the 64. `fast` allows the
 // inverse (see kSure); Clamp is false where no value can leave the range or be NaN. The int16 versions elsewhere write two chunks of 32, `stride` elements apart.
 template <bool Clamp, class T>

@@ -19,7 +19,7 @@ constexpr int kGroup = 4;
 constexpr int kChunk = 64;
 constexpr int kGroupBytes = kPanel * kGroup;
 
-enum Kind : int { kInt32 = 0, kFloat = 1, kBFloat16 = 2, kInt8 = 3 };
+enum Kind : int { kInt32 = 0, kFloat = 1, kBFloat16 = 2, kInt8 = 3, kFloat16 = 4 };
 
 // What becomes of the int32 sums: y = (acc * row_scale) * column_scale + bias in fp32, or acc itself.
 struct Epilogue {
@@ -72,6 +72,8 @@ struct Kernels {
   void (*rotate)(float* x, const float* cosines, const float* sines, int64_t d);
   void (*gate_up)(const float* gate, const float* up, int64_t n, float* out); // silu(gate) * up
   void (*attend)(const Attention& a);
+  // out (rows,) = w (rows, k) x, the weights in bfloat16 or float16, sums in fp32 (half.h)
+  void (*half_product)(const float* x, const uint16_t* w, Kind kind, int64_t rows, int64_t k, float* out);
   uint64_t (*read)(const uint8_t* data, int64_t bytes); // sums 64-bit words: measures read bandwidth
 };
 

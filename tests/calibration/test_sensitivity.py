@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from haq_lab.calibration.sensitivity import measure_sensitivity
+from haq_lab.calibration.sensitivity import _drawn, measure_sensitivity
 from haq_lab.calibration.spool import Spool
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
@@ -63,6 +63,15 @@ def test_half_the_sensitivity_times_the_noise_is_the_divergence(measured, archit
     noisy = [predictions(model, windows, at % model.depth, linear, side, size) for _ in range(8)]
     divergence = sum(float(F.kl_div(other, clean, reduction="sum", log_target=True)) for other in noisy)
     assert divergence / len(noisy) / windows.numel() == pytest.approx(2e-4, rel=0.25)
+
+
+def test_labels_are_drawn_by_their_probabilities():
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    labels = _drawn(probabilities.expand(20000, 6), torch.Generator().manual_seed(0))
+    assert labels.shape == (20000, 1)
+    shares = labels.flatten().bincount(minlength=6) / 20000
+    assert (shares[probabilities == 0] == 0).all()
+    torch.testing.assert_close(shares, probabilities, rtol=0, atol=0.015)
 
 
 def test_linears_that_share_an_input_are_disturbed_together(measured):

@@ -13,6 +13,7 @@ void haq_pack(const int8_t*, int64_t, int64_t, int64_t, uint8_t*, int);
 int haq_linear(int, int, const void*, int, int64_t, int64_t, const uint8_t*, int64_t, const float*, const float*,
                float, void*, int);
 void haq_quantize(int, int, const void*, int, int64_t, int64_t, float, int8_t*, float*);
+void haq_half_linear(int, int, const float*, int64_t, int64_t, const uint16_t*, int, int64_t, float*);
 void haq_silu_mul(int, int, const void*, int, int64_t, int64_t, void*);
 int haq_decoder_layers(int, int, const haq::Layer*, int64_t, float*, int64_t, const float*, const float*, float*, float*,
                        int64_t, int64_t);
@@ -21,7 +22,7 @@ int haq_decoder_layers(int, int, const haq::Layer*, int64_t, float*, int64_t, co
 static bool run(int level, int threads, int64_t m, int64_t n, int64_t k) {
   std::vector<int8_t> w(n * k), qx(m * k), q(m * k);
   std::vector<float> x(m * k), scale(n, 0.5f), bias(n, 1.0f), y(m * n), row_scale(m), half(m * (n / 2));
-  std::vector<uint16_t> narrow(m * k, 0x3f80), narrow_y(m * n);
+  std::vector<uint16_t> narrow(m * k, 0x3f80), narrow_y(m * n), halves(n * k, 0x3f80);
   std::vector<int32_t> acc(m * n);
   for (int64_t i = 0; i < n * k; ++i) w[i] = static_cast<int8_t>(i * 37 % 255 - 127);
   for (int64_t i = 0; i < m * k; ++i) qx[i] = static_cast<int8_t>(i * 53 % 255 - 127), x[i] = 0.01f * qx[i];
@@ -32,6 +33,7 @@ static bool run(int level, int threads, int64_t m, int64_t n, int64_t k) {
   haq_linear(level, threads, narrow.data(), 2, m, k, packed.data(), n, scale.data(), nullptr, 0.1f,
              narrow_y.data(), 2);
   haq_quantize(level, threads, x.data(), 1, m, k, 0, q.data(), row_scale.data());
+  for (const int kind : {2, 4}) haq_half_linear(level, threads, x.data(), m, k, halves.data(), kind, n, y.data());
   haq_silu_mul(level, threads, y.data(), 1, m, n / 2, half.data());
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {

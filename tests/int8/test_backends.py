@@ -164,12 +164,33 @@ def test_packed_weights_join_where_the_backend_says_so(seed, outputs, columns):
             assert torch.equal(y, wanted)
 
 
+@given(st.integers(0, 2**16), st.integers(0, 9), st.integers(1, 70), st.sampled_from(["token", "tensor", "static"]))
+def test_every_backend_quantises_alike(seed, rows, columns, scheme):
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        wanted = REFERENCE.quantize(x.to(dtype), scheme, torch.tensor(0.02))
+        for backend in CPUS.values():
+            got = backend.quantize(x.to(dtype), scheme, torch.tensor(0.02))
+            assert [each.shape for each in got] == [each.shape for each in wanted]
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, wanted, strict=True))
+
+
+def test_what_computes_is_told(monkeypatch):
+    assert REFERENCE.kernels == "torch"
+    if ISAS:
+        assert CpuBackend().kernels == f"native {native.isa()}"
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "no C++ compiler")
+    assert CpuBackend().kernels == "torch (no C++ compiler)"
+
+
 @pytest.mark.skipif(not ISAS, reason="no CPU kernels here")
 def test_kernels_that_are_not_exact_are_not_used(monkeypatch):
     monkeypatch.setattr(native, "accumulate", lambda qx, packed: saturating(qx, native.unpack(packed)))
     cpu.native_is_exact.cache_clear()
     try:
         assert CpuBackend().pack(levels(1, 3, 8)).dtype == torch.int8
+        assert "not exact" in CpuBackend().kernels
     finally:
         cpu.native_is_exact.cache_clear()
 

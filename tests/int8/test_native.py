@@ -203,6 +203,22 @@ def test_silu_mul(isa, dtype):
 
 
 @isas
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@many
+@given(shape=shapes, seed=seeds)
+def test_half_linear(isa, dtype, shape, seed):
+    m, n, k = shape
+    generator = torch.Generator().manual_seed(seed % 2**31)
+    x, weight = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator).to(dtype)
+    weight[:, ::5] = torch.finfo(dtype).smallest_normal / 4  # denormal numbers widen too
+    weight[:, ::7] *= -1000
+    with native.forced_isa(isa):
+        got = native.half_linear(x, weight)
+    bound = 1e-7 * (k + 20) * (x.abs().double() @ weight.abs().double().t())
+    assert ((got - x.double() @ weight.double().t()).abs() <= bound + 1e-38).all()
+
+
+@isas
 def test_read_bytes_reads_all(isa):
     data = torch.ones(5 << 17, dtype=torch.uint8)
     with native.forced_isa(isa):
@@ -210,6 +226,10 @@ def test_read_bytes_reads_all(isa):
 
 
 def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="weight must be bfloat16 or float16"):
+        native.half_linear(torch.ones(1, 8), torch.ones(2, 8))
+    with pytest.raises(ValueError, match="x must be"):
+        native.half_linear(torch.ones(1, 7), torch.ones(2, 8).bfloat16())
     packed = native.pack(torch.ones(4, 8, dtype=torch.int8))
     scale = torch.ones(4)
     with pytest.raises(ValueError, match=r"x must be .* \(\.\.\., 8\)"):

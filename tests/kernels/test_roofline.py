@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +12,7 @@ from haq_lab.int8.cuda import Kernels
 from haq_lab.int8.launch import LARGE, MEDIUM, SMALL, TILES
 from haq_lab.int8.roofline import (
     Work,
+    cited_hardware,
     dequant_work,
     gemm_work,
     gemv_work,
@@ -26,7 +25,7 @@ from haq_lab.int8.roofline import (
 from .checks import check_grouped, check_product
 from .host import HostRunner
 
-HARDWARE = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "hardware").glob("*.yaml"))
+HARDWARE = cited_hardware()
 few = settings(max_examples=10, derandomize=True, deadline=None, database=None)
 
 

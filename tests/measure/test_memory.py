@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from haq_lab.measure import memory
 from haq_lab.measure.memory import Memory, peak_rss, reset_peaks
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
+from haq_lab.quantizers.rtn import RTN
+from tests.measure.conftest import study_of
 
 
 def test_weights_are_counted(full, quantized):
@@ -40,3 +47,26 @@ def test_peak_where_the_system_has_no_proc(monkeypatch, tmp_path):
     reset_peaks()
     assert peak_rss() == pytest.approx(peak_rss())
     assert peak_rss() > 10 * 2**20
+
+
+def test_tables_count_as_stored(windows, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TinyModel("mixtral", hidden=256).folder(), folder)
+    path = folder / "model.safetensors"
+    stored = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(stored, path, metadata={"format": "pt"})
+    study = study_of(LayeredModel(folder), RTN(), windows)
+
+    def bytes_of(name: str, tensor: torch.Tensor) -> int:
+        if "embed_tokens" in name or "lm_head" in name:
+            return 2 * tensor.numel()
+        if "norm" in name or ".gate." in name:
+            return 4 * tensor.numel()
+        return tensor.numel() + 4 * len(tensor)
+
+    expected = sum(bytes_of(name, tensor) for name, tensor in stored.items())
+    rotary = sum(buffer.nbytes for name, buffer in study.whole.named_buffers() if "rotary" in name)
+    measured = Memory()(study)
+    assert measured["memory.weights_bytes"] == expected + rotary
+    assert measured["memory.weights_fp16_bytes"] == 2 * sum(tensor.numel() for tensor in stored.values())
+    assert measured["memory.weights_bytes"] <= 0.53 * measured["memory.weights_fp16_bytes"]

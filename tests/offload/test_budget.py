@@ -18,10 +18,16 @@ def test_forms(text, slots):
     assert Budget.parse(text).slots(240, 1000, spare=4, reserved=10_000) == slots
 
 
-@pytest.mark.parametrize("text", ["1%", "13kB", "0", "5 kB"])
+@pytest.mark.parametrize("text", ["1%", "13kB", "5 kB"])
 def test_nothing_left_is_a_mistake_and_no_silent_off(text):
     with pytest.raises(UserError, match="no slot for an expert of 1,000 bytes"):
         Budget.parse(text).slots(240, 1000, spare=4, reserved=10_000)
+
+
+@pytest.mark.parametrize("text", ["0", "0%", 0, "0MB"])
+def test_no_budget_is_told_before_anything_is_loaded(text):
+    with pytest.raises(UserError, match=r"offload\.budget: '0.*' leaves no slot .* or offload=none"):
+        Offload(budget=text)
 
 
 @pytest.mark.parametrize("text", ["", "much", "-4", "40 %%", "120%", "1.5", "3 TB"])
@@ -35,8 +41,14 @@ def test_a_unit_misspelt_is_told_the_nearest():
         Budget.parse("500 Mb")
 
 
-def test_formats_that_need_a_gpu_say_so():
-    with pytest.raises(UserError, match=r"offload\.device_format: 'fp16' needs a GPU"):
-        Offload(device_format="fp16")
+@pytest.mark.parametrize("formats", [("int8", "fp16"), ("bf16", "int8"), ("bf16", "fp16")])
+def test_formats_that_need_a_gpu_say_so(formats):
+    host, device = formats
+    name = "host_format: 'bf16'" if host == "bf16" else "device_format: 'fp16'"
+    with pytest.raises(UserError, match=rf"offload\.{name} needs a GPU.*plan` simulates"):
+        Offload(host_format=host, device_format=device)
+
+
+def test_prefetching_needs_room():
     with pytest.raises(UserError, match="at least 2 spare"):
         Offload(prefetch="path", spare=1)

@@ -44,13 +44,27 @@ def test_the_decision_is_the_best_of_all(tokens, fast, slow, fetch, objective):
     assert price(in_place) == pytest.approx(min(map(price, every)))
 
 
+def test_what_is_predicted_to_overlap_by_hand():
+    """A resident at 2 s a token hides a fetch of 3 s; the second one is waited for; the CPU takes longer than both."""
+    costs = Costs(PiecewiseLinear([1, 2], [2, 4]), flat(9.0), flat(3.0), flat(0), flat(0), expert_bytes=1)
+    assert seconds(costs, {0: 2}, {1: 1}, {}, "max") == 4 + 2
+    assert seconds(costs, {0: 1}, {1: 1, 2: 1}, {}, "max") == 3 + 2 + 1 + 2
+    assert seconds(costs, {0: 1}, {1: 1}, {2: 1}, "max") == 9
+    assert seconds(costs, {0: 1}, {1: 1}, {2: 1}, "sum") == 2 + 3 + 2 + 9
+    costs.from_disk = True
+    assert seconds(costs, {0: 1}, {1: 1}, {2: 1}, "max") == 2 + 9 + 2
+
+
 def test_curves():
     curve = PiecewiseLinear.fitted([(1, 2.0), (1, 4.0), (1, 3.0), (3, 5.0), (5, 4.0)])
     assert [curve(size) for size in (0, 1, 2, 3, 5)] == [0, 3, 4, 5, 5]
     assert PiecewiseLinear([1, 2], [1, 3])(4) == 7
-    for _ in range(500):
-        curve.observe(3, 10.0)
-    assert curve(3) == pytest.approx(10.0)
+    for seconds_seen in (8.0, 12.0):
+        curve.observe(3, seconds_seen)
+    assert curve(3) == pytest.approx(10.0), "the mean of few"
+    for _ in range(5000):
+        curve.observe(3, 20.0)
+    assert curve(3) == pytest.approx(20.0, rel=1e-3), "later of the latest"
     nothing = flat(0)
     nothing.observe(1, 2.0)
     assert nothing(1) == 0

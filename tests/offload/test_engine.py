@@ -16,15 +16,15 @@ from haq_lab.calibration.statistics import Policy as CalibrationPolicy
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.offload.costs import MEMORY, PiecewiseLinear
+from haq_lab.offload.costs import Costs, PiecewiseLinear
 from haq_lab.offload.engine import Engine
+from haq_lab.offload.observer import Observer
 from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import PLACEMENTS, place
 from haq_lab.offload.policy import make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath
 from haq_lab.offload.record import record_trace
 from haq_lab.offload.store import ExpertStore, ReadError, StoreWriter, layout, tensors_of
-from haq_lab.offload.trace import Trace
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.rtn import RTN
 
@@ -119,15 +119,11 @@ def test_the_engine_counts_what_a_replay_does(case, rule):
     layers = case.layers()
     engine = engine_for(case, case.open(), layers, rule, slots=8)
     replayed = make_policy(rule, engine.policy.resident, case.profile, "global", case.path_model)
-    heard, begin = [], engine.begin
-    engine.begin = lambda layer, hidden, chosen: (heard.append(chosen), begin(layer, hidden, chosen))[1]
     whole = case.model.assemble(layers)
     generate(whole), generate(whole)
-    steps = [torch.stack(heard[at : at + 3], 1) for at in range(0, len(heard), 3)]
-    decode = np.concatenate([np.full(len(step), len(step) == 1) for step in steps])
-    experts = torch.cat(steps).numpy().astype(np.uint8)
-    starts = np.array([0, len(experts) // 2])
-    trace = Trace(experts, np.ones(experts.shape, np.float16), decode, starts, engine.experts)
+    trace = engine.heard.trace()
+    assert trace.starts.tolist() == [0, trace.tokens // 2]
+    assert trace.decode.tolist() == 2 * ([False] * PROMPT.shape[1] + [True] * 4)
     rates = replayed.replay(trace)
     engine.close()
     np.testing.assert_array_equal(replayed.resident, engine.policy.resident)
@@ -144,14 +140,19 @@ def test_the_weights_have_left_memory(case):
     assert held <= 3 * engine.store.blob_bytes
 
 
-def test_reads_correct_what_a_fetch_is_taken_to_cost(case):
+def test_what_happens_corrects_what_is_taken_to_be(case):
+    """Every cost is of a thousand seconds to begin with, and tells the truth after a few tokens."""
     layers, store = case.layers(), case.open()
-    fetch = PiecewiseLinear([store.blob_bytes], [1000.0])
+    curves = [PiecewiseLinear([1, 2], [1000.0, 1000.0]) for _ in range(6)]
+    costs = Costs(*curves[:5], store.blob_bytes, curves[5], from_disk=True)
     policy = make_policy("none", place("frequency", case.profile, 6), case.profile)
-    engine = Engine(store, policy, fetch=fetch)
+    policy.decide = lambda resident, missing: list(missing)[:1]
+    engine = Engine(store, policy, observer=Observer(costs, "sum", 3))
     engine.attach(layers, case.model.family.moe)
+    assert torch.equal(generate(case.model.assemble(layers)), case.expected)
     engine.close()
-    assert fetch.correction == pytest.approx(MEMORY**6, rel=1e-3), "six reads of no time to speak of"
+    assert all(curve(1) < 10 for curve in curves)
+    assert engine.stats()["predictor.mape"] > 1, "issuing the first fetches was taken to last for hours"
 
 
 class Flaky:

@@ -26,5 +26,7 @@ def test_a_sequence_is_matched_with_itself(make_trace):
         for token, chosen in enumerate(trace.part(slice(sequence, sequence + 1)).experts):
             for layer in range(4):
                 counts = np.bincount(chosen[layer], minlength=8)
-                cache.visit(state, resident, layer, counts, 1, token, False, False, admit, placed)
+                cache.visit(
+                    state, resident, layer, np.flatnonzero(counts), counts, 1, token, False, False, admit, placed
+                )
         assert state.nearest[0] == sequence

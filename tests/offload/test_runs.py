@@ -26,9 +26,25 @@ def test_a_run_reports_what_its_engine_did(tmp_path, options):
     assert not (tmp_path / "experts.bin").exists()
 
 
+def test_hardware_is_what_the_predictor_decides_for_and_what_is_simulated(tmp_path):
+    done = launch(*SMALL, "quantizer=rtn", "offload=fiddler", "hardware=rtx3060_12g", f"hydra.run.dir={tmp_path}")
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["run"]["hardware"] == "rtx3060_12g"
+    assert record["metrics"]["simulated.rtx3060_12g.latency.decode_ms_per_token.mean"] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["model=tiny_llama", "offload=haq"], "has no experts"), (["offload=lru", "offload.budget=1%"], "no slot")],
+    [
+        (["model=tiny_llama", "offload=haq"], "has no experts"),
+        (["offload=lru", "offload.budget=1%"], "no slot"),
+        (["offload=lru", "offload.budget=0"], "offload.budget: '0' leaves no slot"),
+        (["offload=lru", "offload.profile=no.trace"], "offload.profile: trace: there is no file 'no.trace'"),
+        (["offload=lru", "offload.host_format=bf16"], "offload.host_format: 'bf16' needs a GPU's fast tier"),
+        (["offload=lru", "hardware=rtx3060"], "hardware: 'rtx3060' is not one of a100_80g"),
+        (["hardware=rtx3060_12g"], "is for runs that offload experts"),
+    ],
 )
 def test_mistakes_end_with_code_2(tmp_path, options, message):
     done = launch(*SMALL, "quantizer=none", *options, f"hydra.run.dir={tmp_path}")

@@ -11,16 +11,18 @@ from haq_lab.errors import UserError
 from haq_lab.offload.costs import Costs, PiecewiseLinear, Predictor
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import make_policy
+from haq_lab.offload.prefetch import NextOnPath, Remembered
 from haq_lab.offload.simulator import Resource, Simulator
+from haq_lab.offload.trace import Trace
 
 seconds = st.floats(0, 100, allow_nan=False)
 
 
-def costs_of(fast, slow, fetch, rest=1.0, outside=1.0) -> Costs:
+def costs_of(fast, slow, fetch, rest=1.0, outside=1.0, disk=False) -> Costs:
     def flat(value):
         return PiecewiseLinear([1], [value])
 
-    return Costs(flat(fast), flat(slow), flat(fetch), flat(rest), flat(outside), expert_bytes=7)
+    return Costs(flat(fast), flat(slow), flat(fetch), flat(rest), flat(outside), expert_bytes=7, from_disk=disk)
 
 
 @given(st.lists(st.tuples(seconds, seconds), min_size=1, max_size=20))
@@ -35,14 +37,20 @@ def test_a_resource_does_one_thing_after_another(jobs):
 
 
 @given(
-    seed=st.integers(0, 1000), slots=st.integers(4, 31), fast=seconds, slow=seconds, fetch=seconds, disk=st.booleans()
+    seed=st.integers(0, 1000),
+    slots=st.integers(4, 31),
+    fast=seconds,
+    slow=seconds,
+    fetch=seconds,
+    disk=st.booleans(),
+    guesses=st.integers(0, 2),
 )
-def test_time_is_at_least_each_resources_work(make_trace, seed, slots, fast, slow, fetch, disk):
+def test_time_is_at_least_each_resources_work(make_trace, seed, slots, fast, slow, fetch, disk, guesses):
     trace = make_trace(tokens=30, seed=seed, prompt=3)
-    costs = costs_of(fast, slow, fetch)
+    costs = costs_of(fast, slow, fetch, disk=disk)
     policy = make_policy("lru", place("uniform", trace, slots), trace)
     policy.decide = Predictor(costs).decide
-    simulator = Simulator(costs, policy, disk)
+    simulator = Simulator(costs, policy, NextOnPath(trace) if guesses else None, guesses)
     timeline = simulator.run(trace)
     whole = sum(timeline.prompt_s) + sum(timeline.token_s)
     assert min(timeline.token_s + timeline.prompt_s) >= 4 * 1.0 + 1.0  # attention of four layers, and the head
@@ -69,3 +77,29 @@ def test_mistakes(make_trace):
         simulator.run(trace, tokens=5).metrics("test")
     with pytest.raises(UserError, match="where 4 and 8 are wanted"):
         simulator.run(make_trace(layers=3))
+
+
+def two_layers(chosen) -> Trace:
+    """One decoded token of two layers of four experts."""
+    experts = np.array([chosen], np.uint8)
+    return Trace(experts, np.ones(experts.shape, np.float16), np.ones(1, bool), np.zeros(1, np.int64), 4)
+
+
+@pytest.mark.parametrize("guesses", [[2, 3], [3, 2], [], [3]])
+def test_a_guess_hides_a_fetch_and_a_wrong_one_costs_one(guesses):
+    """A second for everything but a fetch, which takes 10. Attention of layer 1 ends at 4; it lacks expert 2."""
+    trace = two_layers([[0, 1], [2, 0]])
+    resident = np.array([[True] * 4, [True, True, False, False]])
+    costs = costs_of(1.0, 50.0, 10.0)
+    policy = make_policy("none", resident, trace)
+    timeline = Simulator(costs, policy, Remembered([[guesses, []]]), len(guesses)).run(trace)
+    expected = {
+        (2, 3): 1 + 10 + 1 + 1,  # right, and the wrong one behind it called off: the guess arrives at 11
+        (3, 2): 1 + 20 + 1 + 1,  # the wrong one is read first
+        (): 4 + 10 + 1 + 1,
+        (3,): 1 + 10 + 10 + 1 + 1,  # waited for, then the right one is read
+    }
+    assert timeline.token_s == [expected[tuple(guesses)]]
+    assert timeline.guessed == len(guesses)
+    assert timeline.guesses_used == (2 in guesses)
+    assert timeline.bytes == 7 * len({2, *guesses} - ({3} if guesses == [2, 3] else set()))

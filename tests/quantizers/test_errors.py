@@ -24,6 +24,14 @@ def test_dynamic_noise_is_the_mean_squared_rounding_error(scheme):
     torch.testing.assert_close(dynamic_noise(statistics, per_row=scheme == "token"), measured, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("per_row", [True, False])
+def test_noise_of_a_divided_input(per_row):
+    statistics, x = heavy_tailed()
+    factor = torch.linspace(0.5, 2, x.shape[1])
+    divided = dynamic_noise(statistics.divided_by(factor), per_row, every=3)
+    assert torch.equal(dynamic_noise(statistics, per_row, every=3, factor=factor), divided)
+
+
 @pytest.mark.parametrize("clip", [1.0, 0.5, 0.1])
 def test_static_noise_follows_the_rounding_error_clipping_included(clip):
     statistics, x = heavy_tailed()

@@ -13,6 +13,7 @@ from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
 from haq_lab.quantizers.errors import every_output_alike
 from haq_lab.quantizers.haq import HAQ, Predictor
 from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.solver import conditional_variance
 
 LLAMA = next(family for family in FAMILIES if family.model_type == "llama")
 UP = Group("up", "up", ("down",))
@@ -44,11 +45,13 @@ def test_the_adaptive_factor_has_the_least_predicted_error_and_a_smaller_true_on
     statistics, x = outliers()
     quantizer = HAQ(activations=scheme)
     chosen = smoothing(quantizer, weight, statistics)
-    predictor = Predictor(weight, statistics, quantizer._factor(statistics.hessian), 8)
+    variance = conditional_variance(statistics.hessian, quantizer.damp, quantizer.act_order)
+    predictor = Predictor(weight, statistics, variance, 8)
     assert chosen.strength > 0
     for strength in (0.0, 0.25, 0.5, 1.0):
         fixed = smoothing(HAQ(activations=scheme, adaptive=False, strength=strength), weight, statistics)
-        assert predictor.error(scheme, chosen.factor) <= predictor.error(scheme, fixed.factor) * (1 + 1e-6)
+        best, other = predictor.errors(scheme, [chosen.factor, fixed.factor])
+        assert best <= other * (1 + 1e-6)
 
     def true_error(factor: Tensor) -> float:
         smoothed, seen = weight * factor, statistics.divided_by(factor)

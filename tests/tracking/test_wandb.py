@@ -44,6 +44,24 @@ def test_a_sweep_is_one_group_and_stays_inside_its_folders(tmp_path, monkeypatch
         assert "perplexity.python_docs" in json.dumps(records)
 
 
+def test_tables_figures_and_the_checkpoints_manifest_can_be_read_back(tmp_path):
+    checkpoint = ["model.layers=1", f"checkpoint.dir='{tmp_path / 'check point'}'"]
+    outcome = launch(*TRACKED, *checkpoint, f"hydra.run.dir={tmp_path / 'run'}")
+    assert (outcome.code, outcome.err) == (0, "")
+    records = _records(tmp_path / "run")
+    artifacts = {record["artifact"]["name"]: record["artifact"] for record in records if record["type"] == "artifact"}
+    kept = artifacts["checkpoint-check-point"]["manifest"]["contents"][0]
+    assert kept["path"] == "manifest.json"
+    assert Path(kept["local_path"]).read_text() == (tmp_path / "check point" / "manifest.json").read_text()
+    assert (tmp_path / "run") in Path(kept["local_path"]).parents
+    logged = next(record["history"]["item"] for record in records if record["type"] == "history")
+    assert (logged["layers._type"], logged["figures/layers._type"]) == ("table-file", "image-file")
+    files = next((tmp_path / "run").glob("wandb/offline-run-*")) / "files"
+    table = json.loads((files / logged["layers.path"]).read_text())
+    assert len(table["data"]) == len(pd.read_csv(tmp_path / "run" / "layers.csv"))
+    assert (files / logged["figures/layers.path"]).read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_failing_wandb_fails_no_run(tmp_path, monkeypatch):
     import wandb
 

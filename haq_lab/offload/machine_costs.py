@@ -1,5 +1,5 @@
-"""What experts cost on a GPU, from its figures in conf/hardware (`hardware.py`): for planning and simulating without
-one. On this machine they are measured instead (`measured_costs.py`).
+"""What experts cost on a machine, from its figures in conf/hardware (`hardware.py`): for planning and simulating
+without having it. In a run on this machine they are timed instead (`measured_costs.py`).
 
 Each cost is the larger of the operations at peak rate and the bytes at full bandwidth, times what is reached of
 them in practice, plus a launch. These are bounds made plausible, no measurements: whatever follows from them is
@@ -23,29 +23,35 @@ HOST_OPERATIONS_PER_BYTE = 16.0  # int8 operations a second over bytes a second 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
-def gpu_costs(hardware: Hardware, shape: Shape, host: Format = "int8", device: Format = "int8") -> Costs:
-    """The costs of a model on a GPU whose experts lie in the host's memory as `host` and run as `device`.
+def machine_costs(hardware: Hardware, shape: Shape, host: Format = "int8", device: Format = "int8") -> Costs:
+    """The costs of a model on a machine whose experts lie in the slow tier as `host` and run as `device`.
 
-    Where the two differ, a fetch includes the conversion on the device (dequantization on load). Where the GPU shares
-    the host's memory, there is no link, and a fetch is a copy within it.
+    Where the two differ, a fetch includes the conversion on the device (dequantization on load). Where a GPU shares
+    the host's memory, there is no link, and a fetch is a copy within it. Where there is no GPU, the slow tier is the
+    disk, an expert in place is read and computed, and the figures are what was reached.
     """
-    operations = hardware.int8_tops * 1e12 * (1.0 if device == "int8" else 0.5) * REACHED
-    bandwidth = hardware.bandwidth_gbs * 1e9 * REACHED
+    reached, link_reached = (1.0, 1.0) if hardware.from_disk else (REACHED, LINK_REACHED)
+    operations = hardware.int8_tops * 1e12 * (1.0 if device == "int8" else 0.5) * reached
+    bandwidth = hardware.bandwidth_gbs * 1e9 * reached
 
     def on_device(weights: int, width: int) -> PiecewiseLinear:
         least = [max(2 * n * weights / operations, width * weights / bandwidth) + LAUNCH for n in TOKENS]
         return PiecewiseLinear(TOKENS, least)
 
-    host_rate = hardware.host_gbs * 1e9 * REACHED
-    in_place = [max(BYTES[host], 2 * n / HOST_OPERATIONS_PER_BYTE) * shape.expert / host_rate for n in TOKENS]
+    fast = on_device(shape.expert, BYTES[device])
     moved = shape.expert * BYTES[host]
-    link = bandwidth if hardware.link_gbs is None else hardware.link_gbs * 1e9 * LINK_REACHED
+    link = bandwidth if hardware.link_gbs is None else hardware.link_gbs * 1e9 * link_reached
+    host_rate = hardware.host_gbs * 1e9 * reached
+    in_place = [max(BYTES[host], 2 * n / HOST_OPERATIONS_PER_BYTE) * shape.expert / host_rate for n in TOKENS]
+    if hardware.from_disk:
+        in_place = [moved / link + fast(n) for n in TOKENS]
     conversion = 0.0 if BYTES[host] == BYTES[device] else (BYTES[host] + BYTES[device]) * shape.expert / bandwidth
     return Costs(
-        fast=on_device(shape.expert, BYTES[device]),
+        fast=fast,
         slow=PiecewiseLinear(TOKENS, in_place),
         fetch=PiecewiseLinear([moved], [moved / link + conversion + LAUNCH]),
         rest=on_device(shape.rest, BYTES[device]),
         outside=on_device(shape.outside, 2),
         expert_bytes=moved,
+        from_disk=hardware.from_disk,
     )

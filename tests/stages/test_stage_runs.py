@@ -51,7 +51,7 @@ def _run(folder: Path, *settings: str) -> dict:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Metrics, but for times and peaks, every linear's report, and how tokens were routed."""
+    """Metrics, but for times and peaks, every linear's report, the inputs' ranges, and how tokens were routed."""
     metrics = []
     for folder in (one, other):
         found = json.loads((folder / "results.json").read_text())["metrics"]
@@ -59,7 +59,8 @@ def _same(one: Path, other: Path) -> bool:
     tables = [{path.name: path.read_bytes() for path in folder.glob("*.csv")} for folder in (one, other)]
     routings = [load_file(folder / "routing.safetensors") for folder in (one, other) if "experts.csv" in tables[0]]
     routed = not routings or all(torch.equal(tensor, routings[1][name]) for name, tensor in routings[0].items())
-    return metrics[0] == metrics[1] and tables[0] == tables[1] and routed
+    kept = [path.read_bytes() if (path := folder / "ranges.safetensors").exists() else None for folder in (one, other)]
+    return metrics[0] == metrics[1] and tables[0] == tables[1] and routed and kept[0] == kept[1]
 
 
 def test_every_quantizer_is_tried():

@@ -1,4 +1,4 @@
-"""Costs from a GPU's figures: never below what peak rate and bandwidth allow, and in the order that sizes have."""
+"""Costs from a machine's figures: never below what peak rate and bandwidth allow, and in the order that sizes have."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MixtralConfig
 
-from haq_lab.help import options
-from haq_lab.offload.gpu_costs import BYTES, gpu_costs
+from haq_lab.int8.roofline import Hardware, cited_hardware
 from haq_lab.offload.hardware import hardware
+from haq_lab.offload.machine_costs import BYTES, machine_costs
 from haq_lab.offload.shape import MIXTRAL, Shape
 
 FORMATS = [("int8", "int8"), ("int8", "fp16"), ("bf16", "fp16")]
@@ -22,11 +22,11 @@ def test_mixtral_is_what_its_config_says():
     assert weights == pytest.approx(46.7e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", options("hardware"))
+@pytest.mark.parametrize("name", cited_hardware())
 @given(tokens=st.integers(1, 2048), formats=st.sampled_from(FORMATS))
 def test_no_cost_is_below_its_bound(name, tokens, formats):
     machine, (host, device) = hardware(name), formats
-    costs = gpu_costs(machine, MIXTRAL, host, device)
+    costs = machine_costs(machine, MIXTRAL, host, device)
     assert costs.fast(tokens) >= 2 * tokens * MIXTRAL.expert / (machine.int8_tops * 1e12)
     assert costs.fast(tokens) >= BYTES[device] * MIXTRAL.expert / (machine.bandwidth_gbs * 1e9)
     assert costs.slow(tokens) >= BYTES[host] * MIXTRAL.expert / (machine.host_gbs * 1e9)
@@ -37,8 +37,18 @@ def test_no_cost_is_below_its_bound(name, tokens, formats):
 
 def test_wider_formats_cost_more():
     machine = hardware("rtx3060_12g")
-    narrow, loaded, wide = (gpu_costs(machine, MIXTRAL, *formats) for formats in FORMATS)
+    narrow, loaded, wide = (machine_costs(machine, MIXTRAL, *formats) for formats in FORMATS)
     size = narrow.expert_bytes
     assert narrow.fetch(size) < loaded.fetch(size), "dequantized on load"
     assert loaded.fetch(size) < wide.fetch(wide.expert_bytes), "half the bytes cross the link"
     assert narrow.fast(1) < loaded.fast(1) == wide.fast(1)
+
+
+def test_a_machine_without_a_gpu_reads_from_its_disk():
+    """Its figures are reached ones, and an expert in place is read and computed."""
+    costs = machine_costs(Hardware("here", 0.2, 10.0, 16.0, 1.5, 10.0, "by hand", from_disk=True), MIXTRAL)
+    read = costs.expert_bytes / 1.5e9
+    assert costs.fetch(costs.expert_bytes) == pytest.approx(read, rel=1e-3)
+    assert costs.slow(8) == pytest.approx(read + costs.fast(8))
+    assert costs.fast(64) == pytest.approx(2 * 64 * MIXTRAL.expert / 0.2e12, rel=1e-3)
+    assert costs.from_disk

@@ -1,0 +1,75 @@
+"""Published figures beside ours, from one cited file (`published.csv`); empty where no figure is known.
+
+A row of the file says to which runs it belongs: to those of a `model` (its label), and `when` their choices and
+settings are as told (`quantizer=smoothquant quantizer.activations=token`). A run of one of the paper's experiments on
+another model (`+experiment=paper_mixtral model=smol_moe`) gets the paper's figures too, marked as another model's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+FILE = Path(__file__).with_name("published.csv")
+ANOTHER_MODEL = "no: another model"  # whose difference from ours says nothing
+COLUMNS = ["run", "metric", "ours", "published", "difference_percent", "of", "comparable", "source"]
+
+
+def published() -> pd.DataFrame:
+    """The file: `experiment`, `model`, `when`, `metric`, `value` (NaN: unknown), `setting`, `source`."""
+    table = pd.read_csv(FILE, dtype={"value": float})
+    return table.fillna({name: "" for name in table.columns if name != "value"})
+
+
+def beside(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row for each measured figure that has one in the file, in `COLUMNS`.
+
+    Args:
+        runs: As `haq_lab.results.load` gives them.
+
+    Returns:
+        `comparable` is `yes`, or says what differs: the model, the protocol of a perplexity, or the machine.
+    """
+    known = published()
+    rows: list[dict[str, Any]] = []
+    for _, run in runs.iterrows():
+        for _, figure in _figures_for(run, known).iterrows():
+            ours, theirs = run.get(figure["metric"]), figure["value"]
+            if ours is None or pd.isna(ours):
+                continue
+            row = {"run": run["name"], "metric": figure["metric"], "ours": ours, "published": theirs}
+            row["comparable"] = _comparable(run, figure)
+            row["difference_percent"] = None if row["comparable"] == ANOTHER_MODEL else (ours / theirs - 1) * 100
+            row["of"] = ", ".join(filter(None, (figure["model"], figure["setting"])))
+            rows.append(row | {"source": figure["source"]})
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _figures_for(run: pd.Series, known: pd.DataFrame) -> pd.DataFrame:
+    """The file's rows that belong to a run: of its model, else of the first model of its experiment."""
+    fitting = known[[_holds(run, when) for when in known["when"]]]
+    model = str(run.get("model")).lower()
+    own = fitting["model"].str.lower() == model
+    same_experiment = fitting["experiment"] == (run.get("experiment") or "none")
+    if not own.any():
+        models = known[(known["experiment"] == run.get("experiment")) & (known["model"] != "")]["model"]
+        own = (fitting["model"] == models.iloc[0]) & same_experiment if len(models) else own
+    return fitting[own | same_experiment & (fitting["model"] == "")]
+
+
+def _holds(run: pd.Series, when: str) -> bool:
+    conditions = [condition.partition("=") for condition in when.split()]
+    return all(str(run.get(name, run.get(f"config.{name}"))) == value for name, _, value in conditions)
+
+
+def _comparable(run: pd.Series, figure: pd.Series) -> str:
+    if pd.isna(figure["value"]):
+        return ""
+    if figure["model"].lower() != str(run.get("model")).lower():
+        return ANOTHER_MODEL
+    kind, _, dataset = figure["metric"].partition(".")
+    if kind != "perplexity":
+        return "no: another machine"
+    return "yes" if run.get(f"comparable.{dataset}") else "no: another protocol"

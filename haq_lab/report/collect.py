@@ -1,0 +1,105 @@
+"""What lies below some folders: runs and their tables, replays (`hit_rates.csv`) and plans (`plan.csv`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from haq_lab import results
+from haq_lab.calibration import ranges
+from haq_lab.calibration.ranges import Ranges
+from haq_lab.tracking.run_folder import ARCHIVE, read_results
+
+TABLES = ("layers", "experts", "latency")  # of what runs leave as <name>.csv, those that charts are drawn from
+STUDIES = ("hit_rates", "plan")  # what `python -m haq_lab.offload replay` and `plan` leave
+
+LONGEST = 80  # characters of a run's name; an unfinished run has only its folder's
+
+
+@dataclass
+class Collection:
+    """Attributes:
+    runs: As `haq_lab.results.load` gives them.
+    tables: By name, what the finished runs have left, stacked, with a column `run`.
+    ranges: By run, its inputs' ranges.
+    studies: By name, the replays' and plans' tables, stacked, with a column `study`: the folder's name.
+    protocol: By run, its stamps by text.
+    """
+
+    runs: pd.DataFrame
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    ranges: dict[str, Ranges] = field(default_factory=dict)
+    studies: dict[str, pd.DataFrame] = field(default_factory=dict)
+    protocol: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def by_model(self) -> list[tuple[str, pd.DataFrame]]:
+        """The finished runs of each model, by names without the model's."""
+        groups = self.finished.groupby("model", sort=False)
+        return [(str(model), runs.assign(label=runs["name"].str.removeprefix(f"{model} "))) for model, runs in groups]
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        """The runs that have results."""
+        return self.runs[self.runs["status"] == "finished"]
+
+
+def collect(*folders: str | Path) -> Collection:
+    """Read everything below `folders`.
+
+    Raises:
+        UserError: A folder does not exist.
+    """
+    found = Collection(_named(results.load(*folders)))
+    stacks: dict[str, list[pd.DataFrame]] = {}
+    for _, run in found.finished.iterrows():
+        folder, name = Path(run["folder"]), str(run["name"])
+        found.protocol[name] = (read_results(folder / "results.json") or {}).get("protocol", {})
+        for kind in TABLES:
+            if (table := _table(folder / f"{kind}.csv")) is not None:
+                stacks.setdefault(kind, []).append(table.assign(run=name))
+        if (folder / ranges.FILE).is_file():
+            found.ranges[name] = Ranges.open(folder / ranges.FILE)
+    found.tables = {kind: pd.concat(stack, ignore_index=True) for kind, stack in stacks.items()}
+    for kind in STUDIES:
+        stack = [
+            table.assign(study=path.parent.name)
+            for path in _studies(folders, kind)
+            for table in [_table(path)]
+            if table is not None
+        ]
+        if stack:
+            found.studies[kind] = pd.concat(stack, ignore_index=True)
+    return found
+
+
+def _named(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs by shorter names: within a model's, what they differ in; the model stands before where there are several."""
+    models = runs["model"].fillna("") if "model" in runs else pd.Series("", runs.index)
+    for model in models.unique():
+        own = runs[models == model]
+        rows = (
+            own.astype(object).where(own.notna(), None).assign(name=own["folder"].map(lambda folder: Path(folder).name))
+        )
+        names = results.short_names(rows.to_dict("records"))
+        runs.loc[own.index, "name"] = [f"{model} {name}".strip() if models.nunique() > 1 else name for name in names]
+    cut = runs["name"].map(lambda name: name if len(name) <= LONGEST else f"{name[:LONGEST]}...")
+    again = cut.groupby(cut).cumcount()
+    runs["name"] = [name if not count else f"{name} ({count + 1})" for name, count in zip(cut, again, strict=True)]
+    return runs.assign(model=models).sort_values(["model", "name"], ignore_index=True)
+
+
+def _studies(folders: tuple[str | Path, ...], kind: str) -> list[Path]:
+    found = {path.resolve(): path for folder in folders for path in sorted(Path(folder).rglob(f"{kind}.csv"))}
+    return [path for path in found.values() if ARCHIVE not in path.parts]
+
+
+def _table(path: Path) -> pd.DataFrame | None:
+    """A CSV file; None where there is none, or nothing in it."""
+    try:
+        table = pd.read_csv(path)
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        return None
+    return None if table.empty else table

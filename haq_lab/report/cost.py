@@ -1,0 +1,92 @@
+"""Charts of what a model takes: latency distributions, and Pareto fronts of memory against perplexity or latency. Each
+returns a `Chart`, or the reason why there is none."""
+
+from __future__ import annotations
+
+from itertools import cycle, product
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from haq_lab.offload.plan import mark_pareto
+from haq_lab.report.chart import COLOURS, GREY, Chart, axes, bar_room, broken, coloured, styled
+from haq_lab.report.collect import Collection
+
+MEMORY = "memory.weights_bytes"
+
+
+def latency(found: Collection) -> Chart | str:
+    """Every latency sample, a box a run and a variant a phase."""
+    if "latency" not in found.tables:
+        return "no run has kept latency samples (measure=[latency])"
+    samples, variants = found.tables["latency"], {}
+    for (model, runs), phase in product(found.by_model(), ("decode", "prefill")):
+        own = runs[runs["name"].isin(samples["run"])]
+        if own.empty:
+            continue
+        figure = styled(go.Figure(), 100 + bar_room(own["label"]), showlegend=False)
+        for (_, run), colour in zip(own.iterrows(), cycle(COLOURS), strict=False):
+            values = samples.loc[(samples["run"] == run["name"]) & (samples["phase"] == phase), "ms"]
+            box = {"orientation": "h", "boxpoints": "outliers", "boxmean": True, "hoverinfo": "x+name"}
+            marker = {"color": colour, "size": 4}
+            figure.add_box(x=values, y=[broken(run["label"])] * len(values), name=run["label"], marker=marker, **box)
+        figure.update_yaxes(autorange="reversed")
+        variants[f"{model}, {phase}"] = axes(figure, "ms a token" if phase == "decode" else "ms", "")
+    caption = (
+        "Boxes: quartiles and median, dashed the mean; points beyond 1.5 times the quartiles' distance stand alone."
+    )
+    return Chart("Latency distributions", caption, variants)
+
+
+def pareto(found: Collection) -> Chart | str:
+    """Memory against each perplexity and latency, the front joined up; and simulated plans."""
+    variants = {}
+    changes = [name for name in map(str, found.finished) if name.startswith("change_percent.")]
+    costs = {name: f"{name.partition('.')[2]}, % over full precision" for name in changes}
+    costs["latency.decode_ms_per_token.mean"] = "decode, ms a token"
+    for (model, runs), (name, label) in product(found.by_model(), costs.items()):
+        if MEMORY not in runs or name not in runs:
+            continue
+        points = runs[runs[[MEMORY, name]].notna().all(axis=1)]
+        if len(points) > 1:
+            points = points.assign(memory=points[MEMORY] / 1e6, cost=points[name])
+            variants[f"{model}: {label}"] = _front(points, "quantizer", "weights in memory, MB", label)
+    for study, table in _plans(found):
+        points = table.rename(columns={"simulated_ms": "cost"}).assign(memory=table["memory_bytes"] / 1e9)
+        points["formats"] = points["host_format"] + " in RAM, " + points["device_format"] + " on the GPU"
+        points["label"] = (
+            points["placement"] + ", cache " + points["cache"] + ", " + points["slots"].astype(str) + " slots"
+        )
+        variants[f"simulated: {study}"] = _front(points, "formats", "GPU memory, GB", "simulated ms a token", log=True)
+    if not variants:
+        return "no two runs have measured memory and perplexity or latency (measure=[perplexity,memory,latency])"
+    caption = "Down and to the left is better; on the line nothing else takes less of both."
+    return Chart("Pareto fronts", caption, variants)
+
+
+def _plans(found: Collection) -> list[tuple[str, pd.DataFrame]]:
+    if "plan" not in found.studies:
+        return []
+    return [(str(study), table) for study, table in found.studies["plan"].groupby("study", sort=False)]
+
+
+def _front(points: pd.DataFrame, group: str, x: str, y: str, log: bool = False) -> go.Figure:
+    """Columns `memory`, `cost`, `label`, and the group's, which gives the colours."""
+    figure = styled(go.Figure(), 430)
+    for name, colour in coloured(list(points[group].unique())).items():
+        rows = points[points[group] == name]
+        figure.add_scatter(
+            x=rows["memory"],
+            y=rows["cost"],
+            customdata=rows["label"],
+            name=str(name),
+            mode="markers",
+            marker={"color": colour, "size": 10, "opacity": 0.85},
+            hovertemplate="%{customdata}<br>%{x:,.4g}: %{y:.4g}<extra></extra>",
+        )
+    front = mark_pareto(points, "memory", "cost").query("pareto").sort_values("memory")
+    line = {"color": GREY, "width": 1.5}
+    figure.add_scatter(x=front["memory"], y=front["cost"], mode="lines", line=line, showlegend=False, hoverinfo="skip")
+    axes(figure, x, y)
+    figure.update_yaxes(type="log" if log else "linear")
+    return figure

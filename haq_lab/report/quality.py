@@ -1,0 +1,140 @@
+"""Charts of what quantization costs: perplexity by method, each layer's error and strength, outliers. Each returns a
+`Chart`, or the reason why there is none."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+from plotly.subplots import make_subplots
+from torch import Tensor, stack
+
+from haq_lab.calibration.ranges import Ranges
+from haq_lab.report.chart import HEAT, Chart, axes, bar_room, broken, coloured, styled
+from haq_lab.report.collect import Collection
+
+CELLS = 128  # across an outlier map; each is the largest of the channels that it stands for
+
+
+def perplexity(found: Collection) -> Chart | str:
+    """Perplexity over full precision, a bar a run and a variant a dataset."""
+    variants = {}
+    columns = [name for name in map(str, found.finished) if name.startswith("change_percent.")]
+    for (model, runs), column in product(found.by_model(), columns):
+        runs = runs[runs[column].notna() & (runs["quantizer"] != "none")]
+        if not runs.empty:
+            dataset = column.partition(".")[2]
+            variants[f"{model}, {dataset}"] = _bars(runs, dataset)
+    if not variants:
+        return "no finished run of a quantizer has measured perplexity (measure=[perplexity])"
+    return Chart("Perplexity by method", "How far each run is above its own full precision.", variants)
+
+
+def _bars(runs: pd.DataFrame, dataset: str) -> go.Figure:
+    figure = styled(go.Figure(), 100 + bar_room(runs["label"]))
+    figure.add_bar(
+        y=runs["label"].map(broken),
+        x=runs[f"change_percent.{dataset}"],
+        orientation="h",
+        text=runs[f"change_percent.{dataset}"].map("{:+.2f} %".format),
+        textposition="auto",
+        customdata=runs[["label", f"perplexity.{dataset}", f"perplexity_fp.{dataset}"]],
+        hovertemplate="%{customdata[0]}<br>%{customdata[1]:.4f}, full precision %{customdata[2]:.4f}<extra></extra>",
+    )
+    figure.update_yaxes(autorange="reversed")
+    return axes(figure, "over full precision, %", "")
+
+
+def layers(found: Collection) -> Chart | str:
+    """Each linear's output error and smoothing strength over the layers, a variant a run."""
+    if "layers" not in found.tables:
+        return "no run has quantised anything (layers.csv)"
+    variants = {}
+    smoothed_first = sorted(
+        found.tables["layers"].groupby("run", sort=False), key=lambda run: -run[1]["strength"].count()
+    )
+    for run, table in smoothed_first:
+        if table[["error", "strength"]].notna().any(axis=None):
+            variants[str(run)] = _layer_figure(table)
+    if not variants:
+        return "no run has calibrated: errors and strengths follow from the inputs' statistics"
+    caption = (
+        "Above: mean squared error of the output that the rounding of the weights leaves. Below: the strength that "
+        "smoothing took, where it took any. Linears of experts are averaged."
+    )
+    return Chart("Error and strength by layer", caption, variants)
+
+
+def _layer_figure(table: pd.DataFrame) -> go.Figure:
+    table = table.assign(linear=table["linear"].str.replace(r"\.experts\.\d+\.", ".experts.", regex=True))
+    values = table.groupby(["linear", "layer"], sort=False)[["error", "error_rtn", "strength"]].mean().reset_index()
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
+    styled(figure, 520)
+    for linear, colour in coloured(list(values["linear"].unique())).items():
+        rows = values[values["linear"] == linear]
+        line = {"x": rows["layer"], "mode": "lines+markers", "line": {"color": colour}, "marker": {"size": 5}}
+        line |= {"name": linear.rpartition(".")[2], "legendgroup": linear}
+        figure.add_scatter(
+            **line,
+            y=rows["error"],
+            customdata=rows[["linear", "error_rtn"]],
+            hovertemplate="%{customdata[0]}, layer %{x}<br>%{y:.3g} (RTN %{customdata[1]:.3g})<extra></extra>",
+        )
+        hover = f"{linear}, layer %{{x}}<br>strength %{{y:.3f}}<extra></extra>"
+        figure.add_scatter(**line, y=rows["strength"], showlegend=False, hovertemplate=hover, row=2, col=1)
+    axes(figure, "", "")
+    figure.update_xaxes(title_text="layer", row=2)
+    figure.update_yaxes(title_text="error of the output", type="log", exponentformat="power", row=1)
+    figure.update_yaxes(title_text="strength", range=[-0.05, 1.05], row=2)
+    return figure
+
+
+def outliers(found: Collection) -> Chart | str:
+    """Heat maps of the largest |x| by layer and channel, before and after smoothing, a variant a run."""
+    if not found.ranges:
+        return "no run has calibrated (ranges.safetensors); RTN with dynamic activations needs no calibration"
+    smoothing = {run: ranges for run, ranges in found.ranges.items() if ranges.smoothed}
+    if not smoothing:
+        return "no run has smoothed (quantizer=smoothquant or haq)"
+    variants = {run: _outlier_figure(ranges) for run, ranges in smoothing.items()}
+    caption = (
+        "The largest magnitude of each input channel over the calibration text, layers up, channels across "
+        f"(the largest of each {CELLS}th of them). Bright columns are outlier channels."
+    )
+    return Chart("Outliers before and after smoothing", caption, variants)
+
+
+def _outlier_figure(ranges: Ranges) -> go.Figure:
+    before, after = _maps(ranges.before), _maps(ranges.after)
+    titles = [f"{site}, {state}" for site in before for state in ("before", "after")]
+    room = {"horizontal_spacing": 0.04, "vertical_spacing": 0.05}
+    figure = make_subplots(len(before), 2, shared_yaxes=True, shared_xaxes=True, subplot_titles=titles, **room)
+    bar = {
+        "title": {"text": "log10 of the largest |x|", "side": "top"},
+        "thickness": 10,
+        "orientation": "h",
+        "y": -0.12,
+    }
+    styled(figure, 120 + 180 * len(before), coloraxis={"colorscale": HEAT, "colorbar": bar})
+    for row, site in enumerate(before, start=1):
+        for column, values in enumerate((before[site], after[site]), start=1):
+            heat = {"z": np.log10(np.maximum(values, 1e-6)).astype(np.float32), "coloraxis": "coloraxis"}
+            hover = f"{site}, layer %{{y}}, part %{{x}} of {values.shape[1]}<br>10^%{{z:.2f}}<extra></extra>"
+            figure.add_heatmap(**heat, hovertemplate=hover, row=row, col=column)
+    figure.update_annotations(font={"size": 11})
+    axes(figure, "", "")
+    figure.update_xaxes(showticklabels=False, ticks="")
+    return figure
+
+
+def _maps(sites: dict[str, list[Tensor]]) -> dict[str, NDArray[np.float32]]:
+    """By site: (layers, at most CELLS) the largest of each part of the channels."""
+    maps = {}
+    for site, rows in sites.items():
+        values = stack(rows).numpy()
+        starts = np.unique(np.linspace(0, values.shape[1], CELLS, endpoint=False).astype(int))
+        maps[site.rpartition(".")[2]] = np.maximum.reduceat(values, starts, axis=1)
+    return maps

@@ -1,0 +1,97 @@
+"""Charts of experts: how popular each is, and how often a cache has the one that is asked for. Each returns a `Chart`,
+or the reason why there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from haq_lab.report.chart import GREY, HEAT, Chart, axes, coloured, styled
+from haq_lab.report.collect import Collection
+
+HIT_RATE = "offload.hit_rate_pairs"
+
+
+def popularity(found: Collection) -> Chart | str:
+    """Heat map of the share of a layer's choices that each expert gets, a variant a run."""
+    if "experts" not in found.tables:
+        return "no calibrated run of a model with experts (experts.csv)"
+    variants, seen = {}, set()
+    for run, table in found.tables["experts"].groupby("run", sort=False):
+        share = table.pivot(index="layer", columns="expert", values="share")
+        if (key := share.round(6).to_numpy().tobytes()) in seen:  # the same model on the same text
+            continue
+        seen.add(key)
+        figure = styled(go.Figure(), 140 + max(14 * len(share), 120))
+        hover = "layer %{y}, expert %{x}<br>%{z:.2%} of the choices<extra></extra>"
+        bar = {"tickformat": ".0%", "thickness": 12}
+        figure.add_heatmap(
+            z=share.to_numpy(np.float32),
+            x=share.columns,
+            y=share.index,
+            colorscale=HEAT,
+            zmin=0,
+            colorbar=bar,
+            hovertemplate=hover,
+        )
+        variants[str(run)] = axes(figure, "expert", "layer")
+    return Chart(
+        "Expert popularity", "Of the calibration text's tokens; runs with the same routing are shown once.", variants
+    )
+
+
+def hit_rates(found: Collection) -> Chart | str:
+    """Hit rate over the budget: replays of traces under every policy with Belady's bound, and what runs measured."""
+    variants = {f"replay: {study}": _curves(table) for study, table in _replays(found)}
+    for model, runs in found.by_model():
+        if not (measured := _measured(runs)).empty:
+            variants[f"measured in runs: {model}"] = _curves(measured)
+    if not variants:
+        return "no replay (python -m haq_lab.offload replay ... --out DIR below the folder), no run with offload=..."
+    caption = (
+        "Share of (token, expert) choices whose expert is resident. Belady's bound knows the future; no policy can be "
+        "above it. Replays are exact, of a recorded trace."
+    )
+    return Chart("Hit rate by budget", caption, variants)
+
+
+def _replays(found: Collection) -> list[tuple[str, pd.DataFrame]]:
+    if "hit_rates" not in found.studies:
+        return []
+    return [(str(study), table) for study, table in found.studies["hit_rates"].groupby("study", sort=False)]
+
+
+def _measured(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs' own hit rates by policy, where the budget is a share of all experts; means of runs that share both."""
+    if HIT_RATE not in runs:
+        return pd.DataFrame()
+    budget = runs["config.offload.budget"].astype(str)
+    runs = runs[runs[HIT_RATE].notna() & budget.str.endswith("%")]
+    share = budget[runs.index].str.rstrip("%").astype(float) / 100
+    rates = pd.DataFrame({"policy": runs["offload"], "budget": share, "pairs": runs[HIT_RATE]})
+    return rates.groupby(["policy", "budget"], as_index=False).mean()
+
+
+def _curves(table: pd.DataFrame) -> go.Figure:
+    figure = styled(go.Figure(), 430)
+    colours = coloured([name for name in table["policy"].unique() if not name.startswith("Belady")])
+    for policy, rows in table.groupby("policy", sort=False):
+        name = str(policy)
+        bound = name.startswith("Belady")
+        line: dict[str, Any] = {"color": GREY if bound else colours[name], "dash": "dash" if bound else "solid"}
+        line["width"] = 3.5 if name.lower() == "haq" else 1.6
+        figure.add_scatter(
+            x=rows["budget"],
+            y=rows["pairs"],
+            name=name,
+            mode="lines+markers",
+            line=line,
+            hovertemplate=f"{name}<br>%{{x:.1%}} resident: %{{y:.2%}}<extra></extra>",
+        )
+    axes(figure, "experts resident", "hit rate")
+    figure.update_xaxes(tickformat=".0%")
+    figure.update_yaxes(tickformat=".0%")
+    return figure

@@ -1,0 +1,171 @@
+"""The page's tables, as cells: what was measured with the best marked and differences in %, and what was run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from haq_lab.published import beside
+from haq_lab.report.collect import Collection
+from haq_lab.report.metrics import Metric, columns
+from haq_lab.show import change
+
+PROVENANCE = ("started", "python", "torch", "cpu", "threads", "checkpoint", "folder")
+STAMP = ("tokenizer", "seqlen", "stride", "windows", "tokens_scored", "split", "join", "level", "text_sha256")
+NOTE = (
+    "Bold: the best of the quantised runs. In %: a perplexity over the run's own full precision, weights against the "
+    "whole model in fp16, everything else against the table's unquantised run."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text, whether it is the best of its column, and a note behind it (a difference)."""
+
+    text: str
+    best: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Args:
+    numeric: How many of the last columns are numbers.
+    """
+
+    title: str
+    head: list[str]
+    rows: list[list[Cell]]
+    numeric: int = 0
+    note: str = ""
+
+
+@dataclass
+class _Group:
+    """Runs that can be compared: of one model, on the same windows."""
+
+    model: str
+    runs: list[pd.Series] = field(default_factory=list)
+
+
+def result_tables(found: Collection) -> list[Table]:
+    """One for each model, and for each set of windows that it was evaluated on."""
+    groups: dict[Any, _Group] = {}
+    for _, run in found.finished.iterrows():
+        stamps = found.protocol[run["name"]].items()
+        windows = tuple((text, _stamp(stamp)) for text, stamp in stamps if text != "calibration")
+        groups.setdefault((run["model"], windows), _Group(str(run["model"]))).runs.append(run)
+    models = [group.model for group in groups.values()]
+    tables = []
+    for number, group in enumerate(groups.values()):
+        texts = f", windows {models[: number + 1].count(group.model)}" if models.count(group.model) > 1 else ""
+        tables.append(_result_table(pd.DataFrame(group.runs), f"{group.model}{texts}"))
+    return tables
+
+
+def _result_table(runs: pd.DataFrame, title: str) -> Table:
+    measured = columns([str(name) for name in runs if runs[name].notna().any()])
+    baseline = runs[runs["quantizer"] == "none"]
+    contenders = runs[runs["quantizer"] != "none"]
+    best = {name: _best(contenders[name], metric) for name, metric in measured.items()}
+    rows = []
+    for _, run in runs.iterrows():
+        row = [Cell(str(run["name"]).removeprefix(f"{run['model']} "))]
+        for name, metric in measured.items():
+            value = run[name]
+            if pd.isna(value):
+                row.append(Cell(""))
+                continue
+            is_best = run["quantizer"] != "none" and value == best[name]
+            row.append(Cell(metric.text(value), is_best, _difference(name, run, baseline)))
+        rows.append(row)
+    return Table(title, ["run", *(metric.label for metric in measured.values())], rows, len(measured), NOTE)
+
+
+def _best(values: pd.Series, metric: Metric) -> float | None:
+    """The best value; None where neither way is better, or all are alike."""
+    values = values.dropna()
+    if not metric.better or values.nunique() < 2:
+        return None
+    return float(values.min() if metric.better == "less" else values.max())
+
+
+def _difference(name: str, run: pd.Series, baseline: pd.DataFrame) -> str:
+    kind, _, dataset = name.partition(".")
+    if kind in ("kl", "token_agreement", "quantizer", "offload"):
+        return ""
+    if kind == "perplexity":
+        reference = run.get(f"perplexity_fp.{dataset}")
+    elif name == "memory.weights_bytes":
+        return f"{-run['saved_percent.memory']:+.2f} %"
+    else:
+        reference = baseline[name].mean() if name in baseline else None
+    if reference is None or pd.isna(reference) or not reference or run[name] == reference:
+        return ""
+    return change(run[name], reference)
+
+
+def published_table(found: Collection) -> Table | None:
+    """Published figures beside ours; None where none of the runs has any."""
+    table = beside(found.finished)
+    if table.empty:
+        return None
+    rows = []
+    for _, row in table.iterrows():
+        forms = {"ours": "{:,.4g}", "published": "{:,.4g}", "difference_percent": "{:+.2f} %"}
+        numbers = [form.format(row[name]) if pd.notna(row[name]) else "" for name, form in forms.items()]
+        rows.append(
+            [Cell(row[name]) for name in ("run", "metric", "of", "comparable", "source")] + list(map(Cell, numbers))
+        )
+    head = ["run", "metric", "published for", "comparable", "source", "ours", "published", "difference"]
+    note = "Empty: no published figure is known to us. What is not comparable stands here for orientation only."
+    return Table("Published figures beside ours", head, rows, 3, note)
+
+
+def run_table(found: Collection) -> Table:
+    """What was run, failed and unfinished runs included."""
+    groups = [name for name in ("experiment", "model", "quantizer", "backend", "offload") if name in found.runs]
+    groups = [name for name in groups if (found.runs[name].fillna("none") != "none").any()]
+    stages = [name for name in map(str, found.runs) if name.startswith("time.")]
+    rows = []
+    for _, run in found.runs.iterrows():
+        row = [Cell(str(run["name"])), Cell(str(run["status"]))]
+        row += [Cell("" if pd.isna(run[name]) else str(run[name])) for name in groups]
+        seconds = sum(run[name] for name in stages if pd.notna(run[name]))
+        rows.append([*row, Cell(f"{seconds:,.1f}" if seconds else "")])
+    return Table("Runs", ["run", "status", *groups, "stages, s"], rows, 1)
+
+
+def protocol_table(found: Collection) -> Table:
+    """Every distinct stamp once, with the runs that it belongs to."""
+    stamps: dict[Any, tuple[dict[str, Any], list[str]]] = {}
+    for name, texts in found.protocol.items():
+        for text, stamp in texts.items():
+            stamps.setdefault((text, _stamp(stamp)), (stamp, []))[1].append(name)
+    present = [name for name in STAMP if any(name in stamp for stamp, _ in stamps.values())]
+    rows = []
+    for (text, _), (stamp, names) in stamps.items():
+        label = f"calibration ({stamp.get('text')})" if text == "calibration" else text
+        comparable = ", ".join(stamp.get("comparable_with") or []) or "nothing published"
+        runs = "all" if len(names) == len(found.protocol) else f"{len(names)}: {names[0]}" + ", ..." * (len(names) > 1)
+        rows.append(list(map(Cell, [label, *(str(stamp.get(name, "")) for name in present), comparable, runs])))
+    return Table("Protocol stamps", ["text", *present, "comparable with", "runs"], rows)
+
+
+def provenance_table(found: Collection) -> Table:
+    """Where each run came from: time, versions, machine, folder and the overrides that make it again."""
+    names = [name for name in PROVENANCE if name in found.runs]
+    rows = []
+    for _, run in found.runs.iterrows():
+        told = [
+            "" if pd.isna(run[name]) else f"{run[name]:g}" if isinstance(run[name], float) else run[name]
+            for name in names
+        ]
+        rows.append([Cell(str(text)) for text in (run["name"], *told, f"python -m haq_lab {run['overrides']}")])
+    return Table("Provenance", ["run", *names, "command"], rows)
+
+
+def _stamp(stamp: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, str(value)) for name, value in stamp.items()))

@@ -1,0 +1,34 @@
+"""What is kept of the inputs' ranges, and that a run leaves it."""
+
+from __future__ import annotations
+
+import torch
+from launching import TINY, launch
+
+from haq_lab.calibration.ranges import FILE, Ranges
+
+
+def test_ranges_come_back_as_they_were(tmp_path):
+    ranges = Ranges()
+    for layer in range(3):
+        ranges.add("mlp.gate_proj", torch.rand(8) + layer, torch.rand(8))
+    ranges.save(tmp_path / FILE)
+    back = Ranges.open(tmp_path / FILE)
+    for mine, other in ((ranges.before, back.before), (ranges.after, back.after)):
+        assert torch.equal(torch.stack(mine["mlp.gate_proj"]), torch.stack(other["mlp.gate_proj"]))
+
+
+def test_a_run_leaves_them_and_smoothing_lowers_the_largest(tmp_path):
+    outcome = launch(*TINY, "quantizer=smoothquant", f"hydra.run.dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    ranges = Ranges.open(tmp_path / FILE)
+    before, after = (torch.stack(sites["self_attn.q_proj"]) for sites in (ranges.before, ranges.after))
+    assert before.shape == after.shape == (2, 64)
+    assert ((after.amax(1) / after.median(1).values) < (before.amax(1) / before.median(1).values)).all()
+    assert torch.equal(*(torch.stack(sites["self_attn.o_proj"]) for sites in (ranges.before, ranges.after)))
+
+
+def test_experts_own_inputs_are_left_out(tmp_path):
+    model = ["model=tiny_mixtral", "model.layers=1", "quantizer=smoothquant"]
+    assert launch(*TINY, *model, f"hydra.run.dir={tmp_path}").code == 0
+    assert set(Ranges.open(tmp_path / FILE).before) == {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate"}

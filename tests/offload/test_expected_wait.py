@@ -1,0 +1,102 @@
+"""The compiled rule against the definition, written down in plain float64: p, h, the two rates, and who leaves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from haq_lab.offload import cache
+from haq_lab.offload.expected_wait import _exp_minus, _log_odds, expected_wait
+from haq_lab.offload.path_model import FORGOTTEN, HORIZONS, PathModel, log_odds
+from haq_lab.offload.paths import frequencies
+from haq_lab.offload.placement import place
+from haq_lab.offload.policy import make_policy
+
+
+def model_for(trace, seed=0) -> PathModel:
+    """Numbers of the size that fitting gives, chosen at random."""
+    rng = np.random.default_rng(seed)
+    usage = frequencies(trace).astype(np.float32)
+    recency = rng.normal(0.3, 0.3, (2, len(HORIZONS) + 1)).astype(np.float32)
+    bias = rng.normal(-1, 0.5, (2, *usage.shape)).astype(np.float32)
+    path = rng.normal(0, 0.5, (usage.size, 2, usage.size)).astype(np.float32)
+    return PathModel(usage, recency, bias, path)
+
+
+class Plain:
+    """The rule as its module's text has it."""
+
+    def __init__(self, model: PathModel):
+        self.model, shape = model, model.usage.shape
+        self.average = np.repeat(model.usage[:, :, None].astype(float), len(HORIZONS), 2)
+        self.last = np.full(shape, -FORGOTTEN)
+        self.seen = np.full(shape[0], -1)  # the token of a layer's latest visit
+        self.known, self.coming = np.zeros((2, *shape)), np.zeros((2, *shape))
+
+    def touch(self, layer, wanted, now):
+        layers, count = self.model.usage.shape
+        used = np.isin(np.arange(count), wanted)
+        self.average[layer] += (used[:, None] - self.average[layer]) / HORIZONS
+        self.last[layer, used] = now
+        self.seen[layer] = now
+        if layer == 0:
+            self.coming = np.zeros_like(self.coming)
+        for expert in wanted:
+            self.coming = self.coming + self.model.path.reshape(layers, count, 2, layers, count)[layer, expert]
+        if layer == layers - 1:
+            self.known = self.coming
+
+    def rates(self, layer):
+        layers = len(self.model.usage)
+        age = np.minimum(np.maximum(self.seen[:, None], 0) + 1 - self.last, FORGOTTEN)
+        features = np.concatenate([log_odds.py_func(self.average), np.log(1 + age)[..., None]], -1)
+        logits = np.einsum("lef,hf->hle", features, self.model.recency) + self.model.bias
+        passed = np.arange(layers)[:, None] <= layer
+        path = np.where(passed, self.coming, self.known if layer < layers - 1 else self.coming)
+        p, h = 1 / (1 + np.exp(-np.clip(logits + path, -10, 10)))
+        distance = np.where(passed, layers, 0) + np.arange(layers)[:, None] - layer
+        return np.maximum(p / distance, 1 / (distance + layers * (1 - p) / h))
+
+
+@pytest.mark.parametrize(("experts", "k"), [(8, 2), (7, 3), (20, 1)])
+def test_rates_are_the_definitions(make_trace, experts, k):
+    trace = make_trace(tokens=40, layers=3, experts=experts, k=k)
+    model = model_for(trace)
+    state, plain = expected_wait(model), Plain(model)
+    resident = place("uniform", trace, 3 * k)
+    switches = False, True, np.ones(experts, bool), np.zeros(experts, np.int64)
+    for token, chosen in enumerate(trace.experts):
+        for layer in range(3):
+            wanted = np.sort(chosen[layer]).astype(np.int64)
+            counts = np.bincount(wanted, minlength=experts)
+            missed = not resident[layer, wanted].all()
+            cache.visit(state, resident, layer, wanted, counts, 1, token, *switches)
+            plain.touch(layer, wanted, token)
+            if missed:
+                np.testing.assert_allclose(state.rates, plain.rates(layer), rtol=5e-3)
+    np.testing.assert_array_equal(state.values, state.rates.view(np.int32))
+
+
+def test_who_leaves_is_the_one_that_promises_least(make_trace):
+    trace = make_trace(tokens=60, layers=4)
+    policy = make_policy("haq", place("uniform", trace, 12), trace, path_model=model_for(trace))
+    left = 0
+    for chosen in trace.experts:
+        for layer in range(4):
+            before = policy.resident.copy()
+            visit = policy.visit(layer, np.bincount(chosen[layer], minlength=8), 1)
+            before[layer, visit.wanted] = False
+            if len(visit.replaces) == 1:
+                (gone,) = visit.replaces.values()
+                assert policy.state.rates[gone] == policy.state.rates[before].min()
+                left += 1
+    assert left > 20
+
+
+def test_the_functions_without_logarithm_and_exponential():
+    share = np.linspace(0, 1, 401, dtype=np.float32)
+    ours = [_log_odds(np.float32(each)) for each in share]
+    np.testing.assert_allclose(ours, log_odds.py_func(share.astype(float)), atol=2e-5)
+    for z in np.linspace(-10, 10, 201):
+        assert _exp_minus(np.float32(z)) == pytest.approx(np.exp(-z), rel=2e-3)
+    assert _exp_minus(np.float32(50)) == _exp_minus(np.float32(10))

@@ -1,0 +1,106 @@
+"""A run's offloading from its settings to its record: profiles are checked first, hardware is simulated, files go."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from haq_lab.calibration.statistics import Policy
+from haq_lab.errors import UserError
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
+from haq_lab.offload.hardware import hardware
+from haq_lab.offload.measured_costs import TOKENS, UNKNOWN, measure_costs
+from haq_lab.offload.record import record_trace
+from haq_lab.offload.session import OffloadSession
+from haq_lab.offload.settings import Offload
+from haq_lab.offload.store import StoreWriter, tensors_of
+from haq_lab.onepass import one_pass
+from haq_lab.quantizers.rtn import RTN
+from haq_lab.stages.store import Store
+
+WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def model() -> LayeredModel:
+    torch.set_num_threads(1)
+    return LayeredModel(TinyModel("mixtral", layers=2).folder())
+
+
+def finished(model, add=lambda layer: None) -> list:
+    layers: list = []
+
+    def keep(index, layer):
+        add(layer)
+        layers.append(layer)
+
+    with torch.no_grad():
+        one_pass(model, RTN(), CpuBackend(), None, Policy(), {}, keep)
+    return layers
+
+
+def decode(whole, steps=6):
+    tokens, cache = WINDOWS[:1, :8], None
+    for _ in range(steps):
+        output = whole(tokens, cache=cache, use_cache=True)
+        tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
+
+
+@pytest.mark.parametrize(
+    ("settings", "machine"),
+    [
+        (Offload(budget="50%", spare=2, miss="predict"), None),
+        (Offload(budget="50%", spare=2, prefetch="next_gate", cache="lru", placement="uniform"), "rtx3060_12g"),
+        (Offload(budget="50%", spare=2, miss="predict", prefetch="path"), "rtx3060_12g"),
+    ],
+)
+@torch.no_grad()
+def test_a_session_serves_counts_and_simulates(model, tmp_path, settings, machine):
+    profile = hardware(machine) if machine else None
+    session = OffloadSession(settings, profile, model, tmp_path, Store())
+    layers = finished(model, session.add)
+    session.engage(layers, None, WINDOWS, "random")
+    decode(model.assemble(layers))
+    metrics = session.metrics()
+    assert 0 < metrics["offload.hit_rate_pairs"] < 1
+    assert len(session.table()) == 2
+    told = session.simulated("card")
+    if machine is None:
+        assert told == {}
+        assert math.isfinite(metrics["predictor.mape"])
+    else:
+        assert "predictor.mape" not in metrics, "a GPU's costs say nothing of this machine"
+        assert told["simulated.card.latency.decode_ms_per_token.mean"] > 0
+        assert all(name.startswith("simulated.card.") for name in told)
+    session.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_profile_of_another_model_is_told_before_the_pass(model, tmp_path):
+    record_trace(LayeredModel(TinyModel("mixtral", layers=3).folder()), WINDOWS, "random").save(tmp_path / "a.trace")
+    for path, message in (("a.trace", "of 3 layers"), ("none.trace", "there is no file")):
+        with pytest.raises(UserError, match=rf"offload\.profile: trace: .*{message}"):
+            OffloadSession(Offload(profile=str(tmp_path / path)), None, model, tmp_path, Store())
+
+
+@torch.no_grad()
+def test_costs_are_measured_and_leave_the_layer_as_it_was(model, tmp_path):
+    layers = finished(model)
+    with StoreWriter(tmp_path / "experts.bin") as writer:
+        for layer in finished(model):
+            writer.add(layer.mlp.experts)
+        store = writer.open()
+    before = {name: tensor.clone() for name, tensor in tensors_of(layers[0].mlp.experts[0]).items()}
+    costs = measure_costs(layers[0], model.family.moe, store, model)
+    assert costs.expert_bytes == store.blob_bytes
+    assert costs.from_disk
+    assert list(costs.fast.sizes) == list(costs.slow.sizes) == list(TOKENS)
+    assert min(*costs.fast.seconds, *costs.slow.seconds, *costs.fetch.seconds) > 0
+    assert costs.rest(1) == costs.outside(1) == costs.issue(1) == UNKNOWN
+    after = tensors_of(layers[0].mlp.experts[0])
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    store.close()

@@ -1,0 +1,129 @@
+"""The page without a browser: whole, self-contained, and honest about what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from haq_lab import results
+from haq_lab.report import __main__ as command
+from haq_lab.report.collect import collect
+from haq_lab.report.latex import escaped
+from haq_lab.report.page import CHARTS, page
+from haq_lab.report.tables import Cell, published_table, result_tables
+
+
+def test_the_page_is_self_contained_and_tells_everything(report, studied):
+    text = report.read_text()
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", text)
+    assert report.stat().st_size < 4e6
+    for title in CHARTS:
+        assert f"<h3>{title}</h3>" in text
+    assert "a bug in a plug-in" in text  # the failure's message
+    for column in ("perplexity", "decode, ms/token", "hit rate, %", "tokens_scored", "text_sha256", "torch"):
+        assert column in text
+    for run in results.load(studied)["folder"]:
+        assert run.replace("&", "&amp;") in text
+
+
+def test_the_best_is_marked_and_differences_are_true(studied):
+    found = collect(studied)
+    table = next(table for table in result_tables(found) if table.title == "tiny_llama")
+    column = table.head.index("python_docs perplexity")
+    by_run = {row[0].text: row[column] for row in table.rows}
+    runs = found.finished[found.finished["model"] == "tiny_llama"].set_index("name")
+    quantised = runs[runs["quantizer"] != "none"]
+    best = quantised["perplexity.python_docs"].idxmin().removeprefix("tiny_llama ")
+    assert [name for name, cell in by_run.items() if cell.best] == [best]
+    change = quantised.loc[f"tiny_llama {best}", "change_percent.python_docs"]
+    assert by_run[best].note == f"{change:+.2f} %"
+
+
+def test_runs_on_other_windows_are_not_compared(studied, tmp_path):
+    shutil.copytree(studied / "dense", tmp_path / "dense")
+    path = next((tmp_path / "dense").rglob("results.json"))
+    content = json.loads(path.read_text())
+    content["protocol"]["python_docs"]["windows"] += 1
+    path.write_text(json.dumps(content))
+    titles = [table.title for table in result_tables(collect(tmp_path))]
+    assert titles == ["tiny_llama, windows 1", "tiny_llama, windows 2"]
+
+
+def test_what_is_missing_is_told_with_its_reason(studied, tmp_path):
+    folder = results.load(studied / "dense").set_index("quantizer").loc["none", "folder"]
+    shutil.copytree(folder, tmp_path / "run")
+    text = page(collect(tmp_path), "one run")
+    missing = text[text.index('id="missing"') :]
+    for title in (
+        "Perplexity by method",
+        "Outliers before and after smoothing",
+        "Expert popularity",
+        "Hit rate by budget",
+    ):
+        assert re.search(rf"<b>{title}</b>: \w+", missing), title
+    assert "<h3>Latency distributions</h3>" in text
+
+
+def test_a_replay_alone_has_a_page(studied):
+    text = page(collect(studied / "replay"), "replay")
+    assert "<h3>Hit rate by budget</h3>" in text
+    assert "No run is finished." in text
+
+
+def test_runs_of_one_name_stay_apart(studied, tmp_path):
+    folder = results.load(studied / "dense")["folder"][0]
+    for parent in ("one", "other"):
+        shutil.copytree(folder, tmp_path / parent / ("a long name " * 12))
+    names = collect(tmp_path).runs["name"]
+    assert names.nunique() == 2
+    assert (names.str.len() < 100).all()
+
+
+def test_hostile_names_stay_text(studied, tmp_path):
+    folder = next(path.parent for path in (studied / "dense").rglob("results.json"))
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    content = json.loads(path.read_text())
+    content["run"]["model"] = "</script><script>alert(1)</script>"
+    path.write_text(json.dumps(content))
+    text = page(collect(tmp_path), "<b>title</b>")
+    assert "<script>alert(1)" not in text
+    assert "<b>title</b>" not in text
+
+
+def test_latex_has_as_many_columns_in_every_row(report):
+    text = report.with_name("tables.tex").read_text()
+    tables = re.findall(r"\\begin\{tabular\}\{([lr]+)\}(.*?)\\end\{tabular\}", text, flags=re.DOTALL)
+    assert len(tables) >= 2
+    for columns, body in tables:
+        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert len(rows) >= 2
+        assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(columns)}
+    assert r"\textbf{" in text
+    assert escaped(r"50% of a_b & c\d~") == r"50\% of a\_b \& c\textbackslash{}d\textasciitilde{}"
+
+
+def test_published_figures_stand_beside_ours(studied, tmp_path):
+    folder = results.load(studied / "dense").set_index("quantizer").loc["none", "folder"]
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    content = json.loads(path.read_text())
+    content["run"] |= {"model": "opt-125m"}
+    content["metrics"] = {"perplexity.wikitext2": 27.65 * 1.01, "perplexity_fp.wikitext2": 27.65 * 1.01}
+    path.write_text(json.dumps(content))
+    table = published_table(collect(tmp_path))
+    assert table is not None
+    assert [row[-2:] for row in table.rows] == [[Cell("27.65"), Cell("+1.00 %")]]
+    assert published_table(collect(studied)) is None
+
+
+@pytest.mark.parametrize(("where", "message"), [("nowhere", "there is no folder"), (".", "no runs, replays or plans")])
+def test_mistakes(where, message, tmp_path: Path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main([str(tmp_path / where), "-o", str(tmp_path / "report.html")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()

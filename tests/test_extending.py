@@ -1,0 +1,73 @@
+"""The diffs of docs/extending.md apply to this very code, and what they add runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import TINY
+
+ROOT = Path(__file__).parent.parent
+DIFFS = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """A copy of the project without what it does not need to run."""
+    for name in ("haq_lab", "conf", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def _extended(project: Path, number: int, *overrides: str) -> dict:
+    """Apply a diff, run what it adds in a process of its own, and return the results."""
+    subprocess.run(["git", "apply", "-p1", "-"], input=DIFFS[number], text=True, cwd=project, check=True)
+    command = [sys.executable, "-m", "haq_lab", *TINY, *overrides, f"hydra.run.dir={project / 'run'}"]
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    told = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    return json.loads((project / "run" / "results.json").read_text())
+
+
+def test_there_is_a_short_diff_for_each():
+    assert [len(re.findall(r"^[+-](?![+-])", diff, flags=re.MULTILINE)) < 60 for diff in DIFFS] == [True] * 3
+
+
+def test_a_quantizer(copied):
+    target = ["quantizer._target_=power_of_two.PowerOfTwo", "+quantizer.round_up=false"]
+    metrics = _extended(copied, 0, *target)["metrics"]
+    assert metrics["perplexity.python_docs"] != metrics["perplexity_fp.python_docs"]
+
+
+def test_a_family(copied, cache):
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    from haq_lab.models.tiny import byte_tokenizer
+
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=257, bos_token_id=0, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(copied / "qwen2")
+    byte_tokenizer().save_pretrained(copied / "qwen2")
+    model = ["model=hf", f"model.name={copied / 'qwen2'}", "quantizer=smoothquant"]
+    metrics = _extended(copied, 1, *model)["metrics"]
+    smoothed, fp = metrics["perplexity_smoothed_fp.python_docs"], metrics["perplexity_fp.python_docs"]
+    assert smoothed == pytest.approx(fp, rel=1e-4)
+
+
+def test_a_policy(copied):
+    offload = [
+        "model=tiny_mixtral",
+        "offload=lru",
+        "offload.cache=fading",
+        "offload.budget=75%",
+        "offload.prefetch=none",
+    ]
+    quick = ["measure=[latency]", "measure.latency.seconds=0", "measure.latency.prompt_tokens=8"]
+    metrics = _extended(copied, 2, *offload, *quick, "measure.latency.decode_tokens=4")["metrics"]
+    assert 0 < metrics["offload.hit_rate_pairs"] < 1

@@ -1,0 +1,62 @@
+"""`python -m haq_lab.tracking sync`: what waits is uploaded by W&B's own command, once."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from haq_lab.tracking import __main__ as command
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    """Two offline runs below a folder with a blank in its name; one was uploaded before."""
+    for name in ("a run", "another"):
+        folder = tmp_path / name / "wandb" / f"offline-run-20260101_000000-{name[:1]}{len(name)}"
+        folder.mkdir(parents=True)
+        (folder / "run-x.wandb").write_bytes(b"log")
+    (folder / "run-x.wandb.synced").touch()
+    return tmp_path
+
+
+def _wandb(monkeypatch, *, works: bool) -> list[Path]:
+    """In place of W&B's command; returns what it was asked to upload."""
+    asked: list[Path] = []
+
+    def run(arguments, **settings):
+        assert arguments[1:4] == ["-m", "wandb", "sync"]
+        asked.append(Path(arguments[4]))
+        if works:
+            (asked[-1] / "run-x.wandb.synced").touch()
+        return subprocess.CompletedProcess(arguments, 0 if works else 1, "", "" if works else "wandb: ERROR no network")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return asked
+
+
+def test_what_waits_is_uploaded_once(runs, monkeypatch, capsys):
+    asked = _wandb(monkeypatch, works=True)
+    command.main(["sync", str(runs), str(runs / "a run")])
+    command.main(["sync", str(runs)])
+    assert [path.parts[-3] for path in asked] == ["a run"]
+    printed = capsys.readouterr().out
+    assert "1 of 1 runs uploaded" in printed
+    assert "0 of 0 runs uploaded" in printed
+
+
+def test_what_fails_waits_on_and_says_why(runs, monkeypatch, capsys):
+    _wandb(monkeypatch, works=False)
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["sync", str(runs)])
+    told = capsys.readouterr().err
+    assert "no network" in told
+    assert "the same command tries again" in told
+    assert len(command.waiting(runs)) == 1
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["sync", str(tmp_path / "nowhere")])
+    assert "there is no folder" in capsys.readouterr().err
