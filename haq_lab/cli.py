@@ -23,7 +23,7 @@ from rich.console import Console
 from haq_lab.errors import UserError
 from haq_lab.help import explain, help_text
 from haq_lab.paths import bundled, folder_name
-from haq_lab.sweeps import JobFailed, new_failures
+from haq_lab.sweeps import JobFailed, forget, new_failures
 from haq_lab.threads import wait_briefly
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -91,6 +91,7 @@ def main() -> None:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))  # Hydra's come first
     wait_briefly()
     _failures.clear()
+    forget()
     _process = os.getpid()
     before = os.environ.get(FULL_ERROR)
     _traces = before == "1"

@@ -32,6 +32,11 @@ class Watch(Callback):
         Watch.before = _failures(Watch.folder)
 
 
+def forget() -> None:
+    """Before a command runs: an earlier sweep of the same process is none of its business."""
+    Watch.folder, Watch.before = None, {}
+
+
 def new_failures() -> dict[Path, dict[str, Any]]:
     """Folders of this sweep's failed jobs, and their `error`; none where no sweep was started."""
     if Watch.folder is None:
