@@ -14,21 +14,18 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from haq_lab.errors import UserError
-from haq_lab.help import explain, help_text
+from haq_lab.help import MISTAKES, explain, help_text
 from haq_lab.paths import bundled, folder_name
 from haq_lab.sweeps import JobFailed, forget, new_failures
 from haq_lab.threads import wait_briefly
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 NO_TRIAL = "No trials are completed yet"  # what optuna says then
-MISTAKES = (UserError, HydraException, OmegaConfBaseException, OSError)
 
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 _failures: list[Exception] = []  # of this process's runs, told as they happened

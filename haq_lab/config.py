@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from haq_lab.checkpoint.model import QuantizedCheckpoint
 from haq_lab.data.calibration import Calibration
 from haq_lab.errors import UserError, invalid, nearest
-from haq_lab.help import GROUPS, options
+from haq_lab.help import KNOWN, options
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.roofline import Hardware
 from haq_lab.measure.study import Measure
@@ -50,10 +50,9 @@ class Experiment:
 
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group. Raises `UserError` with the setting's full name for whatever is not valid."""
-    known = [*GROUPS, "checkpoint", "stages", "objective", "force"]
     for name in map(str, config):
-        if name not in known:
-            raise UserError(f"there is no group or setting '{name}'{nearest(name, known)}")
+        if name not in KNOWN:
+            raise UserError(f"there is no group or setting '{name}'{nearest(name, KNOWN)}")
     if not isinstance(config.force, bool):
         raise invalid("force", config.force, ["true", "false"])
     model = _object(config.get("model"), "model")

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from haq_lab.errors import UserError, nearest
 from haq_lab.paths import bundled
+from haq_lab.show import errors, say
+
+MISTAKES = (UserError, HydraException, OmegaConfBaseException, OSError)  # the user's or the machine's, not bugs
 
 GROUPS = {
     "model": "what is quantised",
@@ -26,6 +33,7 @@ GROUPS = {
 
 MISSING = re.compile(r"'(?:hydra_plugins\.hydra_|hydra/launcher/|hydra/sweeper/)(joblib|submitit|ray|optuna)[\w./]*'")
 PLAIN = {"checkpoint": ["dir"], "stages": ["use", "dir", "limit"]}  # settings that are no group's
+KNOWN = [*GROUPS, *PLAIN, "objective", "force"]  # all that a config holds
 MANY = ("data", "measure")  # groups of which any number of options can be chosen
 
 HEAD = """Squeeze a large language model onto one edge GPU, and measure the price.
@@ -74,6 +82,16 @@ def _option_lines(path: Path, option: str) -> list[str]:
         settings = [line for line in text.splitlines() if re.match(r"(?!defaults:)[a-z]\w*:", line)]
         lines += [f"      {line}" for line in settings]
     return lines
+
+
+@contextmanager
+def mistakes_told(program: str) -> Iterator[None]:
+    """Tell a mistake within the block in one message, as `program`, and exit with code 2."""
+    try:
+        yield
+    except MISTAKES as error:
+        say(f"{program}: {explain(error)}", on=errors)
+        sys.exit(2)
 
 
 def explain(error: Exception) -> str:
@@ -133,8 +151,7 @@ def _unknown_key(key: str) -> str:
         there = f" (there is {', '.join(known)})"
         return f"there is no setting '{key}'{nearest(key, known) or there}"
     if group not in GROUPS and group != "hydra":
-        known = [*GROUPS, "checkpoint", "stages", "objective", "force"]
-        return f"there is no group or setting '{key}'{nearest(group, known)}"
+        return f"there is no group or setting '{key}'{nearest(group, KNOWN)}"
     if not setting:
         return f"{group}: the config has none; write +{group}=OPTION (one of {', '.join(options(group))})"
     inner, _, name = setting.rpartition(".")

@@ -7,7 +7,6 @@ runs = haq_lab.results.load("runs")   # a DataFrame, a row a run, failed and unf
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from rich.table import Table
 
 from haq_lab.errors import UserError, invalid, nearest
 from haq_lab.files import written_aside
-from haq_lab.help import explain
+from haq_lab.help import mistakes_told
 from haq_lab.published import beside
-from haq_lab.show import console, errors, say
+from haq_lab.show import console, say
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
 
 RECORDS = ("results.json", "error.json", "config.yaml")
@@ -163,11 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--figure", type=Path, metavar="FILE", help="draw perplexities against full precision (png, svg)"
     )
     given = parser.parse_args(arguments)
-    try:
+    with mistakes_told("haq_lab.results"):
         _report(load(*given.folders), given)
-    except (UserError, OSError) as error:
-        say(f"haq_lab.results: {explain(error)}", on=errors)
-        sys.exit(2)
 
 
 def _report(runs: pd.DataFrame, given: argparse.Namespace) -> None:

@@ -12,8 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from haq_lab.errors import UserError
-from haq_lab.help import explain
+from haq_lab.help import mistakes_told
 from haq_lab.show import console, errors, say
 
 
@@ -33,12 +32,8 @@ def main() -> None:
         if name == "export":
             action.add_argument("target", type=Path, help="a new folder")
     arguments = parser.parse_args()
-    try:
-        code = globals()[f"_{arguments.action}"](arguments)
-    except (UserError, OSError) as error:
-        say(f"haq_lab: {explain(error)}", on=errors)
-        code = 2
-    sys.exit(code)
+    with mistakes_told("haq_lab"):
+        sys.exit(globals()[f"_{arguments.action}"](arguments))
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from haq_lab.cli import MISTAKES
 from haq_lab.errors import UserError, nearest
-from haq_lab.help import explain, options
-from haq_lab.show import errors, say
+from haq_lab.help import mistakes_told, options
+from haq_lab.show import say
 
 
 def main() -> None:
@@ -19,11 +17,8 @@ def main() -> None:
     build.add_argument("name", help="an option of the group `model`")
     build.add_argument("settings", nargs="*", help="model.SETTING=VALUE")
     arguments = parser.parse_args()
-    try:
+    with mistakes_told("haq_lab"):
         _build(arguments.name, arguments.settings)
-    except MISTAKES as error:
-        say(f"haq_lab: {explain(error)}", on=errors)
-        sys.exit(2)
 
 
 def _build(name: str, settings: list[str]) -> None:

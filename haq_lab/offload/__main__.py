@@ -9,22 +9,18 @@ profile                              measure this machine: hardware=local
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from haq_lab.errors import UserError, invalid
-from haq_lab.help import explain, options
-from haq_lab.show import Progress, errors, say
+from haq_lab.help import mistakes_told, options
+from haq_lab.show import Progress, say
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     given = _parser().parse_args(arguments)
-    try:
+    with mistakes_told("haq_lab.offload"):
         given.run(given)
-    except (UserError, OSError) as error:
-        say(f"haq_lab.offload: {explain(error)}", on=errors)
-        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:

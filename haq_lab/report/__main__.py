@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from haq_lab.errors import UserError
 from haq_lab.files import write_text
-from haq_lab.help import explain
-from haq_lab.show import errors, say
+from haq_lab.help import mistakes_told
+from haq_lab.show import say
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,11 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--title", help="of the page; else the folders' names")
     parser.add_argument("--latex", type=Path, metavar="FILE", help="write the result tables as LaTeX, too")
     given = parser.parse_args(arguments)
-    try:
+    with mistakes_told("haq_lab.report"):
         _report(given)
-    except (UserError, OSError) as error:
-        say(f"haq_lab.report: {explain(error)}", on=errors)
-        sys.exit(2)
 
 
 def _report(given: argparse.Namespace) -> None:

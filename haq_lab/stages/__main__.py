@@ -7,16 +7,14 @@ python -m haq_lab.stages gc --limit 5GB        until so much is left; --limit 0B
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from itertools import groupby
 from pathlib import Path
 
 from rich.table import Table
 
-from haq_lab.errors import UserError
-from haq_lab.help import explain
-from haq_lab.show import console, errors, say
+from haq_lab.help import mistakes_told
+from haq_lab.show import console, say
 from haq_lab.stages.entries import Entry, entries, remove_leftovers, trim
 from haq_lab.stages.settings import Stages, bytes_of
 
@@ -34,15 +32,12 @@ def main(arguments: list[str] | None = None) -> None:
     for command in (listing, collecting):
         command.add_argument("--dir", metavar="DIR", help="the store's folder (stages.dir)")
     given = parser.parse_args(arguments)
-    try:
+    with mistakes_told("haq_lab.stages"):
         folder = Stages(dir=given.dir).folder
         if given.command == "ls":
             show(folder, given.all)
         else:
             collect(folder, bytes_of(given.limit))
-    except (UserError, OSError) as error:
-        say(f"haq_lab.stages: {explain(error)}", on=errors)
-        sys.exit(2)
 
 
 def show(folder: Path, every: bool) -> None:

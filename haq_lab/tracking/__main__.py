@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from haq_lab.errors import UserError
-from haq_lab.help import explain
-from haq_lab.show import Progress, errors, say
+from haq_lab.help import mistakes_told
+from haq_lab.show import Progress, say
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,11 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
     sync = actions.add_parser("sync", help="upload offline runs; those that were uploaded before are left out")
     sync.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run folder, or one that holds some")
     given = parser.parse_args(arguments)
-    try:
+    with mistakes_told("haq_lab.tracking"):
         upload(given.folders)
-    except (UserError, OSError) as error:
-        say(f"haq_lab.tracking: {explain(error)}", on=errors)
-        sys.exit(2)
 
 
 def waiting(folder: Path) -> list[Path]:

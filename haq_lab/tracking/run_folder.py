@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from haq_lab.errors import UserError
 from haq_lab.files import write_json, write_text
+from haq_lab.help import MISTAKES
 
 SCHEMA = 1
 ARCHIVE = "previous"  # earlier results of a folder are moved there, never deleted
@@ -100,7 +100,7 @@ class RunFolder:
         content = {
             "type": type(error).__name__,
             "message": str(error) or type(error).__name__,
-            "mistake": isinstance(error, (UserError, OSError)),
+            "mistake": isinstance(error, MISTAKES),
             "trace": "".join(traceback.format_exception(error)),
         }
         with suppress(OSError):
