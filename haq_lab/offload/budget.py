@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from haq_lab.errors import UserError, nearest
+from haq_lab.sizes import UNITS, number_and_unit
 
-UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FORMS = "a share as '40%', bytes as '500MB' or '6GiB', or a number of experts"
 
 
@@ -28,11 +27,11 @@ class Budget:
     @classmethod
     def parse(cls, text: str | int) -> Budget:
         """From the setting. Raises `UserError` for what is none of the forms."""
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[A-Za-z]*)\s*", str(text))
-        if found is None or (found[2] not in ("", "%") and found[2] not in UNITS):
-            hint = nearest(found[2], UNITS) if found else ""
+        found = number_and_unit(text)
+        if found is None or found[1] not in ("", "%", *UNITS):
+            hint = nearest(found[1], UNITS) if found else ""
             raise UserError(f"offload.budget: '{text}' is not {FORMS}{hint}")
-        number, unit = float(found[1]), found[2]
+        number, unit = found
         if number == 0:
             raise UserError(f"offload.budget: '{text}' leaves no slot for an expert; give it {FORMS}, or offload=none")
         if unit == "%":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from haq_lab.errors import UserError
-from haq_lab.offload.budget import UNITS
 from haq_lab.paths import cache_folder
+from haq_lab.sizes import UNITS, number_and_unit
 from haq_lab.stages.store import Store
 
 
@@ -41,7 +40,7 @@ class Stages:
 
 def bytes_of(limit: str | int) -> int:
     """`20GB` as bytes. Raises `UserError` for what is no size."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", str(limit))
-    if found is None or found[2] not in UNITS:
+    found = number_and_unit(limit)
+    if found is None or found[1] not in UNITS:
         raise UserError(f"stages.limit: '{limit}' is no size as '20GB' or '500MiB'")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(found[0] * UNITS[found[1]])

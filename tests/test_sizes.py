@@ -1,0 +1,24 @@
+"""Sizes as settings write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from haq_lab.sizes import number_and_unit
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("6.5 GiB", (6.5, "GiB")),
+        (" 40% ", (40.0, "%")),
+        (7, (7.0, "")),
+        ("0B", (0.0, "B")),
+        ("-1", None),
+        ("1e3", None),
+        ("GB", None),
+        ("", None),
+    ],
+)
+def test_a_number_and_its_unit(text, read):
+    assert number_and_unit(text) == read
