@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from haq_lab.models.layered import LayeredModel
-from haq_lab.stages.keys import key_of, model_hash, tokens_hash
+from haq_lab.stages.keys import about, key_of, of_text
 from haq_lab.stages.store import Artefact, Store
 
 STAGE = "baseline"
@@ -32,12 +32,11 @@ def keep_baseline(store: Store, model: LayeredModel, windows: Tensor, hidden: Te
     if store.folder is None or not store.has_room(STAGE, hidden.nbytes):
         return
     for key, piece in _pieces(model, windows, hidden):
-        about = f"{model.folder.name}, {len(piece)} x {windows.shape[1]} tokens"
-        store.put(STAGE, key, Artefact({"hidden": piece}), about)
+        store.put(STAGE, key, Artefact({"hidden": piece}), about(model, piece))
 
 
 def _pieces(model: LayeredModel, windows: Tensor, hidden: Tensor) -> Iterator[tuple[str, Tensor]]:
-    depends = {"model": model_hash(model.folder), "tokens": tokens_hash(windows)}
+    depends = of_text(model, windows)
     size = max(1, PIECE // max(hidden[:1].nbytes, 1))
     for number, piece in enumerate(hidden.split(size)):
         yield key_of(STAGE, ("models",), **depends, piece=number), piece

@@ -15,7 +15,7 @@ from haq_lab.calibration.routing import Routing
 from haq_lab.calibration.sensitivity import LayerSensitivity
 from haq_lab.calibration.statistics import InputStatistics, Needs, Policy, Sensitivity
 from haq_lab.models.layered import LayeredModel
-from haq_lab.stages.keys import key_of, model_hash, tokens_hash
+from haq_lab.stages.keys import about, key_of, of_text
 from haq_lab.stages.store import Artefact, Store
 
 CODE = ("models", "calibration")
@@ -34,18 +34,17 @@ class CalibrationStages:
     def __init__(self, store: Store, model: LayeredModel, windows: Tensor, policy: Policy):
         self.store, self.model, self.policy = store, model, policy
         self._kept = store.folder is not None
-        self._about = f"{model.folder.name}, {len(windows)} x {windows.shape[1]} tokens"
         self._windows = windows
-        self._text = {"model": model_hash(model.folder), "tokens": tokens_hash(windows)} if self._kept else {}
+        self._text = of_text(model, windows) if self._kept else {}
 
     def sensitivity(self, count: int, measure: Callable[[Tensor], list[LayerSensitivity]]) -> list[LayerSensitivity]:
         """That of every layer, which `measure` takes from the first `count` windows."""
         windows = self._windows[:count]
         if not self._kept:
             return measure(windows)
-        key = key_of("sensitivity", CODE, **self._text | {"tokens": tokens_hash(windows)})
-        about = f"{self.model.folder.name}, {len(windows)} x {windows.shape[1]} tokens"
-        found = self.store.fetch("sensitivity", key, lambda: _sensitivity_artefact(measure(windows)), about)
+        key = key_of("sensitivity", CODE, **of_text(self.model, windows))
+        told = about(self.model, windows)
+        found = self.store.fetch("sensitivity", key, lambda: _sensitivity_artefact(measure(windows)), told)
         layers: list[LayerSensitivity] = [{} for _ in range(self.model.depth)]
         for number, (index, site) in enumerate(found.facts):
             layers[index][site] = Sensitivity(*(found.tensors[f"{number}|{name}"] for name in SENSITIVITY))
@@ -92,7 +91,7 @@ class CalibrationStages:
         size = sum(tensor.nbytes for artefact in artefacts.values() for tensor in artefact.tensors.values())
         if self.store.has_room("statistics", size * self.model.depth):  # or each layer would push another one out
             for part, key in keys.items():
-                self.store.put("statistics", key, artefacts[part], f"{self._about}: {part}")
+                self.store.put("statistics", key, artefacts[part], f"{about(self.model, self._windows)}: {part}")
         return known
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from haq_lab.checkpoint.provenance import file_hashes, machine, versions
+from haq_lab.models.layered import LayeredModel
 from haq_lab.paths import PACKAGE, bundled
 
 
@@ -27,6 +28,16 @@ def key_of(stage: str, code: tuple[str, ...], **depends: Any) -> str:
     """
     here = {"stage": stage, "code": _code_hash(("stages", *code)), "versions": versions(), "machine": machine()}
     return hashlib.sha256(json.dumps(here | depends, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def of_text(model: LayeredModel, windows: Tensor) -> dict[str, Any]:
+    """What the result of running token windows (n, t) through a full-precision model depends on."""
+    return {"model": model_hash(model.folder), "tokens": tokens_hash(windows)}
+
+
+def about(model: LayeredModel, windows: Tensor) -> str:
+    """The same in words, for lists."""
+    return f"{model.folder.name}, {len(windows)} x {windows.shape[1]} tokens"
 
 
 def tokens_hash(tokens: Tensor) -> str:
