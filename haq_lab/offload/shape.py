@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -51,13 +52,15 @@ class Shape:
         )
 
 
-MIXTRAL = Shape(  # 8x7B
-    layers=32,
+MIXTRAL = Shape.of(  # 8x7B
+    SimpleNamespace(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_experts_per_tok=2,
+        vocab_size=32000,
+    ),
     experts=8,
-    k=2,
-    expert=3 * 4096 * 14336,
-    rest=2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 * 8,
-    outside=4096 * 32000,
-    kv_per_token=2 * 1024 * 32,
-    work_per_token=2 * 4096 + 2 * 4096 + 2 * 1024 + 2 * (2 * 14336 + 4096),
 )
