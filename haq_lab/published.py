@@ -47,6 +47,12 @@ def beside(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def figures_of(row: pd.Series) -> list[str]:
+    """The numbers of a row of `beside` as tables show them: ours, the published one, the difference; empty: unknown."""
+    forms = {"ours": "{:,.4g}", "published": "{:,.4g}", "difference_percent": "{:+.2f} %"}
+    return [form.format(row[name]) if pd.notna(row[name]) else "" for name, form in forms.items()]
+
+
 def _figures_for(run: pd.Series, known: pd.DataFrame) -> pd.DataFrame:
     """The file's rows that belong to a run: of its model, else of the first model of its experiment."""
     fitting = known[[_holds(run, when) for when in known["when"]]]

@@ -17,7 +17,8 @@ from rich.table import Table
 from haq_lab.errors import UserError, invalid, nearest
 from haq_lab.files import written_aside
 from haq_lab.help import mistakes_told
-from haq_lab.published import beside
+from haq_lab.published import beside, figures_of
+from haq_lab.report.metrics import SHOWN
 from haq_lab.show import console, say
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
 
@@ -96,11 +97,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 FILE_WIDTH = 200  # columns, where there is no terminal to be narrower
-SHOWN = {
-    "memory.weights_bytes": ("weights\nMB", 1e-6, "{:,.0f}"),
-    "latency.prefill_ms": ("prefill\nms", 1, "{:,.1f}"),
-    "latency.decode_ms_per_token.mean": ("decode\nms/token", 1, "{:,.2f}"),
-}
+MEASURED = ("memory.weights_bytes", "latency.prefill_ms", "latency.decode_ms_per_token.mean")  # beside perplexity
 
 
 def show(runs: pd.DataFrame) -> None:
@@ -114,15 +111,15 @@ def show(runs: pd.DataFrame) -> None:
     for dataset in datasets:
         table.add_column(f"{dataset}\nppl", justify="right", no_wrap=True)
         table.add_column("over\nfp", justify="right", no_wrap=True)
-    measured = {column: shown for column, shown in SHOWN.items() if column in runs}
-    for label, _, _ in measured.values():
-        table.add_column(label, justify="right", no_wrap=True)
+    measured = {column: SHOWN[column] for column in MEASURED if column in runs}
+    for metric in measured.values():
+        table.add_column(metric.label.replace(", ", "\n"), justify="right", no_wrap=True)
     for _, run in runs.iterrows():
         cells = [run["name"]] if all_finished else [run["name"], run["status"]]
         for dataset in datasets:
             cells.append(_cell(run.get(f"perplexity.{dataset}"), "{:.4f}"))
             cells.append(_cell(run.get(f"change_percent.{dataset}"), "{:+.2f} %"))
-        cells += [_cell(run[column], form, factor) for column, (_, factor, form) in measured.items()]
+        cells += ["" if pd.isna(run[column]) else metric.text(run[column]) for column, metric in measured.items()]
         table.add_row(*cells)
     _print(table)
     for _, run in runs[runs["status"] == "failed"].iterrows():
@@ -137,10 +134,8 @@ def show_published(figures: pd.DataFrame) -> None:
         return
     table = Table("run", "metric", "ours", "published", "difference", "comparable", "published for, by")
     for _, row in figures.iterrows():
-        numbers = [_cell(row["ours"], "{:,.4g}"), _cell(row["published"], "{:,.4g}")]
-        numbers.append(_cell(row["difference_percent"], "{:+.2f} %"))
         told = ", ".join(filter(None, (row["of"], row["source"])))
-        table.add_row(row["run"], row["metric"], *numbers, row["comparable"], told)
+        table.add_row(row["run"], row["metric"], *figures_of(row), row["comparable"], told)
     _print(table)
 
 
@@ -149,8 +144,8 @@ def _print(table: Table) -> None:
     wide.print(table)
 
 
-def _cell(value: Any, form: str, factor: float = 1) -> str:
-    return "" if value is None or pd.isna(value) else form.format(value * factor)
+def _cell(value: Any, form: str) -> str:
+    return "" if value is None or pd.isna(value) else form.format(value)
 
 
 def main(arguments: list[str] | None = None) -> None:

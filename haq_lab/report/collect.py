@@ -40,6 +40,12 @@ class Collection:
         groups = self.finished.groupby("model", sort=False)
         return [(str(model), runs.assign(label=runs["name"].str.removeprefix(f"{model} "))) for model, runs in groups]
 
+    def by_study(self, kind: str) -> list[tuple[str, pd.DataFrame]]:
+        """Each study's table of a kind (`STUDIES`); none where there are none."""
+        if kind not in self.studies:
+            return []
+        return [(str(study), table) for study, table in self.studies[kind].groupby("study", sort=False)]
+
     @property
     def finished(self) -> pd.DataFrame:
         """The runs that have results."""

@@ -51,7 +51,7 @@ def pareto(found: Collection) -> Chart | str:
         if len(points) > 1:
             points = points.assign(memory=points[MEMORY] / 1e6, cost=points[name])
             variants[f"{model}: {label}"] = _front(points, "quantizer", "weights in memory, MB", label)
-    for study, table in _plans(found):
+    for study, table in found.by_study("plan"):
         points = table.rename(columns={"simulated_ms": "cost"}).assign(memory=table["memory_bytes"] / 1e9)
         points["formats"] = points["host_format"] + " in RAM, " + points["device_format"] + " on the GPU"
         points["label"] = (
@@ -62,12 +62,6 @@ def pareto(found: Collection) -> Chart | str:
         return "no two runs have measured memory and perplexity or latency (measure=[perplexity,memory,latency])"
     caption = "Down and to the left is better; on the line nothing else takes less of both."
     return Chart("Pareto fronts", caption, variants)
-
-
-def _plans(found: Collection) -> list[tuple[str, pd.DataFrame]]:
-    if "plan" not in found.studies:
-        return []
-    return [(str(study), table) for study, table in found.studies["plan"].groupby("study", sort=False)]
 
 
 def _front(points: pd.DataFrame, group: str, x: str, y: str, log: bool = False) -> go.Figure:

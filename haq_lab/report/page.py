@@ -85,10 +85,12 @@ def _facts(found: Collection) -> list[tuple[Any, str]]:
     counts = found.runs["status"].value_counts().to_dict()
     facts: list[tuple[Any, str]] = [(counts.get("finished", 0), "runs finished")]
     facts += [(counts[status], status) for status in ("failed", "unfinished") if status in counts]
-    for column, what in (("model", "models"), ("quantizer", "quantizers"), ("offload", "offload policies")):
+    for column, one, many in (
+        ("model", "model", "models"),
+        ("quantizer", "quantizer", "quantizers"),
+        ("offload", "offload policy", "offload policies"),
+    ):
         names = [str(name) for name in found.runs.get(column, []) if name not in ("", "none", None)]
         if names := list(dict.fromkeys(names)):
-            facts.append(
-                (", ".join(names), what if len(names) > 1 else what.removesuffix("s").replace("policie", "policy"))
-            )
+            facts.append((", ".join(names), many if len(names) > 1 else one))
     return facts

@@ -45,7 +45,7 @@ def popularity(found: Collection) -> Chart | str:
 
 def hit_rates(found: Collection) -> Chart | str:
     """Hit rate over the budget: replays of traces under every policy with Belady's bound, and what runs measured."""
-    variants = {f"replay: {study}": _curves(table) for study, table in _replays(found)}
+    variants = {f"replay: {study}": _curves(table) for study, table in found.by_study("hit_rates")}
     for model, runs in found.by_model():
         if not (measured := _measured(runs)).empty:
             variants[f"measured in runs: {model}"] = _curves(measured)
@@ -56,12 +56,6 @@ def hit_rates(found: Collection) -> Chart | str:
         "above it. Replays are exact, of a recorded trace."
     )
     return Chart("Hit rate by budget", caption, variants)
-
-
-def _replays(found: Collection) -> list[tuple[str, pd.DataFrame]]:
-    if "hit_rates" not in found.studies:
-        return []
-    return [(str(study), table) for study, table in found.studies["hit_rates"].groupby("study", sort=False)]
 
 
 def _measured(runs: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from haq_lab.published import beside
+from haq_lab.published import beside, figures_of
 from haq_lab.report.collect import Collection
 from haq_lab.report.metrics import Metric, columns
 from haq_lab.show import change
@@ -114,11 +114,8 @@ def published_table(found: Collection) -> Table | None:
         return None
     rows = []
     for _, row in table.iterrows():
-        forms = {"ours": "{:,.4g}", "published": "{:,.4g}", "difference_percent": "{:+.2f} %"}
-        numbers = [form.format(row[name]) if pd.notna(row[name]) else "" for name, form in forms.items()]
-        rows.append(
-            [Cell(row[name]) for name in ("run", "metric", "of", "comparable", "source")] + list(map(Cell, numbers))
-        )
+        told = [row[name] for name in ("run", "metric", "of", "comparable", "source")]
+        rows.append(list(map(Cell, [*told, *figures_of(row)])))
     head = ["run", "metric", "published for", "comparable", "source", "ours", "published", "difference"]
     note = "Empty: no published figure is known to us. What is not comparable stands here for orientation only."
     return Table("Published figures beside ours", head, rows, 3, note)
