@@ -13,7 +13,7 @@ from haq_lab.errors import UserError
 from haq_lab.int8.roofline import Hardware
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.budget import Budget
-from haq_lab.offload.costs import Objective, Predictor
+from haq_lab.offload.costs import Costs, Objective, Predictor
 from haq_lab.offload.engine import Engine
 from haq_lab.offload.machine_costs import machine_costs
 from haq_lab.offload.measured_costs import measure_costs
@@ -114,13 +114,12 @@ class Offload:
         assert moe is not None
         reserved = FLOAT * (shape.kv_per_token + shape.work_per_token) * self.kv_tokens
         slots = Budget.parse(self.budget).slots(shape.layers * shape.experts, store.blob_bytes, self.spare, reserved)
-        policy = self.policy(place(self.placement, profile, slots, self.seed), profile)
-        observer: Observer | None = None
+        costs, observer = None, None
         if self.miss == "predict":
             costs = machine_costs(hardware, shape) if hardware else measure_costs(layers[0], moe, store, model)
-            policy.decide = Predictor(costs, self.objective).decide
             if hardware is None or hardware.from_disk:  # a GPU's costs are not corrected by this machine
                 observer = Observer(costs, self.objective, shape.layers)
+        policy = self.policy(place(self.placement, profile, slots, self.seed), profile, costs)
         prefetch: Prefetch | None = None
         if self.prefetch == "next_gate":
             prefetch = NextGate([layer.get_submodule(moe.router) for layer in layers])
@@ -131,19 +130,20 @@ class Offload:
         engine.attach(layers, moe)
         return engine
 
-    def policy(self, resident: Residency, profile: Trace) -> Policy:
-        """The policy that starts from these residents; what the predictor decides is left to be set."""
+    def policy(self, resident: Residency, profile: Trace, costs: Costs | None) -> Policy:
+        """The policy that starts from these residents; a predictor decides by `costs`."""
         policy = make_policy(self.cache, resident, profile, self.scope)
         if self.miss == "cpu":
             policy.decide = lambda present, missing: list(missing)
+        elif self.miss == "predict":
+            assert costs is not None
+            policy.decide = Predictor(costs, self.objective).decide
         return policy
 
     def simulate(self, engine: Engine, start: Residency, profile: Trace, hardware: Hardware, shape: Shape) -> Timeline:
         """What the engine did, on another machine: the same routing and guesses from the same residents on."""
         costs = machine_costs(hardware, shape)
-        policy = self.policy(start, profile)
-        if self.miss == "predict":
-            policy.decide = Predictor(costs, self.objective).decide
+        policy = self.policy(start, profile, costs)
         prefetch = engine.heard.prefetch() if engine.prefetch is not None else None
         return Simulator(costs, policy, prefetch, engine.guesses, self.spare).run(engine.heard.trace())
 
