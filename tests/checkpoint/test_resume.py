@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from children import in_child, killed
 from launching import TINY, launch
 from safetensors.torch import load_file
 
@@ -22,30 +22,13 @@ def _arguments(folder: Path) -> list[str]:
 
 def _killed(folder: Path, at: int) -> bool:
     """Run in a process of its own that is killed at its `at`-th rename or flush; False where it ended before."""
-    child = os.fork()
-    if child == 0:
-        left = at
 
-        def deadly(original):
-            def call(*arguments, **keywords):
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*arguments, **keywords)
+    def run() -> None:
+        outcome = launch(*_arguments(folder))
+        os.write(2, outcome.err.encode())
+        assert outcome.code == 0
 
-            return call
-
-        Path.replace, os.fsync = deadly(Path.replace), deadly(os.fsync)
-        try:
-            outcome = launch(*_arguments(folder))
-            os.write(2, outcome.err.encode())
-            os._exit(outcome.code)
-        finally:
-            os._exit(99)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
-    return os.WIFSIGNALED(status)
+    return killed(in_child(run, dies_at=at))
 
 
 def _content(folder: Path) -> dict[str, bytes]:

@@ -26,6 +26,7 @@ QUANTIZERS = {
     "haq": ["quantizer=haq", "quantizer.asymmetric=true", "quantizer.activations=auto"],
     "none": ["quantizer=none"],
 }
+DEEP = ["model=tiny_llama", "model.layers=4", "quantizer=gptq", "calibration.propagate=fp", "measure=[perplexity]"]
 WHOLE = ("pass", "quantized", "measurement")
 
 
@@ -138,15 +139,8 @@ def test_layers_are_shared_by_runs_that_offload_differently(tmp_path):
 
 
 def test_a_killed_run_leaves_layers_that_the_next_one_finds(tmp_path):
-    settings = [
-        "model=tiny_llama",
-        "model.layers=4",
-        "quantizer=gptq",
-        "calibration.propagate=fp",
-        "measure=[perplexity]",
-    ]
-    _run(tmp_path / "without", *settings, "stages.use=false")
-    settings.append(f"stages.dir={tmp_path / 'store'}")
+    _run(tmp_path / "without", *DEEP, "stages.use=false")
+    settings = [*DEEP, f"stages.dir={tmp_path / 'store'}"]
     run = tmp_path / "killed"
 
     def work() -> None:
@@ -192,19 +186,12 @@ def test_a_run_with_a_read_only_store_or_a_full_disk(tmp_path, small_disk, read_
 
 def test_a_checkpoint_resumes_with_a_store_and_without(tmp_path):
     """Calibration's hidden states stay behind where statistics were found: the next start knows how far they are."""
-    settings = [
-        "model=tiny_llama",
-        "model.layers=4",
-        "quantizer=gptq",
-        "calibration.propagate=fp",
-        "measure=[perplexity]",
-    ]
-    _run(tmp_path / "without", *settings, "stages.use=false")
+    _run(tmp_path / "without", *DEEP, "stages.use=false")
     filled = f"stages.dir={tmp_path / 'store'}"
-    _run(tmp_path / "filled", *settings, filled)
+    _run(tmp_path / "filled", *DEEP, filled)
     for first, second in ((filled, "stages.use=false"), ("stages.use=false", filled)):
         run = tmp_path / f"filled_{first == filled}"
-        own = [*settings, f"checkpoint.dir={run / 'checkpoint'}"]
+        own = [*DEEP, f"checkpoint.dir={run / 'checkpoint'}"]
         assert killed(in_child(lambda own=own, run=run, first=first: _run(run, *own, first) and None, dies_at=25))
         results = _run(run, *own, second)
         assert 0 < results["run"]["resumed_from_layer"] < 4
