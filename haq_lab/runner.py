@@ -13,6 +13,7 @@ from torch import nn
 
 from haq_lab.assembly import Assembly
 from haq_lab.checkpoint.model import open_model
+from haq_lab.checkpoint.provenance import machine
 from haq_lab.config import Experiment, build
 from haq_lab.data.calibration import refuse_overlap, refuse_same_text
 from haq_lab.data.windows import Windows
@@ -47,8 +48,7 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        **machine(),
     }
     if (done := folder.finished()) is not None and not config.force:
         say(f"already finished: {folder.path} (force=true runs it again)")

@@ -58,10 +58,15 @@ def differences(ours: Any, theirs: Any, name: str = "") -> Iterable[str]:
         yield name
 
 
+def content_files(folder: Path) -> list[Path]:
+    """A checkpoint folder's weights and its config."""
+    return sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+
+
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the weights and the config. The hub's cache names large files by it, which spares reading 93 GB."""
+    """SHA-256 of the content files. The hub's cache names large files by it, which spares reading 93 GB."""
     hashes = {}
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    for path in content_files(folder):
         name = path.resolve().name
         hashes[path.name] = name if re.fullmatch(r"[0-9a-f]{64}", name) else sha256(path)
     return hashes

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from haq_lab.checkpoint.provenance import file_hashes, machine, versions
+from haq_lab.checkpoint.provenance import content_files, file_hashes, machine, versions
 from haq_lab.models.layered import LayeredModel
 from haq_lab.paths import PACKAGE, bundled
 
@@ -47,8 +47,8 @@ def tokens_hash(tokens: Tensor) -> str:
 
 def model_hash(folder: Path) -> str:
     """Of a checkpoint folder's weights and config. Each file is read once a process."""
-    paths = [*folder.glob("*.safetensors"), folder / "config.json"]
-    states = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths))
+    stats = {path.name: path.stat() for path in content_files(folder)}
+    states = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
     return _model_hash(folder, states)
 
 
