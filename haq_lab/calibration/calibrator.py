@@ -146,9 +146,9 @@ class Calibrator:
         if moe is None or self.routing is None:
             return SharedInput(layer, group, self.needs, tokens, inputs_fp)
         if group.expert is not None:
-            routed = int(self.routing.counts(index)[group.expert])
-            few = routed < self.policy.min_tokens
-            return ExpertInside(layer, group, self.needs, moe.experts, tokens, routed, few)
+            counts = self.routing.counts(index)
+            few = int(counts[group.expert]) < self.policy.min_tokens
+            return ExpertInside(layer, group, self.needs, moe.experts, tokens, counts, few)
         if moe.router in group.float_consumers:
             return ExpertsInput(layer, group, self.needs, tokens, inputs_fp, self.policy, self.routing)
         return SharedInput(layer, group, self.needs, tokens, inputs_fp)

@@ -68,6 +68,7 @@ class InputStatistics:
             are calibrated apart.
         stands_in: Too few tokens were routed to the expert, so these are of the layer's tokens.
         sensitivity: Of the linears that read it.
+        share: Of a layer's inputs like it: an expert's is its part of the pairs (token, expert).
     """
 
     count: int
@@ -79,6 +80,7 @@ class InputStatistics:
     routed: dict[int, InputStatistics] = field(default_factory=dict)
     stands_in: bool = False
     sensitivity: Sensitivity | None = None
+    share: float = 1.0
 
     def of(self, expert: int | None) -> InputStatistics:
         """What the linears of an expert go by: its own statistics where there are any, else these."""
@@ -118,6 +120,7 @@ class InputStatistics:
             {expert: statistics.divided_by(factor) for expert, statistics in self.routed.items()},
             self.stands_in,
             self.sensitivity and replace(self.sensitivity, channels=self.sensitivity.channels * factor.square()),
+            self.share,
         )
 
 

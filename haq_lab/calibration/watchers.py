@@ -92,16 +92,21 @@ class ExpertInside:
 
     Args:
         experts: Name of the layer's experts module.
-        tokens: How many tokens there are, and `routed`, how many of them the router sends here.
+        tokens: How many tokens there are, and `counts`, how many of them the router sends to each expert.
+        few: Too few are sent to this one.
     """
 
-    def __init__(self, layer: nn.Module, group: Group, needs: Needs, experts: str, tokens: int, routed: int, few: bool):
+    def __init__(
+        self, layer: nn.Module, group: Group, needs: Needs, experts: str, tokens: int, counts: Tensor, few: bool
+    ):
         self.group, self._few, self._experts = group, few, experts
         self._site = group.site
         channels = channels_of(layer, group)
         self._stride = max(1, tokens // (SHOWN_PER_CHANNEL * channels))
         self.sites: tuple[str, ...] = (self._site, experts) if few else (self._site,)
         self._expert: Expert = cast(Any, layer.get_submodule(experts)).expert(group.expert)
+        routed = int(counts[group.expert])
+        self._share = routed / int(counts.sum())
         self._rows = Accumulator(channels, tokens // self._stride + routed if few else routed, needs)
 
     def add(self, inputs: dict[str, Tensor], rows: slice) -> None:
@@ -118,6 +123,7 @@ class ExpertInside:
         statistics = self._rows.finish()
         statistics.cross = None
         statistics.stands_in = self._few
+        statistics.share = self._share
         return statistics
 
 

@@ -117,7 +117,7 @@ class HAQ(Quantizer):
     sensitivity: Windows of the calibration text from which it is measured how much the model's predictions depend
         on each channel; 0: every output of a linear counts alike.
     auto_limit: With `auto`, an input is static where that adds at most so much to the predicted KL divergence, in
-        nats a token.
+        nats a token. Experts have it together: each may add its share, by the tokens routed to it.
     """
 
     activations: Literal["token", "tensor", "static", "auto"] = "token"  # type: ignore[assignment]
@@ -157,7 +157,8 @@ class HAQ(Quantizer):
             if self.activations != "auto":
                 return predictor.least(self.activations, candidates, channels)
             static, token = (predictor.least(scheme, candidates, channels) for scheme in ("static", "token"))
-        return static if self._affords_static(predictor, static.factor, token.factor) else token
+        affords = self._affords_static(predictor, statistics.share, static.factor, token.factor)
+        return static if affords else token
 
     def _predictor(self, weight: Tensor, statistics: InputStatistics) -> Predictor:
         variance = conditional_variance(statistics.shrunk_hessian(), self.damp, self.act_order)
@@ -182,10 +183,10 @@ class HAQ(Quantizer):
 
     # Activations.
 
-    def _affords_static(self, predictor: Predictor, static: Tensor, token: Tensor) -> bool:
-        """Whether `auto` takes static scales, for the best factor under either scheme."""
+    def _affords_static(self, predictor: Predictor, share: float, static: Tensor, token: Tensor) -> bool:
+        """Whether `auto` takes static scales, for the best factor (k,) under either scheme."""
         (as_static,), (as_token,) = predictor.errors("static", [static]), predictor.errors("token", [token])
-        return as_static - as_token <= self.auto_limit
+        return as_static - as_token <= self.auto_limit * share
 
     def activation(self, weight: Tensor, statistics: InputStatistics | None) -> ActivationChoice:
         assert statistics is not None
@@ -193,7 +194,8 @@ class HAQ(Quantizer):
         if scheme == "auto":
             predictor = self._predictor(weight, statistics)
             smoothed = torch.ones(weight.shape[1])
-            scheme = "static" if self._affords_static(predictor, smoothed, smoothed) else "token"
+            affords = self._affords_static(predictor, statistics.share, smoothed, smoothed)
+            scheme = "static" if affords else "token"
         if scheme != "static":
             return ActivationChoice(scheme)
         cost = statistics.sensitivity or every_output_alike(weight)

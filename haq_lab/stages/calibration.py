@@ -106,7 +106,7 @@ def _artefacts(known: dict[str, InputStatistics], parts: list[str]) -> dict[str,
     facts = []
     for site, statistics in known.items():
         routed = {expert: None if own.stands_in else own.count for expert, own in statistics.routed.items()}
-        facts.append([site, statistics.count, statistics.stands_in, list(routed.items())])
+        facts.append([site, statistics.count, statistics.stands_in, statistics.share, list(routed.items())])
     made = {part: Artefact(facts=facts if part == "range" else None) for part in parts}
     for name, statistics in _named(known):
         for part in parts:
@@ -127,13 +127,13 @@ def _statistics(found: dict[str, Artefact]) -> dict[str, InputStatistics]:
     tensors = {name: tensor for artefact in found.values() for name, tensor in artefact.tensors.items()}
     fields = [field for names in PARTS.values() for field in names]
 
-    def made(name: str, count: int, stands_in: bool) -> InputStatistics:
+    def made(name: str, count: int, stands_in: bool, share: float = 1.0) -> InputStatistics:
         own = {field: tensors.get(f"{name}|{field}") for field in fields}
-        return InputStatistics(count=count, stands_in=stands_in, **own)  # type: ignore[arg-type]
+        return InputStatistics(count=count, stands_in=stands_in, share=share, **own)  # type: ignore[arg-type]
 
     known = {}
-    for number, (site, count, stands_in, routed) in enumerate(found["range"].facts):
-        known[site] = shared = made(f"{number}", count, stands_in)
+    for number, (site, count, stands_in, share, routed) in enumerate(found["range"].facts):
+        known[site] = shared = made(f"{number}", count, stands_in, share)
         for expert, own in routed:
             shared.routed[expert] = shared.standing_in() if own is None else made(f"{number}|{expert}", own, False)
     return known

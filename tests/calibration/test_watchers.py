@@ -108,7 +108,7 @@ def test_inside_an_expert(tiny, windows, few, monkeypatch):
         group = next(group for group in tiny.groups if group.expert == expert)
         channels = layer.get_submodule(group.site).weight.shape[1]
         stride = max(1, len(x) // channels)
-        watcher = ExpertInside(layer, group, NEEDS, "mlp.experts", len(x), int(counts[expert]), few)
+        watcher = ExpertInside(layer, group, NEEDS, "mlp.experts", len(x), counts, few)
         observe(tiny, layer, 0, hidden, [watcher], Stopwatch())
         statistics = watcher.finish()
         own = layer.mlp.experts[expert].activate(x[(chosen == expert).any(dim=1)])
@@ -116,6 +116,7 @@ def test_inside_an_expert(tiny, windows, few, monkeypatch):
             own = torch.cat([own, layer.mlp.experts[expert].activate(x[::stride])])
         assert statistics.stands_in == few
         assert statistics.count == len(own)
+        assert statistics.share == int(counts[expert]) / len(chosen.flatten())
         if len(own):
             close(statistics.hessian, hessian(own))
             torch.testing.assert_close(statistics.channel_max, own.abs().amax(0), rtol=1e-4, atol=1e-5)

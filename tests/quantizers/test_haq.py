@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,6 +89,17 @@ def test_auto_is_static_where_rows_are_alike_and_dynamic_where_they_are_not():
         statistics = InputStatistics(500, x.abs().amax(0), x.t() @ x / 500, None, x, torch.ones(500))
         statistics.sensitivity = every_output_alike(weight / x.std())  # errors count relative to the input's size
         assert HAQ(activations="auto", auto_limit=1e-2).activation(weight, statistics).scheme == scheme
+
+
+def test_auto_allows_an_expert_its_share_of_the_limit():
+    weight, x = torch.randn(20, K), torch.randn(500, K)
+    statistics = InputStatistics(500, x.abs().amax(0), x.t() @ x / 500, None, x, torch.ones(500))
+    predictor = Predictor(weight, statistics, None, 8)
+    plain = [torch.ones(K)]
+    added = predictor.errors("static", plain)[0] - predictor.errors("token", plain)[0]
+    for share, scheme in ((1.0, "static"), (0.51, "static"), (0.49, "token")):
+        quantizer = HAQ(activations="auto", auto_limit=2 * added)
+        assert quantizer.activation(weight, replace(statistics, share=share)).scheme == scheme
 
 
 def test_auto_refuses_to_weigh_errors_that_have_no_unit():
