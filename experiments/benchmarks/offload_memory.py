@@ -1,0 +1,126 @@
+"""Memory of the fast tier against decode latency, by policy and budget: the Pareto figure.
+
+    python experiments/benchmarks/offload_memory.py CHECKPOINT --profile A.trace --text FILE [--figure FILE.png]
+
+CHECKPOINT is a quantised one (`checkpoint.dir=`). Memory is all that the fast tier holds: weights outside the experts,
+the arena with its spare slots, and key-value cache and workspace of a context; its share is of the all-resident bf16
+model's weights alone. One row a policy has the budget at which that is 40 % for the context that is decoded, one that
+at which it is 40 % for a context of 2,048. Latency is a median over that of the plain int8 model, no engine, which
+decodes before and after every configuration; rounds of all configurations follow one another, and the ratio is the
+median of the rounds'. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from offload_engine import SPARE, TOKENS, Bench, decode
+
+from haq_lab.checkpoint.model import QuantizedModel
+from haq_lab.figures import save
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.deploy import deploy
+from haq_lab.int8.linear import parameter_count, weight_bytes
+from haq_lab.offload.measured_costs import measure_costs
+from haq_lab.offload.settings import FLOAT
+from haq_lab.offload.shape import Shape
+from haq_lab.offload.trace import Trace
+
+POLICIES = {
+    "LRU, per layer": ("lru", "uniform", "layer", "fetch"),
+    "LRU, per layer, next gate": ("lru", "uniform", "layer", "next gate"),
+    "haq": ("haq", "two_stage", "global", "fetch"),
+    "haq, next gate": ("haq", "two_stage", "global", "next gate"),
+}
+SHARES = (0.25, 0.4, 0.55, 0.75)
+AIM, BOUND = 0.40, 1.5
+PROMPT, LONG = 64, 2048
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure, draw and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    plain = QuantizedModel(given.checkpoint, CpuBackend())
+    ids = plain.tokenizer().encode(given.text.read_text(encoding="utf-8")[:20_000])[: PROMPT + TOKENS]
+    resident = deploy(plain.assemble([plain.load_layer(index) for index in range(plain.depth)]), plain, CpuBackend())
+    bf16 = 2 * parameter_count(resident)
+    with tempfile.TemporaryDirectory(dir=given.checkpoint.parent) as scratch:
+        bench = Bench(given.checkpoint, Trace.open(given.profile), torch.tensor([ids]), Path(scratch))
+        deploy(bench.whole, bench.model, CpuBackend())
+        outside, blob = weight_bytes(bench.whole), bench.store.blob_bytes
+        total = bench.profile.layers * bench.profile.expert_count
+        shape = Shape.of(bench.model.config, bench.profile.expert_count)
+
+        def context(tokens: int, prompt: int) -> int:
+            return FLOAT * (shape.kv_per_token * tokens + shape.work_per_token * prompt)
+
+        here = context(PROMPT + TOKENS, PROMPT)
+        aimed = [(AIM * bf16 - outside - own) / blob - SPARE for own in (here, context(LONG, LONG))]
+        shares = sorted([*SHARES, *(int(slots) / total for slots in aimed)])
+        rows = [{"policy": policy, "share": share} for policy in POLICIES for share in shares]
+        ratios: list[list[float]] = [[] for _ in rows]
+        fresh = measure_costs(bench.layers[0], bench.model.family.moe, bench.store, bench.model)  # type: ignore[arg-type]
+        before = _median(decode(resident, bench.prompt, bench.text))
+        for _ in range(given.rounds):
+            for row, seen in zip(rows, ratios, strict=True):
+                *how, miss = POLICIES[row["policy"]]  # type: ignore[index]
+                seconds, engine = bench.measured(*how, row["share"], miss, costs=fresh)
+                after = _median(decode(resident, bench.prompt, bench.text))
+                seen.append(2 * _median(seconds) / (before + after))
+                row |= {"ms": 1e3 * _median(seconds), "resident_ms": 1e3 * after}
+                before = after
+                fast = outside + engine.arena.bytes + here
+                row |= {"slots": engine.policy.slots, "hit_rate": engine.stats()["offload.hit_rate_pairs"]}
+                row |= {"fast_tier_bytes": fast, "of_bf16": fast / bf16}
+                row |= {"of_bf16_long": (fast - here + context(LONG, LONG)) / bf16}
+        for row, seen in zip(rows, ratios, strict=True):
+            row |= {"over_resident": float(np.median(seen)), "least": min(seen), "most": max(seen)}
+    table = pd.DataFrame(rows)
+    print(table.round(3).to_string(index=False))
+    print(f"bf16 {bf16 / 1e6:.1f} MB; outside the experts {outside / 1e6:.1f} MB, context {here / 1e6:.1f} MB")
+    if given.figure is not None:
+        print(f"figure: {pareto(table, weight_bytes(resident) / bf16, given.figure)}")
+    print(json.dumps({"bf16_bytes": bf16, "outside_bytes": outside, "context_bytes": here, "rows": rows}))
+
+
+def _median(seconds: list[float]) -> float:
+    return float(np.median(seconds))
+
+
+def pareto(table: pd.DataFrame, int8: float, path: Path) -> Path:
+    """Share of bf16 against latency over all resident, a line a policy, and the corner aimed at."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes: Any = figure.subplots()
+    for policy, rows in table.groupby("policy", sort=False):
+        spread = (rows["over_resident"] - rows["least"], rows["most"] - rows["over_resident"])
+        axes.errorbar(100 * rows["of_bf16"], rows["over_resident"], spread, marker=".", capsize=2, label=policy)
+    axes.plot(100 * int8, 1, "k*", label="int8, all resident")
+    axes.axvline(100 * AIM, color="grey", linestyle=":")
+    axes.axhline(BOUND, color="grey", linestyle=":")
+    axes.set(
+        xlabel="fast tier (weights, arena, cache, workspace), % of the bf16 model",
+        ylabel="decode latency over all-resident int8's",
+        xlim=(15, 60),
+    )
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    return save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
