@@ -32,7 +32,8 @@ class ExpectedWait(NamedTuple):
 
     Float32, and flat, as numba takes longer to reshape an array than to go through it; `order` is `values` flat.
 
-    average: (layers * horizons * E,) moving averages of use; feature: their log odds; last: (N,) int64 token of the last use.
+    average: (layers * horizons * E,) moving averages of use; feature: their log odds.
+    last: (N,) int64 token of the last use.
     logits: (2, N) of use at the next visit and of the hazard after it, path aside.
     judged: (1,) the first layer that has chosen and whose logits are not up to date; now: (1,) the token at work.
     known, coming: (2 * N,) path terms from the latest whole token, and from the token at work.
