@@ -4,10 +4,10 @@
 
 CHECKPOINT is a quantised one (`checkpoint.dir=`). Memory is all that the fast tier holds: weights outside the experts,
 the arena with its spare slots, and key-value cache and workspace of a context; its share is of the all-resident bf16
-model's weights alone. One row of each policy has the budget at
-which that is 40 % for the context that is decoded, another the budget at which it is 40 % for a context of 2,048. The plain int8 model, no engine, decodes the same text in step with every
-configuration, a token each in turn, so that other work on the machine meets both; the ratio is the median of the
-tokens', after a third of them, in which the experts come that the text wants. The last line is JSON.
+model's weights alone. One row of each policy has the budget at which that is 40 % for the context that is decoded,
+another the budget at which it is 40 % for a context of 2,048. The plain int8 model, no engine, decodes the same text in
+step with every configuration, a token each in turn, so that other work on the machine meets both; the ratio is the
+median of the tokens', after a third of them, in which the experts come that the text wants. The last line is JSON.
 """
 
 from __future__ import annotations
