@@ -93,10 +93,11 @@ class Assembly:
             self.model = QuantizedModel(self.writer.folder, self.experiment.backend)
             for index in range(self.model.depth if self.deploys else 0):
                 self._keep(self.model.load_layer(index))
-        if self._offload is not None and self._layers:
+        whole = deploy(self.model.assemble(self._layers), self.model, self.experiment.backend)
+        if self._offload is not None and self._layers:  # now, as deploying moves the weights that are in memory
             tokens = None if calibration is None else calibration.tokens
             self._offload.engage(self._layers, passed.routing, tokens, self.experiment.calibration.text)
-        return deploy(self.model.assemble(self._layers), self.model, self.experiment.backend)
+        return whole
 
     def metrics(self) -> dict[str, float]:
         """What offloading and the checkpoint have counted, by full names."""

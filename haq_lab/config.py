@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from haq_lab.checkpoint.model import QuantizedCheckpoint
 from haq_lab.data.calibration import Calibration
 from haq_lab.errors import UserError, invalid, nearest
-from haq_lab.help import KNOWN, options
+from haq_lab.help import GROUPS, KNOWN, options
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.roofline import Hardware
 from haq_lab.measure.study import Measure
@@ -46,6 +47,31 @@ class Experiment:
     offload: Offload | None
     hardware: Hardware | None
     stages: Stages
+
+
+def effective(config: DictConfig) -> DictConfig:
+    """The config without the settings of groups that stand for nothing (`_target_: null`)."""
+    config = config.copy()
+    for group in _idle(config):
+        config[group] = {"_target_": None}
+    return config
+
+
+def refuse_idle(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise `UserError` where settings are given of a group that stands for nothing and was not chosen to: in a sweep
+    over `offload=none,haq`, `offload.budget=40%` is meant for the other option; without either, nothing would use it.
+    """
+    for group in _idle(config):
+        given = [override.partition("=")[0] for override in overrides if override.startswith(f"{group}.")]
+        if given and not any(override.startswith(f"{group}=") for override in overrides):
+            known = ", ".join(option for option in options(group) if option != "none")
+            raise UserError(f"{given[0]}: {group}=none has no use for it; add {group}=OPTION (one of {known})")
+
+
+def _idle(config: DictConfig) -> list[str]:
+    """The groups of which the option `none` is in force."""
+    nodes = {group: config.get(group) for group in GROUPS}
+    return [group for group, node in nodes.items() if isinstance(node, DictConfig) and node.get("_target_", "") is None]
 
 
 def build(config: DictConfig) -> Experiment:

@@ -45,7 +45,7 @@ HEAD = """Squeeze a large language model onto one edge GPU, and measure the pric
   python -m haq_lab.models build OPTION                              make a model that is made here, and check it
   python -m haq_lab.checkpoint inspect|verify|export DIR             a quantised checkpoint
   python -m haq_lab.stages ls|gc                                     what runs have left for one another
-  python -m haq_lab.offload trace|replay|plan ...                    routing traces, policies, what a GPU would do
+  python -m haq_lab.offload trace|replay|plan|profile ...            routing traces, policies, what a GPU would do
 """
 
 TAIL = """
@@ -80,8 +80,14 @@ def _option_lines(path: Path, option: str) -> list[str]:
     lines = [f"  {option:<22}{comments[0] if comments else ''}"]
     if path.parent.name != "experiment":
         settings = [line for line in text.splitlines() if re.match(r"(?!defaults:)[a-z]\w*:", line)]
+        lines += [f"      (as {base}, but)" for base in _bases(text) if settings]
         lines += [f"      {line}" for line in settings]
     return lines
+
+
+def _bases(text: str) -> list[str]:
+    """The options of the same group that an option's file begins with."""
+    return re.findall(r"^  - (?!_self_)(\w+)", text, flags=re.MULTILINE)
 
 
 @contextmanager
@@ -173,6 +179,7 @@ def _unknown_key(key: str) -> str:
 
 
 def _settings(group: str, option: str) -> list[str]:
-    """The settings of an option, by its file."""
-    path = bundled("conf") / group / f"{option}.yaml"
-    return re.findall(r"^(?!defaults:)([a-z]\w*):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    """The settings of an option, by its file and those that it begins with."""
+    text = (bundled("conf") / group / f"{option}.yaml").read_text(encoding="utf-8")
+    own = re.findall(r"^(?!defaults:)([a-z]\w*):", text, flags=re.MULTILINE)
+    return [*own, *(name for base in _bases(text) for name in _settings(group, base))]

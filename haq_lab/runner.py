@@ -14,7 +14,7 @@ from torch import nn
 from haq_lab.assembly import Assembly
 from haq_lab.checkpoint.model import open_model
 from haq_lab.checkpoint.provenance import machine
-from haq_lab.config import Experiment, build
+from haq_lab.config import Experiment, build, effective, refuse_idle
 from haq_lab.data.calibration import refuse_overlap, refuse_same_text
 from haq_lab.data.windows import Windows
 from haq_lab.errors import UserError, invalid
@@ -35,6 +35,7 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
     Returns:
         The metric that `objective` names, for a search; None where it names none.
     """
+    config = effective(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     folder = RunFolder(Path(hydra.runtime.output_dir), plain)
     label = dict(hydra.runtime.choices)
@@ -55,6 +56,7 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
         show_results(done, folder.path)
         return _objective(config.objective, done["metrics"])
     try:
+        refuse_idle(config, hydra.overrides.task)
         experiment = build(config)
         facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
         folder.begin(OmegaConf.to_yaml(config, resolve=True))

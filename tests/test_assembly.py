@@ -33,6 +33,14 @@ def test_another_run_in_the_same_folder_leaves_no_table_of_the_first(tmp_path):
     assert not (tmp_path / "offload.csv").exists()
 
 
+def test_resident_experts_are_held_once(tmp_path):
+    """The budget is a bound on memory: what is resident lies in the engine's arena and nowhere else."""
+    everything = _run(tmp_path / "none", "backend=cpu")["metrics"]["memory.weights_bytes"]
+    metrics = _run(tmp_path / "static", "backend=cpu", *OFFLOADED)["metrics"]
+    arena = metrics["offload.fast_tier_bytes"]  # 8 residents and 4 spare slots of 16 experts
+    assert abs(metrics["memory.weights_bytes"] - (everything - arena * 16 / 12 + arena)) < arena / 12
+
+
 def test_layers_are_kept_only_for_measures_that_deploy(tmp_path):
     metrics = _run(tmp_path, *OFFLOADED, "measure=[perplexity]")["metrics"]
     assert not any(name.startswith("offload.") for name in metrics)

@@ -34,6 +34,11 @@ def test_every_option_and_setting_has_a_line(group):
                 assert line in section
 
 
+def test_an_option_that_begins_with_another_says_so():
+    section = TEXT.split("\noffload: ")[1].split("\n  lru ")[1]
+    assert section.splitlines()[1].strip() == "(as haq, but)"
+
+
 def test_help_loads_no_torch():
     program = (
         "import sys; sys.argv[1:] = ['--help']; from haq_lab.cli import main; main();"

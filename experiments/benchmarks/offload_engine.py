@@ -95,8 +95,10 @@ class Bench:
             policy.decide = lambda resident, missing: [expert for expert in missing if expert % 4 == 0]
         return policy
 
-    def measured(self, *configuration: Any, costs: Costs) -> tuple[list[float], Engine]:
-        """Seconds a token; `costs` are corrected by the run."""
+    def measured(
+        self, *configuration: Any, costs: Costs, before: Callable[[], None] = lambda: None
+    ) -> tuple[list[float], Engine]:
+        """Seconds a token; `costs` are corrected by the run. `before` is called before each."""
         for layer, untouched in zip(self.layers, self.forwards, strict=True):
             layer.mlp.experts.__dict__.clear()  # type: ignore[union-attr]
             layer.mlp.experts.__dict__.update(untouched)  # type: ignore[union-attr]
@@ -106,7 +108,7 @@ class Bench:
         observer = Observer(costs, "max", self.model.depth)
         engine = Engine(self.store, self.policy(*configuration, costs), SPARE, *guesser, observer)
         engine.attach(self.layers, self.model.family.moe)  # type: ignore[arg-type]
-        seconds = decode(self.whole, self.prompt, self.text)
+        seconds = decode(self.whole, self.prompt, self.text, before)
         engine._reader.shutdown()
         return seconds, engine
 

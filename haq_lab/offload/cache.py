@@ -29,7 +29,6 @@ from haq_lab.offload.compiled import innermost
 
 STAYS, HELD = -1, -2  # in `placed`: nobody leaves for the expert; nor does it leave itself
 BLOCK = 64  # values searched at once
-NONE = np.iinfo(np.int64).max
 _TAUGHT: dict[Any, tuple[Any, Any, Any]] = {}  # numba needs to know a rule's functions by the type of its state
 
 
@@ -118,9 +117,16 @@ def visit(state, resident, layer, wanted, counts, tokens, now, per_layer, select
         placed: (E,) int64, filled for those wanted: for an admitted expert layer * E + expert of the one that left,
             else -1.
     """
+    flat = resident.reshape(-1), state.values.reshape(-1)
+    _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed)
+
+
+@innermost
+def _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed):
+    """`flat`: residents and values as vectors (layers * E,), made once, as reshaping takes longer than a visit."""
     layers, count = resident.shape
+    here, (there, values) = resident[layer], flat
     _touch(state, layer, wanted, counts, tokens, now)
-    here, there = resident[layer], resident.reshape(-1)
     missed = 0
     for expert in wanted:
         placed[expert] = STAYS
@@ -129,7 +135,6 @@ def visit(state, resident, layer, wanted, counts, tokens, now, per_layer, select
     if missed == 0 or not _holds(there[first:last], len(wanted)):
         return
     _refresh(state, layer)
-    values = state.values.reshape(-1)
     for expert in wanted:  # what the visit wants does not leave
         if here[expert]:
             here[expert], placed[expert] = False, HELD
@@ -163,13 +168,15 @@ def _least(values, present, first, last):
 
     Block by block, each one's least without its place, so that the inner loop is vector code.
     """
-    block, least = -1, NONE
+    kind = values.dtype.type  # numbers stay as narrow as they are: the fewer bits, the more at once
+    none = kind(np.iinfo(values.dtype).max)
+    block, least = -1, none
     for begin in range(first, last, BLOCK):
         end = min(begin + BLOCK, last)
-        some, there, low = values[begin:end], present[begin:end], NONE  # indices from 0 need no look at their sign
+        some, there, low = values[begin:end], present[begin:end], none  # indices from 0 need no look at their sign
         for index in range(len(some)):
             absent = np.int64(there[index]) - 1  # all bits set, or none
-            low = min(low, some[index] | (absent & NONE))
+            low = min(low, kind(some[index] | (absent & none)))
         if low < least:
             block, least = begin, low
     if block >= 0:
@@ -191,6 +198,7 @@ def replay(state, resident, experts, decode, starts, clock, per_layer, selective
     """
     tokens, layers = experts.shape[:2]
     counts, placed, chosen = room[0], room[1], room[2]
+    flat = resident.reshape(-1), state.values.reshape(-1)
     sequence, token = 0, 0
     while token < tokens:
         if sequence < len(starts) and starts[sequence] == token:
@@ -211,7 +219,7 @@ def replay(state, resident, experts, decode, starts, clock, per_layer, selective
                 tallies.expert_hits[layer] += hit
                 tallies.fetched[layer] += 1 - hit
             now = clock + end - 1
-            visit(state, resident, layer, wanted, counts, end - token, now, per_layer, selective, admit, placed)
+            _visit(state, resident, flat, layer, wanted, counts, end - token, now, per_layer, selective, admit, placed)
             for expert in wanted:
                 counts[expert] = 0
         token = end

@@ -1,12 +1,13 @@
-"""The `haq` rule: the resident expert leaves that promises fewest hits for the time it holds its slot.
+"""The `haq` rule: the resident expert leaves that holds its slot longest for a hit.
 
 A path model (`path_model.py`) says how probably an expert is used at its layer's next visit, p, and at each one
 after that, h. The next visit is d layers away, a sweep over the model is L layers. Keeping the expert until then
-earns p hits in d steps; keeping it until it is used earns one in d + w, w = L (1 - p) / h. The better of the two rates
-is its value: with a known future that is Belady's order, nearest use first.
+earns p hits in d steps, a hit in d / p; keeping it until it is used earns one in d + w, w = L (1 - p) / h. The shorter
+of the two is its cost: with a known future that is Belady's order, nearest use first.
 
 Layers that are still to come in this token are judged by the latest whole token's path, so their p and w stand until
-they are visited and are worked out once a token; those of layers passed change with every choice.
+they are visited and are worked out once a token; those of layers passed change with every choice. What was used lately
+is looked at only when something must leave, or the token ends.
 """
 
 from __future__ import annotations
@@ -22,25 +23,37 @@ from haq_lab.offload.path_model import FORGOTTEN, HORIZONS, LEAST_SHARE, PathMod
 
 F = np.float32
 LINE = 16  # numbers
+LEAST_AVERAGE = F(1e-20)  # what fades below what a float32 holds in full is slow to compute with
+MOST = 0x7F800000  # more than the bits of any cost; those of a positive float32 are ordered as it is
 
 
 class ExpectedWait(NamedTuple):
-    """`rates` (layers, E), whose bits `values` are, and what they are computed from, float32.
+    """`values` (layers, E) is `MOST` minus the bits of `cost` (N,), N = layers * E, which follows from the rest.
 
-    average: (layers, horizons * E) moving averages of use; last: (layers, E) int64 token of the last use.
-    logits: (2, layers, E) of use at the next visit and of the hazard after it, path aside.
-    known, coming: (2, layers, E) path terms from the latest whole token, and from the token at work.
-    tries, wait: (layers, E) 1 / p and w.
-    keep: (horizons * E,) 1 - 1 / horizon; weights: (2, horizons * E) of the averages' log odds; terms: room for both.
-    age: (FORGOTTEN + 1,) log(1 + visits since the last use); age_weight: (2,).
-    row: (layers, E) an expert's layer.
+    Float32, and flat, as numba takes longer to reshape an array than to go through it; `order` is `values` flat.
+
+    average: (layers * horizons * E,) moving averages of use; feature: their log odds.
+    last: (N,) int64 token of the last use.
+    logits: (2, N) of use at the next visit and of the hazard after it, path aside.
+    judged: (1,) the first layer that has chosen and whose logits are not up to date; now: (1,) the token at work.
+    known, coming: (2 * N,) path terms from the latest whole token, and from the token at work.
+    tries, wait: (N,) 1 / p and w.
+    path: (layers, E, 2 * N) the model's; bias: (2, N).
+    keep: (horizons * E,) 1 - 1 / horizon.
+    weights: (horizons + 1, 2) of the averages' log odds and of log(1 + visits since the last use), which `age` holds.
+    row: (N,) an expert's layer.
     """
 
     values: np.ndarray
-    rates: np.ndarray
+    order: np.ndarray
+    cost: np.ndarray
+    bits: np.ndarray
     average: np.ndarray
+    feature: np.ndarray
     last: np.ndarray
     logits: np.ndarray
+    judged: np.ndarray
+    now: np.ndarray
     known: np.ndarray
     coming: np.ndarray
     tries: np.ndarray
@@ -49,9 +62,7 @@ class ExpectedWait(NamedTuple):
     path: np.ndarray
     keep: np.ndarray
     weights: np.ndarray
-    terms: np.ndarray
     age: np.ndarray
-    age_weight: np.ndarray
     row: np.ndarray
 
 
@@ -72,30 +83,32 @@ def _copied(values: NDArray[Any]) -> NDArray[np.float32]:
 def expected_wait(model: PathModel) -> ExpectedWait:
     """The rule before anything was used."""
     layers, count = shape = model.usage.shape
-    size = len(HORIZONS)
-    rates, tries, wait = (_zeros(*shape) for _ in range(3))
-    logits, known, coming = (_zeros(2, *shape) for _ in range(3))
+    total = layers * count
+    cost, tries, wait = (_zeros(total) for _ in range(3))
+    values = _zeros(*shape).view(np.int32)
     state = ExpectedWait(
-        values=rates.view(np.int32),
-        rates=rates,
-        average=_copied(np.tile(model.usage, size)),
-        last=np.full(shape, -FORGOTTEN),
-        logits=logits,
-        known=known,
-        coming=coming,
+        values=values,
+        order=values.reshape(-1),
+        cost=cost,
+        bits=cost.view(np.int32),
+        average=_copied(np.tile(model.usage, len(HORIZONS)).ravel()),
+        feature=_zeros(total * len(HORIZONS)),
+        last=np.full(total, -FORGOTTEN),
+        logits=_zeros(2, total),
+        judged=np.zeros(1, np.int64),
+        now=np.zeros(1, np.int64),
+        known=_zeros(2 * total),
+        coming=_zeros(2 * total),
         tries=tries,
         wait=wait,
-        bias=np.ascontiguousarray(model.bias),
-        path=_copied(model.path.reshape(layers, count, -1)),
+        bias=_copied(model.bias.reshape(2, total)),
+        path=_copied(model.path.reshape(layers, count, 2 * total)),
         keep=_copied(np.repeat(1 - 1 / HORIZONS, count)),
-        weights=_copied(np.repeat(model.recency[:, :size], count, 1)),
-        terms=_zeros(2, size * count),
+        weights=np.ascontiguousarray(model.recency.T, F),
         age=np.log1p(np.arange(FORGOTTEN + 1)).astype(F),
-        age_weight=np.ascontiguousarray(model.recency[:, size]).astype(F),
-        row=_copied(np.repeat(np.arange(layers), count).reshape(shape)),
+        row=_copied(np.repeat(np.arange(layers), count)),
     )
-    for layer in range(layers):
-        _judge(state, layer, 0)
+    _judge(state, layers)
     _expect(state)
     return state
 
@@ -112,18 +125,21 @@ def _touch(state, layer, wanted, counts, tokens, now):
     layers, count = state.values.shape
     if layer == 0:
         state.coming[:] = 0
-    average, keep = state.average[layer], state.keep
+        state.judged[0] = 0
+    state.now[0] = now
+    keep = state.keep
+    average = state.average[layer * len(keep) : (layer + 1) * len(keep)]
     for index in range(len(keep)):
-        average[index] *= keep[index]
+        average[index] = average[index] * keep[index] + LEAST_AVERAGE
     for expert in wanted:
         share = F(counts[expert] / tokens)
         for index in range(expert, len(keep), count):
             average[index] += share * (F(1) - keep[index])
-        state.last[layer, expert] = now
-    _add_paths(state.coming.reshape(-1), state.path[layer], wanted, counts, tokens)
-    _judge(state, layer, now)
+        state.last[layer * count + expert] = now
+    _add_paths(state.coming, state.path[layer], wanted, counts, tokens)
     if layer == layers - 1:
-        known, coming = state.known.reshape(-1), state.coming.reshape(-1)
+        _judge(state, layers)
+        known, coming = state.known, state.coming
         for index in range(len(known)):
             known[index] = coming[index]
         _expect(state)
@@ -146,32 +162,33 @@ def _add_paths(coming, path, wanted, counts, tokens):
 
 
 @innermost
-def _judge(state, layer, now):
-    """The layer's logits from what was used lately."""
-    average, count = state.average[layer], state.values.shape[1]
-    use_terms, hazard_terms = state.terms[0], state.terms[1]
-    use_weights, hazard_weights = state.weights[0], state.weights[1]
+def _judge(state, end):
+    """Logits from what was used lately, of the layers up to `end` that have chosen since they were judged."""
+    count, size, horizons = state.values.shape[1], len(state.keep), len(state.weights) - 1
+    begin, after = state.judged[0], state.now[0] + 1
+    average, feature = state.average[begin * size : end * size], state.feature[begin * size : end * size]
     for index in range(len(average)):
-        feature = _log_odds(average[index])
-        use_terms[index] = use_weights[index] * feature
-        hazard_terms[index] = hazard_weights[index] * feature
-    for expert in range(count):
-        age = state.age[min(now + 1 - state.last[layer, expert], FORGOTTEN)]
-        use = state.bias[0, layer, expert] + state.age_weight[0] * age
-        hazard = state.bias[1, layer, expert] + state.age_weight[1] * age
-        for index in range(expert, len(average), count):
-            use += use_terms[index]
-            hazard += hazard_terms[index]
-        state.logits[0, layer, expert] = use
-        state.logits[1, layer, expert] = hazard
+        feature[index] = _log_odds(average[index])
+    for layer in range(begin, end):
+        feature = state.feature[layer * size : (layer + 1) * size]
+        for expert in range(count):
+            at = layer * count + expert
+            age = state.age[min(after - state.last[at], FORGOTTEN)]
+            next_use = state.bias[0, at] + state.weights[horizons, 0] * age
+            hazard = state.bias[1, at] + state.weights[horizons, 1] * age
+            for horizon in range(horizons):
+                next_use += state.weights[horizon, 0] * feature[horizon * count + expert]
+                hazard += state.weights[horizon, 1] * feature[horizon * count + expert]
+            state.logits[0, at], state.logits[1, at] = next_use, hazard
+    state.judged[0] = end
 
 
 @innermost
 def _expect(state):
     """1 / p and w of all experts by the path that is known."""
-    tries, wait, sweep = state.tries.reshape(-1), state.wait.reshape(-1), F(len(state.values))
-    next_use, hazard = state.logits[0].reshape(-1), state.logits[1].reshape(-1)
-    next_path, hazard_path = state.known[0].reshape(-1), state.known[1].reshape(-1)
+    tries, wait, sweep, total = state.tries, state.wait, F(len(state.values)), len(state.order)
+    next_use, hazard = state.logits[0], state.logits[1]
+    next_path, hazard_path = state.known[:total], state.known[total:]
     for index in range(len(tries)):
         against = _exp_minus(next_use[index] + next_path[index])  # the odds against: p = 1 / (1 + against)
         later = _exp_minus(hazard[index] + hazard_path[index])
@@ -181,24 +198,29 @@ def _expect(state):
 
 @innermost
 def _refresh(state, layer):
-    layers, sweep = len(state.values), F(len(state.values))
+    layers, total, sweep = len(state.values), len(state.order), F(len(state.values))
+    if state.judged[0] <= layer:
+        _judge(state, layer + 1)
     # Layers passed: by the path of the token at work. (Indices from 0, as numba makes vector code of no others.)
-    rates, row = state.rates[: layer + 1].reshape(-1), state.row[: layer + 1].reshape(-1)
-    next_use, hazard = state.logits[0].reshape(-1), state.logits[1].reshape(-1)
-    next_path, hazard_path = state.coming[0].reshape(-1), state.coming[1].reshape(-1)
+    passed = (layer + 1) * state.values.shape[1]
+    cost, row = state.cost[:passed], state.row[:passed]
+    next_use, hazard = state.logits[0], state.logits[1]
+    next_path, hazard_path = state.coming[:total], state.coming[total:]
     ahead = F(layers - layer)
-    for index in range(len(rates)):
+    for index in range(len(cost)):
         against = _exp_minus(next_use[index] + next_path[index])
         later = _exp_minus(hazard[index] + hazard_path[index])
         tries, distance = F(1) + against, row[index] + ahead
-        once = distance * tries  # as below, all times 1 + against
-        rates[index] = tries / min(once * tries, once + sweep * against * (F(1) + later))
+        cost[index] = min(distance * tries, distance + sweep * against * (F(1) + later) / tries)
     # Layers to come: by the latest whole token's.
-    rates, row = state.rates[layer + 1 :].reshape(-1), state.row[layer + 1 :].reshape(-1)
-    tries_known, wait = state.tries[layer + 1 :].reshape(-1), state.wait[layer + 1 :].reshape(-1)
-    for index in range(len(rates)):
+    cost, row = state.cost[passed:], state.row[passed:]
+    tries_known, wait = state.tries[passed:], state.wait[passed:]
+    for index in range(len(cost)):
         distance = row[index] - F(layer)
-        rates[index] = F(1) / min(distance * tries_known[index], distance + wait[index])
+        cost[index] = min(distance * tries_known[index], distance + wait[index])
+    values, bits = state.order, state.bits
+    for index in range(len(values)):
+        values[index] = MOST - bits[index]
 
 
 @innermost

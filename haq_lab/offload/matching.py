@@ -23,22 +23,47 @@ LEAST = 1e-3  # share: it lets distance decide between experts that the nearest 
 
 
 class Matching(NamedTuple):
-    """`current` (layers, E) counts of this sequence; `past` (n, layers, E) row-normalised; `nearest` (1,) its index;
-    `priority` (layers, E) float32, whose bits `values` are."""
+    """What similarities follow from is kept up to date, a choice at a time: they are wanted at every token.
+
+    priority: (layers * E,) float32, whose bits `values` are; flat, as numba takes long to reshape.
+    past: (n, layers * E) row-normalised; directions: (layers, E, n) its rows as unit vectors.
+    current: (layers, E) counts of this sequence; squares: (layers,) of their rows' lengths.
+    products: (layers, n) of current rows and directions; similarity: (n,) room for their sum.
+    nearest: (1,) index of the most similar.
+    falloff: (2 * layers * E,): from row layers - 1 - layer on, what distance leaves of a share, seen from `layer`.
+    """
 
     values: np.ndarray
     priority: np.ndarray
-    current: np.ndarray
     past: np.ndarray
+    directions: np.ndarray
+    current: np.ndarray
+    squares: np.ndarray
+    products: np.ndarray
+    similarity: np.ndarray
     nearest: np.ndarray
+    falloff: np.ndarray
 
 
 def matching(trace: Trace) -> Matching:
     """The rule with the activation matrices of a calibration trace."""
     past = activation_matrices(trace)
-    shape = trace.layers, trace.expert_count
-    priority, current = (np.zeros(shape, np.float32) for _ in range(2))
-    return Matching(priority.view(np.int32), priority, current, past, np.zeros(1, np.int64))
+    shape = layers, count = trace.layers, trace.expert_count
+    priority = np.zeros(shape, np.float32)
+    lengths = np.linalg.norm(past.astype(np.float64), axis=-1, keepdims=True)
+    left = 1 - np.arange(1, layers + 1) / (layers + 1)
+    return Matching(
+        values=priority.view(np.int32),
+        priority=priority.reshape(-1),
+        past=past.reshape(len(past), -1),
+        directions=np.ascontiguousarray((past / lengths).transpose(1, 2, 0)),
+        current=np.zeros(shape),
+        squares=np.zeros(layers),
+        products=np.zeros((layers, len(past))),
+        similarity=np.zeros(len(past)),
+        nearest=np.zeros(1, np.int64),
+        falloff=np.repeat(np.tile(left, 2), count),
+    )
 
 
 def activation_matrices(trace: Trace) -> NDArray[np.float32]:
@@ -57,44 +82,48 @@ def activation_matrices(trace: Trace) -> NDArray[np.float32]:
 @innermost
 def _begin(state):
     state.current[:] = 0
+    state.squares[:] = 0
+    state.products[:] = 0
     state.nearest[0] = 0
 
 
 @innermost
 def _touch(state, layer, wanted, counts, tokens, now):
+    products = state.products[layer]
     for expert in wanted:
-        state.current[layer, expert] += counts[expert]
+        count, before = np.float64(counts[expert]), state.current[layer, expert]
+        state.current[layer, expert] = before + count
+        state.squares[layer] += count * (2 * before + count)
+        direction = state.directions[layer, expert]
+        for index in range(len(products)):
+            products[index] += count * direction[index]
     if layer == len(state.values) - 1:
-        state.nearest[0] = _match(state.current, state.past)
+        state.nearest[0] = _match(state.squares, state.products, state.similarity)
 
 
 @innermost
-def _match(current, past):
-    """The past matrix with the largest mean cosine similarity over the layers."""
-    best, best_similarity = 0, -1.0
-    for index in range(len(past)):
-        similarity = 0.0
-        for layer in range(current.shape[0]):
-            product, one, other = 0.0, 0.0, 0.0
-            for expert in range(current.shape[1]):
-                product += current[layer, expert] * past[index, layer, expert]
-                one += current[layer, expert] ** 2
-                other += past[index, layer, expert] ** 2
-            if one > 0 and other > 0:
-                similarity += product / np.sqrt(one * other)
-        if similarity > best_similarity:
-            best, best_similarity = index, similarity
+def _match(squares, products, similarity):
+    """The past matrix with the largest cosine similarity, summed over the layers."""
+    similarity[:] = 0
+    for layer in range(len(squares)):
+        if squares[layer] > 0:
+            scale, row = 1 / np.sqrt(squares[layer]), products[layer]
+            for index in range(len(similarity)):
+                similarity[index] += scale * row[index]
+    best = 0
+    for index in range(1, len(similarity)):
+        if similarity[index] > similarity[best]:
+            best = index
     return best
 
 
 @innermost
 def _refresh(state, layer):
     layers, count = state.values.shape
-    predicted = state.past[state.nearest[0]]
-    for row in range(layers):
-        distance = row - layer if row > layer else row - layer + layers
-        for expert in range(count):
-            state.priority[row, expert] = (predicted[row, expert] + LEAST) * (1 - distance / (layers + 1))
+    priority, predicted = state.priority, state.past[state.nearest[0]]
+    falloff = state.falloff[(layers - 1 - layer) * count :]
+    for index in range(len(priority)):
+        priority[index] = (predicted[index] + LEAST) * falloff[index]
 
 
 teach(Matching, _touch, _begin, _refresh)

@@ -1,4 +1,4 @@
-"""The compiled rule against the definition, written down in plain float64: p, h, the two rates, and who leaves."""
+"""The compiled rule against the definition, written down in plain float64: p, h, the two costs, and who leaves."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Plain:
         if layer == layers - 1:
             self.known = self.coming
 
-    def rates(self, layer):
+    def costs(self, layer):
         layers = len(self.model.usage)
         age = np.minimum(np.maximum(self.seen[:, None], 0) + 1 - self.last, FORGOTTEN)
         features = np.concatenate([log_odds.py_func(self.average), np.log(1 + age)[..., None]], -1)
@@ -55,11 +55,11 @@ class Plain:
         path = np.where(passed, self.coming, self.known if layer < layers - 1 else self.coming)
         p, h = 1 / (1 + np.exp(-np.clip(logits + path, -10, 10)))
         distance = np.where(passed, layers, 0) + np.arange(layers)[:, None] - layer
-        return np.maximum(p / distance, 1 / (distance + layers * (1 - p) / h))
+        return np.minimum(distance / p, distance + layers * (1 - p) / h)
 
 
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (7, 3), (20, 1)])
-def test_rates_are_the_definitions(make_trace, experts, k):
+def test_costs_are_the_definitions(make_trace, experts, k):
     trace = make_trace(tokens=40, layers=3, experts=experts, k=k)
     model = model_for(trace)
     state, plain = expected_wait(model), Plain(model)
@@ -73,8 +73,8 @@ def test_rates_are_the_definitions(make_trace, experts, k):
             cache.visit(state, resident, layer, wanted, counts, 1, token, *switches)
             plain.touch(layer, wanted, token)
             if missed:
-                np.testing.assert_allclose(state.rates, plain.rates(layer), rtol=5e-3)
-    np.testing.assert_array_equal(state.values, state.rates.view(np.int32))
+                np.testing.assert_allclose(state.cost.reshape(3, experts), plain.costs(layer), rtol=5e-3)
+    np.testing.assert_array_equal(np.argsort(state.values.ravel()), np.argsort(-state.cost))
 
 
 def test_who_leaves_is_the_one_that_promises_least(make_trace):
@@ -88,7 +88,8 @@ def test_who_leaves_is_the_one_that_promises_least(make_trace):
             before[layer, visit.wanted] = False
             if len(visit.replaces) == 1:
                 (gone,) = visit.replaces.values()
-                assert policy.state.rates[gone] == policy.state.rates[before].min()
+                cost = policy.state.cost.reshape(before.shape)
+                assert cost[gone] == cost[before].max()
                 left += 1
     assert left > 20
 

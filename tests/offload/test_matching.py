@@ -30,3 +30,22 @@ def test_a_sequence_is_matched_with_itself(make_trace):
                     state, resident, layer, np.flatnonzero(counts), counts, 1, token, False, False, admit, placed
                 )
         assert state.nearest[0] == sequence
+
+
+def test_the_nearest_is_the_definitions(make_trace):
+    """Kept up to date a choice at a time, it is the one that cosine similarity from scratch finds."""
+    trace = make_trace(tokens=2000, layers=3, sequences=20)
+    state, past = matching(trace.part(slice(0, 10))), activation_matrices(trace.part(slice(0, 10)))
+    resident, admit, placed = np.ones((3, 8), bool), np.ones(8, bool), np.zeros(8, np.int64)
+    seen, found = np.zeros((3, 8)), set()
+    cache.begin(state)
+    for token, chosen in enumerate(trace.part(slice(10, 11)).experts):
+        for layer in range(3):
+            counts = np.bincount(chosen[layer], minlength=8)
+            seen[layer] += counts
+            cache.visit(state, resident, layer, np.flatnonzero(counts), counts, 1, token, False, False, admit, placed)
+        lengths = np.linalg.norm(past, axis=-1) * np.linalg.norm(seen, axis=-1)
+        similarity = ((past * seen).sum(-1) / lengths).sum(-1)
+        assert similarity[state.nearest[0]] > similarity.max() - 1e-6
+        found.add(int(state.nearest[0]))
+    assert len(found) > 1

@@ -34,6 +34,16 @@ def test_hardware_is_what_the_predictor_decides_for_and_what_is_simulated(tmp_pa
     assert record["metrics"]["simulated.rtx3060_12g.latency.decode_ms_per_token.mean"] > 0
 
 
+def test_a_sweep_over_options_takes_settings_that_one_of_them_has_no_use_for(tmp_path):
+    settings = ["quantizer=none", "offload=none,static", "offload.budget=75%"]
+    done = launch("-m", *SMALL, *settings, f"hydra.sweep.dir={tmp_path}")
+    assert done.code == 0, done.err
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*/results.json")]
+    by_option = {record["run"]["offload"]: record["config"]["offload"] for record in records}
+    assert by_option["none"] == {"_target_": None}
+    assert by_option["static"]["budget"] == "75%"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -44,6 +54,8 @@ def test_hardware_is_what_the_predictor_decides_for_and_what_is_simulated(tmp_pa
         (["offload=lru", "offload.host_format=bf16"], "offload.host_format: 'bf16' needs a GPU's fast tier"),
         (["offload=lru", "hardware=rtx3060"], "hardware: 'rtx3060' is not one of a100_80g"),
         (["hardware=rtx3060_12g"], "is for runs that offload experts"),
+        (["offload.budget=40%"], "offload.budget: offload=none has no use for it; add offload=OPTION (one of all_gpu,"),
+        (["offload=none", "offload.bugdet=40%"], "offload.bugdet: there is no such setting in the options chosen (did"),
     ],
 )
 def test_mistakes_end_with_code_2(tmp_path, options, message):
