@@ -113,6 +113,8 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
     if experiment.quantizer is not None and experiment.quantizer.needs.hessian:
         memory += SOLVER * FLOAT * size.widest**2 + HESSIAN_BYTES
     memory += _deployed_bytes(experiment, size)
+    if experiment.quantizer is not None and experiment.quantizer.head:
+        memory += size.shell  # at most: the head alone, in int8
     gpu = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
     needs = [
         Need("memory", memory, psutil.virtual_memory().available),

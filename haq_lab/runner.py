@@ -77,6 +77,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         # 1. The model's shell and the texts.
         progress.stage(f"model {experiment.model.label}")
         model = open_model(experiment.model, experiment.backend)
+        if experiment.quantizer is not None and experiment.quantizer.head:
+            model.quantize_head(experiment.backend)
         evaluation, calibration = _texts(experiment, model)
         tokens = {name: windows.tokens for name, windows in evaluation.items()}
         folder.event("loaded", model=str(model.folder), depth=model.depth)

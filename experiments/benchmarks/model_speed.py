@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.deploy import deploy, rounded
+from haq_lab.int8.deploy import deploy
+from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import WheelModel
 from haq_lab.models.tables import Head
@@ -61,7 +62,7 @@ def whole(
     one_pass(model, quantizer, backend, None, "fp", {}, lambda index, layer: layers.append(layer))
     assembled: Any = model.assemble(layers)
     if head == torch.int8:
-        assembled.lm_head = rounded(assembled.lm_head, backend)
+        assembled.lm_head = Int8Linear.rounded(assembled.lm_head, backend)
     elif head != torch.float32:
         assembled.lm_head = Head(copy.deepcopy(assembled.lm_head).to(head))
     return deploy(assembled, model, backend) if fused else assembled

@@ -38,11 +38,13 @@ def export(folder: Path, target: Path) -> None:
     """Write the checkpoint in `folder` to the new folder `target`, one layer in memory at a time.
 
     Raises:
-        UserError: The checkpoint is damaged, or `target` is there already.
+        UserError: The checkpoint is damaged or has an int8 head, or `target` is there already.
     """
     if target.exists():
         raise UserError(f"export: '{target}' is there already; name a new folder")
     model = QuantizedModel(folder, ReferenceBackend())
+    if model.int8_head is not None:
+        raise UserError(f"export: the head of '{folder}' is in int8, which is not exported: use quantizer.head=false")
     packed = model.family.moe is not None
     schemes: dict[str, str] = {}
     with folder_written_aside(target) as aside:

@@ -54,6 +54,8 @@ class QuantizedModel(LayeredModel):
         for file in self.manifest.files:
             self.manifest.check_file(folder, file)
         super().__init__(folder)
+        if has_int8_head(folder):
+            self.quantize_head(backend)
 
     def outside(self) -> dict[str, Tensor]:
         return read_shard(self.folder, self.manifest.shard(self.folder, REST))[0]
@@ -69,6 +71,12 @@ class QuantizedModel(LayeredModel):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
         schemes = {name.removeprefix(prefix): scheme for name, scheme in json.loads(metadata["schemes"]).items()}
         return int8_layer(self, index, tensors, schemes, self.backend, str(self.folder / file))
+
+
+def has_int8_head(folder: Path) -> bool:
+    """Whether a quantised checkpoint's head computes in int8 (`quantizer.head`); its file has the float one."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return bool(config["quantization_config"].get("int8_head", False))
 
 
 def open_model(source: ModelSource, backend: Backend) -> LayeredModel:

@@ -121,7 +121,8 @@ class CheckpointWriter:
         shards = {shard.file: shard for shard in [write_shard(self.folder / REST, rest, {}), *self.shards]}
         self.model.tokenizer().save_pretrained(self.folder)
         config = json.loads(self.model.config.to_json_string())
-        config["quantization_config"] = {"quant_method": METHOD, "provenance": self.provenance}
+        head = self.model.int8_head is not None  # made again on reading: it follows from the float one
+        config["quantization_config"] = {"quant_method": METHOD, "int8_head": head, "provenance": self.provenance}
         write_json(self.folder / "config.json", config)
         others = (path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
         files = {path.name: sha256(path) for path in sorted(others) if path.name not in {*shards, FILE}}

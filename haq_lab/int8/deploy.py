@@ -20,7 +20,6 @@ from haq_lab.int8.decoder import NativeStack, stacked
 from haq_lab.int8.joint import Joint, can_join
 from haq_lab.int8.layer_parts import LayerParts
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.int8.numerics import round_to_grid, scale_of
 from haq_lab.models.families import Group
 
 if TYPE_CHECKING:
@@ -65,12 +64,3 @@ def lay_side_by_side(layers: Iterable[nn.Module]) -> None:
         sizes = [holder.packed.numel() for holder in holders]
         for holder, place in zip(holders, native.huge_pages(sum(sizes)).split(sizes), strict=True):
             holder.hold(place.view_as(holder.packed).copy_(holder.packed))
-
-
-def rounded(linear: nn.Linear, backend: Backend) -> Int8Linear:
-    """A linear outside the decoder layers (the head) in int8: rounded to nearest, activations per token."""
-    weight = linear.weight.detach().float()
-    scale = scale_of(weight.abs().amax(dim=1))
-    levels = round_to_grid(weight, scale[:, None]).to(torch.int8)
-    bias = None if linear.bias is None else linear.bias.detach().float()
-    return Int8Linear(levels, scale, bias, "token", None, backend)

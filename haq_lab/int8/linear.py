@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.joint import Joint
-from haq_lab.int8.numerics import Activations
+from haq_lab.int8.numerics import Activations, round_to_grid, scale_of
+
+ROWS = 4096  # of a table, widened at a time
 
 
 class Int8Linear(nn.Module):
@@ -25,6 +27,7 @@ class Int8Linear(nn.Module):
         scheme: How activations are quantised.
         input_scale: float32 scalar, for the static scheme.
         backend: What computes it.
+        copied: Whether the model holds the weights in float as well, so that they count once (a tied head).
     """
 
     packed: Tensor
@@ -40,8 +43,10 @@ class Int8Linear(nn.Module):
         scheme: Activations,
         input_scale: Tensor | None,
         backend: Backend,
+        copied: bool = False,
     ):
         super().__init__()
+        self.copied = copied
         self.out_features, self.in_features = weight.shape
         self.register_buffer("packed", backend.pack(weight), persistent=False)
         self.register_buffer("weight_scale", weight_scale)
@@ -56,6 +61,17 @@ class Int8Linear(nn.Module):
     def weight(self) -> Tensor:
         """The int8 levels (n, k): the held tensor itself where the backend does not pack, else a copy."""
         return self.backend.unpack(self.packed, self.out_features, self.in_features)
+
+    @classmethod
+    def rounded(cls, linear: nn.Linear, backend: Backend, copied: bool = False) -> Int8Linear:
+        """A linear rounded to nearest, activations per token: for what lies outside the decoder layers."""
+        weight = linear.weight.detach()
+        scale = scale_of(weight.abs().amax(dim=1))
+        levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for rows, own, out in zip(weight.split(ROWS), scale.split(ROWS), levels.split(ROWS), strict=True):
+            out.copy_(round_to_grid(rows.float(), own[:, None]))
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        return cls(levels, scale, bias, "token", None, backend, copied)
 
     def hold(self, packed: Tensor) -> None:
         """Keep the packed weights in this tensor, which has the same values."""
@@ -114,7 +130,7 @@ def parameter_count(module: nn.Module) -> int:
         if name.rpartition(".")[2] in ("weight", "bias") and tensor is not None
     }
     for linear in module.modules():
-        if isinstance(linear, Int8Linear):
+        if isinstance(linear, Int8Linear) and not linear.copied:
             tensors[linear.packed.data_ptr()] = linear.out_features * linear.in_features
     return sum(tensors.values())
 

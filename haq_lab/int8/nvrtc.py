@@ -124,13 +124,22 @@ def default_compiler(major: int | None = None) -> Compiler:
 def cubin_file(module: str, architecture: int, compiler: Compiler) -> Path:
     """The compiled `kernels/<module>.cu` on disk, made on first use.
 
-    The name is a digest of all that determines the code, so a changed source or compiler makes a new file.
+    The name holds a digest of all that determines the code, so a changed source or compiler makes a new file, and one
+    of the content: a file that was damaged is not loaded but made again.
     """
     source = module_source(module)
-    key = repr((compiler.version, architecture, OPTIONS, source)).encode()
-    path = cache_folder() / "cuda" / f"{module}-sm_{architecture}-{hashlib.sha256(key).hexdigest()[:16]}.cubin"
-    if not path.exists():
-        cubin = compiler.compile(source, architecture, f"{module}.cu").cubin
-        with written_aside(path) as aside:
-            aside.write_bytes(cubin)
+    key = _digest(repr((compiler.version, architecture, OPTIONS, source)).encode())
+    folder, stem = cache_folder() / "cuda", f"{module}-sm_{architecture}-{key}"
+    for path in folder.glob(f"{stem}.*.cubin"):
+        if path.name == f"{stem}.{_digest(path.read_bytes())}.cubin":
+            return path
+        path.unlink()
+    cubin = compiler.compile(source, architecture, f"{module}.cu").cubin
+    path = folder / f"{stem}.{_digest(cubin)}.cubin"
+    with written_aside(path) as aside:
+        aside.write_bytes(cubin)
     return path
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

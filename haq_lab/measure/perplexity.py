@@ -57,7 +57,7 @@ def score(model: LayeredModel, windows: Tensor, hidden: Mapping[Level, Tensor], 
     for number, window in enumerate(windows):
         targets = window[1:]
         log_probabilities = {
-            level: F.log_softmax(model.head(states[number : number + 1])[0, :-1].float(), dim=-1)
+            level: F.log_softmax(model.head(states[number : number + 1], level == "quantized")[0, :-1].float(), dim=-1)
             for level, states in hidden.items()
         }
         for level, values in log_probabilities.items():

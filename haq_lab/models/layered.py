@@ -18,7 +18,7 @@ import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -27,6 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 
 from haq_lab.errors import UserError
+from haq_lab.int8.backend import Backend
+from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.experts import Experts, split_fused
 from haq_lab.models.families import Family, family_of, refuse_unknown
 from haq_lab.models.tables import hold_as_stored, tables_of
@@ -34,6 +36,7 @@ from haq_lab.models.weights import Weights
 from haq_lab.quiet import quiet_transformers
 
 TOKENS_PER_BATCH = 4096  # bounds the activations in memory; larger gains nothing on a CPU
+M = TypeVar("M", bound=nn.Module)
 Room = Callable[..., Tensor]  # as `torch.empty`: shape, dtype -> tensor
 COMPUTED = "rotary_emb.inv_freq"  # old checkpoints hold it in every layer, though it follows from the config
 
@@ -67,6 +70,7 @@ class LayeredModel:
         self.depth: int = self.config.num_hidden_layers
         self._layer_class = self._find_layer_class()
         self.shell = self._build_shell()
+        self.int8_head: Int8Linear | None = None
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 
     @cached_property
@@ -192,13 +196,22 @@ class LayeredModel:
         """One decoder layer over one batch (n, t, d)."""
         return layer(hidden, **self._arguments_for(hidden.shape[1])[index])
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states after the last layer (n, t, d) -> logits (n, t, vocabulary)."""
+    def quantize_head(self, backend: Backend) -> None:
+        """Make the int8 head, beside the float one: assembled models have it. A tied embedding stays as it is."""
+        head, embeddings = self.shell.get_output_embeddings(), self.shell.get_input_embeddings()
+        self.int8_head = Int8Linear.rounded(head, backend, copied=head.weight is embeddings.weight)
+
+    def head(self, hidden: Tensor, quantized: bool = False) -> Tensor:
+        """Hidden states after the last layer (n, t, d) -> logits (n, t, vocabulary).
+
+        `quantized`: by the int8 head, where there is one.
+        """
         recorder, device = self.recorders[-1], self.shell.device  # a deployed model's, which shares these weights
         recorder.replay = hidden.to(device)
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
         try:
-            return self.shell(tokens, use_cache=False).logits.to(hidden.device)
+            shell = self._with_int8_head() if quantized else self.shell
+            return shell(tokens, use_cache=False).logits.to(hidden.device)
         finally:
             recorder.replay = None
 
@@ -220,7 +233,8 @@ class LayeredModel:
 
     def assemble(self, layers: list[nn.Module]) -> nn.Module:
         """The whole transformers model with `layers` in place: for generation and latency."""
-        whole = parent = _shallow(self.shell)
+        whole = self._with_int8_head()
+        parent: nn.Module = whole
         *path, name = self.family.layers.split(".")
         for part in path:
             child = _shallow(parent.get_submodule(part))
@@ -229,13 +243,20 @@ class LayeredModel:
         parent._modules[name] = nn.ModuleList(layers)
         return whole
 
+    def _with_int8_head(self) -> PreTrainedModel:
+        """A shallow copy of the shell, its head in int8 where there is such a one."""
+        twin = _shallow(self.shell)
+        if self.int8_head is not None:
+            twin.set_output_embeddings(self.int8_head)
+        return twin
+
     @property
     def max_tokens(self) -> int:
         """The longest window that the model has positions for."""
         return self.config.max_position_embeddings
 
 
-def _shallow(module: nn.Module) -> nn.Module:
+def _shallow(module: M) -> M:
     """A copy that shares the parameters and the children, and can be given others."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)

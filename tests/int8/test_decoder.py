@@ -11,7 +11,7 @@ from haq_lab.int8 import native
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.decoder import NativeStack, stacked
-from haq_lab.int8.deploy import deploy, join, rounded
+from haq_lab.int8.deploy import deploy, join
 from haq_lab.int8.layer_parts import LayerParts
 from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_bytes
 from haq_lab.models.families import family_of
@@ -36,7 +36,7 @@ def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=
     layer = LlamaDecoderLayer(config, 0).eval().requires_grad_(False)
     for name, module in list(layer.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            layer.set_submodule(name, rounded(module, backend))
+            layer.set_submodule(name, Int8Linear.rounded(module, backend))
     layer.input_layernorm.weight.uniform_(0.5, 1.5)
     groups = family_of(config).resolve(config)
     join(layer, groups)
@@ -187,8 +187,8 @@ def test_batches_masks_and_later_parts_go_the_layers_own_way(pair):
     assert b.cache.get_seq_length() == 40
 
 
-def test_a_rounded_head_is_int8():
+def test_a_rounded_linear_is_int8():
     head = torch.nn.Linear(64, 257, bias=False)
-    small = rounded(head, CpuBackend())
+    small = Int8Linear.rounded(head, CpuBackend())
     torch.testing.assert_close(to_float(small), head.weight, atol=float(head.weight.abs().max()) / 250, rtol=0)
     assert small.weight.dtype == torch.int8

@@ -1,6 +1,7 @@
 """Seeded bugs: one change of the source each, which the checks must notice in every kernel it touches.
 
-A bug is a text replacement in a copy of `kernels/`, so the product's sources carry nothing for it.
+A bug is a text replacement in a copy of `kernels/`, so the product's sources carry nothing for it. Five kinds of bugs
+there must be for every kernel, or a reason why it can have none (`matrix`).
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.launch import SMALL
+from haq_lab.int8.launch import LARGE, MEDIUM, SMALL, Tile
 from haq_lab.int8.sources import kernel_folder
 
 from .checks import check_dequant, check_grouped, check_product, check_quantize
@@ -24,54 +26,106 @@ F32 = torch.float32
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel, where it is, and a check whose shape reaches its edges and all of its pipeline."""
+    """A kernel, where it is, and a check whose shape reaches its edges and all of its pipeline.
+
+    `beside`: another kernel of the module that the check launches too.
+    """
 
     module: str
     name: str
     check: Callable[[Kernels], None]
+    beside: str | None = None
+
+    @property
+    def form(self) -> str:
+        """Its name without the type of its floats: the kernels of one form have one source."""
+        return self.name.removesuffix("_f32").removesuffix("_f16")
 
 
-def _quantizes(kind: str) -> Callable[[Kernels], None]:
-    return lambda kernels: check_quantize(kernels, kind, 3, 1040, F32, static=False, seed=0)
+def _quantizes(kind: str) -> Kernel:
+    name = f"{kind}_quantize_f32".removeprefix("plain_")
+    return Kernel("quantize", name, lambda kernels: check_quantize(kernels, kind, 3, 1040, F32, static=False, seed=0))
 
 
-GEMM = Kernel(
+def _rows(tile: Tile) -> int:
+    """A whole tile and a ragged one; of the larger tiles a ragged one alone, for they take the interpreter seconds."""
+    return tile.rows + 3 if tile == SMALL else tile.rows - 3
+
+
+def _multiplies(tile: Tile) -> Kernel:
+    """More steps of K than there are stages."""
+
+    def check(kernels: Kernels) -> None:
+        m, n = _rows(tile), tile.columns - 3
+        check_product(kernels, m, n, 400, F32, bias=True, seed=0, tile=tile, split=1)
+
+    return Kernel("gemm", f"gemm_{tile.name}_f32", check)
+
+
+def _sums(tile: Tile) -> Kernel:
+    """The same as raw sums of two parts of K, the second one ragged."""
+
+    def check(kernels: Kernels) -> None:
+        m, n = _rows(tile), tile.columns - 3
+        check_product(kernels, m, n, 592, F32, bias=False, seed=0, call="accumulate", tile=tile, split=2)
+
+    return Kernel("gemm", f"gemm_{tile.name}_i32", check)
+
+
+def _groups(tile: Tile) -> Kernel:
+    """A few rows of one expert, none of the next, the most of the last."""
+
+    def check(kernels: Kernels) -> None:
+        counts = [3, 0, _rows(tile) - 1]
+        check_grouped(kernels, counts, tile.columns - 3, 400, F32, bias=True, seed=0, tile=tile)
+
+    return Kernel("grouped", f"grouped_{tile.name}_f32", check)
+
+
+def _decodes(rows: int) -> Kernel:
+    m = rows - (rows > 2)
+    return Kernel(
+        "gemv",
+        f"gemv_{rows}_f32",
+        lambda kernels: check_product(kernels, m, 13, 1040, F32, bias=True, seed=0, call="gemv"),
+    )
+
+
+GEMM, SPLIT, GROUPED, GEMV = _multiplies(SMALL), _sums(SMALL), _groups(SMALL), _decodes(4)
+FINISH = Kernel(
     "gemm",
-    "gemm_16x64_f32",
-    lambda kernels: check_product(kernels, 19, 61, 400, F32, bias=True, seed=0, tile=SMALL, split=1),
+    "finish_f32",
+    lambda kernels: check_product(kernels, 3, 150, 592, F32, bias=True, seed=0, tile=SMALL, split=2),
+    beside="gemm_16x64_i32",
 )
-SPLIT = Kernel(
-    "gemm",
-    "gemm_16x64_i32",
-    lambda kernels: check_product(
-        kernels, 19, 61, 592, F32, bias=False, seed=0, call="accumulate", tile=SMALL, split=2
-    ),
-)
-GROUPED = Kernel(
-    "grouped",
-    "grouped_16x64_f32",
-    lambda kernels: check_grouped(kernels, [3, 0, 18], 61, 400, F32, bias=True, seed=0, tile=SMALL),
-)
-GEMV = Kernel(
-    "gemv",
-    "gemv_4_f32",
-    lambda kernels: check_product(kernels, 3, 13, 1040, F32, bias=True, seed=0, call="gemv"),
-)
-DEQUANT = Kernel("dequant", "dequant_f16", lambda kernels: check_dequant(kernels, 3, 208, torch.float16, seed=0))
-QUANTIZE = Kernel("quantize", "quantize_f32", _quantizes("plain"))
-SWIGLU = Kernel("quantize", "swiglu_quantize_f32", _quantizes("swiglu"))
-RMSNORM = Kernel("quantize", "rmsnorm_quantize_f32", _quantizes("rmsnorm"))
-LAYERNORM = Kernel("quantize", "layernorm_quantize_f32", _quantizes("layernorm"))
+DEQUANT = Kernel("dequant", "dequant_f16", lambda kernels: check_dequant(kernels, 3, 2192, torch.float16, seed=0))
+QUANTIZE, SWIGLU, RMSNORM, LAYERNORM = map(_quantizes, ("plain", "swiglu", "rmsnorm", "layernorm"))
 
-TILED = (GEMM, GROUPED)
-ROWWISE = (QUANTIZE, SWIGLU, RMSNORM, LAYERNORM)
-ALL = (*TILED, SPLIT, GEMV, DEQUANT, *ROWWISE)
+LARGER = tuple(make(tile) for make in (_multiplies, _sums, _groups) for tile in (LARGE, MEDIUM))
+TILED = (GEMM, SPLIT, GROUPED, *LARGER)
+SMALLEST = (GEMM, GROUPED)  # where one tile size is enough: nothing in the changed line depends on it
+GEMVS = (_decodes(1), _decodes(2), GEMV, _decodes(8))
+ONCE = (QUANTIZE, SWIGLU)
+TWICE = (RMSNORM, LAYERNORM)
+ROWWISE = (*ONCE, *TWICE)
+ALL = (*TILED, FINISH, *GEMVS, DEQUANT, *ROWWISE)
+FEW = (GEMM, SPLIT, GROUPED, FINISH, GEMV, DEQUANT, *ROWWISE)  # one of each source
+
+READ, OVERWRITE, WAIT, LANES, BOUND = KINDS = (
+    "barrier before a read",
+    "barrier before an overwrite",
+    "wait too weak",
+    "lane map",
+    "bound off by one",
+)
+OTHER = "other"
 
 
 @dataclass(frozen=True)
 class Bug:
     """`old` becomes `new` in `kernels/<file>`; `asynchronous`: only where there is cp.async (sm_80 and later)."""
 
+    kind: str
     name: str
     file: str
     old: str
@@ -83,70 +137,70 @@ class Bug:
 STEP_BARRIER = (
     "    __syncthreads();             // ... and everyone's; and everyone is done with the buffer that is filled next\n"
 )
-WAIT = "    copy_wait<T::STAGES - 2>();  // this thread's part of the step has landed ...\n"
+STEP_WAIT = "    copy_wait<T::STAGES - 2>();  // this thread's part of the step has landed ...\n"
 REFILL = """    int next = step + T::STAGES - 1;
     if (next < steps) copy_step<T>(shared + filling * T::STAGE_BYTES, in, next);
 """
+W_LANES = "(lane & 7) + (lane >> 4) * 8, 2 * half + ((lane >> 3) & 1)"
+COPY_BOUND = "row < rows && k < k_end"
+GROUPS = "group < groups; group += blockDim.x) {\n    Eight e = unread"
 
 BUGS = (
-    Bug("no barrier before the tile is read", "tile.cuh", STEP_BARRIER, "", TILED),
+    Bug(READ, "no barrier before the tile is read", "tile.cuh", STEP_BARRIER, "", TILED),
     Bug(
+        OVERWRITE,
         "buffer refilled before the barrier",
         "tile.cuh",
-        WAIT + STEP_BARRIER + REFILL,
-        REFILL + WAIT + STEP_BARRIER,
+        STEP_WAIT + STEP_BARRIER + REFILL,
+        REFILL + STEP_WAIT + STEP_BARRIER,
         TILED,
     ),
     Bug(
+        WAIT,
         "wait too weak by one stage",
         "tile.cuh",
         "copy_wait<T::STAGES - 2>",
         "copy_wait<T::STAGES - 1>",
         TILED,
-        True,
+        asynchronous=True,
     ),
-    Bug("no commit of a step", "tile.cuh", "    copy_commit();  // an empty", "    // an empty", TILED, True),
     Bug(
-        "wrong lane map of w",
+        WAIT,
+        "no commit of a step",
         "tile.cuh",
-        "(lane & 7) + (lane >> 4) * 8, 2 * half + ((lane >> 3) & 1)",
-        "(lane & 15), 2 * half + (lane >> 4)",
-        TILED,
+        "    copy_commit();  // an empty",
+        "    // an empty",
+        SMALLEST,
+        asynchronous=True,
     ),
-    Bug("wrong lane map of the result", "tile.cuh", "+ (lane & 3) * 2;", "+ (lane & 3);", TILED),
+    Bug(LANES, "wrong lane map of w", "tile.cuh", W_LANES, "(lane & 15), 2 * half + (lane >> 4)", TILED),
+    Bug(LANES, "wrong lane map of the result", "tile.cuh", "+ (lane & 3) * 2;", "+ (lane & 3);", SMALLEST),
+    Bug(BOUND, "row bound of the copy", "tile.cuh", COPY_BOUND, "row <= rows && k < k_end", TILED),
+    Bug(BOUND, "K bound of the copy", "tile.cuh", COPY_BOUND, "row < rows && k <= k_end", SMALLEST),
+    Bug(BOUND, "row bound of the store", "tile.cuh", "if (row < to.rows)", "if (row <= to.rows)", SMALLEST),
+    Bug(OTHER, "sums overwritten, not added", "gemm.cu", "gridDim.z > 1", "false", (SPLIT,)),
     Bug(
-        "row bound of the copy off by one",
-        "tile.cuh",
-        "row < rows && k < k_end",
-        "row <= rows && k < k_end",
-        TILED,
-    ),
-    Bug(
-        "K bound of the copy off by one",
-        "tile.cuh",
-        "row < rows && k < k_end",
-        "row < rows && k <= k_end",
-        TILED,
-    ),
-    Bug("row bound of the store off by one", "tile.cuh", "if (row < to.rows)", "if (row <= to.rows)", TILED),
-    Bug("sums overwritten, not added", "gemm.cu", "gridDim.z > 1", "false", (SPLIT,)),
-    Bug(
+        LANES,
         "wrong lane in the experts' prefix sum",
         "grouped.cu",
         "lane >= distance",
         "lane > distance",
         (GROUPED,),
     ),
-    Bug("tile bound of an expert off by one", "grouped.cu", "through > tile", "through >= tile", (GROUPED,)),
-    Bug("last rows of an expert not bounded", "grouped.cu", "min(row + BM, ", "max(row + BM, ", (GROUPED,)),
-    Bug("wrong lane map of the sum", "gemv.cu", "int lanes = 16", "int lanes = 8", (GEMV,)),
-    Bug("K bound off by one", "gemv.cu", "k < K;", "k <= K;", (GEMV,)),
-    Bug("column bound of the read off by one", "gemv.cu", "N - 1) * K", "N) * K", (GEMV,)),
-    Bug("column bound of the store off by one", "gemv.cu", "column < N)", "column <= N)", (GEMV,)),
-    Bug("row bound of the store off by one", "gemv.cu", "r < M &&", "r <= M &&", (GEMV,)),
-    Bug("wrong order of bytes", "dequant.cu", "16 * (i & 1)", "8 * (i & 1)", (DEQUANT,)),
-    Bug("K bound off by one", "dequant.cu", "k >= K", "k > K", (DEQUANT,)),
+    Bug(BOUND, "tile bound of an expert", "grouped.cu", "through > tile", "through >= tile", (GROUPED,)),
+    Bug(BOUND, "last rows of an expert not bounded", "grouped.cu", "min(row + BM, ", "max(row + BM, ", (GROUPED,)),
+    Bug(LANES, "wrong map of threads", "gemm.cu", "blockIdx.x * 128", "blockIdx.x * 256", (FINISH,)),
+    Bug(BOUND, "column bound", "gemm.cu", "column >= N", "column > N", (FINISH,)),
+    Bug(LANES, "wrong lane map of the sum", "gemv.cu", "int lanes = 16", "int lanes = 8", GEMVS),
+    Bug(BOUND, "K bound", "gemv.cu", "k < K;", "k <= K;", GEMVS),
+    Bug(BOUND, "column bound of the read", "gemv.cu", "N - 1) * K", "N) * K", (GEMV,)),
+    Bug(BOUND, "column bound of the store", "gemv.cu", "column < N)", "column <= N)", (GEMV,)),
+    Bug(BOUND, "row bound of the store", "gemv.cu", "r < M &&", "r <= M &&", (GEMV,)),
+    Bug(LANES, "wrong map of threads", "dequant.cu", "blockIdx.y * 128", "blockIdx.y * 256", (DEQUANT,)),
+    Bug(OTHER, "wrong order of bytes", "dequant.cu", "16 * (i & 1)", "8 * (i & 1)", (DEQUANT,)),
+    Bug(BOUND, "K bound", "dequant.cu", "k >= K", "k > K", (DEQUANT,)),
     Bug(
+        READ,
         "no barrier before scratch is read",
         "reduce.cuh",
         "  __syncthreads();  // all warps' results are there\n",
@@ -154,29 +208,60 @@ BUGS = (
         ROWWISE,
     ),
     Bug(
+        OVERWRITE,
         "no barrier before scratch is overwritten",
         "reduce.cuh",
         "  __syncthreads();  // all have read them: the next reduction may overwrite scratch\n",
         "",
-        (RMSNORM, LAYERNORM),
+        TWICE,
     ),
-    Bug("wrong lane map of the reduction", "reduce.cuh", "int lanes = 16", "int lanes = 8", ROWWISE),
-    Bug("warp bound off by one", "reduce.cuh", "lane < warps", "lane <= warps", (RMSNORM, LAYERNORM)),
-    Bug(
-        "column bound off by one",
-        "quantize.cu",
-        "group < groups; group += blockDim.x) {\n    Eight e = unread",
-        "group <= groups; group += blockDim.x) {\n    Eight e = unread",
-        ROWWISE,
-    ),
-    Bug(
-        "staged part one group too long",
-        "quantize.cu",
-        "if (group >= staged)",
-        "if (group > staged)",
-        ROWWISE,
-    ),
+    Bug(LANES, "wrong lane map of the reduction", "reduce.cuh", "int lanes = 16", "int lanes = 8", ROWWISE),
+    Bug(BOUND, "warp bound", "reduce.cuh", "lane < warps", "lane <= warps", TWICE),
+    Bug(BOUND, "column bound", "quantize.cu", GROUPS, GROUPS.replace("<", "<=", 1), ROWWISE),
+    Bug(BOUND, "staged part one group too long", "quantize.cu", "if (group >= staged)", "if (group > staged)", ROWWISE),
 )
+
+
+@dataclass(frozen=True)
+class Impossible:
+    """A kind of bug that some kernels cannot have."""
+
+    kinds: tuple[str, ...]
+    kernels: tuple[Kernel, ...]
+    why: str
+
+
+IMPOSSIBLE = (
+    Impossible((READ, OVERWRITE), (FINISH, *GEMVS, DEQUANT), "no shared memory, so no barrier"),
+    Impossible((OVERWRITE,), ONCE, "one reduction: nothing in shared memory is written twice"),
+    Impossible((WAIT,), (FINISH, *GEMVS, DEQUANT, *ROWWISE), "no asynchronous copy, so nothing to wait for"),
+)
+
+
+def seeds(kernel: Kernel, kind: str) -> list[Bug]:
+    """The bugs of a kind that are seeded in a kernel."""
+    return [bug for bug in BUGS if bug.kind == kind and kernel in bug.kernels]
+
+
+def reasons(kernel: Kernel, kind: str) -> list[str]:
+    """Why a kernel cannot have a kind of bug; none where it can."""
+    return [no.why for no in IMPOSSIBLE if kind in no.kinds and kernel in no.kernels]
+
+
+def matrix() -> str:
+    """Kernels by kinds of bugs as a table of Markdown: how many are seeded, or a letter for why there can be none."""
+    letters = {no.why: chr(ord("a") + index) for index, no in enumerate(IMPOSSIBLE)}
+
+    def cells(kernel: Kernel) -> str:
+        marks = (len(seeds(kernel, kind)) or ", ".join(letters[why] for why in reasons(kernel, kind)) for kind in KINDS)
+        return " | ".join(map(str, marks))
+
+    rows = [
+        f"| {', '.join(kernel.form for kernel in kernels)} | {marks} |"
+        for marks, kernels in groupby(sorted(ALL, key=lambda kernel: (cells(kernel), kernel.form)), key=cells)
+    ]
+    notes = "; ".join(f"{letter}: {why}" for why, letter in letters.items())
+    return "\n".join([f"| kernel | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|", *rows, "", f"{notes}."])
 
 
 def alone(kernel: Kernel, folder: Path) -> Path:
@@ -185,7 +270,7 @@ def alone(kernel: Kernel, folder: Path) -> Path:
     shutil.copytree(kernel_folder(), copy, ignore=shutil.ignore_patterns("host", "cpu"))
     path = copy / f"{kernel.module}.cu"
     text = path.read_text(encoding="utf-8")
-    others = rf"^[A-Z_]+_KERNEL\((?!{kernel.name},)\w+, .*\n"
+    others = rf"^[A-Z_]+_KERNEL\((?!({kernel.name}|{kernel.beside}),)\w+, .*\n"
     path.write_text(re.sub(others, "", text, flags=re.MULTILINE), encoding="utf-8")
     return copy
 

@@ -8,7 +8,7 @@ import pytest
 
 from haq_lab.int8.cuda import Kernels
 
-from .bugs import ALL, BUGS, Bug, Kernel, alone, seeded
+from .bugs import ALL, BUGS, GEMM, Bug, Kernel, alone, seeded
 from .host import HostError, HostRunner, Schedule, compiler
 
 # Each alone is blind to something: threads in step never overwrite too early, and copies that land at once never land
@@ -40,14 +40,25 @@ def complaint(kernel: Kernel, architecture: int, folder: Path) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("kernel", ALL, ids=lambda kernel: kernel.name)
-def test_the_true_source_passes(kernel: Kernel, tmp_path: Path):
-    assert complaint(kernel, 80, alone(kernel, tmp_path)) is None
+# Every kernel as for sm_80; where copies are synchronous (sm_75), what differs is in the product alone.
+CASES = [(80, kernel) for kernel in ALL] + [(75, GEMM)]
 
 
 @pytest.mark.parametrize(
-    ("bug", "kernel"),
-    [pytest.param(bug, kernel, id=f"{kernel.name}-{bug.name}") for bug in BUGS for kernel in bug.kernels],
+    ("architecture", "kernel"), [pytest.param(*case, id=f"sm_{case[0]}-{case[1].name}") for case in CASES]
 )
-def test_a_seeded_bug_is_noticed(bug: Bug, kernel: Kernel, tmp_path: Path):
-    assert complaint(kernel, 80, seeded(bug, kernel, tmp_path)) is not None
+def test_the_true_source_passes(architecture: int, kernel: Kernel, tmp_path: Path):
+    assert complaint(kernel, architecture, alone(kernel, tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "bug", "kernel"),
+    [
+        pytest.param(architecture, bug, kernel, id=f"sm_{architecture}-{kernel.name}-{bug.name}")
+        for architecture, kernel in CASES
+        for bug in BUGS
+        if kernel in bug.kernels and (architecture >= 80 or not bug.asynchronous)
+    ],
+)
+def test_a_seeded_bug_is_noticed(architecture: int, bug: Bug, kernel: Kernel, tmp_path: Path):
+    assert complaint(kernel, architecture, seeded(bug, kernel, tmp_path)) is not None

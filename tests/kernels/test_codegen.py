@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from haq_lab.int8.codegen import ARCHITECTURES, KernelCode, complaints, forbidde
 from haq_lab.int8.launch import MODULES, TILES, kernel_names
 from haq_lab.int8.nvrtc import cubin_file, default_compiler
 
-from .bugs import GEMM, QUANTIZE, Kernel, alone
+from .bugs import DEQUANT, GEMM, QUANTIZE, Kernel, alone
 from .compiled import MAJORS, NEWEST, compiled, compiler, programs
 
 # The newest compiler for every architecture, the other for the first and the last with cp.async.
@@ -92,14 +95,47 @@ def test_ptx_that_breaks_the_contract_is_noticed(kernel: Kernel, file: str, old:
     assert forbidden(compiled(kernel.module, 80, NEWEST, folder).ptx) != []
 
 
-def test_a_compiled_module_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+# Says where the compiled module is, in a process that cannot compile.
+FOUND = """
+from haq_lab.int8 import nvrtc
+del nvrtc.Compiler.compile
+print(nvrtc.cubin_file("dequant", 80, nvrtc.default_compiler({major})))
+"""
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiled module in a cache of its own."""
     monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path))
     path = cubin_file("dequant", 80, compiler(NEWEST))
-    assert path.read_bytes() == compiled("dequant", 80, NEWEST).cubin
     assert path.is_relative_to(tmp_path)
-    path.write_bytes(b"kept")
-    assert cubin_file("dequant", 80, compiler(NEWEST)).read_bytes() == b"kept"
-    assert cubin_file("dequant", 86, compiler(NEWEST)) != path
+    return path
+
+
+def test_a_compiled_module_is_kept_on_disk_for_other_processes(cached: Path):
+    assert cached.read_bytes() == compiled("dequant", 80, NEWEST).cubin
+    command = [sys.executable, "-c", FOUND.format(major=NEWEST)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(cached)
+
+
+def test_each_architecture_and_each_text_is_compiled_for_itself(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert cubin_file("dequant", 86, compiler(NEWEST)) != cached
+    folder = alone(DEQUANT, tmp_path)
+    header = folder / "numeric.cuh"
+    header.write_text(header.read_text(encoding="utf-8").replace("#pragma once", "// changed"), encoding="utf-8")
+    monkeypatch.setattr("haq_lab.int8.sources.kernel_folder", lambda: folder)
+    assert cubin_file("dequant", 80, compiler(NEWEST)) != cached
+    assert cached.exists()
+
+
+@pytest.mark.parametrize("damage", [lambda cubin: cubin[:-1], lambda cubin: b"\0" + cubin[1:], lambda cubin: b""])
+def test_a_damaged_file_is_compiled_again(cached: Path, damage: Callable[[bytes], bytes]):
+    whole = cached.read_bytes()
+    cached.write_bytes(damage(whole))
+    assert cubin_file("dequant", 80, compiler(NEWEST)).read_bytes() == whole
 
 
 def test_an_architecture_that_the_compiler_does_not_know_is_named():

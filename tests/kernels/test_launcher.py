@@ -26,6 +26,7 @@ from haq_lab.int8.launch import (
     k_part,
     staged_groups,
 )
+from haq_lab.int8.nvrtc import cubin_file
 from haq_lab.int8.sources import module_source
 
 from .checks import every_kernel
@@ -120,6 +121,16 @@ def test_cupy_has_what_the_runner_calls():
     assert hasattr(torch.cuda.Stream, "__cuda_stream__")
     assert hasattr(cupy.RawKernel, "max_dynamic_shared_size_bytes")
     assert callable(cupy.RawModule.get_function)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: pytest -m gpu loads every module")
+def test_cupy_takes_the_compiled_file_as_far_as_it_can_without_a_driver(tmp_path, monkeypatch):
+    """It is the driver that is missing then, not the file."""
+    cupy = pytest.importorskip("cupy", reason="needs CuPy (`pip install 'haq-lab[cuda13]'`)")
+    monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path))
+    module = cupy.RawModule(path=str(cubin_file("dequant", 80, compiler(NEWEST))))
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="cudaError"):
+        module.get_function("dequant_f16")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
