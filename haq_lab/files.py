@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -18,11 +21,28 @@ def written_aside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield aside
-        _flush(aside)
-        aside.replace(path)
+        with named(path):
+            yield aside
+            _flush(aside)
+            aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let a disk's error within the block say where: a failing write does not, and safetensors raises its own kind."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def _flush(path: Path) -> None:
@@ -38,13 +58,14 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        yield aside
-        for path in aside.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.replace(folder)
+        with named(folder):
+            yield aside
+            for path in aside.rglob("*"):
+                if path.is_file():
+                    _flush(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            aside.replace(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -110,7 +110,7 @@ def explain(error: Exception) -> str:
     if plugin := MISSING.search(message):
         extra = plugin.group(1)
         return f"hydra: {extra} is not installed; run: pip install 'haq-lab[{extra}]'"
-    if missing := re.search(r"Could not (?:find|load) '([\w/]+)/([^'/]*)'", message):
+    if missing := re.search(r"Could not (?:find|load) '((?:hydra/)?\w+)/([^']*)'", message):
         group, option = missing.groups()
         known = options(group)
         return f"{group}: '{option}' is not one of {', '.join(known)}{nearest(option, known)}"

@@ -32,7 +32,7 @@ def load(*folders: str | Path) -> pd.DataFrame:
     run was (`model`, `quantizer`, ...), its settings as `config.<name>`, its metrics by their names, and for
     each dataset `change_percent.<dataset>`, the perplexity's distance from full precision, and
     `comparable.<dataset>`, the published tables that it can stand beside; `saved_percent.memory`, of the
-    weights against the largest fp16 figure among the model's runs.
+    weights against the whole model in fp16. In the order in which they were started.
 
     Raises:
         UserError: A folder does not exist.
@@ -43,15 +43,12 @@ def load(*folders: str | Path) -> pd.DataFrame:
             near = nearest(folder.name, [item.name for item in folder.parent.glob("*") if item.is_dir()])
             raise UserError(f"there is no folder '{folder}'{near}")
         found |= {run.resolve(): run for run in sorted(_run_folders(folder))}
-    rows = [_row(run) for run in found.values()]
+    rows = sorted(map(_row, found.values()), key=lambda row: row.get("started") or "unknown")  # which comes last
     for row, name in zip(rows, short_names(rows), strict=True):
         row["name"] = name
     runs = pd.DataFrame(rows, columns=None if rows else ["folder", "name", "status", "error"])
     if {"memory.weights_bytes", "memory.weights_fp16_bytes"} <= set(runs):
-        whole = runs.groupby("model")["memory.weights_fp16_bytes"].transform(
-            "max"
-        )  # an offloaded run holds only a part
-        runs["saved_percent.memory"] = (1 - runs["memory.weights_bytes"] / whole) * 100
+        runs["saved_percent.memory"] = (1 - runs["memory.weights_bytes"] / runs["memory.weights_fp16_bytes"]) * 100
     return runs
 
 
@@ -97,7 +94,10 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 FILE_WIDTH = 200  # columns, where there is no terminal to be narrower
-MEASURED = ("memory.weights_bytes", "latency.prefill_ms", "latency.decode_ms_per_token.mean")  # beside perplexity
+MEASURED = (  # beside perplexity
+    *("memory.weights_bytes", "latency.prefill_ms", "latency.decode_ms_per_token.mean"),
+    *("offload.hit_rate_pairs", "offload.bytes_moved"),
+)
 
 
 def show(runs: pd.DataFrame) -> None:

@@ -293,3 +293,5 @@ def test_a_sweep_is_one_command_and_its_table_has_the_published_column(experimen
     assert len(runs) == 2
     assert set(runs["experiment"]) == {experiment}
     assert beside(runs).empty == (not experiment.startswith("paper"))
+    decoded = experiment in ("paper_latency", "paper_hit_rate", "pareto")
+    assert ("offload.hit_rate_pairs" in runs) == decoded  # a rate of nothing is none

@@ -25,23 +25,28 @@ def copied(tmp_path) -> Path:
     return tmp_path
 
 
-def _extended(project: Path, number: int, *overrides: str) -> dict:
-    """Apply a diff, run what it adds in a process of its own, and return the results."""
-    subprocess.run(["git", "apply", "-p1", "-"], input=DIFFS[number], text=True, cwd=project, check=True)
-    command = [sys.executable, "-m", "haq_lab", *TINY, *overrides, f"hydra.run.dir={project / 'run'}"]
-    environment = os.environ | {"PYTHONPATH": str(project)}
-    told = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+def _extended(folder: Path, number: int, *overrides: str, project: Path | None = None) -> dict:
+    """Apply a diff in `folder`, run there what it adds, in a process of its own, and return the results.
+
+    Args:
+        project: Where the code is; `folder` itself where the diff changes it.
+    """
+    subprocess.run(["git", "apply", "-p1", "-"], input=DIFFS[number], text=True, cwd=folder, check=True)
+    command = [sys.executable, "-m", "haq_lab", *TINY, *overrides, f"hydra.run.dir={folder / 'run'}"]
+    environment = os.environ | {"PYTHONPATH": str(project or folder)}
+    told = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
-    return json.loads((project / "run" / "results.json").read_text())
+    return json.loads((folder / "run" / "results.json").read_text())
 
 
 def test_there_is_a_short_diff_for_each():
     assert [len(re.findall(r"^[+-](?![+-])", diff, flags=re.MULTILINE)) < 60 for diff in DIFFS] == [True] * 3
 
 
-def test_a_quantizer(copied):
+def test_a_quantizer(tmp_path):
+    """In a file of the user's own, in an empty folder; the project stays as it is."""
     target = ["quantizer._target_=power_of_two.PowerOfTwo", "+quantizer.round_up=false"]
-    metrics = _extended(copied, 0, *target)["metrics"]
+    metrics = _extended(tmp_path, 0, *target, project=ROOT)["metrics"]
     assert metrics["perplexity.python_docs"] != metrics["perplexity_fp.python_docs"]
 
 

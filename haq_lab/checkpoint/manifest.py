@@ -61,7 +61,11 @@ class Manifest:
             if content["format"] != "haq_lab" or content["version"] != VERSION:
                 raise UserError(f"{setting}: {path} is of another format or version than haq_lab {VERSION}")
             shards = {entry["file"]: Shard(**entry) for entry in content["shards"]}
-            return cls(shards, dict(content["files"]))
+            files = dict(content["files"])
+            for name in (*shards, *files):
+                if Path(name).name != name:
+                    raise UserError(f"{setting}: {path} names '{name}', which lies outside the checkpoint")
+            return cls(shards, files)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{setting}: {path} is not a readable manifest ({error})") from error
 

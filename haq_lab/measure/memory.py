@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from haq_lab.int8.linear import parameter_count, weight_bytes
 from haq_lab.measure.study import Study
+from haq_lab.models.layered import LayeredModel
 
 PEAK = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
@@ -18,8 +19,8 @@ RESET = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the deployed model's weights, counted from its storages, beside what they would take in fp16;
-    and the peak memory of the whole run: resident in RAM, and allocated by torch on the GPU."""
+    """Bytes of the deployed model's weights, counted from its storages, beside what the whole model would take in fp16,
+    offloaded experts included; and the peak memory of the whole run: in RAM, and allocated by torch on the GPU."""
 
     evaluates: ClassVar[bool] = False
     deploys: ClassVar[bool] = True
@@ -27,10 +28,16 @@ class Memory:
     def __call__(self, study: Study) -> dict[str, float]:
         return {
             "memory.weights_bytes": weight_bytes(study.whole),
-            "memory.weights_fp16_bytes": 2 * parameter_count(study.whole),
+            "memory.weights_fp16_bytes": 2 * _entries(study.model),
             "memory.peak_rss_bytes": peak_rss(),
             "memory.peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         }
+
+
+def _entries(model: LayeredModel) -> int:
+    """Of all weights of the model before it was quantised."""
+    layers = (model.new_layer(index).parameters() for index in range(model.depth))
+    return parameter_count(model.shell) + sum(weight.numel() for layer in layers for weight in layer)
 
 
 def reset_peaks() -> None:

@@ -210,8 +210,10 @@ def hub_answers() -> bool:
 def made_once(name: str, make: Callable[[Path], None]) -> Path:
     """The cache folder `name`, made under a lock if it is not there yet."""
     models = cache_folder() / "models"
-    models.mkdir(parents=True, exist_ok=True)
     folder = models / name
+    if folder.is_dir():  # whole, as it was renamed; and a cache that cannot be written to will do
+        return folder
+    models.mkdir(parents=True, exist_ok=True)
     with FileLock(models / f".{name}.lock"):
         if not folder.is_dir():
             say(f"preparing {name}, once; it is kept in {models}")

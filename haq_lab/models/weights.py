@@ -57,6 +57,9 @@ def _shards(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError) as error:
             raise UserError(f"model: '{index}' is not a readable index ({error})") from error
+        for name in names:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"model: {index} names '{name}', which lies outside the checkpoint")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(f"model: {index} names '{missing[0]}', which is not there")

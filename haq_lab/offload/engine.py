@@ -285,13 +285,14 @@ class Engine:
         counters.expert_hits[layer] += np.count_nonzero(counts) - len(missing)
 
     def stats(self) -> dict[str, float]:
-        """Metrics by their full names."""
+        """Metrics by their full names; no hit rates where no expert was asked for."""
         counts = self.counters
-        by_layer = counts.pair_hits / np.maximum(counts.pairs, 1)
-        stats = {
-            "offload.hit_rate_pairs": float(counts.pair_hits.sum() / max(counts.pairs.sum(), 1)),
-            "offload.hit_rate_experts": float(counts.expert_hits.sum() / max(counts.experts.sum(), 1)),
-            "offload.hit_rate_layer_std": float(by_layer.std()),
+        stats: dict[str, float] = {}
+        if counts.pairs.any():
+            stats["offload.hit_rate_pairs"] = float(counts.pair_hits.sum() / counts.pairs.sum())
+            stats["offload.hit_rate_experts"] = float(counts.expert_hits.sum() / counts.experts.sum())
+            stats["offload.hit_rate_layer_std"] = float((counts.pair_hits / np.maximum(counts.pairs, 1)).std())
+        stats |= {
             "offload.bytes_moved": float(counts.read.sum() * self.store.blob_bytes),
             "offload.waited_s": float(counts.waited.sum()),
             "offload.fast_tier_bytes": float(self.arena.bytes),

@@ -10,6 +10,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from haq_lab.calibration.routing import Routing
+from haq_lab.files import named
 from haq_lab.int8.roofline import Hardware
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.engine import Engine
@@ -41,7 +42,8 @@ class OffloadSession:
 
     def add(self, layer: nn.Module) -> None:
         """The next layer in its final form: its experts go to the slow tier."""
-        self._writer.add(experts_of(layer, self.model))
+        with named(self.path):
+            self._writer.add(experts_of(layer, self.model))
 
     def engage(self, layers: list[nn.Module], routing: Routing | None, calibration: Tensor | None, text: str) -> None:
         """All layers are there: build the engine.

@@ -49,8 +49,8 @@ def pareto(found: Collection) -> Chart | str:
             continue
         points = runs[runs[[MEMORY, name]].notna().all(axis=1)]
         if len(points) > 1:
-            points = points.assign(memory=points[MEMORY] / 1e6, cost=points[name])
-            variants[f"{model}: {label}"] = _front(points, "quantizer", "weights in memory, MB", label)
+            points = points.assign(memory=points[MEMORY] / 1e6, cost=points[name], method=_methods(points))
+            variants[f"{model}: {label}"] = _front(points, "method", "weights in memory, MB", label)
     for study, table in found.by_study("plan"):
         points = table.rename(columns={"simulated_ms": "cost"}).assign(memory=table["memory_bytes"] / 1e9)
         points["formats"] = points["host_format"] + " in RAM, " + points["device_format"] + " on the GPU"
@@ -62,6 +62,12 @@ def pareto(found: Collection) -> Chart | str:
         return "no two runs have measured memory and perplexity or latency (measure=[perplexity,memory,latency])"
     caption = "Down and to the left is better; on the line nothing else takes less of both."
     return Chart("Pareto fronts", caption, variants)
+
+
+def _methods(runs: pd.DataFrame) -> pd.Series:
+    """What gives a run its colour: the quantizer, and the offloading policy where that differs."""
+    quantizer, offload = (runs[name].fillna("none") for name in ("quantizer", "offload"))
+    return quantizer if offload.nunique() == 1 else quantizer + ", " + offload
 
 
 def _front(points: pd.DataFrame, group: str, x: str, y: str, log: bool = False) -> go.Figure:

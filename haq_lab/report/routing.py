@@ -86,6 +86,6 @@ def _curves(table: pd.DataFrame) -> go.Figure:
             hovertemplate=f"{name}<br>%{{x:.1%}} resident: %{{y:.2%}}<extra></extra>",
         )
     axes(figure, "experts resident", "hit rate")
-    figure.update_xaxes(tickformat=".0%")
+    figure.update_xaxes(tickformat=".0%", range=[0, 1.02])
     figure.update_yaxes(tickformat=".0%")
     return figure

@@ -114,9 +114,11 @@ def published_table(found: Collection) -> Table | None:
         return None
     rows = []
     for _, row in table.iterrows():
-        told = [row[name] for name in ("run", "metric", "of", "comparable", "source")]
+        metric = columns([row["metric"]]).get(row["metric"])
+        by = ", ".join(filter(None, (row["of"], row["source"])))
+        told = [row["run"], row["metric"] if metric is None else metric.label, by, row["comparable"]]
         rows.append(list(map(Cell, [*told, *figures_of(row)])))
-    head = ["run", "metric", "published for", "comparable", "source", "ours", "published", "difference"]
+    head = ["run", "metric", "published for, by", "comparable", "ours", "published", "difference"]
     note = "Empty: no published figure is known to us. What is not comparable stands here for orientation only."
     return Table("Published figures beside ours", head, rows, 3, note)
 

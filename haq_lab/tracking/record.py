@@ -24,7 +24,8 @@ def write_record(
     metrics: dict[str, float],
     tables: dict[str, pd.DataFrame],
 ) -> dict[str, Any]:
-    """Write tables, figure, routing trace and W&B's files, and `results.json` last; returns its content.
+    """Write tables, figure and routing trace, `results.json`, which makes the run a finished one, and W&B's copy of it
+    all; returns the content of `results.json`.
 
     Args:
         facts: About the run.
@@ -45,10 +46,11 @@ def write_record(
         trace.save(folder.path / "routing.safetensors")
     if passed.ranges.before:
         passed.ranges.save(folder.path / ranges.FILE)
+    results = folder.finish(facts, protocol, metrics)
     if experiment.tracking is not None:
         manifest = None if experiment.checkpoint is None else experiment.checkpoint / manifest_of.FILE
         experiment.tracking.log(folder, folder.path.name, facts["sweep"], metrics, tables, figures, manifest)
-    return folder.finish(facts, protocol, metrics)
+    return results
 
 
 def pass_metrics(passed: PassResult) -> dict[str, float]:

@@ -14,10 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from haq_lab.files import write_json, write_text
+from haq_lab.files import named, write_json, write_text
 from haq_lab.help import MISTAKES
 
 SCHEMA = 1
+PARTS = ("run", "config", "protocol", "metrics", "error")
 ARCHIVE = "previous"  # earlier results of a folder are moved there, never deleted
 
 
@@ -80,7 +81,8 @@ class RunFolder:
     def event(self, name: str, **facts: Any) -> None:
         """Append a line to `events.jsonl`."""
         line = json.dumps({"time": round(time.time(), 3), "event": name, **facts})
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
+        path = self.path / "events.jsonl"
+        with named(path), path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def finish(self, run: dict[str, Any], protocol: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
@@ -115,7 +117,9 @@ def read_results(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) and content.get("schema") == SCHEMA else None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        return None
+    return content if all(isinstance(content.get(part, {}), dict) for part in PARTS) else None
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from haq_lab import results
+from haq_lab.models.sources import TinyModel
 from haq_lab.report import __main__ as command
+from haq_lab.report import cost
 from haq_lab.report.collect import collect
 from haq_lab.report.latex import escaped
 from haq_lab.report.page import CHARTS, page
@@ -43,6 +46,16 @@ def test_the_best_is_marked_and_differences_are_true(studied):
     assert by_run[best].note == f"{change:+.2f} %"
 
 
+def test_weights_are_saved_of_the_whole_model_wherever_its_experts_lie(studied):
+    runs = results.load(studied / "experts")
+    entries = sum(
+        tensor.numel() for tensor in load_file(next(TinyModel("mixtral", 1).folder().glob("*.safetensors"))).values()
+    )
+    assert list(runs["memory.weights_fp16_bytes"]) == [2 * entries] * len(runs)
+    assert list(runs["saved_percent.memory"]) == list((1 - runs["memory.weights_bytes"] / (2 * entries)) * 100)
+    assert list(runs["started"]) == sorted(runs["started"])
+
+
 def test_runs_on_other_windows_are_not_compared(studied, tmp_path):
     shutil.copytree(studied / "dense", tmp_path / "dense")
     path = next((tmp_path / "dense").rglob("results.json"))
@@ -51,6 +64,17 @@ def test_runs_on_other_windows_are_not_compared(studied, tmp_path):
     path.write_text(json.dumps(content))
     titles = [table.title for table in result_tables(collect(tmp_path))]
     assert titles == ["tiny_llama, windows 1", "tiny_llama, windows 2"]
+
+
+def test_policies_have_colours_of_their_own_on_the_front(studied):
+    found = collect(studied)
+    runs = found.runs[found.runs["status"] == "finished"]
+    front = cost.pareto(found).variants["tiny_mixtral: decode, ms a token"]
+    assert {trace.name for trace in front.data if trace.name} == {"gptq"}
+    changed = runs["model"] == "tiny_mixtral"
+    found.runs.loc[runs[changed].index[:1], "offload"] = "lru"
+    front = cost.pareto(found).variants["tiny_mixtral: decode, ms a token"]
+    assert {trace.name for trace in front.data if trace.name} == {"gptq, haq", "gptq, lru"}
 
 
 def test_what_is_missing_is_told_with_its_reason(studied, tmp_path):
@@ -118,6 +142,7 @@ def test_published_figures_stand_beside_ours(studied, tmp_path):
     table = published_table(collect(tmp_path))
     assert table is not None
     assert [row[-2:] for row in table.rows] == [[Cell("27.65"), Cell("+1.00 %")]]
+    assert table.rows[0][1] == Cell("wikitext2 perplexity")
     assert published_table(collect(studied)) is None
 
 
