@@ -15,6 +15,8 @@ from haq_lab.int8.numerics import round_to_grid, scale_of
 from haq_lab.quantizers.grid import cached_rows
 
 CLIPS = tuple(0.84**step for step in range(30))  # static scales tried, as shares of the one that covers all
+BEYOND = 1.25  # of a channel's largest value: what other texts bring
+UNSEEN = 32  # tokens with such values, beside those that calibrate
 COARSE = 4  # of the sampled rows one is enough to compare factors by
 TINY = 1e-30  # noise of a dead channel, so that it has a logarithm
 PER_OCTAVE = 6
@@ -53,10 +55,12 @@ class StaticNoise:
     def __init__(self, statistics: InputStatistics, every: int = COARSE):
         sample, weight = sampled(statistics, every)
         self._full = scale_of(statistics.channel_max)
+        self._beyond = BEYOND * statistics.channel_max
+        self._unseen = UNSEEN / (UNSEEN + statistics.count)
         rows = []
         for step in STEPS:
             scale = self._full * step
-            rows.append(weight @ round_to_grid(sample, scale).mul_(scale).sub_(sample).square_())
+            rows.append(weight @ _squared_error(sample, scale))
         self._table = torch.stack(rows).clamp(min=TINY).log()  # (steps, k)
 
     def __call__(self, step: Tensor) -> Tensor:
@@ -72,14 +76,23 @@ class StaticNoise:
     def best_scale(self, factor: Tensor, cost: Tensor) -> tuple[Tensor, float]:
         """The static scale with the least error for inputs divided by `factor` (k,), and that error.
 
+        One more token in n exceeds the largest of n in a channel, so of evenly smoothed channels by the hundred a
+        scale that covers what calibration has seen clips one new row in ten. Hence some tokens beyond it count too.
+
         Args:
             cost: (k,) of a squared error in each channel, before smoothing.
         """
         covering = (self._full / factor).amax()
         scales = covering * torch.tensor(CLIPS)
-        errors = self(scales[:, None] * factor) @ cost
+        steps = scales[:, None] * factor
+        beyond = _squared_error(self._beyond, steps)
+        errors = (self(steps) * (1 - self._unseen) + beyond * self._unseen) @ cost
         best = int(errors.argmin())
         return scales[best], float(errors[best])
+
+
+def _squared_error(x: Tensor, scale: Tensor) -> Tensor:
+    return round_to_grid(x, scale).mul_(scale).sub_(x).square_()
 
 
 def solved_weight_error(scale: Tensor, cost: Tensor, conditional_variance: Tensor) -> float:

@@ -129,7 +129,7 @@ class HAQ(Quantizer):
     asymmetric: bool = False
     damp: Annotated[float, Field(gt=0, le=1)] = 0.01
     sensitivity: Annotated[int, Field(ge=0)] = 8
-    auto_limit: Annotated[float, Field(ge=0)] = 1.2e-4
+    auto_limit: Annotated[float, Field(ge=0)] = 2.5e-4
 
     def __post_init__(self) -> None:
         if self.activations == "auto" and not self.sensitivity:

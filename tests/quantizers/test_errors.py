@@ -65,6 +65,26 @@ def test_best_scale_clips_a_lone_outlier_that_costs_little_and_no_other():
     assert error < 0.1
 
 
+def test_what_calibration_has_not_shown_keeps_channels_from_being_evened_out_by_their_largest_values(monkeypatch):
+    """A factor that makes all channels' largest values equal has the least error on what has been seen, and the
+    most on other rows: each channel exceeds its range now and then."""
+    usual = torch.logspace(-1, 1, 256)
+    seen, unseen = (torch.randn(rows, 256) ** 3 * usual for rows in (300, 3000))
+    statistics = InputStatistics(300, seen.abs().amax(0), None, None, seen, torch.ones(300))
+    cost = usual**-2
+
+    def error_elsewhere() -> float:
+        noise = StaticNoise(statistics, every=1)
+        factor = min((statistics.channel_max, usual), key=lambda factor: noise.best_scale(factor, cost)[1])
+        scale, _ = noise.best_scale(factor, cost)
+        levels, _ = quantize_activations(unseen / factor, "static", scale)
+        return float((levels.float() * scale * factor - unseen).square().mean(0) @ cost)
+
+    expecting = error_elsewhere()
+    monkeypatch.setattr("haq_lab.quantizers.errors.UNSEEN", 0)
+    assert expecting < 0.2 * error_elsewhere()
+
+
 def test_weight_error_does_not_depend_on_a_common_factor():
     scale, ones, variance = torch.rand(6), torch.ones(6), torch.rand(9)
     once = solved_weight_error(scale, ones, variance)
