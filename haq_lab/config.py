@@ -62,8 +62,9 @@ def refuse_idle(config: DictConfig, overrides: Sequence[str]) -> None:
     over `offload=none,haq`, `offload.budget=40%` is meant for the other option; without either, nothing would use it.
     """
     for group in _idle(config):
-        given = [override.partition("=")[0] for override in overrides if override.startswith(f"{group}.")]
-        if given and not any(override.startswith(f"{group}=") for override in overrides):
+        names = [override.lstrip("+~").partition("=")[0] for override in overrides]
+        given = [name for name in names if name.startswith(f"{group}.")]
+        if given and group not in names:
             known = ", ".join(option for option in options(group) if option != "none")
             raise UserError(f"{given[0]}: {group}=none has no use for it; add {group}=OPTION (one of {known})")
 

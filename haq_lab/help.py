@@ -86,8 +86,8 @@ def _option_lines(path: Path, option: str) -> list[str]:
 
 
 def _bases(text: str) -> list[str]:
-    """The options of the same group that an option's file begins with."""
-    return re.findall(r"^  - (?!_self_)(\w+)", text, flags=re.MULTILINE)
+    """The options of the same group that an option's file begins with; overrides of other groups are none."""
+    return re.findall(r"^  - (?!_self_)(\w+)(?: +#.*)?$", text, flags=re.MULTILINE)
 
 
 @contextmanager

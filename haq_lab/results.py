@@ -95,8 +95,11 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 FILE_WIDTH = 200  # columns, where there is no terminal to be narrower
 MEASURED = (  # beside perplexity
-    *("memory.weights_bytes", "latency.prefill_ms", "latency.decode_ms_per_token.mean"),
-    *("offload.hit_rate_pairs", "offload.bytes_moved"),
+    "memory.weights_bytes",
+    "latency.prefill_ms",
+    "latency.decode_ms_per_token.mean",
+    "offload.hit_rate_pairs",
+    "offload.bytes_moved",
 )
 
 

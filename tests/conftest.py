@@ -119,4 +119,4 @@ def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
 
     yield freeze
     for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)  # as above

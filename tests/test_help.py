@@ -39,6 +39,12 @@ def test_an_option_that_begins_with_another_says_so():
     assert section.splitlines()[1].strip() == "(as haq, but)"
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_an_option_begins_with_is_an_option_of_its_group(group):
+    section = re.split(r"\n\w+: ", TEXT.split(f"\n{group}: ")[1])[0]
+    assert set(re.findall(r"\(as (.*), but\)", section)) <= set(options(group))
+
+
 def test_help_loads_no_torch():
     program = (
         "import sys; sys.argv[1:] = ['--help']; from haq_lab.cli import main; main();"

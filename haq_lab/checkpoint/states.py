@@ -37,6 +37,7 @@ def save_state(work: Path, index: int, state: PassState, shards: list[Shard]) ->
     }
     with folder_written_aside(work / f"state-{index:05}") as aside:
         for number, tensor in enumerate([*state.hidden.values(), *_routing(result)]):
+            # Not NumPy's tofile: it does not say that the disk is full.
             (aside / f"{number}.bin").write_bytes(_bytes(tensor).numpy().data)
         result.ranges.save(aside / ranges.FILE)
         write_json(aside / RECORD, record)

@@ -133,7 +133,7 @@ def cubin_file(module: str, architecture: int, compiler: Compiler) -> Path:
     for path in folder.glob(f"{stem}.*.cubin"):
         if path.name == f"{stem}.{_digest(path.read_bytes())}.cubin":
             return path
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may have found it damaged too
     cubin = compiler.compile(source, architecture, f"{module}.cu").cubin
     path = folder / f"{stem}.{_digest(cubin)}.cubin"
     with written_aside(path) as aside:

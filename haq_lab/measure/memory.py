@@ -35,7 +35,8 @@ class Memory:
 
 
 def _entries(model: LayeredModel) -> int:
-    """Of all weights of the model before it was quantised."""
+    """Entries of all weights that the model had before it was quantised."""
+    # Not by parameter_count: on the meta device there are no storages to tell apart, and layers have no ties.
     layers = (model.new_layer(index).parameters() for index in range(model.depth))
     return parameter_count(model.shell) + sum(weight.numel() for layer in layers for weight in layer)
 
