@@ -1,15 +1,15 @@
-# make demo: the main job on a real model. make test: the tests. Both set up .venv first.
+# make demo: the main job on a real model. make test: the tests. Both set up .venv first; the demo needs less of it.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test check setup clean
 
-demo: setup
+demo: .venv/.package
 	$(BIN)/python -m haq_lab -m +experiment=demo quantizer=none,rtn,smoothquant,gptq,haq hydra.sweep.dir=runs/demo
 	$(BIN)/python -m haq_lab.results runs/demo --csv runs/demo/table.csv --figure runs/demo/perplexity.png
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: setup
 	$(BIN)/ruff check .
@@ -19,6 +19,10 @@ check: setup
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml setup.sh
+	bash setup.sh "$(PYTHON)" dev
+	touch .venv/.package $@
+
+.venv/.package: pyproject.toml setup.sh
 	bash setup.sh "$(PYTHON)"
 	touch $@
 
