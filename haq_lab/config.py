@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from haq_lab.checkpoint.model import QuantizedCheckpoint
 from haq_lab.data.calibration import Calibration
 from haq_lab.errors import UserError, invalid, nearest
-from haq_lab.help import GROUPS, KNOWN, options
+from haq_lab.help import GROUPS, KNOWN, options, settings_of
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.roofline import Hardware
 from haq_lab.measure.study import Measure
@@ -60,13 +60,18 @@ def effective(config: DictConfig) -> DictConfig:
 def refuse_idle(config: DictConfig, overrides: Sequence[str]) -> None:
     """Raise `UserError` where settings are given of a group that stands for nothing and was not chosen to: in a sweep
     over `offload=none,haq`, `offload.budget=40%` is meant for the other option; without either, nothing would use it.
+    Nothing ever uses a setting that no option of the group has.
     """
+    names = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for group in _idle(config):
-        names = [override.lstrip("+~").partition("=")[0] for override in overrides]
-        given = [name for name in names if name.startswith(f"{group}.")]
-        if given and group not in names:
-            known = ", ".join(option for option in options(group) if option != "none")
-            raise UserError(f"{given[0]}: {group}=none has no use for it; add {group}=OPTION (one of {known})")
+        known = sorted({name for option in options(group) for name in settings_of(group, option)})
+        for given in (name for name in names if name.startswith(f"{group}.")):
+            setting = given.split(".")[1]
+            if setting not in ("_target_", *known):
+                raise UserError(f"{given}: there is no such setting{nearest(setting, known)}")
+            if group not in names:
+                others = ", ".join(option for option in options(group) if option != "none")
+                raise UserError(f"{given}: {group}=none has no use for it; add {group}=OPTION (one of {others})")
 
 
 def _idle(config: DictConfig) -> list[str]:

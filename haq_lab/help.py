@@ -165,21 +165,21 @@ def _unknown_key(key: str) -> str:
         known = options(group)
         return f"{key}: '{inner}' is not one of {', '.join(known)}{nearest(inner, known)}"
     if inner in options(group):  # data.wikitext2.path: the option may just not be chosen
-        known = _settings(group, inner)
+        known = settings_of(group, inner)
         if name in known:
             return f"{key}: '{inner}' is not among the options chosen; add it to {group}=[...]"
     else:
-        known = [name for option in options(group) for name in _settings(group, option)]
+        known = [name for option in options(group) for name in settings_of(group, option)]
         known += options(group) if group in MANY and not inner else []
     hint = nearest(name, sorted(set(known)))
-    where = [option for option in options(group) if name in _settings(group, option)]
+    where = [option for option in options(group) if name in settings_of(group, option)]
     if where and not inner:
         hint = f" (it belongs to {group}={', '.join(where)})"
     return f"{key}: there is no such setting in the options chosen{hint}; `python -m haq_lab --help` lists all"
 
 
-def _settings(group: str, option: str) -> list[str]:
-    """The settings of an option, by its file and those that it begins with."""
+def settings_of(group: str, option: str) -> list[str]:
+    """The settings of a group's option, by its file and those that it begins with."""
     text = (bundled("conf") / group / f"{option}.yaml").read_text(encoding="utf-8")
     own = re.findall(r"^(?!defaults:)([a-z]\w*):", text, flags=re.MULTILINE)
-    return [*own, *(name for base in _bases(text) for name in _settings(group, base))]
+    return [*own, *(name for base in _bases(text) for name in settings_of(group, base))]

@@ -56,6 +56,7 @@ def test_a_sweep_over_options_takes_settings_that_one_of_them_has_no_use_for(tmp
         (["hardware=rtx3060_12g"], "is for runs that offload experts"),
         (["offload.budget=40%"], "offload.budget: offload=none has no use for it; add offload=OPTION (one of all_gpu,"),
         (["++offload.budget=40%"], "offload.budget: offload=none has no use for it; add offload=OPTION (one of"),
+        (["++quantizer.dmp=0.1"], "quantizer.dmp: there is no such setting (did you mean 'damp'?)"),
         (["offload=none", "offload.bugdet=40%"], "offload.bugdet: there is no such setting in the options chosen (did"),
     ],
 )
