@@ -63,7 +63,7 @@ class Manifest:
             shards = {entry["file"]: Shard(**entry) for entry in content["shards"]}
             files = dict(content["files"])
             for name in (*shards, *files):
-                if Path(name).name != name:
+                if Path(name).name != name or name in ("", ".."):
                     raise UserError(f"{setting}: {path} names '{name}', which lies outside the checkpoint")
             return cls(shards, files)
         except (ValueError, KeyError, TypeError) as error:

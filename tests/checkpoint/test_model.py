@@ -11,6 +11,7 @@ from launching import TINY, launch
 from transformers import AutoModelForCausalLM
 
 from haq_lab.calibration.statistics import Policy
+from haq_lab.checkpoint.manifest import Manifest
 from haq_lab.checkpoint.model import QuantizedCheckpoint, QuantizedModel
 from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.errors import UserError
@@ -125,3 +126,11 @@ def test_a_flipped_bit_names_file_and_tensor(checkpoint):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"layer-00001\.safetensors: tensor '.*layers\.1\..*' does not match its hash"):
         _load_all(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "../config.json", "/etc/passwd", "a/b.txt"])
+def test_a_manifest_names_plain_files_alone(name, tmp_path):
+    content = {"format": "haq_lab", "version": 1, "shards": [], "files": {name: "0" * 64}}
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"names '{name}', which lies outside the checkpoint"):
+        Manifest.read(tmp_path)
