@@ -12,7 +12,7 @@ import safetensors
 import torch
 import transformers
 
-from haq_lab.files import sha256
+from haq_lab.files import sha256_once
 
 SETTINGS = ("model", "quantizer", "calibration", "backend")  # groups that decide a checkpoint's bytes
 
@@ -68,7 +68,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     hashes = {}
     for path in content_files(folder):
         name = path.resolve().name
-        hashes[path.name] = name if re.fullmatch(r"[0-9a-f]{64}", name) else sha256(path)
+        hashes[path.name] = name if re.fullmatch(r"[0-9a-f]{64}", name) else sha256_once(path)
     return hashes
 
 

@@ -8,20 +8,17 @@ import hashlib
 import importlib.util
 import pickle
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
-from filelock import FileLock
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from haq_lab.errors import UserError
-from haq_lab.files import folder_written_aside, sha256
+from haq_lab.files import sha256_once
+from haq_lab.models.made import made_once
 from haq_lab.models.tiny import build_tiny
-from haq_lab.paths import cache_folder
-from haq_lab.show import say
 
 
 @runtime_checkable
@@ -96,7 +93,7 @@ class HubModel:
                 f"model.name: '{self.name}' has only pickled weights ({pickles[0].name}), an unsafe format; "
                 "set model.allow_pickle=true to convert them to safetensors, or name a revision that has some"
             )
-        key = hashlib.sha256("".join(sha256(path) for path in pickles).encode()).hexdigest()[:16]
+        key = hashlib.sha256("".join(sha256_once(path) for path in pickles).encode()).hexdigest()[:16]
         return made_once(f"{self.label}-{key}", lambda target: _convert_pickles(folder, pickles, target))
 
     def _download(self) -> Path:
@@ -136,7 +133,7 @@ class GgufModel:
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise UserError(f"model.path: '{path}' is not a GGUF file")
-        return made_once(f"{path.stem}-{sha256(path)[:16]}", lambda target: _convert_gguf(path, target))
+        return made_once(f"{path.stem}-{sha256_once(path)[:16]}", lambda target: _convert_gguf(path, target))
 
 
 @dataclass(frozen=True)
@@ -205,21 +202,6 @@ def hub_answers() -> bool:
     except Exception:  # of whatever the client is built on
         return False
     return True
-
-
-def made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cache folder `name`, made under a lock if it is not there yet."""
-    models = cache_folder() / "models"
-    folder = models / name
-    if folder.is_dir():  # whole, as it was renamed; and a cache that cannot be written to will do
-        return folder
-    models.mkdir(parents=True, exist_ok=True)
-    with FileLock(models / f".{name}.lock"):
-        if not folder.is_dir():
-            say(f"preparing {name}, once; it is kept in {models}")
-            with folder_written_aside(folder) as aside:
-                make(aside)
-    return folder
 
 
 def _convert_gguf(path: Path, target: Path) -> None:

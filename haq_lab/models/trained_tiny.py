@@ -25,7 +25,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from haq_lab.data.text import fingerprint, python_docs
 from haq_lab.data.windows import encode
 from haq_lab.models.facts import whole_model_facts
-from haq_lab.models.sources import made_once
+from haq_lab.models.made import made_once
 from haq_lab.models.tiny import END
 from haq_lab.quiet import quiet_transformers
 from haq_lab.show import Progress

@@ -28,8 +28,9 @@ from haq_lab.models.facts import whole_model_facts
 from haq_lab.models.families import family_of
 from haq_lab.models.kmeans import kmeans
 from haq_lab.models.layered import LayeredModel
+from haq_lab.models.made import made_once
 from haq_lab.models.shards import ShardWriter
-from haq_lab.models.sources import ModelSource, made_once
+from haq_lab.models.sources import ModelSource
 from haq_lab.show import Progress
 
 STORED = torch.bfloat16

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from haq_lab.checkpoint.provenance import content_files, file_hashes, machine, versions
+from haq_lab.checkpoint.provenance import file_hashes, machine, versions
 from haq_lab.models.layered import LayeredModel
 from haq_lab.paths import PACKAGE, bundled
 
@@ -46,14 +46,7 @@ def tokens_hash(tokens: Tensor) -> str:
 
 
 def model_hash(folder: Path) -> str:
-    """Of a checkpoint folder's weights and config. Each file is read once a process."""
-    stats = {path.name: path.stat() for path in content_files(folder)}
-    states = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
-    return _model_hash(folder, states)
-
-
-@functools.cache
-def _model_hash(folder: Path, states: tuple[tuple[str, int, int], ...]) -> str:
+    """Of a checkpoint folder's weights and config."""
     return hashlib.sha256(json.dumps(file_hashes(folder), sort_keys=True).encode()).hexdigest()
 
 

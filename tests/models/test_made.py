@@ -1,0 +1,62 @@
+"""Models that are made here: made once, recorded, and refused where they have changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from haq_lab.errors import UserError
+from haq_lab.models.made import made_once
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch) -> Path:
+    """A model of two files in a cache of its own."""
+    monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path))
+    return made_once("model", _make)
+
+
+def _make(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(bytes(100))
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def _never(folder: Path) -> None:
+    raise AssertionError
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[50] ^= 4
+    path.write_bytes(content)
+
+
+CHANGES = {
+    "model.safetensors": _flip,
+    "tokenizer.json": Path.unlink,
+    "sha256.json": lambda path: path.write_text("["),
+}
+
+
+def test_it_is_made_once(made):
+    assert made_once("model", _never) == made
+    assert set(json.loads((made / "sha256.json").read_text())) == {"model.safetensors", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_refused_until_it_is_made_again(made, name):
+    CHANGES[name](made / name)
+    with pytest.raises(UserError, match=rf"{name}' is not as it was made; remove {made}, and it is made again"):
+        made_once("model", _never)
+    for path in made.iterdir():
+        path.unlink()
+    made.rmdir()
+    assert made_once("model", _make) == made
+
+
+def test_what_has_no_record_is_taken_as_it_is(made):
+    (made / "sha256.json").unlink()
+    _flip(made / "model.safetensors")
+    assert made_once("model", _never) == made
