@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import traceback
 from typing import Any
@@ -21,7 +22,7 @@ from rich.console import Console
 from haq_lab.errors import UserError
 from haq_lab.help import MISTAKES, explain, help_text
 from haq_lab.paths import bundled, folder_name
-from haq_lab.sweeps import JobFailed, forget, new_failures
+from haq_lab.sweeps import JobFailed, Watch, forget, new_failures
 from haq_lab.threads import wait_briefly
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -112,6 +113,7 @@ def main() -> None:
     finally:
         os.environ.pop(FULL_ERROR) if before is None else os.environ.update({FULL_ERROR: before})
     if len(_failures) > 1:
-        _print(f"{len(_failures)} runs failed; `python -m haq_lab.results DIR` lists them with the others")
+        folder = shlex.quote(str(Watch.folder))
+        _print(f"{len(_failures)} runs failed; `python -m haq_lab.results {folder}` lists them with the others")
     if _failures:
         sys.exit(2 if all(map(_is_mistake, _failures)) else 1)

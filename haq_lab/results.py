@@ -125,10 +125,8 @@ def show(runs: pd.DataFrame) -> None:
         cells += ["" if pd.isna(run[column]) else metric.text(run[column]) for column, metric in measured.items()]
         table.add_row(*cells)
     _print(table)
-    for _, run in runs[runs["status"] == "failed"].iterrows():
-        say(f"failed: {run['folder']}: {run['error']}")
-    for folder in runs["folder"]:
-        say(f"run folder: {folder}")
+    for _, run in runs.iterrows():
+        say(f"{run['name']}: {run['folder']}" + (f"\n    failed: {run['error']}" if run["status"] == "failed" else ""))
 
 
 def show_published(figures: pd.DataFrame) -> None:

@@ -297,7 +297,7 @@ def test_a_failing_job_stops_no_other(tmp_path):
     assert code == 2
     assert "Traceback" not in err
     assert err.count("did you mean") == 2
-    assert "2 runs failed" in err
+    assert f"2 runs failed; `python -m haq_lab.results {sweep / 'b'}` lists them" in err
     assert "run 3:" in out
 
 

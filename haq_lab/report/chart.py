@@ -5,16 +5,25 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import cycle
-from typing import Any
+from itertools import cycle, product
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-# Eight hues that stay apart for the colour-blind and stand on white as on near-black.
-COLOURS = ("#3b78d8", "#e07b16", "#1f9e89", "#d64550", "#8a63d2", "#b3941f", "#2ba8d9", "#8a8f98")
-GREY = COLOURS[-1]  # of lines that only guide the eye
+# Seven hues that stay apart for the colour-blind and stand on white as on near-black.
+COLOURS = ("#3b78d8", "#e07b16", "#1f9e89", "#d64550", "#8a63d2", "#b3941f", "#2ba8d9")
+GREY = "#8a8f98"  # of lines that only guide the eye
+DASHES, SYMBOLS = ("solid", "dot", "dashdot"), ("circle", "diamond", "square")  # where there are more names than hues
 HEAT = "Viridis"
 LABEL = 24  # characters of a line on an axis: a phone has little room beside the bars
+
+
+class Look(NamedTuple):
+    """What tells a line or a point from others."""
+
+    colour: str
+    dash: str
+    symbol: str
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,12 @@ def bar_room(labels: Iterable[str]) -> int:
     return sum(26 + 17 * (broken(label).count("<br>") + 1) for label in labels)
 
 
-def coloured(names: list[str]) -> dict[str, str]:
-    """A colour for each name."""
-    return dict(zip(names, cycle(COLOURS), strict=False))
+def whole_numbers(count: int) -> dict[str, int]:
+    """Of an axis that counts from 0: ticks on whole numbers alone, not too many."""
+    return {"tick0": 0, "dtick": max(1, count // 8)}
+
+
+def looks(names: list[str]) -> dict[str, Look]:
+    """A look for each name: all hues first, then the same with another dash and symbol."""
+    all_looks = [Look(hue, *kind) for kind, hue in product(zip(DASHES, SYMBOLS, strict=True), COLOURS)]
+    return dict(zip(names, cycle(all_looks), strict=False))

@@ -82,9 +82,10 @@ def collect(*folders: str | Path) -> Collection:
 
 
 def _named(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs by shorter names: within a model's, what they differ in; the model stands before where there are several."""
+    """Runs by shorter names: within a model's, what they differ in; the model stands before where there are several. A
+    run that ended before its model was known keeps its name."""
     models = runs["model"].fillna("") if "model" in runs else pd.Series("", runs.index)
-    for model in models.unique():
+    for model in filter(None, models.unique()):
         own = runs[models == model]
         rows = (
             own.astype(object).where(own.notna(), None).assign(name=own["folder"].map(lambda folder: Path(folder).name))

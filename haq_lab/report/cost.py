@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from haq_lab.offload.plan import mark_pareto
-from haq_lab.report.chart import COLOURS, GREY, Chart, axes, bar_room, broken, coloured, styled
+from haq_lab.report.chart import COLOURS, GREY, Chart, axes, bar_room, broken, looks, styled
 from haq_lab.report.collect import Collection
 
 MEMORY = "memory.weights_bytes"
@@ -73,7 +73,7 @@ def _methods(runs: pd.DataFrame) -> pd.Series:
 def _front(points: pd.DataFrame, group: str, x: str, y: str, log: bool = False) -> go.Figure:
     """Columns `memory`, `cost`, `label`, and the group's, which gives the colours."""
     figure = styled(go.Figure(), 430)
-    for name, colour in coloured(list(points[group].unique())).items():
+    for name, look in looks(list(points[group].unique())).items():
         rows = points[points[group] == name]
         figure.add_scatter(
             x=rows["memory"],
@@ -81,12 +81,13 @@ def _front(points: pd.DataFrame, group: str, x: str, y: str, log: bool = False) 
             customdata=rows["label"],
             name=str(name),
             mode="markers",
-            marker={"color": colour, "size": 10, "opacity": 0.85},
+            marker={"color": look.colour, "symbol": look.symbol, "size": 10, "opacity": 0.85},
             hovertemplate="%{customdata}<br>%{x:,.4g}: %{y:.4g}<extra></extra>",
         )
     front = mark_pareto(points, "memory", "cost").query("pareto").sort_values("memory")
     line = {"color": GREY, "width": 1.5}
     figure.add_scatter(x=front["memory"], y=front["cost"], mode="lines", line=line, showlegend=False, hoverinfo="skip")
     axes(figure, x, y)
+    figure.update_xaxes(rangemode="nonnegative")  # one budget would give an axis that begins below nothing
     figure.update_yaxes(type="log" if log else "linear")
     return figure

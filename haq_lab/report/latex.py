@@ -7,6 +7,7 @@ import re
 from haq_lab.report.tables import Cell, Table
 
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}  # other signs in TeX's own fonts
 SPECIAL |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
 
 
@@ -42,4 +43,4 @@ def _cell(cell: Cell) -> str:
 
 def escaped(text: str) -> str:
     """A text as LaTeX prints it, character by character."""
-    return re.sub(r"[\\~^&%$#_{}]", lambda found: SPECIAL[found.group()], text)
+    return re.sub(r"[\\~^&%$#_{}<>|]", lambda found: SPECIAL[found.group()], text)

@@ -27,7 +27,7 @@ class Metric:
 
 
 SHOWN = {
-    "memory.weights_bytes": Metric("weights, MB", "{:,.0f}", 1e-6, "less"),
+    "memory.weights_bytes": Metric("weights, MB", "{:,.1f}", 1e-6, "less"),
     "memory.peak_rss_bytes": Metric("peak RAM, MB", "{:,.0f}", 1e-6, "less"),
     "memory.checkpoint_bytes": Metric("checkpoint, MB", "{:,.0f}", 1e-6, "less"),
     "latency.prefill_ms": Metric("prefill, ms", "{:,.1f}", 1, "less"),

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor, stack
 
 from haq_lab.calibration.ranges import Ranges
-from haq_lab.report.chart import HEAT, Chart, axes, bar_room, broken, coloured, styled
+from haq_lab.report.chart import HEAT, Chart, axes, bar_room, broken, looks, styled, whole_numbers
 from haq_lab.report.collect import Collection
 
 CELLS = 128  # across an outlier map; each is the largest of the channels that it stands for
@@ -73,9 +73,10 @@ def _layer_figure(table: pd.DataFrame) -> go.Figure:
     values = table.groupby(["linear", "layer"], sort=False)[["error", "error_rtn", "strength"]].mean().reset_index()
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
     styled(figure, 520)
-    for linear, colour in coloured(list(values["linear"].unique())).items():
+    for linear, look in looks(list(values["linear"].unique())).items():
         rows = values[values["linear"] == linear]
-        line = {"x": rows["layer"], "mode": "lines+markers", "line": {"color": colour}, "marker": {"size": 5}}
+        line = {"x": rows["layer"], "mode": "lines+markers", "marker": {"size": 5}}
+        line |= {"line": {"color": look.colour, "dash": look.dash}}
         line |= {"name": linear.rpartition(".")[2], "legendgroup": linear}
         figure.add_scatter(
             **line,
@@ -87,6 +88,7 @@ def _layer_figure(table: pd.DataFrame) -> go.Figure:
         figure.add_scatter(**line, y=rows["strength"], showlegend=False, hovertemplate=hover, row=2, col=1)
     axes(figure, "", "")
     figure.update_xaxes(title_text="layer", row=2)
+    figure.update_xaxes(**whole_numbers(values["layer"].nunique()))
     figure.update_yaxes(title_text="error of the output", type="log", exponentformat="power", row=1)
     figure.update_yaxes(title_text="strength", range=[-0.05, 1.05], row=2)
     return figure
@@ -127,6 +129,7 @@ def _outlier_figure(ranges: Ranges) -> go.Figure:
     figure.update_annotations(font={"size": 11})
     axes(figure, "", "")
     figure.update_xaxes(showticklabels=False, ticks="")
+    figure.update_yaxes(**whole_numbers(len(next(iter(before.values())))))
     return figure
 
 

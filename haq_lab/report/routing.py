@@ -3,13 +3,11 @@ or the reason why there is none."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from haq_lab.report.chart import GREY, HEAT, Chart, axes, coloured, styled
+from haq_lab.report.chart import GREY, HEAT, Chart, axes, looks, styled, whole_numbers
 from haq_lab.report.collect import Collection
 
 HIT_RATE = "offload.hit_rate_pairs"
@@ -37,6 +35,7 @@ def popularity(found: Collection) -> Chart | str:
             colorbar=bar,
             hovertemplate=hover,
         )
+        figure.update_yaxes(**whole_numbers(len(share)))
         variants[str(run)] = axes(figure, "expert", "layer")
     return Chart(
         "Expert popularity", "Of the calibration text's tokens; runs with the same routing are shown once.", variants
@@ -71,18 +70,18 @@ def _measured(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _curves(table: pd.DataFrame) -> go.Figure:
     figure = styled(go.Figure(), 430)
-    colours = coloured([name for name in table["policy"].unique() if not name.startswith("Belady")])
+    own = looks([name for name in table["policy"].unique() if not name.startswith("Belady")])
     for policy, rows in table.groupby("policy", sort=False):
         name = str(policy)
         bound = name.startswith("Belady")
-        line: dict[str, Any] = {"color": GREY if bound else colours[name], "dash": "dash" if bound else "solid"}
-        line["width"] = 3.5 if name.lower() == "haq" else 1.6
+        line = {"color": GREY, "dash": "dash"} if bound else {"color": own[name].colour, "dash": own[name].dash}
+        width = 3.5 if name.lower() == "haq" else 1.6
         figure.add_scatter(
             x=rows["budget"],
             y=rows["pairs"],
             name=name,
             mode="lines+markers",
-            line=line,
+            line=line | {"width": width},
             hovertemplate=f"{name}<br>%{{x:.1%}} resident: %{{y:.2%}}<extra></extra>",
         )
     axes(figure, "experts resident", "hit rate")

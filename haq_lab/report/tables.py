@@ -13,7 +13,10 @@ from haq_lab.report.metrics import Metric, columns
 from haq_lab.show import change
 
 PROVENANCE = ("started", "python", "torch", "cpu", "threads", "checkpoint", "folder")
-STAMP = ("tokenizer", "seqlen", "stride", "windows", "tokens_scored", "split", "join", "level", "text_sha256")
+STAMP = (
+    *("tokenizer", "seqlen", "stride", "windows", "samples", "seed", "tokens_scored"),
+    *("split", "join", "level", "text_sha256"),
+)
 NOTE = (
     "Bold: the best of the quantised runs. In %: a perplexity over the run's own full precision, weights against the "
     "whole model in fp16, everything else against the table's unquantised run."
@@ -147,7 +150,7 @@ def protocol_table(found: Collection) -> Table:
     rows = []
     for (text, _), (stamp, names) in stamps.items():
         label = f"calibration ({stamp.get('text')})" if text == "calibration" else text
-        comparable = ", ".join(stamp.get("comparable_with") or []) or "nothing published"
+        comparable = "" if text == "calibration" else ", ".join(stamp.get("comparable_with", [])) or "nothing published"
         runs = "all" if len(names) == len(found.protocol) else f"{len(names)}: {names[0]}" + ", ..." * (len(names) > 1)
         rows.append(list(map(Cell, [label, *(str(stamp.get(name, "")) for name in present), comparable, runs])))
     return Table("Protocol stamps", ["text", *present, "comparable with", "runs"], rows)

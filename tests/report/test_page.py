@@ -14,10 +14,12 @@ from haq_lab import results
 from haq_lab.models.sources import TinyModel
 from haq_lab.report import __main__ as command
 from haq_lab.report import cost
+from haq_lab.report.chart import looks
 from haq_lab.report.collect import collect
 from haq_lab.report.latex import escaped
 from haq_lab.report.page import CHARTS, page
 from haq_lab.report.tables import Cell, published_table, result_tables
+from haq_lab.tracking.run_folder import RunFolder
 
 
 def test_the_page_is_self_contained_and_tells_everything(report, studied):
@@ -107,6 +109,23 @@ def test_runs_of_one_name_stay_apart(studied, tmp_path):
     assert (names.str.len() < 100).all()
 
 
+def test_a_run_that_failed_before_its_model_was_known_is_not_named_as_one_that_did_not(tmp_path):
+    for model, bits in (("m", 8), ("n", 8), (None, 3)):
+        folder = RunFolder(tmp_path / f"{model}{bits}", {})
+        facts = {"overrides": [f"model={model}", "quantizer=rtn", f"quantizer.weight_bits={bits}"], "sweep": "s"}
+        folder.begin("a: 1\n")
+        if model is None:
+            folder.fail(facts, ValueError("3 bits"))
+        else:
+            folder.finish(facts | {"model": model, "quantizer": "rtn"}, {}, {})
+    assert list(collect(tmp_path).runs["name"]) == ["model=None quantizer.weight_bits=3", "m m8", "n n8"]
+
+
+def test_no_two_of_many_lines_look_alike():
+    names = [str(number) for number in range(21)]
+    assert len(set(looks(names).values())) == 21
+
+
 def test_hostile_names_stay_text(studied, tmp_path):
     folder = next(path.parent for path in (studied / "dense").rglob("results.json"))
     shutil.copytree(folder, tmp_path / "run")
@@ -129,6 +148,7 @@ def test_latex_has_as_many_columns_in_every_row(report):
         assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(columns)}
     assert r"\textbf{" in text
     assert escaped(r"50% of a_b & c\d~") == r"50\% of a\_b \& c\textbackslash{}d\textasciitilde{}"
+    assert escaped("<|x|>") == r"\textless{}\textbar{}x\textbar{}\textgreater{}"
 
 
 def test_published_figures_stand_beside_ours(studied, tmp_path):
