@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors import SafetensorError
 
 from haq_lab import results
-from haq_lab.calibration import ranges
-from haq_lab.calibration.ranges import Ranges
+from haq_lab.calibration.ranges import FILE, Ranges
+from haq_lab.show import errors, say
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
 
 TABLES = ("layers", "experts", "latency")  # of what runs leave as <name>.csv, those that charts are drawn from
@@ -66,8 +67,8 @@ def collect(*folders: str | Path) -> Collection:
         for kind in TABLES:
             if (table := _table(folder / f"{kind}.csv")) is not None:
                 stacks.setdefault(kind, []).append(table.assign(run=name))
-        if (folder / ranges.FILE).is_file():
-            found.ranges[name] = Ranges.open(folder / ranges.FILE)
+        if (ranges := _ranges(folder / FILE)) is not None:
+            found.ranges[name] = ranges
     found.tables = {kind: pd.concat(stack, ignore_index=True) for kind, stack in stacks.items()}
     for kind in STUDIES:
         stack = [
@@ -104,9 +105,27 @@ def _studies(folders: tuple[str | Path, ...], kind: str) -> list[Path]:
 
 
 def _table(path: Path) -> pd.DataFrame | None:
-    """A CSV file; None where there is none, or nothing in it."""
+    """A CSV file; None where there is none, nothing in it, or nothing that can be read."""
     try:
         table = pd.read_csv(path)
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return None
+    except ValueError as error:  # pandas' parser's, and of text that is none
+        _tell_damaged(path, error)
+        return None
     return None if table.empty else table
+
+
+def _ranges(path: Path) -> Ranges | None:
+    """A run's ranges; None where it has none, or none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        return Ranges.open(path)
+    except SafetensorError as error:
+        _tell_damaged(path, error)
+        return None
+
+
+def _tell_damaged(path: Path, error: Exception) -> None:
+    say(f"{path} is left out: it is damaged ({error})", on=errors)

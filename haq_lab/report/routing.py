@@ -70,7 +70,8 @@ def _measured(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _curves(table: pd.DataFrame) -> go.Figure:
     figure = styled(go.Figure(), 430)
-    own = looks([name for name in table["policy"].unique() if not name.startswith("Belady")])
+    policies = [name for name in table["policy"].unique() if not name.startswith("Belady")]
+    own = looks(sorted(policies, key=lambda name: name.lower() != "haq"))  # whose line is the thick one
     for policy, rows in table.groupby("policy", sort=False):
         name = str(policy)
         bound = name.startswith("Belady")

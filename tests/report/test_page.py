@@ -126,6 +126,18 @@ def test_no_two_of_many_lines_look_alike():
     assert len(set(looks(names).values())) == 21
 
 
+def test_a_damaged_table_is_left_out_and_told(studied, tmp_path, capsys):
+    shutil.copytree(
+        results.load(studied / "dense").set_index("quantizer").loc["smoothquant", "folder"], tmp_path / "run"
+    )
+    for name in ("layers.csv", "ranges.safetensors"):
+        (tmp_path / "run" / name).write_bytes(b"a,b\n1,2,3\n\xff\xfe")
+    text = page(collect(tmp_path), "damaged")
+    assert capsys.readouterr().err.count("is left out: it is damaged") == 2
+    assert "<b>Error and strength by layer</b>" in text
+    assert "<h3>Perplexity by method</h3>" in text
+
+
 def test_hostile_names_stay_text(studied, tmp_path):
     folder = next(path.parent for path in (studied / "dense").rglob("results.json"))
     shutil.copytree(folder, tmp_path / "run")
