@@ -1,8 +1,12 @@
-"""What lies in a store's folder: listing it, and making room."""
+"""What lies in a store's folder: listing it, and making room.
+
+Only files that are named by a key are the store's: `stages.dir` may be a folder that holds somebody's models.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+KEY = "[0-9a-f]{40}"
 LEFT = 3600  # seconds after which a file that is still aside was left by a killed process
 
 
@@ -75,7 +80,8 @@ def remove(entry: Entry) -> None:
 
 def remove_leftovers(folder: Path) -> int:
     """Remove what killed processes had written aside; returns how many files."""
-    left = [path for path in folder.glob("*/.*.part") if time.time() - _stat(path, "st_mtime") > LEFT]
+    aside = (path for path in folder.glob("*/.*.part") if re.match(rf"\.{KEY}\.", path.name))
+    left = [path for path in aside if time.time() - _stat(path, "st_mtime") > LEFT]
     for path in left:
         path.unlink(missing_ok=True)
     return len(left)
@@ -83,7 +89,7 @@ def remove_leftovers(folder: Path) -> int:
 
 def _files(folder: Path) -> Iterator[Path]:
     for path in folder.glob("*/*"):
-        if path.suffix in (".json", ".safetensors") and not path.name.startswith("."):
+        if re.fullmatch(rf"{KEY}\.(json|safetensors)", path.name):
             yield path
 
 

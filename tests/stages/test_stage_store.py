@@ -16,6 +16,11 @@ from haq_lab.stages.entries import entries
 from haq_lab.stages.store import Artefact, Store
 
 GB = 1_000_000_000
+A, B = "a" * 40, "b" * 40
+
+
+def _key(number: int) -> str:
+    return f"{number:040x}"
 
 
 def _artefact(number: int = 0, size: int = 1000) -> Artefact:
@@ -36,12 +41,12 @@ def _never() -> Artefact:
 
 
 def test_an_artefact_is_computed_once(tmp_path):
-    assert _same(Store(tmp_path, GB).fetch("stage", "a" * 40, _artefact), _artefact())
+    assert _same(Store(tmp_path, GB).fetch("stage", A, _artefact), _artefact())
     store = Store(tmp_path, GB)
-    assert _same(store.fetch("stage", "a" * 40, _never), _artefact())
+    assert _same(store.fetch("stage", A, _never), _artefact())
     assert store.reused == {"stage": 1}
-    assert store.get("stage", "b" * 40) is None
-    assert store.get("other", "a" * 40) is None
+    assert store.get("stage", B) is None
+    assert store.get("other", A) is None
 
 
 def test_tensors_come_back_in_their_types_and_aligned_as_torch_aligns(tmp_path):
@@ -52,99 +57,97 @@ def test_tensors_come_back_in_their_types_and_aligned_as_torch_aligns(tmp_path):
         "experts.1.weight": torch.randn(3, 5),
         "view": torch.randn(6, 4).t(),
     }
-    Store(tmp_path, GB).put("stage", "a", Artefact(tensors))
-    found = Store(tmp_path, GB).get("stage", "a")
+    Store(tmp_path, GB).put("stage", A, Artefact(tensors))
+    found = Store(tmp_path, GB).get("stage", A)
     assert _same(found, Artefact(tensors))
     assert all(tensor.data_ptr() % 64 == 0 for tensor in found.tensors.values())  # sums depend on it
 
 
 def test_a_store_without_a_folder_keeps_nothing():
     store = Store()
-    assert _same(store.fetch("stage", "a", _artefact), _artefact())
-    assert store.get("stage", "a") is None
+    assert _same(store.fetch("stage", A, _artefact), _artefact())
+    assert store.get("stage", A) is None
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "nonsense"])
 def test_a_damaged_artefact_is_computed_again_and_said_so(tmp_path, capsys, suffix, damage):
-    Store(tmp_path, GB).put("stage", "a", _artefact())
-    path = tmp_path / "stage" / f"a.{suffix}"
+    Store(tmp_path, GB).put("stage", A, _artefact())
+    path = tmp_path / "stage" / f"{A}.{suffix}"
     data = bytearray(path.read_bytes())
     place = data.index(b'"x": "') + 10 if suffix == "json" else len(data) - 100  # a tensor's hash, or its bytes
     data[place] ^= 1
     changed = {"flip": bytes(data), "truncate": bytes(data[:-50]), "empty": b"", "nonsense": b"\x80\x04}q\x00."}
     path.write_bytes(changed[damage])
     store = Store(tmp_path, GB)
-    assert _same(store.fetch("stage", "a", lambda: _artefact(1)), _artefact(1))
+    assert _same(store.fetch("stage", A, lambda: _artefact(1)), _artefact(1))
     assert "stages: stage is computed again: " in capsys.readouterr().err
-    assert _same(Store(tmp_path, GB).get("stage", "a"), _artefact(1))
+    assert _same(Store(tmp_path, GB).get("stage", A), _artefact(1))
 
 
 def test_a_changed_fact_is_noticed(tmp_path):
-    Store(tmp_path, GB).put("stage", "a", Artefact(facts={"perplexity": 12.5}))
-    path = tmp_path / "stage" / "a.safetensors"
+    Store(tmp_path, GB).put("stage", A, Artefact(facts={"perplexity": 12.5}))
+    path = tmp_path / "stage" / f"{A}.safetensors"
     path.write_bytes(path.read_bytes().replace(b"12.5", b"11.5"))
-    assert Store(tmp_path, GB).get("stage", "a") is None
+    assert Store(tmp_path, GB).get("stage", A) is None
 
 
 def test_what_was_unused_for_longest_goes_first(tmp_path):
     store = Store(tmp_path, 15_000)
     for number in range(3):
-        store.put("stage", str(number), _artefact(number))
-        os.utime(tmp_path / "stage" / f"{number}.json", (number, number))
-    assert _same(store.get("stage", "0"), _artefact())  # used now
-    store.put("stage", "3", _artefact(3))
+        store.put("stage", _key(number), _artefact(number))
+        os.utime(tmp_path / "stage" / f"{_key(number)}.json", (number, number))
+    assert _same(store.get("stage", _key(0)), _artefact())  # used now
+    store.put("stage", _key(3), _artefact(3))
     left = {entry.data.stem for entry in entries(tmp_path)}
-    assert "0" in left
-    assert "3" in left
-    assert left < {"0", "1", "2", "3"}
+    assert {_key(0), _key(3)} <= left < {_key(number) for number in range(4)}
     assert sum(entry.bytes for entry in entries(tmp_path)) <= 15_000
 
 
 def test_what_is_larger_than_the_limit_is_not_kept(tmp_path, capsys):
     store = Store(tmp_path, 1000)
-    assert _same(store.fetch("stage", "a", _artefact), _artefact())
+    assert _same(store.fetch("stage", A, _artefact), _artefact())
     assert entries(tmp_path) == []
     assert "stage is not kept: its 0.0 GB are more than stages.limit" in capsys.readouterr().err
 
 
 def test_a_full_disk_loses_nothing(small_disk, capsys):
     store = Store(small_disk, GB)
-    assert _same(store.fetch("stage", "a", _artefact), _artefact())
-    for key in "bc":
+    assert _same(store.fetch("stage", A, _artefact), _artefact())
+    for key in (B, "c" * 40):
         assert _same(store.fetch("stage", key, lambda: _artefact(2, 100_000)), _artefact(2, 100_000))
     assert capsys.readouterr().err.count("nothing more is kept") == 1
-    assert [path.name for path in sorted((small_disk / "stage").iterdir())] == ["a.json", "a.safetensors"]
-    assert _same(Store(small_disk, GB).get("stage", "a"), _artefact())
+    assert [path.name for path in sorted((small_disk / "stage").iterdir())] == [f"{A}.json", f"{A}.safetensors"]
+    assert _same(Store(small_disk, GB).get("stage", A), _artefact())
 
 
 def test_a_full_disk_that_is_made_up(tmp_path, full_disk, capsys):
-    assert _same(Store(tmp_path, GB).fetch("stage", "a", _artefact), _artefact())
+    assert _same(Store(tmp_path, GB).fetch("stage", A, _artefact), _artefact())
     assert "nothing more is kept" in capsys.readouterr().err
     assert entries(tmp_path) == []
 
 
 def test_a_read_only_store_is_read(tmp_path, read_only, capsys):
-    Store(tmp_path, GB).put("stage", "a", _artefact())
+    Store(tmp_path, GB).put("stage", A, _artefact())
     read_only(tmp_path)
     store = Store(tmp_path, GB)
-    assert _same(store.fetch("stage", "a", _never), _artefact())
+    assert _same(store.fetch("stage", A, _never), _artefact())
     assert capsys.readouterr().err == ""
     for number in (1, 2):
-        assert _same(store.fetch("stage", "b", lambda number=number: _artefact(number)), _artefact(number))
+        assert _same(store.fetch("stage", B, lambda number=number: _artefact(number)), _artefact(number))
     assert capsys.readouterr().err.count("cannot be written to (Read-only file system)") == 1
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert _same(Store(tmp_path / "file" / "store", GB).fetch("stage", "a", _artefact), _artefact())
+    assert _same(Store(tmp_path / "file" / "store", GB).fetch("stage", A, _artefact), _artefact())
     assert "cannot be written to (Not a directory)" in capsys.readouterr().err
 
 
 def test_killed_while_writing(tmp_path, capsys):
     for at in range(1, 20):
-        dead = killed(in_child(lambda: Store(tmp_path, GB).put("stage", "a", _artefact()), dies_at=at))
-        found = Store(tmp_path, GB).get("stage", "a")
+        dead = killed(in_child(lambda: Store(tmp_path, GB).put("stage", A, _artefact()), dies_at=at))
+        found = Store(tmp_path, GB).get("stage", A)
         assert not dead or found is None
         assert capsys.readouterr().err == ""
         if not dead:
@@ -156,7 +159,7 @@ def test_killed_while_writing(tmp_path, capsys):
         os.utime(path, (0, 0))
     main(["gc", "--dir", str(tmp_path)])
     assert f"removed 0 artefacts, 0.0 MB, and {at - 1} unfinished files" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == ["a.json", "a.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == [f"{A}.json", f"{A}.safetensors"]
 
 
 def test_two_processes_compute_it_once(tmp_path):
@@ -167,7 +170,7 @@ def test_two_processes_compute_it_once(tmp_path):
         return _artefact()
 
     def work() -> None:
-        for key in ("a" * 40, "b" * 40, "c" * 40):
+        for key in (A, B, "c" * 40):
             assert _same(Store(tmp_path / "store", GB).fetch("stage", key, compute), _artefact())
 
     for child in [in_child(work) for _ in range(3)]:
@@ -180,8 +183,8 @@ def test_a_killed_process_holds_up_nobody(tmp_path):
         os.kill(os.getpid(), 9)
         raise AssertionError
 
-    assert killed(in_child(lambda: Store(tmp_path, GB).fetch("stage", "a", die)))
-    assert _same(Store(tmp_path, GB).fetch("stage", "a", _artefact), _artefact())
+    assert killed(in_child(lambda: Store(tmp_path, GB).fetch("stage", A, die)))
+    assert _same(Store(tmp_path, GB).fetch("stage", A, _artefact), _artefact())
 
 
 # --- the command line
@@ -190,14 +193,14 @@ def test_a_killed_process_holds_up_nobody(tmp_path):
 def test_listing_and_collecting(tmp_path, capsys):
     store = Store(tmp_path, GB)
     for number, stage in enumerate(["one", "one", "two"]):
-        store.put(stage, str(number), _artefact(number), about=f"model {number}")
+        store.put(stage, _key(number), _artefact(number), about=f"model {number}")
     main(["ls", "--dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert "one" in out
     assert "3 artefacts, 0.0 MB" in out
     main(["ls", "--all", "--dir", str(tmp_path)])
     assert "model 2" in capsys.readouterr().out
-    (tmp_path / "two" / "2.json").unlink()
+    (tmp_path / "two" / f"{_key(2)}.json").unlink()
     main(["ls", "--all", "--dir", str(tmp_path)])
     assert "unfinished" in capsys.readouterr().out
     main(["gc", "--limit", "0B", "--dir", str(tmp_path)])
@@ -205,6 +208,20 @@ def test_listing_and_collecting(tmp_path, capsys):
     assert entries(tmp_path) == []
     main(["ls", "--dir", str(tmp_path / "nowhere")])
     assert "0 artefacts" in capsys.readouterr().out
+
+
+def test_what_is_not_the_stores_stays(tmp_path):
+    """Whoever points it at a folder of models loses none."""
+    others = ["model.safetensors", "config.json", ".model.safetensors.12.part", f"{A[1:]}.json", f"{A}.txt"]
+    (tmp_path / "stage").mkdir()
+    for name in others:
+        (tmp_path / "stage" / name).write_text("mine")
+        os.utime(tmp_path / "stage" / name, (0, 0))
+    store = Store(tmp_path, 5_000)
+    for number in range(3):
+        store.put("stage", _key(number), _artefact(number))
+    main(["gc", "--limit", "0B", "--dir", str(tmp_path)])
+    assert sorted(path.name for path in (tmp_path / "stage").iterdir()) == sorted(others)
 
 
 @pytest.mark.parametrize("limit", ["20", "20 %", "20GX", "much"])
@@ -216,7 +233,7 @@ def test_a_limit_that_is_no_size(limit, capsys, tmp_path):
 
 
 def test_the_record_says_what_it_is(tmp_path):
-    Store(tmp_path, GB).put("stage", "a", _artefact(), about="a model")
-    record = json.loads((tmp_path / "stage" / "a.json").read_text())
+    Store(tmp_path, GB).put("stage", A, _artefact(), about="a model")
+    record = json.loads((tmp_path / "stage" / f"{A}.json").read_text())
     assert record["about"] == "a model"
     assert Path(record["shard"]["file"]).suffix == ".safetensors"
