@@ -14,12 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from haq_lab.errors import UserError
 from haq_lab.files import named, write_json, write_text
 from haq_lab.help import MISTAKES
 
 SCHEMA = 1
 PARTS = ("run", "config", "protocol", "metrics", "error")
 ARCHIVE = "previous"  # earlier results of a folder are moved there, never deleted
+LEFT = (  # by runs, besides checkpoints; `events.jsonl`, which says that one has begun, is made first and goes last
+    *("results.json", "config.yaml", "layers.csv", "experts.csv", "offload.csv", "latency.csv", "lm_eval.csv"),
+    *("ranges.safetensors", "routing.safetensors", "experts.bin", "figures", "wandb", "error.json", "events.jsonl"),
+)
 
 
 class RunFolder:
@@ -40,32 +45,26 @@ class RunFolder:
         return results
 
     def begin(self, config_yaml: str) -> None:
-        """Start a run here; what an earlier one left is archived."""
+        """Start a run here. What a finished one left is archived, what a killed one left is removed.
+
+        Raises:
+            UserError: Nothing says that it was a run that left it, and it may be precious (`hydra.run.dir=.`).
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        names = (
-            "results.json",
-            "error.json",
-            "events.jsonl",
-            "config.yaml",
-            "layers.csv",
-            "experts.csv",
-            "offload.csv",
-            "latency.csv",
-            "lm_eval.csv",
-            "ranges.safetensors",
-            "experts.bin",
-            "routing.safetensors",
-            "figures",
-            "wandb",
-        )
-        left = [self.path / name for name in names if (self.path / name).exists()]
-        if any(item.name == "results.json" for item in left):
+        left = [self.path / name for name in LEFT if (self.path / name).exists()]
+        names = [item.name for item in left]
+        if set(names) - {"error.json"} and not {"results.json", "events.jsonl"} & set(names):
+            raise UserError(
+                f"hydra.run.dir: '{self.path}' holds '{names[0]}', which no run left; choose another folder"
+            )
+        if "results.json" in names:
             archive = self._archive()
             for item in left:
                 item.replace(archive / item.name)
         else:
             for item in left:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
+        self.event("begun")
         write_text(self.path / "config.yaml", config_yaml)
 
     def _archive(self) -> Path:

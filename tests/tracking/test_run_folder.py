@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from haq_lab.errors import UserError
 from haq_lab.tracking import run_folder
 from haq_lab.tracking.run_folder import RunFolder
 
@@ -33,7 +34,23 @@ def test_results_are_archived_and_leftovers_are_not(tmp_path):
     folder.event("killed soon")
     folder.begin("a: 1\n")
     assert len(list((tmp_path / "previous").iterdir())) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "previous"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "events.jsonl", "previous"]
+
+
+@pytest.mark.parametrize("name", ["figures", "wandb", "config.yaml"])
+def test_what_no_run_left_is_not_removed(tmp_path, name):
+    """As in `hydra.run.dir=.`, where the user works; and not at the second try either."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "precious").write_text("mine")
+    folder = RunFolder(tmp_path, {"a": 1})
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"holds '{name}', which no run left; choose another folder"):
+            folder.begin("a: 1\n")
+        folder.fail({}, ValueError("a mistake"))
+    assert (tmp_path / name / "precious").read_text() == "mine"
+    (tmp_path / name).rename(tmp_path / "elsewhere")
+    folder.begin("a: 1\n")
+    assert not (tmp_path / "error.json").exists()
 
 
 def test_a_failure_is_recorded_unless_the_disk_is_full(tmp_path, monkeypatch):
