@@ -27,10 +27,10 @@ class Ranges:
     after: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
-    def smoothed(self) -> bool:
-        """Whether smoothing has changed anything."""
-        pairs = ((self.before[site], self.after[site]) for site in self.before)
-        return any(not torch.equal(*pair) for rows in pairs for pair in zip(*rows, strict=True))
+    def smoothed(self) -> list[str]:
+        """The sites that smoothing has changed in any layer."""
+        pairs = {site: zip(rows, self.after[site], strict=True) for site, rows in self.before.items()}
+        return [site for site, layers in pairs.items() if not all(torch.equal(*pair) for pair in layers)]
 
     def add(self, site: str, before: Tensor, after: Tensor) -> None:
         """The next layer's maxima at a site, (k,) both."""

@@ -26,6 +26,7 @@ def test_a_run_leaves_them_and_smoothing_lowers_the_largest(tmp_path):
     assert before.shape == after.shape == (2, 64)
     assert ((after.amax(1) / after.median(1).values) < (before.amax(1) / before.median(1).values)).all()
     assert torch.equal(*(torch.stack(sites["self_attn.o_proj"]) for sites in (ranges.before, ranges.after)))
+    assert sorted(ranges.smoothed) == ["mlp.gate_proj", "self_attn.q_proj"]
 
 
 def test_experts_own_inputs_are_left_out(tmp_path):

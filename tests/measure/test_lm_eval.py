@@ -48,9 +48,10 @@ def study(windows):
     return study_of(LayeredModel(TinyModel("llama").folder()), RTN(weight_bits=4), windows)
 
 
-def test_the_harness_scores_the_int8_model_itself(study):
+def test_the_harness_scores_the_int8_model_itself(study, capfd):
     assert any(isinstance(module, Int8Linear) for module in study.whole.modules())
     metrics = LmEval(limit=6)(study)
+    assert capfd.readouterr().err == ""
     tokenizer = study.model.tokenizer()
     rows = [json.loads(line) for line in (OWN / "python_topics.jsonl").read_text().splitlines()][:6]
     right = [_likeliest(study.whole, tokenizer, row) == row["answer"] for row in rows]
