@@ -63,7 +63,7 @@ def bar_room(labels: Iterable[str]) -> int:
 
 def whole_numbers(count: int) -> dict[str, int]:
     """Of an axis that counts from 0: ticks on whole numbers alone, not too many."""
-    return {"tick0": 0, "dtick": max(1, count // 8)}
+    return {"tick0": 0, "dtick": max(1, count // 5)}
 
 
 def looks(names: list[str]) -> dict[str, Look]:

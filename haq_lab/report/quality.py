@@ -16,6 +16,7 @@ from haq_lab.calibration.ranges import Ranges
 from haq_lab.report.chart import HEAT, Chart, axes, bar_room, broken, looks, styled, whole_numbers
 from haq_lab.report.collect import Collection
 
+TINY = 1e-12  # of a layer whose channels are nearly all dead
 CELLS = 128  # across an outlier map; each is the largest of the channels that it stands for
 
 
@@ -95,7 +96,8 @@ def _layer_figure(table: pd.DataFrame) -> go.Figure:
 
 
 def outliers(found: Collection) -> Chart | str:
-    """Heat maps of the largest |x| by layer and channel, before and after smoothing, a variant a run."""
+    """Heat maps of the largest |x| by layer and channel over the layer's median channel, before and after smoothing, a
+    variant a run. A factor's own size says nothing: what costs levels is one channel beside the others."""
     if not found.ranges:
         return "no run has calibrated (ranges.safetensors); RTN with dynamic activations needs no calibration"
     smoothing = {run: ranges for run, ranges in found.ranges.items() if ranges.smoothed}
@@ -103,8 +105,8 @@ def outliers(found: Collection) -> Chart | str:
         return "no run has smoothed (quantizer=smoothquant or haq)"
     variants = {run: _outlier_figure(ranges) for run, ranges in smoothing.items()}
     caption = (
-        "The largest magnitude of each input channel over the calibration text, layers up, channels across "
-        f"(the largest of each {CELLS}th of them). Bright columns are outlier channels."
+        "How much larger each input channel gets on the calibration text than the layer's median channel: layers up, "
+        f"channels across (the largest of each {CELLS}th of them). Bright spots are outlier channels."
     )
     return Chart("Outliers before and after smoothing", caption, variants)
 
@@ -115,7 +117,7 @@ def _outlier_figure(ranges: Ranges) -> go.Figure:
     room = {"horizontal_spacing": 0.04, "vertical_spacing": 0.05}
     figure = make_subplots(len(before), 2, shared_yaxes=True, shared_xaxes=True, subplot_titles=titles, **room)
     bar = {
-        "title": {"text": "log10 of the largest |x|", "side": "top"},
+        "title": {"text": "log10 of the largest |x| over the median", "side": "top"},
         "thickness": 10,
         "orientation": "h",
         "y": -0.12,
@@ -123,7 +125,7 @@ def _outlier_figure(ranges: Ranges) -> go.Figure:
     styled(figure, 120 + 180 * len(before), coloraxis={"colorscale": HEAT, "colorbar": bar})
     for row, site in enumerate(before, start=1):
         for column, values in enumerate((before[site], after[site]), start=1):
-            heat = {"z": np.log10(np.maximum(values, 1e-6)).astype(np.float32), "coloraxis": "coloraxis"}
+            heat = {"z": np.log10(np.maximum(values, 0.1)).astype(np.float32), "coloraxis": "coloraxis"}
             hover = f"{site}, layer %{{y}}, part %{{x}} of {values.shape[1]}<br>10^%{{z:.2f}}<extra></extra>"
             figure.add_heatmap(**heat, hovertemplate=hover, row=row, col=column)
     figure.update_annotations(font={"size": 11})
@@ -134,10 +136,11 @@ def _outlier_figure(ranges: Ranges) -> go.Figure:
 
 
 def _maps(sites: dict[str, list[Tensor]]) -> dict[str, NDArray[np.float32]]:
-    """By site: (layers, at most CELLS) the largest of each part of the channels."""
+    """By site: (layers, at most CELLS) the largest of each part of the channels, over the layer's median channel."""
     maps = {}
     for site, rows in sites.items():
         values = stack(rows).numpy()
+        values = values / np.maximum(np.median(values, axis=1, keepdims=True), TINY)
         starts = np.unique(np.linspace(0, values.shape[1], CELLS, endpoint=False).astype(int))
         maps[site.rpartition(".")[2]] = np.maximum.reduceat(values, starts, axis=1)
     return maps

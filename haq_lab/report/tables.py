@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -45,26 +45,22 @@ class Table:
     note: str = ""
 
 
-@dataclass
-class _Group:
-    """Runs that can be compared: of one model, on the same windows."""
-
-    model: str
-    runs: list[pd.Series] = field(default_factory=list)
-
-
 def result_tables(found: Collection) -> list[Table]:
-    """One for each model, and for each set of windows that it was evaluated on."""
-    groups: dict[Any, _Group] = {}
+    """One for each model, and for each set of windows that it was evaluated on: runs that can be compared."""
+    groups: dict[tuple[str, tuple[Any, ...]], list[pd.Series]] = {}
     for _, run in found.finished.iterrows():
         stamps = found.protocol[run["name"]].items()
         windows = tuple((text, _stamp(stamp)) for text, stamp in stamps if text != "calibration")
-        groups.setdefault((run["model"], windows), _Group(str(run["model"]))).runs.append(run)
-    models = [group.model for group in groups.values()]
+        groups.setdefault((str(run["model"]), windows), []).append(run)
     tables = []
-    for number, group in enumerate(groups.values()):
-        texts = f", windows {models[: number + 1].count(group.model)}" if models.count(group.model) > 1 else ""
-        tables.append(_result_table(pd.DataFrame(group.runs), f"{group.model}{texts}"))
+    for (model, windows), runs in groups.items():
+        evaluated = [other for of, other in groups if of == model and other]
+        title = model
+        if windows and len(evaluated) > 1:
+            title += f", windows {evaluated.index(windows) + 1}"
+        elif evaluated and not windows:
+            title += ", not evaluated on text"
+        tables.append(_result_table(pd.DataFrame(runs), title))
     return tables
 
 

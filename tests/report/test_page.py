@@ -60,12 +60,14 @@ def test_weights_are_saved_of_the_whole_model_wherever_its_experts_lie(studied):
 
 def test_runs_on_other_windows_are_not_compared(studied, tmp_path):
     shutil.copytree(studied / "dense", tmp_path / "dense")
-    path = next((tmp_path / "dense").rglob("results.json"))
-    content = json.loads(path.read_text())
-    content["protocol"]["python_docs"]["windows"] += 1
-    path.write_text(json.dumps(content))
+    first, second, _ = sorted((tmp_path / "dense").rglob("results.json"))
+    for path, change in ((first, {"windows": 3}), (second, None)):
+        content = json.loads(path.read_text())
+        protocol = content["protocol"]
+        content["protocol"] = {} if change is None else protocol | {"python_docs": protocol["python_docs"] | change}
+        path.write_text(json.dumps(content))
     titles = [table.title for table in result_tables(collect(tmp_path))]
-    assert titles == ["tiny_llama, windows 1", "tiny_llama, windows 2"]
+    assert sorted(titles) == ["tiny_llama, not evaluated on text", "tiny_llama, windows 1", "tiny_llama, windows 2"]
 
 
 def test_policies_have_colours_of_their_own_on_the_front(studied):
