@@ -1,7 +1,9 @@
 """Nothing is computed twice: the time of an ablation whose runs share their stages, over that of separate runs.
 
-python experiments/benchmarks/stages.py                # three layers of SmolLM2-135M: five minutes of one core
-python experiments/benchmarks/stages.py --layers 30    # the whole model: most of an hour
+python experiments/benchmarks/stages.py                          # three layers of SmolLM2-135M: five minutes
+python experiments/benchmarks/stages.py --layers 30              # the whole model: half an hour
+python experiments/benchmarks/stages.py --ablation haq           # the jobs of +experiment=ablation_haq
+python experiments/benchmarks/stages.py --propagate quantized    # where every job's statistics are its own
 
 Both arms run the same eight jobs with the same settings, one after the other:
 
@@ -9,8 +11,8 @@ Both arms run the same eight jobs with the same settings, one after the other:
     sweep      one sweep (-m) on an empty store
 
 The metrics of both must be equal to the last bit, or there is no figure. The calibration (32 x 512 tokens) is the
-default one, with `propagate=fp`: with `quantized` every job's statistics are its own. The quantizer that asks most
-of calibration comes first, so that the others find all they need.
+default one but for `propagate=fp`. The quantizer that asks most of calibration comes first, so that the others find
+all they need.
 """
 
 from __future__ import annotations
@@ -23,20 +25,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-ABLATIONS = {
-    "quantizers": ("quantizer=haq,gptq,smoothquant,rtn", "quantizer.activations=token,static"),
-    "haq": (
-        "quantizer=haq",
-        "quantizer.adaptive=false",
-        "quantizer.activations=static",
-        "quantizer.act_order=true,false",
-        "quantizer.scale_search=true,false",
-        "quantizer.damp=0.01,0.05",
-    ),
+ABLATIONS = {  # what each varies, eight combinations
+    "quantizers": {
+        "quantizer": ["haq", "gptq", "smoothquant", "rtn"],
+        "quantizer.activations": ["token", "static"],
+    },
+    "haq": {  # conf/experiment/ablation_haq.yaml
+        "quantizer.adaptive": ["true", "false"],
+        "quantizer.fold": ["[norm,value,up]", "[norm]"],
+        "quantizer.act_order": ["true", "false"],
+    },
 }
 
 
@@ -44,6 +47,7 @@ def main() -> None:
     """Both arms, a line each, and the record as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ablation", choices=ABLATIONS, default="quantizers")
+    parser.add_argument("--propagate", choices=["fp", "quantized"], default="fp")
     parser.add_argument("--layers", type=int, default=3, help="so many decoder layers of the model are kept")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows, of 512 tokens")
     parser.add_argument("--windows", type=int, default=2, help="evaluation windows, of 512 tokens")
@@ -57,18 +61,15 @@ def main() -> None:
 
 def measure(given: argparse.Namespace, folder: Path) -> dict:
     """Seconds of both arms, and what became of the time in the sweep's jobs."""
-    swept = [setting for setting in ABLATIONS[given.ablation] if "," in setting]
-    fixed = [setting for setting in ABLATIONS[given.ablation] if "," not in setting]
-    jobs = [fixed]
-    for setting in swept:
-        name, _, values = setting.partition("=")
-        jobs = [[*job, f"{name}={value}"] for job in jobs for value in values.split(",")]
+    varied = ABLATIONS[given.ablation]
+    jobs = list(product(*([f"{name}={value}" for value in values] for name, values in varied.items())))
+    swept = [f"{name}={','.join(values)}" for name, values in varied.items()]
     model, separate = folder / "model", {}
     for number, job in enumerate(jobs):
         own = [*job, "stages.use=false", f"hydra.run.dir={folder / 'separate' / str(number)}"]
         separate[" ".join(job)] = spent = _run(given, model, own)
         print(f"separate  {spent['wall']:7.1f} s  {spent['cpu']:7.1f} s of CPU  {' '.join(job)}", flush=True)
-    own = ["-m", *fixed, *swept, f"stages.dir={folder / 'store'}", f"hydra.sweep.dir={folder / 'sweep'}"]
+    own = ["-m", *swept, f"stages.dir={folder / 'store'}", f"hydra.sweep.dir={folder / 'sweep'}"]
     sweep = _run(given, model, own)
     print(f"sweep     {sweep['wall']:7.1f} s  {sweep['cpu']:7.1f} s of CPU  {len(jobs)} jobs", flush=True)
     apart, together = _metrics(folder / "separate"), _metrics(folder / "sweep")
@@ -79,6 +80,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict:
     return {
         "benchmark": "stages",
         "ablation": given.ablation,
+        "propagate": given.propagate,
         "layers": given.layers,
         "calibration": [given.samples, 512],
         "separate_s": separate,
@@ -115,8 +117,9 @@ def shorten(source: Path, target: Path, layers: int) -> None:
 def _run(given: argparse.Namespace, model: Path, arguments: list[str]) -> dict[str, float]:
     """Seconds of one process, by the clock and of CPU; waiting for the lock does not count."""
     command = [sys.executable, "-m", "haq_lab", *arguments, "model=hf", f"model.name={model}"]
-    command += ["measure=[perplexity]", "tracking=none", "calibration=python_docs", "calibration.propagate=fp"]
-    command += [f"calibration.samples={given.samples}", "calibration.seqlen=512", "data=[python_docs]"]
+    command += ["measure=[perplexity]", "tracking=none", "calibration=python_docs"]
+    command += [f"calibration.propagate={given.propagate}", f"calibration.samples={given.samples}"]
+    command += ["calibration.seqlen=512", "data=[python_docs]"]
     command += [f"data.python_docs.windows={given.windows}", "data.python_docs.seqlen=512"]
     timed = [sys.executable, "-c", TIMED, *command]
     if given.lock:
