@@ -87,11 +87,12 @@ def build(config: DictConfig) -> Experiment:
             raise UserError(f"there is no group or setting '{name}'{nearest(name, KNOWN)}")
     if not isinstance(config.force, bool):
         raise invalid("force", config.force, ["true", "false"])
-    model = _object(config.get("model"), "model")
-    quantizer = _object(config.get("quantizer"), "quantizer")
+    model = _part(config, "model", ModelSource)
+    quantizer = _part(config, "quantizer", Quantizer, optional=True)
     if quantizer is not None and isinstance(model, QuantizedCheckpoint):
         raise UserError("quantizer: model=quantized is quantised already; leave the quantizer out, or quantizer=none")
-    offload, hardware = _object(config.get("offload"), "offload"), _object(config.get("hardware"), "hardware")
+    offload = _part(config, "offload", Offload, optional=True)
+    hardware = _part(config, "hardware", Hardware, optional=True)
     if offload is None and hardware is not None:
         raise UserError(
             f"hardware: '{hardware.name}' is for runs that offload experts; add offload=haq, or hardware=none"
@@ -99,14 +100,14 @@ def build(config: DictConfig) -> Experiment:
     return Experiment(
         model=model,
         quantizer=quantizer,
-        backend=_object(config.get("backend"), "backend"),
-        calibration=_object(config.get("calibration"), "calibration"),
+        backend=_part(config, "backend", Backend),
+        calibration=_part(config, "calibration", Calibration),
         data=_objects(config, "data"),
         measures=_objects(config, "measure"),
-        tracking=_object(config.get("tracking"), "tracking"),
+        tracking=_part(config, "tracking", Wandb, optional=True),
         offload=offload,
         hardware=hardware,
-        stages=_object(config.get("stages"), "stages"),
+        stages=_part(config, "stages", Stages),
         checkpoint=_checkpoint(config.get("checkpoint"), quantizer),
     )
 
@@ -122,6 +123,14 @@ def _checkpoint(node: Any, quantizer: Quantizer | None) -> Path | None:
     if quantizer is None:
         raise UserError("checkpoint.dir: quantizer=none leaves nothing to write; choose a quantizer")
     return Path(str(node.dir)).expanduser().resolve()
+
+
+def _part(config: DictConfig, group: str, kind: Any, optional: bool = False) -> Any:
+    """What a group stands for; None where it may stand for nothing."""
+    made = _object(config.get(group), group)
+    if isinstance(made, kind) or (made is None and optional):
+        return made
+    raise UserError(f"{group}._target_: '{config[group]._target_}' makes no {kind.__name__}")
 
 
 def _objects(config: DictConfig, group: str) -> dict[str, Any]:

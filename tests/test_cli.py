@@ -165,6 +165,8 @@ def test_a_killed_run_leaves_no_results_and_runs_again(tiny_run, tmp_path, cache
         ("data=[wikitext2", "input"),
         ("quantizer._target_=no.such.Quantizer", "quantizer._target_: 'no.such.Quantizer' cannot be imported"),
         ("quantizer._target_=builtins.dict", "quantizer._target_: 'builtins.dict' is nothing that takes settings"),
+        ("quantizer=../model/tiny_opt", "quantizer._target_: 'haq_lab.models.sources.TinyModel' makes no Quantizer"),
+        ("backend._target_=null", "backend._target_: 'None' makes no Backend"),
         ("quantizer=rtn,gptq", "add --multirun"),
         ("hydra.run.dir=/proc/nowhere", "/proc/nowhere: "),
     ],

@@ -16,6 +16,7 @@ from haq_lab.calibration.ranges import Ranges
 from haq_lab.calibration.routing import Routing
 from haq_lab.checkpoint.layer import int8_layer, layer_content
 from haq_lab.config import Experiment
+from haq_lab.errors import UserError
 from haq_lab.measure.study import Measure, Study
 from haq_lab.models.layered import LayeredModel
 from haq_lab.onepass import PassResult
@@ -92,7 +93,7 @@ class QuantizedStages:
         for index in range(self.model.depth if self.deploys else 0):
             found = self._layer(index)
             if found is None:
-                raise FileNotFoundError(f"{self.store.folder}: layer {index} was removed meanwhile; run it again")
+                raise UserError(f"stages: layer {index} has just gone from {self.store.folder}; run it again")
             yield int8_layer(
                 self.model, index, found.tensors, found.facts, self.experiment.backend, str(self.store.folder)
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 from haq_lab.errors import UserError
 from haq_lab.help import mistakes_told
 from haq_lab.show import Progress, say
+from haq_lab.tracking.run_folder import ARCHIVE
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,13 +27,16 @@ def main(arguments: list[str] | None = None) -> None:
 def waiting(folder: Path) -> list[Path]:
     """The offline W&B runs below a folder that nobody has uploaded yet (W&B leaves `<log>.synced` beside the log).
 
+    Archived results are left out: they were moved, and W&B knows their files by where they were.
+
     Raises:
         UserError: There is no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder '{folder}'")
     runs = sorted(folder.rglob("wandb/offline-run-*"))
-    return [run for run in runs if not any(run.glob("*.synced"))]
+    current = [run for run in runs if ARCHIVE not in run.relative_to(folder).parts]
+    return [run for run in current if not any(run.glob("*.synced"))]
 
 
 def upload(folders: list[Path]) -> None:

@@ -12,8 +12,8 @@ from haq_lab.tracking import __main__ as command
 
 @pytest.fixture
 def runs(tmp_path) -> Path:
-    """Two offline runs below a folder with a blank in its name; one was uploaded before."""
-    for name in ("a run", "another"):
+    """Two offline runs below a folder with a blank in its name, one uploaded before, and an archived one."""
+    for name in ("a run/previous/20260101-000000", "a run", "another"):
         folder = tmp_path / name / "wandb" / f"offline-run-20260101_000000-{name[:1]}{len(name)}"
         folder.mkdir(parents=True)
         (folder / "run-x.wandb").write_bytes(b"log")
