@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from haq_lab.files import written_aside
 
@@ -19,18 +20,27 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def mean_over_experts(layers: pd.DataFrame) -> pd.DataFrame:
+    """Columns `linear`, `layer`, `error`, `error_rtn`, `strength` of a run's `layers.csv`, a row a kind of linear
+    in a layer: the same projection of different experts is one kind."""
+    kinds = layers["linear"].str.replace(r"\.experts\.\d+\.", ".experts.", regex=True)
+    values = layers[["error", "error_rtn", "strength"]].astype(float)
+    return values.groupby([kinds, layers["layer"]], sort=False).mean().reset_index()
+
+
 def layer_figure(layers: pd.DataFrame, path: Path) -> Path:
     """Each projection's output error and smoothing strength over the layers, from a run's `layers.csv`."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for linear, rows in layers.groupby("linear"):
+    for linear, rows in mean_over_experts(layers).groupby("linear", sort=False):
         name = str(linear).rpartition(".")[2]
-        if "error" in rows and rows["error"].notna().any():
+        if rows["error"].notna().any():
             top.semilogy(rows["layer"], rows["error"], marker=".", label=name)
-        if "strength" in rows and rows["strength"].notna().any():
+        if rows["strength"].notna().any():
             bottom.plot(rows["layer"], rows["strength"], marker=".", label=name)
     top.set(ylabel="weight error at the output", title="Error that the weights' rounding leaves, per linear")
     bottom.set(ylabel="smoothing strength", xlabel="layer", ylim=(-0.05, 1.05))
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     if top.has_data():
         top.legend(ncols=4, fontsize="small")
     return save(figure, path)

@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor, stack
 
 from haq_lab.calibration.ranges import Ranges
+from haq_lab.figures import mean_over_experts
 from haq_lab.report.chart import HEAT, Chart, axes, bar_room, broken, looks, styled, whole_numbers
 from haq_lab.report.collect import Collection
 
@@ -70,8 +71,7 @@ def layers(found: Collection) -> Chart | str:
 
 
 def _layer_figure(table: pd.DataFrame) -> go.Figure:
-    table = table.assign(linear=table["linear"].str.replace(r"\.experts\.\d+\.", ".experts.", regex=True))
-    values = table.groupby(["linear", "layer"], sort=False)[["error", "error_rtn", "strength"]].mean().reset_index()
+    values = mean_over_experts(table)
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4])
     styled(figure, 520)
     for linear, look in looks(list(values["linear"].unique())).items():
