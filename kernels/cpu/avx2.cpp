@@ -96,7 +96,7 @@ HAQ_TARGET void widen(const uint8_t* panel, int64_t groups, uint16_t* out) {
 
 } // namespace
 
-const Kernels kAvx2 = {"avx2", kRows, 2, stage<kRows>, quantize, tile, widen, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, half_product, read};
+const Kernels kAvx2 = {"avx2", kRows, 2, stage<kRows>, quantize, tile, widen, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, half_product, read, nullptr, nullptr};
 
 } // namespace haq
 #endif

@@ -73,7 +73,7 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
 
 } // namespace
 
-const Kernels kAvxVnni = {"avxvnni", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, half_product, read};
+const Kernels kAvxVnni = {"avxvnni", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, half_product, read, nullptr, nullptr};
 
 } // namespace haq
 #endif

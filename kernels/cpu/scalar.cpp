@@ -30,6 +30,6 @@ void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, b
 
 } // namespace
 
-const Kernels kScalar = {"scalar", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, half_product, read};
+const Kernels kScalar = {"scalar", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, half_product, read, nullptr, nullptr};
 
 } // namespace haq

@@ -21,10 +21,10 @@ if not native.available():
 
 ISAS = native.isas()
 isas = pytest.mark.parametrize("isa", ISAS)
-# Depths around groups of 4 and chunks of 32 and 64; widths around panels of 32; rows around tiles of 4, 6 and
-# 14. Depths beyond a step of 2,048 are in the test of extremes.
+# Depths around groups of 4 and chunks of 32 and 64; widths around panels of 32; rows around tiles of 4, 6, 14
+# and twice 16. Depths beyond a step of 2,048 are in the test of extremes.
 shapes = st.tuples(
-    st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 23, 24, 25, 29]),
+    st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 17, 23, 24, 25, 29, 32, 33]),
     st.sampled_from([1, 2, 31, 32, 33, 64, 65, 100]),
     st.sampled_from([1, 3, 4, 5, 31, 33, 63, 64, 65, 100, 128, 257, 576]),
 )
