@@ -85,12 +85,8 @@ HAQ_AMX void amx_tile(int rows, const uint8_t* x, const void* panel, bool, int64
   multiply_panel<true>(x, w, groups, add, acc);
 }
 
-constexpr Kernels amx() {
-  Kernels kernels = kAvx512Vnni;
-  kernels.name = "amx";
-  kernels.row_tile = kAmxRows;
-  kernels.stage = stage<kAmxRows>;
-  kernels.tile = amx_tile;
+constexpr Kernels with_tile_registers() {
+  Kernels kernels = table<kAmxRows>("amx", amx_tile, attend<8, 2>);
   kernels.begin = configure;
   kernels.end = release;
   return kernels;
@@ -98,6 +94,6 @@ constexpr Kernels amx() {
 
 } // namespace
 
-constexpr Kernels kAmx = amx();
+constexpr Kernels kAmx = with_tile_registers();
 
 } // namespace haq

@@ -1,5 +1,5 @@
 // What lies between the products of a decoder layer, in float32: RMS norm, rotation of queries and keys, attention.
-// Included after rows.h by each instruction set; `Vec` (16 floats) is its chunk header's.
+// Included through instruction_set.h; `Vec` (16 floats) is the chunk header's.
 #pragma once
 #include <cmath>
 #include <limits>

@@ -4,9 +4,7 @@
   __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define HAQ_STAGED int8_t
 #include "chunk_avx512.h"
-#include "rows.h"
-#include "attention.h"
-#include "half.h"
+#include "instruction_set.h"
 
 namespace haq {
 namespace {
@@ -94,9 +92,7 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
 
 } // namespace
 
-constexpr Kernels kAvx512Vnni = {"avx512vnni", kRows,  1,      stage<kRows>, quantize,
-                                 tile,         nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<8, 2>, half_product, read,
-                                 nullptr, nullptr};
+constexpr Kernels kAvx512Vnni = table<kRows>("avx512vnni", tile, attend<8, 2>);
 
 } // namespace haq
 
