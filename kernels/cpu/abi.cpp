@@ -2,6 +2,8 @@
 // the caller. Those that can fail return 0, or 1 when there is not enough memory.
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -19,9 +21,23 @@ namespace {
 const Kernels* const kLevels[] = {
     &kScalar,
 #if defined(__x86_64__)
-    &kAvx2, &kAvxVnni, &kAvx512Vnni,
+    &kAvx2, &kAvxVnni, &kAvx512Vnni, &kAmx,
 #endif
 };
+
+#if defined(__x86_64__)
+// Whether the CPU has tile registers for int8, and the system lets this process use them.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a = 7, b, c = 0, d; // CPUID leaf 7.0, EDX bits 24 (tiles) and 25 (int8)
+  __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  constexpr long request_permission = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (d >> 24 & 3) == 3 && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool supported(int level) {
 #if defined(__x86_64__)
@@ -33,10 +49,11 @@ bool supported(int level) {
     __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
     return avx2 && (a >> 4 & 1);
   }
-  if (level == 3)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
+  const bool vnni512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                       __builtin_cpu_supports("avx512vnni");
+  if (level == 3) return vnni512;
+  if (level == 4) return vnni512 && has_amx();
 #endif
   return level == 0;
 }

@@ -1,5 +1,5 @@
 // What lies between the products of a decoder layer, in float32: RMS norm, rotation of queries and keys, attention.
-// Included after rows.h by each instruction set; `Vec` (16 floats) is its chunk header's.
+// Included through instruction_set.h; `Vec` (16 floats) is the chunk header's.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -14,10 +14,8 @@ HAQ_TARGET void rms_norm(const float* x, const float* weight, float eps, int64_t
   Vec sums = vec_set(0.0f);
   int64_t i = 0;
   for (; i + 16 <= k; i += 16) sums = vec_fma(vec_load(x + i), vec_load(x + i), sums);
-  float lanes[16], sum = 0.0f;
-  vec_store(lanes, sums);
-  for (; i < k; ++i) lanes[0] += x[i] * x[i];
-  for (const float lane : lanes) sum += lane;
+  float sum = vec_sum(sums);
+  for (; i < k; ++i) sum += x[i] * x[i];
   const float factor = 1.0f / std::sqrt(sum / static_cast<float>(k) + eps);
   for (int64_t j = 0; j < k; ++j) out[j] = weight[j] * (x[j] * factor);
 }
@@ -105,20 +103,15 @@ HAQ_TARGET float soften(float* scores, int64_t seen, int64_t width, float scalin
   for (int64_t i = seen; i < width; ++i) scores[i] = -std::numeric_limits<float>::infinity();
   Vec most = vec_load(scores);
   for (int64_t i = 16; i < width; i += 16) most = vec_max(most, vec_load(scores + i));
-  float lanes[16];
-  vec_store(lanes, most);
-  float maximum = lanes[0];
-  for (const float lane : lanes) maximum = lane > maximum ? lane : maximum;
-  const Vec factor = vec_set(scaling), shift = vec_set(-maximum * scaling);
-  for (int64_t i = 0; i < width; i += 16)
-    vec_store(scores + i, vec_exp(vec_fma(vec_load(scores + i), factor, shift)));
+  const Vec factor = vec_set(scaling), shift = vec_set(-vec_most(most) * scaling);
+  Vec sums = vec_set(0.0f); // of which the largest is 1, so that the exp(-87) of unseen ones add nothing
+  for (int64_t i = 0; i < width; i += 16) {
+    const Vec weights = vec_exp(vec_fma(vec_load(scores + i), factor, shift));
+    sums = vec_add(sums, weights);
+    vec_store(scores + i, weights);
+  }
   for (int64_t i = seen; i < width; ++i) scores[i] = 0.0f;
-  Vec sums = vec_set(0.0f);
-  for (int64_t i = 0; i < width; i += 16) sums = vec_add(sums, vec_load(scores + i));
-  vec_store(lanes, sums);
-  float sum = 0.0f;
-  for (const float lane : lanes) sum += lane;
-  return 1.0f / sum;
+  return 1.0f / vec_sum(sums);
 }
 
 template <int R, int V>

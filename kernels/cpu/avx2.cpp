@@ -5,9 +5,7 @@
 #define HAQ_TARGET __attribute__((target("avx2,fma,f16c")))
 #define HAQ_STAGED int16_t
 #include "chunk_avx2.h"
-#include "rows.h"
-#include "attention.h"
-#include "half.h"
+#include "instruction_set.h"
 
 namespace haq {
 namespace {
@@ -94,9 +92,15 @@ HAQ_TARGET void widen(const uint8_t* panel, int64_t groups, uint16_t* out) {
   for (int64_t i = 0; i < groups * kGroupBytes; ++i) out[i] = panel[i];
 }
 
+constexpr Kernels with_wide_panels() {
+  Kernels kernels = table<kRows>("avx2", tile, attend<4, 1>);
+  kernels.widen = widen;
+  return kernels;
+}
+
 } // namespace
 
-const Kernels kAvx2 = {"avx2", kRows, 2, stage<kRows>, quantize, tile, widen, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, half_product, read};
+constexpr Kernels kAvx2 = with_wide_panels();
 
 } // namespace haq
 #endif

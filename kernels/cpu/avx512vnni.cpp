@@ -4,9 +4,7 @@
   __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define HAQ_STAGED int8_t
 #include "chunk_avx512.h"
-#include "rows.h"
-#include "attention.h"
-#include "half.h"
+#include "instruction_set.h"
 
 namespace haq {
 namespace {
@@ -15,8 +13,9 @@ constexpr int kRows = 14;
 constexpr int kGroups = kChunk / kGroup; // groups in a chunk of a staged row
 constexpr int kAhead = 4096;             // bytes of weights asked for in advance when memory is the limit
 
-// Chains: independent sums for each output, where few rows leave too few to hide the latency.
-template <int R, int Chains>
+// R of the RowTile rows of a tile. Chains: independent sums for each output, where few rows leave too few to hide the
+// latency.
+template <int RowTile, int R, int Chains>
 HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bool add, int32_t* acc) {
   __m512i sum[Chains][R][2];
 #pragma GCC unroll 64
@@ -27,7 +26,7 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bo
 #pragma GCC unroll 8
       for (int c = 1; c < Chains; ++c) sum[c][r][v] = _mm512_setzero_si512();
     }
-  for (; groups > 0; groups -= kGroups, x += kRows * kChunk) {
+  for (; groups > 0; groups -= kGroups, x += RowTile * kChunk) {
     const int count = static_cast<int>(groups < kGroups ? groups : kGroups);
     int g = 0;
     for (; g + Chains <= count; g += Chains, w += Chains * kGroupBytes) {
@@ -74,27 +73,28 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
                      int32_t* acc) {
   const auto* w = static_cast<const uint8_t*>(panel);
   switch (rows) {
-    case 1: return tile_rows<1, 4>(x, w, groups, add, acc);
-    case 2: return tile_rows<2, 2>(x, w, groups, add, acc);
-    case 3: return tile_rows<3, 2>(x, w, groups, add, acc);
-    case 4: return tile_rows<4, 2>(x, w, groups, add, acc);
-    case 5: return tile_rows<5, 1>(x, w, groups, add, acc);
-    case 6: return tile_rows<6, 1>(x, w, groups, add, acc);
-    case 7: return tile_rows<7, 1>(x, w, groups, add, acc);
-    case 8: return tile_rows<8, 1>(x, w, groups, add, acc);
-    case 9: return tile_rows<9, 1>(x, w, groups, add, acc);
-    case 10: return tile_rows<10, 1>(x, w, groups, add, acc);
-    case 11: return tile_rows<11, 1>(x, w, groups, add, acc);
-    case 12: return tile_rows<12, 1>(x, w, groups, add, acc);
-    case 13: return tile_rows<13, 1>(x, w, groups, add, acc);
-    default: return tile_rows<14, 1>(x, w, groups, add, acc);
+    case 1: return tile_rows<kRows, 1, 4>(x, w, groups, add, acc);
+    case 2: return tile_rows<kRows, 2, 2>(x, w, groups, add, acc);
+    case 3: return tile_rows<kRows, 3, 2>(x, w, groups, add, acc);
+    case 4: return tile_rows<kRows, 4, 2>(x, w, groups, add, acc);
+    case 5: return tile_rows<kRows, 5, 1>(x, w, groups, add, acc);
+    case 6: return tile_rows<kRows, 6, 1>(x, w, groups, add, acc);
+    case 7: return tile_rows<kRows, 7, 1>(x, w, groups, add, acc);
+    case 8: return tile_rows<kRows, 8, 1>(x, w, groups, add, acc);
+    case 9: return tile_rows<kRows, 9, 1>(x, w, groups, add, acc);
+    case 10: return tile_rows<kRows, 10, 1>(x, w, groups, add, acc);
+    case 11: return tile_rows<kRows, 11, 1>(x, w, groups, add, acc);
+    case 12: return tile_rows<kRows, 12, 1>(x, w, groups, add, acc);
+    case 13: return tile_rows<kRows, 13, 1>(x, w, groups, add, acc);
+    default: return tile_rows<kRows, 14, 1>(x, w, groups, add, acc);
   }
 }
 
 } // namespace
 
-const Kernels kAvx512Vnni = {"avx512vnni", kRows,  1,      stage<kRows>, quantize,
-                             tile,         nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<8, 2>, half_product, read};
+constexpr Kernels kAvx512Vnni = table<kRows>("avx512vnni", tile, attend<8, 2>);
 
 } // namespace haq
+
+#include "amx.h"
 #endif

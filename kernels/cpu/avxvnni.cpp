@@ -4,9 +4,7 @@
 #define HAQ_TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
 #define HAQ_STAGED int8_t
 #include "chunk_avx2.h"
-#include "rows.h"
-#include "attention.h"
-#include "half.h"
+#include "instruction_set.h"
 
 namespace haq {
 namespace {
@@ -73,7 +71,7 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
 
 } // namespace
 
-const Kernels kAvxVnni = {"avxvnni", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, half_product, read};
+constexpr Kernels kAvxVnni = table<kRows>("avxvnni", tile, attend<4, 1>);
 
 } // namespace haq
 #endif

@@ -33,6 +33,7 @@ HAQ_TARGET inline Vec vec_float16(const uint16_t* x) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 HAQ_TARGET inline float vec_sum(Vec a) { return _mm512_reduce_add_ps(a); }
+HAQ_TARGET inline float vec_most(Vec a) { return _mm512_reduce_max_ps(a); }
 
 template <bool Clamp>
 HAQ_TARGET inline __m512 clamp127(__m512 v) {

@@ -67,9 +67,15 @@ HAQ_TARGET inline float vec_sum(const Vec& a) {
   for (const float lane : a.v) sum += lane;
   return sum;
 }
+HAQ_TARGET inline float vec_most(const Vec& a) {
+  float most = a.v[0];
+  for (const float lane : a.v) most = lane > most ? lane : most;
+  return most;
+}
 
 // q = clamp(round_half_even(x / scale)), written as one chunk; returns the sum of the 64. `fast` allows the
-// inverse (see kSure); Clamp is false where no value can leave the range or be NaN. The int16 versions elsewhere write two chunks of 32, `stride` elements apart.
+// inverse (see kSure); Clamp is false where no value can leave the range or be NaN. The int16 versions elsewhere write
+// two chunks of 32, `stride` elements apart.
 template <bool Clamp, class T>
 HAQ_TARGET int32_t quantize_chunk(const T* x, float scale, float inverse, bool fast, int8_t* q, int64_t) {
   int32_t sum = 0;

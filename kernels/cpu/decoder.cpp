@@ -13,7 +13,7 @@
 namespace haq {
 namespace {
 
-constexpr int64_t kTokens = 168; // taken at a time: bounds the scratch memory; a multiple of all row tiles
+constexpr int64_t kTokens = 512; // taken at a time: bounds the scratch memory; each time reads the weights again
 
 thread_local Scratch normed_scratch, wide_scratch, narrow_scratch, score_scratch;
 

@@ -20,7 +20,8 @@ struct Layer {
   Linear qkv, output, gate_up, down;
 };
 
-// Of all layers, which have the same heads. Keys (layers, kv_heads, capacity / 32, head_dim, 32): a panel's 32 positions lie together, as the weights of a product do.
+// Of all layers, which have the same heads. Keys (layers, kv_heads, capacity / 32, head_dim, 32): a panel's 32
+// positions lie together, as the weights of a product do.
 // Values (layers, kv_heads, capacity, value_width): head_dim, padded with zeros to a multiple of 32.
 struct KeyValues {
   float *keys, *values;

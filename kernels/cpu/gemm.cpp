@@ -1,6 +1,6 @@
 // y = epilogue(quantise(x) W^T): rows are quantised and staged once, then each unit of work takes some panels of
-// weights through a block of row tiles. A panel is read from memory once for a block and stays in the nearest
-// cache while the tiles pass by.
+// weights through a block of row tiles, a step of k at a time. A panel's part is read from memory once for a block and
+// stays in the nearest cache while the tiles pass by; the tiles' parts stay in the second while the panels do.
 #include "gemm.h"
 
 #include <algorithm>
@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kSerialStage = 32768;   // values of x below which threads cost more than they gain
 constexpr int64_t kStreamBytes = 1 << 17; // weights that a unit streams when there are few rows
 constexpr int64_t kBlockBytes = 8 << 20;  // staged activations of a block of tiles
-constexpr int64_t kWideGroups = 512;      // k groups widened at a time: 128 KiB, for the second-level cache
+constexpr int64_t kStepGroups = 160;      // k groups of a step at most: 20 KiB of a panel's weights
+constexpr int64_t kStepPanels = 8;        // panels of a unit where there are several steps
 constexpr int kWideTiles = 4;             // tiles from which widening a panel first pays
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -25,7 +26,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 thread_local Scratch staged_scratch, row_scratch, worker_scratch;
 
 struct Plan {
-  int64_t groups, tiles, tile_bytes;
+  int64_t groups, step, tiles, tile_bytes; // step: groups at a time
   bool wide;
   int64_t blocks, tiles_per_block, panels, panels_per_unit, chunks;
 };
@@ -37,9 +38,14 @@ Plan make_plan(const Product& p) {
   plan.tiles = ceil_div(p.m, isa.row_tile);
   plan.tile_bytes = ceil_div(p.k, kChunk) * kChunk * isa.element_bytes * isa.row_tile;
   plan.wide = isa.widen && plan.tiles >= kWideTiles;
+  const int64_t steps = plan.tiles > 1 ? std::max<int64_t>(1, ceil_div(plan.groups, kStepGroups)) : 1;
+  constexpr int64_t chunk_groups = kChunk / kGroup; // steps begin at a chunk of the staged rows
+  plan.step = ceil_div(plan.groups, steps * chunk_groups) * chunk_groups;
   plan.panels = ceil_div(p.n, kPanel);
   const int64_t panel_bytes = std::max<int64_t>(1, plan.groups * kGroupBytes);
-  plan.panels_per_unit = plan.tiles > 1 ? 1 : std::max<int64_t>(1, kStreamBytes / panel_bytes);
+  plan.panels_per_unit = plan.tiles == 1           ? std::max<int64_t>(1, kStreamBytes / panel_bytes)
+                         : plan.groups > plan.step ? kStepPanels
+                                                   : 1;
   plan.chunks = ceil_div(plan.panels, plan.panels_per_unit);
   const int64_t fitting = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, plan.tile_bytes));
   // Few panels and many threads: split the rows as well.
@@ -60,28 +66,31 @@ void stage_tile(const Product& p, const Plan& plan, int64_t tile, uint8_t* stage
                  staged + tile * plan.tile_bytes + (row - first) * kChunk, scales + row, sums + row);
 }
 
-// One panel through the tiles [first, last). `work` holds the sums and, where asked for, the widened weights.
-void run_panel(const Product& p, const Plan& plan, const Epilogue& e, const uint8_t* staged, int64_t panel,
-               int64_t first, int64_t last, uint8_t* work) {
+// The panels [start, stop) through the tiles [first, last). `work` holds the sums and, where asked for, a panel's
+// widened weights.
+void run_panels(const Product& p, const Plan& plan, const Epilogue& e, const uint8_t* staged, int64_t start,
+                int64_t stop, int64_t first, int64_t last, uint8_t* work) {
   const Kernels& isa = *p.isa;
-  const uint8_t* weights = p.packed + panel * plan.groups * kGroupBytes;
-  const int64_t step = plan.wide ? kWideGroups : std::max<int64_t>(1, plan.groups);
-  const bool whole = plan.groups <= step; // else the sums of all tiles wait for the next step
+  const int64_t sums_of_tile = isa.row_tile * kPanel;
+  const bool whole = plan.groups <= plan.step; // else the sums of all wait for the next step
   auto* sums = reinterpret_cast<int32_t*>(work);
-  auto* wide = reinterpret_cast<uint16_t*>(sums + (last - first) * isa.row_tile * kPanel);
+  auto* wide = reinterpret_cast<uint16_t*>(sums + (whole ? 1 : (stop - start) * (last - first)) * sums_of_tile);
   int64_t group = 0;
   do { // at least once, so that K = 0 gives zeros
-    const int64_t count = std::min(step, plan.groups - group);
-    const uint8_t* part = weights + group * kGroupBytes;
-    if (plan.wide) isa.widen(part, count, wide);
+    const int64_t count = std::min(plan.step, plan.groups - group);
     const int64_t x_offset = group * kGroup * isa.element_bytes * isa.row_tile;
-    for (int64_t tile = first; tile < last; ++tile) {
-      const int64_t row = tile * isa.row_tile;
-      const int rows = static_cast<int>(std::min<int64_t>(isa.row_tile, p.m - row));
-      int32_t* acc = whole ? sums : sums + (tile - first) * isa.row_tile * kPanel;
-      isa.tile(rows, staged + tile * plan.tile_bytes + x_offset,
-               plan.wide ? static_cast<const void*>(wide) : part, plan.wide, count, group > 0, acc);
-      if (group + count >= plan.groups) isa.finish(acc, rows, row, panel * kPanel, e);
+    int32_t* acc = sums;
+    for (int64_t panel = start; panel < stop; ++panel) {
+      const uint8_t* part = p.packed + (panel * plan.groups + group) * kGroupBytes;
+      if (plan.wide) isa.widen(part, count, wide);
+      for (int64_t tile = first; tile < last; ++tile) {
+        const int64_t row = tile * isa.row_tile;
+        const int rows = static_cast<int>(std::min<int64_t>(isa.row_tile, p.m - row));
+        isa.tile(rows, staged + tile * plan.tile_bytes + x_offset,
+                 plan.wide ? static_cast<const void*>(wide) : part, plan.wide, count, group > 0, acc);
+        if (group + count >= plan.groups) isa.finish(acc, rows, row, panel * kPanel, e);
+        if (!whole) acc += sums_of_tile;
+      }
     }
     group += count;
   } while (group < plan.groups);
@@ -99,8 +108,9 @@ void multiply(const Product& p, Epilogue e) {
                [&](int64_t tile) { stage_tile(p, plan, tile, staged, scales, sums); });
   e.row_sum = sums;
   e.row_scale = scales;
-  const int64_t work_bytes = plan.tiles_per_block * p.isa->row_tile * kPanel * 4 +
-                             (plan.wide ? kWideGroups * kGroupBytes * 2 : 0);
+  const int64_t waiting = plan.groups > plan.step ? plan.panels_per_unit * plan.tiles_per_block : 1;
+  const int64_t work_bytes =
+      waiting * p.isa->row_tile * kPanel * 4 + (plan.wide ? plan.step * kGroupBytes * 2 : 0);
   std::atomic<bool> out_of_memory{false};
   parallel_for(p.threads, plan.blocks * plan.chunks, [&](int64_t unit) {
     try {
@@ -109,8 +119,9 @@ void multiply(const Product& p, Epilogue e) {
       const int64_t last = std::min(plan.tiles, first + plan.tiles_per_block);
       const int64_t start = unit % plan.chunks * plan.panels_per_unit;
       const int64_t stop = std::min(plan.panels, start + plan.panels_per_unit);
-      for (int64_t panel = start; panel < stop; ++panel)
-        run_panel(p, plan, e, staged, panel, first, last, work);
+      if (p.isa->begin) p.isa->begin();
+      run_panels(p, plan, e, staged, start, stop, first, last, work);
+      if (p.isa->end) p.isa->end();
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }

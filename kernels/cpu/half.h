@@ -1,5 +1,5 @@
 // Dot products of a float32 row with weights kept in 16 bits, which widen exactly: the head at decode, where reading
-// the weights is all the time it takes. Included after rows.h by each instruction set; `Vec` is its chunk header's.
+// the weights is all the time it takes. Included through instruction_set.h; `Vec` is the chunk header's.
 #pragma once
 #include "values.h"
 

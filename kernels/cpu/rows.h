@@ -1,6 +1,5 @@
-// What is done row by row - quantisation, epilogue, SiLU. Each instruction set's source defines HAQ_TARGET and
-// HAQ_STAGED (the type of a staged activation), includes its chunk operations and then this, once. The loops here
-// are plain: the compiler vectorises them for the target.
+// What is done row by row - quantisation, epilogue, SiLU - for staged activations of type HAQ_STAGED. Included through
+// instruction_set.h. The loops here are plain: the compiler vectorises them for the target.
 #include "values.h"
 
 namespace haq {

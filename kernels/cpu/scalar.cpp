@@ -2,9 +2,7 @@
 #define HAQ_TARGET
 #define HAQ_STAGED int8_t
 #include "chunk_scalar.h"
-#include "rows.h"
-#include "attention.h"
-#include "half.h"
+#include "instruction_set.h"
 
 namespace haq {
 namespace {
@@ -30,6 +28,6 @@ void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, b
 
 } // namespace
 
-const Kernels kScalar = {"scalar", kRows, 1, stage<kRows>, quantize, tile, nullptr, finish, silu_mul, rms_norm, rotate, gate_up, attend<4, 1>, half_product, read};
+constexpr Kernels kScalar = table<kRows>("scalar", tile, attend<4, 1>);
 
 } // namespace haq

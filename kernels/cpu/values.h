@@ -1,4 +1,4 @@
-// Single values: their bits, types and rounding. Included through rows.h; HAQ_TARGET is the function attribute of
+// Single values: their bits, types and rounding. Included by the chunk headers; HAQ_TARGET is the function attribute of
 // the instruction set being compiled, and everything has internal linkage.
 #pragma once
 #include <cstring>

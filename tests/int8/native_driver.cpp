@@ -79,7 +79,7 @@ static bool run_layer(int level, int threads) {
 int main() {
   int levels = 0;
   const int64_t shapes[][3] = {{1, 1, 1},   {1, 33, 65},   {2, 64, 128},  {5, 32, 63},  {14, 40, 100},
-                               {29, 70, 7}, {25, 33, 2053}, {300, 12, 130}, {40, 400, 96}};
+                               {29, 70, 7}, {25, 33, 2053}, {300, 12, 130}, {40, 400, 96}, {33, 290, 700}};
   for (int level = 0; haq_level_name(level); ++level) {
     if (!haq_level_supported(level)) continue;
     ++levels;

@@ -21,10 +21,10 @@ if not native.available():
 
 ISAS = native.isas()
 isas = pytest.mark.parametrize("isa", ISAS)
-# Depths around groups of 4 and chunks of 32 and 64; widths around panels of 32; rows around tiles of 4, 6 and
-# 14. Depths beyond a step of 2,048 are in the test of extremes.
+# Depths around groups of 4 and chunks of 32 and 64; widths around panels of 32; rows around tiles of 4, 6, 14
+# and twice 16. Depths of several steps of 640 are in the tests of extremes and threads.
 shapes = st.tuples(
-    st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 23, 24, 25, 29]),
+    st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 17, 23, 24, 25, 29, 32, 33]),
     st.sampled_from([1, 2, 31, 32, 33, 64, 65, 100]),
     st.sampled_from([1, 3, 4, 5, 31, 33, 63, 64, 65, 100, 128, 257, 576]),
 )
@@ -153,10 +153,10 @@ def test_linear_is_the_contract_to_the_bit(isa, dtype, shape, seed, with_bias, a
 
 
 @isas
-@pytest.mark.parametrize("rows", [1, 5, 100, 600])
-def test_threads_change_nothing(isa, rows):
+@pytest.mark.parametrize(("rows", "depth"), [(1, 300), (5, 300), (100, 1500), (600, 300)])
+def test_threads_change_nothing(isa, rows, depth):
     rng = np.random.default_rng(rows)
-    qx, qw = torch.from_numpy(int8s(rng, rows, 300)), torch.from_numpy(int8s(rng, 900, 300))
+    qx, qw = torch.from_numpy(int8s(rng, rows, depth)), torch.from_numpy(int8s(rng, 900, depth))
     before = torch.get_num_threads()
     try:
         with native.forced_isa(isa):

@@ -1,0 +1,99 @@
+// AMX: tile registers of 16 rows x 64 bytes. A full tile of the product is 32 rows x 32 columns, the sums of which fill
+// four of the eight registers. Packed weights and staged activations lie as the registers want them. The rest is
+// AVX512-VNNI's: included at the end of avx512vnni.cpp.
+#pragma once
+
+#define HAQ_AMX \
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8")))
+
+namespace haq {
+namespace {
+
+constexpr int kAmxRows = 32;
+constexpr int kHalf = 16; // rows or columns of one register
+constexpr int64_t kSumBytes = kPanel * 4;
+
+struct RegisterShapes { // as LDTILECFG reads it
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+constexpr RegisterShapes kShapes = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {kHalf, kHalf, kHalf, kHalf, kHalf, kHalf, kHalf, kHalf}};
+
+HAQ_AMX void configure() { _tile_loadconfig(&kShapes); }
+HAQ_AMX void release() { _tile_release(); }
+
+// A chunk of k. Registers 0 to 3: sums; 4 and 5: rows; 6 and 7: columns.
+template <bool Upper>
+HAQ_AMX inline void multiply_chunk(const uint8_t* x, const uint8_t* w) {
+  _tile_loadd(6, w, kGroupBytes);
+  _tile_loadd(4, x, kChunk);
+  _tile_dpbsud(0, 4, 6);
+  _tile_loadd(7, w + kChunk, kGroupBytes);
+  _tile_dpbsud(1, 4, 7);
+  if constexpr (Upper) {
+    _tile_loadd(5, x + kHalf * kChunk, kChunk);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+}
+
+template <bool Upper> // whether there are more than 16 rows
+HAQ_AMX void multiply_panel(const uint8_t* x, const uint8_t* w, int64_t groups, bool add, int32_t* acc) {
+  int32_t* const upper = acc + kHalf * kPanel;
+  if (add) {
+    _tile_loadd(0, acc, kSumBytes);
+    _tile_loadd(1, acc + kHalf, kSumBytes);
+    if constexpr (Upper) {
+      _tile_loadd(2, upper, kSumBytes);
+      _tile_loadd(3, upper + kHalf, kSumBytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (Upper) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (; groups >= kGroups; groups -= kGroups, x += kAmxRows * kChunk, w += kGroups * kGroupBytes)
+    multiply_chunk<Upper>(x, w);
+  if (groups > 0) {
+    alignas(64) uint8_t rest[kGroups * kGroupBytes] = {};
+    std::memcpy(rest, w, static_cast<size_t>(groups * kGroupBytes));
+    __asm__ volatile("" ::"r"(rest) : "memory"); // the loads are assembly that doesn't tell that it reads
+    multiply_chunk<Upper>(x, rest);
+  }
+  _tile_stored(0, acc, kSumBytes);
+  _tile_stored(1, acc + kHalf, kSumBytes);
+  if constexpr (Upper) {
+    _tile_stored(2, upper, kSumBytes);
+    _tile_stored(3, upper + kHalf, kSumBytes);
+  }
+}
+
+HAQ_AMX void amx_tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, bool add, int32_t* acc) {
+  const auto* w = static_cast<const uint8_t*>(panel);
+  switch (rows) {
+    case 1: return tile_rows<kAmxRows, 1, 4>(x, w, groups, add, acc);
+    case 2: return tile_rows<kAmxRows, 2, 2>(x, w, groups, add, acc);
+    case 3: return tile_rows<kAmxRows, 3, 2>(x, w, groups, add, acc);
+    case 4: return tile_rows<kAmxRows, 4, 2>(x, w, groups, add, acc);
+  }
+  if (rows <= kHalf) return multiply_panel<false>(x, w, groups, add, acc);
+  multiply_panel<true>(x, w, groups, add, acc);
+}
+
+constexpr Kernels with_tile_registers() {
+  Kernels kernels = table<kAmxRows>("amx", amx_tile, attend<8, 2>);
+  kernels.begin = configure;
+  kernels.end = release;
+  return kernels;
+}
+
+} // namespace
+
+constexpr Kernels kAmx = with_tile_registers();
+
+} // namespace haq

@@ -1,0 +1,33 @@
+// All that an instruction set's source needs beside its tile loop, and the table it makes of both. The source defines
+// HAQ_TARGET and HAQ_STAGED, includes its chunk header and then this, once.
+#pragma once
+#include "rows.h"
+#include "attention.h"
+#include "half.h"
+
+namespace haq {
+namespace {
+
+// `attend` is one of attention.h, by how many registers there are.
+template <int RowTile>
+constexpr Kernels table(const char* name, decltype(Kernels::tile) tile, decltype(Kernels::attend) attend) {
+  Kernels kernels{};
+  kernels.name = name;
+  kernels.row_tile = RowTile;
+  kernels.element_bytes = sizeof(HAQ_STAGED);
+  kernels.stage = stage<RowTile>;
+  kernels.quantize = quantize;
+  kernels.tile = tile;
+  kernels.finish = finish;
+  kernels.silu_mul = silu_mul;
+  kernels.rms_norm = rms_norm;
+  kernels.rotate = rotate;
+  kernels.gate_up = gate_up;
+  kernels.attend = attend;
+  kernels.half_product = half_product;
+  kernels.read = read;
+  return kernels;
+}
+
+} // namespace
+} // namespace haq
