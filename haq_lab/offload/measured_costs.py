@@ -53,10 +53,10 @@ def measure_costs(layer: nn.Module, moe: Moe, store: ExpertStore, model: Layered
         bind(experts[0], store.parts, blob)
     for name, tensor in held.items():
         put(experts[0], name, tensor)
-    rest, outside, issue = (PiecewiseLinear([1], [UNKNOWN]) for _ in range(3))
+    rest, outside, issue, take = (PiecewiseLinear([1], [UNKNOWN]) for _ in range(4))
     measured = (PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch))
     fast_curve, slow_curve, fetch_curve = measured
-    return Costs(fast_curve, slow_curve, fetch_curve, rest, outside, store.blob_bytes, issue, from_disk=True)
+    return Costs(fast_curve, slow_curve, fetch_curve, rest, outside, store.blob_bytes, issue, take, from_disk=True)
 
 
 def _once(run: Callable[[], Any]) -> float:

@@ -2,10 +2,13 @@
 
 The engine reports moments of a layer's visit; the seconds between two of them are what something took:
 
-    routed      the layer has chosen      -> the rest of a layer, or what lies outside the layers
-    issued      its fetches are under way -> what issuing them kept the engine from
-    starts      an expert's weights are there, it runs -> the expert before it
-    finished    the layer's experts are done           -> the last one
+    routed      the layer has chosen   -> the rest of a layer, or what lies outside the layers
+    issued      fetches were asked for -> what asking kept the engine from
+    fetched     one is over            -> the fetch: since the layer had chosen or the one before was over
+    waits       an expert is not at hand                   -> the expert before it
+    starts      it is, and runs                            -> the expert before it, or taking over what was fetched
+    computed    the layer's experts are done               -> the last one
+    finished    what they left behind is cleared up        -> part of the experts run in place
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ class Observer:
     clock: Seconds.
 
     Attributes:
+        chosen: When the layer at work had chosen.
         predicted, measured: Seconds that the experts of each decoded token took, all layers together.
     """
 
@@ -31,20 +35,22 @@ class Observer:
         self.costs, self.objective, self._last, self._clock = costs, objective, layers - 1, clock
         self.predicted: list[float] = []
         self.measured: list[float] = []
+        self.chosen = 0.0
         self._step = [0.0, 0.0]  # predicted and measured, of the token at work
         self._decodes = False
-        self._done: float | None = None  # when the layer before was
-        self._routed = self._running = 0.0
+        self._finished: float | None = None  # when the layer before was
+        self._running = self._waiting = self._computed = self._fetched = 0.0
         self._run: tuple[bool, int] | None = None
+        self._placed: list[tuple[int, float]] = []  # tokens and seconds of the experts run in place
 
     def routed(
         self, layer: int, tokens: int, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]
     ) -> None:
         """A layer has chosen, for so many tokens: experts {number: tokens} there, to be fetched, and run in place."""
-        self._routed = self._clock()
+        self.chosen = self._clock()
         decoded, self._decodes = self._decodes, tokens == 1
-        if self._decodes and self._done is not None and (layer or decoded):
-            since = self._routed - self._done
+        if self._decodes and self._finished is not None and (layer or decoded):
+            since = self.chosen - self._finished
             if layer:
                 self.costs.rest.observe(1, since)
             else:
@@ -54,28 +60,47 @@ class Observer:
         self._step[0] += seconds(self.costs, hits, fetched, placed, self.objective)
 
     def issued(self, count: int) -> None:
-        """So many fetches have been issued."""
+        """So many fetches have been asked for."""
         if self._decodes and count:
-            self.costs.issue.observe(count, self._clock() - self._routed)
+            self.costs.issue.observe(count, self._clock() - self.chosen)
 
-    def fetched(self, size: int, took: float) -> None:
-        """A fetch of so many bytes is over; called by the thread that read them."""
-        self.costs.fetch.observe(size, took)
+    def fetched(self, size: int, chosen: float) -> float:
+        """A fetch of so many bytes is over, for a layer that had `chosen` then; called by the thread that read them.
 
-    def starts(self, tokens: int, in_place: bool) -> None:
-        """An expert runs for so many tokens, where its weights lie or in the fast tier."""
-        self._close()
-        self._run, self._running = (in_place, tokens), self._clock()
+        Returns:
+            The time, for `starts`.
+        """
+        begun, self._fetched = max(chosen, self._fetched), self._clock()
+        if self._decodes:
+            self.costs.fetch.observe(size, self._fetched - begun)
+        return self._fetched
 
     def waits(self) -> None:
-        """The engine waits for an expert: what ran before is over."""
-        self._close()
+        """The engine wants an expert that is not at hand."""
+        self._waiting = self._close()
+
+    def starts(self, tokens: int, in_place: bool, fetched: float | None = None) -> None:
+        """An expert runs for so many tokens, where its weights lie or in the fast tier.
+
+        Args:
+            fetched: When its fetch was over, where the engine wanted it before it was at hand.
+        """
+        self._running, self._run = self._close(), (in_place, tokens)
+        if self._decodes and fetched is not None:
+            self.costs.take.observe(1, self._running - max(self._waiting, fetched))
+
+    def computed(self) -> None:
+        """The layer's experts are done."""
+        self._computed = self._close()
 
     def finished(self, layer: int) -> None:
-        """The layer's experts are done."""
-        self._close()
-        self._done = self._clock()
-        self._step[1] += self._done - self._routed
+        """What they left behind is cleared up."""
+        self._finished = self._clock()
+        clearing = self._finished - self._computed
+        for tokens, took in self._placed:
+            self.costs.slow.observe(tokens, took + clearing / len(self._placed))
+        self._placed = []
+        self._step[1] += self._finished - self.chosen
         if layer == self._last and self._decodes:
             self.predicted.append(self._step[0])
             self.measured.append(self._step[1])
@@ -88,9 +113,14 @@ class Observer:
         shares = [abs(told / took - 1) for told, took in zip(self.predicted, self.measured, strict=True)]
         return sum(shares) / len(shares) if shares else float("nan")
 
-    def _close(self) -> None:
-        if self._run is None:
-            return
-        in_place, tokens = self._run
-        (self.costs.slow if in_place else self.costs.fast).observe(tokens, self._clock() - self._running)
+    def _close(self) -> float:
+        """What ran is over; the time."""
+        now = self._clock()
+        if self._run is not None and self._decodes:
+            in_place, tokens = self._run
+            if in_place:
+                self._placed.append((tokens, now - self._running))
+            else:
+                self.costs.fast.observe(tokens, now - self._running)
         self._run = None
+        return now

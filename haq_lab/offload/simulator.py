@@ -3,8 +3,9 @@ and are always labelled `simulated.<hardware>.`.
 
 Four resources work at the same time, each one thing after another: the fast device, the link, the CPU and the disk.
 An event starts when its resource is free and what it needs is there. The order of events is the engine's: the
-layer's attention and router; fetches are issued, guesses of the next layer behind them; resident experts run while
-the link works, then the missing ones as they come. A wrong guess whose read has not begun is called off.
+layer's attention and router; fetches are asked for, guesses of the next layer behind them; resident experts and those
+in place run while the link works, then the fetched ones as they come. A wrong guess whose read has not begun is called
+off.
 """
 
 from __future__ import annotations
@@ -135,17 +136,18 @@ class Simulator:
             gpu.run(costs.rest(tokens), now)
             routed = max(gpu.free, self._drop_wrong_guesses(counts, gpu.free))
             visit = self.policy.visit(layer, counts, tokens)
+            before = self._fetched
             arrivals = self._fetch(visit, routed)
-            gpu.run(costs.issue(len(arrivals)), routed)
             if layer + 1 < layers:
                 self._guess(layer, experts[:, layer], len(arrivals.keys() - visit.replaces.keys()), routed)
+            gpu.run(costs.issue(self._fetched - before), routed)
             in_place = [one for one in visit.in_place if one not in arrivals]
             done = [self.in_place.run(costs.slow(int(counts[expert])), routed) for expert in in_place]
             for expert in visit.wanted:
                 if expert not in visit.missing:
                     done.append(gpu.run(costs.fast(int(counts[expert])), routed))
             for expert, arrival in arrivals.items():
-                done.append(gpu.run(costs.fast(int(counts[expert])), arrival))
+                done.append(gpu.run(costs.take(1) + costs.fast(int(counts[expert])), arrival))
             now = max(done)
         return gpu.run(costs.outside(tokens), now)
 
