@@ -103,7 +103,7 @@ def seconds(
     fetch, slow = costs.fetch(costs.expert_bytes), sum(costs.slow(tokens) for tokens in in_place.values())
     if by == "sum":
         return begin + slow + sum(fetch + costs.take(1) + costs.fast(tokens) for tokens in fetched.values())
-    done, arrived = begin + (slow if costs.from_disk else 0.0), 0.0
+    done, arrived = begin + (slow if costs.from_disk else 0.0), costs.issue(len(fetched))
     for tokens in sorted(fetched.values(), reverse=True):
         arrived += fetch
         done = max(done, arrived) + costs.take(1) + costs.fast(tokens)

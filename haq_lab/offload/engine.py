@@ -215,13 +215,13 @@ class Engine:
     def _fetch(self, key: Key) -> None:
         self.arena.take(key)
         self.counters.read[key[0]] += 1
-        chosen = 0.0 if self.observer is None else self.observer.chosen
-        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key), chosen)
+        asked = 0.0 if self.observer is None else self.observer.asks()
+        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key), asked)
 
-    def _read(self, key: Key, blob: Tensor, chosen: float) -> float:
+    def _read(self, key: Key, blob: Tensor, asked: float) -> float:
         """Read an expert; when that was over, by the observer's clock."""
         self.store.read(*key, blob)
-        return 0.0 if self.observer is None else self.observer.fetched(self.store.blob_bytes, chosen)
+        return 0.0 if self.observer is None else self.observer.fetched(self.store.blob_bytes, asked)
 
     def _arrive(self, key: Key) -> float:
         try:

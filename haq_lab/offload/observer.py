@@ -2,13 +2,14 @@
 
 The engine reports moments of a layer's visit; the seconds between two of them are what something took:
 
-    routed      the layer has chosen   -> the rest of a layer, or what lies outside the layers
-    issued      fetches were asked for -> what asking kept the engine from
-    fetched     one is over            -> the fetch: since the layer had chosen or the one before was over
-    waits       an expert is not at hand                   -> the expert before it
-    starts      it is, and runs                            -> the expert before it, or taking over what was fetched
-    computed    the layer's experts are done               -> the last one
-    finished    what they left behind is cleared up        -> part of the experts run in place
+    routed      the layer has chosen           -> the rest of a layer, or what lies outside the layers
+    asks        a fetch is asked for
+    issued      all that there are have been   -> what asking kept the engine from; if none was, part of the rest
+    fetched     one is over                    -> the fetch, since it was asked for or the one before it was over
+    waits       an expert is not at hand       -> the expert before it
+    starts      it is, and runs                -> the expert before it, or taking over what was fetched
+    computed    the layer's experts are done   -> the last one
+    finished    what they left is cleared up   -> part of the experts run in place, if some were
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ class Observer:
     clock: Seconds.
 
     Attributes:
-        chosen: When the layer at work had chosen.
         predicted, measured: Seconds that the experts of each decoded token took, all layers together.
     """
 
@@ -35,11 +35,11 @@ class Observer:
         self.costs, self.objective, self._last, self._clock = costs, objective, layers - 1, clock
         self.predicted: list[float] = []
         self.measured: list[float] = []
-        self.chosen = 0.0
         self._step = [0.0, 0.0]  # predicted and measured, of the token at work
         self._decodes = False
         self._finished: float | None = None  # when the layer before was
-        self._running = self._waiting = self._computed = self._fetched = 0.0
+        self._rest: float | None = None
+        self._chosen = self._running = self._waiting = self._computed = self._fetched = 0.0
         self._run: tuple[bool, int] | None = None
         self._placed: list[tuple[int, float]] = []  # tokens and seconds of the experts run in place
 
@@ -47,30 +47,38 @@ class Observer:
         self, layer: int, tokens: int, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]
     ) -> None:
         """A layer has chosen, for so many tokens: experts {number: tokens} there, to be fetched, and run in place."""
-        self.chosen = self._clock()
+        self._chosen = self._clock()
         decoded, self._decodes = self._decodes, tokens == 1
+        self._rest = None
         if self._decodes and self._finished is not None and (layer or decoded):
-            since = self.chosen - self._finished
+            since = self._chosen - self._finished
             if layer:
-                self.costs.rest.observe(1, since)
+                self._rest = since
             else:
                 self.costs.outside.observe(1, max(since - self.costs.rest(1), 0.0))
         if layer == 0:
             self._step = [0.0, 0.0]
         self._step[0] += seconds(self.costs, hits, fetched, placed, self.objective)
 
+    def asks(self) -> float:
+        """A fetch is asked for; the time, for `fetched`."""
+        return self._clock()
+
     def issued(self, count: int) -> None:
         """So many fetches have been asked for."""
+        took = self._clock() - self._chosen
         if self._decodes and count:
-            self.costs.issue.observe(count, self._clock() - self.chosen)
+            self.costs.issue.observe(count, took)
+        if self._rest is not None:
+            self.costs.rest.observe(1, self._rest + (0.0 if count else took))
 
-    def fetched(self, size: int, chosen: float) -> float:
-        """A fetch of so many bytes is over, for a layer that had `chosen` then; called by the thread that read them.
+    def fetched(self, size: int, asked: float) -> float:
+        """A fetch of so many bytes, `asked` for then, is over; called by the thread that read them.
 
         Returns:
             The time, for `starts`.
         """
-        begun, self._fetched = max(chosen, self._fetched), self._clock()
+        begun, self._fetched = max(asked, self._fetched), self._clock()
         if self._decodes:
             self.costs.fetch.observe(size, self._fetched - begun)
         return self._fetched
@@ -95,12 +103,12 @@ class Observer:
 
     def finished(self, layer: int) -> None:
         """What they left behind is cleared up."""
-        self._finished = self._clock()
-        clearing = self._finished - self._computed
+        now = self._clock()
         for tokens, took in self._placed:
-            self.costs.slow.observe(tokens, took + clearing / len(self._placed))
+            self.costs.slow.observe(tokens, took + (now - self._computed) / len(self._placed))
+        self._finished = now if self._placed else self._computed
         self._placed = []
-        self._step[1] += self._finished - self.chosen
+        self._step[1] += self._finished - self._chosen
         if layer == self._last and self._decodes:
             self.predicted.append(self._step[0])
             self.measured.append(self._step[1])

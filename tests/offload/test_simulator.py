@@ -99,10 +99,10 @@ def test_a_guess_hides_a_fetch_and_a_wrong_one_costs_one(guesses):
     policy = make_policy("none", resident, trace)
     timeline = Simulator(costs, policy, Remembered([[guesses, []]]), len(guesses)).run(trace)
     expected = {
-        (2, 3): 1 + 10 + 1.25 + 1,  # right, and the wrong one behind it called off: the guess arrives at 11
-        (3, 2): 1 + 20 + 1.25 + 1,  # the wrong one is read first
-        (): 4 + 10 + 1.25 + 1,
-        (3,): 1 + 10 + 10 + 1.25 + 1,  # waited for, then the right one is read
+        (2, 3): 1.5 + 10 + 1.25 + 1,  # right, and the wrong one behind it called off: the guess arrives at 11.5
+        (3, 2): 1.5 + 20 + 1.25 + 1,  # the wrong one is read first
+        (): 4.5 + 10 + 1.25 + 1,
+        (3,): 1.5 + 10 + 0.5 + 10 + 1.25 + 1,  # waited for, then the right one is asked for and read
     }
     assert timeline.token_s == [expected[tuple(guesses)]]
     assert timeline.guessed == len(guesses)
