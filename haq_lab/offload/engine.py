@@ -125,15 +125,19 @@ class Engine:
         Returns:
             The experts in the order in which they should run: those in memory first.
         """
+        if self.observer is not None:
+            self.observer.chosen(layer, len(chosen))
         counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
         self._drop_wrong_guesses(layer, counts)
+        if self.observer is not None:
+            self.observer.decides()
         if layer == 0 and len(chosen) > 1:
             self.policy.begin()
         visit = self.policy.visit(layer, counts, len(chosen))
         self._count(layer, counts, visit.missing)
         self._step = _Step()
         if self.observer is not None:
-            self._report(layer, len(chosen), counts, visit)
+            self._report(layer, counts, visit)
         for number in visit.missing:
             key = (layer, number)
             if number in visit.in_place and key not in self._guessed:
@@ -277,8 +281,8 @@ class Engine:
 
     # Looking in.
 
-    def _report(self, layer: int, tokens: int, counts: NDArray[np.int64], visit: Visit) -> None:
-        """Tell the observer how a visit will go."""
+    def _report(self, layer: int, counts: NDArray[np.int64], visit: Visit) -> None:
+        """Tell the observer what a visit needs."""
         assert self.observer is not None
 
         def of(numbers: list[int]) -> dict[int, int]:
@@ -287,7 +291,7 @@ class Engine:
         hits = of([one for one in visit.wanted if one not in visit.missing or (layer, one) in self._guessed])
         placed = of([one for one in visit.in_place if (layer, one) not in self._guessed])
         fetched = of([one for one in visit.missing if one not in placed and (layer, one) not in self._guessed])
-        self.observer.routed(layer, tokens, hits, fetched, placed)
+        self.observer.expects(hits, fetched, placed)
 
     def _count(self, layer: int, counts: NDArray[np.int64], missing: list[int]) -> None:
         counters = self.counters

@@ -2,7 +2,8 @@
 
 The engine reports moments of a layer's visit; the seconds between two of them are what something took:
 
-    routed      the layer has chosen           -> the rest of a layer, or what lies outside the layers
+    chosen      the layer has                  -> the rest of a layer, or what lies outside the layers
+    decides     what was read ahead in vain is gone, which may have meant waiting
     asks        a fetch is asked for
     issued      all that there are have been   -> what asking kept the engine from; if none was, part of the rest
     fetched     one is over                    -> the fetch, since it was asked for or the one before it was over
@@ -38,26 +39,29 @@ class Observer:
         self._step = [0.0, 0.0]  # predicted and measured, of the token at work
         self._decodes = False
         self._finished: float | None = None  # when the layer before was
-        self._rest: float | None = None
-        self._chosen = self._running = self._waiting = self._computed = self._fetched = 0.0
+        self._rest: float | None = None  # of the layer at work, so far
+        self._decides = self._running = self._waiting = self._computed = self._fetched = 0.0
         self._run: tuple[bool, int] | None = None
         self._placed: list[tuple[int, float]] = []  # tokens and seconds of the experts run in place
 
-    def routed(
-        self, layer: int, tokens: int, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]
-    ) -> None:
-        """A layer has chosen, for so many tokens: experts {number: tokens} there, to be fetched, and run in place."""
-        self._chosen = self._clock()
-        decoded, self._decodes = self._decodes, tokens == 1
-        self._rest = None
-        if self._decodes and self._finished is not None and (layer or decoded):
-            since = self._chosen - self._finished
-            if layer:
-                self._rest = since
-            else:
-                self.costs.outside.observe(1, max(since - self.costs.rest(1), 0.0))
+    def chosen(self, layer: int, tokens: int) -> None:
+        """A layer has chosen, for so many tokens."""
+        now, decoded = self._clock(), self._decodes
+        self._decodes, self._rest = tokens == 1, None
         if layer == 0:
             self._step = [0.0, 0.0]
+        if self._decodes and self._finished is not None:
+            if layer:
+                self._rest = now - self._finished
+            elif decoded:
+                self.costs.outside.observe(1, max(now - self._finished - self.costs.rest(1), 0.0))
+
+    def decides(self) -> None:
+        """No wrong guess is in the way any more."""
+        self._decides = self._clock()
+
+    def expects(self, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]) -> None:
+        """Experts {number: tokens} are there, will be fetched, and run in place."""
         self._step[0] += seconds(self.costs, hits, fetched, placed, self.objective)
 
     def asks(self) -> float:
@@ -66,7 +70,7 @@ class Observer:
 
     def issued(self, count: int) -> None:
         """So many fetches have been asked for."""
-        took = self._clock() - self._chosen
+        took = self._clock() - self._decides
         if self._decodes and count:
             self.costs.issue.observe(count, took)
         if self._rest is not None:
@@ -108,7 +112,7 @@ class Observer:
             self.costs.slow.observe(tokens, took + (now - self._computed) / len(self._placed))
         self._finished = now if self._placed else self._computed
         self._placed = []
-        self._step[1] += self._finished - self._chosen
+        self._step[1] += self._finished - self._decides
         if layer == self._last and self._decodes:
             self.predicted.append(self._step[0])
             self.measured.append(self._step[1])

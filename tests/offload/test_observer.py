@@ -21,7 +21,9 @@ def scripted(*readings: float) -> Observer:
 
 def visit(observer: Observer, layer: int, tokens: int = 1) -> None:
     """One resident, one run in place and one fetched."""
-    observer.routed(layer, tokens, {0: tokens}, {1: tokens}, {2: tokens})
+    observer.chosen(layer, tokens)
+    observer.decides()
+    observer.expects({0: tokens}, {1: tokens}, {2: tokens})
     asked = observer.asks()
     observer.issued(1)
     observer.starts(tokens, in_place=False)
@@ -33,11 +35,11 @@ def visit(observer: Observer, layer: int, tokens: int = 1) -> None:
 
 
 def moments(begin: float) -> list[float]:
-    """Asking takes 2 s; the resident runs for 5, the one in place for 7, clearing up after it takes 4 more.
+    """A second is for a wrong guess, 2 for asking; the resident runs for 5, the one in place for 7, clearing up 4 more.
 
     The fetched one is there 19 s after it was asked for, is taken over in 3, and runs for 5.
     """
-    return [begin + after for after in (0, 1, 2, 3, 8, 15, 20, 23, 28, 32)]
+    return [begin + after for after in (0, 1, 2, 3, 4, 9, 16, 21, 24, 29, 33)]
 
 
 def seen(observer: Observer) -> dict[str, float]:
@@ -45,27 +47,28 @@ def seen(observer: Observer) -> dict[str, float]:
 
 
 def test_every_cost_is_what_lies_between_two_moments():
-    observer = scripted(*moments(0), *moments(32 + 13), *moments(77 + 13 + 40))
+    observer = scripted(*moments(0), *moments(33 + 13), *moments(79 + 13 + 40))
     for layer in (0, 1, 0):
         visit(observer, layer)
     assert seen(observer) == {"fast": 5, "slow": 7 + 4, "fetch": 19, "rest": 13, "outside": 40, "issue": 2, "take": 3}
 
 
 def test_where_nothing_is_fetched_or_in_place_deciding_and_clearing_up_are_part_of_the_rest():
-    observer = scripted(0, 1, 2, 9, 10, 15, 17)
+    observer = scripted(0, 0, 1, 2, 9, 10, 15, 18, 20)
     for layer in range(2):
-        observer.routed(layer, 1, {0: 1}, {}, {})
+        observer.chosen(layer, 1)
+        observer.decides()
         observer.issued(0)
         if layer == 0:
             observer.starts(1, in_place=False)
             observer.computed()
             observer.finished(layer)
-    assert seen(observer) == dict.fromkeys(NAMES, 1) | {"fast": 9 - 2, "rest": 17 - 9}
+    assert seen(observer) == dict.fromkeys(NAMES, 1) | {"fast": 9 - 2, "rest": 15 - 9 + 20 - 18}
 
 
 def test_a_fetch_is_timed_from_when_the_one_before_it_was_over():
     observer = scripted(0, 1, 2, 10, 14)
-    observer.routed(0, 1, {}, {0: 1, 1: 1}, {})
+    observer.chosen(0, 1)
     asked = [observer.asks(), observer.asks()]
     assert [observer.fetched(1, each) for each in asked] == [10, 14]
     assert observer.costs.fetch.correction == (9 + 4) / 2
@@ -73,7 +76,7 @@ def test_a_fetch_is_timed_from_when_the_one_before_it_was_over():
 
 def test_what_came_while_others_ran_is_taken_over_from_when_it_is_wanted():
     observer = scripted(0, 5, 9, 10)
-    observer.routed(0, 1, {}, {0: 1}, {})
+    observer.chosen(0, 1)
     fetched = observer.fetched(1, 0.0)
     observer.waits()
     observer.starts(1, in_place=False, fetched=fetched)
@@ -90,7 +93,7 @@ def test_a_prompt_and_what_is_fetched_before_any_token_correct_nothing():
 
 
 def test_predictions_are_held_against_what_followed():
-    observer = scripted(*moments(0), *moments(40))
+    observer = scripted(*moments(0), *moments(40))  # a step begins when the wrong guess is gone
     visit(observer, 0)
     visit(observer, 1)
     assert observer.measured == [2 * 32]
