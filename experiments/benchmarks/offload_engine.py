@@ -42,7 +42,7 @@ from haq_lab.offload.store import ExpertStore, StoreWriter
 from haq_lab.offload.trace import Trace
 
 TOKENS, SPARE = 24, 4
-CURVES = ("fast", "slow", "fetch", "rest", "outside", "issue", "take")
+CURVES = ("fast", "slow", "fetch", "rest", "outside", "issue", "begin", "take")
 REFERENCE = ("lru", "uniform", "layer", 0.5)  # none of the configurations
 CONFIGURATIONS = [
     *product(("none",), ("frequency",), ("global",), (0.25, 0.4, 0.55, 0.75), ("fetch",)),

@@ -224,8 +224,10 @@ class Engine:
 
     def _read(self, key: Key, blob: Tensor, asked: float) -> float:
         """Read an expert; when that was over, by the observer's clock."""
+        if self.observer is not None:
+            self.observer.begins(asked)
         self.store.read(*key, blob)
-        return 0.0 if self.observer is None else self.observer.fetched(self.store.blob_bytes, asked)
+        return 0.0 if self.observer is None else self.observer.fetched(self.store.blob_bytes)
 
     def _arrive(self, key: Key) -> float:
         try:

@@ -6,7 +6,8 @@ The engine reports moments of a layer's visit; the seconds between two of them a
     decides     what was read ahead in vain is gone, which may have meant waiting
     asks        a fetch is asked for
     issued      all that there are have been   -> what asking kept the engine from; if none was, part of the rest
-    fetched     one is over                    -> the fetch, since it was asked for or the one before it was over
+    begins      one is under way               -> waking up who fetches, if it had nothing to do
+    fetched     it is over                     -> the fetch, since it began or the one before it was over
     waits       an expert is not at hand       -> the expert before it
     starts      it is, and runs                -> the expert before it, or taking over what was fetched
     computed    the layer's experts are done   -> the last one
@@ -40,7 +41,7 @@ class Observer:
         self._decodes = False
         self._finished: float | None = None  # when the layer before was
         self._rest: float | None = None  # of the layer at work, so far
-        self._decides = self._running = self._waiting = self._computed = self._fetched = 0.0
+        self._decides = self._running = self._waiting = self._computed = self._begun = self._fetched = 0.0
         self._run: tuple[bool, int] | None = None
         self._placed: list[tuple[int, float]] = []  # tokens and seconds of the experts run in place
 
@@ -65,7 +66,7 @@ class Observer:
         self._step[0] += seconds(self.costs, hits, fetched, placed, self.objective)
 
     def asks(self) -> float:
-        """A fetch is asked for; the time, for `fetched`."""
+        """A fetch is asked for; the time, for `begins`."""
         return self._clock()
 
     def issued(self, count: int) -> None:
@@ -76,15 +77,19 @@ class Observer:
         if self._rest is not None:
             self.costs.rest.observe(1, self._rest + (0.0 if count else took))
 
-    def fetched(self, size: int, asked: float) -> float:
-        """A fetch of so many bytes, `asked` for then, is over; called by the thread that read them.
+    def begins(self, asked: float) -> None:
+        """A fetch that was `asked` for then begins. As the next one, called by the thread that fetches."""
+        self._begun = self._clock()
+        if asked < self._fetched:
+            self._begun = self._fetched
+        elif self._decodes:
+            self.costs.begin.observe(1, self._begun - asked)
 
-        Returns:
-            The time, for `starts`.
-        """
-        begun, self._fetched = max(asked, self._fetched), self._clock()
+    def fetched(self, size: int) -> float:
+        """It is over, of so many bytes; the time, for `starts`."""
+        self._fetched = self._clock()
         if self._decodes:
-            self.costs.fetch.observe(size, self._fetched - begun)
+            self.costs.fetch.observe(size, self._fetched - self._begun)
         return self._fetched
 
     def waits(self) -> None:

@@ -170,6 +170,8 @@ class Simulator:
 
     def _read(self, ready: float) -> float:
         self._fetched += 1
+        if ready >= self.source.free:
+            ready += self.costs.begin(1)
         return self.source.run(self.costs.fetch(self.costs.expert_bytes), ready)
 
     def _drop_wrong_guesses(self, counts: NDArray[np.int64], now: float) -> float:
