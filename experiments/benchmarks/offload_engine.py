@@ -2,11 +2,12 @@
 
     python experiments/benchmarks/offload_engine.py CHECKPOINT --profile A.trace --text FILE [--accelerate BF16_FOLDER]
 
-CHECKPOINT is a quantised one (`checkpoint.dir=`). Before and after every configuration a reference decodes, half
-resident under LRU, a quarter of its missing experts run in place: the mean of what the engine's observer finds there
-are the costs that the configuration is simulated by. So nothing is fitted on it, and the machine's mood, which other
-work moves by a factor, is the same for both. With --accelerate, the same model in bf16 through accelerate's disk
-offload decodes in the same run. The last line is JSON.
+CHECKPOINT is a quantised one (`checkpoint.dir=`). In step with every configuration, a token each in turn, a reference
+decodes with a model of its own, half resident under LRU, and prefetches if the configuration does: what the engine's
+observer finds there are the costs that the configuration is simulated by. So nothing is fitted on it, and the machine's
+mood, which other work moves by a factor, is the same for both. (What an expert takes in place is from a reference
+before it, in which all missing ones run so.) With --accelerate, the same model in bf16 through accelerate's disk
+offload decodes in step with the engine, too. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from haq_lab.offload.costs import Costs, Predictor
 from haq_lab.offload.engine import Engine
 from haq_lab.offload.measured_costs import measure_costs
 from haq_lab.offload.observer import Observer
-from haq_lab.offload.path_model import fit_path_model
+from haq_lab.offload.path_model import PathModel, fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import Policy, make_policy
 from haq_lab.offload.prefetch import NextGate
@@ -42,8 +42,8 @@ from haq_lab.offload.store import ExpertStore, StoreWriter
 from haq_lab.offload.trace import Trace
 
 TOKENS, SPARE = 24, 4
-CURVES = ("fast", "slow", "fetch", "rest", "outside", "issue")
-REFERENCE = ("lru", "uniform", "layer", 0.5)
+CURVES = ("fast", "slow", "fetch", "rest", "outside", "issue", "begin", "take")
+REFERENCE = ("lru", "uniform", "layer", 0.5)  # none of the configurations
 CONFIGURATIONS = [
     *product(("none",), ("frequency",), ("global",), (0.25, 0.4, 0.55, 0.75), ("fetch",)),
     *product(("lru",), ("uniform",), ("layer",), (0.25, 0.4, 0.75), ("fetch",)),
@@ -66,13 +66,46 @@ def decode(whole: nn.Module, prompt: Tensor, text: Tensor, before: Callable[[], 
     return seconds
 
 
+class Clock:
+    """Seconds; it can stand still, for an observer whose engine does."""
+
+    def __init__(self) -> None:
+        self._lost, self._stopped = 0.0, False
+
+    def __call__(self) -> float:
+        return self._lost if self._stopped else time.perf_counter() - self._lost
+
+    def stop(self) -> None:
+        self._lost, self._stopped = self(), True
+
+    def go(self) -> None:
+        self._lost, self._stopped = time.perf_counter() - self._lost, False
+
+
+class InStep:
+    """Decodes a text too, a token at a call; `seconds` of each. Called before each token of another model's."""
+
+    def __init__(self, whole: nn.Module, prompt: Tensor, text: Tensor, clock: Clock | None = None):
+        self.whole, self.left, self.seconds, self.clock = whole, iter(text[0]), list[float](), clock or Clock()
+        self.cache = whole(prompt, use_cache=True, logits_to_keep=1).cache
+        self.clock.stop()
+
+    def __call__(self) -> None:
+        token = next(self.left).view(1, 1)
+        self.clock.go()
+        start = time.perf_counter()
+        self.cache = self.whole(token, cache=self.cache, use_cache=True, logits_to_keep=1).cache
+        self.seconds.append(time.perf_counter() - start)
+        self.clock.stop()
+
+
 class Bench:
     """A quantised model whose experts lie in a store."""
 
-    def __init__(self, checkpoint: Path, profile: Trace, tokens: Tensor, scratch: Path):
+    def __init__(self, checkpoint: Path, profile: Trace, path_model: PathModel, tokens: Tensor, scratch: Path):
         self.model = QuantizedModel(checkpoint, CpuBackend())
-        self.profile, self.path_model = profile, fit_path_model(profile)
-        self.prompt, self.text = tokens[:, :64], tokens[:, 64 : 64 + TOKENS]
+        self.profile, self.path_model = profile, path_model
+        self.prompt, self.text = tokens[:, :64], tokens[:, 64:]
         self.layers: list[nn.Module] = []
         with StoreWriter(scratch / "experts.bin") as writer:
             for index in range(self.model.depth):
@@ -91,32 +124,36 @@ class Bench:
             policy.decide = lambda resident, missing: list(missing)
         elif miss == "predict":
             policy.decide = Predictor(costs).decide
-        elif miss == "some of each":
-            policy.decide = lambda resident, missing: [expert for expert in missing if expert % 4 == 0]
         return policy
 
-    def measured(
-        self, *configuration: Any, costs: Costs, before: Callable[[], None] = lambda: None
-    ) -> tuple[list[float], Engine]:
-        """Seconds a token; `costs` are corrected by the run. `before` is called before each."""
+    def engaged(self, *configuration: Any, costs: Costs) -> Engine:
+        """An engine that serves the model; `costs` are corrected as it runs."""
         for layer, untouched in zip(self.layers, self.forwards, strict=True):
             layer.mlp.experts.__dict__.clear()  # type: ignore[union-attr]
             layer.mlp.experts.__dict__.update(untouched)  # type: ignore[union-attr]
         router = self.model.family.moe.router  # type: ignore[union-attr]
         gates = NextGate([layer.get_submodule(router) for layer in self.layers])
         guesser = (gates, self.profile.k) if configuration[-1] == "next gate" else (None, 0)
-        observer = Observer(costs, "max", self.model.depth)
+        self.clock = Clock()
+        observer = Observer(costs, "max", self.model.depth, self.clock)
         engine = Engine(self.store, self.policy(*configuration, costs), SPARE, *guesser, observer)
         engine.attach(self.layers, self.model.family.moe)  # type: ignore[arg-type]
-        seconds = decode(self.whole, self.prompt, self.text, before)
+        return engine
+
+    def measured(
+        self, *configuration: Any, costs: Costs, before: Callable[[], None] = lambda: None
+    ) -> tuple[list[float], Engine]:
+        """Seconds a token; `costs` are corrected by the run. `before` is called before each."""
+        engine = self.engaged(*configuration, costs=costs)
+
+        def meanwhile() -> None:
+            self.clock.stop()
+            before()
+            self.clock.go()
+
+        seconds = decode(self.whole, self.prompt, self.text, meanwhile)
         engine._reader.shutdown()
         return seconds, engine
-
-    def reference(self, fresh: Costs) -> Costs:
-        """What everything takes just now, as the reference configuration finds it."""
-        costs = deepcopy(fresh)
-        self.measured(*REFERENCE, "some of each", costs=costs)
-        return costs
 
     def simulated(self, *configuration: Any, engine: Engine, costs: Costs) -> list[float]:
         """The same steps on the virtual clock."""
@@ -125,21 +162,10 @@ class Bench:
         return Simulator(costs, policy, prefetch, engine.guesses, SPARE).run(engine.heard.trace()).token_s
 
 
-def between(before: Costs, after: Costs) -> Costs:
-    """The mean of two corrections."""
-    costs = deepcopy(before)
-    for name in CURVES:
-        curve = getattr(costs, name)
-        curve.correction = (curve.correction + getattr(after, name).correction) / 2
-    return costs
-
-
-def accelerate_seconds(
-    folder: Path, prompt: Tensor, text: Tensor, scratch: Path, budget: float
-) -> tuple[list[float], list[float]]:
+def against_accelerate(bench: Bench, folder: Path, costs: Costs, scratch: Path) -> dict[str, float]:
     """The same text through accelerate's disk offload, page cache warm, then dropped before each token.
 
-    `budget` bytes may stay in RAM.
+    The engine decodes in step, `haq` at 25 %; accelerate may keep as many bytes in RAM as its fast tier has. Medians.
     """
     from accelerate import infer_auto_device_map
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -147,14 +173,28 @@ def accelerate_seconds(
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    limits = {"cpu": int(budget), "disk": 10**12}
+    configuration = "haq", "two_stage", "global", 0.25, "fetch"
+    limits = {"cpu": bench.engaged(*configuration, costs=costs).arena.bytes, "disk": 10**12}
     placed = infer_auto_device_map(empty, limits, no_split_module_classes=["MixtralDecoderLayer"], dtype=torch.bfloat16)
     whole = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, device_map=placed, offload_folder=str(scratch / "accelerate")
     )
     files = [*folder.glob("*.safetensors"), *(scratch / "accelerate").glob("*")]
-    cold = partial(drop, files)
-    return decode(whole, prompt, text), decode(whole, prompt, text, before=cold)
+    found: dict[str, float] = {}
+    for state in ("warm", "cold"):
+        engine = bench.engaged(*configuration, costs=costs)
+        ours = InStep(bench.whole, bench.prompt, bench.text)
+
+        def before(state: str = state, ours: InStep = ours) -> None:
+            ours()
+            if state == "cold":
+                drop(files)
+
+        theirs = decode(whole, bench.prompt, bench.text[:, :8], before)
+        engine._reader.shutdown()
+        ms, own_ms = (1e3 * float(np.median(seconds)) for seconds in (theirs, ours.seconds))
+        found |= {f"accelerate_{state}_ms": ms, f"beside_{state}_ms": own_ms, f"times_faster_{state}": ms / own_ms}
+    return found
 
 
 def drop(files: list[Path]) -> None:
@@ -173,24 +213,32 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--accelerate", type=Path)
     parser.add_argument("--part", type=int, choices=[0, 1, 2], help="of the configurations: a third of them")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="decoded by each configuration")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=given.checkpoint.parent) as name:
         scratch = Path(name)
         tokenizer = QuantizedModel(given.checkpoint, CpuBackend()).tokenizer()
-        ids = tokenizer.encode(given.text.read_text(encoding="utf-8")[:20_000])[: 64 + TOKENS]
-        bench = Bench(given.checkpoint, Trace.open(given.profile), torch.tensor([ids]), scratch)
-        moe, store = bench.model.family.moe, bench.store
-        fresh = measure_costs(bench.layers[0], moe, store, bench.model)  # type: ignore[arg-type]
+        ids = tokenizer.encode(given.text.read_text(encoding="utf-8")[:20_000])[: 64 + given.tokens]
+        profile = Trace.open(given.profile)
+        path_model = fit_path_model(profile)
+        folders = scratch / "one", scratch / "other"
+        bench, other = (Bench(given.checkpoint, profile, path_model, torch.tensor([ids]), each) for each in folders)
+        fresh = measure_costs(bench.layers[0], bench.model.family.moe, bench.store, bench.model)  # type: ignore[arg-type]
         whole = ("none", "frequency", "global", 1.0, "fetch")
         resident_ms = 1e3 * float(np.mean(bench.measured(*whole, costs=deepcopy(fresh))[0]))
-        before = bench.reference(fresh)
         for configuration in CONFIGURATIONS if given.part is None else CONFIGURATIONS[given.part :: 3]:
-            own = deepcopy(before)
-            seconds, engine = bench.measured(*configuration, costs=own)
-            after = bench.reference(fresh)
-            costs = between(before, after)
+            costs, slow, own = deepcopy(fresh), deepcopy(fresh), deepcopy(fresh)
+            if configuration[-1] in ("cpu", "predict"):
+                other.measured(*REFERENCE, "cpu", costs=slow)
+            ahead = "next gate" if configuration[-1] == "next gate" else "fetch"
+            reference = other.engaged(*REFERENCE, ahead, costs=costs)
+            seconds, engine = bench.measured(
+                *configuration, costs=own, before=InStep(other.whole, other.prompt, other.text, other.clock)
+            )
+            reference._reader.shutdown()
+            costs.slow = slow.slow
             simulated = bench.simulated(*configuration, engine=engine, costs=costs)
             row = {"configuration": " ".join(map(str, configuration)), "ms": 1e3 * float(np.mean(seconds))}
             row |= {"std_ms": 1e3 * float(np.std(seconds)), "simulated_ms": 1e3 * float(np.mean(simulated))}
@@ -199,7 +247,6 @@ def main() -> None:
             row |= {"mape": engine.stats()["predictor.mape"], "median_ms": 1e3 * float(np.median(seconds))}
             row |= {f"cost_{name}": getattr(costs, name).correction for name in CURVES}
             row |= {f"own_{name}": getattr(own, name).correction for name in CURVES}
-            before = after
             rows.append(row)
             print(
                 f"{row['configuration']:<38}{row['ms']:8.1f} ms  simulated {row['simulated_ms']:8.1f} ms "
@@ -210,12 +257,7 @@ def main() -> None:
         result["mean_error"] = float(np.mean([abs(row["error"]) for row in rows]))
         print(f"mean error {result['mean_error']:.1%}")
         if given.accelerate:
-            half = next(row for row in rows if row["configuration"] == "haq two_stage global 0.25 fetch")
-            budget = half["fast_tier_bytes"]
-            both = accelerate_seconds(given.accelerate, bench.prompt, bench.text[:, :8], scratch, budget)
-            for name, seconds in zip(("warm", "cold"), both, strict=True):
-                ms = 1e3 * float(np.median(seconds))
-                result |= {f"accelerate_{name}_ms": ms, f"times_faster_than_{name}": ms / half["ms"]}
+            result |= against_accelerate(bench, given.accelerate, fresh, scratch)
     print(json.dumps({"all_resident_ms": resident_ms, "rows": rows, **result}))
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from offload_engine import SPARE, TOKENS, Bench
-from torch import Tensor, nn
+from offload_engine import SPARE, TOKENS, Bench, InStep
 
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.figures import save
@@ -32,6 +30,7 @@ from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.deploy import deploy
 from haq_lab.int8.linear import parameter_count, weight_bytes
 from haq_lab.offload.measured_costs import measure_costs
+from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.settings import FLOAT
 from haq_lab.offload.shape import Shape
 from haq_lab.offload.trace import Trace
@@ -60,7 +59,8 @@ def main() -> None:
     resident = deploy(plain.assemble([plain.load_layer(index) for index in range(plain.depth)]), plain, CpuBackend())
     bf16 = 2 * parameter_count(resident)
     with tempfile.TemporaryDirectory(dir=given.checkpoint.parent) as scratch:
-        bench = Bench(given.checkpoint, Trace.open(given.profile), torch.tensor([ids]), Path(scratch))
+        profile = Trace.open(given.profile)
+        bench = Bench(given.checkpoint, profile, fit_path_model(profile), torch.tensor([ids]), Path(scratch))
         deploy(bench.whole, bench.model, CpuBackend())
         outside, blob = weight_bytes(bench.whole), bench.store.blob_bytes
         total = bench.profile.layers * bench.profile.expert_count
@@ -96,20 +96,6 @@ def main() -> None:
     if given.figure is not None:
         print(f"figure: {pareto(table, weight_bytes(resident) / bf16, given.figure)}")
     print(json.dumps({"bf16_bytes": bf16, "outside_bytes": outside, "context_bytes": here, "rows": rows}))
-
-
-class InStep:
-    """Decodes a text too, a token at a call; `seconds` of each. Called before each token of another model's."""
-
-    def __init__(self, whole: nn.Module, prompt: Tensor, text: Tensor):
-        self.whole, self.left, self.seconds = whole, iter(text[0]), list[float]()
-        self.cache = whole(prompt, use_cache=True, logits_to_keep=1).cache
-
-    def __call__(self) -> None:
-        token = next(self.left).view(1, 1)
-        start = time.perf_counter()
-        self.cache = self.whole(token, cache=self.cache, use_cache=True, logits_to_keep=1).cache
-        self.seconds.append(time.perf_counter() - start)
 
 
 def pareto(table: pd.DataFrame, int8: float, path: Path) -> Path:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haq_lab.offload.store import ALIGNMENT
+from haq_lab.offload.store import PAGE
 
 Key = tuple[int, int]  # (layer, expert)
 
 
 def aligned(size: int) -> Tensor:
-    """Memory (size,) uint8 that begins where a store's parts want to lie."""
-    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
-    return memory[-memory.data_ptr() % ALIGNMENT :][:size]
+    """Memory (size,) uint8 that begins a page, as a store's blobs do."""
+    memory = torch.empty(size + PAGE, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % PAGE :][:size]
 
 
 class Arena:

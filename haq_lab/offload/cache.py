@@ -166,7 +166,7 @@ def _holds(present, wanted):
 def _least(values, present, first, last):
     """The first index of the least value among those present from `first` to `last`; -1 where none is.
 
-    Block by block, each one's least without its place, so that the inner loop is vector code.
+    Block by block, each one's least without its place, and then the place in one block: inner loops are vector code.
     """
     kind = values.dtype.type  # numbers stay as narrow as they are: the fewer bits, the more at once
     none = kind(np.iinfo(values.dtype).max)
@@ -179,10 +179,14 @@ def _least(values, present, first, last):
             low = min(low, kind(some[index] | (absent & none)))
         if low < least:
             block, least = begin, low
-    if block >= 0:
-        while not (present[block] and values[block] == least):
-            block += 1
-    return block
+    if block < 0:
+        return block
+    end = min(block + BLOCK, last)
+    some, there, place = values[block:end], present[block:end], kind(BLOCK)
+    for index in range(len(some)):
+        other = np.int64(there[index] and some[index] == least) - 1  # all bits set, or none
+        place = min(place, kind(index | (other & BLOCK)))
+    return block + place
 
 
 @innermost

@@ -75,7 +75,9 @@ class Costs:
         rest: Everything else of a layer (attention, norms, router), by tokens.
         outside: What lies outside the layers (embedding, head), by tokens.
         expert_bytes: Of one expert, as it is moved.
-        issue: What fetching keeps the fast device from its work, by experts fetched.
+        issue: What asking for fetches keeps the fast device from its work, by experts asked for.
+        begin: What a fetch takes to get under way where no other is, by fetches: waking up who fetches.
+        take: What taking over an expert that has come does, by experts: waking up, giving its module the weights.
         from_disk: There is no GPU: the slow tier is the disk, and what runs in place runs on the fast device too.
     """
 
@@ -86,6 +88,8 @@ class Costs:
     outside: PiecewiseLinear
     expert_bytes: int
     issue: PiecewiseLinear = field(default_factory=lambda: PiecewiseLinear([1], [0.0]))
+    begin: PiecewiseLinear = field(default_factory=lambda: PiecewiseLinear([1], [0.0]))
+    take: PiecewiseLinear = field(default_factory=lambda: PiecewiseLinear([1], [0.0]))
     from_disk: bool = False
 
 
@@ -100,11 +104,16 @@ def seconds(
     begin = costs.issue(len(fetched)) + sum(costs.fast(tokens) for tokens in resident.values())
     fetch, slow = costs.fetch(costs.expert_bytes), sum(costs.slow(tokens) for tokens in in_place.values())
     if by == "sum":
-        return begin + slow + sum(fetch + costs.fast(tokens) for tokens in fetched.values())
-    done, arrived = begin + (slow if costs.from_disk else 0.0), 0.0
+        return (
+            begin
+            + slow
+            + costs.begin(len(fetched))
+            + sum(fetch + costs.take(1) + costs.fast(tokens) for tokens in fetched.values())
+        )
+    done, arrived = begin + (slow if costs.from_disk else 0.0), costs.issue(len(fetched)) + costs.begin(1)
     for tokens in sorted(fetched.values(), reverse=True):
         arrived += fetch
-        done = max(done, arrived) + costs.fast(tokens)
+        done = max(done, arrived) + costs.take(1) + costs.fast(tokens)
     return max(done, slow)
 
 

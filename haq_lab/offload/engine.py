@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -94,7 +95,7 @@ class Engine:
         self.counters = Counters.zero(layers)
         self._modules: list[nn.ModuleList] = []
         self._reader = ThreadPoolExecutor(1, "expert-reader")
-        self._reads: dict[Key, Future[None]] = {}
+        self._reads: dict[Key, Future[float]] = {}
         self._guessed: dict[Key, None] = {}  # read ahead for the coming layer
         self._step = _Step()
         self._counts = np.zeros(self.experts, np.int64)  # tokens of the layer at work, by expert
@@ -124,15 +125,19 @@ class Engine:
         Returns:
             The experts in the order in which they should run: those in memory first.
         """
+        if self.observer is not None:
+            self.observer.chosen(layer, len(chosen))
         counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
         self._drop_wrong_guesses(layer, counts)
+        if self.observer is not None:
+            self.observer.decides()
         if layer == 0 and len(chosen) > 1:
             self.policy.begin()
         visit = self.policy.visit(layer, counts, len(chosen))
         self._count(layer, counts, visit.missing)
         self._step = _Step()
         if self.observer is not None:
-            self._report(layer, len(chosen), counts, visit)
+            self._report(layer, counts, visit)
         for number in visit.missing:
             key = (layer, number)
             if number in visit.in_place and key not in self._guessed:
@@ -150,6 +155,7 @@ class Engine:
                 self._step.waiting.append(key)
         # Admitted experts have a slot for certain, the ones passing through take turns.
         self._step.waiting.sort(key=lambda key: key in self._step.passing)
+        asked = len(self._step.waiting)
         self._issue()
         guesses: list[int] = []
         if self.prefetch is not None and layer + 1 < len(self._modules):
@@ -158,9 +164,15 @@ class Engine:
         self.heard.note(layer, chosen, guesses)
         self._counts = counts
         if self.observer is not None:
-            self.observer.issued(len(visit.missing) - len(visit.in_place))
-        missing = sorted(visit.missing, key=lambda number: (layer, number) not in self.arena.where)
-        return [number for number in visit.wanted if number not in visit.missing] + missing
+            self.observer.issued(asked + len(self._guessed))
+        return sorted(visit.wanted, key=partial(self._turn, layer, visit))
+
+    def _turn(self, layer: int, visit: Visit, number: int) -> int:
+        """Those in memory come first, then those that run in place while others are read, and those without a slot."""
+        key = (layer, number)
+        if key in self._step.in_place:
+            return 1
+        return 0 if number not in visit.missing else 2 if key in self.arena.where else 3
 
     def expert(self, layer: int, number: int) -> None:
         """See that the expert's weights are in memory, waiting for them where they are not.
@@ -172,17 +184,20 @@ class Engine:
         if key in self._step.waiting:
             self._release_passed()
             self._issue()
+        fetched = None
         if key in self._reads:
             if self.observer is not None:
                 self.observer.waits()
             start = time.perf_counter()
-            self._arrive(key)
+            fetched = self._arrive(key)
             self.counters.waited[layer] += time.perf_counter() - start
         if self.observer is not None:
-            self.observer.starts(int(self._counts[number]), key in self._step.in_place)
+            self.observer.starts(int(self._counts[number]), key in self._step.in_place, fetched)
 
     def end(self, layer: int) -> None:
         """The layer is done: spare slots are free again."""
+        if self.observer is not None:
+            self.observer.computed()
         for key in self._step.in_place:
             bind(self._modules[key[0]][key[1]], self.store.parts, None)
         if self._step.in_place:
@@ -204,23 +219,26 @@ class Engine:
     def _fetch(self, key: Key) -> None:
         self.arena.take(key)
         self.counters.read[key[0]] += 1
-        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key))
+        asked = 0.0 if self.observer is None else self.observer.asks()
+        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key), asked)
 
-    def _read(self, key: Key, blob: Tensor) -> None:
-        start = time.perf_counter()
-        self.store.read(*key, blob)
+    def _read(self, key: Key, blob: Tensor, asked: float) -> float:
+        """Read an expert; when that was over, by the observer's clock."""
         if self.observer is not None:
-            self.observer.fetched(self.store.blob_bytes, time.perf_counter() - start)
+            self.observer.begins(asked)
+        self.store.read(*key, blob)
+        return 0.0 if self.observer is None else self.observer.fetched(self.store.blob_bytes)
 
-    def _arrive(self, key: Key) -> None:
+    def _arrive(self, key: Key) -> float:
         try:
-            self._reads.pop(key).result()
+            fetched = self._reads.pop(key).result()
         except ReadError:
             self.policy.resident[key] = False
             self.arena.release(key)
             self._step.passing.discard(key)
             raise
         bind(self._modules[key[0]][key[1]], self.store.parts, self.arena.blob(key))
+        return fetched
 
     def _remove(self, key: Key) -> None:
         """Out of the arena: a read that has not begun is called off, one that is under way ends first."""
@@ -265,17 +283,17 @@ class Engine:
 
     # Looking in.
 
-    def _report(self, layer: int, tokens: int, counts: NDArray[np.int64], visit: Visit) -> None:
-        """Tell the observer how a visit will go."""
+    def _report(self, layer: int, counts: NDArray[np.int64], visit: Visit) -> None:
+        """Tell the observer what a visit needs."""
         assert self.observer is not None
 
         def of(numbers: list[int]) -> dict[int, int]:
             return {number: int(counts[number]) for number in numbers}
 
-        hits = of([number for number in visit.wanted if number not in visit.missing])
+        hits = of([one for one in visit.wanted if one not in visit.missing or (layer, one) in self._guessed])
         placed = of([one for one in visit.in_place if (layer, one) not in self._guessed])
         fetched = of([one for one in visit.missing if one not in placed and (layer, one) not in self._guessed])
-        self.observer.routed(layer, tokens, hits, fetched, placed)
+        self.observer.expects(hits, fetched, placed)
 
     def _count(self, layer: int, counts: NDArray[np.int64], missing: list[int]) -> None:
         counters = self.counters

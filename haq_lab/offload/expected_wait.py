@@ -7,7 +7,8 @@ of the two is its cost: with a known future that is Belady's order, nearest use 
 
 Layers that are still to come in this token are judged by the latest whole token's path, so their p and w stand until
 they are visited and are worked out once a token; those of layers passed change with every choice. What was used lately
-is looked at only when something must leave, or the token ends.
+is looked at as a token begins, for all experts: what their logits will be if it does not use them, and what using them
+would add. (A prompt that gives an expert a share of its tokens adds that share of it.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from haq_lab.offload.cache import teach
 from haq_lab.offload.compiled import innermost
-from haq_lab.offload.path_model import FORGOTTEN, HORIZONS, LEAST_SHARE, PathModel
+from haq_lab.offload.path_model import FORGOTTEN, HORIZONS, LEAST_SHARE, PathModel, log_odds
 
 F = np.float32
 LINE = 16  # numbers
@@ -32,14 +33,13 @@ class ExpectedWait(NamedTuple):
 
     Float32, and flat, as numba takes longer to reshape an array than to go through it; `order` is `values` flat.
 
-    average: (layers * horizons * E,) moving averages of use; feature: their log odds.
-    last: (N,) int64 token of the last use.
-    logits: (2, N) of use at the next visit and of the hazard after it, path aside.
-    judged: (1,) the first layer that has chosen and whose logits are not up to date; now: (1,) the token at work.
+    average: (horizons * N,) moving averages of use, before the token at work.
+    used: (N,) share of the tokens at work that chose an expert; last: (N,) int64 token of the last use.
+    logits: (2, N) of use at the next visit and of the hazard after it, path aside; gain: what a use adds to them.
     known, coming: (2 * N,) path terms from the latest whole token, and from the token at work.
     tries, wait: (N,) 1 / p and w.
     path: (layers, E, 2 * N) the model's; bias: (2, N).
-    keep: (horizons * E,) 1 - 1 / horizon.
+    keep: (horizons,) 1 - 1 / horizon.
     weights: (horizons + 1, 2) of the averages' log odds and of log(1 + visits since the last use), which `age` holds.
     row: (N,) an expert's layer.
     """
@@ -49,11 +49,10 @@ class ExpectedWait(NamedTuple):
     cost: np.ndarray
     bits: np.ndarray
     average: np.ndarray
-    feature: np.ndarray
+    used: np.ndarray
     last: np.ndarray
     logits: np.ndarray
-    judged: np.ndarray
-    now: np.ndarray
+    gain: np.ndarray
     known: np.ndarray
     coming: np.ndarray
     tries: np.ndarray
@@ -81,9 +80,11 @@ def _copied(values: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def expected_wait(model: PathModel) -> ExpectedWait:
-    """The rule before anything was used."""
+    """The rule before anything was used: averages are the calibration's, all experts were last used long ago."""
     layers, count = shape = model.usage.shape
-    total = layers * count
+    total, usage = layers * count, model.usage.ravel()
+    bias, weights, age = model.bias.reshape(2, total), model.recency, np.log1p(np.arange(FORGOTTEN + 1))
+    logits = bias + weights[:, :-1].sum(1, keepdims=True) * log_odds(usage) + weights[:, -1:] * age[FORGOTTEN]
     cost, tries, wait = (_zeros(total) for _ in range(3))
     values = _zeros(*shape).view(np.int32)
     state = ExpectedWait(
@@ -91,24 +92,22 @@ def expected_wait(model: PathModel) -> ExpectedWait:
         order=values.reshape(-1),
         cost=cost,
         bits=cost.view(np.int32),
-        average=_copied(np.tile(model.usage, len(HORIZONS)).ravel()),
-        feature=_zeros(total * len(HORIZONS)),
+        average=_copied(np.tile(usage, len(HORIZONS))),
+        used=_copied(usage),  # a token that leaves the averages as they are
         last=np.full(total, -FORGOTTEN),
-        logits=_zeros(2, total),
-        judged=np.zeros(1, np.int64),
-        now=np.zeros(1, np.int64),
+        logits=_copied(logits),
+        gain=_zeros(2, total),
         known=_zeros(2 * total),
         coming=_zeros(2 * total),
         tries=tries,
         wait=wait,
-        bias=_copied(model.bias.reshape(2, total)),
+        bias=_copied(bias),
         path=_copied(model.path.reshape(layers, count, 2 * total)),
-        keep=_copied(np.repeat(1 - 1 / HORIZONS, count)),
-        weights=np.ascontiguousarray(model.recency.T, F),
-        age=np.log1p(np.arange(FORGOTTEN + 1)).astype(F),
+        keep=_copied(1 - 1 / HORIZONS),
+        weights=np.ascontiguousarray(weights.T, F),
+        age=age.astype(F),
         row=_copied(np.repeat(np.arange(layers), count)),
     )
-    _judge(state, layers)
     _expect(state)
     return state
 
@@ -124,21 +123,16 @@ def _begin(state):
 def _touch(state, layer, wanted, counts, tokens, now):
     layers, count = state.values.shape
     if layer == 0:
+        _learn(state, now)
         state.coming[:] = 0
-        state.judged[0] = 0
-    state.now[0] = now
-    keep = state.keep
-    average = state.average[layer * len(keep) : (layer + 1) * len(keep)]
-    for index in range(len(keep)):
-        average[index] = average[index] * keep[index] + LEAST_AVERAGE
+        state.used[:] = 0
     for expert in wanted:
-        share = F(counts[expert] / tokens)
-        for index in range(expert, len(keep), count):
-            average[index] += share * (F(1) - keep[index])
-        state.last[layer * count + expert] = now
+        at, share = layer * count + expert, F(counts[expert] / tokens)
+        state.used[at], state.last[at] = share, now
+        state.logits[0, at] += share * state.gain[0, at]
+        state.logits[1, at] += share * state.gain[1, at]
     _add_paths(state.coming, state.path[layer], wanted, counts, tokens)
     if layer == layers - 1:
-        _judge(state, layers)
         known, coming = state.known, state.coming
         for index in range(len(known)):
             known[index] = coming[index]
@@ -162,25 +156,32 @@ def _add_paths(coming, path, wanted, counts, tokens):
 
 
 @innermost
-def _judge(state, end):
-    """Logits from what was used lately, of the layers up to `end` that have chosen since they were judged."""
-    count, size, horizons = state.values.shape[1], len(state.keep), len(state.weights) - 1
-    begin, after = state.judged[0], state.now[0] + 1
-    average, feature = state.average[begin * size : end * size], state.feature[begin * size : end * size]
-    for index in range(len(average)):
-        feature[index] = _log_odds(average[index])
-    for layer in range(begin, end):
-        feature = state.feature[layer * size : (layer + 1) * size]
-        for expert in range(count):
-            at = layer * count + expert
-            age = state.age[min(after - state.last[at], FORGOTTEN)]
-            next_use = state.bias[0, at] + state.weights[horizons, 0] * age
-            hazard = state.bias[1, at] + state.weights[horizons, 1] * age
-            for horizon in range(horizons):
-                next_use += state.weights[horizon, 0] * feature[horizon * count + expert]
-                hazard += state.weights[horizon, 1] * feature[horizon * count + expert]
-            state.logits[0, at], state.logits[1, at] = next_use, hazard
-    state.judged[0] = end
+def _learn(state, now):
+    """Token `now` begins: averages take in the one before, logits are as if this one used no expert."""
+    total, horizons = len(state.order), len(state.keep)
+    used, last, newest = state.used, state.last, state.age[1]
+    next_use, hazard, next_gain, hazard_gain = state.logits[0], state.logits[1], state.gain[0], state.gain[1]
+    next_bias, hazard_bias = state.bias[0], state.bias[1]
+    next_weight, hazard_weight = state.weights[horizons, 0], state.weights[horizons, 1]
+    for index in range(len(last)):
+        age = state.age[min(now + 1 - last[index], FORGOTTEN)]
+        next_use[index] = next_bias[index] + next_weight * age
+        hazard[index] = hazard_bias[index] + hazard_weight * age
+        next_gain[index] = next_weight * (newest - age)
+        hazard_gain[index] = hazard_weight * (newest - age)
+    for horizon in range(horizons):
+        average = state.average[horizon * total : (horizon + 1) * total]
+        keep, take = state.keep[horizon], F(1) - state.keep[horizon]
+        next_weight, hazard_weight = state.weights[horizon, 0], state.weights[horizon, 1]
+        for index in range(len(average)):
+            average[index] = average[index] * keep + LEAST_AVERAGE + used[index] * take
+            unused = average[index] * keep
+            odds = _log_odds(unused)
+            more = _log_odds(unused + take) - odds
+            next_use[index] += next_weight * odds
+            hazard[index] += hazard_weight * odds
+            next_gain[index] += next_weight * more
+            hazard_gain[index] += hazard_weight * more
 
 
 @innermost
@@ -199,8 +200,6 @@ def _expect(state):
 @innermost
 def _refresh(state, layer):
     layers, total, sweep = len(state.values), len(state.order), F(len(state.values))
-    if state.judged[0] <= layer:
-        _judge(state, layer + 1)
     # Layers passed: by the path of the token at work. (Indices from 0, as numba makes vector code of no others.)
     passed = (layer + 1) * state.values.shape[1]
     cost, row = state.cost[:passed], state.row[:passed]

@@ -53,10 +53,10 @@ def measure_costs(layer: nn.Module, moe: Moe, store: ExpertStore, model: Layered
         bind(experts[0], store.parts, blob)
     for name, tensor in held.items():
         put(experts[0], name, tensor)
-    rest, outside, issue = (PiecewiseLinear([1], [UNKNOWN]) for _ in range(3))
-    measured = (PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch))
-    fast_curve, slow_curve, fetch_curve = measured
-    return Costs(fast_curve, slow_curve, fetch_curve, rest, outside, store.blob_bytes, issue, from_disk=True)
+    rest, outside, issue, begin, take = (PiecewiseLinear([1], [UNKNOWN]) for _ in range(5))
+    fast_curve, slow_curve, fetch_curve = (PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch))
+    first = fast_curve, slow_curve, fetch_curve, rest, outside
+    return Costs(*first, store.blob_bytes, issue, begin, take, from_disk=True)
 
 
 def _once(run: Callable[[], Any]) -> float:

@@ -2,10 +2,16 @@
 
 The engine reports moments of a layer's visit; the seconds between two of them are what something took:
 
-    routed      the layer has chosen      -> the rest of a layer, or what lies outside the layers
-    issued      its fetches are under way -> what issuing them kept the engine from
-    starts      an expert's weights are there, it runs -> the expert before it
-    finished    the layer's experts are done           -> the last one
+    chosen      the layer has                  -> the rest of a layer, or what lies outside the layers
+    decides     what was read ahead in vain is gone, which may have meant waiting
+    asks        a fetch is asked for
+    issued      all that there are have been   -> what asking kept the engine from; if none was, part of the rest
+    begins      one is under way               -> waking up who fetches, if it had nothing to do
+    fetched     it is over                     -> the fetch, since it began or the one before it was over
+    waits       an expert is not at hand       -> the expert before it
+    starts      it is, and runs                -> the expert before it, or taking over what was fetched
+    computed    the layer's experts are done   -> the last one
+    finished    what they left is cleared up   -> part of the experts run in place, if some were
 """
 
 from __future__ import annotations
@@ -33,49 +39,85 @@ class Observer:
         self.measured: list[float] = []
         self._step = [0.0, 0.0]  # predicted and measured, of the token at work
         self._decodes = False
-        self._done: float | None = None  # when the layer before was
-        self._routed = self._running = 0.0
+        self._finished: float | None = None  # when the layer before was
+        self._rest: float | None = None  # of the layer at work, so far
+        self._decides = self._running = self._waiting = self._computed = self._begun = self._fetched = 0.0
         self._run: tuple[bool, int] | None = None
+        self._placed: list[tuple[int, float]] = []  # tokens and seconds of the experts run in place
 
-    def routed(
-        self, layer: int, tokens: int, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]
-    ) -> None:
-        """A layer has chosen, for so many tokens: experts {number: tokens} there, to be fetched, and run in place."""
-        self._routed = self._clock()
-        decoded, self._decodes = self._decodes, tokens == 1
-        if self._decodes and self._done is not None and (layer or decoded):
-            since = self._routed - self._done
-            if layer:
-                self.costs.rest.observe(1, since)
-            else:
-                self.costs.outside.observe(1, max(since - self.costs.rest(1), 0.0))
+    def chosen(self, layer: int, tokens: int) -> None:
+        """A layer has chosen, for so many tokens."""
+        now, decoded = self._clock(), self._decodes
+        self._decodes, self._rest = tokens == 1, None
         if layer == 0:
             self._step = [0.0, 0.0]
+        if self._decodes and self._finished is not None:
+            if layer:
+                self._rest = now - self._finished
+            elif decoded:
+                self.costs.outside.observe(1, max(now - self._finished - self.costs.rest(1), 0.0))
+
+    def decides(self) -> None:
+        """No wrong guess is in the way any more."""
+        self._decides = self._clock()
+
+    def expects(self, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]) -> None:
+        """Experts {number: tokens} are there, will be fetched, and run in place."""
         self._step[0] += seconds(self.costs, hits, fetched, placed, self.objective)
 
+    def asks(self) -> float:
+        """A fetch is asked for; the time, for `begins`."""
+        return self._clock()
+
     def issued(self, count: int) -> None:
-        """So many fetches have been issued."""
+        """So many fetches have been asked for."""
+        took = self._clock() - self._decides
         if self._decodes and count:
-            self.costs.issue.observe(count, self._clock() - self._routed)
+            self.costs.issue.observe(count, took)
+        if self._rest is not None:
+            self.costs.rest.observe(1, self._rest + (0.0 if count else took))
 
-    def fetched(self, size: int, took: float) -> None:
-        """A fetch of so many bytes is over; called by the thread that read them."""
-        self.costs.fetch.observe(size, took)
+    def begins(self, asked: float) -> None:
+        """A fetch that was `asked` for then begins. As the next one, called by the thread that fetches."""
+        self._begun = self._clock()
+        if asked < self._fetched:
+            self._begun = self._fetched
+        elif self._decodes:
+            self.costs.begin.observe(1, self._begun - asked)
 
-    def starts(self, tokens: int, in_place: bool) -> None:
-        """An expert runs for so many tokens, where its weights lie or in the fast tier."""
-        self._close()
-        self._run, self._running = (in_place, tokens), self._clock()
+    def fetched(self, size: int) -> float:
+        """It is over, of so many bytes; the time, for `starts`."""
+        self._fetched = self._clock()
+        if self._decodes:
+            self.costs.fetch.observe(size, self._fetched - self._begun)
+        return self._fetched
 
     def waits(self) -> None:
-        """The engine waits for an expert: what ran before is over."""
-        self._close()
+        """The engine wants an expert that is not at hand."""
+        self._waiting = self._close()
+
+    def starts(self, tokens: int, in_place: bool, fetched: float | None = None) -> None:
+        """An expert runs for so many tokens, where its weights lie or in the fast tier.
+
+        Args:
+            fetched: When its fetch was over, where the engine wanted it before it was at hand.
+        """
+        self._running, self._run = self._close(), (in_place, tokens)
+        if self._decodes and fetched is not None:
+            self.costs.take.observe(1, self._running - max(self._waiting, fetched))
+
+    def computed(self) -> None:
+        """The layer's experts are done."""
+        self._computed = self._close()
 
     def finished(self, layer: int) -> None:
-        """The layer's experts are done."""
-        self._close()
-        self._done = self._clock()
-        self._step[1] += self._done - self._routed
+        """What they left behind is cleared up."""
+        now = self._clock()
+        for tokens, took in self._placed:
+            self.costs.slow.observe(tokens, took + (now - self._computed) / len(self._placed))
+        self._finished = now if self._placed else self._computed
+        self._placed = []
+        self._step[1] += self._finished - self._decides
         if layer == self._last and self._decodes:
             self.predicted.append(self._step[0])
             self.measured.append(self._step[1])
@@ -88,9 +130,14 @@ class Observer:
         shares = [abs(told / took - 1) for told, took in zip(self.predicted, self.measured, strict=True)]
         return sum(shares) / len(shares) if shares else float("nan")
 
-    def _close(self) -> None:
-        if self._run is None:
-            return
-        in_place, tokens = self._run
-        (self.costs.slow if in_place else self.costs.fast).observe(tokens, self._clock() - self._running)
+    def _close(self) -> float:
+        """What ran is over; the time."""
+        now = self._clock()
+        if self._run is not None and self._decodes:
+            in_place, tokens = self._run
+            if in_place:
+                self._placed.append((tokens, now - self._running))
+            else:
+                self.costs.fast.observe(tokens, now - self._running)
         self._run = None
+        return now

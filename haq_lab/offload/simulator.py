@@ -3,8 +3,9 @@ and are always labelled `simulated.<hardware>.`.
 
 Four resources work at the same time, each one thing after another: the fast device, the link, the CPU and the disk.
 An event starts when its resource is free and what it needs is there. The order of events is the engine's: the
-layer's attention and router; fetches are issued, guesses of the next layer behind them; resident experts run while
-the link works, then the missing ones as they come. A wrong guess whose read has not begun is called off.
+layer's attention and router; fetches are asked for, guesses of the next layer behind them; resident experts and those
+in place run while the link works, then the fetched ones as they come. A wrong guess whose read has not begun is called
+off.
 """
 
 from __future__ import annotations
@@ -135,47 +136,43 @@ class Simulator:
             gpu.run(costs.rest(tokens), now)
             routed = max(gpu.free, self._drop_wrong_guesses(counts, gpu.free))
             visit = self.policy.visit(layer, counts, tokens)
-            arrivals = self._fetch(visit, routed)
-            gpu.run(costs.issue(len(arrivals)), routed)
-            if layer + 1 < layers:
-                self._guess(layer, experts[:, layer], len(arrivals.keys() - visit.replaces.keys()), routed)
+            arrivals = self._guessed(visit, routed)
+            fetched = [one for one in visit.missing if one not in visit.in_place and one not in arrivals]
+            passing = [one for one in (*arrivals, *fetched) if one not in visit.replaces]
+            guesses = self._guesses(layer, experts[:, layer], len(passing)) if layer + 1 < layers else []
+            asked = gpu.run(costs.issue(len(fetched) + len(guesses)), routed)
+            arrivals |= {expert: self._read(asked) for expert in fetched}
+            self._ahead = {expert: self._read(asked) for expert in guesses}
             in_place = [one for one in visit.in_place if one not in arrivals]
             done = [self.in_place.run(costs.slow(int(counts[expert])), routed) for expert in in_place]
             for expert in visit.wanted:
                 if expert not in visit.missing:
                     done.append(gpu.run(costs.fast(int(counts[expert])), routed))
             for expert, arrival in arrivals.items():
-                done.append(gpu.run(costs.fast(int(counts[expert])), arrival))
+                done.append(gpu.run(costs.take(1) + costs.fast(int(counts[expert])), arrival))
             now = max(done)
         return gpu.run(costs.outside(tokens), now)
 
-    def _fetch(self, visit: Visit, routed: float) -> dict[int, float]:
-        """When the missing experts that do not run in place are there; guessed ones may be already."""
-        arrivals = {}
-        for expert in visit.missing:
-            if expert in self._ahead:
-                self._timeline.guesses_used += 1
-                arrivals[expert] = max(self._ahead[expert], routed)
-        for expert in visit.missing:
-            if expert not in visit.in_place and expert not in arrivals:
-                arrivals[expert] = self._read(routed)
-        self._ahead = {}
+    def _guessed(self, visit: Visit, routed: float) -> dict[int, float]:
+        """Missing experts that were guessed: when they are there."""
+        arrivals = {one: max(self._ahead[one], routed) for one in visit.missing if one in self._ahead}
+        self._timeline.guesses_used += len(arrivals)
         return arrivals
+
+    def _guesses(self, layer: int, chosen: NDArray[np.uint8], passing: int) -> list[int]:
+        """What to read ahead into the spare slots that no expert passes through."""
+        if self.prefetch is None:
+            return []
+        wanted = self.prefetch.guess(layer, None, torch.from_numpy(chosen.astype(np.int64)), self.guesses)
+        guesses = [one for one in wanted if not self.policy.resident[layer + 1, one]][: max(self.spare - passing, 0)]
+        self._timeline.guessed += len(guesses)
+        return guesses
 
     def _read(self, ready: float) -> float:
         self._fetched += 1
+        if ready >= self.source.free:
+            ready += self.costs.begin(1)
         return self.source.run(self.costs.fetch(self.costs.expert_bytes), ready)
-
-    def _guess(self, layer: int, chosen: NDArray[np.uint8], passing: int, routed: float) -> None:
-        """Read ahead into the spare slots that no expert passes through."""
-        if self.prefetch is None:
-            return
-        free = self.spare - passing
-        for expert in self.prefetch.guess(layer, None, torch.from_numpy(chosen.astype(np.int64)), self.guesses):
-            if free > 0 and not self.policy.resident[layer + 1, expert]:
-                free -= 1
-                self._timeline.guessed += 1
-                self._ahead[expert] = self._read(routed)
 
     def _drop_wrong_guesses(self, counts: NDArray[np.int64], now: float) -> float:
         """Until when wrong guesses keep the engine waiting: those that are being read."""

@@ -1,8 +1,9 @@
 """The slow tier: a file of experts, each one contiguous range of bytes, read with one call.
 
 Experts are written as their modules hold them, in the backend's own weight layout: what is read can be computed
-with as it lies. After a read, or a use in place, the pages are dropped from the operating system's cache, so that the
-next use of the same expert moves bytes from the disk again; otherwise the "slow tier" would be RAM.
+with as it lies. Reads go past the operating system's cache of pages, straight into the fast tier: bytes move from the
+disk each time (otherwise the "slow tier" would be RAM), and no processor copies them. Where a file system cannot do
+that, and after a use in place, the pages are dropped from the cache.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from haq_lab.errors import UserError
 
 ALIGNMENT = 64  # of every tensor in a blob: a cache line, and what the kernels' vector loads want
+PAGE = 4096  # of every blob, in the file and in memory: what a read past the page cache wants
 ATTEMPTS = 3
 PAUSE = 0.01  # seconds before the second attempt, twice as long before the third
 
@@ -65,12 +67,15 @@ class ExpertStore:
         self.blob_bytes = blob_bytes
         self.experts = experts
         self._file = os.open(path, os.O_RDONLY)
+        self._direct = past_the_cache(path)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         self._pages = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)  # writable as torch wants it, never written
         self._map = torch.frombuffer(self._pages, dtype=torch.uint8)
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
-        """An expert's bytes into `blob` (blob_bytes,) uint8; a failed or short read is tried again.
+        """An expert's bytes into `blob` (blob_bytes,) uint8, at the beginning of a page.
+
+        A failed or short read is tried again.
 
         Raises:
             ReadError: It failed `ATTEMPTS` times; the message names the expert.
@@ -87,7 +92,7 @@ class ExpertStore:
                 problem = str(error)
                 continue
             if done == self.blob_bytes:
-                os.posix_fadvise(self._file, offset, self.blob_bytes, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(self._direct, offset, self.blob_bytes, os.POSIX_FADV_DONTNEED)
                 return
             problem = f"{done} of {self.blob_bytes} bytes"
         raise ReadError(f"offload: expert {expert} of layer {layer} could not be read from {self.path}: {problem}")
@@ -95,7 +100,7 @@ class ExpertStore:
     def _pread(self, view: memoryview, offset: int) -> int:
         """Bytes read, all there are to be had."""
         done = 0
-        while done < len(view) and (got := os.preadv(self._file, [view[done:]], offset + done)):
+        while done < len(view) and (got := os.preadv(self._direct, [view[done:]], offset + done)):
             done += got
         return done
 
@@ -112,6 +117,15 @@ class ExpertStore:
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+        os.close(self._direct)
+
+
+def past_the_cache(path: str | Path) -> int:
+    """The file, opened so that reads go past the page cache, if its file system can."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return os.open(path, os.O_RDONLY)
 
 
 class StoreWriter:
@@ -175,9 +189,13 @@ def put(expert: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def layout(tensors: dict[str, Tensor]) -> tuple[list[Part], int]:
-    """Where each tensor lies in a blob, and the blob's size."""
+    """Where each tensor lies in a blob, and the blob's size: whole pages."""
     parts, end = [], 0
     for name, tensor in tensors.items():
         parts.append(Part(name, end, tensor.dtype, tuple(tensor.shape)))
-        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return parts, end
+        end = _up(end + tensor.nbytes, ALIGNMENT)
+    return parts, _up(end, PAGE)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haq_lab.offload.arena import Arena, aligned
-from haq_lab.offload.store import ALIGNMENT
+from haq_lab.offload.store import PAGE
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=40))
 def test_slots_are_neither_lost_nor_held_twice(keys):
     """A key that has a slot gives it back, another takes one if there is one."""
-    arena = Arena(3, 2 * ALIGNMENT)
+    arena = Arena(3, 2 * PAGE)
     for key in keys:
         if key in arena.where:
             arena.release(key)
@@ -23,11 +23,11 @@ def test_slots_are_neither_lost_nor_held_twice(keys):
         assert arena.free + len(arena.where) == 3
         for held in arena.where:
             assert (arena.blob(held) == 16 * held[0] + held[1]).all(), "nobody wrote over it"
-            assert arena.blob(held).data_ptr() % ALIGNMENT == 0
-    assert arena.bytes == 3 * 2 * ALIGNMENT
+            assert arena.blob(held).data_ptr() % PAGE == 0
+    assert arena.bytes == 3 * 2 * PAGE
 
 
 @given(st.integers(1, 1000))
 def test_memory_is_aligned(size):
-    assert aligned(size).data_ptr() % ALIGNMENT == 0
+    assert aligned(size).data_ptr() % PAGE == 0
     assert aligned(size).shape == (size,)

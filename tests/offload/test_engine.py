@@ -143,8 +143,8 @@ def test_the_weights_have_left_memory(case):
 def test_what_happens_corrects_what_is_taken_to_be(case):
     """Every cost is of a thousand seconds to begin with, and tells the truth after a few tokens."""
     layers, store = case.layers(), case.open()
-    curves = [PiecewiseLinear([1, 2], [1000.0, 1000.0]) for _ in range(6)]
-    costs = Costs(*curves[:5], store.blob_bytes, curves[5], from_disk=True)
+    curves = [PiecewiseLinear([1, 2], [1000.0, 1000.0]) for _ in range(8)]
+    costs = Costs(*curves[:5], store.blob_bytes, *curves[5:], from_disk=True)
     policy = make_policy("none", place("frequency", case.profile, 6), case.profile)
     policy.decide = lambda resident, missing: list(missing)[:1]
     engine = Engine(store, policy, observer=Observer(costs, "sum", 3))

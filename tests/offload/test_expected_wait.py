@@ -33,16 +33,16 @@ class Plain:
         self.seen = np.full(shape[0], -1)  # the token of a layer's latest visit
         self.known, self.coming = np.zeros((2, *shape)), np.zeros((2, *shape))
 
-    def touch(self, layer, wanted, now):
+    def touch(self, layer, counts, tokens, now):
         layers, count = self.model.usage.shape
-        used = np.isin(np.arange(count), wanted)
-        self.average[layer] += (used[:, None] - self.average[layer]) / HORIZONS
-        self.last[layer, used] = now
+        shares = counts / tokens
+        self.average[layer] += (shares[:, None] - self.average[layer]) / HORIZONS
+        self.last[layer, counts > 0] = now
         self.seen[layer] = now
         if layer == 0:
             self.coming = np.zeros_like(self.coming)
-        for expert in wanted:
-            self.coming = self.coming + self.model.path.reshape(layers, count, 2, layers, count)[layer, expert]
+        path = self.model.path.reshape(layers, count, 2, layers, count)[layer]
+        self.coming = self.coming + np.einsum("e,ehlf->hlf", shares, path)
         if layer == layers - 1:
             self.known = self.coming
 
@@ -58,21 +58,24 @@ class Plain:
         return np.minimum(distance / p, distance + layers * (1 - p) / h)
 
 
-@pytest.mark.parametrize(("experts", "k"), [(8, 2), (7, 3), (20, 1)])
-def test_costs_are_the_definitions(make_trace, experts, k):
+@pytest.mark.parametrize(("experts", "k", "prompt"), [(8, 2, 1), (7, 3, 1), (20, 1, 1), (8, 2, 5)])
+def test_costs_are_the_definitions(make_trace, experts, k, prompt):
+    """Also after a prompt, once a whole token has been decoded."""
     trace = make_trace(tokens=40, layers=3, experts=experts, k=k)
     model = model_for(trace)
     state, plain = expected_wait(model), Plain(model)
     resident = place("uniform", trace, 3 * k)
     switches = False, True, np.ones(experts, bool), np.zeros(experts, np.int64)
-    for token, chosen in enumerate(trace.experts):
+    for start in (0, *range(prompt, 40)):
+        step = trace.experts[: prompt if start == 0 else start + 1][start:]
+        now = start + len(step) - 1
         for layer in range(3):
-            wanted = np.sort(chosen[layer]).astype(np.int64)
-            counts = np.bincount(wanted, minlength=experts)
+            counts = np.bincount(step[:, layer].ravel(), minlength=experts)
+            wanted = np.flatnonzero(counts)
             missed = not resident[layer, wanted].all()
-            cache.visit(state, resident, layer, wanted, counts, 1, token, *switches)
-            plain.touch(layer, wanted, token)
-            if missed:
+            cache.visit(state, resident, layer, wanted, counts, len(step), now, *switches)
+            plain.touch(layer, counts, len(step), now)
+            if missed and (prompt == 1 or start > prompt):
                 np.testing.assert_allclose(state.cost.reshape(3, experts), plain.costs(layer), rtol=5e-3)
     np.testing.assert_array_equal(np.argsort(state.values.ravel()), np.argsort(-state.cost))
 

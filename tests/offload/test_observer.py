@@ -3,58 +3,108 @@
 from __future__ import annotations
 
 import math
-from itertools import chain
 
 import pytest
 
 from haq_lab.offload.costs import Costs, PiecewiseLinear
 from haq_lab.offload.observer import Observer
 
+NAMES = ("fast", "slow", "fetch", "rest", "outside", "issue", "begin", "take")
 
-def unit_costs() -> Costs:
-    return Costs(*(PiecewiseLinear([1], [1.0]) for _ in range(5)), expert_bytes=1, issue=PiecewiseLinear([1], [1.0]))
+
+def scripted(*readings: float) -> Observer:
+    """Of two layers. All costs are a second to begin with."""
+    curves = {name: PiecewiseLinear([1], [1.0]) for name in NAMES}
+    left = iter(readings)
+    return Observer(Costs(**curves, expert_bytes=1), "sum", 2, clock=lambda: next(left))
 
 
 def visit(observer: Observer, layer: int, tokens: int = 1) -> None:
-    """One resident, one fetched, one run in place."""
-    observer.routed(layer, tokens, {0: tokens}, {1: tokens}, {2: tokens})
+    """One resident, one run in place and one fetched."""
+    observer.chosen(layer, tokens)
+    observer.decides()
+    observer.expects({0: tokens}, {1: tokens}, {2: tokens})
+    asked = observer.asks()
     observer.issued(1)
     observer.starts(tokens, in_place=False)
-    observer.waits()
     observer.starts(tokens, in_place=True)
+    observer.waits()
+    observer.begins(asked)
+    observer.starts(tokens, in_place=False, fetched=observer.fetched(1))
+    observer.computed()
     observer.finished(layer)
 
 
-def scripted(*visits: list[float]) -> Observer:
-    """Two layers; a list a visit: routed, issued, start, waits, start, last expert over, finished."""
-    readings = chain.from_iterable(visits)
-    return Observer(unit_costs(), "sum", 2, clock=lambda: next(readings))
+def moments(begin: float) -> list[float]:
+    """A second is for a wrong guess, 2 for asking; the resident runs for 5, the one in place for 7, clearing up 4 more.
+
+    The fetched one is wanted then, its fetch begins 15 s after it was asked for and takes 4; it is taken over in 3, and
+    runs for 5.
+    """
+    return [begin + after for after in (0, 1, 2, 3, 4, 9, 16, 17, 21, 24, 29, 33)]
+
+
+def seen(observer: Observer) -> dict[str, float]:
+    return {name: getattr(observer.costs, name).correction for name in NAMES}
 
 
 def test_every_cost_is_what_lies_between_two_moments():
-    first, second, third = [0, 2, 3, 8, 10, 17, 17], [30, 32, 33, 38, 40, 47, 47], [100, 102, 103, 108, 110, 117, 117]
-    observer = scripted(first, second, third)
+    observer = scripted(*moments(0), *moments(33 + 13), *moments(79 + 13 + 40))
     for layer in (0, 1, 0):
         visit(observer, layer)
-    costs = observer.costs
-    seen = {name: getattr(costs, name).correction for name in ("issue", "fast", "slow", "rest", "outside")}
-    assert seen == {"issue": 2, "fast": 5, "slow": 7, "rest": 30 - 17, "outside": 100 - 47 - 13}
+    fetching = {"issue": 2, "begin": 15, "fetch": 4, "take": 3}
+    assert seen(observer) == {"fast": 5, "slow": 7 + 4, "rest": 13, "outside": 40, **fetching}
 
 
-def test_a_prompt_corrects_nothing_and_is_no_step():
-    observer = scripted([0])
-    observer.routed(0, 5, {0: 5}, {}, {})
+def test_where_nothing_is_fetched_or_in_place_deciding_and_clearing_up_are_part_of_the_rest():
+    observer = scripted(0, 0, 1, 2, 9, 10, 15, 18, 20)
+    for layer in range(2):
+        observer.chosen(layer, 1)
+        observer.decides()
+        observer.issued(0)
+        if layer == 0:
+            observer.starts(1, in_place=False)
+            observer.computed()
+            observer.finished(layer)
+    assert seen(observer) == dict.fromkeys(NAMES, 1) | {"fast": 9 - 2, "rest": 15 - 9 + 20 - 18}
+
+
+def test_a_fetch_is_timed_from_when_the_one_before_it_was_over():
+    observer = scripted(0, 1, 2, 4, 10, 11, 14)
+    observer.chosen(0, 1)
+    for asked in (observer.asks(), observer.asks()):
+        observer.begins(asked)
+        observer.fetched(1)
+    assert observer.costs.begin.correction == 4 - 1
+    assert observer.costs.fetch.correction == ((10 - 4) + (14 - 10)) / 2
+
+
+def test_what_came_while_others_ran_is_taken_over_from_when_it_is_wanted():
+    observer = scripted(0, 1, 5, 9, 10)
+    observer.chosen(0, 1)
+    observer.begins(0.0)
+    fetched = observer.fetched(1)
+    observer.waits()
+    observer.starts(1, in_place=False, fetched=fetched)
+    assert observer.costs.take.correction == 10 - 9
+
+
+def test_a_prompt_and_what_is_fetched_before_any_token_correct_nothing():
+    observer = scripted(6, 7, *moments(10))
+    observer.begins(5)
+    observer.fetched(1)
+    visit(observer, 0, tokens=5)
+    assert seen(observer) == dict.fromkeys(NAMES, 1)
     assert observer.measured == []
     assert math.isnan(observer.mape())
 
 
 def test_predictions_are_held_against_what_followed():
-    one = [0, 1, 1, 2, 2, 3, 4]
-    observer = scripted(one, [each + 10 for each in one])
+    observer = scripted(*moments(0), *moments(40))  # a step begins when the wrong guess is gone
     visit(observer, 0)
     visit(observer, 1)
-    assert observer.measured == [8.0]
-    # A resident, a fetched one that is computed too, one in place and the issuing: 5 s, and for layer 1, as layer 0 has
-    # taught nothing else, the same.
-    assert observer.predicted == [pytest.approx(10.0)]
-    assert observer.mape() == pytest.approx(0.25)
+    assert observer.measured == [2 * 32]
+    # A resident, one in place, a fetch that begins, is taken over and runs, and the issuing: a second each at first,
+    # then what layer 0 has taught.
+    assert observer.predicted == [pytest.approx(7 + 5 + 11 + 15 + 4 + 3 + 5 + 2)]
+    assert observer.mape() == pytest.approx(1 - 52 / 64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -87,17 +89,21 @@ def two_layers(chosen) -> Trace:
 
 @pytest.mark.parametrize("guesses", [[2, 3], [3, 2], [], [3]])
 def test_a_guess_hides_a_fetch_and_a_wrong_one_costs_one(guesses):
-    """A second for everything but a fetch, which takes 10. Attention of layer 1 ends at 4; it lacks expert 2."""
+    """A second for all but a fetch, which takes 10; asking for some takes 0.5, beginning 0.125, taking one over 0.25.
+
+    Layer 1 lacks expert 2, and has chosen at 4, or at 4.5 where layer 0 asked for guesses.
+    """
     trace = two_layers([[0, 1], [2, 0]])
     resident = np.array([[True] * 4, [True, True, False, False]])
-    costs = costs_of(1.0, 50.0, 10.0)
+    more = {"issue": 0.5, "begin": 0.125, "take": 0.25}
+    costs = replace(costs_of(1.0, 50.0, 10.0), **{name: PiecewiseLinear([1], [each]) for name, each in more.items()})
     policy = make_policy("none", resident, trace)
     timeline = Simulator(costs, policy, Remembered([[guesses, []]]), len(guesses)).run(trace)
     expected = {
-        (2, 3): 1 + 10 + 1 + 1,  # right, and the wrong one behind it called off: the guess arrives at 11
-        (3, 2): 1 + 20 + 1 + 1,  # the wrong one is read first
-        (): 4 + 10 + 1 + 1,
-        (3,): 1 + 10 + 10 + 1 + 1,  # waited for, then the right one is read
+        (2, 3): 1.625 + 10 + 1.25 + 1,  # right, and the wrong one behind it called off: the guess arrives at 11.625
+        (3, 2): 1.625 + 20 + 1.25 + 1,  # the wrong one is read first
+        (): 4.625 + 10 + 1.25 + 1,
+        (3,): 1.625 + 10 + 0.625 + 10 + 1.25 + 1,  # waited for, then the right one is asked for and read
     }
     assert timeline.token_s == [expected[tuple(guesses)]]
     assert timeline.guessed == len(guesses)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from haq_lab.errors import UserError
-from haq_lab.offload.store import ALIGNMENT, StoreWriter, bind, layout, tensors_of
+from haq_lab.offload.arena import aligned
+from haq_lab.offload.store import ALIGNMENT, PAGE, StoreWriter, bind, layout, tensors_of
 
 
 def layer_of(experts: int, width: int, seed: int = 0) -> nn.ModuleList:
@@ -31,7 +34,7 @@ def mapped_bytes(path: Path) -> int:
 def test_parts_are_aligned_and_apart(shapes):
     tensors = {f"{index}.weight": torch.randn(shape).to(torch.float16) for index, shape in enumerate(shapes)}
     parts, size = layout(tensors)
-    assert size % ALIGNMENT == 0
+    assert size % PAGE == 0
     assert all(part.offset % ALIGNMENT == 0 for part in parts)
     blob = torch.zeros(size, dtype=torch.uint8)
     for part in parts:
@@ -39,7 +42,21 @@ def test_parts_are_aligned_and_apart(shapes):
     assert all(torch.equal(part.of(blob), tensors[part.name]) for part in parts)
 
 
-def test_what_is_written_is_read_or_used_in_place_and_does_not_stay(tmp_path):
+def without_direct_reads(monkeypatch) -> None:
+    """As on a file system that knows none."""
+
+    def refusing(path, flags, *more, real=os.open):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_is_written_is_read_or_used_in_place_and_does_not_stay(tmp_path, monkeypatch, direct):
+    if not direct:
+        without_direct_reads(monkeypatch)
     layers = [layer_of(4, 700, seed) for seed in range(3)]
     kept = [[{name: t.clone() for name, t in tensors_of(expert).items()} for expert in layer] for layer in layers]
     with StoreWriter(tmp_path / "experts.bin") as writer:
@@ -47,7 +64,7 @@ def test_what_is_written_is_read_or_used_in_place_and_does_not_stay(tmp_path):
             writer.add(layer)
         assert all(tensor.numel() == 0 for layer in layers for tensor in layer.parameters()), "gone from memory"
         store = writer.open()
-    blob = torch.empty(store.blob_bytes, dtype=torch.uint8)
+    blob = aligned(store.blob_bytes)
     for layer, expert in ((2, 3), (0, 0), (1, 2)):
         store.read(layer, expert, blob)
         assert torch.equal(blob, store.mapped(layer, expert))
