@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
 
 from haq_lab.errors import UserError, invalid, nearest
@@ -19,7 +18,7 @@ from haq_lab.files import written_aside
 from haq_lab.help import mistakes_told
 from haq_lab.published import beside, figures_of
 from haq_lab.report.metrics import SHOWN
-from haq_lab.show import console, say
+from haq_lab.show import console, plain, say
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
 
 RECORDS = ("results.json", "error.json", "config.yaml")
@@ -141,7 +140,7 @@ def show_published(figures: pd.DataFrame) -> None:
 
 
 def _print(table: Table) -> None:
-    wide = console if console.is_terminal else Console(file=console.file, highlight=False, width=FILE_WIDTH)
+    wide = console if console.is_terminal else plain(file=console.file, width=FILE_WIDTH)
     wide.print(table)
 
 

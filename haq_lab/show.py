@@ -10,13 +10,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-console = Console(highlight=False)
-errors = Console(highlight=False, stderr=True)
+
+def plain(**settings: Any) -> Console:
+    """A console that shows texts as they are; `quantizer.fold=[norm]` is no markup."""
+    return Console(highlight=False, markup=False, **settings)
+
+
+console, errors = plain(), plain(stderr=True)
 
 
 def say(line: str, on: Console = console) -> None:
     """One plain line, never wrapped."""
-    on.print(line, markup=False, soft_wrap=True)
+    on.print(line, soft_wrap=True)
 
 
 class Progress:
@@ -24,7 +29,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from haq_lab import results
-from haq_lab.tracking.run_folder import RunFolder
+from haq_lab.show import show_results
+from haq_lab.tracking.run_folder import RunFolder, read_results
 
 
 @pytest.fixture
@@ -47,6 +48,20 @@ def test_a_sweeps_runs_are_named_by_what_they_differ_in_and_others_by_their_fold
     alone.begin("a: 1\n")
     alone.finish({"model": "m", "overrides": ["model=m", "quantizer=gptq"], "sweep": None}, {}, {})
     assert list(results.load(runs / "rtn", runs / "haq", runs / "my-run")["name"])[2] == "my-run"
+
+
+def test_names_with_brackets_are_shown_whole(tmp_path, capsys):
+    for fold in ("[norm,value,up]", "[norm]"):
+        folder = RunFolder(tmp_path / fold, {})
+        folder.begin("a: 1\n")
+        facts = {"model": "m[0]", "quantizer": "haq", "overrides": [f"quantizer.fold={fold}"], "sweep": "s"}
+        folder.finish(facts, {}, {"perplexity.text": 31.0, "perplexity_fp.text": 30.0})
+    results.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert re.search(r"quantizer\.fold=\[norm\] +\W", printed)
+    assert "quantizer.fold=[norm,value,up] " in printed
+    show_results(read_results(tmp_path / "[norm]" / "results.json"), tmp_path)
+    assert "m[0]" in capsys.readouterr().out
 
 
 def test_csv_and_figure(runs, capsys):

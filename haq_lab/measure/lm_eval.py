@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import field
@@ -128,13 +129,18 @@ def _require() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's log, which tells each choice that it makes, and its bars, which would break into ours."""
+    """Without the harness's log, which tells each choice that it makes, its bars, which would break into ours, and the
+    complaints of the git that it asks for a commit."""
     logger = logging.getLogger("lm_eval")
-    before = logger.level
+    before, stderr = logger.level, os.dup(2)
     logger.setLevel(logging.ERROR)
     try:
+        with Path(os.devnull).open("w") as nothing:
+            os.dup2(nothing.fileno(), 2)
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
         logger.setLevel(before)

@@ -72,10 +72,11 @@ def _likeliest(whole, tokenizer, row) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def test_a_task_of_ones_own_with_local_data(own, tmp_path):
+def test_a_task_of_ones_own_with_local_data(own, tmp_path, capfd):
     folder = [f"measure.lm_eval.folder={own}", "measure.lm_eval.tasks=[own_task]"]
     outcome = launch(*TINY, "measure=[lm_eval]", *folder, f"hydra.run.dir={tmp_path / 'run'}")
     assert outcome.code == 0, outcome.err
+    assert (outcome.err, capfd.readouterr().err) == ("", "")  # git has nothing to complain of, where there is none
     metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
     assert 0 <= metrics["lm_eval.own_task.acc"] <= 1
     assert pd.read_csv(tmp_path / "run" / "lm_eval.csv")["examples"].tolist() == [3]
