@@ -2,10 +2,11 @@
 
     python experiments/benchmarks/llama_cpp.py
 
-llama.cpp comes from PyPI (`llama-cpp-python`, compiled for this machine: some minutes, once) into an environment of
-its own in the cache folder, and makes its Q8_0 file from the wheel's GGUF. It runs in a process of its own; the two
-sides take turns, and a ratio is the median over the rounds of the ratio within a round, by the wall clock and by CPU
-time, which a busy machine disturbs less. Q8_0 holds the head in 8 bits as well, hence both forms of ours.
+llama.cpp comes from PyPI (`llama-cpp-python`, compiled for this very CPU: some ten minutes, once) into an environment
+of its own in the cache folder, and makes its Q8_0 file from the wheel's GGUF. It runs in processes of its own, with and
+without its flash attention, which helps a prompt and slows decoding; all take turns, and a ratio is the median over the
+rounds of the ratio within a round, by the wall clock and by CPU time, which a busy machine disturbs less. Q8_0 holds
+the head in 8 bits as well, hence both forms of ours.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import venv
+from contextlib import ExitStack
 from pathlib import Path
 
 REQUIREMENT = "llama-cpp-python==0.3.36"
+# GCC before 12.4 takes the stores of AMX's tile configuration for dead (its bug 114098): llama.cpp would crash.
+BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CXXFLAGS": "-fno-tree-dse -fno-dse"}
+THEIRS = {"llama.cpp Q8_0": [], "llama.cpp Q8_0, flash attention": ["--flash"]}
 
 
-def serve(path: str, threads: int, prompt_tokens: int, tokens: int) -> None:
+def serve(path: str, threads: int, prompt_tokens: int, tokens: int, flash: bool) -> None:
     """In llama.cpp's environment: a round for each line read, its seconds as a line of JSON."""
     import time
 
@@ -30,7 +36,7 @@ def serve(path: str, threads: int, prompt_tokens: int, tokens: int) -> None:
 
     model = Llama(
         path, n_ctx=prompt_tokens + tokens + 8, n_batch=prompt_tokens, n_ubatch=prompt_tokens,
-        n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, verbose=False,
+        n_threads=threads, n_threads_batch=threads, n_gpu_layers=0, flash_attn=flash, verbose=False,
     )  # fmt: skip
     prompt = np.random.default_rng(0).integers(0, model.n_vocab(), prompt_tokens).tolist()
     for _ in sys.stdin:
@@ -53,7 +59,9 @@ def environment() -> Path:
     python = folder / "bin" / "python"
     if not (folder / "ready").is_file():
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", REQUIREMENT], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", REQUIREMENT], env={**os.environ, **BUILD}, check=True
+        )
         (folder / "ready").touch()
     return python
 
@@ -86,11 +94,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--flash", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve, arguments.threads, arguments.prompt, arguments.tokens)
+        serve(arguments.serve, arguments.threads, arguments.prompt, arguments.tokens, arguments.flash)
     else:
         compare(arguments)
+
+
+def asked(server: subprocess.Popen[str]) -> list[tuple[float, float]]:
+    """A round of a server's: its seconds on both clocks, of the prompt and of each token."""
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write("round\n")
+    server.stdin.flush()
+    return [(wall, cpu) for wall, cpu in json.loads(server.stdout.readline())]
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -110,27 +128,31 @@ def compare(arguments: argparse.Namespace) -> None:
     smol = model()
     forms = {"int8": whole(smol, RTN()), "int8, head too": whole(smol, RTN(), head=torch.int8)}
     prompt = torch.randint(0, smol.config.vocab_size, (1, arguments.prompt), generator=torch.Generator().manual_seed(0))
-    names = ("llama.cpp Q8_0", *forms)
-    seconds = {name: Seconds() for name in names}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
+    seconds = {name: Seconds() for name in (*THEIRS, *forms)}
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(
+                subprocess.Popen([*command, *extra], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            for name, extra in THEIRS.items()
+        }
         for turn in range(arguments.rounds + 1):
-            server.stdin.write("round\n")
-            server.stdin.flush()
-            took = [tuple(pair) for pair in json.loads(server.stdout.readline())]
-            if turn:  # the first warms up
-                seconds[names[0]].add(took[0], took[1:])
+            for name, server in servers.items():
+                took = asked(server)
+                if turn:  # the first warms up
+                    seconds[name].add(took[0], took[1:])
             for name, form in forms.items():
                 one_round(form, prompt, arguments.tokens, seconds[name] if turn else Seconds())
-        server.stdin.close()
+        for server in servers.values():
+            assert server.stdin is not None
+            server.stdin.close()
     result = {
         "machine": machine(),
         "isa": native.isa() if native.available() else None,
         "llama_cpp_python": REQUIREMENT.partition("==")[2],
         "threads": arguments.threads,
         "prompt": arguments.prompt,
-        "times_faster_than_llama_cpp": {name: ratios(seconds[name], seconds[names[0]]) for name in forms},
+        "times_faster": {theirs: {name: ratios(seconds[name], seconds[theirs]) for name in forms} for theirs in THEIRS},
         "tokens_per_cpu_second": {
             name: {
                 "prefill": round(arguments.prompt / min(cpu for _, cpu in took.prefill)),

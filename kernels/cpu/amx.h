@@ -10,7 +10,8 @@ namespace haq {
 namespace {
 
 constexpr int kAmxRows = 32;
-constexpr int kHalf = 16; // rows or columns of one register
+constexpr int kHalf = 16;   // rows or columns of one register
+constexpr int kFewRows = 4; // up to which AVX512-VNNI is as fast
 constexpr int64_t kSumBytes = kPanel * 4;
 
 struct RegisterShapes { // as LDTILECFG reads it
@@ -21,7 +22,9 @@ struct RegisterShapes { // as LDTILECFG reads it
 constexpr RegisterShapes kShapes = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {kHalf, kHalf, kHalf, kHalf, kHalf, kHalf, kHalf, kHalf}};
 
-HAQ_AMX void configure() { _tile_loadconfig(&kShapes); }
+HAQ_AMX void configure(int64_t m) {
+  if (m > kFewRows) _tile_loadconfig(&kShapes);
+}
 HAQ_AMX void release() { _tile_release(); }
 
 // A chunk of k. Registers 0 to 3: sums; 4 and 5: rows; 6 and 7: columns.
@@ -79,7 +82,7 @@ HAQ_AMX void amx_tile(int rows, const uint8_t* x, const void* panel, bool, int64
     case 1: return tile_rows<kAmxRows, 1, 4>(x, w, groups, add, acc);
     case 2: return tile_rows<kAmxRows, 2, 2>(x, w, groups, add, acc);
     case 3: return tile_rows<kAmxRows, 3, 2>(x, w, groups, add, acc);
-    case 4: return tile_rows<kAmxRows, 4, 2>(x, w, groups, add, acc);
+    case kFewRows: return tile_rows<kAmxRows, kFewRows, 2>(x, w, groups, add, acc);
   }
   if (rows <= kHalf) return multiply_panel<false>(x, w, groups, add, acc);
   multiply_panel<true>(x, w, groups, add, acc);

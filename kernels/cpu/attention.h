@@ -42,6 +42,8 @@ HAQ_TARGET void small_product(const float* a, int64_t a_stride, const float* b, 
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[r][v] = vec_set(0.0f);
   for (int64_t i = 0; i < depth; ++i) {
+    if (R <= 4) // few rows, one token's: keys and values come from memory
+      for (int v = 0; v < V; ++v) ask_for(b + i * b_stride + 16 * v + kAhead / 4);
     Vec w[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) w[v] = vec_load(b + i * b_stride + 16 * v);

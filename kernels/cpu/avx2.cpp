@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kRows = 6;
 constexpr int kGroups = kChunk / 2 / kGroup; // groups in a chunk of a staged row of int16
-constexpr int kAhead = 4096;
 
 HAQ_TARGET inline __m256i load_weights(const uint8_t* w) { // 4 columns of 4 k
   return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
@@ -31,9 +30,9 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const W* w, int64_t groups, bool add
   for (; groups > 0; groups -= kGroups, x += kRows * kChunk) {
     const int count = static_cast<int>(groups < kGroups ? groups : kGroups);
     for (int g = 0; g < count; ++g, w += kGroupBytes) {
-      if (R <= 4 && sizeof(W) == 1) {
-        _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T0);
-        if (V > 4) _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + 64), _MM_HINT_T0);
+      if (R <= 4 && sizeof(W) == 1) { // memory is the limit
+        ask_for(w + kAhead);
+        if (V > 4) ask_for(w + kAhead + 64);
       }
       __m256i weights[V];
 #pragma GCC unroll 16

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kRows = 14;
 constexpr int kGroups = kChunk / kGroup; // groups in a chunk of a staged row
-constexpr int kAhead = 4096;             // bytes of weights asked for in advance when memory is the limit
 
 // R of the RowTile rows of a tile. Chains: independent sums for each output, where few rows leave too few to hide the
 // latency.
@@ -32,9 +31,9 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bo
     for (; g + Chains <= count; g += Chains, w += Chains * kGroupBytes) {
 #pragma GCC unroll 8
       for (int c = 0; c < Chains; ++c) {
-        if (R <= 8) {
-          _mm_prefetch(reinterpret_cast<const char*>(w + c * kGroupBytes + kAhead), _MM_HINT_T0);
-          _mm_prefetch(reinterpret_cast<const char*>(w + c * kGroupBytes + kAhead + 64), _MM_HINT_T0);
+        if (R <= 8) { // memory is the limit
+          ask_for(w + c * kGroupBytes + kAhead);
+          ask_for(w + c * kGroupBytes + kAhead + 64);
         }
         const __m512i w0 = _mm512_loadu_si512(w + c * kGroupBytes);
         const __m512i w1 = _mm512_loadu_si512(w + c * kGroupBytes + 64);

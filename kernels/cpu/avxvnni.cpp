@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kRows = 6;
 constexpr int kGroups = kChunk / kGroup;
-constexpr int kAhead = 4096;
 
 template <int R, int V> // R rows, V vectors of 8 columns
 HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bool add, int32_t* acc) {
@@ -26,9 +25,9 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bo
   for (; groups > 0; groups -= kGroups, x += kRows * kChunk) {
     const int count = static_cast<int>(groups < kGroups ? groups : kGroups);
     for (int g = 0; g < count; ++g, w += kGroupBytes) {
-      if (R <= 4) {
-        _mm_prefetch(reinterpret_cast<const char*>(w + kAhead), _MM_HINT_T0);
-        if (V > 2) _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + 64), _MM_HINT_T0);
+      if (R <= 4) { // memory is the limit
+        ask_for(w + kAhead);
+        if (V > 2) ask_for(w + kAhead + 64);
       }
       __m256i weights[V];
 #pragma GCC unroll 16

@@ -119,7 +119,7 @@ void multiply(const Product& p, Epilogue e) {
       const int64_t last = std::min(plan.tiles, first + plan.tiles_per_block);
       const int64_t start = unit % plan.chunks * plan.panels_per_unit;
       const int64_t stop = std::min(plan.panels, start + plan.panels_per_unit);
-      if (p.isa->begin) p.isa->begin();
+      if (p.isa->begin) p.isa->begin(p.m);
       run_panels(p, plan, e, staged, start, stop, first, last, work);
       if (p.isa->end) p.isa->end();
     } catch (const std::bad_alloc&) {

@@ -6,8 +6,7 @@
 namespace haq {
 namespace {
 
-constexpr int kDots = 4;         // weight rows that go together: sums enough to hide the latency
-constexpr int64_t kAheadOf = 2048; // weights asked for in advance
+constexpr int kDots = 4; // weight rows that go together: sums enough to hide the latency
 
 template <Kind kind>
 HAQ_TARGET inline Vec widen16(const uint16_t* w) {
@@ -28,7 +27,7 @@ HAQ_TARGET inline void dots(const float* x, const uint16_t* w, int64_t k, float*
     const Vec v = vec_load(x + i);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      __builtin_prefetch(w + c * k + i + kAheadOf);
+      ask_for(w + c * k + i + kAhead / 2);
       sum[c] = vec_fma(v, widen16<kind>(w + c * k + i), sum[c]);
     }
   }

@@ -74,9 +74,9 @@ struct Kernels {
   void (*attend)(const Attention& a);
   // out (rows,) = w (rows, k) x, the weights in bfloat16 or float16, sums in fp32 (half.h)
   void (*half_product)(const float* x, const uint16_t* w, Kind kind, int64_t rows, int64_t k, float* out);
-  uint64_t (*read)(const uint8_t* data, int64_t bytes); // sums 64-bit words: measures read bandwidth
-  // Optional: what a thread calls before its calls of `tile`, and after them.
-  void (*begin)();
+  uint64_t (*read)(const uint8_t* data, int64_t bytes); // sums 64-bit words, as fast as memory gives them
+  // Optional: what a thread calls before its calls of `tile` in a product of m rows, and after them.
+  void (*begin)(int64_t m);
   void (*end)();
 };
 

@@ -166,12 +166,14 @@ HAQ_TARGET void silu_mul(const void* gate, const void* up, Kind kind, int64_t n,
 
 HAQ_TARGET uint64_t read(const uint8_t* data, int64_t bytes) {
   uint64_t lanes[32] = {}, sum = 0;
-  for (int64_t i = 0; i + 256 <= bytes; i += 256)
+  for (int64_t i = 0; i + 256 <= bytes; i += 256) {
+    for (int j = 0; j < 256; j += 64) ask_for(data + i + kAhead + j);
     for (int j = 0; j < 32; ++j) {
       uint64_t word;
       std::memcpy(&word, data + i + 8 * j, 8);
       lanes[j] += word;
     }
+  }
   for (const uint64_t lane : lanes) sum += lane;
   return sum;
 }

@@ -31,6 +31,11 @@ HAQ_TARGET inline void store(uint16_t* out, float v) { // to bfloat16, to neares
   *out = static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
+// Weights at `p` are wanted soon. They are asked for well ahead, into the second-level cache: for the first, fewer
+// requests can be under way than memory takes.
+constexpr int64_t kAhead = 8192; // bytes
+HAQ_TARGET inline void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 constexpr float kRound = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer, half to even
 
 // Quantisation multiplies by 1 / scale instead of dividing: the product is within 3 * 2^-24 * 127 < 2.3e-5 of
