@@ -125,9 +125,9 @@ class Engine:
         Returns:
             The experts in the order in which they should run: those in memory first.
         """
+        counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
         if self.observer is not None:
             self.observer.chosen(layer, len(chosen))
-        counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
         self._drop_wrong_guesses(layer, counts)
         if self.observer is not None:
             self.observer.decides()
