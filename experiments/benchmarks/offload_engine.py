@@ -3,11 +3,11 @@
     python experiments/benchmarks/offload_engine.py CHECKPOINT --profile A.trace --text FILE [--accelerate BF16_FOLDER]
 
 CHECKPOINT is a quantised one (`checkpoint.dir=`). In step with every configuration, a token each in turn, a reference
-decodes with a model of its own, half resident under LRU, and prefetches if the configuration does: what the engine's
-observer finds there are the costs that the configuration is simulated by. So nothing is fitted on it, and the machine's
-mood, which other work moves by a factor, is the same for both. (What an expert takes in place is from a reference
-before it, in which all missing ones run so.) With --accelerate, the same model in bf16 through accelerate's disk
-offload decodes in step with the engine, too. The last line is JSON.
+decodes with a model of its own, half resident under LRU, and prefetches or runs what is missing in place if the
+configuration does: what the engine's observer finds there are the costs that the configuration is simulated by. So
+nothing is fitted on it, and the machine's mood, which other work moves by a factor, is the same for both. With
+--accelerate, the same model in bf16 through accelerate's disk offload decodes in step with the engine, too. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ class Bench:
 def against_accelerate(bench: Bench, folder: Path, costs: Costs, scratch: Path) -> dict[str, float]:
     """The same text through accelerate's disk offload, page cache warm, then dropped before each token.
 
-    The engine decodes in step, `haq` at 25 %; accelerate may keep as many bytes in RAM as its fast tier has. Medians.
+    The engine decodes in step, `haq` at 25 % with the next gate; accelerate may keep as many bytes in RAM as its fast
+    tier has. Medians.
     """
     from accelerate import infer_auto_device_map
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -173,7 +174,7 @@ def against_accelerate(bench: Bench, folder: Path, costs: Costs, scratch: Path) 
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    configuration = "haq", "two_stage", "global", 0.25, "fetch"
+    configuration = "haq", "two_stage", "global", 0.25, "next gate"
     limits = {"cpu": bench.engaged(*configuration, costs=costs).arena.bytes, "disk": 10**12}
     placed = infer_auto_device_map(empty, limits, no_split_module_classes=["MixtralDecoderLayer"], dtype=torch.bfloat16)
     whole = AutoModelForCausalLM.from_pretrained(
@@ -229,16 +230,12 @@ def main() -> None:
         whole = ("none", "frequency", "global", 1.0, "fetch")
         resident_ms = 1e3 * float(np.mean(bench.measured(*whole, costs=deepcopy(fresh))[0]))
         for configuration in CONFIGURATIONS if given.part is None else CONFIGURATIONS[given.part :: 3]:
-            costs, slow, own = deepcopy(fresh), deepcopy(fresh), deepcopy(fresh)
-            if configuration[-1] in ("cpu", "predict"):
-                other.measured(*REFERENCE, "cpu", costs=slow)
-            ahead = "next gate" if configuration[-1] == "next gate" else "fetch"
-            reference = other.engaged(*REFERENCE, ahead, costs=costs)
+            costs, own, miss = deepcopy(fresh), deepcopy(fresh), configuration[-1]
+            reference = other.engaged(*REFERENCE, "fetch" if miss == "predict" else miss, costs=costs)
             seconds, engine = bench.measured(
                 *configuration, costs=own, before=InStep(other.whole, other.prompt, other.text, other.clock)
             )
             reference._reader.shutdown()
-            costs.slow = slow.slow
             simulated = bench.simulated(*configuration, engine=engine, costs=costs)
             row = {"configuration": " ".join(map(str, configuration)), "ms": 1e3 * float(np.mean(seconds))}
             row |= {"std_ms": 1e3 * float(np.std(seconds)), "simulated_ms": 1e3 * float(np.mean(simulated))}

@@ -38,6 +38,7 @@ from haq_lab.offload.trace import Trace
 POLICIES = {
     "LRU, per layer": ("lru", "uniform", "layer", "fetch"),
     "haq": ("haq", "two_stage", "global", "fetch"),
+    "haq, next gate": ("haq", "two_stage", "global", "next gate"),
 }
 SHARES = (0.25, 0.4, 0.55, 0.75)
 AIM, BOUND = 0.40, 1.5

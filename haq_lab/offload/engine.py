@@ -125,9 +125,9 @@ class Engine:
         Returns:
             The experts in the order in which they should run: those in memory first.
         """
+        counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
         if self.observer is not None:
             self.observer.chosen(layer, len(chosen))
-        counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
         self._drop_wrong_guesses(layer, counts)
         if self.observer is not None:
             self.observer.decides()
@@ -168,11 +168,13 @@ class Engine:
         return sorted(visit.wanted, key=partial(self._turn, layer, visit))
 
     def _turn(self, layer: int, visit: Visit, number: int) -> int:
-        """Those in memory come first, then those that run in place while others are read, and those without a slot."""
+        """Those in memory first, then those in place while others are read, then these, then those without a slot."""
         key = (layer, number)
+        if number not in visit.missing:
+            return 0
         if key in self._step.in_place:
             return 1
-        return 0 if number not in visit.missing else 2 if key in self.arena.where else 3
+        return 2 if key in self.arena.where else 3
 
     def expert(self, layer: int, number: int) -> None:
         """See that the expert's weights are in memory, waiting for them where they are not.

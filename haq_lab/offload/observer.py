@@ -9,7 +9,8 @@ The engine reports moments of a layer's visit; the seconds between two of them a
     begins      one is under way               -> waking up who fetches, if it had nothing to do
     fetched     it is over                     -> the fetch, since it began or the one before it was over
     waits       an expert is not at hand       -> the expert before it
-    starts      it is, and runs                -> the expert before it, or taking over what was fetched
+    starts      it is, and runs                -> the expert before it, or taking over what was fetched; for the first
+                                                  expert, part of the rest
     computed    the layer's experts are done   -> the last one
     finished    what they left is cleared up   -> part of the experts run in place, if some were
 """
@@ -41,7 +42,9 @@ class Observer:
         self._decodes = False
         self._finished: float | None = None  # when the layer before was
         self._rest: float | None = None  # of the layer at work, so far
-        self._decides = self._running = self._waiting = self._computed = self._begun = self._fetched = 0.0
+        self._decides = self._issued = self._running = self._waiting = self._computed = self._begun = self._fetched = (
+            0.0
+        )
         self._run: tuple[bool, int] | None = None
         self._placed: list[tuple[int, float]] = []  # tokens and seconds of the experts run in place
 
@@ -71,11 +74,12 @@ class Observer:
 
     def issued(self, count: int) -> None:
         """So many fetches have been asked for."""
-        took = self._clock() - self._decides
+        self._issued = self._clock()
+        took = self._issued - self._decides
         if self._decodes and count:
             self.costs.issue.observe(count, took)
-        if self._rest is not None:
-            self.costs.rest.observe(1, self._rest + (0.0 if count else took))
+        elif self._rest is not None:
+            self._rest += took
 
     def begins(self, asked: float) -> None:
         """A fetch that was `asked` for then begins. As the next one, called by the thread that fetches."""
@@ -133,6 +137,9 @@ class Observer:
     def _close(self) -> float:
         """What ran is over; the time."""
         now = self._clock()
+        if self._rest is not None:
+            self.costs.rest.observe(1, self._rest + now - self._issued)
+            self._rest = None
         if self._run is not None and self._decodes:
             in_place, tokens = self._run
             if in_place:

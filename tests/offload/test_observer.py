@@ -36,7 +36,9 @@ def visit(observer: Observer, layer: int, tokens: int = 1) -> None:
 
 
 def moments(begin: float) -> list[float]:
-    """A second is for a wrong guess, 2 for asking; the resident runs for 5, the one in place for 7, clearing up 4 more.
+    """A second for a wrong guess, 2 for asking, 1 for dispatching; the resident runs for 5, the one in place for 7.
+
+    Clearing up takes 4.
 
     The fetched one is wanted then, its fetch begins 15 s after it was asked for and takes 4; it is taken over in 3, and
     runs for 5.
@@ -49,24 +51,24 @@ def seen(observer: Observer) -> dict[str, float]:
 
 
 def test_every_cost_is_what_lies_between_two_moments():
-    observer = scripted(*moments(0), *moments(33 + 13), *moments(79 + 13 + 40))
+    observer = scripted(*moments(0), *moments(33 + 12), *moments(78 + 12 + 40))
     for layer in (0, 1, 0):
         visit(observer, layer)
     fetching = {"issue": 2, "begin": 15, "fetch": 4, "take": 3}
-    assert seen(observer) == {"fast": 5, "slow": 7 + 4, "rest": 13, "outside": 40, **fetching}
+    assert seen(observer) == {"fast": 5, "slow": 7 + 4, "rest": 12 + 1, "outside": 40 - 1, **fetching}
 
 
 def test_where_nothing_is_fetched_or_in_place_deciding_and_clearing_up_are_part_of_the_rest():
-    observer = scripted(0, 0, 1, 2, 9, 10, 15, 18, 20)
+    observer = scripted(0, 0, 1, 2, 9, 10, 15, 18, 20, 23)
     for layer in range(2):
         observer.chosen(layer, 1)
         observer.decides()
         observer.issued(0)
+        observer.starts(1, in_place=False)
         if layer == 0:
-            observer.starts(1, in_place=False)
             observer.computed()
             observer.finished(layer)
-    assert seen(observer) == dict.fromkeys(NAMES, 1) | {"fast": 9 - 2, "rest": 15 - 9 + 20 - 18}
+    assert seen(observer) == dict.fromkeys(NAMES, 1) | {"fast": 9 - 2, "rest": 15 - 9 + 23 - 18}
 
 
 def test_a_fetch_is_timed_from_when_the_one_before_it_was_over():
