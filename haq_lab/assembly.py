@@ -16,6 +16,7 @@ from haq_lab.data.windows import Windows
 from haq_lab.int8.deploy import deploy
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.session import OffloadSession
+from haq_lab.offload.streams import streams_of
 from haq_lab.onepass import PassResult
 from haq_lab.stages.store import Store
 from haq_lab.tracking.run_folder import RunFolder
@@ -54,7 +55,10 @@ class Assembly:
         self.writer: CheckpointWriter | None = None
         with ExitStack() as held:
             if experiment.offload is not None:
-                self._offload = OffloadSession(experiment.offload, experiment.hardware, model, folder.path, store)
+                streams = streams_of(experiment.backend.device)
+                self._offload = OffloadSession(
+                    experiment.offload, experiment.hardware, model, folder.path, store, streams
+                )
                 held.callback(self._offload.close)
             if experiment.checkpoint is not None:
                 text = None if calibration is None else calibration.protocol

@@ -97,10 +97,13 @@ def build(config: DictConfig) -> Experiment:
         raise UserError(
             f"hardware: '{hardware.name}' is for runs that offload experts; add offload=haq, or hardware=none"
         )
+    backend = _part(config, "backend", Backend)
+    if offload is not None:
+        offload.must_run_on(backend.device)
     return Experiment(
         model=model,
         quantizer=quantizer,
-        backend=_part(config, "backend", Backend),
+        backend=backend,
         calibration=_part(config, "calibration", Calibration),
         data=_objects(config, "data"),
         measures=_objects(config, "measure"),

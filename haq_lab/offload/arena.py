@@ -1,31 +1,46 @@
-"""The fast tier: one block of memory cut into slots, each of which holds one expert."""
+"""The fast tier: one block of a device's memory cut into slots, each of which holds one expert."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from haq_lab.errors import UserError
 from haq_lab.offload.store import PAGE
 
 Key = tuple[int, int]  # (layer, expert)
 
 
-def aligned(size: int) -> Tensor:
-    """Memory (size,) uint8 that begins a page, as a store's blobs do."""
-    memory = torch.empty(size + PAGE, dtype=torch.uint8)
+def aligned(size: int, device: torch.device | None = None) -> Tensor:
+    """Memory (size,) uint8 that begins a page, as a store's blobs do; on the CPU where no device is named."""
+    memory = torch.empty(size + PAGE, dtype=torch.uint8, device=device)
     return memory[-memory.data_ptr() % PAGE :][:size]
 
 
 class Arena:
     """Slots of equal size in one allocation: the budget cannot be overrun.
 
+    Args:
+        slots: How many.
+        blob_bytes: Of one expert.
+        device: Whose memory it is; the CPU's where none is named.
+
     Attributes:
         where: The slot of each expert that is here or on its way.
+
+    Raises:
+        UserError: It does not fit into a GPU's memory.
     """
 
-    def __init__(self, slots: int, blob_bytes: int):
+    def __init__(self, slots: int, blob_bytes: int, device: torch.device | None = None):
         self.blob_bytes = blob_bytes
-        self._memory = aligned(slots * blob_bytes)
+        try:
+            self._memory = aligned(slots * blob_bytes, device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"offload.budget: {slots} experts (the spare slots' included) of {blob_bytes:,} bytes do not fit into "
+                f"the memory of {device}; give it less"
+            ) from error
         self.where: dict[Key, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._slots = slots

@@ -1,8 +1,9 @@
 """The engine: a model whose experts live on two tiers, computing exactly what it would with all of them in memory.
 
-The fast tier is an arena in RAM, the slow tier a file (`store.py`). A policy says which experts stay. A thread
-reads missing experts while the layer's resident ones compute; a missing expert that the policy does not admit, and
-every prefetched one, passes through a few spare slots of the same arena.
+The fast tier is an arena in the memory of the device that computes: a GPU's, with the slow tier in the host's memory
+(`host.py`), or RAM, with the slow tier a file (`store.py`). A policy says which experts stay. A thread reads missing
+experts while the layer's resident ones compute; a missing expert that the policy does not admit, and every prefetched
+one, passes through a few spare slots of the same arena.
 
     engine = Engine(store, policy, spare=2)
     engine.attach(layers, family.moe)
@@ -12,7 +13,6 @@ every prefetched one, passes through a few spare slots of the same arena.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,7 +30,9 @@ from haq_lab.offload.observer import Observer
 from haq_lab.offload.policy import Policy, Visit
 from haq_lab.offload.prefetch import Prefetch
 from haq_lab.offload.record import Heard
+from haq_lab.offload.slow_tier import SlowTier
 from haq_lab.offload.store import ExpertStore, ReadError, bind
+from haq_lab.offload.streams import Mark, Streams
 
 
 @dataclass
@@ -71,7 +73,8 @@ class Engine:
     spare: Slots beside the policy's, for experts that pass through and for guesses; at least 1, 2 to overlap.
     prefetch: Guesses the next layer's experts.
     guesses: At most so many experts are read ahead.
-    observer: Told when everything happens.
+    observer: Told when everything happens, by the host's clock: for a CPU.
+    streams: Of the device that computes; a CPU's if None.
 
     Attributes:
         heard: What the layers chose, and what was guessed.
@@ -79,23 +82,25 @@ class Engine:
 
     def __init__(
         self,
-        store: ExpertStore,
+        store: SlowTier,
         policy: Policy,
         spare: int = 2,
         prefetch: Prefetch | None = None,
         guesses: int = 0,
         observer: Observer | None = None,
+        streams: Streams | None = None,
     ):
         layers, self.experts = policy.resident.shape
         assert 0 <= guesses < spare, "a missing expert needs a spare slot"
         self.store, self.policy, self.prefetch, self.guesses = store, policy, prefetch, guesses
-        self.observer = observer
+        self.observer, self.streams = observer, streams or Streams()
         self.heard = Heard(layers, self.experts)
-        self.arena = Arena(policy.slots + spare, store.blob_bytes)
+        self.arena = Arena(policy.slots + spare, store.blob_bytes, self.streams.device)
         self.counters = Counters.zero(layers)
         self._modules: list[nn.ModuleList] = []
         self._reader = ThreadPoolExecutor(1, "expert-reader")
-        self._reads: dict[Key, Future[float]] = {}
+        self._reads: dict[Key, Future[tuple[float, Mark]]] = {}
+        self._waits: list[tuple[int, Mark, Mark]] = []  # of computing for experts, by layer, not counted yet
         self._guessed: dict[Key, None] = {}  # read ahead for the coming layer
         self._step = _Step()
         self._counts = np.zeros(self.experts, np.int64)  # tokens of the layer at work, by expert
@@ -125,7 +130,9 @@ class Engine:
         Returns:
             The experts in the order in which they should run: those in memory first.
         """
+        chosen = chosen.cpu()  # on a GPU, the one wait for it in a visit
         counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
+        self._settle()
         if self.observer is not None:
             self.observer.chosen(layer, len(chosen))
         self._drop_wrong_guesses(layer, counts)
@@ -142,7 +149,7 @@ class Engine:
             key = (layer, number)
             if number in visit.in_place and key not in self._guessed:
                 self._step.in_place.add(key)
-                bind(self._modules[layer][number], self.store.parts, self.store.mapped(layer, number))
+                bind(self._modules[layer][number], self.store.parts, self._file.mapped(layer, number))
                 continue
             if number in visit.replaces:
                 self._evict(visit.replaces[number])
@@ -190,9 +197,9 @@ class Engine:
         if key in self._reads:
             if self.observer is not None:
                 self.observer.waits()
-            start = time.perf_counter()
+            start = self.streams.mark()
             fetched = self._arrive(key)
-            self.counters.waited[layer] += time.perf_counter() - start
+            self._waits.append((layer, start, self.streams.mark()))
         if self.observer is not None:
             self.observer.starts(int(self._counts[number]), key in self._step.in_place, fetched)
 
@@ -203,7 +210,7 @@ class Engine:
         for key in self._step.in_place:
             bind(self._modules[key[0]][key[1]], self.store.parts, None)
         if self._step.in_place:
-            self.store.drop_cache()
+            self._file.drop_cache()
         for key in self._step.waiting:  # only where a read failed: what was admitted has not come
             self.policy.resident[key] = False
         for key in [key for key in self._step.passing if key in self.arena.where]:
@@ -222,28 +229,34 @@ class Engine:
         self.arena.take(key)
         self.counters.read[key[0]] += 1
         asked = 0.0 if self.observer is None else self.observer.asks()
-        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key), asked)
+        computed = self.streams.mark()  # the slot's last expert among it
+        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key), asked, computed)
 
-    def _read(self, key: Key, blob: Tensor, asked: float) -> float:
-        """Read an expert; when that was over, by the observer's clock."""
+    def _read(self, key: Key, blob: Tensor, asked: float, computed: Mark) -> tuple[float, Mark]:
+        """Read an expert once what had been asked for is computed; when that was over, by the observer's clock and by
+        the stream's."""
         if self.observer is not None:
             self.observer.begins(asked)
-        self.store.read(*key, blob)
-        return 0.0 if self.observer is None else self.observer.fetched(self.store.blob_bytes)
+        with self.streams.copying(computed):
+            self.store.read(*key, blob)
+            there = self.streams.mark()
+        return 0.0 if self.observer is None else self.observer.fetched(self.store.blob_bytes), there
 
     def _arrive(self, key: Key) -> float:
         try:
-            fetched = self._reads.pop(key).result()
+            fetched, there = self._reads.pop(key).result()
         except ReadError:
             self.policy.resident[key] = False
             self.arena.release(key)
             self._step.passing.discard(key)
             raise
+        self.streams.wait(there)
         bind(self._modules[key[0]][key[1]], self.store.parts, self.arena.blob(key))
         return fetched
 
     def _remove(self, key: Key) -> None:
-        """Out of the arena: a read that has not begun is called off, one that is under way ends first."""
+        """Out of the arena: a read that has not begun is called off, one that is under way ends first (on a GPU it is
+        then under way on the stream for copies, as the slot's next one will be after it)."""
         if read := self._reads.pop(key, None):
             if read.cancel():
                 self.counters.read[key[0]] -= 1
@@ -297,6 +310,18 @@ class Engine:
         fetched = of([one for one in visit.missing if one not in placed and (layer, one) not in self._guessed])
         self.observer.expects(hits, fetched, placed)
 
+    @property
+    def _file(self) -> ExpertStore:
+        """The slow tier, where experts run in place."""
+        assert isinstance(self.store, ExpertStore), "experts run in place in a file only"
+        return self.store
+
+    def _settle(self) -> None:
+        """Count how long computing has waited."""
+        for layer, begin, end in self._waits:
+            self.counters.waited[layer] += self.streams.seconds(begin, end)
+        self._waits.clear()
+
     def _count(self, layer: int, counts: NDArray[np.int64], missing: list[int]) -> None:
         counters = self.counters
         counters.pairs[layer] += counts.sum()
@@ -306,6 +331,7 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Metrics by their full names; no hit rates where no expert was asked for."""
+        self._settle()
         counts = self.counters
         stats: dict[str, float] = {}
         if counts.pairs.any():
@@ -326,6 +352,7 @@ class Engine:
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each layer: residents, hits, misses, bytes, prefetches."""
+        self._settle()
         counts, rows = self.counters, []
         for layer, resident in enumerate(self.policy.resident):
             row = {"layer": layer, "resident": " ".join(map(str, np.flatnonzero(resident)))}
@@ -342,8 +369,9 @@ class Engine:
         assert residents | set(self._guessed) == set(self.arena.where), "residents and slots differ"
 
     def close(self) -> None:
-        """Stop the reading thread and close the store."""
+        """Stop the reading thread and close the slow tier."""
         self._reader.shutdown()
+        self.streams.drain()
         self.store.close()
 
 

@@ -21,7 +21,7 @@ class Prefetch(Protocol):
     """Guesses the experts of layer + 1, most wanted first."""
 
     def guess(self, layer: int, hidden: Tensor | None, chosen: Tensor, k: int) -> list[int]:
-        """From what `layer`'s experts receive, (t, d), None in a simulator, and which were chosen, (t, k)."""
+        """From what `layer`'s experts receive, (t, d), None in a simulator, and the chosen ones, (t, k) on the CPU."""
         ...
 
 
@@ -34,6 +34,7 @@ class NextGate:
     def guess(self, layer: int, hidden: Tensor | None, chosen: Tensor, k: int) -> list[int]:
         assert hidden is not None, "a router needs hidden states; a simulator takes what an engine's guessed"
         _, weights, experts = self.routers[layer + 1](hidden)
+        weights, experts = weights.cpu(), experts.cpu()
         wanted = torch.zeros(int(experts.max()) + 1).index_add_(0, experts.flatten(), weights.flatten().float())
         return wanted.argsort(descending=True, stable=True)[: min(k, int((wanted > 0).sum()))].tolist()
 

@@ -14,9 +14,12 @@ from haq_lab.files import named
 from haq_lab.int8.roofline import Hardware
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.engine import Engine
+from haq_lab.offload.host import HostWriter
 from haq_lab.offload.settings import Offload, experts_of, refuse_dense
 from haq_lab.offload.shape import Shape
+from haq_lab.offload.slow_tier import TierWriter
 from haq_lab.offload.store import StoreWriter
+from haq_lab.offload.streams import Streams
 from haq_lab.stages.store import Store
 from haq_lab.stages.trace import routing_trace
 
@@ -25,19 +28,31 @@ class OffloadSession:
     """Args:
     settings: The run's `offload`; a dense model is refused.
     hardware: The run's; what the predictor decides for.
-    folder: Where the slow tier lies while the run lasts.
+    folder: Where the slow tier lies while the run lasts, if it is a file.
     store: Where a trace is kept that has to be recorded.
+    streams: Of the device that computes; a CPU's if None.
 
     Raises:
         UserError: The model is dense, or the profile that the settings name does not fit it.
     """
 
-    def __init__(self, settings: Offload, hardware: Hardware | None, model: LayeredModel, folder: Path, store: Store):
+    def __init__(
+        self,
+        settings: Offload,
+        hardware: Hardware | None,
+        model: LayeredModel,
+        folder: Path,
+        store: Store,
+        streams: Streams | None = None,
+    ):
         refuse_dense(model)
         self.settings, self.hardware, self.model, self.stages = settings, hardware, model, store
         self._profile = settings.trace(model)
         self.path = folder / "experts.bin"
-        self._writer = StoreWriter(self.path).__enter__()
+        self._streams = streams or Streams()
+        self._writer: TierWriter = (
+            HostWriter(model.depth, self._streams) if self._streams.apart else StoreWriter(self.path).__enter__()
+        )
         self.engine: Engine | None = None
 
     def add(self, layer: nn.Module) -> None:
@@ -58,7 +73,8 @@ class OffloadSession:
         if self._profile is None:
             assert calibration is not None
             self._profile = routing_trace(self.stages, self.model, calibration, text)
-        self.engine = self.settings.engage(self.model, layers, self._writer.open(), self._profile, self.hardware)
+        tier = self._writer.open()
+        self.engine = self.settings.engage(self.model, layers, tier, self._profile, self.hardware, self._streams)
         self._start = self.engine.policy.resident.copy()
 
     def metrics(self) -> dict[str, float]:
@@ -79,7 +95,7 @@ class OffloadSession:
         return pd.DataFrame([] if self.engine is None else self.engine.table())
 
     def close(self) -> None:
-        """Stop the engine and remove the slow tier's file."""
+        """Stop the engine and remove the slow tier."""
         if self.engine is not None:
             self.engine.close()
         self._writer.__exit__()

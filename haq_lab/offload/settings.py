@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
@@ -24,7 +25,9 @@ from haq_lab.offload.policy import Policy, Scope, make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath, Prefetch
 from haq_lab.offload.shape import Shape
 from haq_lab.offload.simulator import Simulator, Timeline
+from haq_lab.offload.slow_tier import SlowTier
 from haq_lab.offload.store import ExpertStore
+from haq_lab.offload.streams import Streams
 from haq_lab.offload.trace import Trace
 
 FLOAT = 4  # bytes of a number in the key-value cache and the workspace, float32 on a CPU
@@ -70,11 +73,25 @@ class Offload:
         for setting, value in (("host_format", self.host_format), ("device_format", self.device_format)):
             if value != "int8":
                 raise UserError(
-                    f"offload.{setting}: '{value}' needs a GPU's fast tier, which this engine does not have; int8 "
-                    "holds experts as the quantizer made them, and `python -m haq_lab.offload plan` simulates the rest"
+                    f"offload.{setting}: '{value}' needs experts to be converted as they are moved, which the engine "
+                    "does not do; int8 holds experts as the quantizer made them, and `python -m haq_lab.offload plan` "
+                    "simulates the rest"
                 )
         if self.prefetch != "none" and self.spare < 2:
             raise UserError("offload.spare: prefetching needs at least 2 spare slots")
+
+    def must_run_on(self, device: torch.device) -> None:
+        """Raise `UserError` where these settings cannot be had on a backend's device.
+
+        An expert in place is the CPU's work. Beside a GPU, it would need a layout of its own there, and what lies
+        between its products (SiLU) is rounded otherwise than on the GPU: the output would depend on the budget.
+        """
+        if device.type != "cpu" and self.miss != "fetch":
+            raise UserError(
+                f"offload.miss: '{self.miss}' runs experts on the CPU, which the engine does not do beside a GPU; with "
+                "backend=cuda, say offload.miss=fetch (`python -m haq_lab.offload plan` simulates it, and so does "
+                "hardware=NAME with backend=cpu)"
+            )
 
     def trace(self, model: LayeredModel) -> Trace | None:
         """The profile that was named, if one was.
@@ -95,9 +112,10 @@ class Offload:
         self,
         model: LayeredModel,
         layers: list[nn.Module],
-        store: ExpertStore,
+        store: SlowTier,
         profile: Trace,
         hardware: Hardware | None,
+        streams: Streams | None = None,
     ) -> Engine:
         """Build the engine and attach the layers.
 
@@ -106,6 +124,7 @@ class Offload:
             store: Their experts, written.
             profile: Calibration trace of this model.
             hardware: Whose costs the predictor decides by; None times this machine's.
+            streams: Of the device that computes; a CPU's if None.
 
         Raises:
             UserError: The budget leaves no slot.
@@ -116,6 +135,7 @@ class Offload:
         slots = Budget.parse(self.budget).slots(shape.layers * shape.experts, store.blob_bytes, self.spare, reserved)
         costs, observer = None, None
         if self.miss == "predict":
+            assert isinstance(store, ExpertStore), "refused by `must_run_on`"
             costs = machine_costs(hardware, shape) if hardware else measure_costs(layers[0], moe, store, model)
             if hardware is None or hardware.from_disk:  # a GPU's costs are not corrected by this machine
                 observer = Observer(costs, self.objective, shape.layers)
@@ -126,7 +146,7 @@ class Offload:
         elif self.prefetch == "path":
             prefetch = NextOnPath(profile)
         guesses = min(profile.k, self.spare - 1) if prefetch is not None else 0
-        engine = Engine(store, policy, self.spare, prefetch, guesses, observer)
+        engine = Engine(store, policy, self.spare, prefetch, guesses, observer, streams)
         engine.attach(layers, moe)
         return engine
 

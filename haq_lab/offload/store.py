@@ -1,4 +1,4 @@
-"""The slow tier: a file of experts, each one contiguous range of bytes, read with one call.
+"""The slow tier of a CPU: a file of experts, each one contiguous range of bytes, read with one call.
 
 Experts are written as their modules hold them, in the backend's own weight layout: what is read can be computed
 with as it lies. Reads go past the operating system's cache of pages, straight into the fast tier: bytes move from the
@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -128,13 +129,45 @@ def past_the_cache(path: str | Path) -> int:
         return os.open(path, os.O_RDONLY)
 
 
+class Packer:
+    """Lays experts out as blobs, all in the same way.
+
+    Attributes:
+        parts: How a blob is laid out; known from the first expert on.
+        size: Bytes of a blob.
+        experts: In a layer.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.size = self.experts = self._layers = 0
+
+    def pack(self, experts: nn.ModuleList) -> Iterator[Tensor]:
+        """The next layer's experts, a blob (size,) uint8 each; an expert's weights leave memory after its blob.
+
+        Raises:
+            UserError: Experts differ in their tensors' shapes or types.
+        """
+        for number, expert in enumerate(experts):
+            tensors = tensors_of(expert)
+            parts, size = layout(tensors)
+            self.parts, self.size = self.parts or parts, self.size or size
+            if parts != self.parts:
+                raise UserError(f"offload: expert {number} of layer {self._layers} is not laid out like the others")
+            blob = torch.zeros(size, dtype=torch.uint8)
+            for part in parts:
+                part.of(blob).copy_(tensors[part.name])
+            yield blob
+            bind(expert, parts, None)
+        self.experts, self._layers = len(experts), self._layers + 1
+
+
 class StoreWriter:
     """Writes a store a layer at a time: `add` each layer's experts, then `open` the store."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._parts: list[Part] = []
-        self._size = self._count = self._layers = 0
+        self._packer = Packer()
 
     def __enter__(self) -> StoreWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,24 +183,14 @@ class StoreWriter:
         Raises:
             UserError: Experts differ in their tensors' shapes or types.
         """
-        for number, expert in enumerate(experts):
-            tensors = tensors_of(expert)
-            parts, size = layout(tensors)
-            self._parts, self._size = self._parts or parts, self._size or size
-            if parts != self._parts:
-                raise UserError(f"offload: expert {number} of layer {self._layers} is not laid out like the others")
-            blob = torch.zeros(size, dtype=torch.uint8)
-            for part in parts:
-                part.of(blob).copy_(tensors[part.name])
+        for blob in self._packer.pack(experts):
             self._stream.write(memoryview(cast(Any, blob.numpy())))
-            bind(expert, parts, None)
-        self._count, self._layers = len(experts), self._layers + 1
 
     def open(self) -> ExpertStore:
         """The finished store, none of it in the page cache."""
         self._stream.flush()
         os.fsync(self._stream.fileno())  # the cache keeps what is not on the disk yet
-        store = ExpertStore(self.path, self._parts, self._size, self._count)
+        store = ExpertStore(self.path, self._packer.parts, self._packer.size, self._packer.experts)
         store.drop_cache()
         return store
 

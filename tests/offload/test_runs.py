@@ -51,7 +51,7 @@ def test_a_sweep_over_options_takes_settings_that_one_of_them_has_no_use_for(tmp
         (["offload=lru", "offload.budget=1%"], "no slot"),
         (["offload=lru", "offload.budget=0"], "offload.budget: '0' leaves no slot"),
         (["offload=lru", "offload.profile=no.trace"], "offload.profile: trace: there is no file 'no.trace'"),
-        (["offload=lru", "offload.host_format=bf16"], "offload.host_format: 'bf16' needs a GPU's fast tier"),
+        (["offload=lru", "offload.host_format=bf16"], "offload.host_format: 'bf16' needs experts to be converted"),
         (["offload=lru", "hardware=rtx3060"], "hardware: 'rtx3060' is not one of a100_80g"),
         (["hardware=rtx3060_12g"], "is for runs that offload experts"),
         (["offload.budget=40%"], "offload.budget: offload=none has no use for it; add offload=OPTION (one of all_gpu,"),

@@ -1,0 +1,49 @@
+"""What the engine asks of the slow tier: a file (`store.py`) or, for a GPU, the host's memory (`host.py`)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from haq_lab.offload.store import Part
+
+
+class SlowTier(Protocol):
+    """All experts, each one contiguous blob.
+
+    Attributes:
+        parts: How a blob is laid out, the same for all.
+        blob_bytes: Its size.
+    """
+
+    parts: list[Part]
+    blob_bytes: int
+
+    def read(self, layer: int, expert: int, blob: Tensor) -> None:
+        """An expert's bytes into `blob` (blob_bytes,) uint8, in the order of the calling thread's stream.
+
+        Raises:
+            ReadError: They could not be had.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up what it holds."""
+        ...
+
+
+class TierWriter(Protocol):
+    """Fills a slow tier, a layer at a time."""
+
+    def add(self, experts: nn.ModuleList) -> None:
+        """The next layer's experts: into the tier, and out of memory."""
+        ...
+
+    def open(self) -> SlowTier:
+        """The finished tier."""
+        ...
+
+    def __exit__(self, *error: object) -> None:
+        """Let go of what no tier has taken over."""
+        ...

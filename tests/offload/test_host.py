@@ -1,0 +1,167 @@
+"""Experts in the host's memory, computed on a device: on a CPU without locks and streams, and with `pytest -m gpu` the
+very same tests on a GPU with both."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from two_tiers import TwoTiers
+
+from haq_lab.errors import UserError
+from haq_lab.int8.backend import Backend
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.cuda_backend import CudaBackend
+from haq_lab.offload.host import HostWriter
+from haq_lab.offload.policy import make_policy
+from haq_lab.offload.store import bind, tensors_of
+from haq_lab.offload.streams import Streams, streams_of
+
+READY = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not READY, reason="needs an NVIDIA GPU that torch can use, and CuPy")]
+LONG = 20_000_000  # a GPU's clock cycles, some 10 ms: many times what an expert of the tiny model takes
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def placed(request: pytest.FixtureRequest) -> Iterator[TwoTiers]:
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        backend: Backend = CpuBackend() if request.param == "cpu" else CudaBackend(share=True)
+        yield TwoTiers(backend, streams_of(backend.device))
+
+
+def late(placed: TwoTiers) -> None:
+    """Keep the current stream at work for a while; a CPU has none."""
+    if placed.streams.apart:
+        torch.cuda._sleep(LONG)
+
+
+@settings(max_examples=8)
+@given(
+    rule=st.sampled_from(["none", "lru", "lfu", "moe_infinity", "haq"]),
+    slots=st.integers(1, 24),
+    scope=st.sampled_from(["layer", "global"]),
+    spare=st.integers(1, 4),
+    prefetch=st.sampled_from([None, "path", "gate"]),
+)
+def test_no_budget_or_policy_changes_a_bit(placed: TwoTiers, rule, slots, scope, spare, prefetch):
+    engine, whole = placed.engine(rule, slots, scope, spare, prefetch)
+    try:
+        assert torch.equal(placed.generate(whole), placed.expected)
+        engine.check()
+        held = {tensor.device for tensor in [*whole.parameters(), *whole.buffers()] if tensor.numel()}
+        assert held == {placed.streams.device}
+        assert all(engine.arena.blob(key).device == placed.streams.device for key in engine.arena.where)
+        assert engine.stats()["offload.fast_tier_bytes"] == (engine.policy.slots + spare) * engine.store.blob_bytes
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("rule", ["lru", "haq"])
+def test_hits_and_misses_are_the_policys(placed: TwoTiers, rule):
+    engine, whole = placed.engine(rule, slots=8)
+    start = engine.policy.resident.copy()
+    placed.generate(whole)
+    replayed = make_policy(rule, start, placed.profile, "global", placed.path_model)
+    rates, stats = replayed.replay(engine.heard.trace()), engine.stats()
+    engine.close()
+    np.testing.assert_array_equal(replayed.resident, engine.policy.resident)
+    assert rates.pairs == pytest.approx(stats["offload.hit_rate_pairs"])
+    assert 0 < stats["offload.hit_rate_pairs"] < 1
+    counts = engine.counters
+    assert counts.read.sum() == start.sum() + counts.experts.sum() - counts.expert_hits.sum(), "one copy, one expert"
+    assert stats["offload.waited_s"] > 0
+
+
+@pytest.mark.parametrize("slow", ["computing", "copying"])
+def test_neither_stream_overtakes_the_other(placed: TwoTiers, slow, monkeypatch):
+    """One slot and one to pass through: each copy overwrites what may still compute, each expert waits for its own."""
+    engine, whole = placed.engine("lru", slots=1, spare=1)
+    owner: Any = engine if slow == "computing" else engine.store
+    real = owner.expert if slow == "computing" else owner.read
+
+    def slowly(*arguments: Any) -> None:
+        if slow == "copying":
+            late(placed)
+        real(*arguments)
+        if slow == "computing":
+            late(placed)
+
+    monkeypatch.setattr(owner, "expert" if slow == "computing" else "read", slowly)
+    assert torch.equal(placed.generate(whole), placed.expected)
+    engine.close()
+
+
+def test_memory_is_locked_until_the_tier_is_closed(placed: TwoTiers):
+    engine, _ = placed.engine()
+    tier: Any = engine.store
+    blocks: list[Tensor] = list(tier._blocks)
+    assert [block.is_pinned() for block in blocks] == [placed.streams.apart] * placed.depth
+    engine.close()
+    assert not any(block.is_pinned() for block in blocks)
+    assert not tier._blocks
+
+
+class Locks(Streams):
+    """Counts what is locked; the third block cannot be."""
+
+    def __init__(self) -> None:
+        self.held: list[int] = []
+
+    def lock(self, memory: Tensor) -> None:
+        if len(self.held) == 2:
+            raise UserError("no more")
+        self.held.append(memory.data_ptr())
+
+    def unlock(self, memory: Tensor) -> None:
+        self.held.remove(memory.data_ptr())
+
+
+def experts(seed: int) -> nn.ModuleList:
+    torch.manual_seed(seed)
+    return nn.ModuleList(nn.Sequential(nn.Linear(20, 3), nn.Linear(3, 20)) for _ in range(4))
+
+
+def test_what_is_added_is_read():
+    layers, streams = [experts(0), experts(1)], Locks()
+    kept = [[{name: t.clone() for name, t in tensors_of(one).items()} for one in layer] for layer in layers]
+    with HostWriter(2, streams) as writer:
+        for layer in layers:
+            writer.add(layer)
+        assert all(tensor.numel() == 0 for layer in layers for tensor in layer.parameters()), "gone from memory"
+        tier = writer.open()
+    assert len(streams.held) == 2, "the tier's now"
+    blob = torch.empty(tier.blob_bytes, dtype=torch.uint8)
+    for index, number in ((1, 3), (0, 0), (1, 2)):
+        tier.read(index, number, blob)
+        bind(layers[index][number], tier.parts, blob)
+        assert all(torch.equal(t, kept[index][number][name]) for name, t in tensors_of(layers[index][number]).items())
+    tier.close()
+    assert streams.held == []
+
+
+def test_what_cannot_be_locked_leaves_nothing_locked():
+    streams = Locks()
+    with HostWriter(3, streams) as writer:
+        writer.add(experts(0))
+        writer.add(experts(1))
+        with pytest.raises(UserError, match="no more"):
+            writer.add(experts(2))
+    assert streams.held == []
+
+
+def test_too_little_memory_is_told_at_the_first_layer(monkeypatch):
+    writer = HostWriter(8, Streams())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * 4 * 4096 - 1}))
+    with pytest.raises(UserError, match="131,072 bytes of them are to come, and 131,071 free: use backend=cpu"):
+        writer.add(experts(0))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * 4 * 4096}))
+    writer.add(experts(0))

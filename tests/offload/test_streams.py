@@ -1,0 +1,220 @@
+"""The CUDA calls, against a model of what torch documents of them: whatever the order leaves open goes wrong here.
+
+Computing happens at once, as on a CPU. Copies happen as late as they may: when computing waits for their event, or the
+host for their stream. And a copy must have been told to come after the last expert that computed in its slot.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from two_tiers import TwoTiers
+
+from haq_lab.errors import UserError
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.offload.engine import Engine
+from haq_lab.offload.streams import CudaStreams, Streams, streams_of
+
+
+class FakeStream:
+    """Attributes:
+    asked: How many pieces of work so far.
+    after: Work of another stream that has to be done before what comes next.
+    """
+
+    def __init__(self, device: Any = None) -> None:
+        self.asked = self.after = 0
+        self._pending: list[Callable[[], None]] = []
+
+    def ask(self, work: Callable[[], None] | None = None) -> None:
+        self.asked += 1
+        if work is not None:
+            self._pending.append(work)
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.after = max(self.after, event.at)
+        event.stream.run(event.at)
+
+    def run(self, until: int) -> None:
+        """Do what is pending, up to the so-manieth piece of work."""
+        while self._pending and self.asked - len(self._pending) < until:
+            self._pending.pop(0)()
+
+    def synchronize(self) -> None:
+        self.run(self.asked)
+
+    @property
+    def idle(self) -> bool:
+        return not self._pending
+
+
+class FakeEvent:
+    """A moment of a stream."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.timed = enable_timing
+
+    def record(self, stream: FakeStream) -> None:
+        self.stream, self.at = stream, stream.asked
+
+    def synchronize(self) -> None:
+        self.stream.run(self.at)
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert self.timed
+        assert end.timed
+        assert self.stream is end.stream
+        return 500.0
+
+
+class FakeCuda:
+    """torch.cuda as far as `CudaStreams` calls it; the current stream is the calling thread's own."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.compute, self.locked = FakeStream(), dict[int, int]()
+        self.refuses = 0
+        self._local = threading.local()
+        runtime = type("Runtime", (), {"cudaHostRegister": self._lock, "cudaHostUnregister": self._unlock})
+        for name, fake in {
+            "Stream": FakeStream,
+            "Event": FakeEvent,
+            "current_device": lambda: 0,
+            "current_stream": lambda device: self.current,
+            "stream": self._stream,
+            "device": self._device,
+            "cudart": lambda: runtime,
+        }.items():
+            patch.setattr(torch.cuda, name, fake)
+        patch.setattr(torch.cuda, "check_error", self._check)
+
+    @property
+    def current(self) -> FakeStream:
+        return getattr(self._local, "stream", self.compute)
+
+    @contextmanager
+    def _stream(self, stream: FakeStream) -> Iterator[None]:
+        self._local.stream = stream
+        yield
+        self._local.stream = self.compute
+
+    @contextmanager
+    def _device(self, device: torch.device) -> Iterator[None]:
+        yield
+
+    def _lock(self, address: int, size: int, flags: int) -> int:
+        if not self.refuses:
+            self.locked[address] = size
+        return self.refuses
+
+    def _unlock(self, address: int) -> int:
+        return 0 if self.locked.pop(address, 0) else 1
+
+    @staticmethod
+    def _check(code: int) -> None:
+        assert code == 0
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+@pytest.fixture
+def streams(cuda: FakeCuda) -> CudaStreams:
+    """A GPU's, with memory that this machine has."""
+    made = streams_of(torch.device("cuda"))
+    assert isinstance(made, CudaStreams)
+    assert made.device == torch.device("cuda", 0)
+    made.device = torch.device("cpu")
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected() -> TwoTiers:
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        return TwoTiers(CpuBackend(), Streams())
+
+
+def watch(engine: Engine, cuda: FakeCuda, patch: pytest.MonkeyPatch) -> list[int]:
+    """Let the engine's copies wait and its experts count; how many copies there were."""
+    used: dict[int, int] = {}  # when a slot's last expert began
+    copied = [0]
+    computes, reads = engine.expert, engine.store.read
+
+    def expert(layer: int, number: int) -> None:
+        computes(layer, number)
+        cuda.compute.ask()
+        used[engine.arena.blob((layer, number)).data_ptr()] = cuda.compute.asked
+
+    def read(layer: int, number: int, blob: Tensor) -> None:
+        stream = cuda.current
+        assert stream is not cuda.compute, "copies have a stream of their own"
+        assert stream.after >= used.get(blob.data_ptr(), 0), "the slot's last expert may still be computing"
+        stream.ask(lambda: reads(layer, number, blob))
+        copied[0] += 1
+
+    patch.setattr(engine, "expert", expert)
+    patch.setattr(engine.store, "read", read)
+    return copied
+
+
+@pytest.mark.parametrize("prefetch", [None, "path", "gate"])
+@pytest.mark.parametrize(("rule", "slots", "spare"), [("lru", 1, 2), ("none", 3, 2), ("haq", 8, 3)])
+def test_no_copy_and_no_expert_comes_too_early(expected, cuda, streams, monkeypatch, rule, slots, spare, prefetch):
+    monkeypatch.setattr(expected, "streams", streams)
+    engine, whole = expected.engine(rule, slots, spare=spare, prefetch=prefetch)
+    copied = watch(engine, cuda, monkeypatch)
+    assert torch.equal(expected.generate(whole), expected.expected)
+    assert engine.counters.read.sum() == slots + copied[0]
+    assert engine.stats()["offload.waited_s"] % 0.5 == 0, "from events"
+    assert engine.stats()["offload.waited_s"] > 0
+    assert len(cuda.locked) == expected.depth
+    engine.close()
+    assert streams._copies.idle, "memory is given up when copies are done"
+    assert not cuda.locked
+
+
+def test_copies_are_ordered_by_events_alone(cuda, streams):
+    """A copy waits for what was marked, computing for the copy; the stream's turn ends with the block."""
+    cuda.compute.ask()
+    computed = streams.mark()
+    cuda.compute.ask()
+    done: list[str] = []
+    with streams.copying(computed):
+        assert cuda.current.after == 1
+        cuda.current.ask(lambda: done.append("copied"))
+        there = streams.mark()
+    assert cuda.current is cuda.compute
+    assert done == []
+    streams.wait(there)
+    assert done == ["copied"]
+    assert streams.seconds(streams.mark(), streams.mark()) == 0.5
+
+
+def test_memory_that_cannot_be_locked_is_told(cuda, streams):
+    memory = torch.zeros(4096, dtype=torch.uint8)
+    cuda.refuses = 2
+    with pytest.raises(UserError, match=r"4,096 bytes .* could not be page-locked \(CUDA error 2\).*backend=cpu"):
+        streams.lock(memory)
+    cuda.refuses = 0
+    streams.lock(memory)
+    assert cuda.locked == {memory.data_ptr(): 4096}
+    streams.unlock(memory)
+    assert not cuda.locked
+
+
+def test_a_cpus_marks_are_times():
+    streams = streams_of(torch.device("cpu"))
+    assert not streams.apart
+    begin = streams.mark()
+    with streams.copying(begin):
+        end = streams.mark()
+    streams.wait(end)
+    assert 0 <= streams.seconds(begin, end) < 1
