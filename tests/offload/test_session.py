@@ -104,3 +104,11 @@ def test_costs_are_measured_and_leave_the_layer_as_it_was(model, tmp_path):
     after = tensors_of(layers[0].mlp.experts[0])
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     store.close()
+
+
+@pytest.mark.parametrize("miss", ["cpu", "predict"])
+def test_experts_do_not_run_in_place_beside_a_gpu(miss):
+    Offload(miss=miss).must_run_on(torch.device("cpu"))
+    Offload().must_run_on(torch.device("cuda"))
+    with pytest.raises(UserError, match=rf"offload\.miss: '{miss}' runs experts on the CPU.*say offload\.miss=fetch"):
+        Offload(miss=miss).must_run_on(torch.device("cuda"))
