@@ -19,6 +19,7 @@ struct RegisterShapes { // as LDTILECFG reads it
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
+// A constant: GCC before 12.4 would drop stores to a variable, as it takes LDTILECFG to read 8 bytes.
 constexpr RegisterShapes kShapes = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {kHalf, kHalf, kHalf, kHalf, kHalf, kHalf, kHalf, kHalf}};
 
