@@ -97,13 +97,17 @@ def build(config: DictConfig) -> Experiment:
         raise UserError(
             f"hardware: '{hardware.name}' is for runs that offload experts; add offload=haq, or hardware=none"
         )
+    data, measures = _objects(config, "data"), _objects(config, "measure")
+    for name, measure in measures.items():
+        if measure.evaluates and not data:
+            raise UserError(f"data: measure={name} needs a text; choose one or more of {', '.join(options('data'))}")
     return Experiment(
         model=model,
         quantizer=quantizer,
         backend=_part(config, "backend", Backend),
         calibration=_part(config, "calibration", Calibration),
-        data=_objects(config, "data"),
-        measures=_objects(config, "measure"),
+        data=data,
+        measures=measures,
         tracking=_part(config, "tracking", Wandb, optional=True),
         offload=offload,
         hardware=hardware,
