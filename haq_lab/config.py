@@ -100,13 +100,17 @@ def build(config: DictConfig) -> Experiment:
     backend = _part(config, "backend", Backend)
     if offload is not None:
         offload.must_run_on(backend.device)
+    data, measures = _objects(config, "data"), _objects(config, "measure")
+    for name, measure in measures.items():
+        if measure.evaluates and not data:
+            raise UserError(f"data: measure={name} needs a text; choose one or more of {', '.join(options('data'))}")
     return Experiment(
         model=model,
         quantizer=quantizer,
         backend=backend,
         calibration=_part(config, "calibration", Calibration),
-        data=_objects(config, "data"),
-        measures=_objects(config, "measure"),
+        data=data,
+        measures=measures,
         tracking=_part(config, "tracking", Wandb, optional=True),
         offload=offload,
         hardware=hardware,

@@ -49,6 +49,14 @@ def _same(one: Path, other: Path) -> bool:
     return len(first) > 3 and first == second
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C reaches our processes, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     """A run that nothing happened to."""

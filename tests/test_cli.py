@@ -197,6 +197,12 @@ def test_missing_files_are_mistakes(mistake, message, tmp_path):
     assert message in err
 
 
+def test_perplexity_of_no_text_is_a_mistake(tmp_path):
+    code, _, err = launch("model=tiny_llama", "data=[]", f"hydra.run.dir={tmp_path}")
+    assert code == 2
+    assert "data: measure=perplexity needs a text; choose one or more of c4, " in err
+
+
 def test_nan_weights_are_a_mistake_of_the_checkpoint(tiny_run, tmp_path):
     source = TinyModel("llama").folder()
     for path in source.iterdir():

@@ -1,7 +1,7 @@
 """Nothing is computed twice: the time of an ablation whose runs share their stages, over that of separate runs.
 
 python experiments/benchmarks/stages.py                          # three layers of SmolLM2-135M: five minutes
-python experiments/benchmarks/stages.py --layers 30              # the whole model: half an hour
+python experiments/benchmarks/stages.py --layers 30              # the whole model: twenty minutes
 python experiments/benchmarks/stages.py --ablation haq           # the jobs of +experiment=ablation_haq
 python experiments/benchmarks/stages.py --propagate quantized    # where every job's statistics are its own
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from haq_lab.models.families import Moe
 from haq_lab.offload.arena import Arena, Key
+from haq_lab.offload.counters import Counters
 from haq_lab.offload.observer import Observer
 from haq_lab.offload.policy import Policy, Visit
 from haq_lab.offload.prefetch import Prefetch
@@ -33,27 +34,6 @@ from haq_lab.offload.record import Heard
 from haq_lab.offload.slow_tier import SlowTier
 from haq_lab.offload.store import ExpertStore, ReadError, bind
 from haq_lab.offload.streams import Mark, Streams
-
-
-@dataclass
-class Counters:
-    """What an engine has counted, a layer each, (layers,); `waited` in seconds."""
-
-    pairs: NDArray[np.int64]
-    pair_hits: NDArray[np.int64]
-    experts: NDArray[np.int64]
-    expert_hits: NDArray[np.int64]
-    read: NDArray[np.int64]
-    guessed: NDArray[np.int64]
-    guesses_used: NDArray[np.int64]
-    waited: NDArray[np.float64]
-
-    @classmethod
-    def zero(cls, layers: int) -> Counters:
-        def counts() -> NDArray[np.int64]:
-            return np.zeros(layers, np.int64)
-
-        return cls(counts(), counts(), counts(), counts(), counts(), counts(), counts(), np.zeros(layers))
 
 
 @dataclass
@@ -96,7 +76,7 @@ class Engine:
         self.observer, self.streams = observer, streams or Streams()
         self.heard = Heard(layers, self.experts)
         self.arena = Arena(policy.slots + spare, store.blob_bytes, self.streams.device)
-        self.counters = Counters.zero(layers)
+        self.counters = Counters(layers, store.blob_bytes)
         self._modules: list[nn.ModuleList] = []
         self._reader = ThreadPoolExecutor(1, "expert-reader")
         self._reads: dict[Key, Future[tuple[float, Mark]]] = {}
@@ -141,7 +121,7 @@ class Engine:
         if layer == 0 and len(chosen) > 1:
             self.policy.begin()
         visit = self.policy.visit(layer, counts, len(chosen))
-        self._count(layer, counts, visit.missing)
+        self.counters.visit(layer, counts, visit.missing)
         self._step = _Step()
         if self.observer is not None:
             self._report(layer, counts, visit)
@@ -322,45 +302,26 @@ class Engine:
             self.counters.waited[layer] += self.streams.seconds(begin, end)
         self._waits.clear()
 
-    def _count(self, layer: int, counts: NDArray[np.int64], missing: list[int]) -> None:
-        counters = self.counters
-        counters.pairs[layer] += counts.sum()
-        counters.pair_hits[layer] += counts.sum() - counts[missing].sum()
-        counters.experts[layer] += np.count_nonzero(counts)
-        counters.expert_hits[layer] += np.count_nonzero(counts) - len(missing)
-
     def stats(self) -> dict[str, float]:
         """Metrics by their full names; no hit rates where no expert was asked for."""
         self._settle()
-        counts = self.counters
-        stats: dict[str, float] = {}
-        if counts.pairs.any():
-            stats["offload.hit_rate_pairs"] = float(counts.pair_hits.sum() / counts.pairs.sum())
-            stats["offload.hit_rate_experts"] = float(counts.expert_hits.sum() / counts.experts.sum())
-            stats["offload.hit_rate_layer_std"] = float((counts.pair_hits / np.maximum(counts.pairs, 1)).std())
-        stats |= {
-            "offload.bytes_moved": float(counts.read.sum() * self.store.blob_bytes),
-            "offload.waited_s": float(counts.waited.sum()),
+        stats = self.counters.metrics() | {
             "offload.fast_tier_bytes": float(self.arena.bytes),
             "offload.slots": float(self.policy.slots),
         }
         if self.observer is not None and self.observer.measured:
             stats["predictor.mape"] = self.observer.mape()
         if self.prefetch is not None:
-            stats["offload.prefetch_accuracy"] = float(counts.guesses_used.sum() / max(counts.guessed.sum(), 1))
+            stats["offload.prefetch_accuracy"] = self.counters.prefetch_accuracy()
         return stats
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each layer: residents, hits, misses, bytes, prefetches."""
         self._settle()
-        counts, rows = self.counters, []
-        for layer, resident in enumerate(self.policy.resident):
-            row = {"layer": layer, "resident": " ".join(map(str, np.flatnonzero(resident)))}
-            row |= {"hits": int(counts.pair_hits[layer]), "misses": int(counts.pairs[layer] - counts.pair_hits[layer])}
-            row |= {"bytes": int(counts.read[layer] * self.store.blob_bytes), "waited_s": float(counts.waited[layer])}
-            row |= {"guessed": int(counts.guessed[layer]), "guesses_used": int(counts.guesses_used[layer])}
-            rows.append(row)
-        return rows
+        return [
+            {"layer": layer, "resident": " ".join(map(str, np.flatnonzero(resident)))} | row
+            for layer, (resident, row) in enumerate(zip(self.policy.resident, self.counters.rows(), strict=True))
+        ]
 
     def check(self) -> None:
         """Assert the invariants that hold between two layers."""

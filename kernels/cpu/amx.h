@@ -19,6 +19,7 @@ struct RegisterShapes { // as LDTILECFG reads it
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
+// A constant: GCC before 12.4 would drop stores to a variable, as it takes LDTILECFG to read 8 bytes.
 constexpr RegisterShapes kShapes = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {kHalf, kHalf, kHalf, kHalf, kHalf, kHalf, kHalf, kHalf}};
 
@@ -79,10 +80,10 @@ HAQ_AMX void multiply_panel(const uint8_t* x, const uint8_t* w, int64_t groups, 
 HAQ_AMX void amx_tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, bool add, int32_t* acc) {
   const auto* w = static_cast<const uint8_t*>(panel);
   switch (rows) {
-    case 1: return tile_rows<kAmxRows, 1, 4>(x, w, groups, add, acc);
-    case 2: return tile_rows<kAmxRows, 2, 2>(x, w, groups, add, acc);
-    case 3: return tile_rows<kAmxRows, 3, 2>(x, w, groups, add, acc);
-    case kFewRows: return tile_rows<kAmxRows, kFewRows, 2>(x, w, groups, add, acc);
+    case 1: return tile_rows<kAmxRows, 1>(x, w, groups, add, acc);
+    case 2: return tile_rows<kAmxRows, 2>(x, w, groups, add, acc);
+    case 3: return tile_rows<kAmxRows, 3>(x, w, groups, add, acc);
+    case kFewRows: return tile_rows<kAmxRows, kFewRows>(x, w, groups, add, acc);
   }
   if (rows <= kHalf) return multiply_panel<false>(x, w, groups, add, acc);
   multiply_panel<true>(x, w, groups, add, acc);

@@ -12,25 +12,26 @@ namespace {
 constexpr int kRows = 14;
 constexpr int kGroups = kChunk / kGroup; // groups in a chunk of a staged row
 
-// R of the RowTile rows of a tile. Chains: independent sums for each output, where few rows leave too few to hide the
-// latency.
-template <int RowTile, int R, int Chains>
+// R of the RowTile rows of a tile.
+template <int RowTile, int R>
 HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bool add, int32_t* acc) {
-  __m512i sum[Chains][R][2];
+  // Independent sums for each output, where few rows leave too few to hide the latency.
+  constexpr int kChains = R == 1 ? 4 : R <= 4 ? 2 : 1;
+  __m512i sum[kChains][R][2];
 #pragma GCC unroll 64
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       sum[0][r][v] = add ? _mm512_loadu_si512(acc + r * kPanel + v * 16) : _mm512_setzero_si512();
 #pragma GCC unroll 8
-      for (int c = 1; c < Chains; ++c) sum[c][r][v] = _mm512_setzero_si512();
+      for (int c = 1; c < kChains; ++c) sum[c][r][v] = _mm512_setzero_si512();
     }
   for (; groups > 0; groups -= kGroups, x += RowTile * kChunk) {
     const int count = static_cast<int>(groups < kGroups ? groups : kGroups);
     int g = 0;
-    for (; g + Chains <= count; g += Chains, w += Chains * kGroupBytes) {
+    for (; g + kChains <= count; g += kChains, w += kChains * kGroupBytes) {
 #pragma GCC unroll 8
-      for (int c = 0; c < Chains; ++c) {
+      for (int c = 0; c < kChains; ++c) {
         if (R <= 8) { // memory is the limit
           ask_for(w + c * kGroupBytes + kAhead);
           ask_for(w + c * kGroupBytes + kAhead + 64);
@@ -47,7 +48,7 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bo
         }
       }
     }
-    for (; Chains > 1 && g < count; ++g, w += kGroupBytes) {
+    for (; kChains > 1 && g < count; ++g, w += kGroupBytes) {
 #pragma GCC unroll 64
       for (int r = 0; r < R; ++r) {
         int32_t four;
@@ -63,7 +64,7 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bo
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
 #pragma GCC unroll 8
-      for (int c = 1; c < Chains; ++c) sum[0][r][v] = _mm512_add_epi32(sum[0][r][v], sum[c][r][v]);
+      for (int c = 1; c < kChains; ++c) sum[0][r][v] = _mm512_add_epi32(sum[0][r][v], sum[c][r][v]);
       _mm512_storeu_si512(acc + r * kPanel + v * 16, sum[0][r][v]);
     }
 }
@@ -72,20 +73,20 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
                      int32_t* acc) {
   const auto* w = static_cast<const uint8_t*>(panel);
   switch (rows) {
-    case 1: return tile_rows<kRows, 1, 4>(x, w, groups, add, acc);
-    case 2: return tile_rows<kRows, 2, 2>(x, w, groups, add, acc);
-    case 3: return tile_rows<kRows, 3, 2>(x, w, groups, add, acc);
-    case 4: return tile_rows<kRows, 4, 2>(x, w, groups, add, acc);
-    case 5: return tile_rows<kRows, 5, 1>(x, w, groups, add, acc);
-    case 6: return tile_rows<kRows, 6, 1>(x, w, groups, add, acc);
-    case 7: return tile_rows<kRows, 7, 1>(x, w, groups, add, acc);
-    case 8: return tile_rows<kRows, 8, 1>(x, w, groups, add, acc);
-    case 9: return tile_rows<kRows, 9, 1>(x, w, groups, add, acc);
-    case 10: return tile_rows<kRows, 10, 1>(x, w, groups, add, acc);
-    case 11: return tile_rows<kRows, 11, 1>(x, w, groups, add, acc);
-    case 12: return tile_rows<kRows, 12, 1>(x, w, groups, add, acc);
-    case 13: return tile_rows<kRows, 13, 1>(x, w, groups, add, acc);
-    default: return tile_rows<kRows, 14, 1>(x, w, groups, add, acc);
+    case 1: return tile_rows<kRows, 1>(x, w, groups, add, acc);
+    case 2: return tile_rows<kRows, 2>(x, w, groups, add, acc);
+    case 3: return tile_rows<kRows, 3>(x, w, groups, add, acc);
+    case 4: return tile_rows<kRows, 4>(x, w, groups, add, acc);
+    case 5: return tile_rows<kRows, 5>(x, w, groups, add, acc);
+    case 6: return tile_rows<kRows, 6>(x, w, groups, add, acc);
+    case 7: return tile_rows<kRows, 7>(x, w, groups, add, acc);
+    case 8: return tile_rows<kRows, 8>(x, w, groups, add, acc);
+    case 9: return tile_rows<kRows, 9>(x, w, groups, add, acc);
+    case 10: return tile_rows<kRows, 10>(x, w, groups, add, acc);
+    case 11: return tile_rows<kRows, 11>(x, w, groups, add, acc);
+    case 12: return tile_rows<kRows, 12>(x, w, groups, add, acc);
+    case 13: return tile_rows<kRows, 13>(x, w, groups, add, acc);
+    default: return tile_rows<kRows, 14>(x, w, groups, add, acc);
   }
 }
 

@@ -87,7 +87,7 @@ def test_transformers_reads_it(written, windows, logits_of, tmp_path, activation
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("architecture", ["llama"])
 def test_linears_may_differ_in_scheme(written, windows, tmp_path):
-    folder = written(HAQ(activations="auto"))
+    folder = written(HAQ(activations="auto", auto_limit=3e-3))  # linears of this random model lie on both sides of it
     export(folder, tmp_path / "export")
     config = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]
     assert {*config["config_groups"]} == {"static", "token"}

@@ -20,9 +20,9 @@ from haq_lab.int8.nvrtc import cubin_file, default_compiler
 from .bugs import DEQUANT, GEMM, QUANTIZE, Kernel, alone
 from .compiled import MAJORS, NEWEST, compiled, compiler, programs
 
-# The newest compiler for every architecture, the other for the first and the last with cp.async.
+# The newest compiler for every architecture; the other for the one without cp.async and the first and last with it.
 COMPILATIONS = [(NEWEST, architecture) for architecture in ARCHITECTURES] + [
-    (major, architecture) for major in MAJORS if major != NEWEST for architecture in (80, 120)
+    (major, architecture) for major in MAJORS if major != NEWEST for architecture in (75, 80, 120)
 ]
 TABLE = Path(__file__).parents[2] / "experiments" / "cuda_kernels.csv"
 

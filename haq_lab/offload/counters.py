@@ -1,0 +1,62 @@
+"""What an engine counts as it runs, a layer each: hits, misses, bytes moved, guesses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Counters:
+    """Args:
+        layers: Of the model.
+        blob_bytes: Of one expert, as it is moved.
+
+    Attributes (layers,):
+        read: Experts fetched, guesses among them.
+        guessed, guesses_used: Experts read ahead, and those of them that were wanted.
+        waited: Seconds.
+    """
+
+    def __init__(self, layers: int, blob_bytes: int):
+        self._blob_bytes = blob_bytes
+        self._pairs, self._pair_hits, self._experts, self._expert_hits = np.zeros((4, layers), np.int64)
+        self.read, self.guessed, self.guesses_used = np.zeros((3, layers), np.int64)
+        self.waited = np.zeros(layers)
+
+    def visit(self, layer: int, counts: NDArray[np.int64], missing: list[int]) -> None:
+        """A layer wants experts for `counts` (E,) tokens each, of which these are missing."""
+        self._pairs[layer] += counts.sum()
+        self._pair_hits[layer] += counts.sum() - counts[missing].sum()
+        self._experts[layer] += np.count_nonzero(counts)
+        self._expert_hits[layer] += np.count_nonzero(counts) - len(missing)
+
+    def metrics(self) -> dict[str, float]:
+        """By their full names; no hit rates where no expert was asked for."""
+        metrics = {}
+        if self._pairs.any():
+            metrics["offload.hit_rate_pairs"] = float(self._pair_hits.sum() / self._pairs.sum())
+            metrics["offload.hit_rate_experts"] = float(self._expert_hits.sum() / self._experts.sum())
+            metrics["offload.hit_rate_layer_std"] = float((self._pair_hits / np.maximum(self._pairs, 1)).std())
+        metrics["offload.bytes_moved"] = float(self.read.sum() * self._blob_bytes)
+        metrics["offload.waited_s"] = float(self.waited.sum())
+        return metrics
+
+    def prefetch_accuracy(self) -> float:
+        """The share of guesses that were wanted."""
+        return float(self.guesses_used.sum() / max(self.guessed.sum(), 1))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer."""
+        return [
+            {
+                "hits": int(self._pair_hits[layer]),
+                "misses": int(self._pairs[layer] - self._pair_hits[layer]),
+                "bytes": int(self.read[layer] * self._blob_bytes),
+                "waited_s": float(self.waited[layer]),
+                "guessed": int(self.guessed[layer]),
+                "guesses_used": int(self.guesses_used[layer]),
+            }
+            for layer in range(len(self.read))
+        ]
