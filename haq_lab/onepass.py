@@ -19,7 +19,7 @@ from haq_lab.calibration.calibrator import CALIBRATION, Calibrator
 from haq_lab.calibration.ranges import Ranges
 from haq_lab.calibration.routing import Routing
 from haq_lab.calibration.spool import Spool
-from haq_lab.calibration.statistics import Policy
+from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.heap import give_back
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.experts import Int8Experts
@@ -78,7 +78,7 @@ def one_pass(
     quantizer: Quantizer | None,
     backend: Backend,
     calibration: Tensor | None,
-    policy: Policy,
+    policy: CalibrationPolicy,
     evaluation: dict[str, Tensor],
     finished: Callable[[int, nn.Module], None],
     keeper: Keeper | None = None,
