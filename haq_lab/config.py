@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from pydantic import ValidationError
@@ -27,6 +28,7 @@ from haq_lab.int8.roofline import Hardware
 from haq_lab.measure.study import Measure
 from haq_lab.models.sources import ModelSource
 from haq_lab.offload.settings import Offload
+from haq_lab.paths import bundled
 from haq_lab.quantizers.base import Quantizer
 from haq_lab.stages.settings import Stages
 from haq_lab.tracking.wandb import Wandb
@@ -117,6 +119,21 @@ def build(config: DictConfig) -> Experiment:
         stages=_part(config, "stages", Stages),
         checkpoint=_checkpoint(config.get("checkpoint"), quantizer),
     )
+
+
+def model_option(name: str, settings: Sequence[str]) -> ModelSource:
+    """The model that an option of the group `model` stands for, outside a run.
+
+    Args:
+        settings: `model.SETTING=VALUE`.
+
+    Raises:
+        UserError: There is no such option, or a setting is not valid.
+    """
+    if name not in options("model"):
+        raise invalid("model", name, options("model"))
+    with initialize_config_dir(str(bundled("conf").resolve()), version_base="1.3"):
+        return build(compose("config", [f"model={name}", *settings])).model
 
 
 def _checkpoint(node: Any, quantizer: Quantizer | None) -> Path | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from haq_lab.calibration.calibrator import CALIBRATION, Calibrator
 from haq_lab.calibration.ranges import Ranges
 from haq_lab.calibration.routing import Routing
 from haq_lab.calibration.spool import Spool
-from haq_lab.calibration.statistics import Policy
+from haq_lab.calibration.statistics import CalibrationPolicy
+from haq_lab.evaluation import Evaluation, Level
 from haq_lab.heap import give_back
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.experts import Int8Experts
@@ -28,11 +29,8 @@ from haq_lab.models.families import expert_of
 from haq_lab.models.layered import LayeredModel
 from haq_lab.quantizers.apply import LinearReport, quantize_group, smooth_group
 from haq_lab.quantizers.base import Quantizer
-from haq_lab.stages.baseline import find_baseline, keep_baseline
 from haq_lab.stages.store import Store
 from haq_lab.stopwatch import Stopwatch
-
-Level = Literal["fp", "smoothed", "quantized"]
 
 
 @dataclass
@@ -78,7 +76,7 @@ def one_pass(
     quantizer: Quantizer | None,
     backend: Backend,
     calibration: Tensor | None,
-    policy: Policy,
+    policy: CalibrationPolicy,
     evaluation: dict[str, Tensor],
     finished: Callable[[int, nn.Module], None],
     keeper: Keeper | None = None,
@@ -95,19 +93,10 @@ def one_pass(
         keeper: Where a killed pass goes on from; `finished` is not called for layers that were done before.
         store: Stages of the full-precision model that other runs have computed, and where this one's go.
     """
-    store = store or Store()
-    first: Level = "quantized" if model.quantized else "fp"
-    levels: tuple[Level, ...] = (first,) if quantizer is None else ("fp", "smoothed", "quantized")
-    spool = Spool()
-    result = PassResult({})
-    clock = result.stopwatch
+    store, spool, clock = store or Store(), Spool(), Stopwatch()
     at: dict[str, int] = {}
-    for name, windows in evaluation.items():
-        embedded = model.embed(windows, spool.empty)
-        result.hidden[name] = {level: embedded if level == first else spool.copy(embedded) for level in levels}
-        found = first == "fp" and find_baseline(store, model, windows, embedded)
-        at[f"{name}/{first}"] = model.depth if found else 0
-    computed = [name for name in evaluation if first == "fp" and not at[f"{name}/fp"]]
+    texts = Evaluation(model, evaluation, quantizer is not None, spool, store, at)
+    result = PassResult(texts.hidden, stopwatch=clock)
     calibrator = None
     if quantizer is not None:
         calibrator = Calibrator(model, quantizer.needs, calibration, policy, clock, spool, store, at)
@@ -115,19 +104,14 @@ def one_pass(
 
     def evaluate(level: Level, layer: nn.Module, index: int) -> None:
         with clock.stage("evaluate"):
-            for name, hidden in result.hidden.items():
-                if at.get(f"{name}/{level}", index) <= index:
-                    model.run(layer, index, hidden[level])
-                    spool.release()
-                    if level == first:
-                        at[f"{name}/{level}"] = index + 1
+            texts.advance(level, layer, index)
 
     state = PassState(_hidden(result, calibrator), result, at)
     done = 0 if keeper is None else keeper.restore(state)
     for index in range(done, model.depth):
         with clock.stage("load"):
             layer = model.load_layer(index)
-        evaluate(first, layer, index)
+        evaluate(texts.first, layer, index)
         if quantizer is not None:
             assert calibrator is not None
             smoothed = _sharing(layer) if evaluation else None  # it keeps the float weights
@@ -145,8 +129,7 @@ def one_pass(
         finished(index, layer)
         del layer  # or it would stay while the next one is read
         give_back()
-    for name in computed:
-        keep_baseline(store, model, evaluation[name], result.hidden[name]["fp"])
+    texts.keep()
     return result
 
 

@@ -20,8 +20,9 @@ from haq_lab.calibration.calibrator import HESSIAN_BYTES
 from haq_lab.calibration.spool import RAM_BYTES
 from haq_lab.config import Experiment
 from haq_lab.errors import UserError
+from haq_lab.hub import hub_answers
 from haq_lab.models.families import family_of
-from haq_lab.models.sources import HubModel, hub_answers
+from haq_lab.models.sources import HubModel
 from haq_lab.offload.budget import Budget
 from haq_lab.paths import cache_folder
 from haq_lab.quiet import quiet_transformers

@@ -22,6 +22,14 @@ from haq_lab.show import console, plain, say
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
 
 RECORDS = ("results.json", "error.json", "config.yaml")
+FILE_WIDTH = 200  # columns, where there is no terminal to be narrower
+MEASURED = (  # beside perplexity
+    "memory.weights_bytes",
+    "latency.prefill_ms",
+    "latency.decode_ms_per_token.mean",
+    "offload.hit_rate_pairs",
+    "offload.bytes_moved",
+)
 
 
 def load(*folders: str | Path) -> pd.DataFrame:
@@ -90,16 +98,6 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         name = f"{prefix}{key}"
         items += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
     return items
-
-
-FILE_WIDTH = 200  # columns, where there is no terminal to be narrower
-MEASURED = (  # beside perplexity
-    "memory.weights_bytes",
-    "latency.prefill_ms",
-    "latency.decode_ms_per_token.mean",
-    "offload.hit_rate_pairs",
-    "offload.bytes_moved",
-)
 
 
 def show(runs: pd.DataFrame) -> None:

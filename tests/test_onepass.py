@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from haq_lab.calibration.statistics import MIN_TOKENS, Policy
+from haq_lab.calibration.statistics import MIN_TOKENS, CalibrationPolicy
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.experts import Int8Experts
 from haq_lab.int8.linear import Int8Linear
@@ -31,7 +31,13 @@ def pass_through(model, quantizer, windows, propagate="fp"):
     layers: dict[int, nn.Module] = {}
     calibration = windows.flip(0).flip(1)
     result = one_pass(
-        model, quantizer, ReferenceBackend(), calibration, Policy(propagate), {"text": windows}, layers.__setitem__
+        model,
+        quantizer,
+        ReferenceBackend(),
+        calibration,
+        CalibrationPolicy(propagate),
+        {"text": windows},
+        layers.__setitem__,
     )
     assert list(layers) == list(range(model.depth))
     return result, list(layers.values())
@@ -79,7 +85,9 @@ def test_propagating_the_quantised_model_gives_other_statistics(tiny, windows):
 
 def test_nothing_to_evaluate_still_quantises(tiny, windows):
     layers: list[nn.Module] = []
-    result = one_pass(tiny, RTN(), ReferenceBackend(), None, Policy(), {}, lambda index, layer: layers.append(layer))
+    result = one_pass(
+        tiny, RTN(), ReferenceBackend(), None, CalibrationPolicy(), {}, lambda index, layer: layers.append(layer)
+    )
     assert result.hidden == {}
     assert len(layers) == tiny.depth
     assert result.stopwatch.seconds["solve"] > 0
@@ -119,7 +127,7 @@ def test_nothing_keeps_a_layers_weights_once_it_is_finished(tiny, windows, name)
     tiny.load_layer = load
     calibration = windows.flip(1)
     evaluation = {"text": windows}
-    policy = Policy()
+    policy = CalibrationPolicy()
     one_pass(tiny, QUANTIZERS[name], ReferenceBackend(), calibration, policy, evaluation, lambda index, layer: None)
     assert len(loaded) > 10
 

@@ -16,7 +16,7 @@ from haq_lab.calibration.observe import observe, record_inputs
 from haq_lab.calibration.routing import Routing
 from haq_lab.calibration.sensitivity import LayerSensitivity, measure_sensitivity
 from haq_lab.calibration.spool import Spool
-from haq_lab.calibration.statistics import InputStatistics, Needs, Policy
+from haq_lab.calibration.statistics import CalibrationPolicy, InputStatistics, Needs
 from haq_lab.calibration.watchers import ExpertInside, ExpertsInput, SharedInput, channels_of
 from haq_lab.models.families import Group
 from haq_lab.models.layered import LayeredModel
@@ -50,7 +50,7 @@ class Calibrator:
         model: LayeredModel,
         needs: Needs,
         windows: Tensor | None,
-        policy: Policy,
+        policy: CalibrationPolicy,
         clock: Stopwatch,
         spool: Spool,
         store: Store,

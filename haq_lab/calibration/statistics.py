@@ -40,8 +40,8 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
-class Policy:
-    """How it is gathered.
+class CalibrationPolicy:
+    """How statistics are gathered.
 
     Args:
         propagate: `fp`: statistics of the full-precision model; `quantized`: of the model as quantised so far.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.routing import Routing
-from haq_lab.calibration.statistics import Accumulator, InputStatistics, Needs, Policy
+from haq_lab.calibration.statistics import Accumulator, CalibrationPolicy, InputStatistics, Needs
 from haq_lab.models.experts import Expert
 from haq_lab.models.families import Group
 
@@ -52,7 +52,7 @@ class ExpertsInput(SharedInput):
         needs: Needs,
         tokens: int,
         inputs_fp: Tensor | None,
-        policy: Policy,
+        policy: CalibrationPolicy,
         routing: Routing,
     ):
         super().__init__(layer, group, needs, tokens, inputs_fp)

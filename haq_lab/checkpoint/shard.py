@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 from haq_lab.errors import UserError
 from haq_lab.files import written_aside
 from haq_lab.models.families import expert_of
+from haq_lab.safetensors_header import read_header
 
 DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -77,7 +77,7 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
         raise UserError(f"checkpoint: {path} is missing")
     if path.stat().st_size != shard.bytes:
         raise UserError(f"checkpoint: {path} has {path.stat().st_size} bytes, not {shard.bytes}: truncated or changed")
-    header, start = read_header(path)
+    header, start = header_of(path)
     metadata = header.pop("__metadata__", {})
     for name in sorted({*header} ^ {*shard.tensors}):
         raise UserError(f"checkpoint: {path}: tensor '{name}' is not where the manifest has it; was a file renamed?")
@@ -100,7 +100,7 @@ def byte_range(path: Path, names: Iterable[str]) -> tuple[int, int]:
     Raises:
         UserError: They don't lie side by side, or are not there.
     """
-    header, start = read_header(path)
+    header, start = header_of(path)
     wanted = set(names)
     if missing := wanted - set(header):
         raise UserError(f"checkpoint: {path} has no tensor '{min(missing)}'")
@@ -110,22 +110,12 @@ def byte_range(path: Path, names: Iterable[str]) -> tuple[int, int]:
     return start + ranges[0][0], start + ranges[-1][1]
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header, and where the tensors' bytes begin."""
+def header_of(path: Path) -> tuple[dict[str, Any], int]:
+    """A shard's header, and where the tensors' bytes begin. Raises `UserError` for what is none."""
     try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                size = math.prod(entry["shape"]) * _TYPES[entry["dtype"]].itemsize
-                if entry["data_offsets"][1] - entry["data_offsets"][0] != size:
-                    raise ValueError(f"'{name}' has another size than its shape")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        return read_header(path)
+    except ValueError as error:
         raise UserError(f"checkpoint: {path} is not a readable safetensors file ({error})") from error
-    return header, 8 + length
 
 
 def _bytes(tensor: Tensor) -> memoryview:

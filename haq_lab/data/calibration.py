@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from haq_lab.calibration.statistics import MIN_TOKENS, Policy
+from haq_lab.calibration.statistics import MIN_TOKENS, CalibrationPolicy
 from haq_lab.data.text import fingerprint, load_rows, python_docs
 from haq_lab.data.windows import Count, Length, Windows, encode, own_text, random_crops
 from haq_lab.errors import UserError
@@ -45,9 +45,9 @@ class Calibration:
     min_tokens: Count = MIN_TOKENS
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> CalibrationPolicy:
         """What the calibrator goes by."""
-        return Policy(self.propagate, self.route, self.min_tokens)
+        return CalibrationPolicy(self.propagate, self.route, self.min_tokens)
 
     def __post_init__(self) -> None:
         if self.text == "python_docs" and self.path is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from haq_lab.errors import UserError, nearest
+from haq_lab.hub import hub_answers
 from haq_lab.paths import cache_folder
 
 Split = Literal["train", "validation", "test"]
@@ -100,14 +101,12 @@ def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[s
 
 @contextmanager
 def _hub_or_its_cache() -> Iterator[None]:
-    """Where the hub does not answer, ask only what was downloaded before: `datasets` would try for half a minute."""
+    """Where the hub does not answer, `datasets` looks only at what was downloaded before."""
     import datasets
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
 
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # of whatever the client is built on
+    if not hub_answers():
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
         yield

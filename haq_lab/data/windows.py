@@ -46,6 +46,23 @@ def _cut(tokens: Tensor, seqlen: int, windows: int | None, setting: str) -> Tens
     return tokens[: count * seqlen].view(count, seqlen)
 
 
+def _stamped(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, text: str, **facts: Any) -> Windows:
+    """Windows (n, t) of a text with their stamp, to which `facts` add or in which they replace."""
+    count, seqlen = tokens.shape
+    stamp = {
+        "tokenizer": type(tokenizer).__name__,
+        "vocabulary": len(tokenizer),
+        "seqlen": seqlen,
+        "stride": seqlen,
+        "windows": count,
+        "tokens_scored": count * (seqlen - 1),
+        "level": "token",
+        "text_sha256": fingerprint(text),
+        "comparable_with": [],
+    }
+    return Windows(tokens, stamp | facts)
+
+
 @dataclass(frozen=True)
 class _Text:
     """Args:
@@ -59,20 +76,7 @@ class _Text:
     seqlen: Length = 2048
 
     def _stamp(self, tokenizer: PreTrainedTokenizerBase, tokens: Tensor, text: str, **facts: Any) -> Windows:
-        scored = tokens.shape[0] * (tokens.shape[1] - 1)
-        stamp = {
-            "tokenizer": type(tokenizer).__name__,
-            "vocabulary": len(tokenizer),
-            "seqlen": self.seqlen,
-            "stride": self.seqlen,
-            "windows": tokens.shape[0],
-            "tokens_scored": scored,
-            "level": "token",
-            "source": self.path or "hub",
-            "text_sha256": fingerprint(text),
-            "comparable_with": [],
-        }
-        return Windows(tokens, stamp | facts)
+        return _stamped(tokenizer, tokens, text, source=self.path or "hub", **facts)
 
     def _published(self, tables: str, windows: int | None) -> list[str]:
         """The tables a figure can stand beside: only with the hub's text, 2,048 tokens and all the windows."""
@@ -155,8 +159,8 @@ class PythonDocs:
 
         text = python_docs("evaluation")
         tokens = _cut(encode(tokenizer, text), self.seqlen, self.windows, "data.python_docs.seqlen")
-        stamped = _Text(f"pydoc_data.topics of Python {platform.python_version()}", self.windows, self.seqlen)
-        return stamped._stamp(tokenizer, tokens, text, split="last 40 %", join="\\n\\n")
+        source = f"pydoc_data.topics of Python {platform.python_version()}"
+        return _stamped(tokenizer, tokens, text, source=source, split="last 40 %", join="\\n\\n")
 
 
 def own_text(path: str | None, setting: str) -> str:

@@ -137,6 +137,7 @@ def _quiet() -> Iterator[None]:
     try:
         with Path(os.devnull).open("w") as nothing:
             os.dup2(nothing.fileno(), 2)
+        # Twice: git writes to the descriptor, the bars to Python's object, which in a notebook is another one.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from haq_lab.errors import UserError, nearest
-from haq_lab.help import mistakes_told, options
+from haq_lab.help import mistakes_told
 from haq_lab.show import say
 
 
@@ -22,16 +21,9 @@ def main() -> None:
 
 
 def _build(name: str, settings: list[str]) -> None:
-    if name not in options("model"):
-        raise UserError(f"model: '{name}' is not one of {', '.join(options('model'))}{nearest(name, options('model'))}")
-    from hydra import compose, initialize_config_dir
+    from haq_lab.config import model_option
 
-    from haq_lab.config import build
-    from haq_lab.paths import bundled
-
-    with initialize_config_dir(str(bundled("conf").resolve()), version_base="1.3"):
-        config = compose("config", [f"model={name}", *settings])
-    source = build(config).model
+    source = model_option(name, settings)
     folder = source.folder()
     if hasattr(source, "check"):
         for line in source.check():

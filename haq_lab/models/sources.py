@@ -3,7 +3,6 @@ tokenizer and safetensors. What is converted or made here is kept in the cache f
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import pickle
@@ -17,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from haq_lab.errors import UserError
 from haq_lab.files import sha256_once
+from haq_lab.hub import hub_answers
 from haq_lab.models.made import made_once
 from haq_lab.models.tiny import build_tiny
 
@@ -188,20 +188,6 @@ class TinyModel:
         return made_once(
             name, lambda target: build_tiny(target, self.architecture, self.layers, self.hidden, self.seed)
         )
-
-
-@functools.cache
-def hub_answers() -> bool:
-    """Whether the hub can be asked; looked at once a process."""
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # of whatever the client is built on
-        return False
-    return True
 
 
 def _convert_gguf(path: Path, target: Path) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from haq_lab.errors import UserError, invalid
-from haq_lab.help import mistakes_told, options
+from haq_lab.errors import UserError
+from haq_lab.help import mistakes_told
 from haq_lab.show import Progress, say
 
 
@@ -58,20 +58,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _trace(given: argparse.Namespace) -> None:
-    from hydra import compose, initialize_config_dir
-
-    from haq_lab.config import build
+    from haq_lab.config import model_option
     from haq_lab.data.text import load_rows, python_docs
     from haq_lab.data.windows import encode
     from haq_lab.models.layered import LayeredModel
     from haq_lab.offload.record import record_trace
-    from haq_lab.paths import bundled
 
-    if given.model not in options("model"):
-        raise invalid("model", given.model, options("model"))
-    with initialize_config_dir(str(bundled("conf").resolve()), version_base="1.3"):
-        config = compose("config", [f"model={given.model}", *given.set])
-    model = LayeredModel(build(config).model.folder())
+    model = LayeredModel(model_option(given.model, given.set).folder())
     own = given.text == "python_docs"
     text = python_docs(given.part) if own else "".join(load_rows("text", "test", given.text, "text"))
     tokens = encode(model.tokenizer(), text)

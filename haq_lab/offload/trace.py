@@ -15,7 +15,6 @@ Metadata: `model`, `text`, `experts` (their number a layer).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from safetensors.numpy import save_file
 
 from haq_lab.errors import UserError
 from haq_lab.files import written_aside
+from haq_lab.safetensors_header import read_header
 
 TENSORS = {"experts": ("U8", np.uint8), "weights": ("F16", np.float16), "decode": ("BOOL", np.bool_)}
 TENSORS |= {"starts": ("I64", np.int64)}
@@ -134,22 +134,13 @@ class Trace:
         if not path.is_file():
             raise UserError(f"trace: there is no file '{path}'")
         try:
-            header, begin = _header(path)
+            header, begin = read_header(path)
             metadata = header.get("__metadata__", {})
             arrays: dict[str, Any] = {name: _mapped(path, begin, header[name], name) for name in TENSORS}
             count = int(metadata["experts"])
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"trace: '{path}' is not a routing trace, or is damaged ({error})") from error
         return cls(**arrays, expert_count=count, model=metadata.get("model", ""), text=metadata.get("text", ""))
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors header and where the data begins (the library itself would read everything into memory)."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length < path.stat().st_size:
-            raise ValueError("no header")
-        return json.loads(stream.read(length)), 8 + length
 
 
 def _mapped(path: Path, begin: int, entry: dict[str, Any], name: str) -> NDArray[Any]:

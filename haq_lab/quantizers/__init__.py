@@ -1,1 +1,1 @@
-"""Quantizers: RTN, SmoothQuant, GPTQ and HAQ, over shared parts (grid, smoothing, solver, activations)."""
+"""Quantizers: RTN, SmoothQuant, GPTQ and HAQ, over shared parts (README.md says which is where)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -81,30 +81,29 @@ def quantize_group(
             solved = Solution(solution.levels[rows].clone(), solution.scale[rows].clone(), dict(solution.notes))
             if own is not None and own.stands_in:
                 solved.notes.setdefault("fallback", "shared")
-            report = _report(layer, name, quantizer, own, solved, activation)
-            reports.append(replace(report, layer=index, strength=strength))
+            report = LinearReport(index, name, activation.scheme, strength, notes=solved.notes)
+            if activation.scale is not None:
+                report.static_scale = float(activation.scale)
+            _measure_errors(report, cast(Tensor, layer.get_submodule(name).weight), quantizer, own, solved)
+            reports.append(report)
             _put(layer, name, solved, activation, backend)
     return reports
 
 
-def _report(
-    layer: nn.Module,
-    name: str,
+def _measure_errors(
+    report: LinearReport,
+    weight: Tensor,
     quantizer: Quantizer,
     statistics: InputStatistics | None,
     solved: Solution,
-    activation: ActivationChoice,
-) -> LinearReport:
-    weight = cast(Tensor, layer.get_submodule(name).weight)
-    report = LinearReport(0, name, activation.scheme, notes=solved.notes)
-    if activation.scale is not None:
-        report.static_scale = float(activation.scale)
-    if statistics is not None and statistics.hessian is not None:
-        scale = row_scale(weight, quantizer.weight_bits)
-        nearest = Solution(round_to_nearest(weight, scale, quantizer.weight_bits), scale)
-        report.error_rtn = output_error(weight, nearest, statistics.hessian)
-        report.error = output_error(weight, solved, statistics.hessian)
-    return report
+) -> None:
+    """What the weights' rounding leaves at the output, beside what rounding to nearest would; nothing without H."""
+    if statistics is None or statistics.hessian is None:
+        return
+    scale = row_scale(weight, quantizer.weight_bits)
+    nearest = Solution(round_to_nearest(weight, scale, quantizer.weight_bits), scale)
+    report.error_rtn = output_error(weight, nearest, statistics.hessian)
+    report.error = output_error(weight, solved, statistics.hessian)
 
 
 def _put(layer: nn.Module, name: str, solved: Solution, activation: ActivationChoice, backend: Backend) -> None:

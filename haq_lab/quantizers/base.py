@@ -99,10 +99,8 @@ class Quantizer:
         return Solution(nearest.levels, nearest.scale, {"fallback": "rtn"})
 
 
-def output_error(weight: Tensor, solution: Solution, hessian: Tensor | None) -> float | None:
+def output_error(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
     """Mean squared error of the outputs that the weights' rounding alone causes: tr(dW H dW^T) / n."""
-    if hessian is None:
-        return None
     difference = solution.levels.float() * solution.scale[:, None] - weight
     total = 0.0
     for first in range(0, len(hessian), COLUMNS):  # H is symmetric: what lies left of its diagonal counts twice

@@ -6,7 +6,7 @@ one for the other:
     weights      tr(dW' H' dW'^T)      with H' = D^-1 H D^-1
     activations  E ||dX' W'^T||^2      under the activation scheme in force
 
-1. `adaptive`: each group takes the factor with the least sum of the two, predicted (`errors.py`), each error
+1. `adaptive`: each group takes the factor with the least sum of the two, predicted (`error_predictor.py`), each error
    weighted by what it costs the model's predictions (`sensitivity`).
 2. `fold`: the down and output projections are smoothed too, through the rows of up and value projections.
 3. `scale_search`, `act_order`: the weights are solved under H' by GPTQ, with searched row scales.
@@ -16,8 +16,6 @@ one for the other:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -27,80 +25,17 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.errors import UserError
-from haq_lab.int8.numerics import QMAX
 from haq_lab.models.families import Family, FoldKind, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solution
-from haq_lab.quantizers.errors import (
-    COARSE,
-    StaticNoise,
-    dynamic_noise,
-    every_output_alike,
-    sampled,
-    solved_weight_error,
-)
-from haq_lab.quantizers.grid import qmax, row_scale, row_scales, searched_row_scale
-from haq_lab.quantizers.refine import DynamicError, refined
+from haq_lab.quantizers.error_predictor import ErrorPredictor
+from haq_lab.quantizers.grid import row_scale, searched_row_scale
+from haq_lab.quantizers.noise import StaticNoise, dynamic_noise, every_output_alike
 from haq_lab.quantizers.smoothing import Channels, factor_of
 from haq_lab.quantizers.solver import Factor, conditional_variance, factorize, solve
 from haq_lab.threads import one_thread
 
-Scheme = Literal["token", "tensor", "static"]
 STRENGTHS = tuple(step / 16 for step in range(17))
 TRUST = 0.25  # of the correction for earlier layers: a regression on calibration text, shrunk as GPTQModel shrinks it
-
-
-class Predictor:
-    """The error that a smoothing factor will leave, of the weights and of the activations: the KL divergence in nats a
-    token where the model's sensitivity is known, else half the squared error of the outputs.
-
-    Args:
-        weight: (n, k) the consumers' stacked weights, before smoothing; further rows are not rounded (a router's).
-        statistics: Of their input, before smoothing.
-        variance: (k,) conditional variances of their input; where it has none, the weights' part is left out.
-    """
-
-    def __init__(self, weight: Tensor, statistics: InputStatistics, variance: Tensor | None, bits: int):
-        self._cost = statistics.sensitivity or every_output_alike(weight)
-        self._weight, self._bits = weight[: len(self._cost.outputs)], bits
-        self._variance = torch.zeros(weight.shape[1]) if variance is None else variance
-        self._ranges = replace(statistics, hessian=None, cross=None, sensitivity=None)
-
-    @cached_property
-    def _static(self) -> StaticNoise:
-        return StaticNoise(self._ranges)
-
-    def errors(self, scheme: Scheme, factors: list[Tensor], every: int = 1) -> list[float]:
-        """Predicted errors under a scheme, one for each factor (k,), from every so many sampled rows."""
-        scales = row_scales(self._weight, factors, self._bits)
-        return [self._error(scheme, *each, every) for each in zip(factors, scales, strict=True)]
-
-    def _error(self, scheme: Scheme, factor: Tensor, rows: Tensor, every: int) -> float:
-        rounding = solved_weight_error(rows, self._cost.outputs, self._variance / factor.square())
-        if scheme == "static":
-            disturbance = self._static.best_scale(factor, self._cost.channels)[1]
-        else:
-            noise = dynamic_noise(self._ranges, scheme == "token", every, factor)
-            disturbance = float(noise @ (self._cost.channels * factor.square()))
-        return (rounding + disturbance) / 2
-
-    def least(self, scheme: Scheme, candidates: list[Smoothing], channels: Channels) -> Smoothing:
-        """The candidate with the least predicted error; under dynamic scales then refined channel by channel."""
-        best = self._best(scheme, candidates, COARSE)
-        if scheme == "static":
-            return best  # refined under static scales, the prediction fell and the model got worse
-        finer = replace(best, factor=refined(best.factor, self._dynamic(scheme), channels))
-        return self._best(scheme, [best, finer])
-
-    def _best(self, scheme: Scheme, candidates: list[Smoothing], every: int = 1) -> Smoothing:
-        errors = self.errors(scheme, [candidate.factor for candidate in candidates], every)
-        return candidates[errors.index(min(errors))]
-
-    def _dynamic(self, scheme: Scheme) -> DynamicError:
-        rows, share = self._ranges.channel_max[None], torch.ones(1)
-        if scheme == "token":
-            rows, share = sampled(self._ranges)
-        weight = self._weight.abs() / qmax(self._bits)
-        return DynamicError(rows.abs() / QMAX, share, weight, self._cost, self._variance)
 
 
 @dataclass(frozen=True)
@@ -160,9 +95,9 @@ class HAQ(Quantizer):
         affords = self._affords_static(predictor, statistics.share, static.factor, token.factor)
         return static if affords else token
 
-    def _predictor(self, weight: Tensor, statistics: InputStatistics) -> Predictor:
+    def _predictor(self, weight: Tensor, statistics: InputStatistics) -> ErrorPredictor:
         variance = conditional_variance(statistics.shrunk_hessian(), self.damp, self.act_order)
-        return Predictor(weight, statistics, variance, self.weight_bits)
+        return ErrorPredictor(weight, statistics, variance, self.weight_bits)
 
     def _candidates(self, weight: Tensor, statistics: InputStatistics, channels: Channels) -> Iterator[Smoothing]:
         """Factors to choose from: SmoothQuant's form, over what stands for a channel's size.
@@ -183,7 +118,7 @@ class HAQ(Quantizer):
 
     # Activations.
 
-    def _affords_static(self, predictor: Predictor, share: float, static: Tensor, token: Tensor) -> bool:
+    def _affords_static(self, predictor: ErrorPredictor, share: float, static: Tensor, token: Tensor) -> bool:
         """Whether `auto` takes static scales, for the best factor (k,) under either scheme."""
         (as_static,), (as_token,) = predictor.errors("static", [static]), predictor.errors("token", [token])
         return as_static - as_token <= self.auto_limit * share

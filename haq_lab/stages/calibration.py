@@ -13,7 +13,7 @@ from torch import Tensor
 
 from haq_lab.calibration.routing import Routing
 from haq_lab.calibration.sensitivity import LayerSensitivity
-from haq_lab.calibration.statistics import InputStatistics, Needs, Policy, Sensitivity
+from haq_lab.calibration.statistics import CalibrationPolicy, InputStatistics, Needs, Sensitivity
 from haq_lab.models.layered import LayeredModel
 from haq_lab.stages.keys import about, key_of, of_text
 from haq_lab.stages.store import Artefact, Store
@@ -31,7 +31,7 @@ class CalibrationStages:
         windows: Calibration token windows (n, t).
     """
 
-    def __init__(self, store: Store, model: LayeredModel, windows: Tensor, policy: Policy):
+    def __init__(self, store: Store, model: LayeredModel, windows: Tensor, policy: CalibrationPolicy):
         self.store, self.model, self.policy = store, model, policy
         self._kept = store.folder is not None
         self._windows = windows

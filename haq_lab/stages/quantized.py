@@ -26,7 +26,7 @@ from haq_lab.stages.store import Artefact, Store
 
 LAYERS, PASS, MEASURED = "quantized", "pass", "measurement"
 RANGES = "ranges|"  # before the names of their tensors
-CODE = ("models", "calibration", "quantizers", "int8", "checkpoint", "onepass.py")
+CODE = ("models", "calibration", "quantizers", "int8", "checkpoint", "onepass.py", "evaluation.py")
 
 
 class QuantizedStages:

@@ -42,47 +42,41 @@ class Wandb:
     ) -> None:
         """Send one finished run, and the manifest of the checkpoint that it wrote. A failure is noted in `events.jsonl`
         and on no account raised."""
-        try:
-            with _kept_inside(folder.path):
-                self._log(folder, name, group, metrics, tables, figures, manifest)
-        except Exception as error:  # a run never fails because W&B does
-            with suppress(OSError):
-                folder.event("wandb_failed", error=f"{type(error).__name__}: {error}")
+        with _never_failing(folder), _kept_inside(folder.path):
+            import wandb
 
-    def _log(
-        self,
-        folder: RunFolder,
-        name: str,
-        group: str | None,
-        metrics: dict[str, Any],
-        tables: dict[str, pd.DataFrame],
-        figures: list[Path],
-        manifest: Path | None,
-    ) -> None:
-        import wandb
+            settings = wandb.Settings(silent=True, console="off", init_timeout=20, login_timeout=20, finish_timeout=120)
+            run = wandb.init(
+                project=self.project,
+                name=name[:LONGEST],
+                group=group and group[-LONGEST:],
+                config=folder.config,
+                mode=self.mode,
+                dir=str(folder.path),
+                reinit="finish_previous",
+                settings=settings,
+            )
+            content: dict[str, Any] = dict(metrics)
+            for key, table in tables.items():
+                content[key] = wandb.Table(dataframe=table.astype(object).where(table.notna(), None))
+            content |= {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
+            run.log(content)
+            if manifest is not None:
+                label = re.sub(r"[^\w.-]", "-", f"checkpoint-{manifest.parent.name}")[:LONGEST]
+                artifact = wandb.Artifact(label, type="checkpoint", metadata={"folder": str(manifest.parent)})
+                artifact.add_file(str(manifest))
+                run.log_artifact(artifact)
+            run.finish()
 
-        settings = wandb.Settings(silent=True, console="off", init_timeout=20, login_timeout=20, finish_timeout=120)
-        run = wandb.init(
-            project=self.project,
-            name=name[:LONGEST],
-            group=group and group[-LONGEST:],
-            config=folder.config,
-            mode=self.mode,
-            dir=str(folder.path),
-            reinit="finish_previous",
-            settings=settings,
-        )
-        content: dict[str, Any] = dict(metrics)
-        for key, table in tables.items():
-            content[key] = wandb.Table(dataframe=table.astype(object).where(table.notna(), None))
-        content |= {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
-        run.log(content)
-        if manifest is not None:
-            label = re.sub(r"[^\w.-]", "-", f"checkpoint-{manifest.parent.name}")[:LONGEST]
-            artifact = wandb.Artifact(label, type="checkpoint", metadata={"folder": str(manifest.parent)})
-            artifact.add_file(str(manifest))
-            run.log_artifact(artifact)
-        run.finish()
+
+@contextmanager
+def _never_failing(folder: RunFolder) -> Iterator[None]:
+    """A run never fails because W&B does."""
+    try:
+        yield
+    except Exception as error:
+        with suppress(OSError):
+            folder.event("wandb_failed", error=f"{type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -131,7 +131,8 @@ HAQ_TARGET void finish(const int32_t* acc, int rows, int64_t row, int64_t column
   finish_rows<uint16_t>(acc, rows, row, column, e);
 }
 
-// exp by 2^n * polynomial (Cephes' coefficients), within 2 ulp; the range keeps 2^n a normal number.
+// exp by 2^n * polynomial (Cephes' coefficients), within 2 ulp; the range keeps 2^n a normal number. Operation for
+// operation what kernels/numeric.cuh does, so that an expert has the same bits on a GPU and beside it.
 HAQ_TARGET inline float exp_poly(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
@@ -144,7 +145,7 @@ HAQ_TARGET inline float exp_poly(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
+  p = p * (r * r) + r + 1.0f;
   return p * from_bits((to_bits(shifted) + 127u) << 23);
 }
 

@@ -9,7 +9,7 @@ from haq_lab.calibration import calibrator as module
 from haq_lab.calibration.calibrator import Calibrator
 from haq_lab.calibration.observe import captured_inputs
 from haq_lab.calibration.spool import Spool
-from haq_lab.calibration.statistics import Needs, Policy
+from haq_lab.calibration.statistics import CalibrationPolicy, Needs
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.quantizers.apply import quantize_group
 from haq_lab.quantizers.rtn import RTN
@@ -21,7 +21,7 @@ NEEDS = Needs(inputs=True, hessian=True, cross=True, sample=True)
 
 def calibrate(model, windows, propagate, needs=NEEDS, route="topk"):
     """Statistics by layer and site, with 4-bit RTN on the way; the quantised layers; and the calibrator."""
-    policy = Policy(propagate, route, min_tokens=1)
+    policy = CalibrationPolicy(propagate, route, min_tokens=1)
     calibrator = Calibrator(model, needs, windows, policy, Stopwatch(), Spool(), Store(), {})
     seen, layers = {}, []
     for index in range(model.depth):

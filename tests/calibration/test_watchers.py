@@ -7,7 +7,7 @@ import torch
 
 from haq_lab.calibration.observe import captured_inputs, observe
 from haq_lab.calibration.routing import Routing
-from haq_lab.calibration.statistics import Needs, Policy
+from haq_lab.calibration.statistics import CalibrationPolicy, Needs
 from haq_lab.calibration.watchers import ExpertInside, ExpertsInput
 from haq_lab.models import layered
 from haq_lab.stopwatch import Stopwatch
@@ -49,7 +49,7 @@ def close(got, expected):
 def test_each_experts_own_tokens(tiny, windows):
     layer, hidden = tiny.load_layer(0), tiny.embed(windows)
     x, chosen = moe_input(tiny, layer, hidden)
-    statistics, routing = watch(tiny, layer, hidden, Policy(min_tokens=25))
+    statistics, routing = watch(tiny, layer, hidden, CalibrationPolicy(min_tokens=25))
     close(statistics.hessian, hessian(x))
     counts = routing.counts(0)
     assert counts.sum() == 2 * windows.numel()
@@ -69,7 +69,7 @@ def test_each_experts_own_tokens(tiny, windows):
 
 def test_all_tokens(tiny, windows):
     layer, hidden = tiny.load_layer(0), tiny.embed(windows)
-    statistics, routing = watch(tiny, layer, hidden, Policy(route="all"))
+    statistics, routing = watch(tiny, layer, hidden, CalibrationPolicy(route="all"))
     assert statistics.routed == {}
     assert all(statistics.of(expert) is statistics for expert in range(tiny.experts))
     assert len(routing.chosen) == 1
@@ -80,7 +80,7 @@ def test_cross_moments_are_of_the_same_tokens(tiny, windows):
     x, chosen = moe_input(tiny, layer, hidden)
     x_fp = x + 0.1 * torch.randn_like(x)
     needs = Needs(inputs=True, hessian=True, cross=True)
-    statistics, _ = watch(tiny, layer, hidden, Policy(min_tokens=1), x_fp, needs)
+    statistics, _ = watch(tiny, layer, hidden, CalibrationPolicy(min_tokens=1), x_fp, needs)
     expert = int(chosen.flatten().mode().values)
     own = (chosen == expert).any(dim=1)
     close(statistics.cross, (x_fp - x).t() @ x / len(x))
@@ -93,7 +93,7 @@ def test_the_trace_is_the_whole_models(tiny, windows):
     router.register_forward_hook(lambda module, arguments, output: seen.append(output))
     whole(windows)
     _, weights, chosen = seen[0]
-    _, routing = watch(tiny, tiny.load_layer(0), tiny.embed(windows), Policy())
+    _, routing = watch(tiny, tiny.load_layer(0), tiny.embed(windows), CalibrationPolicy())
     assert torch.equal(routing.chosen[0].long(), chosen)
     torch.testing.assert_close(routing.weights[0].float(), weights, rtol=1e-3, atol=1e-3)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from haq_lab.calibration.statistics import Policy
+from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.checkpoint import __main__ as command
 from haq_lab.checkpoint.export import export, pack
 from haq_lab.checkpoint.model import QuantizedModel
@@ -35,7 +35,9 @@ def written(architecture, windows, tmp_path):
     def write(quantizer):
         model = LayeredModel(TinyModel(architecture).folder())
         writer = CheckpointWriter(tmp_path / "checkpoint", model, {}, {}, force=False)
-        one_pass(model, quantizer, ReferenceBackend(), windows.flip(0), Policy(), {}, lambda *_: None, writer)
+        one_pass(
+            model, quantizer, ReferenceBackend(), windows.flip(0), CalibrationPolicy(), {}, lambda *_: None, writer
+        )
         writer.finish()
         writer.close()
         return tmp_path / "checkpoint"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from haq_lab.calibration.statistics import Policy
+from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.measure.memory import RESET
@@ -42,7 +42,7 @@ print(peak_rss() - before)
 def _write(folder: Path, hidden: int, layers: int) -> Path:
     model = LayeredModel(TinyModel("mixtral", layers=layers, hidden=hidden).folder())
     writer = CheckpointWriter(folder, model, {}, {}, force=False)
-    one_pass(model, RTN(), ReferenceBackend(), None, Policy(), {}, lambda *_: None, writer)
+    one_pass(model, RTN(), ReferenceBackend(), None, CalibrationPolicy(), {}, lambda *_: None, writer)
     writer.finish()
     writer.close()
     return folder

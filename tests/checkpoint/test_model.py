@@ -10,7 +10,7 @@ import torch
 from launching import TINY, launch
 from transformers import AutoModelForCausalLM
 
-from haq_lab.calibration.statistics import Policy
+from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.checkpoint.manifest import Manifest
 from haq_lab.checkpoint.model import QuantizedCheckpoint, QuantizedModel
 from haq_lab.checkpoint.writer import CheckpointWriter
@@ -49,7 +49,7 @@ def test_logits_are_bit_equal(architecture, activations, windows, logits_of, tmp
         HAQ(activations=activations),
         ReferenceBackend(),
         windows.flip(0),
-        Policy(),
+        CalibrationPolicy(),
         {},
         lambda index, layer: layers.append(layer),
         writer,

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from haq_lab.errors import UserError
 from haq_lab.int8 import native, native_build
+from tests.kernels.reference import swiglu
 
 if not native.available():
     pytest.skip(f"no CPU kernels here: {native.unavailable_reason()}", allow_module_level=True)
@@ -200,6 +201,17 @@ def test_silu_mul(isa, dtype):
     wanted = torch.nn.functional.silu(gate) * up
     tolerance = 1e-6 if dtype == torch.float32 else 4e-3
     torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=1e-30)
+
+
+@isas
+@many
+@given(width=st.integers(1, 300), seed=seeds)
+def test_silu_mul_has_the_bits_of_the_cuda_kernels(isa, width, seed):
+    gate, up = np.random.default_rng(seed).normal(0, 20, (2, 3, width)).astype(np.float32)
+    gate[0, ::7] *= 10  # beyond where exp is clipped
+    with native.forced_isa(isa):
+        got = native.silu_mul(torch.from_numpy(np.concatenate([gate, up], axis=1)))
+    assert torch.equal(got, torch.from_numpy(swiglu(gate, up)))
 
 
 @isas

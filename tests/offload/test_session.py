@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from haq_lab.calibration.statistics import Policy
+from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.errors import UserError
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.models.layered import LayeredModel
@@ -39,7 +39,7 @@ def finished(model, add=lambda layer: None) -> list:
         layers.append(layer)
 
     with torch.no_grad():
-        one_pass(model, RTN(), CpuBackend(), None, Policy(), {}, keep)
+        one_pass(model, RTN(), CpuBackend(), None, CalibrationPolicy(), {}, keep)
     return layers
 
 

@@ -82,7 +82,6 @@ def test_output_error_is_the_mean_square_of_the_outputs():
     solution = RTN(weight_bits=4).solve(weight, None, TOKEN)
     error = x @ (solution.levels.float() * solution.scale[:, None] - weight).t()
     assert output_error(weight, solution, seen.hessian) == pytest.approx(float(error.square().mean()), rel=1e-4)
-    assert output_error(weight, solution, None) is None
     exact = Solution(torch.tensor([[3, -4]], dtype=torch.int8), torch.tensor([0.5]))
     assert output_error(torch.tensor([[1.5, -2.0]]), exact, torch.eye(2)) == 0
 

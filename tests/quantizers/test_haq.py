@@ -12,8 +12,9 @@ from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.errors import UserError
 from haq_lab.models.families import FAMILIES, Group
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
-from haq_lab.quantizers.errors import every_output_alike
-from haq_lab.quantizers.haq import HAQ, Predictor
+from haq_lab.quantizers.error_predictor import ErrorPredictor
+from haq_lab.quantizers.haq import HAQ
+from haq_lab.quantizers.noise import every_output_alike
 from haq_lab.quantizers.smoothing import Channels
 from haq_lab.quantizers.solver import conditional_variance
 
@@ -48,7 +49,7 @@ def test_the_adaptive_factor_has_the_least_predicted_error_and_a_smaller_true_on
     quantizer = HAQ(activations=scheme)
     chosen = smoothing(quantizer, weight, statistics)
     variance = conditional_variance(statistics.hessian, quantizer.damp, quantizer.act_order)
-    predictor = Predictor(weight, statistics, variance, 8)
+    predictor = ErrorPredictor(weight, statistics, variance, 8)
     assert chosen.strength > 0
     for strength in (0.0, 0.25, 0.5, 1.0):
         fixed = smoothing(HAQ(activations=scheme, adaptive=False, strength=strength), weight, statistics)
@@ -95,7 +96,7 @@ def test_auto_is_static_where_rows_are_alike_and_dynamic_where_they_are_not():
 def test_auto_allows_an_expert_its_share_of_the_limit():
     weight, x = torch.randn(20, K), torch.randn(500, K)
     statistics = InputStatistics(500, x.abs().amax(0), x.t() @ x / 500, None, x, torch.ones(500))
-    predictor = Predictor(weight, statistics, None, 8)
+    predictor = ErrorPredictor(weight, statistics, None, 8)
     plain = [torch.ones(K)]
     added = predictor.errors("static", plain)[0] - predictor.errors("token", plain)[0]
     for share, scheme in ((1.0, "static"), (0.51, "static"), (0.49, "token")):

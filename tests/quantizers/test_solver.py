@@ -10,9 +10,9 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
-from haq_lab.quantizers.errors import solved_weight_error
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.grid import qmax, round_to_nearest, row_scale
+from haq_lab.quantizers.noise import solved_weight_error
 from haq_lab.quantizers.solver import conditional_variance, factorize, solve
 
 

@@ -1,0 +1,46 @@
+"""Whether the hub answers is asked once, and never where the environment forbids it."""
+
+from __future__ import annotations
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from haq_lab.hub import hub_answers
+
+
+class Session:
+    def __init__(self, answers: bool):
+        self.answers, self.asked = answers, 0
+
+    def __call__(self):
+        return self
+
+    def head(self, url, timeout):
+        self.asked += 1
+        if not self.answers:
+            raise OSError("unreachable")
+
+
+@pytest.fixture(autouse=True)
+def anew(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub_answers.cache_clear()
+    yield
+    hub_answers.cache_clear()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_it_is_asked_once(monkeypatch, answers):
+    session = Session(answers)
+    monkeypatch.setattr(huggingface_hub, "get_session", session)
+    assert [hub_answers(), hub_answers()] == [answers, answers]
+    assert session.asked == 1
+
+
+def test_it_is_not_asked_where_the_environment_says_so(monkeypatch):
+    session = Session(answers=True)
+    monkeypatch.setattr(huggingface_hub, "get_session", session)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not hub_answers()
+    assert session.asked == 0
