@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from haq_lab.int8.numerics import Activations, epilogue, quantize_activations
+from haq_lab.int8.numerics import Activations, epilogue, quantize_activations, swiglu
 
 
 class Backend:
@@ -53,6 +53,12 @@ class Backend:
     def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (m, k) floating -> int8 (m, k) and float32 scales, one a row, as `product` takes them."""
         return quantize_activations(x, scheme, static_scale)
+
+    def swiglu_quantize(
+        self, gate: Tensor, up: Tensor, scheme: Activations, static_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """silu(gate) * up of float32 (m, k), as `numerics.swiglu` has it to the bit, quantised as by `quantize`."""
+        return self.quantize(swiglu(gate, up), scheme, static_scale)
 
     def product(
         self,

@@ -161,6 +161,13 @@ class CpuBackend(Backend):
         assert static_scale is not None, "the static scheme needs the scale from calibration"
         return native.quantize_static(x, float(static_scale)), static_scale.float().expand(len(x), 1)
 
+    def swiglu_quantize(
+        self, gate: Tensor, up: Tensor, scheme: Activations, static_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if not self._native:
+            return super().swiglu_quantize(gate, up, scheme, static_scale)
+        return self.quantize(native.silu_mul(torch.cat([gate, up], dim=1)), scheme, static_scale)
+
     def product(
         self,
         qx: Tensor,

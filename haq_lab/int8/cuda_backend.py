@@ -9,7 +9,7 @@ from haq_lab.errors import UserError
 from haq_lab.int8 import cuda
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.claim import claim
-from haq_lab.int8.cuda import GEMV_ROWS, Kernels, padded
+from haq_lab.int8.cuda import GEMV_ROWS, K_MULTIPLE, Kernels, padded
 from haq_lab.int8.numerics import Activations, scale_of
 
 
@@ -56,6 +56,14 @@ class CudaBackend(Backend):
         scale = scale_of(x.float().abs().amax()) if scheme == "tensor" else static_scale
         assert scale is not None, "the static scheme needs the scale from calibration"
         return self._kernels.quantize_static(x, scale.to(self.device, torch.float32).reshape(1))
+
+    def swiglu_quantize(
+        self, gate: Tensor, up: Tensor, scheme: Activations, static_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if scheme == "tensor" or gate.shape[1] % K_MULTIPLE:
+            return super().swiglu_quantize(gate, up, scheme, static_scale)
+        scale = None if static_scale is None else static_scale.to(self.device, torch.float32).reshape(1)
+        return self._kernels.swiglu_quantize(torch.cat([gate, up], dim=1), scale)
 
     def product(
         self,

@@ -14,6 +14,8 @@ from torch import Tensor
 
 Activations = Literal["token", "tensor", "static"]
 QMAX = 127
+EXP_LOG2_E, EXP_LN2_HIGH, EXP_LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
+EXP_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
 
 def scale_of(maximum: Tensor, qmax: int = QMAX) -> Tensor:
@@ -47,6 +49,22 @@ def quantize_activations(x: Tensor, scheme: Activations, static_scale: Tensor | 
     else:
         scale = scale_of(x.abs().amax(dim=1, keepdim=True))
     return round_to_grid(x, scale).to(torch.int8), scale
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of float32 tensors of one shape, in operations that are the same to the bit on every device.
+
+    exp is n ln 2 + r with Cephes' polynomial, each operation rounded on its own (kernels/numeric.cuh,
+    kernels/cpu/rows.h): within 2 units of the last place of torch's, and the bits do not depend on a math library.
+    """
+    x = (-gate).clamp(-87.0, 88.0)
+    n = torch.round(x * EXP_LOG2_E)
+    r = x - n * EXP_LN2_HIGH - n * EXP_LN2_LOW
+    p = torch.full_like(r, EXP_POLYNOMIAL[0])
+    for coefficient in EXP_POLYNOMIAL[1:]:
+        p = p * r + coefficient
+    y = p * (r * r) + r + 1.0
+    return gate / (1.0 + y * (n.to(torch.int32).add_(127) << 23).view(torch.float32)) * up
 
 
 def epilogue(accumulators: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None) -> Tensor:

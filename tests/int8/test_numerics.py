@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from haq_lab.int8.numerics import epilogue, quantize_activations, round_to_grid, scale_of
+from haq_lab.int8.numerics import epilogue, quantize_activations, round_to_grid, scale_of, swiglu
+from tests.kernels import reference
 
 LARGE = 2.0**127
 floats = st.floats(-LARGE, LARGE, width=32)
@@ -94,3 +95,12 @@ def test_epilogue_order_is_row_scale_then_column_scale_then_bias():
     expected = np.float32(accumulators.numpy()) * np.float32(0.1) * np.float32([0.3, 7.0]) + np.float32([1.0, 2.0])
     assert epilogue(accumulators, row, column, bias).numpy().tolist() == expected.tolist()
     assert epilogue(accumulators, row, column, None).dtype == torch.float32
+
+
+@given(hnp.arrays(np.float32, (2, 7), elements=st.floats(-200, 200, width=32)))
+def test_swiglu_has_the_bits_of_the_kernels_and_is_silu(values):
+    gate, up = torch.from_numpy(values)
+    got = swiglu(gate, up)
+    assert torch.equal(got, torch.from_numpy(reference.swiglu(*values)))
+    wanted = torch.nn.functional.silu(gate.double()) * up.double()
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-30)

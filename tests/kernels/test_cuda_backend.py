@@ -7,6 +7,7 @@ import torch
 
 from haq_lab.errors import UserError
 from haq_lab.int8.backend import Backend, ReferenceBackend
+from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.cuda import Kernels
 from haq_lab.int8.cuda_backend import CudaBackend
 from haq_lab.int8.deploy import deploy
@@ -33,6 +34,20 @@ def test_a_linear_has_the_references_bits(host: Kernels, m, k, dtype, scheme):
             for backend in (CudaBackend("cpu", host), ReferenceBackend())
         ]
         assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("scheme", ["token", "tensor", "static"])
+@pytest.mark.parametrize("k", [64, 40])
+def test_an_activation_has_the_references_bits_on_every_backend(host: Kernels, k, scheme):
+    """So that an expert may run on the GPU or on the CPU beside it."""
+    draw = Draw(17)
+    gate, up = draw.normal(5, k), draw.normal(5, k)
+    static = draw.scale(1)[0] if scheme == "static" else None
+    wanted = ReferenceBackend().swiglu_quantize(gate, up, scheme, static)
+    for backend in (CudaBackend("cpu", host), CpuBackend()):
+        levels, scale = backend.swiglu_quantize(gate, up, scheme, static)
+        assert_same_bits(levels[:, :k], wanted[0])
+        assert_same_bits(scale.flatten(), wanted[1].flatten())
 
 
 def test_sums_are_the_references(host: Kernels):
