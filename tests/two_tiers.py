@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haq_lab.calibration.statistics import Policy
+from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.deploy import deploy
 from haq_lab.models.layered import LayeredModel
@@ -80,5 +80,5 @@ class TwoTiers:
 
     def _layers(self, model: LayeredModel) -> list[Any]:
         layers: list[Any] = []
-        one_pass(model, RTN(), self.backend, None, Policy(), {}, lambda index, layer: layers.append(layer))
+        one_pass(model, RTN(), self.backend, None, CalibrationPolicy(), {}, lambda index, layer: layers.append(layer))
         return layers

@@ -33,6 +33,10 @@ class Backend:
         """The int8 levels (rows, columns) that were packed, exactly."""
         return packed
 
+    def dequantize(self, levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """int8 levels (n, k) times float32 row scales (n,), rounded to `dtype` (n, k)."""
+        return (levels.to(torch.float32) * scale[:, None]).to(dtype)
+
     def joins(self, rows: int) -> bool:
         """Whether packed weights of so many rows, and others of the same k after them, are packed as one matrix."""
         return True

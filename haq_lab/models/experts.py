@@ -7,6 +7,7 @@ tensors: nothing is copied, and whatever works on linears works on experts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 FUSED = ("gate_up_proj", "down_proj")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Expert(nn.Module):
@@ -24,6 +26,14 @@ class Expert(nn.Module):
         gate, up = gate_up.chunk(2)
         self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)
         self.act_fn = act_fn
+
+    def with_linears(self, make: Callable[[nn.Module], nn.Module]) -> Expert:
+        """The same expert with other linears, which `make` makes of its own."""
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        for name in PROJECTIONS:
+            twin.set_submodule(name, make(self.get_submodule(name)))
+        return twin
 
     def activate(self, x: Tensor) -> Tensor:
         """(m, d) -> (m, f), what the down projection reads."""

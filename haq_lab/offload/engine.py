@@ -76,7 +76,7 @@ class Engine:
         self.observer, self.streams = observer, streams or Streams()
         self.heard = Heard(layers, self.experts)
         self.arena = Arena(policy.slots + spare, store.blob_bytes, self.streams.device)
-        self.counters = Counters(layers, store.blob_bytes)
+        self.counters = Counters(layers, store.moved_bytes)
         self._modules: list[nn.ModuleList] = []
         self._reader = ThreadPoolExecutor(1, "expert-reader")
         self._reads: dict[Key, Future[tuple[float, Mark]]] = {}
@@ -220,7 +220,7 @@ class Engine:
         with self.streams.copying(computed):
             self.store.read(*key, blob)
             there = self.streams.mark()
-        return 0.0 if self.observer is None else self.observer.fetched(self.store.blob_bytes), there
+        return 0.0 if self.observer is None else self.observer.fetched(self.store.moved_bytes), there
 
     def _arrive(self, key: Key) -> float:
         try:

@@ -26,7 +26,8 @@ class HostTier:
     """
 
     def __init__(self, blocks: list[Tensor], parts: list[Part], blob_bytes: int, streams: Streams):
-        self.parts, self.blob_bytes = parts, blob_bytes
+        self.parts = parts
+        self.blob_bytes = self.moved_bytes = blob_bytes
         self._blocks, self._streams = blocks, streams
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:

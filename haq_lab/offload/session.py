@@ -13,11 +13,13 @@ from haq_lab.calibration.routing import Routing
 from haq_lab.files import named
 from haq_lab.int8.roofline import Hardware
 from haq_lab.models.layered import LayeredModel
+from haq_lab.offload.conversion import ConvertedTier
 from haq_lab.offload.engine import Engine
 from haq_lab.offload.host import HostWriter
+from haq_lab.offload.narrow_experts import narrow_experts
 from haq_lab.offload.settings import Offload, experts_of, refuse_dense
 from haq_lab.offload.shape import Shape
-from haq_lab.offload.slow_tier import TierWriter
+from haq_lab.offload.slow_tier import SlowTier, TierWriter
 from haq_lab.offload.store import StoreWriter
 from haq_lab.offload.streams import Streams
 from haq_lab.stages.store import Store
@@ -57,8 +59,14 @@ class OffloadSession:
 
     def add(self, layer: nn.Module) -> None:
         """The next layer in its final form: its experts go to the slow tier."""
+        experts, formats = experts_of(layer, self.model), self.settings.formats
+        formats.prepare(experts)
         with named(self.path):
-            self._writer.add(experts_of(layer, self.model))
+            self._writer.add(experts)
+        self._as_made = experts
+        if formats.narrow is not None:
+            assert self.model.family.moe is not None
+            layer.set_submodule(self.model.family.moe.experts, narrow_experts(experts, formats.narrow))
 
     def engage(self, layers: list[nn.Module], routing: Routing | None, calibration: Tensor | None, text: str) -> None:
         """All layers are there: build the engine.
@@ -73,7 +81,9 @@ class OffloadSession:
         if self._profile is None:
             assert calibration is not None
             self._profile = routing_trace(self.stages, self.model, calibration, text)
-        tier = self._writer.open()
+        tier: SlowTier = self._writer.open()
+        if (conversion := self.settings.formats.conversion(self._as_made, tier.parts)) is not None:
+            tier = ConvertedTier(tier, conversion, self._streams.device)
         self.engine = self.settings.engage(self.model, layers, tier, self._profile, self.hardware, self._streams)
         self._start = self.engine.policy.resident.copy()
 

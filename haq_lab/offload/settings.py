@@ -16,6 +16,7 @@ from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.budget import Budget
 from haq_lab.offload.costs import Costs, Objective, Predictor
 from haq_lab.offload.engine import Engine
+from haq_lab.offload.formats import DeviceFormat, Formats, HostFormat
 from haq_lab.offload.machine_costs import machine_costs
 from haq_lab.offload.measured_costs import measure_costs
 from haq_lab.offload.observer import Observer
@@ -46,8 +47,7 @@ class Offload:
         miss: A missing expert is fetched, runs in the slow tier, or whichever the predictor finds faster, for this
             machine or the one that `hardware=` names.
         objective: What the predictor minimises.
-        host_format, device_format: Of experts in the slow and in the fast tier. The engine holds both as the
-            quantizer made them; other pairs can be planned and simulated (`python -m haq_lab.offload plan`).
+        host_format, device_format: Of experts in the slow and in the fast tier (`formats.py`).
         spare: Slots for experts that pass through and for guesses.
         kv_tokens: Context whose key-value cache, and workspace as a prompt, a budget in bytes must hold as well.
         profile: A trace file to place and predict by; null records one on the calibration text.
@@ -61,8 +61,8 @@ class Offload:
     prefetch: Literal["none", "next_gate", "path"] = "none"
     miss: Literal["fetch", "cpu", "predict"] = "fetch"
     objective: Objective = "max"
-    host_format: Literal["int8", "bf16"] = "int8"
-    device_format: Literal["int8", "fp16"] = "int8"
+    host_format: HostFormat = "int8"
+    device_format: DeviceFormat = "int8"
     spare: Annotated[int, Field(ge=1)] = 4
     kv_tokens: Annotated[int, Field(ge=0)] = 2048
     profile: str | None = None
@@ -70,15 +70,13 @@ class Offload:
 
     def __post_init__(self) -> None:
         Budget.parse(self.budget)
-        for setting, value in (("host_format", self.host_format), ("device_format", self.device_format)):
-            if value != "int8":
-                raise UserError(
-                    f"offload.{setting}: '{value}' needs experts to be converted as they are moved, which the engine "
-                    "does not do; int8 holds experts as the quantizer made them, and `python -m haq_lab.offload plan` "
-                    "simulates the rest"
-                )
         if self.prefetch != "none" and self.spare < 2:
             raise UserError("offload.spare: prefetching needs at least 2 spare slots")
+
+    @property
+    def formats(self) -> Formats:
+        """In what numbers experts lie in the two tiers."""
+        return Formats(self.host_format, self.device_format)
 
     def must_run_on(self, device: torch.device) -> None:
         """Raise `UserError` where these settings cannot be had on a backend's device.

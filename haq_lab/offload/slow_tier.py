@@ -15,10 +15,12 @@ class SlowTier(Protocol):
     Attributes:
         parts: How a blob is laid out, the same for all.
         blob_bytes: Its size.
+        moved_bytes: What is read for it.
     """
 
     parts: list[Part]
     blob_bytes: int
+    moved_bytes: int
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
         """An expert's bytes into `blob` (blob_bytes,) uint8, in the order of the calling thread's stream.

@@ -65,7 +65,7 @@ class ExpertStore:
     def __init__(self, path: Path, parts: list[Part], blob_bytes: int, experts: int):
         self.path = path
         self.parts = parts
-        self.blob_bytes = blob_bytes
+        self.blob_bytes = self.moved_bytes = blob_bytes
         self.experts = experts
         self._file = os.open(path, os.O_RDONLY)
         self._direct = past_the_cache(path)

@@ -41,14 +41,6 @@ def test_a_unit_misspelt_is_told_the_nearest():
         Budget.parse("500 Mb")
 
 
-@pytest.mark.parametrize("formats", [("int8", "fp16"), ("bf16", "int8"), ("bf16", "fp16")])
-def test_formats_that_need_a_gpu_say_so(formats):
-    host, device = formats
-    name = "host_format: 'bf16'" if host == "bf16" else "device_format: 'fp16'"
-    with pytest.raises(UserError, match=rf"offload\.{name} needs a GPU.*plan` simulates"):
-        Offload(host_format=host, device_format=device)
-
-
 def test_prefetching_needs_room():
     with pytest.raises(UserError, match="at least 2 spare"):
         Offload(prefetch="path", spare=1)

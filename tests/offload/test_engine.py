@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haq_lab.calibration.statistics import Policy as CalibrationPolicy
+from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel

@@ -51,7 +51,9 @@ def test_a_sweep_over_options_takes_settings_that_one_of_them_has_no_use_for(tmp
         (["offload=lru", "offload.budget=1%"], "no slot"),
         (["offload=lru", "offload.budget=0"], "offload.budget: '0' leaves no slot"),
         (["offload=lru", "offload.profile=no.trace"], "offload.profile: trace: there is no file 'no.trace'"),
-        (["offload=lru", "offload.host_format=bf16"], "offload.host_format: 'bf16' needs experts to be converted"),
+        (["quantizer=rtn", "offload=lru", "offload.host_format=bf16"], "offload.host_format: 'bf16' is for experts"),
+        (["offload=fiddler", "offload.device_format=fp16"], "offload.miss: 'predict' runs experts as they lie"),
+        (["offload=lru", "offload.device_format=fp8"], "offload.device_format: 'fp8' is not one of int8, fp16"),
         (["offload=lru", "hardware=rtx3060"], "hardware: 'rtx3060' is not one of a100_80g"),
         (["hardware=rtx3060_12g"], "is for runs that offload experts"),
         (["offload.budget=40%"], "offload.budget: offload=none has no use for it; add offload=OPTION (one of all_gpu,"),
@@ -61,7 +63,8 @@ def test_a_sweep_over_options_takes_settings_that_one_of_them_has_no_use_for(tmp
     ],
 )
 def test_mistakes_end_with_code_2(tmp_path, options, message):
-    done = launch(*SMALL, "quantizer=none", *options, f"hydra.run.dir={tmp_path}")
+    quantizer = [] if any(option.startswith("quantizer=") for option in options) else ["quantizer=none"]
+    done = launch(*SMALL, *quantizer, *options, f"hydra.run.dir={tmp_path}")
     assert done.code == 2
     assert message in done.err
 

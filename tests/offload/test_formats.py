@@ -1,0 +1,112 @@
+"""Experts in other formats on the two tiers: the same output at any budget, and the numbers that the format says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from haq_lab.calibration.statistics import CalibrationPolicy
+from haq_lab.errors import UserError
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.experts import Int8Experts
+from haq_lab.int8.linear import to_float
+from haq_lab.models.experts import PROJECTIONS, Experts
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
+from haq_lab.offload.formats import Formats
+from haq_lab.offload.session import OffloadSession
+from haq_lab.offload.settings import Offload
+from haq_lab.onepass import one_pass
+from haq_lab.quantizers.base import Quantizer
+from haq_lab.quantizers.rtn import RTN
+from haq_lab.stages.store import Store
+
+WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
+PAIRS = [
+    (RTN(), "int8", "fp16"),
+    (None, "int8", "fp16"),
+    (None, "bf16", "int8"),
+    (None, "bf16", "fp16"),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> LayeredModel:
+    torch.set_num_threads(1)
+    return LayeredModel(TinyModel("mixtral", layers=2).folder())
+
+
+def finished(model: LayeredModel, quantizer: Quantizer | None, add: Any) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+
+    def keep(index: int, layer: nn.Module) -> None:
+        add(layer)
+        layers.append(layer)
+
+    one_pass(model, quantizer, CpuBackend(), None, CalibrationPolicy(), {}, keep)
+    return layers
+
+
+def rounded(layer: Any, host: str, device: str) -> None:
+    """The layer's experts as plain float32 linears whose weights have been what the tiers hold."""
+    experts = layer.mlp.experts
+    for expert in experts:
+        for name in PROJECTIONS:
+            linear = expert.get_submodule(name)
+            weight = to_float(linear) if isinstance(experts, Int8Experts) else linear.weight.detach()
+            weight = weight.bfloat16() if host == "bf16" else weight
+            weight = weight.half() if device == "fp16" else weight
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            plain.weight = nn.Parameter(weight.float(), requires_grad=False)
+            expert.set_submodule(name, plain)
+    layer.mlp.experts = Experts(experts)
+
+
+def logits(whole: nn.Module, steps: int = 5) -> Tensor:
+    tokens, cache, found = WINDOWS[:1, :8], None, []
+    for _ in range(steps):
+        output = whole(tokens, cache=cache, use_cache=True)
+        found.append(output.logits[0, -1])
+        tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
+    return torch.stack(found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("quantizer", "host", "device"), PAIRS)
+def test_the_output_is_that_of_the_formats_weights_whatever_the_budget(model, tmp_path, quantizer, host, device):
+    wanted = logits(model.assemble(finished(model, quantizer, lambda layer: rounded(layer, host, device))))
+    outputs, stats = [], []
+    for number, settings in enumerate(
+        [{"budget": "100%"}, {"budget": 3, "cache": "lru"}, {"budget": "50%", "prefetch": "path", "spare": 3}]
+    ):
+        offload = Offload(**{"spare": 2, **settings}, host_format=host, device_format=device)
+        session = OffloadSession(offload, None, model, tmp_path / str(number), Store())
+        layers = finished(model, quantizer, session.add)
+        session.engage(layers, None, WINDOWS, "random")
+        outputs.append(logits(model.assemble(layers)))
+        stats.append(session.metrics() | {"slot_bytes": session.engine.arena.blob_bytes})
+        session.engine.check()
+        session.close()
+    assert all(torch.equal(output, outputs[0]) for output in outputs[1:])
+    torch.testing.assert_close(outputs[0], wanted, rtol=1e-4, atol=1e-4)
+    numbers = sum(weight.numel() for weight in model.new_layer(0).mlp.experts[0].parameters())
+    moved = {"int8": 4 if quantizer is None else 1, "bf16": 2}[host]
+    assert stats[0]["slot_bytes"] == pytest.approx(2 * numbers, abs=4096)
+    experts_read = stats[0]["offload.bytes_moved"] / (2 * 8)  # all of them, once
+    assert experts_read == pytest.approx(moved * numbers, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("formats", "quantized", "miss", "message"),
+    [
+        (Formats("bf16", "int8"), True, "fetch", r"offload\.host_format: 'bf16' is for experts that nothing"),
+        (Formats("int8", "fp16"), True, "predict", r"offload\.miss: 'predict' runs experts as they lie"),
+        (Formats("int8", "fp16"), False, "cpu", r"offload\.miss: 'cpu' runs experts as they lie"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(formats, quantized, miss, message):
+    with pytest.raises(UserError, match=message):
+        formats.must_suit(quantized, miss)
