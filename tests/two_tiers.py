@@ -13,7 +13,7 @@ from haq_lab.int8.deploy import deploy
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.offload.engine import Engine
-from haq_lab.offload.host import HostTier, HostWriter
+from haq_lab.offload.host_tier import HostTier, HostWriter
 from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import make_policy
