@@ -44,6 +44,9 @@ class CudaBackend(Backend):
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
         return packed[:, :columns]
 
+    def dequantize(self, packed: Tensor, weight_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        return self._kernels.dequant(packed, weight_scale, dtype)[:, :columns]
+
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
         return self._kernels.accumulate(padded(qx), padded(levels))
 

@@ -53,6 +53,19 @@ def test_packed_weights_give_their_levels_back(host: Kernels):
     assert_same_bits(backend.unpack(packed, 5, 40), levels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("k", [40, 64])
+def test_dequantized_weights_have_torchs_bits(host: Kernels, k, dtype):
+    """Also where the floats are subnormal or overflow, and where rows are padded."""
+    levels, scale = Draw(10).int8(7, k), Draw(10).scale(7)
+    scale[1], scale[2] = 2.0**-24, 2.0**127  # float16's least number; beyond what either type holds
+    ours, torchs = CudaBackend("cpu", host), ReferenceBackend()
+    got = ours.dequantize(ours.pack(levels), scale, k, dtype)
+    assert got.shape == (7, k)
+    assert_same_bits(got, torchs.dequantize(torchs.pack(levels), scale, k, dtype))
+    assert got[2].isinf().any()
+
+
 def test_without_a_gpu_the_choice_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
