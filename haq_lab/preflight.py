@@ -113,13 +113,18 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
     memory = PROCESS + HALF * size.shell + (FLOAT + 1) * size.layer + min(hidden, RAM_BYTES)
     if experiment.quantizer is not None and experiment.quantizer.needs.hessian:
         memory += SOLVER * FLOAT * size.widest**2 + HESSIAN_BYTES
-    memory += _deployed_bytes(experiment, size)
+    deployed = _deployed_bytes(experiment, size)
     if experiment.quantizer is not None and experiment.quantizer.head:
-        memory += size.shell  # at most: the head alone, in int8
-    gpu = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+        deployed += size.shell  # at most: the head alone, in int8
+    on_gpu = 0.0
+    if experiment.backend.name == "cuda":
+        on_gpu = (1 + FLOAT) * size.layer + deployed + (HALF * size.shell if _deploys(experiment) else 0)
+        memory += _beside_gpu_bytes(experiment, size)
+    else:
+        memory += deployed
     needs = [
         Need("memory", memory, psutil.virtual_memory().available),
-        Need("GPU memory", (1 + FLOAT) * size.layer if experiment.backend.name == "cuda" else 0, gpu),
+        Need("GPU memory", on_gpu, torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0),
     ]
     missing = 0.0 if source.local else max(0.0, HALF * size.total - source.cached_bytes())
     if missing > 0.01 * HALF * size.total and not hub_answers():
@@ -130,11 +135,17 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
     return needs + _disk_needs(disk)
 
 
+def _deploys(experiment: Experiment) -> bool:
+    """Whether a measure takes the whole model, ready to run."""
+    return any(measure.deploys for measure in experiment.measures.values())
+
+
 def _deployed_bytes(experiment: Experiment, size: Size) -> float:
-    """The layers, where a measure deploys the model; of experts that are offloaded, those in the fast tier."""
-    if not any(measure.deploys for measure in experiment.measures.values()):
+    """The deployed model's layers, in the memory of the device that computes; of experts that are offloaded, those in
+    the fast tier. Nothing where no measure deploys it."""
+    if not _deploys(experiment):
         return 0.0
-    stored = FLOAT if experiment.quantizer is None else 1
+    stored = _stored(experiment)
     if (offload := experiment.offload) is None:
         return float(stored * size.depth * size.layer)
     expert, total = stored * size.expert, size.depth * size.experts
@@ -144,6 +155,21 @@ def _deployed_bytes(experiment: Experiment, size: Size) -> float:
     else:
         tier = expert * (budget.share * total if budget.share is not None else (budget.experts or 0) + offload.spare)
     return stored * size.depth * (size.layer - size.experts * size.expert) + tier
+
+
+def _beside_gpu_bytes(experiment: Experiment, size: Size) -> float:
+    """Layers that the host's memory holds though a GPU computes: offloaded experts, page-locked, and what is not
+    quantised, until the model is moved."""
+    if not _deploys(experiment):
+        return 0.0
+    experts = size.experts * size.expert if experiment.offload is not None else 0
+    waiting = size.layer - experts if experiment.quantizer is None else 0
+    return float(_stored(experiment) * size.depth * (experts + waiting))
+
+
+def _stored(experiment: Experiment) -> int:
+    """Bytes of a weight in a finished layer."""
+    return FLOAT if experiment.quantizer is None else 1
 
 
 def _disk_needs(files: list[tuple[Path, float]]) -> list[Need]:

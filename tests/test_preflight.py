@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
+from typing import cast
 
 import psutil
 import pytest
@@ -13,6 +15,8 @@ from launching import TINY, launch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from haq_lab import preflight
+from haq_lab.int8.cuda import Kernels
+from haq_lab.int8.cuda_backend import CudaBackend
 from haq_lab.models.sources import HubModel, TinyModel
 
 EXPERT = 3 * 4096 * 14336  # parameters of one of Mixtral-8x7B's
@@ -91,6 +95,40 @@ def test_offloaded_experts_need_no_memory_but_their_budget(budget, resident, loc
     offloaded = build(_composed(*setting, "offload=haq", f"offload.budget='{budget}'"))
     spared = _lines(all_of_it, all_of_it.model)["memory"].needed - _lines(offloaded, offloaded.model)["memory"].needed
     assert spared == pytest.approx((2 * 8 - resident) * EXPERT, rel=0.01)
+
+
+def _on_a_gpu(local, *more):
+    """What a deployed model of two layers takes of RAM and of the GPU that computes it; of RAM if a CPU does."""
+    from haq_lab.config import build
+    from tests.test_configs import _composed
+
+    few = [f"model.name={local}", "measure=[memory]", "calibration.samples=1"]
+    experiment = build(_composed("+experiment=paper_mixtral", *few, *more))
+    by_gpu = replace(experiment, backend=CudaBackend("cpu", cast(Kernels, "none is called")))
+    both, ram_alone = _lines(by_gpu, experiment.model), _lines(experiment, experiment.model)
+    assert ram_alone["GPU"].needed == 0
+    return both["memory"].needed, both["GPU"].needed, ram_alone["memory"].needed
+
+
+@pytest.mark.parametrize(("budget", "resident"), [("50%", 8), ("4", 4 + 4), ("1GB", 1e9 / EXPERT)])
+def test_beside_a_gpu_the_arena_is_its_memory_and_all_experts_lie_in_ram(budget, resident, local):
+    bare, all_of_it, _ = _on_a_gpu(local)
+    memory, gpu, _ = _on_a_gpu(local, "offload=haq", f"offload.budget='{budget}'")
+    assert memory - bare == 2 * 8 * EXPERT, "page-locked, whatever the budget"
+    assert all_of_it - gpu == pytest.approx((2 * 8 - resident) * EXPERT, rel=0.01)
+
+
+def test_what_is_deployed_on_a_gpu_is_in_its_memory_alone_if_it_is_quantised(local):
+    """Else it waits in RAM for all layers to be there."""
+    layer = preflight.measure_size(HubModel(str(local)).config()).layer
+    shell = 2 * 2 * 32000 * 4096
+    memory, gpu, ram_alone = _on_a_gpu(local)
+    assert ram_alone - memory == 2 * layer
+    assert gpu == pytest.approx(5 * layer + 2 * layer + shell, rel=0.001)
+    memory, gpu, ram_alone = _on_a_gpu(local, "quantizer=none")
+    assert ram_alone == memory
+    assert gpu == pytest.approx(5 * layer + 4 * 2 * layer + shell, rel=0.001)
+    assert _on_a_gpu(local, "quantizer=none", "offload=haq")[0] == memory, "experts are locked where they wait"
 
 
 def test_a_full_precision_baseline_keeps_no_layer(local):

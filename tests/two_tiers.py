@@ -1,7 +1,11 @@
-"""A tiny Mixtral in int8 whose experts lie in the host's memory and compute on a device."""
+"""A small model in int8 whose experts lie in the host's memory and compute on a device."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,35 +17,73 @@ from haq_lab.int8.deploy import deploy
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.offload.engine import Engine
-from haq_lab.offload.host import HostTier, HostWriter
-from haq_lab.offload.path_model import fit_path_model
+from haq_lab.offload.host_tier import HostTier, HostWriter
+from haq_lab.offload.path_model import PathModel, fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.policy import make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath
 from haq_lab.offload.record import record_trace
-from haq_lab.offload.streams import Streams
+from haq_lab.offload.streams import Mark, Streams
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.rtn import RTN
+
+
+class Apart(Streams):
+    """Of a device whose memory is another than the host's; it counts copies and notes what is locked.
+
+    Args:
+        device: Where the arena lies.
+    """
+
+    apart = True
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+        self.locked: list[int] = []
+        self.copies = self.drained = 0
+
+    @contextmanager
+    def copying(self, after: Mark) -> Iterator[None]:
+        self.copies += 1
+        yield
+
+    def drain(self) -> None:
+        self.drained = self.copies
+
+    def lock(self, memory: Tensor) -> None:
+        self.locked.append(memory.nbytes)
+
+    def unlock(self, memory: Tensor) -> None:
+        assert self.drained == self.copies, "copies may read from it still"
+        self.locked.remove(memory.nbytes)
 
 
 class TwoTiers:
     """Args:
     backend: Computes, on its device.
     streams: Of that device.
-    layers: Of the model.
+    folder: Of the model; a tiny Mixtral of three layers and 24 experts if None.
+    steps: The prompt, and tokens decoded after it.
 
     Attributes:
+        depth: Layers of the model.
         expected: Logits with all experts on the device, no engine.
     """
 
-    def __init__(self, backend: Backend, streams: Streams, layers: int = 3, steps: int = 5):
-        self.backend, self.streams, self.depth, self.steps = backend, streams, layers, steps
+    def __init__(self, backend: Backend, streams: Streams, folder: Path | None = None, steps: int = 5):
+        self.backend, self.streams, self.steps = backend, streams, steps
+        self._folder = folder or TinyModel("mixtral", layers=3).folder()
+        self.depth = self._model().depth
         self.prompt = torch.randint(0, 257, (1, 12), generator=torch.Generator().manual_seed(3))
         windows = torch.randint(0, 257, (2, 64), generator=torch.Generator().manual_seed(1))
         self.profile = record_trace(self._model(), windows, "random")
-        self.path_model = fit_path_model(self.profile, steps=50)
         model = self._model()
         self.expected = self.generate(deploy(model.assemble(self._layers(model)), model, backend))
+
+    @cached_property
+    def path_model(self) -> PathModel:
+        """Of the rule `haq`."""
+        return fit_path_model(self.profile, steps=50)
 
     def tier(self, layers: list[Any]) -> HostTier:
         """The layers' experts, out of them and in the host's memory."""
@@ -58,7 +100,8 @@ class TwoTiers:
         layers = self._layers(model)
         tier = self.tier(layers)
         whole = deploy(model.assemble(layers), model, self.backend)
-        policy = make_policy(rule, place("frequency", self.profile, slots), self.profile, scope, self.path_model)
+        start, path_model = place("frequency", self.profile, slots), self.path_model if rule == "haq" else None
+        policy = make_policy(rule, start, self.profile, scope, path_model)
         guess = {None: None, "path": NextOnPath(self.profile), "gate": NextGate([layer.mlp.gate for layer in layers])}
         guesses = min(2, spare - 1) if prefetch else 0
         engine = Engine(tier, policy, spare, guess[prefetch], guesses, streams=self.streams)
@@ -76,7 +119,7 @@ class TwoTiers:
         return torch.cat(logits)
 
     def _model(self) -> LayeredModel:
-        return LayeredModel(TinyModel("mixtral", layers=self.depth).folder())
+        return LayeredModel(self._folder)
 
     def _layers(self, model: LayeredModel) -> list[Any]:
         layers: list[Any] = []

@@ -33,9 +33,11 @@ class Backend:
         """The int8 levels (rows, columns) that were packed, exactly."""
         return packed
 
-    def dequantize(self, levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """int8 levels (n, k) times float32 row scales (n,), rounded to `dtype` (n, k)."""
-        return (levels.to(torch.float32) * scale[:, None]).to(dtype)
+    def dequantize(self, packed: Tensor, weight_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        """The weights that packed levels stand for, (n, columns) of a 16-bit float `dtype`: each level times its row's
+        `weight_scale` (n,) in float32, then rounded."""
+        levels = self.unpack(packed, len(weight_scale), columns)
+        return (levels.float() * weight_scale[:, None]).to(dtype)
 
     def joins(self, rows: int) -> bool:
         """Whether packed weights of so many rows, and others of the same k after them, are packed as one matrix."""

@@ -44,10 +44,8 @@ class CudaBackend(Backend):
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
         return packed[:, :columns]
 
-    def dequantize(self, levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        if levels.shape[1] % K_MULTIPLE or dtype not in (torch.float16, torch.bfloat16):
-            return super().dequantize(levels, scale, dtype)
-        return self._kernels.dequant(levels.contiguous(), scale, dtype)
+    def dequantize(self, packed: Tensor, weight_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        return self._kernels.dequant(packed, weight_scale, dtype)[:, :columns]
 
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
         return self._kernels.accumulate(padded(qx), padded(levels))

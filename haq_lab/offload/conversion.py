@@ -54,9 +54,8 @@ class Dequantize:
 
     def __call__(self, source: Tensor, target: Tensor) -> None:
         for part, (name, size) in zip(self.parts, self._sizes.items(), strict=True):
-            levels = self._backend.unpack(self._source[f"{name}.packed"].of(source), *size)
-            scale = self._source[f"{name}.weight_scale"].of(source)
-            part.of(target).copy_(self._backend.dequantize(levels, scale, self._dtype))
+            packed, scale = (self._source[f"{name}.{own}"].of(source) for own in ("packed", "weight_scale"))
+            part.of(target).copy_(self._backend.dequantize(packed, scale, size[1], self._dtype))
 
 
 class Cast:

@@ -1,9 +1,9 @@
 """The engine: a model whose experts live on two tiers, computing exactly what it would with all of them in memory.
 
 The fast tier is an arena in the memory of the device that computes: a GPU's, with the slow tier in the host's memory
-(`host.py`), or RAM, with the slow tier a file (`store.py`). A policy says which experts stay. A thread reads missing
-experts while the layer's resident ones compute; a missing expert that the policy does not admit, and every prefetched
-one, passes through a few spare slots of the same arena.
+(`host_tier.py`), or RAM, with the slow tier a file (`store.py`). A policy says which experts stay. A thread reads
+missing experts while the layer's resident ones compute; a missing expert that the policy does not admit, and every
+prefetched one, passes through a few spare slots of the same arena.
 
     engine = Engine(store, policy, spare=2)
     engine.attach(layers, family.moe)

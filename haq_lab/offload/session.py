@@ -15,7 +15,7 @@ from haq_lab.int8.roofline import Hardware
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.conversion import ConvertedTier
 from haq_lab.offload.engine import Engine
-from haq_lab.offload.host import HostWriter
+from haq_lab.offload.host_tier import HostWriter
 from haq_lab.offload.narrow_experts import narrow_experts
 from haq_lab.offload.settings import Offload, experts_of, refuse_dense
 from haq_lab.offload.shape import Shape

@@ -1,4 +1,4 @@
-"""What the engine asks of the slow tier: a file (`store.py`) or, for a GPU, the host's memory (`host.py`)."""
+"""What the engine asks of the slow tier: a file (`store.py`) or, for a GPU, the host's memory (`host_tier.py`)."""
 
 from __future__ import annotations
 

@@ -199,3 +199,17 @@ def test_kernels_that_are_not_exact_are_not_used(monkeypatch):
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_passes_the_check(isa):
     assert cpu.native_is_exact(isa)
+
+
+@pytest.mark.parametrize("backend", [REFERENCE, *CPUS.values()], ids=["reference", *CPUS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packed_weights_are_dequantized(backend, dtype):
+    """Level times scale in float32, then rounded to 16 bits."""
+    drawn = levels(5, 40, 70)
+    scale = torch.rand(40, generator=torch.Generator().manual_seed(6)) / 100
+    got = backend.dequantize(backend.pack(drawn), scale, 70, dtype)
+    assert got.dtype == dtype
+    for row, column in ((0, 0), (17, 69), (39, 3)):
+        exact = float(drawn[row, column]) * float(scale[row])  # a product of 7 and 24 bits, exact in float64
+        single = torch.tensor(exact, dtype=torch.float64).float()
+        assert got[row, column] == single.to(dtype)

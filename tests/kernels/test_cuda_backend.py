@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
+from two_tiers import TwoTiers
 
 from haq_lab.errors import UserError
 from haq_lab.int8.backend import Backend, ReferenceBackend
@@ -13,6 +17,7 @@ from haq_lab.int8.cuda_backend import CudaBackend
 from haq_lab.int8.deploy import deploy
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
+from haq_lab.offload.streams import Streams
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.apply import quantize_group
 from haq_lab.quantizers.rtn import RTN
@@ -63,6 +68,19 @@ def test_packed_weights_give_their_levels_back(host: Kernels):
     assert_same_bits(backend.unpack(packed, 5, 40), levels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("k", [40, 64])
+def test_dequantized_weights_have_torchs_bits(host: Kernels, k, dtype):
+    """Also where the floats are subnormal or overflow, and where rows are padded."""
+    levels, scale = Draw(10).int8(7, k), Draw(10).scale(7)
+    scale[1], scale[2] = 2.0**-24, 2.0**127  # float16's least number; beyond what either type holds
+    ours, torchs = CudaBackend("cpu", host), ReferenceBackend()
+    got = ours.dequantize(ours.pack(levels), scale, k, dtype)
+    assert got.shape == (7, k)
+    assert_same_bits(got, torchs.dequantize(torchs.pack(levels), scale, k, dtype))
+    assert got[2].isinf().any()
+
+
 def test_without_a_gpu_the_choice_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -108,3 +126,26 @@ def test_weights_and_a_deployed_model_lie_on_the_device(host: Kernels):
     whole = deploy(model.assemble([layer]), model, backend)
     assert all(tensor.is_meta for tensor in [*whole.parameters(), *whole.buffers()])
     assert layer.mlp.up_proj.joint.weight_scale.is_meta
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral whose experts' rows, of 40 and 56 columns, are packed with zeros after them."""
+    folder = tmp_path_factory.mktemp("odd")
+    sizes = {"hidden_size": 40, "intermediate_size": 56, "num_attention_heads": 2, "num_key_value_heads": 1}
+    more = {"num_hidden_layers": 2, "num_local_experts": 4, "vocab_size": 257, "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **more)).save_pretrained(folder)
+    return folder
+
+
+def test_offloaded_experts_keep_the_padded_layout(host: Kernels, odd: Path):
+    """Of slots for three of eight experts, on the host layer in place of a GPU."""
+    placed = TwoTiers(CudaBackend("cpu", host), Streams(), odd, steps=2)
+    engine, whole = placed.engine("lru", slots=1, prefetch="gate")
+    shapes = {part.name: part.shape for part in engine.store.parts}
+    assert (shapes["gate_proj.packed"], shapes["down_proj.packed"]) == ((56, 48), (40, 64))
+    assert_same_bits(placed.generate(whole), placed.expected)
+    assert engine.counters.read.sum() > 8, "experts have come and gone"
+    engine.close()
+    assert_same_bits(placed.expected, TwoTiers(ReferenceBackend(), Streams(), odd, steps=2).expected)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from launching import launch
+from two_tiers import Apart
 
 from haq_lab.offload.__main__ import main
 from haq_lab.offload.trace import Trace
@@ -24,6 +25,17 @@ def test_a_run_reports_what_its_engine_did(tmp_path, options):
     assert metrics["offload.bytes_moved"] > 0
     assert (tmp_path / "offload.csv").read_text().startswith("layer,resident,hits,misses")
     assert not (tmp_path / "experts.bin").exists()
+
+
+def test_a_run_on_a_gpu_keeps_its_experts_in_locked_memory(tmp_path, monkeypatch):
+    streams = Apart("cpu")
+    monkeypatch.setattr("haq_lab.assembly.streams_of", lambda device: streams)
+    done = launch(*SMALL, "quantizer=rtn", "offload=lru", f"hydra.run.dir={tmp_path}")
+    assert done.code == 0, done.err
+    moved = json.loads((tmp_path / "results.json").read_text())["metrics"]["offload.bytes_moved"]
+    assert moved > 0
+    assert moved % streams.copies == 0, "experts, one copy each"
+    assert streams.locked == []
 
 
 def test_hardware_is_what_the_predictor_decides_for_and_what_is_simulated(tmp_path):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from two_tiers import Apart
 
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.errors import UserError
@@ -23,6 +24,8 @@ from haq_lab.quantizers.rtn import RTN
 from haq_lab.stages.store import Store
 
 WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
+
+LRU = Offload(budget="50%", spare=2, cache="lru")
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +46,13 @@ def finished(model, add=lambda layer: None) -> list:
     return layers
 
 
-def decode(whole, steps=6):
-    tokens, cache = WINDOWS[:1, :8], None
+def decoded(whole, steps=6):
+    tokens, cache, logits = WINDOWS[:1, :8], None, []
     for _ in range(steps):
         output = whole(tokens, cache=cache, use_cache=True)
+        logits.append(output.logits[:, -1])
         tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
+    return torch.cat(logits)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +69,7 @@ def test_a_session_serves_counts_and_simulates(model, tmp_path, settings, machin
     session = OffloadSession(settings, profile, model, tmp_path, Store())
     layers = finished(model, session.add)
     session.engage(layers, None, WINDOWS, "random")
-    decode(model.assemble(layers))
+    decoded(model.assemble(layers))
     metrics = session.metrics()
     assert 0 < metrics["offload.hit_rate_pairs"] < 1
     assert len(session.table()) == 2
@@ -78,6 +83,45 @@ def test_a_session_serves_counts_and_simulates(model, tmp_path, settings, machin
         assert all(name.startswith("simulated.card.") for name in told)
     session.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_beside_a_device_with_its_own_memory_experts_lie_in_the_hosts(model, tmp_path):
+    expected = decoded(model.assemble(finished(model)))
+    streams = Apart("cpu")
+    session = OffloadSession(LRU, None, model, tmp_path, Store(), streams)
+    layers = finished(model, session.add)
+    assert not list(tmp_path.iterdir()), "no file"
+    session.engage(layers, None, WINDOWS, "random")
+    assert streams.locked == [8 * session.engine.store.blob_bytes] * 2
+    assert torch.equal(decoded(model.assemble(layers)), expected)
+    assert session.metrics()["offload.bytes_moved"] == streams.copies * session.engine.store.blob_bytes
+    assert streams.copies > session.engine.policy.slots
+    session.close()
+    assert streams.locked == []
+
+
+def test_the_arena_lies_on_the_device_and_the_slow_tier_does_not(model, tmp_path):
+    """`meta` stands for a GPU: another device than the CPU, that any machine has."""
+    session = OffloadSession(LRU, None, model, tmp_path, Store(), Apart("meta"))
+    layers = finished(model, session.add)
+    session.engage(layers, None, WINDOWS, "random")
+    held = {t.device.type for layer in layers for t in tensors_of(layer.mlp.experts).values() if t.numel()}
+    assert held == {"meta"}
+    assert session.engine.streams.copies == session.engine.policy.slots
+    blob = torch.zeros(session.engine.store.blob_bytes, dtype=torch.uint8)
+    session.engine.store.read(0, 0, blob)
+    assert blob.any()
+    session.close()
+
+
+def test_what_is_locked_is_given_up_with_the_session(model, tmp_path):
+    """A pass that ends early has no engine yet."""
+    streams = Apart("cpu")
+    session = OffloadSession(Offload(), None, model, tmp_path, Store(), streams)
+    session.add(finished(model)[0])
+    assert len(streams.locked) == 1
+    session.close()
+    assert streams.locked == []
 
 
 def test_a_profile_of_another_model_is_told_before_the_pass(model, tmp_path):

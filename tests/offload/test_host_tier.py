@@ -20,7 +20,7 @@ from haq_lab.errors import UserError
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.cuda_backend import CudaBackend
-from haq_lab.offload.host import HostWriter
+from haq_lab.offload.host_tier import HostWriter
 from haq_lab.offload.policy import make_policy
 from haq_lab.offload.store import bind, tensors_of
 from haq_lab.offload.streams import Streams, streams_of
