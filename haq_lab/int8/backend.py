@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from haq_lab.int8.numerics import Activations, epilogue, quantize_activations, swiglu
+
+if TYPE_CHECKING:
+    from haq_lab.int8.cuda import Kernels
 
 
 class Backend:
@@ -19,6 +22,7 @@ class Backend:
 
     name: ClassVar[str]
     device: torch.device = torch.device("cpu")  # where packed weights lie and a deployed model runs
+    fused: Kernels | None = None  # compute what stands before a product together with the quantizing, if there are such
 
     @property
     def kernels(self) -> str:

@@ -32,7 +32,7 @@ class CudaBackend(Backend):
 
     def __init__(self, device: str = "cuda", kernels: Kernels | None = None, share: bool = False) -> None:
         self.device = _device(device) if share else claim(_device(device))
-        self._kernels = kernels or cuda.kernels(self.device.index)
+        self.fused = self._kernels = kernels or cuda.kernels(self.device.index)
 
     @property
     def kernels(self) -> str:

@@ -3,7 +3,8 @@
     whole = deploy(model.assemble(layers), model, backend)
 
 Linears that read one tensor become one product (`joint`), on every backend and without changing a bit. On a CPU with
-our kernels the weights lie side by side in memory, and the layers become one call (`decoder`).
+our kernels the weights lie side by side in memory, and the layers become one call (`decoder`). On a GPU norms and
+activations are fused with the quantizing that follows, and a layer's experts run together (`fused`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from haq_lab.int8 import native
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.decoder import NativeStack, stacked
+from haq_lab.int8.fused import fuse
 from haq_lab.int8.joint import Joint, can_join
 from haq_lab.int8.layer_parts import LayerParts
 from haq_lab.int8.linear import Int8Linear
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
 
 
 def deploy(whole: nn.Module, model: LayeredModel, backend: Backend) -> nn.Module:
-    """Move an assembled model to the backend's device, join and stack its decoder layers, in place; returns it."""
+    """Move an assembled model to the backend's device; join, fuse and stack its layers. In place; returns it."""
     whole.to(backend.device)
     layers = list(whole.get_submodule(model.family.layers).children())
     for layer in layers:
         join(layer, model.groups)
+        fuse(layer, model.groups, backend)
     lay_side_by_side(layers)
     parts = []
     for layer in layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Self, cast
 
 from torch import Tensor
 
@@ -24,13 +24,13 @@ class Int8Experts(Experts):
     input_scale: Tensor | None
 
     @classmethod
-    def of(cls, experts: Experts) -> Int8Experts:
+    def of(cls, experts: Experts) -> Self:
         """The same experts, run in int8. Asserts that they are quantised for good, and alike."""
         made = cls(cast(Expert, expert) for expert in experts)
-        linears = [linear for expert in made for linear in _projections(cast(Expert, expert))]
+        linears = [linear for expert in made for linear in projections(cast(Expert, expert))]
         assert all(isinstance(linear, Int8Linear) for linear in linears), "experts that are not quantised yet"
-        readers = [linear for expert in made for linear in _projections(cast(Expert, expert))[:2]]
-        assert len({_scheme(linear) for linear in readers}) == 1, "experts that quantise their shared input differently"
+        readers = [linear for expert in made for linear in projections(cast(Expert, expert))[:2]]
+        assert len({linear.reads for linear in readers}) == 1, "experts that quantise their shared input differently"
         made.scheme, made.backend = readers[0].scheme, readers[0].backend
         made.register_buffer("input_scale", readers[0].input_scale, persistent=False)
         return made
@@ -41,17 +41,13 @@ class Int8Experts(Experts):
 
         def run(number: int, tokens: Tensor) -> Tensor:
             expert = self.expert(number)
-            gate, up, down = _projections(expert)
+            gate, up, down = projections(expert)
             own = levels[tokens], scale[tokens]
             return down(expert.act_fn(gate.product(*own)) * up.product(*own)).to(hidden.dtype)
 
         return dispatch(hidden, chosen, weights, run, self.order)
 
 
-def _projections(expert: Expert) -> tuple[Int8Linear, Int8Linear, Int8Linear]:
+def projections(expert: Expert) -> tuple[Int8Linear, Int8Linear, Int8Linear]:
     """What reads the shared input, gate and up, then down."""
     return cast(tuple[Int8Linear, Int8Linear, Int8Linear], (expert.gate_proj, expert.up_proj, expert.down_proj))
-
-
-def _scheme(linear: Int8Linear) -> tuple[str, float | None]:
-    return linear.scheme, None if linear.input_scale is None else float(linear.input_scale)

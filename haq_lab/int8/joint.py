@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from haq_lab.int8.quantized_rows import QuantizedRows, multiplied
+
 if TYPE_CHECKING:
     from haq_lab.int8.linear import Int8Linear
 
@@ -32,7 +34,7 @@ class Joint:
         self.bias = None if first.bias is None else torch.cat([m.bias for m in members if m.bias is not None])
         self.rows = [member.out_features for member in members]
         self.out_features, self.in_features = sum(self.rows), first.in_features
-        self._input: tuple[Tensor, int] | None = None
+        self._input: tuple[Tensor | QuantizedRows, int] | None = None
         self._left: dict[int, Tensor] = {}
         for place, member in enumerate(members):
             member.weight_scale = self.weight_scale.split(self.rows)[place]
@@ -46,18 +48,19 @@ class Joint:
         self.packed = packed
         parts = packed.split([len(member.packed) for member in self.members])
         for member, part in zip(self.members, parts, strict=True):
-            member.packed = part
+            member.hold(part)
 
-    def output(self, place: int, x: Tensor) -> Tensor:
+    def product(self, x: Tensor | QuantizedRows) -> Tensor:
+        """x (..., k) -> (..., all rows)."""
+        return multiplied(x, self)
+
+    def output(self, place: int, x: Tensor | QuantizedRows) -> Tensor:
         """Part `place` of the product for x (..., k): (..., n of that part), a view."""
-        given = (x, 0 if x.is_inference() else x._version)  # the very tensor, not written to since
+        written = 0 if isinstance(x, QuantizedRows) or x.is_inference() else x._version
+        given = (x, written)  # the very tensor, not written to since
         same = self._input is not None and self._input[0] is x and self._input[1] == given[1]
         if not same or place not in self._left:
-            y = self.backend.linear(
-                x.reshape(-1, x.shape[-1]), self.packed, self.weight_scale, self.bias, self.scheme, self.input_scale
-            )
-            parts = y.view(*x.shape[:-1], y.shape[-1]).split(self.rows, dim=-1)
-            self._input, self._left = given, dict(enumerate(parts))
+            self._input, self._left = given, dict(enumerate(self.product(x).split(self.rows, dim=-1)))
         part = self._left.pop(place)
         if not self._left:
             self._input = None  # keep no activation alive longer than it is needed

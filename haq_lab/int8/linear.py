@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.joint import Joint
 from haq_lab.int8.numerics import Activations, round_to_grid, scale_of
+from haq_lab.int8.quantized_rows import QuantizedRows, multiplied
 
 ROWS = 4096  # of a table, widened at a time
 
@@ -56,6 +57,7 @@ class Int8Linear(nn.Module):
         self.backend = backend
         self.joint: Joint | None = None  # with those that read the same tensor, where they have been joined
         self.place = 0  # in the joint product
+        self._held = False  # in a tensor that others hold too
 
     @property
     def weight(self) -> Tensor:
@@ -73,23 +75,20 @@ class Int8Linear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach().float()
         return cls(levels, scale, bias, "token", None, backend, copied)
 
-    def hold(self, packed: Tensor) -> None:
-        """Keep the packed weights in this tensor, which has the same values."""
-        self.packed = packed
+    @property
+    def reads(self) -> tuple[Activations, float | None]:
+        """How it quantises its input: by scheme and static scale. Linears with the same can share what they read."""
+        return self.scheme, None if self.input_scale is None else float(self.input_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def hold(self, packed: Tensor) -> None:
+        """Keep the packed weights in this tensor, which has the same values, from now on."""
+        self.packed, self._held = packed, True
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """x (..., k) -> (..., n)."""
         if self.joint is not None:
             return self.joint.output(self.place, x)
-        y = self.backend.linear(
-            x.reshape(-1, x.shape[-1]),
-            self.packed,
-            self.weight_scale,
-            self.bias,
-            self.scheme,
-            self.input_scale,
-        )
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return multiplied(x, self)
 
     def product(self, qx: Tensor, row_scale: Tensor) -> Tensor:
         """An input (m, k) that the backend has quantised already, with its row scales -> float32 (m, n)."""
@@ -106,7 +105,7 @@ class Int8Linear(nn.Module):
         if tuple(levels.shape) != shape or levels.dtype != torch.int8:
             raise ValueError(f"{prefix}weight: {tuple(levels.shape)} {levels.dtype}, expected {shape} torch.int8")
         packed = self.backend.pack(levels)
-        self.packed = packed if self.joint is None else self.packed.copy_(packed)
+        self.packed = self.packed.copy_(packed) if self._held else packed
         rest = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
         super()._load_from_state_dict(rest, prefix, *arguments)
 

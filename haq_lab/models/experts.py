@@ -94,10 +94,14 @@ def dispatch(
     owners = dict(zip(active.tolist(), pairs.split(counts.tolist()), strict=True))
     for number in order or owners:
         results[owners[number]] = run(number, owners[number] // k)
-    ranked = results.view(tokens, k, hidden.shape[-1])
-    total = torch.zeros_like(hidden)
-    for rank in range(k):
-        total += (ranked[:, rank] * weights[:, rank, None]).to(total.dtype)
+    return combined(results.view(tokens, k, hidden.shape[-1]), weights)
+
+
+def combined(results: Tensor, weights: Tensor) -> Tensor:
+    """Results (t, k, d) of each token's experts, in the router's order, times gate weights (t, k), summed: (t, d)."""
+    total = torch.zeros_like(results[:, 0])
+    for rank in range(results.shape[1]):
+        total += (results[:, rank] * weights[:, rank, None]).to(total.dtype)
     return total
 
 

@@ -1,0 +1,24 @@
+"""Whether a fused kernel does what a module does: tried on random rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROWS = 16
+CLOSE = 1e-5  # of a scale: a hundred of float32's last places, far less than another epsilon or activation changes
+RARE = 0.01  # share of levels that may lie beside their neighbour, where the last places decide
+
+
+def probe(width: int, device: torch.device) -> Tensor:
+    """Random rows (16, width) of very different size: small ones show a norm's epsilon, large ones an activation."""
+    rows = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(0))
+    return (rows * torch.logspace(-4, 2, ROWS)[:, None]).to(device)
+
+
+def alike(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
+    """Whether two quantised matrices, int8 (m, k) and m scales each, are one but for float32's last places."""
+    apart = (got[0].int() - wanted[0].int()).abs()
+    scale, other = got[1].flatten(), wanted[1].flatten()
+    near = ((scale - other).abs() <= CLOSE * other).all()
+    return bool(near and apart.max() <= 1 and apart.float().mean() <= RARE)

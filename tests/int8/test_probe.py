@@ -1,0 +1,34 @@
+"""What counts as the same but for float32's last places, and what does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from haq_lab.int8.numerics import quantize_activations
+from haq_lab.int8.probe import alike, probe
+
+ROWS = quantize_activations(probe(64, torch.device("cpu")), "token", None)
+
+
+def changed(beside: int = 0, by: int = 1, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    levels = ROWS[0].clone()
+    levels.view(-1)[:beside] += torch.where(levels.view(-1)[:beside] > 0, -by, by).to(torch.int8)
+    return levels, ROWS[1].flatten() * scale
+
+
+@pytest.mark.parametrize("change", [{}, {"beside": 10}, {"scale": 1 + 5e-6}])
+def test_last_places_do_not_matter(change):
+    assert alike(changed(**change), ROWS)
+
+
+@pytest.mark.parametrize("change", [{"beside": 1, "by": 2}, {"beside": 11}, {"scale": 1 + 2e-5}])
+def test_more_does(change):
+    assert not alike(changed(**change), ROWS)
+
+
+def test_rows_are_of_very_different_size():
+    sizes = probe(64, torch.device("cpu")).norm(dim=1)
+    assert sizes[0] < 1e-2
+    assert sizes[-1] > 1e2
+    assert torch.equal(probe(64, torch.device("cpu")), probe(64, torch.device("cpu")))

@@ -1,0 +1,165 @@
+"""Experts in one launch a projection give what the loop over them gives, and ask the device for nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import relu, silu
+
+from haq_lab.int8 import grouped_experts
+from haq_lab.int8.cuda import Kernels
+from haq_lab.int8.cuda_backend import CudaBackend
+from haq_lab.int8.experts import Int8Experts, projections
+from haq_lab.int8.grouped_experts import GroupedExperts, can_group
+from haq_lab.int8.launch import Launch
+from haq_lab.int8.linear import Int8Linear, weight_bytes
+from haq_lab.models.experts import Expert, Experts, dispatch
+from haq_lab.offload.store import StoreWriter
+
+WIDTH, INNER, COUNT = 24, 48, 5  # a width that is padded, an inner one that is not
+
+
+def experts(backend: CudaBackend, scheme="token", scales=(0.1,) * COUNT, act_fn=silu, inner=INNER) -> Int8Experts:
+    """`scales`: of the experts' down projections, where the scheme is static."""
+    generator = torch.Generator().manual_seed(7)
+
+    def linear(rows: int, columns: int, scale: float) -> Int8Linear:
+        levels = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
+        row_scale = 0.01 * torch.rand(rows, generator=generator) + 1e-3
+        static = torch.tensor(scale) if scheme == "static" else None
+        return Int8Linear(levels, row_scale.to(backend.device), None, scheme, static, backend)
+
+    made = Experts()
+    for scale in scales:
+        expert = Expert(torch.empty(2 * inner, WIDTH), torch.empty(WIDTH, inner), act_fn)
+        expert.gate_proj, expert.up_proj = linear(inner, WIDTH, 0.02), linear(inner, WIDTH, 0.02)  # type: ignore
+        expert.down_proj = linear(WIDTH, inner, scale)  # type: ignore[assignment]
+        made.append(expert)
+    return Int8Experts.of(made)
+
+
+def loop_with_the_kernels_activation(
+    made: Int8Experts, kernels: Kernels, hidden: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """The loop over experts, its activation computed by `swiglu_quantize`."""
+    levels, scale = made.backend.quantize(hidden, made.scheme, made.input_scale)
+
+    def run(number: int, tokens: Tensor) -> Tensor:
+        gate, up, down = projections(made.expert(number))
+        own = levels[tokens], scale[tokens]
+        static = None if down.input_scale is None else down.input_scale.reshape(1)
+        both = torch.cat([gate.product(*own), up.product(*own)], dim=1)
+        return down.product(*kernels.swiglu_quantize(both, static)).to(hidden.dtype)
+
+    return dispatch(hidden, chosen, weights, run)
+
+
+@st.composite
+def routings(draw) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens with two experts each, of those that are open: often some have no token at all."""
+    open_experts = draw(st.lists(st.integers(0, COUNT - 1), min_size=2, max_size=COUNT, unique=True))
+    tokens = draw(st.integers(0, 40))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    pairs = [draw(st.permutations(open_experts))[:2] for _ in range(tokens)]
+    hidden = 3 * torch.randn(tokens, WIDTH, generator=generator)
+    return hidden, torch.tensor(pairs, dtype=torch.long).view(tokens, 2), torch.rand(tokens, 2, generator=generator)
+
+
+@settings(max_examples=8)
+@given(routing=routings(), scheme=st.sampled_from(["token", "static"]), half=st.booleans())
+def test_the_bits_of_the_loop_with_the_kernels_activation(host: Kernels, routing, scheme, half):
+    hidden, chosen, weights = routing
+    hidden = hidden.bfloat16() if half else hidden
+    made = experts(CudaBackend("cpu", host), scheme)
+    wanted = loop_with_the_kernels_activation(made, host, hidden, chosen, weights)
+    assert torch.equal(GroupedExperts.of(made)(hidden, chosen, weights), wanted)
+
+
+@settings(max_examples=8)
+@given(routing=routings(), own=st.booleans())
+def test_the_loops_bits_where_torch_computes_the_activation(host: Kernels, routing, own):
+    """ReLU, as on the CPU the last places of torch's SiLU depend on how a tensor lies in memory."""
+    static = {"scheme": "static", "scales": [0.01 * 2**number for number in range(COUNT)]} if own else {}
+    made = experts(CudaBackend("cpu", host), **static, act_fn=relu)
+    wanted = made(*routing)
+    assert torch.equal(GroupedExperts.of(made)(*routing), wanted)
+
+
+def test_the_loop_itself_is_met_up_to_the_last_places_of_silu(host: Kernels):
+    hidden, chosen, weights = torch.randn(60, WIDTH), torch.randint(0, 4, (60, 1)) + torch.arange(2), torch.rand(60, 2)
+    made = experts(CudaBackend("cpu", host))
+    wanted = made(hidden, chosen, weights)
+    error = (GroupedExperts.of(made)(hidden, chosen, weights) - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert error.median() < 1e-6
+    assert error.max() < 0.02, "a value beside its level, here and there"
+
+
+def test_weights_are_held_once_and_the_linears_keep_theirs(host: Kernels):
+    made = experts(CudaBackend("cpu", host))
+    size, before = weight_bytes(made), {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    grouped = GroupedExperts.of(made)
+    assert weight_bytes(grouped) == size
+    assert list(grouped.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in grouped.state_dict().items())
+    storages = {linear.packed.untyped_storage().data_ptr() for expert in grouped for linear in projections(expert)}
+    assert len(storages) == 2
+
+
+def test_weights_that_are_loaded_or_scaled_later_are_used(host: Kernels):
+    made, other = (experts(CudaBackend("cpu", host)) for _ in range(2))
+    for expert in other:
+        expert.up_proj.packed.neg_()
+        expert.down_proj.weight_scale.mul_(2)
+    routing = torch.randn(9, WIDTH), torch.randint(0, 4, (9, 1)) + torch.arange(2), torch.rand(9, 2)
+    wanted = loop_with_the_kernels_activation(other, host, *routing)
+    grouped = GroupedExperts.of(made)
+    assert not torch.equal(grouped(*routing), wanted)
+    grouped.load_state_dict(other.state_dict())
+    assert torch.equal(grouped(*routing), wanted)
+
+
+class Recorder:
+    """Executes nothing: on `meta` there are shapes and no values, so that whoever asks for one fails."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def __call__(self, launch: Launch) -> None:
+        self.launches.append(launch)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_nothing_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatch, fused: bool):
+    recorder = Recorder()
+    backend = CudaBackend("meta", Kernels(recorder, architecture=80, multiprocessors=4, shared_limit=64 * 1024))
+    monkeypatch.setattr(grouped_experts, "alike", lambda got, wanted: fused)
+    made = experts(backend)
+    routing = torch.empty(30, WIDTH, device="meta"), torch.zeros(30, 2, dtype=torch.long, device="meta")
+    weights = torch.empty(30, 2, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        made(*routing, weights)
+    grouped = GroupedExperts.of(made)
+    recorder.launches.clear()
+    assert grouped(*routing, weights).shape == (30, WIDTH)
+    names = [launch.kernel for launch in recorder.launches]
+    activation = "swiglu_quantize_f32" if fused else "quantize_f32"
+    assert names == ["quantize_f32", "grouped_16x64_f32", activation, "grouped_16x64_f32"]
+
+
+def test_what_is_not_grouped(host: Kernels, tmp_path: Path):
+    backend = CudaBackend("cpu", host)
+    assert can_group(experts(backend))
+    assert not can_group(experts(backend, "tensor"))
+    assert not can_group(experts(backend, inner=40))
+    mixed = experts(backend)
+    mixed[1].down_proj.scheme, mixed[1].down_proj.input_scale = "static", torch.tensor(0.1)  # type: ignore
+    assert not can_group(mixed)
+    offloaded = experts(backend)
+    with StoreWriter(tmp_path / "experts.bin") as writer:
+        writer.add(offloaded)
+    assert not can_group(offloaded)
