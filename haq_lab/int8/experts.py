@@ -17,11 +17,19 @@ class Int8Experts(Experts):
 
     The input is quantised once, whichever experts then read it. An expert's weights are asked for through
     `expert` alone, and only where a token has chosen it.
+
+    Attributes:
+        swiglu: What lies between the products is `Backend.swiglu_quantize`, whose bits no backend changes, and not the
+            model's own activation, whose last places depend on the device.
+        beside: Some experts of the next call compute on another device than the rest (`offload.beside`): what they
+            read is brought there before the rest keep their device busy.
     """
 
     scheme: Activations
     backend: Backend
     input_scale: Tensor | None
+    swiglu: bool = False
+    beside: bool = False
 
     @classmethod
     def of(cls, experts: Experts) -> Self:
@@ -37,15 +45,25 @@ class Int8Experts(Experts):
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Hidden states (t, d), expert numbers (t, k) and gate weights (t, k) -> (t, d)."""
-        levels, scale = self.backend.quantize(hidden, self.scheme, self.input_scale)
+        here = self.backend.quantize(hidden, self.scheme, self.input_scale)
+        there = on_the_host(*here, hidden.shape[1]) if self.beside else here
 
         def run(number: int, tokens: Tensor) -> Tensor:
             expert = self.expert(number)
             gate, up, down = projections(expert)
+            levels, scale = here if gate.backend is self.backend else there
             own = levels[tokens], scale[tokens]
+            if self.swiglu:
+                inner = gate.product(*own), up.product(*own)
+                return down.product(*down.backend.swiglu_quantize(*inner, down.scheme, down.input_scale)).to(hidden)
             return down(expert.act_fn(gate.product(*own)) * up.product(*own)).to(hidden.dtype)
 
         return dispatch(hidden, chosen, weights, run, self.order)
+
+
+def on_the_host(levels: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Quantised rows (m, padded columns) and scales of any backend as the CPU's takes them: (m, columns), (m, 1)."""
+    return levels[:, :columns].cpu().contiguous(), scale.reshape(-1, 1).cpu()
 
 
 def projections(expert: Expert) -> tuple[Int8Linear, Int8Linear, Int8Linear]:

@@ -15,8 +15,7 @@ from torch import Tensor
 from haq_lab.int8.cuda import K_MULTIPLE, Kernels
 from haq_lab.int8.experts import Int8Experts, projections
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.int8.numerics import round_to_grid
-from haq_lab.int8.probe import alike, probe
+from haq_lab.int8.numerics import round_to_grid, swiglu
 from haq_lab.models.experts import Expert, Experts, combined
 
 
@@ -39,6 +38,7 @@ class GroupedExperts(Int8Experts):
     def of(cls, experts: Experts) -> Self:
         """The same experts, which `can_group`."""
         made = super().of(experts)
+        made.swiglu = cast(Int8Experts, experts).swiglu
         parts = [projections(cast(Expert, expert)) for expert in made]
         assert made.backend.fused is not None
         made._kernels = made.backend.fused
@@ -48,7 +48,7 @@ class GroupedExperts(Int8Experts):
         scales = [down.input_scale for _, _, down in parts if down.input_scale is not None]
         made._scales = torch.stack(scales).float().to(made.backend.device) if scales else None
         made._act_fn = cast(Expert, made[0]).act_fn
-        made._fused = len({down.reads for _, _, down in parts}) == 1 and made._activation_is_silu()
+        made._fused = made.swiglu and len({down.reads for _, _, down in parts}) == 1
         return made
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -74,18 +74,11 @@ class GroupedExperts(Int8Experts):
         if self._fused:
             return self._kernels.swiglu_quantize(both, None if self._scales is None else self._scales[:1])
         gate, up = both.chunk(2, dim=1)
-        inner = self._act_fn(gate) * up
+        inner = swiglu(gate, up) if self.swiglu else self._act_fn(gate) * up
         if self._scales is None:
             return self.backend.quantize(inner, "token", None)
         scale = self._scales[owners]
         return round_to_grid(inner, scale[:, None]).to(torch.int8), scale
-
-    def _activation_is_silu(self) -> bool:
-        """Tried, on random rows."""
-        both = probe(self._gate_up[0].shape[1], self.backend.device)
-        gate, up = both.chunk(2, dim=1)
-        wanted = self.backend.quantize(self._act_fn(gate) * up, "token", None)
-        return alike(self._kernels.swiglu_quantize(both), wanted)
 
 
 def can_group(experts: Int8Experts) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-ROWS = 16
+from haq_lab.int8.backend import Backend
+
+ROWS, WIDTH = 16, 64
 CLOSE = 1e-5  # of a scale: a hundred of float32's last places, far less than another epsilon or activation changes
 RARE = 0.01  # share of levels that may lie beside their neighbour, where the last places decide
 
@@ -22,3 +26,9 @@ def alike(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
     scale, other = got[1].flatten(), wanted[1].flatten()
     near = ((scale - other).abs() <= CLOSE * other).all()
     return bool(near and apart.max() <= 1 and apart.float().mean() <= RARE)
+
+
+def is_silu(act_fn: Callable[[Tensor], Tensor], backend: Backend) -> bool:
+    """Whether an activation, times another input, is what the backend's SwiGLU is."""
+    gate, up = probe(2 * WIDTH, backend.device).chunk(2, dim=1)
+    return alike(backend.swiglu_quantize(gate, up, "token", None), backend.quantize(act_fn(gate) * up, "token", None))

@@ -87,7 +87,7 @@ def dispatch(
         order: The chosen experts in the order in which they run; None takes them by number.
     """
     tokens, k = chosen.shape
-    flat = chosen.flatten()
+    flat = chosen.flatten().cpu()  # a GPU is asked once, before it has work
     pairs = flat.argsort(stable=True)
     active, counts = flat[pairs].unique_consecutive(return_counts=True)
     results = hidden.new_empty(tokens * k, hidden.shape[-1])

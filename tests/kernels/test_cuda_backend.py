@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from two_tiers import TwoTiers
 
 from haq_lab.errors import UserError
-from haq_lab.int8 import grouped_experts
+from haq_lab.int8 import probe
 from haq_lab.int8.backend import Backend, ReferenceBackend
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.cuda import Kernels
@@ -150,7 +150,7 @@ def test_weights_and_a_deployed_model_lie_on_the_device(monkeypatch: pytest.Monk
     """`meta` stands for a GPU: another device than the CPU, that any machine has. It has no numbers to try with."""
     for part in (QuantizedNorm, GatedMlp):
         monkeypatch.setattr(part, "reproduces", lambda *tried: True)
-    monkeypatch.setattr(grouped_experts, "alike", lambda *tried: True)
+    monkeypatch.setattr(probe, "alike", lambda *tried: True)
     model = LayeredModel(TinyModel(architecture).folder())
     idle = Kernels(lambda launch: None, architecture=80, multiprocessors=4, shared_limit=64 * 1024)
     backend = CudaBackend("meta", idle)
