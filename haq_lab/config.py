@@ -101,9 +101,7 @@ def build(config: DictConfig) -> Experiment:
         )
     backend = _part(config, "backend", Backend)
     if offload is not None:
-        offload.must_run_on(backend.device)
-        quantized = quantizer is not None or isinstance(model, QuantizedCheckpoint)
-        offload.formats.must_suit(quantized, offload.miss)
+        offload.must_suit(backend.device, quantizer is not None or isinstance(model, QuantizedCheckpoint))
     data, measures = _objects(config, "data"), _objects(config, "measure")
     for name, measure in measures.items():
         if measure.evaluates and not data:

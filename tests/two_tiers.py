@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.backend import Backend
+from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.deploy import deploy
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
+from haq_lab.offload.conversion import ConvertedTier
 from haq_lab.offload.engine import Engine
 from haq_lab.offload.host_tier import HostTier, HostWriter
 from haq_lab.offload.path_model import PathModel, fit_path_model
 from haq_lab.offload.placement import place
-from haq_lab.offload.policy import make_policy
+from haq_lab.offload.policy import Decide, make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath
 from haq_lab.offload.record import record_trace
+from haq_lab.offload.slow_tier import SlowTier
 from haq_lab.offload.streams import Mark, Streams
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.rtn import RTN
@@ -93,15 +96,28 @@ class TwoTiers:
             return writer.open()
 
     def engine(
-        self, rule: Any = "lru", slots: int = 6, scope: Any = "global", spare: int = 2, prefetch: str | None = None
+        self,
+        rule: Any = "lru",
+        slots: int = 6,
+        scope: Any = "global",
+        spare: int = 2,
+        prefetch: str | None = None,
+        decide: Decide | None = None,
     ) -> tuple[Engine, nn.Module]:
-        """An engine at work in a whole model, which is new each time: deploying moves its weights."""
+        """An engine at work in a whole model, which is new each time: deploying moves its weights. With `decide`, the
+        missing experts that it names run on the CPU."""
         model = self._model()
         layers = self._layers(model)
-        tier = self.tier(layers)
+        writer = HostWriter(self.depth, self.streams, None if decide is None else CpuBackend())
+        for layer in layers:
+            writer.add(layer.mlp.experts)
+        tier: SlowTier = writer.open()
         whole = deploy(model.assemble(layers), model, self.backend)
+        if (relayout := writer.relayout()) is not None:
+            tier = ConvertedTier(tier, relayout, self.streams.device)
         start, path_model = place("frequency", self.profile, slots), self.path_model if rule == "haq" else None
         policy = make_policy(rule, start, self.profile, scope, path_model)
+        policy.decide = decide or policy.decide
         guess = {None: None, "path": NextOnPath(self.profile), "gate": NextGate([layer.mlp.gate for layer in layers])}
         guesses = min(2, spare - 1) if prefetch else 0
         engine = Engine(tier, policy, spare, guess[prefetch], guesses, streams=self.streams)

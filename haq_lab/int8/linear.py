@@ -75,6 +75,14 @@ class Int8Linear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach().float()
         return cls(levels, scale, bias, "token", None, backend, copied)
 
+    def on(self, backend: Backend) -> Int8Linear:
+        """The same linear, held and computed by another backend."""
+        given = (self.weight, self.weight_scale, self.bias, self.input_scale)
+        levels, scale, bias, static = (None if tensor is None else tensor.to(backend.device) for tensor in given)
+        assert levels is not None
+        assert scale is not None
+        return Int8Linear(levels, scale, bias, self.scheme, static, backend)
+
     @property
     def reads(self) -> tuple[Activations, float | None]:
         """How it quantises its input: by scheme and static scale. Linears with the same can share what they read."""

@@ -3,22 +3,31 @@
     tier = ConvertedTier(tier, Dequantize(tier.parts, sizes, backend, torch.float16), device)
 
 The bytes are moved as they lie in the slow tier and converted where they arrive, in the order of the copies: on a GPU
-beside what it computes. This is the paper's dequantization on load (arXiv 2508.07329): the link carries int8.
+beside what it computes. `Dequantize` is the paper's dequantization on load (arXiv 2508.07329): the link carries int8.
+`Relayout` lets the host hold experts in the layout that its own CPU multiplies with.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
+from haq_lab.models.experts import PROJECTIONS
 from haq_lab.offload.arena import aligned
 from haq_lab.offload.slow_tier import SlowTier
 from haq_lab.offload.store import Part, layout
 
 Sizes = dict[str, tuple[int, int]]  # of an expert's linears: outputs and inputs
+
+
+def sizes_of(experts: nn.ModuleList) -> Sizes:
+    """Of a layer's experts, which are all alike."""
+    linears: dict[str, Any] = {name: experts[0].get_submodule(name) for name in PROJECTIONS}
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
 
 class Conversion(Protocol):
@@ -58,6 +67,31 @@ class Dequantize:
             part.of(target).copy_(self._backend.dequantize(packed, scale, size[1], self._dtype))
 
 
+class Relayout:
+    """int8 weights as one backend packs them -> as another does, both of whom may compute the expert.
+
+    Args:
+        source: How a blob of the slow tier is laid out, packed by `packer`.
+        target: How one of the fast tier is, packed by `backend`.
+        sizes: Of the expert's linears.
+    """
+
+    def __init__(self, source: list[Part], target: list[Part], sizes: Sizes, packer: Backend, backend: Backend):
+        self._source = {part.name: part for part in source}
+        self._sizes, self._packer, self._backend = sizes, packer, backend
+        self.parts, self.blob_bytes = layout(
+            {part.name: torch.empty(part.shape, dtype=part.dtype, device="meta") for part in target}
+        )
+
+    def __call__(self, source: Tensor, target: Tensor) -> None:
+        for part in self.parts:
+            tensor = self._source[part.name].of(source)
+            linear, _, own = part.name.rpartition(".")
+            if own == "packed":
+                tensor = self._backend.pack(self._packer.unpack(tensor, *self._sizes[linear]))
+            part.of(target).copy_(tensor)
+
+
 class Cast:
     """Floats -> floats of another type.
 
@@ -95,6 +129,14 @@ class ConvertedTier:
         """As a `SlowTier`'s."""
         self._tier.read(layer, expert, self._arrived)
         self._conversion(self._arrived, blob)
+
+    def in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
+        """As a `SlowTier`'s: where its weights lie, an expert is as it was before it is converted."""
+        return self._tier.in_place(layer, number, expert)
+
+    def leave(self, experts: Sequence[nn.Module]) -> None:
+        """As a `SlowTier`'s."""
+        self._tier.leave(experts)
 
     def close(self) -> None:
         """Close the tier beneath."""

@@ -32,17 +32,17 @@ from haq_lab.offload.policy import Policy, Visit
 from haq_lab.offload.prefetch import Prefetch
 from haq_lab.offload.record import Heard
 from haq_lab.offload.slow_tier import SlowTier
-from haq_lab.offload.store import ExpertStore, ReadError, bind
+from haq_lab.offload.store import ReadError, bind
 from haq_lab.offload.streams import Mark, Streams
 
 
 @dataclass
 class _Step:
-    """A layer's visit in progress: missing experts without a slot yet, those that run in the slow tier, and those that
-    pass through a spare slot."""
+    """A layer's visit in progress: missing experts without a slot yet, those that run in the slow tier (as they are
+    there), and those that pass through a spare slot."""
 
     waiting: list[Key] = field(default_factory=list)
-    in_place: set[Key] = field(default_factory=set)
+    in_place: dict[Key, nn.Module] = field(default_factory=dict)
     passing: set[Key] = field(default_factory=set)
 
 
@@ -128,8 +128,7 @@ class Engine:
         for number in visit.missing:
             key = (layer, number)
             if number in visit.in_place and key not in self._guessed:
-                self._step.in_place.add(key)
-                bind(self._modules[layer][number], self.store.parts, self._file.mapped(layer, number))
+                self._step.in_place[key] = self.store.in_place(layer, number, self._modules[layer][number])
                 continue
             if number in visit.replaces:
                 self._evict(visit.replaces[number])
@@ -163,8 +162,8 @@ class Engine:
             return 1
         return 2 if key in self.arena.where else 3
 
-    def expert(self, layer: int, number: int) -> None:
-        """See that the expert's weights are in memory, waiting for them where they are not.
+    def expert(self, layer: int, number: int) -> nn.Module:
+        """The expert, its weights in memory; waits for them where they are not.
 
         Raises:
             ReadError: They could not be read. The expert is then not resident, and the engine can go on.
@@ -182,15 +181,19 @@ class Engine:
             self._waits.append((layer, start, self.streams.mark()))
         if self.observer is not None:
             self.observer.starts(int(self._counts[number]), key in self._step.in_place, fetched)
+        return self._step.in_place.get(key, self._modules[layer][number])
+
+    @property
+    def beside(self) -> bool:
+        """Whether some of the visit's experts run beside the device that runs the others."""
+        return self.streams.apart and bool(self._step.in_place)
 
     def end(self, layer: int) -> None:
         """The layer is done: spare slots are free again."""
         if self.observer is not None:
             self.observer.computed()
-        for key in self._step.in_place:
-            bind(self._modules[key[0]][key[1]], self.store.parts, None)
         if self._step.in_place:
-            self._file.drop_cache()
+            self.store.leave(list(self._step.in_place.values()))
         for key in self._step.waiting:  # only where a read failed: what was admitted has not come
             self.policy.resident[key] = False
         for key in [key for key in self._step.passing if key in self.arena.where]:
@@ -290,12 +293,6 @@ class Engine:
         fetched = of([one for one in visit.missing if one not in placed and (layer, one) not in self._guessed])
         self.observer.expects(hits, fetched, placed)
 
-    @property
-    def _file(self) -> ExpertStore:
-        """The slow tier, where experts run in place."""
-        assert isinstance(self.store, ExpertStore), "experts run in place in a file only"
-        return self.store
-
     def _settle(self) -> None:
         """Count how long computing has waited."""
         for layer, begin, end in self._waits:
@@ -341,14 +338,11 @@ def _intercept(engine: Engine, layer: int, experts: nn.ModuleList) -> None:
     forward: Callable[..., Tensor] = experts.forward
 
     def visited(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        cast(Any, experts).order = engine.begin(layer, hidden, chosen)
+        module: Any = experts
+        module.order, module.beside = engine.begin(layer, hidden, chosen), engine.beside
         try:
             return forward(hidden, chosen, weights)
         finally:
             engine.end(layer)
 
-    def expert(number: int) -> nn.Module:
-        engine.expert(layer, number)
-        return experts[number]
-
-    cast(Any, experts).forward, cast(Any, experts).expert = visited, expert
+    cast(Any, experts).forward, cast(Any, experts).expert = visited, partial(engine.expert, layer)

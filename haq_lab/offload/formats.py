@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from haq_lab.errors import UserError
 from haq_lab.int8.experts import Int8Experts
-from haq_lab.models.experts import PROJECTIONS
-from haq_lab.offload.conversion import Cast, Conversion, Dequantize
+from haq_lab.offload.conversion import Cast, Conversion, Dequantize, sizes_of
 from haq_lab.offload.store import Part
 
 HostFormat = Literal["int8", "bf16"]
@@ -67,6 +66,4 @@ class Formats:
             return None
         if not isinstance(experts, Int8Experts):
             return Cast(parts, torch.float16)
-        linears: dict[str, Any] = {name: experts[0].get_submodule(name) for name in PROJECTIONS}
-        sizes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-        return Dequantize(parts, sizes, experts.backend, torch.float16)
+        return Dequantize(parts, sizes_of(experts), experts.backend, torch.float16)

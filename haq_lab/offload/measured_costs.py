@@ -4,9 +4,10 @@ them, and the simulator is held against the engine with them."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,9 @@ from haq_lab.models.families import Moe
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.arena import aligned
 from haq_lab.offload.costs import Costs, PiecewiseLinear
-from haq_lab.offload.store import ExpertStore, bind, put, tensors_of
+from haq_lab.offload.slow_tier import SlowTier
+from haq_lab.offload.store import bind, put, tensors_of
+from haq_lab.offload.streams import Streams
 
 TOKENS = (1, 4, 16, 64)
 REPEATS = 7
@@ -23,40 +26,65 @@ READS = 40
 UNKNOWN = 1e-4  # seconds of what only a running engine can tell, until it has (`observer.py`)
 
 
-def measure_costs(layer: nn.Module, moe: Moe, store: ExpertStore, model: LayeredModel) -> Costs:
-    """The costs of a model's experts here, on the RAM and disk tiers. Takes about a second.
+def measure_costs(
+    layer: nn.Module, moe: Moe, store: SlowTier, model: LayeredModel, streams: Streams | None = None
+) -> Costs:
+    """The costs of a model's experts here, on its two tiers. Takes about a second.
 
     Args:
         layer: A decoder layer whose experts are in the store or in memory.
+        streams: Of the device that computes; a CPU's if None.
     """
-    experts = cast(nn.ModuleList, layer.get_submodule(moe.experts))
-    blob = aligned(store.blob_bytes)
-    fetch = [(store.blob_bytes, _once(partial(store.read, 0, index % len(experts), blob))) for index in range(READS)]
+    streams = streams or Streams()
+    experts: Any = layer.get_submodule(moe.experts)
+    blob = aligned(store.blob_bytes, streams.device)
+
+    def read(number: int) -> None:
+        with streams.copying(streams.mark()):
+            store.read(0, number, blob)
+        streams.drain()
+
+    moved = store.moved_bytes
+    fetch = [(moved, _once(partial(read, index % len(experts)))) for index in range(READS)]
     held = {name: tensor.detach() for name, tensor in tensors_of(experts[0]).items()}
-    store.read(0, 0, blob)
-    bind(experts[0], store.parts, blob)
+    read(0)
     fast, slow = [], []
     for tokens in TOKENS:
-        hidden = torch.randn(tokens, model.config.hidden_size)
-        chosen, weights = torch.zeros(tokens, 1, dtype=torch.long), torch.ones(tokens, 1)
-        run = lambda hidden=hidden, chosen=chosen, weights=weights: experts(hidden, chosen, weights)  # noqa: E731
+        hidden = torch.randn(tokens, model.config.hidden_size).to(streams.device)
+        chosen = torch.zeros(tokens, 1, dtype=torch.long, device=streams.device)
+        run = partial(experts, hidden, chosen, torch.ones(tokens, 1, device=streams.device))
+        bind(experts[0], store.parts, blob)
         run()
-        fast += [(tokens, _once(run)) for _ in range(REPEATS)]
+        for _ in range(REPEATS):
+            begin = streams.mark()
+            run()
+            fast.append((tokens, streams.seconds(begin, streams.mark())))
 
         def in_place(run: Callable[[], Any] = run) -> None:
-            bind(experts[0], store.parts, store.mapped(0, 0))
-            run()
+            expert = store.in_place(0, 0, experts[0])
+            with _taken_for(experts, expert, streams.apart):
+                run()
 
         for _ in range(3):
-            store.drop_cache()
+            store.leave([])
             slow.append((tokens, _once(in_place)))
-        bind(experts[0], store.parts, blob)
     for name, tensor in held.items():
         put(experts[0], name, tensor)
     rest, outside, issue, begin, take = (PiecewiseLinear([1], [UNKNOWN]) for _ in range(5))
     fast_curve, slow_curve, fetch_curve = (PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch))
     first = fast_curve, slow_curve, fetch_curve, rest, outside
-    return Costs(*first, store.blob_bytes, issue, begin, take, from_disk=True)
+    return Costs(*first, moved, issue, begin, take, from_disk=not streams.apart)
+
+
+@contextmanager
+def _taken_for(experts: Any, expert: nn.Module, beside: bool) -> Iterator[None]:
+    """Within the block, whichever expert is asked for is this one, on the host beside a GPU where `beside`."""
+    experts.expert, experts.beside = lambda number: expert, beside
+    try:
+        yield
+    finally:
+        del experts.expert
+        experts.beside = False
 
 
 def _once(run: Callable[[], Any]) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.routing import Routing
 from haq_lab.files import named
+from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.roofline import Hardware
 from haq_lab.models.layered import LayeredModel
 from haq_lab.offload.conversion import ConvertedTier
@@ -52,9 +53,10 @@ class OffloadSession:
         self._profile = settings.trace(model)
         self.path = folder / "experts.bin"
         self._streams = streams or Streams()
-        self._writer: TierWriter = (
-            HostWriter(model.depth, self._streams) if self._streams.apart else StoreWriter(self.path).__enter__()
-        )
+        self._writer: TierWriter = StoreWriter(self.path).__enter__()
+        if self._streams.apart:
+            beside = None if settings.miss == "fetch" else CpuBackend()
+            self._writer = HostWriter(model.depth, self._streams, beside)
         self.engine: Engine | None = None
 
     def add(self, layer: nn.Module) -> None:
@@ -82,7 +84,8 @@ class OffloadSession:
             assert calibration is not None
             self._profile = routing_trace(self.stages, self.model, calibration, text)
         tier: SlowTier = self._writer.open()
-        if (conversion := self.settings.formats.conversion(self._as_made, tier.parts)) is not None:
+        conversion = self.settings.formats.conversion(self._as_made, tier.parts) or self._writer.relayout()
+        if conversion is not None:
             tier = ConvertedTier(tier, conversion, self._streams.device)
         self.engine = self.settings.engage(self.model, layers, tier, self._profile, self.hardware, self._streams)
         self._start = self.engine.policy.resident.copy()

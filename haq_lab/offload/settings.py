@@ -27,7 +27,6 @@ from haq_lab.offload.prefetch import NextGate, NextOnPath, Prefetch
 from haq_lab.offload.shape import Shape
 from haq_lab.offload.simulator import Simulator, Timeline
 from haq_lab.offload.slow_tier import SlowTier
-from haq_lab.offload.store import ExpertStore
 from haq_lab.offload.streams import Streams
 from haq_lab.offload.trace import Trace
 
@@ -78,17 +77,17 @@ class Offload:
         """In what numbers experts lie in the two tiers."""
         return Formats(self.host_format, self.device_format)
 
-    def must_run_on(self, device: torch.device) -> None:
-        """Raise `UserError` where these settings cannot be had on a backend's device.
+    def must_suit(self, device: torch.device, quantized: bool) -> None:
+        """Raise `UserError` where these settings cannot be had on a backend's device, or for an unquantised model.
 
-        An expert in place is the CPU's work. Beside a GPU, it would need a layout of its own there, and what lies
-        between its products (SiLU) is rounded otherwise than on the GPU: the output would depend on the budget.
+        Beside a GPU the CPU computes int8 products, which are exact, and a SwiGLU that is specified to the bit; what
+        it makes of float weights would differ from what the GPU does, and the output with the budget.
         """
-        if device.type != "cpu" and self.miss != "fetch":
+        self.formats.must_suit(quantized, self.miss)
+        if device.type != "cpu" and self.miss != "fetch" and not quantized:
             raise UserError(
-                f"offload.miss: '{self.miss}' runs experts on the CPU, which the engine does not do beside a GPU; with "
-                "backend=cuda, say offload.miss=fetch (`python -m haq_lab.offload plan` simulates it, and so does "
-                "hardware=NAME with backend=cpu)"
+                f"offload.miss: '{self.miss}' runs experts on the CPU, beside a GPU only those in int8: with "
+                "quantizer=none, say offload.miss=fetch"
             )
 
     def trace(self, model: LayeredModel) -> Trace | None:
@@ -133,9 +132,8 @@ class Offload:
         slots = Budget.parse(self.budget).slots(shape.layers * shape.experts, store.blob_bytes, self.spare, reserved)
         costs, observer = None, None
         if self.miss == "predict":
-            assert isinstance(store, ExpertStore), "refused by `must_run_on`"
-            costs = machine_costs(hardware, shape) if hardware else measure_costs(layers[0], moe, store, model)
-            if hardware is None or hardware.from_disk:  # a GPU's costs are not corrected by this machine
+            costs = machine_costs(hardware, shape) if hardware else measure_costs(layers[0], moe, store, model, streams)
+            if costs.from_disk:  # a GPU's are not corrected: its clock is another one
                 observer = Observer(costs, self.objective, shape.layers)
         policy = self.policy(place(self.placement, profile, slots, self.seed), profile, costs)
         prefetch: Prefetch | None = None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
 from haq_lab.offload.store import Part
+
+if TYPE_CHECKING:
+    from haq_lab.offload.conversion import Relayout
 
 
 class SlowTier(Protocol):
@@ -30,6 +34,14 @@ class SlowTier(Protocol):
         """
         ...
 
+    def in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
+        """`expert` as it runs where its weights lie; `leave` it afterwards."""
+        ...
+
+    def leave(self, experts: Sequence[nn.Module]) -> None:
+        """These have run in place."""
+        ...
+
     def close(self) -> None:
         """Give up what it holds."""
         ...
@@ -44,6 +56,10 @@ class TierWriter(Protocol):
 
     def open(self) -> SlowTier:
         """The finished tier."""
+        ...
+
+    def relayout(self) -> Relayout | None:
+        """What brings an expert from the tier's layout to that of the device; None where they are one."""
         ...
 
     def __exit__(self, *error: object) -> None:

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -105,10 +105,17 @@ class ExpertStore:
             done += got
         return done
 
-    def mapped(self, layer: int, expert: int) -> Tensor:
-        """An expert's blob in place: computing with it reads the slow tier. `drop_cache` when it has been used."""
-        offset = (layer * self.experts + expert) * self.blob_bytes
-        return self._map[offset : offset + self.blob_bytes]
+    def in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
+        """The expert on the file itself: computing with it reads the slow tier."""
+        offset = (layer * self.experts + number) * self.blob_bytes
+        bind(expert, self.parts, self._map[offset : offset + self.blob_bytes])
+        return expert
+
+    def leave(self, experts: Sequence[nn.Module]) -> None:
+        """These have run in place: what was read for them leaves memory."""
+        for expert in experts:
+            bind(expert, self.parts, None)
+        self.drop_cache()
 
     def drop_cache(self) -> None:
         """Take all the file's pages out of memory: what is mapped and was read ahead of it, too."""
@@ -185,6 +192,9 @@ class StoreWriter:
         """
         for blob in self._packer.pack(experts):
             self._stream.write(memoryview(cast(Any, blob.numpy())))
+
+    def relayout(self) -> None:
+        """None is needed: the file and the arena hold experts alike."""
 
     def open(self) -> ExpertStore:
         """The finished store, none of it in the page cache."""

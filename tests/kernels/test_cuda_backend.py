@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
-from two_tiers import TwoTiers
+from two_tiers import Apart, TwoTiers
 
 from haq_lab.errors import UserError
 from haq_lab.int8 import probe
@@ -189,3 +189,26 @@ def test_offloaded_experts_keep_the_padded_layout(host: Kernels, odd: Path):
     assert_same_bits(placed.generate(whole), placed.expected)
     assert engine.counters.read.sum() > 8, "experts have come and gone"
     engine.close()
+
+
+@pytest.mark.parametrize("rule", ["none", "lru"])
+def test_experts_run_on_the_device_or_beside_it_and_no_bit_tells(host: Kernels, rule: str):
+    """Grouped and fused with all of them on the device; by twos beside it, on the CPU, and fetched and packed anew."""
+    placed = TwoTiers(CudaBackend("cpu", host), Apart("cpu"), steps=3)
+    ran: list[int] = []
+
+    def decide(present: dict[int, int], missing: dict[int, int]) -> list[int]:
+        beside = list(missing)[::2]
+        ran.extend(beside)
+        return beside
+
+    engine, whole = placed.engine(rule, slots=4, prefetch="gate", decide=decide)
+    assert_same_bits(placed.generate(whole), placed.expected)
+    engine.check()
+    assert ran
+    assert engine.counters.read.sum() > 4, "others were fetched"
+    assert {part.shape for part in engine.store.parts if part.name == "gate_proj.packed"} == {(96, 64)}
+    engine.close()
+    whole_offload, other = placed.engine(rule, slots=4)
+    assert_same_bits(placed.generate(other), placed.expected)
+    whole_offload.close()

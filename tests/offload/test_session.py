@@ -151,8 +151,8 @@ def test_costs_are_measured_and_leave_the_layer_as_it_was(model, tmp_path):
 
 
 @pytest.mark.parametrize("miss", ["cpu", "predict"])
-def test_experts_do_not_run_in_place_beside_a_gpu(miss):
-    Offload(miss=miss).must_run_on(torch.device("cpu"))
-    Offload().must_run_on(torch.device("cuda"))
+def test_only_int8_experts_run_on_the_cpu_beside_a_gpu(miss):
+    for device, quantized in (("cpu", False), ("cuda", True)):
+        Offload(miss=miss).must_suit(torch.device(device), quantized)
     with pytest.raises(UserError, match=rf"offload\.miss: '{miss}' runs experts on the CPU.*say offload\.miss=fetch"):
-        Offload(miss=miss).must_run_on(torch.device("cuda"))
+        Offload(miss=miss).must_suit(torch.device("cuda"), False)

@@ -67,13 +67,18 @@ def test_what_is_written_is_read_or_used_in_place_and_does_not_stay(tmp_path, mo
     blob = aligned(store.blob_bytes)
     for layer, expert in ((2, 3), (0, 0), (1, 2)):
         store.read(layer, expert, blob)
-        assert torch.equal(blob, store.mapped(layer, expert))
-        bind(layers[layer][expert], store.parts, blob)
-        for name, tensor in tensors_of(layers[layer][expert]).items():
-            assert torch.equal(tensor, kept[layer][expert][name])
+        module = layers[layer][expert]
+        for use in ("read", "in place"):
+            if use == "read":
+                bind(module, store.parts, blob)
+            else:
+                assert store.in_place(layer, expert, module) is module
+            for name, tensor in tensors_of(module).items():
+                assert torch.equal(tensor, kept[layer][expert][name])
         assert mapped_bytes(store.path) > 0
-        store.drop_cache()
+        store.leave([module])
         assert mapped_bytes(store.path) == 0
+        assert not any(tensor.numel() for tensor in tensors_of(module).values())
     store.close()
 
 
