@@ -53,11 +53,15 @@ class OffloadSession:
         self._profile = settings.trace(model)
         self.path = folder / "experts.bin"
         self._streams = streams or Streams()
-        self._writer: TierWriter = StoreWriter(self.path).__enter__()
-        if self._streams.apart:
-            beside = None if settings.miss == "fetch" else CpuBackend()
-            self._writer = HostWriter(model.depth, self._streams, beside)
+        self._writer = self._slow_tier()
         self.engine: Engine | None = None
+
+    def _slow_tier(self) -> TierWriter:
+        """A file, or beside a device with memory of its own the host's; with the CPU at work there, if it is to be."""
+        if not self._streams.apart:
+            return StoreWriter(self.path).__enter__()
+        beside = None if self.settings.miss == "fetch" else CpuBackend()
+        return HostWriter(self.model.depth, self._streams, beside)
 
     def add(self, layer: nn.Module) -> None:
         """The next layer in its final form: its experts go to the slow tier."""

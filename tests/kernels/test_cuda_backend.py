@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 from two_tiers import Apart, TwoTiers
 
+from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.errors import UserError
 from haq_lab.int8 import probe
 from haq_lab.int8.backend import Backend, ReferenceBackend
@@ -21,10 +22,14 @@ from haq_lab.int8.fused import GatedMlp, QuantizedNorm
 from haq_lab.int8.grouped_experts import GroupedExperts
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
+from haq_lab.offload import measured_costs
+from haq_lab.offload.session import OffloadSession
+from haq_lab.offload.settings import Offload
 from haq_lab.offload.streams import Streams
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.apply import quantize_group
 from haq_lab.quantizers.rtn import RTN
+from haq_lab.stages.store import Store
 
 from .checks import FLOATS, Draw
 from .host import HostRunner
@@ -212,3 +217,28 @@ def test_experts_run_on_the_device_or_beside_it_and_no_bit_tells(host: Kernels, 
     whole_offload, other = placed.engine(rule, slots=4)
     assert_same_bits(placed.generate(other), placed.expected)
     whole_offload.close()
+
+
+def test_a_session_decides_by_measured_costs_where_experts_run(host: Kernels, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(measured_costs, "TOKENS", (1,))
+    monkeypatch.setattr(measured_costs, "REPEATS", 1)
+    backend, outputs = CudaBackend("cpu", host), []
+    windows = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
+    for offload in (None, Offload(budget="30%", spare=2, cache="lru", miss="predict")):
+        model, layers = LayeredModel(TinyModel("mixtral").folder()), []
+        session = offload and OffloadSession(offload, None, model, tmp_path, Store(), Apart("cpu"))
+
+        def finished(index: int, layer: torch.nn.Module, session=session, layers=layers) -> None:
+            if session is not None:
+                session.add(layer)
+            layers.append(layer)
+
+        one_pass(model, RTN(), backend, None, CalibrationPolicy(), {}, finished)
+        whole = deploy(model.assemble(layers), model, backend)
+        if session is not None:
+            session.engage(layers, None, windows, "random")
+        outputs.append(whole(windows[:1, :8]).logits)
+        if session is not None:
+            assert session.metrics()["offload.hit_rate_pairs"] < 1
+            session.close()
+    assert_same_bits(*outputs)
