@@ -74,9 +74,10 @@ class QuantizedModel(LayeredModel):
 
 
 def has_int8_head(folder: Path) -> bool:
-    """Whether a quantised checkpoint's head computes in int8 (`quantizer.head`); its file has the float one."""
+    """Whether a folder is a quantised checkpoint whose head computes in int8 (`quantizer.head`); its file has the float
+    one."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return bool(config["quantization_config"].get("int8_head", False))
+    return bool(config.get("quantization_config", {}).get("int8_head", False))
 
 
 def open_model(source: ModelSource, backend: Backend) -> LayeredModel:

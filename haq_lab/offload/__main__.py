@@ -9,6 +9,7 @@ profile                              measure this machine: hardware=local
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from haq_lab.errors import UserError
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.set_defaults(run=_replay)
     plan.add_argument("--hardware", default="rtx3060_12g", help="a name from conf/hardware, or local")
     plan.add_argument("--shape", default="mixtral", help="mixtral (8x7B), or a folder with config.json")
+    plan.add_argument("--int8-head", action="store_true", help="as quantizer.head=true; a checkpoint says it itself")
     plan.add_argument("--context", type=int, default=2048, help="tokens whose key-value cache must fit")
     plan.add_argument("--tokens", type=int, default=128, help="simulated for each combination")
     plan.set_defaults(run=_plan)
@@ -114,6 +116,7 @@ def _replay(given: argparse.Namespace) -> None:
 def _plan(given: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
+    from haq_lab.checkpoint.model import has_int8_head
     from haq_lab.files import written_aside
     from haq_lab.offload.figures import pareto_figure
     from haq_lab.offload.hardware import hardware
@@ -123,9 +126,10 @@ def _plan(given: argparse.Namespace) -> None:
 
     machine = hardware(given.hardware)
     profile, test = Trace.open(given.profile), Trace.open(given.test)
-    shape = MIXTRAL
+    shape = replace(MIXTRAL, head_bytes=1) if given.int8_head else MIXTRAL
     if given.shape != "mixtral":
-        shape = Shape.of(AutoConfig.from_pretrained(given.shape, trust_remote_code=False), profile.expert_count)
+        config = AutoConfig.from_pretrained(given.shape, trust_remote_code=False)
+        shape = Shape.of(config, profile.expert_count, given.int8_head or has_int8_head(Path(given.shape)))
     if {(trace.layers, trace.expert_count) for trace in (profile, test)} != {(shape.layers, shape.experts)}:
         profile, test = (trace.stretched(shape.layers, shape.experts) for trace in (profile, test))
         say(f"the trace is of another model: its layers are repeated or left out to make {shape.layers}")

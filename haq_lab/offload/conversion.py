@@ -121,7 +121,8 @@ class ConvertedTier:
     """
 
     def __init__(self, tier: SlowTier, conversion: Conversion, device: torch.device):
-        self.parts, self.blob_bytes, self.moved_bytes = conversion.parts, conversion.blob_bytes, tier.moved_bytes
+        self.parts, self.blob_bytes = conversion.parts, conversion.blob_bytes
+        self.moved_bytes, self.room_bytes = tier.moved_bytes, tier.blob_bytes
         self._tier, self._conversion = tier, conversion
         self._arrived = aligned(tier.blob_bytes, device)  # one is enough: reads follow each other in one stream
 

@@ -11,6 +11,7 @@ from torch import nn
 from haq_lab.errors import UserError
 from haq_lab.int8.experts import Int8Experts
 from haq_lab.offload.conversion import Cast, Conversion, Dequantize, sizes_of
+from haq_lab.offload.machine_costs import Format
 from haq_lab.offload.store import Part
 
 HostFormat = Literal["int8", "bf16"]
@@ -41,6 +42,11 @@ class Formats:
                 "in 16 bits, so that the output would depend on the budget; say offload.miss=fetch, or "
                 "offload.device_format=int8"
             )
+
+    @property
+    def pair(self) -> tuple[Format, Format]:
+        """The numbers in the slow and in the fast tier, as costs are counted by them."""
+        return self.host, self.host if self.device == "int8" else self.device
 
     @property
     def narrow(self) -> torch.dtype | None:

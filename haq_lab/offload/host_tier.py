@@ -45,6 +45,7 @@ class HostTier:
     ):
         self.parts = parts
         self.blob_bytes = self.moved_bytes = blob_bytes
+        self.room_bytes = 0
         self._blocks, self._streams, self._twins = blocks, streams, twins
         for layer, experts in enumerate(twins):
             for number, twin in enumerate(experts):

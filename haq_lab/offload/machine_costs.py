@@ -51,7 +51,7 @@ def machine_costs(hardware: Hardware, shape: Shape, host: Format = "int8", devic
         slow=PiecewiseLinear(TOKENS, in_place),
         fetch=PiecewiseLinear([moved], [moved / link + conversion + LAUNCH]),
         rest=on_device(shape.rest, BYTES[device]),
-        outside=on_device(shape.outside, 2),
+        outside=on_device(shape.outside, shape.head_bytes),
         expert_bytes=moved,
         from_disk=hardware.from_disk,
     )

@@ -103,7 +103,7 @@ class OffloadSession:
         if self.engine is None or self.hardware is None or not self.engine.heard.decoded:
             return {}
         assert self._profile is not None
-        shape = Shape.of(self.model.config, self.engine.experts)
+        shape = Shape.of(self.model.config, self.model.experts, self.model.int8_head is not None)
         timeline = self.settings.simulate(self.engine, self._start, self._profile, self.hardware, shape)
         return timeline.metrics(label)
 

@@ -126,13 +126,16 @@ class Offload:
         Raises:
             UserError: The budget leaves no slot.
         """
-        moe, shape = model.family.moe, Shape.of(model.config, model.family.experts(model.config))
+        moe, shape = model.family.moe, Shape.of(model.config, model.experts, model.int8_head is not None)
         assert moe is not None
-        reserved = FLOAT * (shape.kv_per_token + shape.work_per_token) * self.kv_tokens
+        reserved = FLOAT * (shape.kv_per_token + shape.work_per_token) * self.kv_tokens + store.room_bytes
         slots = Budget.parse(self.budget).slots(shape.layers * shape.experts, store.blob_bytes, self.spare, reserved)
         costs, observer = None, None
         if self.miss == "predict":
-            costs = machine_costs(hardware, shape) if hardware else measure_costs(layers[0], moe, store, model, streams)
+            if hardware is None:
+                costs = measure_costs(layers[0], moe, store, model, streams)
+            else:
+                costs = machine_costs(hardware, shape, *self.formats.pair)
             if costs.from_disk:  # a GPU's are not corrected: its clock is another one
                 observer = Observer(costs, self.objective, shape.layers)
         policy = self.policy(place(self.placement, profile, slots, self.seed), profile, costs)
@@ -158,7 +161,7 @@ class Offload:
 
     def simulate(self, engine: Engine, start: Residency, profile: Trace, hardware: Hardware, shape: Shape) -> Timeline:
         """What the engine did, on another machine: the same routing and guesses from the same residents on."""
-        costs = machine_costs(hardware, shape)
+        costs = machine_costs(hardware, shape, *self.formats.pair)
         policy = self.policy(start, profile, costs)
         prefetch = engine.heard.prefetch() if engine.prefetch is not None else None
         return Simulator(costs, policy, prefetch, engine.guesses, self.spare).run(engine.heard.trace())

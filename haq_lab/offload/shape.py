@@ -21,6 +21,7 @@ class Shape:
         kv_per_token: Numbers in the key-value cache, all layers.
         work_per_token: Numbers that a layer at work holds beside it: the stream and its norm, queries, keys, values and
             what attention makes of them, and the gate, up and down products of the k experts chosen.
+        head_bytes: Of each weight of the head: 2, or 1 where it is in int8 (`quantizer.head`).
     """
 
     layers: int
@@ -31,10 +32,11 @@ class Shape:
     outside: int
     kv_per_token: int
     work_per_token: int
+    head_bytes: int = 2
 
     @classmethod
-    def of(cls, config: Any, experts: int) -> Shape:
-        """From a transformers config."""
+    def of(cls, config: Any, experts: int, int8_head: bool = False) -> Shape:
+        """From a transformers config, and whether the head is in int8."""
         hidden, layers = config.hidden_size, config.num_hidden_layers
         inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
@@ -49,6 +51,7 @@ class Shape:
             outside=hidden * config.vocab_size,
             kv_per_token=2 * keys * layers,
             work_per_token=2 * hidden + 2 * queries + 2 * keys + config.num_experts_per_tok * (2 * inner + hidden),
+            head_bytes=1 if int8_head else 2,
         )
 
 

@@ -20,11 +20,13 @@ class SlowTier(Protocol):
         parts: How a blob is laid out, the same for all.
         blob_bytes: Its size.
         moved_bytes: What is read for it.
+        room_bytes: What reading takes in the fast tier besides.
     """
 
     parts: list[Part]
     blob_bytes: int
     moved_bytes: int
+    room_bytes: int
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
         """An expert's bytes into `blob` (blob_bytes,) uint8, in the order of the calling thread's stream.

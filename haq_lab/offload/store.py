@@ -66,6 +66,7 @@ class ExpertStore:
         self.path = path
         self.parts = parts
         self.blob_bytes = self.moved_bytes = blob_bytes
+        self.room_bytes = 0
         self.experts = experts
         self._file = os.open(path, os.O_RDONLY)
         self._direct = past_the_cache(path)

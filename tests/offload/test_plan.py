@@ -1,12 +1,24 @@
-"""The Pareto front against its definition."""
+"""The Pareto front against its definition, and what the GPU holds beside experts."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pandas as pd
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import launch
 
-from haq_lab.offload.plan import mark_pareto
+from haq_lab.models.sources import TinyModel
+from haq_lab.offload import plan as planning
+from haq_lab.offload.__main__ import main
+from haq_lab.offload.hardware import hardware
+from haq_lab.offload.machine_costs import LAUNCH, machine_costs
+from haq_lab.offload.path_model import fit_path_model
+from haq_lab.offload.plan import fixed_bytes, mark_pareto
+from haq_lab.offload.shape import MIXTRAL
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=15))
@@ -16,3 +28,37 @@ def test_the_front_is_what_nothing_beats(points):
     beaten = {a for a in points for b in points if b != a and b[0] <= a[0] and b[1] <= a[1]}
     assert front == set(points) - beaten
     assert table["pareto"].sum() == len(front), "equal ones count once"
+
+
+def test_a_head_in_int8_is_half_of_one_in_16_bits():
+    int8 = replace(MIXTRAL, head_bytes=1)
+    head = 4096 * 32000
+    for device in ("int8", "fp16"):
+        assert fixed_bytes(MIXTRAL, device, 2048) - fixed_bytes(int8, device, 2048) == head
+        costs = [machine_costs(hardware("rtx3060_12g"), shape, "int8", device) for shape in (MIXTRAL, int8)]
+        assert costs[0].outside(1) - LAUNCH == pytest.approx(2 * (costs[1].outside(1) - LAUNCH))
+        assert costs[0].rest(1) == costs[1].rest(1)
+
+
+def test_a_checkpoint_says_that_its_head_is_in_int8(tmp_path, monkeypatch, make_trace):
+    """As does the flag, where there is only a shape."""
+    trace, kept = tmp_path / "made.trace", tmp_path / "kept"
+    make_trace(tokens=40, layers=2).save(trace)
+    small = ["model=tiny_mixtral", "quantizer=rtn", "measure=[]", "data=[]", "tracking=none"]
+    done = launch(*small, "quantizer.head=true", f"checkpoint.dir={kept}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    monkeypatch.setattr(planning, "FORMATS", planning.FORMATS[:1])
+    monkeypatch.setattr(planning, "fit_path_model", partial(fit_path_model, steps=5))
+    monkeypatch.setattr(planning, "plan", partial(planning.plan, shares=(0.5,)))
+    tiny = TinyModel("mixtral").folder()
+    least = []
+    for more in (["--shape", str(tiny)], ["--shape", str(kept)], ["--shape", str(tiny), "--int8-head"]):
+        main(["plan", str(trace), str(trace), "--tokens=4", f"--out={tmp_path}", *more])
+        least.append(pd.read_csv(tmp_path / "plan.csv")["memory_bytes"].min())
+    assert least == [least[0], least[0] - 64 * 257, least[0] - 64 * 257]
+    int8 = replace(MIXTRAL, head_bytes=1)
+    main(["plan", str(trace), str(trace), "--tokens=1", f"--out={tmp_path}", "--int8-head", "--hardware=a100_80g"])
+    assert (
+        pd.read_csv(tmp_path / "plan.csv")["memory_bytes"].min()
+        == fixed_bytes(int8, "int8", 2048) + 128 * MIXTRAL.expert
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from haq_lab.int8.cpu import CpuBackend
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.offload.hardware import hardware
+from haq_lab.offload.machine_costs import machine_costs
 from haq_lab.offload.measured_costs import TOKENS, UNKNOWN, measure_costs
+from haq_lab.offload.narrow_experts import ExpertLinear
+from haq_lab.offload.placement import place
 from haq_lab.offload.record import record_trace
 from haq_lab.offload.session import OffloadSession
 from haq_lab.offload.settings import Offload
+from haq_lab.offload.shape import Shape
 from haq_lab.offload.store import StoreWriter, tensors_of
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.rtn import RTN
@@ -98,6 +103,47 @@ def test_beside_a_device_with_its_own_memory_experts_lie_in_the_hosts(model, tmp
     assert streams.copies > session.engine.policy.slots
     session.close()
     assert streams.locked == []
+
+
+def test_the_settings_say_what_experts_compute_in(model, tmp_path):
+    shape, card, moved, slot = Shape.of(model.config, 8), hardware("rtx3060_12g"), 5 * 4096, 9 * 4096
+    reserved = 4 * 16 * (shape.kv_per_token + shape.work_per_token) + moved  # the expert on its way counts
+    budget = f"{reserved + 5 * slot - 1}B"
+    halves = replace(LRU, device_format="fp16", budget=budget, kv_tokens=16)
+    session = OffloadSession(halves, card, model, tmp_path, Store())
+    layers = finished(model, session.add)
+    session.engage(layers, None, WINDOWS, "random")
+    decoded(model.assemble(layers))
+    engine = session.engine
+    assert isinstance(layers[1].mlp.experts[7].down_proj, ExpertLinear)
+    assert (engine.store.moved_bytes, engine.store.blob_bytes) == (moved, slot)
+    assert engine.policy.slots == 4 - 2
+    start = place("frequency", session._profile, engine.policy.slots)
+    by_format = [
+        settings.simulate(engine, start, session._profile, card, shape).metrics("card") for settings in (LRU, halves)
+    ]
+    name = "simulated.card.latency.decode_ms_per_token.mean"
+    assert by_format[0][name] < by_format[1][name], "converting takes time, and floats are read"
+    session.close()
+
+
+def test_a_head_in_int8_costs_what_it_is(tmp_path, monkeypatch):
+    model, shapes = LayeredModel(TinyModel("mixtral", layers=2).folder()), []
+    model.quantize_head(CpuBackend())
+
+    def costs(hardware, shape, *formats):
+        shapes.append(shape)
+        return machine_costs(hardware, shape, *formats)
+
+    monkeypatch.setattr("haq_lab.offload.settings.machine_costs", costs)
+    card = hardware("rtx3060_12g")
+    session = OffloadSession(replace(LRU, miss="predict"), card, model, tmp_path, Store())
+    layers = finished(model, session.add)
+    session.engage(layers, None, WINDOWS, "random")
+    decoded(model.assemble(layers))
+    session.simulated("card")
+    session.close()
+    assert [shape.head_bytes for shape in shapes] == [1, 1], "as it decides, and as it is simulated"
 
 
 def test_the_arena_lies_on_the_device_and_the_slow_tier_does_not(model, tmp_path):
