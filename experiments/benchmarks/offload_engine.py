@@ -152,7 +152,7 @@ class Bench:
             self.clock.go()
 
         seconds = decode(self.whole, self.prompt, self.text, meanwhile)
-        engine._reader.shutdown()
+        engine.mover.stop()
         return seconds, engine
 
     def simulated(self, *configuration: Any, engine: Engine, costs: Costs) -> list[float]:
@@ -192,7 +192,7 @@ def against_accelerate(bench: Bench, folder: Path, costs: Costs, scratch: Path) 
                 drop(files)
 
         theirs = decode(whole, bench.prompt, bench.text[:, :8], before)
-        engine._reader.shutdown()
+        engine.mover.stop()
         ms, own_ms = (1e3 * float(np.median(seconds)) for seconds in (theirs, ours.seconds))
         found |= {f"accelerate_{state}_ms": ms, f"beside_{state}_ms": own_ms, f"times_faster_{state}": ms / own_ms}
     return found
@@ -235,7 +235,7 @@ def main() -> None:
             seconds, engine = bench.measured(
                 *configuration, costs=own, before=InStep(other.whole, other.prompt, other.text, other.clock)
             )
-            reference._reader.shutdown()
+            reference.mover.stop()
             simulated = bench.simulated(*configuration, engine=engine, costs=costs)
             row = {"configuration": " ".join(map(str, configuration)), "ms": 1e3 * float(np.mean(seconds))}
             row |= {"std_ms": 1e3 * float(np.std(seconds)), "simulated_ms": 1e3 * float(np.mean(simulated))}

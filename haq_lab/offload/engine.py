@@ -14,7 +14,6 @@ prefetched one, passes through a few spare slots of the same arena.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -25,15 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from haq_lab.models.families import Moe
-from haq_lab.offload.arena import Arena, Key
+from haq_lab.offload.arena import Key
 from haq_lab.offload.counters import Counters
+from haq_lab.offload.mover import Mover
 from haq_lab.offload.observer import Observer
 from haq_lab.offload.policy import Policy, Visit
 from haq_lab.offload.prefetch import Prefetch
 from haq_lab.offload.record import Heard
 from haq_lab.offload.slow_tier import SlowTier
-from haq_lab.offload.store import ReadError, bind
-from haq_lab.offload.streams import Mark, Streams
+from haq_lab.offload.store import ReadError
+from haq_lab.offload.streams import Streams
 
 
 @dataclass
@@ -73,14 +73,10 @@ class Engine:
         layers, self.experts = policy.resident.shape
         assert 0 <= guesses < spare, "a missing expert needs a spare slot"
         self.store, self.policy, self.prefetch, self.guesses = store, policy, prefetch, guesses
-        self.observer, self.streams = observer, streams or Streams()
-        self.heard = Heard(layers, self.experts)
-        self.arena = Arena(policy.slots + spare, store.blob_bytes, self.streams.device)
+        self.observer, self.heard = observer, Heard(layers, self.experts)
         self.counters = Counters(layers, store.moved_bytes)
-        self._modules: list[nn.ModuleList] = []
-        self._reader = ThreadPoolExecutor(1, "expert-reader")
-        self._reads: dict[Key, Future[tuple[float, Mark]]] = {}
-        self._waits: list[tuple[int, Mark, Mark]] = []  # of computing for experts, by layer, not counted yet
+        self.mover = Mover(store, policy.slots + spare, self.counters, observer, streams or Streams())
+        self.arena = self.mover.arena
         self._guessed: dict[Key, None] = {}  # read ahead for the coming layer
         self._step = _Step()
         self._counts = np.zeros(self.experts, np.int64)  # tokens of the layer at work, by expert
@@ -91,14 +87,13 @@ class Engine:
         """Take the layers' experts over: their weights leave memory, and the placed ones come in from the store."""
         for index, layer in enumerate(layers):
             experts = cast(nn.ModuleList, layer.get_submodule(moe.experts))
-            for expert in experts:
-                bind(expert, self.store.parts, None)
-            self._modules.append(experts)
+            self.mover.attach(experts)
             _intercept(self, index, experts)
-        for layer_index, number in zip(*np.nonzero(self.policy.resident), strict=True):
-            self._fetch((int(layer_index), int(number)))
-        for key in list(self._reads):
-            self._arrive(key)
+        placed = [(int(index), int(number)) for index, number in zip(*np.nonzero(self.policy.resident), strict=True)]
+        for key in placed:
+            self.mover.fetch(key)
+        for key in placed:
+            self.mover.take_over(key)
 
     # One layer's visit.
 
@@ -112,7 +107,7 @@ class Engine:
         """
         chosen = chosen.cpu()  # on a GPU, the one wait for it in a visit
         counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
-        self._settle()
+        self.mover.settle()
         if self.observer is not None:
             self.observer.chosen(layer, len(chosen))
         self._drop_wrong_guesses(layer, counts)
@@ -128,7 +123,7 @@ class Engine:
         for number in visit.missing:
             key = (layer, number)
             if number in visit.in_place and key not in self._guessed:
-                self._step.in_place[key] = self.store.in_place(layer, number, self._modules[layer][number])
+                self._step.in_place[key] = self.store.in_place(layer, number, self.mover.layers[layer][number])
                 continue
             if number in visit.replaces:
                 self._evict(visit.replaces[number])
@@ -144,7 +139,7 @@ class Engine:
         asked = len(self._step.waiting)
         self._issue()
         guesses: list[int] = []
-        if self.prefetch is not None and layer + 1 < len(self._modules):
+        if self.prefetch is not None and layer + 1 < len(self.mover.layers):
             guesses = self.prefetch.guess(layer, hidden, chosen, self.guesses)
             self._guess(layer, guesses)
         self.heard.note(layer, chosen, guesses)
@@ -173,20 +168,21 @@ class Engine:
             self._release_passed()
             self._issue()
         fetched = None
-        if key in self._reads:
-            if self.observer is not None:
-                self.observer.waits()
-            start = self.streams.mark()
-            fetched = self._arrive(key)
-            self._waits.append((layer, start, self.streams.mark()))
+        if self.mover.coming(key):
+            try:
+                fetched = self.mover.wait(key)
+            except ReadError:
+                self.policy.resident[key] = False
+                self._step.passing.discard(key)
+                raise
         if self.observer is not None:
             self.observer.starts(int(self._counts[number]), key in self._step.in_place, fetched)
-        return self._step.in_place.get(key, self._modules[layer][number])
+        return self._step.in_place.get(key, self.mover.layers[layer][number])
 
     @property
     def beside(self) -> bool:
         """Whether some of the visit's experts run beside the device that runs the others."""
-        return self.streams.apart and bool(self._step.in_place)
+        return self.mover.streams.apart and bool(self._step.in_place)
 
     def end(self, layer: int) -> None:
         """The layer is done: spare slots are free again."""
@@ -197,7 +193,7 @@ class Engine:
         for key in self._step.waiting:  # only where a read failed: what was admitted has not come
             self.policy.resident[key] = False
         for key in [key for key in self._step.passing if key in self.arena.where]:
-            self._remove(key)
+            self.mover.remove(key)
         self._step = _Step()
         if self.observer is not None:
             self.observer.finished(layer)
@@ -206,62 +202,21 @@ class Engine:
 
     def _issue(self) -> None:
         while self._step.waiting and self.arena.free:
-            self._fetch(self._step.waiting.pop(0))
-
-    def _fetch(self, key: Key) -> None:
-        self.arena.take(key)
-        self.counters.read[key[0]] += 1
-        asked = 0.0 if self.observer is None else self.observer.asks()
-        computed = self.streams.mark()  # the slot's last expert among it
-        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key), asked, computed)
-
-    def _read(self, key: Key, blob: Tensor, asked: float, computed: Mark) -> tuple[float, Mark]:
-        """Read an expert once what had been asked for is computed; when that was over, by the observer's clock and by
-        the stream's."""
-        if self.observer is not None:
-            self.observer.begins(asked)
-        with self.streams.copying(computed):
-            self.store.read(*key, blob)
-            there = self.streams.mark()
-        return 0.0 if self.observer is None else self.observer.fetched(self.store.moved_bytes), there
-
-    def _arrive(self, key: Key) -> float:
-        try:
-            fetched, there = self._reads.pop(key).result()
-        except ReadError:
-            self.policy.resident[key] = False
-            self.arena.release(key)
-            self._step.passing.discard(key)
-            raise
-        self.streams.wait(there)
-        bind(self._modules[key[0]][key[1]], self.store.parts, self.arena.blob(key))
-        return fetched
-
-    def _remove(self, key: Key) -> None:
-        """Out of the arena: a read that has not begun is called off, one that is under way ends first (on a GPU it is
-        then under way on the stream for copies, as the slot's next one will be after it)."""
-        if read := self._reads.pop(key, None):
-            if read.cancel():
-                self.counters.read[key[0]] -= 1
-            else:
-                read.exception()
-        else:
-            bind(self._modules[key[0]][key[1]], self.store.parts, None)
-        self.arena.release(key)
+            self.mover.fetch(self._step.waiting.pop(0))
 
     def _evict(self, key: Key) -> None:
         if key in self.arena.where:  # a failed read may have left it without
-            self._remove(key)
+            self.mover.remove(key)
 
     def _release_passed(self) -> None:
         """Make room: of the experts that pass through, those that have been computed are done with."""
         if self.arena.free:
             return
-        done = [key for key in self._step.passing if key in self.arena.where and key not in self._reads]
+        done = [key for key in self._step.passing if key in self.arena.where and not self.mover.coming(key)]
         for key in done or list(self._guessed)[:1]:
             self._guessed.pop(key, None)
             self._step.passing.discard(key)
-            self._remove(key)
+            self.mover.remove(key)
 
     # Guesses.
 
@@ -270,14 +225,14 @@ class Engine:
             key = (layer + 1, number)
             if key in self.arena.where or not self.arena.free or self._step.waiting:
                 continue
-            self._fetch(key)
+            self.mover.fetch(key)
             self._guessed[key] = None
             self.counters.guessed[layer + 1] += 1
 
     def _drop_wrong_guesses(self, layer: int, counts: NDArray[np.int64]) -> None:
         for key in [key for key in self._guessed if key[0] != layer or counts[key[1]] == 0]:
             self._guessed.pop(key)
-            self._remove(key)
+            self.mover.remove(key)
 
     # Looking in.
 
@@ -293,15 +248,9 @@ class Engine:
         fetched = of([one for one in visit.missing if one not in placed and (layer, one) not in self._guessed])
         self.observer.expects(hits, fetched, placed)
 
-    def _settle(self) -> None:
-        """Count how long computing has waited."""
-        for layer, begin, end in self._waits:
-            self.counters.waited[layer] += self.streams.seconds(begin, end)
-        self._waits.clear()
-
     def stats(self) -> dict[str, float]:
         """Metrics by their full names; no hit rates where no expert was asked for."""
-        self._settle()
+        self.mover.settle()
         stats = self.counters.metrics() | {
             "offload.fast_tier_bytes": float(self.arena.bytes),
             "offload.slots": float(self.policy.slots),
@@ -314,7 +263,7 @@ class Engine:
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each layer: residents, hits, misses, bytes, prefetches."""
-        self._settle()
+        self.mover.settle()
         return [
             {"layer": layer, "resident": " ".join(map(str, np.flatnonzero(resident)))} | row
             for layer, (resident, row) in enumerate(zip(self.policy.resident, self.counters.rows(), strict=True))
@@ -327,9 +276,8 @@ class Engine:
         assert residents | set(self._guessed) == set(self.arena.where), "residents and slots differ"
 
     def close(self) -> None:
-        """Stop the reading thread and close the slow tier."""
-        self._reader.shutdown()
-        self.streams.drain()
+        """Stop reading and close the slow tier."""
+        self.mover.stop()
         self.store.close()
 
 

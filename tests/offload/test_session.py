@@ -153,7 +153,7 @@ def test_the_arena_lies_on_the_device_and_the_slow_tier_does_not(model, tmp_path
     session.engage(layers, None, WINDOWS, "random")
     held = {t.device.type for layer in layers for t in tensors_of(layer.mlp.experts).values() if t.numel()}
     assert held == {"meta"}
-    assert session.engine.streams.copies == session.engine.policy.slots
+    assert session.engine.mover.streams.copies == session.engine.policy.slots
     blob = torch.zeros(session.engine.store.blob_bytes, dtype=torch.uint8)
     session.engine.store.read(0, 0, blob)
     assert blob.any()
