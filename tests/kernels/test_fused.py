@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from haq_lab.calibration.statistics import Policy
@@ -61,6 +62,13 @@ def joined_and_fused(model: LayeredModel, layer: nn.Module, backend: CudaBackend
     return {name: type(module) for name, module in layer.named_modules() if isinstance(module, kinds)}
 
 
+def forward(model: LayeredModel, layer: nn.Module, hidden: Tensor) -> Tensor:
+    """The layer over hidden states, where its parameters are."""
+    device = next(layer.parameters()).device
+    arguments = tree_map_only(Tensor, lambda tensor: tensor.to(device), model._arguments_for(hidden.shape[1])[0])
+    return layer(hidden.to(device), **arguments).to(hidden.device)
+
+
 def agree(got: Tensor, wanted: Tensor, hidden: Tensor) -> None:
     """Most tokens to float32's last places; the others by the fall of a value to another level."""
     error = (got - wanted).norm(dim=-1) / (wanted - hidden).norm(dim=-1)
@@ -74,11 +82,11 @@ def test_a_layer_computes_what_it_computed(host: Kernels, host_runner: HostRunne
     backend = CudaBackend("cpu", host)
     model, layer = quantized_layer(architecture, backend, scheme)
     hidden = model.embed(torch.randint(0, 257, (2, 20)))
-    wanted = model.forward(layer, 0, hidden)
+    wanted = forward(model, layer, hidden)
     names, size, count = sorted(layer.state_dict()), weight_bytes(layer), parameter_count(layer)
     assert joined_and_fused(model, layer, backend) == FUSED[architecture]
     host_runner.launches.clear()
-    agree(model.forward(layer, 0, hidden), wanted, hidden)
+    agree(forward(model, layer, hidden), wanted, hidden)
     launched = [launch.kernel.split("_f32")[0] for launch in host_runner.launches]
     launched = [name.split("_")[0] if name.startswith(("gemm_", "grouped_")) else name for name in launched]
     expected = list(LAUNCHES[architecture])
@@ -202,9 +210,9 @@ def test_what_the_kernels_do_not_do_stays(host: Kernels, change: Callable[[nn.Mo
     model, layer = quantized_layer("llama", backend)
     change(layer)
     hidden = model.embed(torch.randint(0, 257, (1, 12)))
-    wanted = model.forward(layer, 0, hidden)
+    wanted = forward(model, layer, hidden)
     assert left not in joined_and_fused(model, layer, backend)
-    agree(model.forward(layer, 0, hidden), wanted, hidden)
+    agree(forward(model, layer, hidden), wanted, hidden)
 
 
 def test_widths_that_are_no_multiple_of_16_stay(host: Kernels):
