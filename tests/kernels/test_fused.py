@@ -29,19 +29,20 @@ from .host import HostRunner
 from .reference import assert_same_bits
 
 # By architecture: what is fused, and the kernels of one layer's forward.
-FUSED = {
-    "llama": ({"input_layernorm": QuantizedNorm, "post_attention_layernorm": QuantizedNorm, "mlp": GatedMlp}),
-    "opt": ({"self_attn_layer_norm": QuantizedNorm, "final_layer_norm": QuantizedNorm}),
-    "mixtral": ({"input_layernorm": QuantizedNorm, "mlp.experts": GroupedExperts}),
+MOE: dict[str, type[nn.Module]] = {"input_layernorm": QuantizedNorm, "mlp.experts": GroupedExperts}
+FUSED: dict[str, dict[str, type[nn.Module]]] = {
+    "llama": {"input_layernorm": QuantizedNorm, "post_attention_layernorm": QuantizedNorm, "mlp": GatedMlp},
+    "opt": {"self_attn_layer_norm": QuantizedNorm, "final_layer_norm": QuantizedNorm},
+    "mixtral": MOE,
+    "qwen3_moe": MOE,
+    "olmoe": MOE,
 }
+ATTENTION = ["rmsnorm_quantize", "gemm", "quantize", "gemm"]
+GROUPED = [*ATTENTION, "quantize", "grouped", "swiglu_quantize", "grouped"]
 LAUNCHES = {
-    "llama": ["rmsnorm_quantize", "gemm", "quantize", "gemm", "rmsnorm_quantize", "gemm", "swiglu_quantize", "gemm"],
-    "opt": ["layernorm_quantize", "gemm", "quantize", "gemm", "layernorm_quantize", "gemm", "quantize", "gemm"],
-    "mixtral": [
-        *("rmsnorm_quantize", "gemm", "quantize", "gemm"),
-        *("quantize", "grouped", "swiglu_quantize", "grouped"),
-    ],
-}
+    "llama": [*ATTENTION, "rmsnorm_quantize", "gemm", "swiglu_quantize", "gemm"],
+    "opt": ["layernorm_quantize", "gemm", "quantize", "gemm"] * 2,
+} | dict.fromkeys(["mixtral", "qwen3_moe", "olmoe"], GROUPED)
 
 
 def quantized_layer(architecture: str, backend: CudaBackend, scheme: str = "token") -> tuple[LayeredModel, nn.Module]:
@@ -90,7 +91,7 @@ def test_a_layer_computes_what_it_computed(host: Kernels, host_runner: HostRunne
     launched = [launch.kernel.split("_f32")[0] for launch in host_runner.launches]
     launched = [name.split("_")[0] if name.startswith(("gemm_", "grouped_")) else name for name in launched]
     expected = list(LAUNCHES[architecture])
-    if architecture == "mixtral" and scheme == "static":
+    if model.family.moe is not None and scheme == "static":
         expected.remove("swiglu_quantize")  # each expert's down projection has a scale of its own
     assert [name for name in launched if name != "finish"] == expected
     assert sorted(layer.state_dict()) == names
