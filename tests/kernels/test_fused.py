@@ -28,6 +28,9 @@ from . import reference
 from .host import HostRunner
 from .reference import assert_same_bits
 
+# The versions for sm_75 and sm_80 differ in the products alone, whose bits are tested for both.
+pytestmark = pytest.mark.parametrize("host_runner", [80], indirect=True, ids=["sm_80"])
+
 # By architecture: what is fused, and the kernels of one layer's forward.
 MOE: dict[str, type[nn.Module]] = {"input_layernorm": QuantizedNorm, "mlp.experts": GroupedExperts}
 FUSED: dict[str, dict[str, type[nn.Module]]] = {
