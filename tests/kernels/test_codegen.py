@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from haq_lab.errors import UserError
 from haq_lab.int8 import codegen
-from haq_lab.int8.codegen import ARCHITECTURES, KernelCode, complaints, forbidden, kernel_codes
+from haq_lab.int8.codegen import ARCHITECTURES, KernelCode, complaints, disagreements, forbidden, kernel_codes
 from haq_lab.int8.launch import MODULES, TILES, kernel_names
 from haq_lab.int8.nvrtc import cubin_file, default_compiler
 
@@ -26,10 +27,12 @@ COMPILATIONS = [(NEWEST, architecture) for architecture in ARCHITECTURES] + [
 ]
 TABLE = Path(__file__).parents[2] / "experiments" / "cuda_kernels.csv"
 
-needs_nvdisasm = pytest.mark.skipif(codegen.disassembler() is None, reason="needs nvdisasm (the dev extra brings it)")
+
+def needs(tool: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(codegen.tool(tool) is None, reason=f"needs {tool} (the dev extra brings it)")
 
 
-@needs_nvdisasm
+@needs("nvdisasm")
 @pytest.mark.parametrize(("major", "architecture"), COMPILATIONS)
 @pytest.mark.parametrize("module", MODULES)
 def test_every_kernel_compiles_to_the_right_code(module: str, major: int, architecture: int):
@@ -38,6 +41,56 @@ def test_every_kernel_compiles_to_the_right_code(module: str, major: int, archit
     codes = kernel_codes(result, architecture, str(major))
     assert sorted(code.kernel for code in codes) == sorted(kernel_names(module))
     assert {code.kernel: found for code in codes if (found := complaints(code))} == {}
+
+
+@needs("cuobjdump")
+@pytest.mark.parametrize(("major", "architecture"), COMPILATIONS)
+def test_the_log_says_what_stands_in_the_code(major: int, architecture: int):
+    for module in MODULES:
+        result = compiled(module, architecture, major)
+        assert set(codegen.held(result.cubin, architecture)) == set(kernel_names(module))
+        assert disagreements(result, architecture) == []
+
+
+# A stack and static shared memory, which none of our kernels has.
+GREEDY = """
+extern "C" __global__ void greedy(float* x, int at) {
+  __shared__ float row[128];
+  float own[64];
+  for (int i = 0; i < at; i++) own[i & 63] = x[i];
+  row[threadIdx.x] = own[threadIdx.x & 63];
+  __syncthreads();
+  x[at] = row[127 - threadIdx.x];
+}
+"""
+
+
+@needs("cuobjdump")
+@pytest.mark.parametrize("major", MAJORS)
+@pytest.mark.parametrize("architecture", [80, 120])
+def test_a_stack_and_shared_memory_are_seen_in_both(major: int, architecture: int):
+    result = compiler(major).compile(GREEDY, architecture)
+    (seen,) = codegen.held(result.cubin, architecture).values()
+    assert (seen.stack, seen.shared) == (256, 512)
+    assert codegen.logged(result.log) == {"greedy": seen}
+
+
+@needs("cuobjdump")
+@pytest.mark.parametrize(
+    ("pattern", "new"),
+    [
+        (r"Used \d+ registers", "Used 200 registers"),
+        (r"\d+ bytes stack frame", "8 bytes stack frame"),
+        (r"barriers", "barriers, 512 bytes smem"),
+        (r"entry function '\w+'", "entry function 'another'"),
+    ],
+)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_a_log_that_says_something_else_is_noticed(architecture: int, pattern: str, new: str):
+    result = compiled("dequant", architecture, NEWEST)
+    changed = replace(result, log=re.sub(pattern, new, result.log, count=1))
+    assert changed.log != result.log
+    assert disagreements(changed, architecture) != []
 
 
 @pytest.mark.parametrize("architecture", [75, 80])

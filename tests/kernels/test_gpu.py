@@ -11,12 +11,15 @@ from haq_lab.int8 import cuda
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.cuda import Kernels
 from haq_lab.int8.cuda_backend import CudaBackend
+from haq_lab.int8.grouped_experts import GroupedExperts
 from haq_lab.int8.launch import TILES
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
 
 from .checks import FLOATS, Draw, check_grouped, check_product, check_quantize, every_kernel
 from .test_cuda_backend import logits_of
+from .test_fused import FUSED, agree, forward, joined_and_fused, quantized_layer
+from .test_grouped_experts import COUNT, WIDTH, experts
 
 READY = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
 pytestmark = [
@@ -77,9 +80,52 @@ def test_calls_follow_torchs_current_stream(kernels: Kernels):
     assert torch.equal(actual, expected)
 
 
-def test_a_run_comes_near_the_reference():
-    """Norms and attention are torch's on the GPU, whose sums differ; the products' bits are checked above."""
-    model = LayeredModel(TinyModel("llama").folder())
+@pytest.fixture
+def as_in_a_run() -> None:
+    """Any algorithm is allowed; for the kernels' own tests it is not, so that memory comes poisoned."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("as_in_a_run")
+@pytest.mark.parametrize("scheme", ["token", "static"])
+@pytest.mark.parametrize("architecture", FUSED)
+def test_a_layer_is_fused_and_computes_what_it_computed(architecture: str, scheme: str):
+    """The kernels are tried against torch's norms and SiLU on the GPU, whose last places are not the CPU's."""
+    backend = CudaBackend()
+    model, layer = quantized_layer(architecture, backend, scheme)
+    layer.to(backend.device)
+    hidden = model.embed(torch.randint(0, 257, (2, 20)))
+    wanted = forward(model, layer, hidden)
+    assert joined_and_fused(model, layer, backend) == FUSED[architecture]
+    agree(forward(model, layer, hidden), wanted, hidden)
+
+
+@pytest.mark.usefixtures("as_in_a_run")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("case", [{}, {"scheme": "static", "scales": [0.01 * 2**number for number in range(COUNT)]}])
+def test_grouped_experts_do_not_wait_for_the_device(case: dict):
+    made = experts(CudaBackend(), **case).to("cuda")
+    chosen = torch.randint(0, COUNT - 1, (40, 1)) + torch.arange(2)
+    routing = [tensor.cuda() for tensor in (torch.randn(40, WIDTH), chosen, torch.rand(40, 2))]
+    wanted = made(*routing)
+    grouped = GroupedExperts.of(made)
+    once = grouped(*routing)  # compiles and loads the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = grouped(*routing)
+        with pytest.raises(RuntimeError):
+            made(*routing)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, once)
+    assert ((again - wanted).norm(dim=1) / wanted.norm(dim=1)).median() < 1e-5
+
+
+@pytest.mark.usefixtures("as_in_a_run")
+@pytest.mark.parametrize("architecture", FUSED)
+def test_a_run_comes_near_the_reference(architecture: str):
+    """Attention is torch's on the GPU, whose sums differ; the products' bits are checked above."""
+    model = LayeredModel(TinyModel(architecture).folder())  # type: ignore[arg-type]
     prompt = torch.randint(0, 257, (1, 40))
     wanted = logits_of(model, ReferenceBackend(), prompt)
     before = torch.cuda.max_memory_allocated()

@@ -24,6 +24,9 @@ from haq_lab.offload.store import StoreWriter
 WIDTH, INNER, COUNT = 24, 48, 5  # a width that is padded, an inner one that is not
 
 
+one_version = pytest.mark.parametrize("host_runner", [80], indirect=True, ids=["sm_80"])
+
+
 def experts(backend: CudaBackend, scheme="token", scales=(0.1,) * COUNT, act_fn=silu, inner=INNER) -> Int8Experts:
     """`scales`: of the experts' down projections, where the scheme is static."""
     generator = torch.Generator().manual_seed(7)
@@ -70,6 +73,7 @@ def routings(draw) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, torch.tensor(pairs, dtype=torch.long).view(tokens, 2), torch.rand(tokens, 2, generator=generator)
 
 
+@one_version
 @settings(max_examples=8)
 @given(routing=routings(), scheme=st.sampled_from(["token", "static"]), half=st.booleans())
 def test_the_bits_of_the_loop_with_the_kernels_activation(host: Kernels, routing, scheme, half):
@@ -80,6 +84,7 @@ def test_the_bits_of_the_loop_with_the_kernels_activation(host: Kernels, routing
     assert torch.equal(GroupedExperts.of(made)(hidden, chosen, weights), wanted)
 
 
+@one_version
 @settings(max_examples=8)
 @given(routing=routings(), own=st.booleans())
 def test_the_loops_bits_where_torch_computes_the_activation(host: Kernels, routing, own):
@@ -90,6 +95,7 @@ def test_the_loops_bits_where_torch_computes_the_activation(host: Kernels, routi
     assert torch.equal(GroupedExperts.of(made)(*routing), wanted)
 
 
+@one_version
 def test_the_loop_itself_is_met_up_to_the_last_places_of_silu(host: Kernels):
     hidden, chosen, weights = torch.randn(60, WIDTH), torch.randint(0, 4, (60, 1)) + torch.arange(2), torch.rand(60, 2)
     made = experts(CudaBackend("cpu", host))
@@ -99,6 +105,7 @@ def test_the_loop_itself_is_met_up_to_the_last_places_of_silu(host: Kernels):
     assert error.max() < 0.02, "a value beside its level, here and there"
 
 
+@one_version
 def test_weights_are_held_once_and_the_linears_keep_theirs(host: Kernels):
     made = experts(CudaBackend("cpu", host))
     size, before = weight_bytes(made), {name: tensor.clone() for name, tensor in made.state_dict().items()}
@@ -110,6 +117,7 @@ def test_weights_are_held_once_and_the_linears_keep_theirs(host: Kernels):
     assert len(storages) == 2
 
 
+@one_version
 def test_weights_that_are_loaded_or_scaled_later_are_used(host: Kernels):
     made, other = (experts(CudaBackend("cpu", host)) for _ in range(2))
     for expert in other:
@@ -151,6 +159,7 @@ def test_nothing_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatch, fused: 
     assert names == ["quantize_f32", "grouped_16x64_f32", activation, "grouped_16x64_f32"]
 
 
+@one_version
 def test_what_is_not_grouped(host: Kernels, tmp_path: Path):
     backend = CudaBackend("cpu", host)
     assert can_group(experts(backend))
