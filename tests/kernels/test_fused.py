@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from haq_lab.calibration.statistics import Policy
+from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.cuda import Kernels
 from haq_lab.int8.cuda_backend import CudaBackend
 from haq_lab.int8.deploy import join
@@ -54,7 +54,7 @@ def quantized_layer(architecture: str, backend: CudaBackend, scheme: str = "toke
     calibration = torch.randint(0, 257, (2, 16)) if scheme == "static" else None
     layers: list[nn.Module] = []
     quantizer = RTN(activations=scheme)  # type: ignore[arg-type]
-    one_pass(model, quantizer, backend, calibration, Policy(), {}, lambda index, layer: layers.append(layer))
+    one_pass(model, quantizer, backend, calibration, CalibrationPolicy(), {}, lambda index, layer: layers.append(layer))
     return model, layers[0]
 
 

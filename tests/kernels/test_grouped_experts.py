@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import relu, silu
 
-from haq_lab.int8 import grouped_experts
 from haq_lab.int8.cuda import Kernels
 from haq_lab.int8.cuda_backend import CudaBackend
 from haq_lab.int8.experts import Int8Experts, projections
@@ -43,7 +42,9 @@ def experts(backend: CudaBackend, scheme="token", scales=(0.1,) * COUNT, act_fn=
         expert.gate_proj, expert.up_proj = linear(inner, WIDTH, 0.02), linear(inner, WIDTH, 0.02)  # type: ignore
         expert.down_proj = linear(WIDTH, inner, scale)  # type: ignore[assignment]
         made.append(expert)
-    return Int8Experts.of(made)
+    quantized = Int8Experts.of(made)
+    quantized.swiglu = act_fn is silu
+    return quantized
 
 
 def loop_with_the_kernels_activation(
@@ -76,30 +77,33 @@ def routings(draw) -> tuple[Tensor, Tensor, Tensor]:
 @one_version
 @settings(max_examples=8)
 @given(routing=routings(), scheme=st.sampled_from(["token", "static"]), half=st.booleans())
-def test_the_bits_of_the_loop_with_the_kernels_activation(host: Kernels, routing, scheme, half):
+def test_the_bits_of_the_loop(host: Kernels, routing, scheme, half):
     hidden, chosen, weights = routing
     hidden = hidden.bfloat16() if half else hidden
     made = experts(CudaBackend("cpu", host), scheme)
     wanted = loop_with_the_kernels_activation(made, host, hidden, chosen, weights)
+    assert torch.equal(made(hidden, chosen, weights), wanted)
     assert torch.equal(GroupedExperts.of(made)(hidden, chosen, weights), wanted)
 
 
 @one_version
 @settings(max_examples=8)
 @given(routing=routings(), own=st.booleans())
-def test_the_loops_bits_where_torch_computes_the_activation(host: Kernels, routing, own):
-    """ReLU, as on the CPU the last places of torch's SiLU depend on how a tensor lies in memory."""
-    static = {"scheme": "static", "scales": [0.01 * 2**number for number in range(COUNT)]} if own else {}
-    made = experts(CudaBackend("cpu", host), **static, act_fn=relu)
+def test_the_loops_bits_where_no_kernel_computes_the_activation(host: Kernels, routing, own):
+    """Another one than SiLU, or scales of each expert's own."""
+    static = {"scheme": "static", "scales": [0.01 * 2**number for number in range(COUNT)]} if own else {"act_fn": relu}
+    made = experts(CudaBackend("cpu", host), **static)
     wanted = made(*routing)
     assert torch.equal(GroupedExperts.of(made)(*routing), wanted)
 
 
 @one_version
-def test_the_loop_itself_is_met_up_to_the_last_places_of_silu(host: Kernels):
+def test_torchs_activation_is_met_up_to_its_last_places(host: Kernels):
     hidden, chosen, weights = torch.randn(60, WIDTH), torch.randint(0, 4, (60, 1)) + torch.arange(2), torch.rand(60, 2)
     made = experts(CudaBackend("cpu", host))
+    made.swiglu = False
     wanted = made(hidden, chosen, weights)
+    made.swiglu = True
     error = (GroupedExperts.of(made)(hidden, chosen, weights) - wanted).norm(dim=1) / wanted.norm(dim=1)
     assert error.median() < 1e-6
     assert error.max() < 0.02, "a value beside its level, here and there"
@@ -142,11 +146,10 @@ class Recorder:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_nothing_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatch, fused: bool):
+def test_nothing_is_asked_of_the_device(fused: bool):
     recorder = Recorder()
     backend = CudaBackend("meta", Kernels(recorder, architecture=80, multiprocessors=4, shared_limit=64 * 1024))
-    monkeypatch.setattr(grouped_experts, "alike", lambda got, wanted: fused)
-    made = experts(backend)
+    made = experts(backend, act_fn=silu if fused else relu)
     routing = torch.empty(30, WIDTH, device="meta"), torch.zeros(30, 2, dtype=torch.long, device="meta")
     weights = torch.empty(30, 2, device="meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
