@@ -6,7 +6,6 @@ host until everything before is computed; here tokens are sorted and counted whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Self, cast
 
 import torch
@@ -31,7 +30,6 @@ class GroupedExperts(Int8Experts):
     _down: tuple[Tensor, Tensor]
     _first: Tensor  # 0 to E
     _scales: Tensor | None  # (E,), of the down projections' input where it is static
-    _act_fn: Callable[[Tensor], Tensor]
     _fused: bool
 
     @classmethod
@@ -47,7 +45,6 @@ class GroupedExperts(Int8Experts):
         made._first = torch.arange(len(made) + 1, device=made.backend.device)
         scales = [down.input_scale for _, _, down in parts if down.input_scale is not None]
         made._scales = torch.stack(scales).float().to(made.backend.device) if scales else None
-        made._act_fn = cast(Expert, made[0]).act_fn
         made._fused = made.swiglu and len({down.reads for _, _, down in parts}) == 1
         return made
 
@@ -74,7 +71,7 @@ class GroupedExperts(Int8Experts):
         if self._fused:
             return self._kernels.swiglu_quantize(both, None if self._scales is None else self._scales[:1])
         gate, up = both.chunk(2, dim=1)
-        inner = swiglu(gate, up) if self.swiglu else self._act_fn(gate) * up
+        inner = swiglu(gate, up) if self.swiglu else cast(Expert, self[0]).act_fn(gate) * up
         if self._scales is None:
             return self.backend.quantize(inner, "token", None)
         scale = self._scales[owners]

@@ -118,7 +118,7 @@ def test_grouped_experts_do_not_wait_for_the_device(case: dict):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again, once)
-    assert ((again - wanted).norm(dim=1) / wanted.norm(dim=1)).median() < 1e-5
+    assert torch.equal(again, wanted), "offloading changes no bit"
 
 
 @pytest.mark.usefixtures("as_in_a_run")

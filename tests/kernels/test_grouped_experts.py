@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import relu, silu
+from torch.nn.functional import relu
 
 from haq_lab.int8.cuda import Kernels
 from haq_lab.int8.cuda_backend import CudaBackend
@@ -21,12 +21,13 @@ from haq_lab.models.experts import Expert, Experts, dispatch
 from haq_lab.offload.store import StoreWriter
 
 WIDTH, INNER, COUNT = 24, 48, 5  # a width that is padded, an inner one that is not
+SILU = torch.nn.SiLU()  # a module, as transformers' activations are
 
 
 one_version = pytest.mark.parametrize("host_runner", [80], indirect=True, ids=["sm_80"])
 
 
-def experts(backend: CudaBackend, scheme="token", scales=(0.1,) * COUNT, act_fn=silu, inner=INNER) -> Int8Experts:
+def experts(backend: CudaBackend, scheme="token", scales=(0.1,) * COUNT, act_fn=SILU, inner=INNER) -> Int8Experts:
     """`scales`: of the experts' down projections, where the scheme is static."""
     generator = torch.Generator().manual_seed(7)
 
@@ -43,14 +44,14 @@ def experts(backend: CudaBackend, scheme="token", scales=(0.1,) * COUNT, act_fn=
         expert.down_proj = linear(WIDTH, inner, scale)  # type: ignore[assignment]
         made.append(expert)
     quantized = Int8Experts.of(made)
-    quantized.swiglu = act_fn is silu
+    quantized.swiglu = act_fn is SILU
     return quantized
 
 
 def loop_with_the_kernels_activation(
     made: Int8Experts, kernels: Kernels, hidden: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
-    """The loop over experts, its activation computed by `swiglu_quantize`."""
+    """The contract: the loop over experts, its activation computed by `swiglu_quantize`."""
     levels, scale = made.backend.quantize(hidden, made.scheme, made.input_scale)
 
     def run(number: int, tokens: Tensor) -> Tensor:
@@ -115,6 +116,7 @@ def test_weights_are_held_once_and_the_linears_keep_theirs(host: Kernels):
     size, before = weight_bytes(made), {name: tensor.clone() for name, tensor in made.state_dict().items()}
     grouped = GroupedExperts.of(made)
     assert weight_bytes(grouped) == size
+    assert len(grouped) == COUNT, "an activation is no expert"
     assert list(grouped.state_dict()) == list(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in grouped.state_dict().items())
     storages = {linear.packed.untyped_storage().data_ptr() for expert in grouped for linear in projections(expert)}
@@ -149,7 +151,7 @@ class Recorder:
 def test_nothing_is_asked_of_the_device(fused: bool):
     recorder = Recorder()
     backend = CudaBackend("meta", Kernels(recorder, architecture=80, multiprocessors=4, shared_limit=64 * 1024))
-    made = experts(backend, act_fn=silu if fused else relu)
+    made = experts(backend, act_fn=SILU if fused else relu)
     routing = torch.empty(30, WIDTH, device="meta"), torch.zeros(30, 2, dtype=torch.long, device="meta")
     weights = torch.empty(30, 2, device="meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
