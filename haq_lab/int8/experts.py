@@ -56,7 +56,7 @@ class Int8Experts(Experts):
             if self.swiglu:
                 inner = gate.product(*own), up.product(*own)
                 return down.product(*down.backend.swiglu_quantize(*inner, down.scheme, down.input_scale)).to(hidden)
-            return down(expert.act_fn(gate.product(*own)) * up.product(*own)).to(hidden.dtype)
+            return down(expert.act_fn(gate.product(*own)) * up.product(*own)).to(hidden)
 
         return dispatch(hidden, chosen, weights, run, self.order)
 
