@@ -97,10 +97,13 @@ class Assembly:
             self.model = QuantizedModel(self.writer.folder, self.experiment.backend)
             for index in range(self.model.depth if self.deploys else 0):
                 self._keep(self.model.load_layer(index))
-        whole = deploy(self.model.assemble(self._layers), self.model, self.experiment.backend)
-        if self._offload is not None and self._layers:  # now, as deploying moves the weights that are in memory
+        offload = self._offload if self._layers else None
+        if offload is not None:
             tokens = None if calibration is None else calibration.tokens
-            self._offload.engage(self._layers, passed.routing, tokens, self.experiment.calibration.text)
+            offload.find_profile(passed.routing, tokens, self.experiment.calibration.text)
+        whole = deploy(self.model.assemble(self._layers), self.model, self.experiment.backend)
+        if offload is not None:  # now, as deploying moves the weights that are in memory
+            offload.engage(self._layers)
         return whole
 
     def metrics(self) -> dict[str, float]:

@@ -6,6 +6,8 @@ import json
 
 from launching import TINY, launch
 
+from haq_lab import assembly
+from haq_lab.offload import session
 from haq_lab.offload.store import PAGE
 
 MIXTRAL = [*TINY, "model=tiny_mixtral", "measure=[memory]"]
@@ -47,3 +49,16 @@ def test_resident_experts_are_held_once(tmp_path):
 def test_layers_are_kept_only_for_measures_that_deploy(tmp_path):
     metrics = _run(tmp_path, *OFFLOADED, "measure=[perplexity]")["metrics"]
     assert not any(name.startswith("offload.") for name in metrics)
+
+
+def test_a_trace_is_recorded_before_the_model_leaves_for_its_device(tmp_path, monkeypatch):
+    """Recording runs the full-precision model on the CPU; deploying takes what lies outside the layers away."""
+    steps = []
+
+    def noting(function, step):
+        return lambda *arguments: steps.append(step) or function(*arguments)
+
+    monkeypatch.setattr(assembly, "deploy", noting(assembly.deploy, "deploy"))
+    monkeypatch.setattr(session, "routing_trace", noting(session.routing_trace, "record"))
+    _run(tmp_path, *OFFLOADED)
+    assert steps == ["record", "deploy"]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.cuda_backend import CudaBackend
 from haq_lab.int8.deploy import deploy
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.sources import TinyModel
@@ -29,6 +32,15 @@ from haq_lab.offload.slow_tier import SlowTier
 from haq_lab.offload.streams import Mark, Streams
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.rtn import RTN
+
+READY = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not READY, reason="needs an NVIDIA GPU that torch can use, and CuPy")]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
+
+
+def backend_on(device: str) -> Backend:
+    """That of one of `DEVICES`."""
+    return CpuBackend() if device == "cpu" else CudaBackend(share=True)
 
 
 class Apart(Streams):

@@ -74,12 +74,14 @@ class OffloadSession:
             assert self.model.family.moe is not None
             layer.set_submodule(self.model.family.moe.experts, narrow_experts(experts, formats.narrow))
 
-    def engage(self, layers: list[nn.Module], routing: Routing | None, calibration: Tensor | None, text: str) -> None:
-        """All layers are there: build the engine.
+    def find_profile(self, routing: Routing | None, calibration: Tensor | None, text: str) -> None:
+        """See to the trace to place and predict by, where the settings name none: before the model is deployed, as
+        recording one runs it where it is read.
 
         Args:
             routing: What the calibration pass recorded, if it did.
-            calibration: Else token windows (n, t) to record a trace on, where the settings name none.
+            calibration: Else token windows (n, t) to record a trace on.
+            text: What they are of.
         """
         if self._profile is None and routing is not None:
             told = routing.trace(self.model.folder.name, text)
@@ -87,6 +89,10 @@ class OffloadSession:
         if self._profile is None:
             assert calibration is not None
             self._profile = routing_trace(self.stages, self.model, calibration, text)
+
+    def engage(self, layers: list[nn.Module]) -> None:
+        """All layers are there, and deployed: build the engine."""
+        assert self._profile is not None, "find_profile comes first"
         tier: SlowTier = self._writer.open()
         conversion = self.settings.formats.conversion(self._as_made, tier.parts) or self._writer.relayout()
         if conversion is not None:

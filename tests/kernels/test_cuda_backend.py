@@ -234,9 +234,11 @@ def test_a_session_decides_by_measured_costs_where_experts_run(host: Kernels, tm
             layers.append(layer)
 
         one_pass(model, RTN(), backend, None, CalibrationPolicy(), {}, finished)
+        if session is not None:
+            session.find_profile(None, windows, "random")
         whole = deploy(model.assemble(layers), model, backend)
         if session is not None:
-            session.engage(layers, None, windows, "random")
+            session.engage(layers)
         outputs.append(whole(windows[:1, :8]).logits)
         if session is not None:
             assert session.metrics()["offload.hit_rate_pairs"] < 1

@@ -3,7 +3,6 @@ very same tests on a GPU with both."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,27 +13,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from two_tiers import TwoTiers
+from two_tiers import DEVICES, TwoTiers, backend_on
 
 from haq_lab.errors import UserError
-from haq_lab.int8.backend import Backend
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.cuda_backend import CudaBackend
 from haq_lab.offload.host_tier import HostWriter
 from haq_lab.offload.policy import make_policy
 from haq_lab.offload.store import bind, tensors_of
 from haq_lab.offload.streams import Streams, streams_of
 
-READY = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
-ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not READY, reason="needs an NVIDIA GPU that torch can use, and CuPy")]
 LONG = 20_000_000  # a GPU's clock cycles, some 10 ms: many times what an expert of the tiny model takes
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+@pytest.fixture(scope="module", params=DEVICES)
 def placed(request: pytest.FixtureRequest) -> Iterator[TwoTiers]:
     torch.set_num_threads(1)
     with torch.no_grad():
-        backend: Backend = CpuBackend() if request.param == "cpu" else CudaBackend(share=True)
+        backend = backend_on(request.param)
         yield TwoTiers(backend, streams_of(backend.device))
 
 

@@ -6,17 +6,30 @@ import json
 
 import pytest
 from launching import launch
-from two_tiers import Apart
+from two_tiers import ON_A_GPU, Apart
 
 from haq_lab.offload.__main__ import main
 from haq_lab.offload.trace import Trace
 
 SMALL = ["model=tiny_mixtral", "tracking=none", "measure=[memory,latency]", "measure.latency.prompt_tokens=8"]
 SMALL += ["measure.latency.decode_tokens=4", "measure.latency.seconds=0", "measure.latency.iterations=1"]
+ON_CUDA = ["backend=cuda", "backend.share=true"]
 SMALL += ["calibration.samples=4", "calibration.seqlen=64"]
 
 
-@pytest.mark.parametrize("options", [["quantizer=rtn", "offload=lru"], ["quantizer=none", "offload=static"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["quantizer=rtn", "offload=lru"],
+        ["quantizer=rtn", "offload=lru", "offload.device_format=fp16"],
+        ["quantizer=none", "offload=static"],
+        ["quantizer=none", "offload=static", "offload.host_format=bf16", "offload.device_format=fp16"],
+        pytest.param(["quantizer=rtn", "offload=lru", *ON_CUDA], marks=ON_A_GPU),
+        pytest.param(["quantizer=rtn", "offload=fiddler", *ON_CUDA], marks=ON_A_GPU),
+        pytest.param(["quantizer=rtn", "offload=lru", "offload.device_format=fp16", *ON_CUDA], marks=ON_A_GPU),
+        pytest.param(["quantizer=none", "offload=static", *ON_CUDA], marks=ON_A_GPU),
+    ],
+)
 def test_a_run_reports_what_its_engine_did(tmp_path, options):
     done = launch(*SMALL, *options, f"hydra.run.dir={tmp_path}")
     assert done.code == 0, done.err

@@ -73,7 +73,8 @@ def test_a_session_serves_counts_and_simulates(model, tmp_path, settings, machin
     profile = hardware(machine) if machine else None
     session = OffloadSession(settings, profile, model, tmp_path, Store())
     layers = finished(model, session.add)
-    session.engage(layers, None, WINDOWS, "random")
+    session.find_profile(None, WINDOWS, "random")
+    session.engage(layers)
     decoded(model.assemble(layers))
     metrics = session.metrics()
     assert 0 < metrics["offload.hit_rate_pairs"] < 1
@@ -96,7 +97,8 @@ def test_beside_a_device_with_its_own_memory_experts_lie_in_the_hosts(model, tmp
     session = OffloadSession(LRU, None, model, tmp_path, Store(), streams)
     layers = finished(model, session.add)
     assert not list(tmp_path.iterdir()), "no file"
-    session.engage(layers, None, WINDOWS, "random")
+    session.find_profile(None, WINDOWS, "random")
+    session.engage(layers)
     assert streams.locked == [8 * session.engine.store.blob_bytes] * 2
     assert torch.equal(decoded(model.assemble(layers)), expected)
     assert session.metrics()["offload.bytes_moved"] == streams.copies * session.engine.store.blob_bytes
@@ -112,7 +114,8 @@ def test_the_settings_say_what_experts_compute_in(model, tmp_path):
     halves = replace(LRU, device_format="fp16", budget=budget, kv_tokens=16)
     session = OffloadSession(halves, card, model, tmp_path, Store())
     layers = finished(model, session.add)
-    session.engage(layers, None, WINDOWS, "random")
+    session.find_profile(None, WINDOWS, "random")
+    session.engage(layers)
     decoded(model.assemble(layers))
     engine = session.engine
     assert isinstance(layers[1].mlp.experts[7].down_proj, ExpertLinear)
@@ -139,7 +142,8 @@ def test_a_head_in_int8_costs_what_it_is(tmp_path, monkeypatch):
     card = hardware("rtx3060_12g")
     session = OffloadSession(replace(LRU, miss="predict"), card, model, tmp_path, Store())
     layers = finished(model, session.add)
-    session.engage(layers, None, WINDOWS, "random")
+    session.find_profile(None, WINDOWS, "random")
+    session.engage(layers)
     decoded(model.assemble(layers))
     session.simulated("card")
     session.close()
@@ -150,7 +154,8 @@ def test_the_arena_lies_on_the_device_and_the_slow_tier_does_not(model, tmp_path
     """`meta` stands for a GPU: another device than the CPU, that any machine has."""
     session = OffloadSession(LRU, None, model, tmp_path, Store(), Apart("meta"))
     layers = finished(model, session.add)
-    session.engage(layers, None, WINDOWS, "random")
+    session.find_profile(None, WINDOWS, "random")
+    session.engage(layers)
     held = {t.device.type for layer in layers for t in tensors_of(layer.mlp.experts).values() if t.numel()}
     assert held == {"meta"}
     assert session.engine.mover.streams.copies == session.engine.policy.slots
