@@ -54,6 +54,7 @@ class OffloadSession:
         self.path = folder / "experts.bin"
         self._streams = streams or Streams()
         self._writer = self._slow_tier()
+        self._tier: SlowTier | None = None
         self.engine: Engine | None = None
 
     def _slow_tier(self) -> TierWriter:
@@ -94,6 +95,7 @@ class OffloadSession:
         """All layers are there, and deployed: build the engine."""
         assert self._profile is not None, "find_profile comes first"
         tier: SlowTier = self._writer.open()
+        self._tier = tier
         conversion = self.settings.formats.conversion(self._as_made, tier.parts) or self._writer.relayout()
         if conversion is not None:
             tier = ConvertedTier(tier, conversion, self._streams.device)
@@ -121,5 +123,8 @@ class OffloadSession:
         """Stop the engine and remove the slow tier."""
         if self.engine is not None:
             self.engine.close()
+        elif self._tier is not None:  # the settings were refused
+            self._streams.drain()
+            self._tier.close()
         self._writer.__exit__()
         self.path.unlink(missing_ok=True)

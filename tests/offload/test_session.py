@@ -165,12 +165,19 @@ def test_the_arena_lies_on_the_device_and_the_slow_tier_does_not(model, tmp_path
     session.close()
 
 
-def test_what_is_locked_is_given_up_with_the_session(model, tmp_path):
-    """A pass that ends early has no engine yet."""
+@pytest.mark.parametrize("finish", [False, True])
+def test_what_is_locked_is_given_up_without_an_engine(model, tmp_path, finish):
+    """Where a pass ends early, and where the budget turns out to leave no slot."""
     streams = Apart("cpu")
-    session = OffloadSession(Offload(), None, model, tmp_path, Store(), streams)
-    session.add(finished(model)[0])
-    assert len(streams.locked) == 1
+    session = OffloadSession(replace(LRU, budget="1kB"), None, model, tmp_path, Store(), streams)
+    layers = finished(model, session.add if finish else lambda layer: None)
+    if finish:
+        session.find_profile(None, WINDOWS, "random")
+        with pytest.raises(UserError, match=r"offload\.budget: it leaves no slot"):
+            session.engage(layers)
+    else:
+        session.add(layers[0])
+    assert len(streams.locked) == (2 if finish else 1)
     session.close()
     assert streams.locked == []
 
