@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,20 @@ from haq_lab.int8.numerics import Activations, epilogue, quantize_activations, s
 
 if TYPE_CHECKING:
     from haq_lab.int8.cuda import Kernels
+
+
+class PackedLinear(NamedTuple):
+    """An int8 linear as its backend multiplies with it.
+
+    Attributes:
+        packed: `Backend.pack` of the levels (n, k).
+        scale: Of the rows, float32 (n,).
+        bias: (n,) or None.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
 
 
 class Backend:
@@ -47,18 +61,9 @@ class Backend:
         """Whether packed weights of so many rows, and others of the same k after them, are packed as one matrix."""
         return True
 
-    def linear(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        scheme: Activations,
-        static_scale: Tensor | None,
-    ) -> Tensor:
-        """x (m, k) floating -> (m, n) of the same type; `packed` is `pack` of (n, k), `weight_scale` (n,) float32."""
-        qx, row_scale = self.quantize(x, scheme, static_scale)
-        return self.product(qx, row_scale, packed, weight_scale, bias, x.dtype).to(x.device)
+    def linear(self, x: Tensor, weights: PackedLinear, scheme: Activations, static_scale: Tensor | None) -> Tensor:
+        """x (m, k) floating -> (m, n) of the same type."""
+        return self.product(*self.quantize(x, scheme, static_scale), weights, x.dtype).to(x.device)
 
     def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (m, k) floating -> int8 (m, k) and float32 scales, one a row, as `product` takes them."""
@@ -70,17 +75,9 @@ class Backend:
         """silu(gate) * up of float32 (m, k), as `numerics.swiglu` has it to the bit, quantised as by `quantize`."""
         return self.quantize(swiglu(gate, up), scheme, static_scale)
 
-    def product(
-        self,
-        qx: Tensor,
-        row_scale: Tensor,
-        packed: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
         """The quantised rows times the packed weights, scaled in float32: (m, n) of `dtype`."""
-        return epilogue(self.accumulate(qx, packed), row_scale, weight_scale, bias).to(dtype)
+        return epilogue(self.accumulate(qx, weights.packed), row_scale, weights.scale, weights.bias).to(dtype)
 
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
         """int8 (m, k) times int8 levels (n, k) transposed -> int32 (m, n), exact."""
@@ -101,15 +98,6 @@ class FakeBackend(Backend):
 
     name = "fake"
 
-    def product(
-        self,
-        qx: Tensor,
-        row_scale: Tensor,
-        packed: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        return torch.nn.functional.linear(qx.float() * row_scale, packed.float() * weight_scale[:, None], bias).to(
-            dtype
-        )
+    def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
+        levels, scale, bias = weights
+        return torch.nn.functional.linear(qx.float() * row_scale, levels.float() * scale[:, None], bias).to(dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from haq_lab.int8 import native
-from haq_lab.int8.backend import Backend, ReferenceBackend
+from haq_lab.int8.backend import Backend, PackedLinear, ReferenceBackend
 from haq_lab.int8.numerics import Activations, epilogue, scale_of
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -86,7 +86,7 @@ def native_is_exact(isa: str) -> bool:
                 return False
             levels = torch.randint(-127, 128, (outputs, columns), dtype=torch.int8, generator=generator)
             x, scale, bias = (torch.randn(shape, generator=generator) for shape in ((rows, columns), outputs, outputs))
-            wanted = reference.linear(x, levels, scale.abs(), bias, "token", None)
+            wanted = reference.linear(x, PackedLinear(levels, scale.abs(), bias), "token", None)
             if not torch.equal(native.linear(x, native.pack(levels), scale.abs(), bias), wanted):
                 return False
     return True
@@ -126,17 +126,10 @@ class CpuBackend(Backend):
     def joins(self, rows: int) -> bool:
         return not self._native or rows % native.PANEL == 0
 
-    def linear(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        scheme: Activations,
-        static_scale: Tensor | None,
-    ) -> Tensor:
+    def linear(self, x: Tensor, weights: PackedLinear, scheme: Activations, static_scale: Tensor | None) -> Tensor:
+        packed, weight_scale, bias = weights
         if packed.dtype != torch.uint8:
-            return super().linear(x, packed, weight_scale, bias, scheme, static_scale)
+            return super().linear(x, weights, scheme, static_scale)
         if scheme == "tensor":
             static_scale = scale_of(x.float().abs().amax()) if x.numel() else None
         scale = None if scheme == "token" or static_scale is None else float(static_scale)
@@ -168,17 +161,10 @@ class CpuBackend(Backend):
             return super().swiglu_quantize(gate, up, scheme, static_scale)
         return self.quantize(native.silu_mul(torch.cat([gate, up], dim=1)), scheme, static_scale)
 
-    def product(
-        self,
-        qx: Tensor,
-        row_scale: Tensor,
-        packed: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
+        packed, weight_scale, bias = weights
         if packed.dtype != torch.uint8:
-            return super().product(qx, row_scale, packed, weight_scale, bias, dtype)
+            return super().product(qx, row_scale, weights, dtype)
         sums = native.accumulate(qx, native.Packed(packed, len(weight_scale), qx.shape[1]))
         return epilogue(sums, row_scale, weight_scale, bias).to(dtype)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from haq_lab.errors import UserError
 from haq_lab.int8 import cuda
-from haq_lab.int8.backend import Backend
+from haq_lab.int8.backend import Backend, PackedLinear
 from haq_lab.int8.claim import claim
 from haq_lab.int8.cuda import GEMV_ROWS, K_MULTIPLE, Kernels, padded
 from haq_lab.int8.numerics import Activations, scale_of
@@ -68,18 +68,10 @@ class CudaBackend(Backend):
         scale = None if static_scale is None else static_scale.to(self.device, torch.float32).reshape(1)
         return self._kernels.swiglu_quantize(torch.cat([gate, up], dim=1), scale)
 
-    def product(
-        self,
-        qx: Tensor,
-        row_scale: Tensor,
-        packed: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
         product = self._kernels.gemv if len(qx) <= GEMV_ROWS else self._kernels.gemm
-        bias = None if bias is None else bias.to(self.device, torch.float32)
-        return product(qx, packed, row_scale, weight_scale.to(self.device), bias, dtype)
+        bias = None if weights.bias is None else weights.bias.to(self.device, torch.float32)
+        return product(qx, weights.packed, row_scale, weights.scale.to(self.device), bias, dtype)
 
 
 def _device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from haq_lab.int8.backend import PackedLinear
 from haq_lab.int8.quantized_rows import QuantizedRows, multiplied
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class Joint:
         parts = packed.split([len(member.packed) for member in self.members])
         for member, part in zip(self.members, parts, strict=True):
             member.hold(part)
+
+    @property
+    def weights(self) -> PackedLinear:
+        """As the backend takes it."""
+        return PackedLinear(self.packed, self.weight_scale, self.bias)
 
     def product(self, x: Tensor | QuantizedRows) -> Tensor:
         """x (..., k) -> (..., all rows)."""

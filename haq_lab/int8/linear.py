@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haq_lab.int8.backend import Backend
+from haq_lab.int8.backend import Backend, PackedLinear
 from haq_lab.int8.joint import Joint
 from haq_lab.int8.numerics import Activations, round_to_grid, scale_of
 from haq_lab.int8.quantized_rows import QuantizedRows, multiplied
@@ -64,6 +64,11 @@ class Int8Linear(nn.Module):
         """The int8 levels (n, k): the held tensor itself where the backend does not pack, else a copy."""
         return self.backend.unpack(self.packed, self.out_features, self.in_features)
 
+    @property
+    def weights(self) -> PackedLinear:
+        """As the backend takes it."""
+        return PackedLinear(self.packed, self.weight_scale, self.bias)
+
     @classmethod
     def rounded(cls, linear: nn.Linear, backend: Backend, copied: bool = False) -> Int8Linear:
         """A linear rounded to nearest, activations per token: for what lies outside the decoder layers."""
@@ -100,7 +105,7 @@ class Int8Linear(nn.Module):
 
     def product(self, qx: Tensor, row_scale: Tensor) -> Tensor:
         """An input (m, k) that the backend has quantised already, with its row scales -> float32 (m, n)."""
-        return self.backend.product(qx, row_scale, self.packed, self.weight_scale, self.bias, torch.float32)
+        return self.backend.product(qx, row_scale, self.weights, torch.float32)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -40,8 +40,8 @@ class QuantizedRows:
 def multiplied(x: Tensor | QuantizedRows, by: Int8Linear | Joint) -> Tensor:
     """x (..., k) by an int8 linear, or by joined ones as one -> (..., n)."""
     if isinstance(x, QuantizedRows):
-        y = by.backend.product(x.levels, x.scale, by.packed, by.weight_scale, by.bias, x.dtype)
+        y = by.backend.product(x.levels, x.scale, by.weights, x.dtype)
     else:
         rows = x.reshape(-1, x.shape[-1])
-        y = by.backend.linear(rows, by.packed, by.weight_scale, by.bias, by.scheme, by.input_scale)
+        y = by.backend.linear(rows, by.weights, by.scheme, by.input_scale)
     return y.view(*x.shape[:-1], y.shape[-1])

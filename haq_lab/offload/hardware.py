@@ -17,6 +17,7 @@ import yaml
 
 from haq_lab.errors import UserError, invalid
 from haq_lab.files import write_text
+from haq_lab.int8.backend import PackedLinear
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.roofline import Hardware, cited_hardware, load_hardware
 from haq_lab.offload.arena import aligned
@@ -60,8 +61,8 @@ def measure_machine(scratch: Path) -> Hardware:
     """
     backend = CpuBackend()
     rows, columns = (torch.randint(-127, 128, (size, K), dtype=torch.int8) for size in (ROWS, K))
-    weight, scales = backend.pack(columns), (torch.ones(ROWS, 1), torch.ones(K))
-    multiply = _least(lambda: backend.product(rows, scales[0], weight, scales[1], None, torch.float32))
+    weights, row_scale = PackedLinear(backend.pack(columns), torch.ones(K)), torch.ones(ROWS, 1)
+    multiply = _least(lambda: backend.product(rows, row_scale, weights, torch.float32))
     source, target = torch.ones(SIZE, dtype=torch.uint8), aligned(SIZE)
     copy = _least(lambda: target.copy_(source))
     with tempfile.TemporaryDirectory(dir=scratch) as folder:

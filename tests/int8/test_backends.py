@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from haq_lab.int8 import cpu, native
-from haq_lab.int8.backend import Backend, FakeBackend, ReferenceBackend
+from haq_lab.int8.backend import Backend, FakeBackend, PackedLinear, ReferenceBackend
 from haq_lab.int8.cpu import CpuBackend, fastest, is_exact
 
 REFERENCE, CPU = ReferenceBackend(), CpuBackend()
@@ -114,7 +114,7 @@ def test_linear_is_the_contract_on_every_backend(seed, rows, outputs, columns, s
     static = torch.tensor(0.02)
 
     def by(backend: Backend) -> Tensor:
-        return backend.linear(x, backend.pack(qw), scale, bias, scheme, static)
+        return backend.linear(x, PackedLinear(backend.pack(qw), scale, bias), scheme, static)
 
     reference, fake = by(REFERENCE), by(FakeBackend())
     for real in CPUS.values():
@@ -128,19 +128,19 @@ def test_linear_is_the_contract_on_every_backend(seed, rows, outputs, columns, s
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_linear_keeps_the_type_of_its_input(dtype):
     x, qw = torch.randn(2, 8).to(dtype), levels(1, 3, 8)
-    wanted = REFERENCE.linear(x, qw, torch.ones(3), None, "token", None)
+    wanted = REFERENCE.linear(x, PackedLinear(qw, torch.ones(3)), "token", None)
     assert wanted.dtype == dtype
     for backend in (*CPUS.values(), FakeBackend()):
-        y = backend.linear(x, backend.pack(qw), torch.ones(3), None, "token", None)
+        y = backend.linear(x, PackedLinear(backend.pack(qw), torch.ones(3)), "token", None)
         assert y.dtype == dtype
         assert torch.equal(y, wanted) or backend.name == "fake"
 
 
 def test_linear_takes_rows_that_are_not_contiguous():
     x, qw = torch.randn(8, 5).t(), levels(1, 3, 8)
-    wanted = REFERENCE.linear(x, qw, torch.ones(3), None, "token", None)
+    wanted = REFERENCE.linear(x, PackedLinear(qw, torch.ones(3)), "token", None)
     for backend in CPUS.values():
-        assert torch.equal(backend.linear(x, backend.pack(qw), torch.ones(3), None, "token", None), wanted)
+        assert torch.equal(backend.linear(x, PackedLinear(backend.pack(qw), torch.ones(3)), "token", None), wanted)
 
 
 @given(st.integers(0, 2**16), st.integers(1, 70), st.integers(1, 70))
@@ -159,8 +159,8 @@ def test_packed_weights_join_where_the_backend_says_so(seed, outputs, columns):
     for backend in (REFERENCE, *CPUS.values()):
         if backend.joins(outputs):
             packed = torch.cat([backend.pack(first), backend.pack(second)])
-            y = backend.linear(x, packed, scale, None, "token", None)
-            wanted = REFERENCE.linear(x, torch.cat([first, second]), scale, None, "token", None)
+            y = backend.linear(x, PackedLinear(packed, scale), "token", None)
+            wanted = REFERENCE.linear(x, PackedLinear(torch.cat([first, second]), scale), "token", None)
             assert torch.equal(y, wanted)
 
 

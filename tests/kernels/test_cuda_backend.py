@@ -12,7 +12,7 @@ from two_tiers import Apart, TwoTiers
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.errors import UserError
 from haq_lab.int8 import probe
-from haq_lab.int8.backend import Backend, ReferenceBackend
+from haq_lab.int8.backend import Backend, PackedLinear, ReferenceBackend
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.cuda import Kernels
 from haq_lab.int8.cuda_backend import CudaBackend
@@ -45,7 +45,7 @@ def test_a_linear_has_the_references_bits(host: Kernels, m, k, dtype, scheme):
     for bias in (None, draw.normal(37, dtype=dtype)):
         static = draw.scale(1)[0] if scheme == "static" else None
         results = [
-            backend.linear(x, backend.pack(qw), sw, bias, scheme, static)
+            backend.linear(x, PackedLinear(backend.pack(qw), sw, bias), scheme, static)
             for backend in (CudaBackend("cpu", host), ReferenceBackend())
         ]
         assert_same_bits(*results)
