@@ -21,7 +21,7 @@ class Int8Experts(Experts):
     Attributes:
         swiglu: What lies between the products is `Backend.swiglu_quantize`, whose bits no backend changes, and not the
             model's own activation, whose last places depend on the device.
-        beside: Some experts of the next call compute on another device than the rest (`offload.beside`): what they
+        beside: Some experts of the next call compute on another device than the rest (`Engine.beside`): what they
             read is brought there before the rest keep their device busy.
     """
 
