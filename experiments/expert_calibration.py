@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import geometric_mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,9 @@ def errors(weight: Tensor, x: Tensor, own: Tensor, seen: int) -> dict[str, float
     nearest, found = error(round_to_nearest(weight, scale, 8)), {}
     for name, given in candidates(x, own, seen):
         for mark, hessian in (("", given.hessian), ("+", given.shrunk_hessian())):
+            assert hessian is not None
             factored = factorize(hessian, 0.01, act_order=True)
+            assert factored is not None
             found[name + mark] = error(solve(weight, factored, scale, 8)) / nearest
     return found
 
@@ -79,9 +82,9 @@ def main() -> None:
     text = Calibration("text", path=chosen.text, samples=chosen.windows, seqlen=chosen.seqlen)
     hidden = model.embed(text.load(model.tokenizer()).tokens)
     seen = chosen.windows * 2 // 3 * chosen.seqlen
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index in range(max(chosen.layers) + 1):
-        layer = model.load_layer(index)
+        layer: Any = model.load_layer(index)
         if index in chosen.layers:
             parts = []
             for batch in hidden.split(model.batch_size(hidden)):

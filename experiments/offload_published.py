@@ -21,7 +21,7 @@ import pandas as pd
 
 from haq_lab.int8.roofline import load_hardware
 from haq_lab.offload.costs import Predictor
-from haq_lab.offload.machine_costs import LINK_REACHED, machine_costs
+from haq_lab.offload.machine_costs import LINK_REACHED, Format, machine_costs
 from haq_lab.offload.path_model import PathModel, fit_path_model
 from haq_lab.offload.placement import place
 from haq_lab.offload.plan import fixed_bytes
@@ -84,7 +84,7 @@ def simulated(
 
 def published(traces: tuple[Trace, Trace, PathModel], tokens: int) -> list[Row]:
     """The rows that can be compared."""
-    bf16 = ("bf16", "fp16")
+    bf16: tuple[Format, Format] = ("bf16", "fp16")
     card, expert = load_hardware(CARD), 2 * MIXTRAL.expert
     slots = slots_in(card.memory_gb)
     costs = machine_costs(card, MIXTRAL, *bf16)

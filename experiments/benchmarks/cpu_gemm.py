@@ -76,7 +76,7 @@ def prefill(n: int, k: int, m: int, repeats: int) -> dict:
     packed = native.pack(qw)
     linear = native.Linear(packed, scale)
     exact = torch.equal(torch._int_mm(qx, qw.t()), native.accumulate(qx, packed))
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "fp32": lambda: torch.mm(x, w.t(), out=out),
         "int_mm": lambda: torch._int_mm(qx, qw.t(), out=sums),
         "torch_int8": lambda: torch_int8(x, qw, scale),

@@ -20,6 +20,7 @@ import sys
 import venv
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 REQUIREMENT = "llama-cpp-python==0.3.36"
 # GCC before 12.4 takes the stores of AMX's tile configuration for dead (its bug 114098): llama.cpp would crash.
@@ -32,7 +33,7 @@ def serve(path: str, threads: int, prompt_tokens: int, tokens: int, flash: bool)
     import time
 
     import numpy as np
-    from llama_cpp import Llama, llama_get_logits_ith
+    from llama_cpp import Llama, llama_get_logits_ith  # type: ignore[attr-defined]  # not this file
 
     model = Llama(
         path, n_ctx=prompt_tokens + tokens + 8, n_batch=prompt_tokens, n_ubatch=prompt_tokens,
@@ -53,7 +54,7 @@ def serve(path: str, threads: int, prompt_tokens: int, tokens: int, flash: bool)
 
 def environment() -> Path:
     """The Python of llama.cpp's environment, made where it is not there."""
-    from haq_lab.models.sources import cache_folder
+    from haq_lab.paths import cache_folder
 
     folder = cache_folder() / "benchmarks" / "llama-cpp"
     python = folder / "bin" / "python"
@@ -124,7 +125,7 @@ def compare(arguments: argparse.Namespace) -> None:
     python = environment()
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("threads", "prompt", "tokens")]
     # -I: neither this folder, where this very file has the package's name, nor our packages are on its path.
-    command = [python, "-I", __file__, "--serve", q8_file(python), *sizes]
+    command: list[Any] = [python, "-I", __file__, "--serve", q8_file(python), *sizes]
     smol = model()
     forms = {"int8": whole(smol, RTN()), "int8, head too": whole(smol, RTN(), head=torch.int8)}
     prompt = torch.randint(0, smol.config.vocab_size, (1, arguments.prompt), generator=torch.Generator().manual_seed(0))

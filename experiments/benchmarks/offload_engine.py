@@ -116,10 +116,11 @@ class Bench:
         self.forwards = [layer.mlp.experts.__dict__.copy() for layer in self.layers]  # type: ignore[union-attr]
         self.whole = self.model.assemble(self.layers)
 
-    def policy(self, rule: str, placement: str, scope: str, share: float, miss: str, costs: Costs) -> Policy:
+    def policy(self, configuration: tuple[Any, ...], costs: Costs) -> Policy:
+        rule, placement, scope, share, miss = configuration
         slots = round(share * self.profile.layers * self.profile.expert_count)
         resident = place(placement, self.profile, slots)
-        policy = make_policy(rule, resident, self.profile, scope, self.path_model)  # type: ignore[arg-type]
+        policy = make_policy(rule, resident, self.profile, scope, self.path_model)
         if miss == "cpu":
             policy.decide = lambda resident, missing: list(missing)
         elif miss == "predict":
@@ -133,10 +134,11 @@ class Bench:
             layer.mlp.experts.__dict__.update(untouched)  # type: ignore[union-attr]
         router = self.model.family.moe.router  # type: ignore[union-attr]
         gates = NextGate([layer.get_submodule(router) for layer in self.layers])
-        guesser = (gates, self.profile.k) if configuration[-1] == "next gate" else (None, 0)
+        ahead = configuration[-1] == "next gate"
         self.clock = Clock()
         observer = Observer(costs, "max", self.model.depth, self.clock)
-        engine = Engine(self.store, self.policy(*configuration, costs), SPARE, *guesser, observer)
+        policy, guesses = self.policy(configuration, costs), self.profile.k if ahead else 0
+        engine = Engine(self.store, policy, SPARE, gates if ahead else None, guesses, observer)
         engine.attach(self.layers, self.model.family.moe)  # type: ignore[arg-type]
         return engine
 
@@ -158,7 +160,7 @@ class Bench:
     def simulated(self, *configuration: Any, engine: Engine, costs: Costs) -> list[float]:
         """The same steps on the virtual clock."""
         prefetch = engine.heard.prefetch() if engine.prefetch is not None else None
-        policy = self.policy(*configuration, costs)
+        policy = self.policy(configuration, costs)
         return Simulator(costs, policy, prefetch, engine.guesses, SPARE).run(engine.heard.trace()).token_s
 
 
@@ -237,7 +239,10 @@ def main() -> None:
             )
             reference.mover.stop()
             simulated = bench.simulated(*configuration, engine=engine, costs=costs)
-            row = {"configuration": " ".join(map(str, configuration)), "ms": 1e3 * float(np.mean(seconds))}
+            row: dict[str, Any] = {
+                "configuration": " ".join(map(str, configuration)),
+                "ms": 1e3 * float(np.mean(seconds)),
+            }
             row |= {"std_ms": 1e3 * float(np.std(seconds)), "simulated_ms": 1e3 * float(np.mean(simulated))}
             row |= {"error": row["simulated_ms"] / row["ms"] - 1, "over_resident": row["ms"] / resident_ms}
             row |= {"hit_rate": engine.stats()["offload.hit_rate_pairs"], "fast_tier_bytes": engine.arena.bytes}
