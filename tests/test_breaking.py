@@ -169,10 +169,10 @@ def test_a_full_cache(tmp_path, small_disk, monkeypatch):
 def test_what_wandb_writes_may_fill_the_disk(small_disk, monkeypatch):
     """The results are there by then. (W&B itself would go on to log the full disk when this process ends.)"""
 
-    def fill(*_: object) -> None:
-        (small_disk / "wandb").write_bytes(bytes(300_000))
+    def fill(**_: object) -> None:
+        (small_disk / "log").write_bytes(bytes(300_000))
 
-    monkeypatch.setattr("haq_lab.tracking.wandb.Wandb._log", fill)
+    monkeypatch.setattr("wandb.init", fill)
     outcome = launch(*TINY, "tracking=offline", f"hydra.run.dir={small_disk / 'run'}")
     assert (outcome.code, outcome.err) == (0, "")
     assert list(load(small_disk)["status"]) == ["finished"]
