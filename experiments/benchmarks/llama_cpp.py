@@ -60,9 +60,9 @@ def environment() -> Path:
     python = folder / "bin" / "python"
     if not (folder / "ready").is_file():
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", REQUIREMENT], env={**os.environ, **BUILD}, check=True
-        )
+        # Not from pip's cache: it knows a wheel by its name, whatever it was compiled with and for.
+        install = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", REQUIREMENT]
+        subprocess.run(install, env={**os.environ, **BUILD}, check=True)
         (folder / "ready").touch()
     return python
 
