@@ -61,7 +61,7 @@ def environment() -> Path:
     if not (folder / "ready").is_file():
         venv.create(folder, with_pip=True, clear=True)
         # Not from pip's cache: it knows a wheel by its name, whatever it was compiled with and for.
-        install = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", REQUIREMENT]
+        install: list[Any] = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", REQUIREMENT]
         subprocess.run(install, env={**os.environ, **BUILD}, check=True)
         (folder / "ready").touch()
     return python
