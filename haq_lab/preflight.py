@@ -148,7 +148,8 @@ def _deployed_bytes(experiment: Experiment, size: Size) -> float:
     stored = _stored(experiment)
     if (offload := experiment.offload) is None:
         return float(stored * size.depth * size.layer)
-    expert, total = stored * size.expert, size.depth * size.experts
+    narrow = offload.formats.narrow
+    expert, total = (narrow.itemsize if narrow else stored) * size.expert, size.depth * size.experts
     budget = Budget.parse(offload.budget)
     if budget.bytes is not None:
         tier = float(budget.bytes)
@@ -162,9 +163,11 @@ def _beside_gpu_bytes(experiment: Experiment, size: Size) -> float:
     quantised, until the model is moved."""
     if not _deploys(experiment):
         return 0.0
-    experts = size.experts * size.expert if experiment.offload is not None else 0
+    stored, experts, lying = _stored(experiment), 0, 0
+    if (offload := experiment.offload) is not None:
+        experts, lying = size.experts * size.expert, HALF if offload.host_format == "bf16" else stored
     waiting = size.layer - experts if experiment.quantizer is None else 0
-    return float(_stored(experiment) * size.depth * (experts + waiting))
+    return float(size.depth * (lying * experts + stored * waiting))
 
 
 def _stored(experiment: Experiment) -> int:

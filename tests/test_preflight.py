@@ -118,6 +118,23 @@ def test_beside_a_gpu_the_arena_is_its_memory_and_all_experts_lie_in_ram(budget,
     assert all_of_it - gpu == pytest.approx((2 * 8 - resident) * EXPERT, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("formats", "in_ram", "in_a_slot"),
+    [
+        (["offload.device_format=fp16"], 1, 2),
+        (["quantizer=none", "offload.device_format=fp16"], 4, 2),
+        (["quantizer=none", "offload.host_format=bf16"], 2, 2),
+    ],
+)
+def test_experts_take_on_each_tier_what_their_format_says(formats, in_ram, in_a_slot, local):
+    offloaded = ["offload=haq", "offload.budget=4"]
+    as_made = 4 if "quantizer=none" in formats else 1
+    memory, gpu, _ = _on_a_gpu(local, *offloaded, *formats[: len(formats) - 1])
+    other_memory, other_gpu, _ = _on_a_gpu(local, *offloaded, *formats)
+    assert other_memory - memory == 2 * 8 * (in_ram - as_made) * EXPERT
+    assert other_gpu - gpu == (4 + 4) * (in_a_slot - as_made) * EXPERT
+
+
 def test_what_is_deployed_on_a_gpu_is_in_its_memory_alone_if_it_is_quantised(local):
     """Else it waits in RAM for all layers to be there."""
     layer = preflight.measure_size(HubModel(str(local)).config()).layer
