@@ -125,7 +125,7 @@ class TwoTiers:
             writer.add(layer.mlp.experts)
         tier: SlowTier = writer.open()
         whole = deploy(model.assemble(layers), model, self.backend)
-        if (relayout := writer.relayout()) is not None:
+        if (relayout := writer.relayout(layers[0].mlp.experts)) is not None:
             tier = ConvertedTier(tier, relayout, self.streams.device)
         start, path_model = place("frequency", self.profile, slots), self.path_model if rule == "haq" else None
         policy = make_policy(rule, start, self.profile, scope, path_model)

@@ -58,15 +58,19 @@ class CudaBackend(Backend):
         # One scale for all rows: known from calibration, or the maximum of this tensor.
         scale = scale_of(x.float().abs().amax()) if scheme == "tensor" else static_scale
         assert scale is not None, "the static scheme needs the scale from calibration"
-        return self._kernels.quantize_static(x, scale.to(self.device, torch.float32).reshape(1))
+        return self._kernels.quantize_static(x, self._given(scale))
 
     def swiglu_quantize(
         self, gate: Tensor, up: Tensor, scheme: Activations, static_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if scheme == "tensor" or gate.shape[1] % K_MULTIPLE:
             return super().swiglu_quantize(gate, up, scheme, static_scale)
-        scale = None if static_scale is None else static_scale.to(self.device, torch.float32).reshape(1)
+        scale = None if static_scale is None else self._given(static_scale)
         return self._kernels.swiglu_quantize(torch.cat([gate, up], dim=1), scale)
+
+    def _given(self, scale: Tensor) -> Tensor:
+        """One scale for all rows as the kernels take it."""
+        return scale.to(self.device, torch.float32).reshape(1)
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
         product = self._kernels.gemv if len(qx) <= GEMV_ROWS else self._kernels.gemm

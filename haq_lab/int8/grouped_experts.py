@@ -21,8 +21,8 @@ from haq_lab.models.experts import Expert, Experts, combined
 class GroupedExperts(Int8Experts):
     """Int8 experts whose weights lie side by side. The linears keep their places; their tensors are views.
 
-    Where the activation is SiLU and all down projections quantise alike, it is one kernel with the quantizing. Else
-    torch computes it, as in the loop. The products have the loop's bits in either case.
+    Where the activation is SiLU and all down projections quantise alike, it is one kernel with the quantizing; else
+    torch computes it. The result has the loop's bits either way.
     """
 
     _kernels: Kernels

@@ -98,14 +98,13 @@ class Engine:
     # One layer's visit.
 
     def begin(self, layer: int, hidden: Tensor, chosen: Tensor) -> list[int]:
-        """The layer's router has chosen (t, k) experts for hidden states (t, d).
+        """The layer's router has chosen (t, k) experts, known on the CPU, for hidden states (t, d).
 
         More than one token at once is a prompt, or an evaluation's window: a sequence begins.
 
         Returns:
             The experts in the order in which they should run: those in memory first.
         """
-        chosen = chosen.cpu()  # on a GPU, the one wait for it in a visit
         counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
         self.mover.settle()
         if self.observer is not None:
@@ -287,9 +286,10 @@ def _intercept(engine: Engine, layer: int, experts: nn.ModuleList) -> None:
 
     def visited(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         module: Any = experts
-        module.order, module.beside = engine.begin(layer, hidden, chosen), engine.beside
+        known = chosen.cpu()  # on a GPU, the one wait for the router in a visit
+        module.order, module.beside = engine.begin(layer, hidden, known), engine.beside
         try:
-            return forward(hidden, chosen, weights)
+            return forward(hidden, known, weights)
         finally:
             engine.end(layer)
 

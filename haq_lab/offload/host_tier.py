@@ -8,7 +8,7 @@ what is copied over is packed anew by the device (`conversion.Relayout`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import psutil
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from haq_lab.errors import UserError
 from haq_lab.int8.backend import Backend
+from haq_lab.int8.experts import Int8Experts
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.experts import Expert
 from haq_lab.offload.arena import aligned
@@ -87,7 +88,6 @@ class HostWriter:
         self._blocks: list[Tensor] = []
         self._twins: list[nn.ModuleList] = []
         self._device_parts: list[Part] = []
-        self._experts: Any = None  # a layer's, on the device
 
     def __enter__(self) -> HostWriter:
         return self
@@ -119,7 +119,7 @@ class HostWriter:
         twins = nn.ModuleList(
             cast(Expert, expert).with_linears(lambda linear: cast(Int8Linear, linear).on(backend)) for expert in experts
         )
-        self._experts, (self._device_parts, _) = experts, layout(tensors_of(experts[0]))
+        self._device_parts, _ = layout(tensors_of(experts[0]))
         for expert in experts:
             bind(expert, self._device_parts, None)
         return twins
@@ -133,18 +133,21 @@ class HostWriter:
                 f"to come, and {there:,} free: use backend=cpu, which keeps them on disk, or a smaller model"
             )
 
-    def relayout(self) -> Relayout | None:
+    def relayout(self, experts: nn.ModuleList) -> Relayout | None:
         """From the CPU's layout of an expert to the device's; None where experts do not run on the CPU.
+
+        Args:
+            experts: A deployed layer's.
 
         Raises:
             UserError: They cannot, without changing the output.
         """
         if self._beside is None:
             return None
-        if not self._experts.swiglu:
+        deployed = cast(Int8Experts, experts)
+        if not deployed.swiglu:
             raise UserError("offload.miss: beside a GPU, experts run on the CPU only where their activation is SiLU")
-        sizes = sizes_of(self._experts)
-        return Relayout(self._packer.parts, self._device_parts, sizes, self._beside, self._experts.backend)
+        return Relayout(self._packer.parts, self._device_parts, sizes_of(experts), self._beside, deployed.backend)
 
     def open(self) -> HostTier:
         """The finished tier."""

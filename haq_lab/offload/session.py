@@ -96,7 +96,7 @@ class OffloadSession:
         assert self._profile is not None, "find_profile comes first"
         tier: SlowTier = self._writer.open()
         self._tier = tier
-        conversion = self.settings.formats.conversion(self._as_made, tier.parts) or self._writer.relayout()
+        conversion = self.settings.formats.conversion(self._as_made, tier.parts) or self._writer.relayout(self._as_made)
         if conversion is not None:
             tier = ConvertedTier(tier, conversion, self._streams.device)
         self.engine = self.settings.engage(self.model, layers, tier, self._profile, self.hardware, self._streams)

@@ -60,8 +60,8 @@ class TierWriter(Protocol):
         """The finished tier."""
         ...
 
-    def relayout(self) -> Relayout | None:
-        """What brings an expert from the tier's layout to that of the device; None where they are one."""
+    def relayout(self, experts: nn.ModuleList) -> Relayout | None:
+        """What brings one of a layer's `experts` from the tier's layout to the device's; None where they are one."""
         ...
 
     def __exit__(self, *error: object) -> None:

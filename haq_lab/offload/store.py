@@ -194,7 +194,7 @@ class StoreWriter:
         for blob in self._packer.pack(experts):
             self._stream.write(memoryview(cast(Any, blob.numpy())))
 
-    def relayout(self) -> None:
+    def relayout(self, experts: nn.ModuleList) -> None:
         """None is needed: the file and the arena hold experts alike."""
 
     def open(self) -> ExpertStore:
