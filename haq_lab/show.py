@@ -82,7 +82,7 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
 
 def readable(name: str, value: float) -> str:
     """A metric's value with its unit."""
-    if name.endswith("_bytes"):
+    if "bytes" in name.rpartition(".")[2].split("_"):  # `weights_bytes`, `bytes_moved`
         return f"{value / 1e6:,.1f} MB"
     if name.startswith(("perplexity", "latency")):
         return f"{value:,.4g}" if name.startswith("latency") else f"{value:,.4f}"

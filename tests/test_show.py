@@ -1,0 +1,23 @@
+"""What a run prints: every figure with its unit."""
+
+from __future__ import annotations
+
+import pytest
+
+from haq_lab.show import readable
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("memory.weights_bytes", 220_040_000.0, "220.0 MB"),
+        ("offload.bytes_moved", 1_234_567_890.0, "1,234.6 MB"),
+        ("simulated.rtx3060_12g.offload.bytes_moved", 5e6, "5.0 MB"),
+        ("perplexity.wikitext2", 22.50412, "22.5041"),
+        ("latency.decode_ms_per_token.mean", 56.123, "56.12"),
+        ("lm_eval.task.bits_per_byte", 1.234567, "1.2346"),
+        ("offload.hit_rate_pairs", 0.773912, "0.77391"),
+    ],
+)
+def test_a_metric_has_its_unit(metric, value, text):
+    assert readable(metric, value) == text
