@@ -64,9 +64,9 @@ def plan(
 
 
 def fixed_bytes(shape: Shape, device: Format, context: int) -> int:
-    """What the GPU holds beside experts: other weights, the embedding in 16 bits and the head as the shape says, the
-    key-value cache and the workspace of a prompt of `context` tokens, and the driver's own."""
-    weights = shape.layers * shape.rest * BYTES[device] + (2 + shape.head_bytes) * shape.outside
+    """What the GPU holds beside experts: other weights, embedding and head, the key-value cache and the workspace of a
+    prompt of `context` tokens, and the driver's own."""
+    weights = shape.layers * shape.rest * BYTES[device] + shape.tables_bytes
     return weights + 2 * (shape.kv_per_token + shape.work_per_token) * context + CONTEXT
 
 

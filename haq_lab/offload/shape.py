@@ -22,6 +22,7 @@ class Shape:
         work_per_token: Numbers that a layer at work holds beside it: the stream and its norm, queries, keys, values and
             what attention makes of them, and the gate, up and down products of the k experts chosen.
         head_bytes: Of each weight of the head: 2, or 1 where it is in int8 (`quantizer.head`).
+        tied: The head is the embedding, as long as both are in 16 bits.
     """
 
     layers: int
@@ -33,6 +34,13 @@ class Shape:
     kv_per_token: int
     work_per_token: int
     head_bytes: int = 2
+    tied: bool = False
+
+    @property
+    def tables_bytes(self) -> int:
+        """Of the embedding, in 16 bits, and of the head where that is another tensor."""
+        shared = self.tied and self.head_bytes == 2
+        return (2 if shared else 2 + self.head_bytes) * self.outside
 
     @classmethod
     def of(cls, config: Any, experts: int, int8_head: bool = False) -> Shape:
@@ -52,6 +60,7 @@ class Shape:
             kv_per_token=2 * keys * layers,
             work_per_token=2 * hidden + 2 * queries + 2 * keys + config.num_experts_per_tok * (2 * inner + hidden),
             head_bytes=1 if int8_head else 2,
+            tied=config.tie_word_embeddings,
         )
 
 
@@ -64,6 +73,7 @@ MIXTRAL = Shape.of(  # 8x7B
         num_key_value_heads=8,
         num_experts_per_tok=2,
         vocab_size=32000,
+        tie_word_embeddings=False,
     ),
     experts=8,
 )

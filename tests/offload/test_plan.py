@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import launch
+from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from haq_lab.models.sources import TinyModel
 from haq_lab.offload import plan as planning
@@ -18,7 +19,8 @@ from haq_lab.offload.hardware import hardware
 from haq_lab.offload.machine_costs import LAUNCH, machine_costs
 from haq_lab.offload.path_model import fit_path_model
 from haq_lab.offload.plan import fixed_bytes, mark_pareto
-from haq_lab.offload.shape import MIXTRAL
+from haq_lab.offload.shape import MIXTRAL, Shape
+from haq_lab.preflight import measure_size
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=15))
@@ -38,6 +40,20 @@ def test_a_head_in_int8_is_half_of_one_in_16_bits():
         costs = [machine_costs(hardware("rtx3060_12g"), shape, "int8", device) for shape in (MIXTRAL, int8)]
         assert costs[0].outside(1) - LAUNCH == pytest.approx(2 * (costs[1].outside(1) - LAUNCH))
         assert costs[0].rest(1) == costs[1].rest(1)
+
+
+@pytest.mark.parametrize(("tied", "head_bytes", "tables"), [(False, 2, 4), (False, 1, 3), (True, 2, 2), (True, 1, 3)])
+def test_a_tied_head_is_the_embedding_unless_it_is_in_int8(tied, head_bytes, tables):
+    shape = replace(MIXTRAL, tied=tied, head_bytes=head_bytes)
+    without = replace(shape, outside=0)
+    assert fixed_bytes(shape, "int8", 2048) - fixed_bytes(without, "int8", 2048) == tables * 4096 * 32000
+
+
+@pytest.mark.parametrize("make", [MixtralConfig, Qwen3MoeConfig, OlmoeConfig])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_are_what_the_preflight_counts(make, tied):
+    config = make(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=1, tie_word_embeddings=tied)
+    assert Shape.of(config, 8).tables_bytes == 2 * (measure_size(config).shell - config.hidden_size)
 
 
 def test_a_checkpoint_says_that_its_head_is_in_int8(tmp_path, monkeypatch, make_trace):
