@@ -15,8 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from haq_lab.int8.sources import kernel_folder
-from haq_lab.paths import cache_folder
+from haq_lab.paths import bundled, cache_folder
 
 # The epilogue's multiplications and additions must stay apart (one numerics for every backend), hence no
 # contraction into fused multiply-adds. Vector instructions are chosen function by function at run time.
@@ -29,7 +28,7 @@ class BuildError(Exception):
 
 def source_folder() -> Path:
     """The CPU kernels' folder."""
-    folder = kernel_folder() / "cpu"
+    folder = bundled("kernels") / "cpu"
     if not (folder / "kernels.h").is_file():
         raise BuildError(f"the kernel sources are not in {folder}")
     return folder

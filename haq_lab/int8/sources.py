@@ -1,4 +1,4 @@
-"""Where the kernels are, and a CUDA source as one text: `kernels/<module>.cu` with the project's own headers put in.
+"""A CUDA source as one text: `kernels/<module>.cu` with the project's own headers put in.
 
 One text, so that the compiler needs no include path and a cache key over the text covers the headers too.
 """
@@ -13,19 +13,14 @@ from haq_lab.paths import bundled
 INCLUDE = re.compile(r'^#include "(?!host/)([\w./]+)"$', re.MULTILINE)
 
 
-def kernel_folder() -> Path:
-    """`kernels/` beside the package in a checkout, inside it in an installed wheel."""
-    return bundled("kernels")
-
-
 def module_source(module: str, folder: Path | None = None) -> str:
     """The text of `<module>.cu` with every header in the place of its first `#include`.
 
     Args:
         module: Name of the source without its suffix, such as `gemm`.
-        folder: Where the sources are; `kernel_folder()` if not given.
+        folder: Where the sources are; the project's own if not given.
     """
-    folder = folder or kernel_folder()
+    folder = folder or bundled("kernels")
     seen: set[str] = set()
 
     def expand(name: str) -> str:

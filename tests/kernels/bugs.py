@@ -17,7 +17,7 @@ import torch
 
 from haq_lab.int8.cuda import Kernels
 from haq_lab.int8.launch import LARGE, MEDIUM, SMALL, Tile
-from haq_lab.int8.sources import kernel_folder
+from haq_lab.paths import bundled
 
 from .checks import check_dequant, check_grouped, check_product, check_quantize
 
@@ -267,7 +267,7 @@ def matrix() -> str:
 def alone(kernel: Kernel, folder: Path) -> Path:
     """A copy of the sources in `folder` whose module instantiates this one kernel, which builds faster."""
     copy = folder / "kernels"
-    shutil.copytree(kernel_folder(), copy, ignore=shutil.ignore_patterns("host", "cpu"))
+    shutil.copytree(bundled("kernels"), copy, ignore=shutil.ignore_patterns("host", "cpu"))
     path = copy / f"{kernel.module}.cu"
     text = path.read_text(encoding="utf-8")
     others = rf"^[A-Z_]+_KERNEL\((?!({kernel.name}|{kernel.beside}),)\w+, .*\n"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from haq_lab.int8.launch import Argument, Launch, kernel_names
-from haq_lab.int8.sources import kernel_folder
+from haq_lab.paths import bundled
 
 from .ptx.runner import span
 
@@ -77,8 +77,8 @@ def build(module: str, architecture: int, folder: Path | None = None) -> Path:
         architecture: Which path of the sources: 75 has no cp.async and the small mma.
         folder: Where the sources are, if not the project's own (a mutated copy).
     """
-    folder = folder or kernel_folder()
-    host = kernel_folder() / "host"
+    folder = folder or bundled("kernels")
+    host = bundled("kernels") / "host"
     common = [*FLAGS, *MEANING, *SANITIZE, f"-I{folder}", f"-I{host.parent}"]
     engine = [
         _make([*FLAGS, *MEANING, *SANITIZE, "-c", str(host / f"{part}.cpp")], _text(host), f"{part}.o")

@@ -179,7 +179,7 @@ def test_each_architecture_and_each_text_is_compiled_for_itself(
     folder = alone(DEQUANT, tmp_path)
     header = folder / "numeric.cuh"
     header.write_text(header.read_text(encoding="utf-8").replace("#pragma once", "// changed"), encoding="utf-8")
-    monkeypatch.setattr("haq_lab.int8.sources.kernel_folder", lambda: folder)
+    monkeypatch.setattr("haq_lab.int8.sources.bundled", lambda name: folder)
     assert cubin_file("dequant", 80, compiler(NEWEST)) != cached
     assert cached.exists()
 
