@@ -59,19 +59,21 @@ def effective(config: DictConfig) -> DictConfig:
     return config
 
 
-def refuse_idle(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Raise `UserError` where settings are given of a group that stands for nothing and was not chosen to: in a sweep
-    over `offload=none,haq`, `offload.budget=40%` is meant for the other option; without either, nothing would use it.
-    Nothing ever uses a setting that no option of the group has.
+def refuse_idle(config: DictConfig, overrides: Sequence[str], sweep: bool) -> None:
+    """Raise `UserError` where settings are given of a group that stands for nothing: nothing would use them. A job of a
+    sweep that chooses the group's option is let through: over `offload=none,haq`, `offload.budget=40%` is meant for the
+    other one. Nothing ever uses a setting that no option of the group has.
     """
     names = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for group in _idle(config):
         known = sorted({name for option in options(group) for name in settings_of(group, option)})
         for given in (name for name in names if name.startswith(f"{group}.")):
             setting = given.split(".")[1]
-            if setting not in ("_target_", *known):
+            if setting == "_target_":
+                continue
+            if setting not in known:
                 raise UserError(f"{given}: there is no such setting{nearest(setting, known)}")
-            if group not in names:
+            if not (sweep and group in names):
                 others = ", ".join(option for option in options(group) if option != "none")
                 raise UserError(f"{given}: {group}=none has no use for it; add {group}=OPTION (one of {others})")
 

@@ -32,7 +32,11 @@ GROUPS = {
 }
 
 MISSING = re.compile(r"'(?:hydra_plugins\.hydra_|hydra/launcher/|hydra/sweeper/)(joblib|submitit|ray|optuna)[\w./]*'")
-PLAIN = {"checkpoint": ["dir"], "stages": ["use", "dir", "limit"]}  # settings that are no group's
+PLAIN = {  # settings that are no group's
+    "checkpoint": ["dir"],
+    "stages": ["use", "dir", "limit"],
+    "hydra": ["run.dir", "sweep.dir"],  # of the many, those for everyday
+}
 KNOWN = [*GROUPS, *PLAIN, "objective", "force"]  # all that a config holds
 MANY = ("data", "measure")  # groups of which any number of options can be chosen
 
@@ -108,6 +112,8 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, HydraException):  # one of Hydra's is both
         return _disk(error)
     message = "\n".join(dict.fromkeys(str(link).strip() for link in _chain(error)))
+    if bare := re.search(r"Error parsing override '([\w./+~]+)'\s*missing EQUAL", message):
+        return f"{bare.group(1)}: a value is needed, as {bare.group(1)}=VALUE"
     if plugin := MISSING.search(message):
         extra = plugin.group(1)
         return f"hydra: {extra} is not installed; run: pip install 'haq-lab[{extra}]'"
@@ -157,7 +163,7 @@ def _unknown_key(key: str) -> str:
         known = [f"{group}.{name}" for name in PLAIN[group]]
         there = f" (there is {', '.join(known)})"
         return f"there is no setting '{key}'{nearest(key, known) or there}"
-    if group not in GROUPS and group != "hydra":
+    if group not in GROUPS:
         return f"there is no group or setting '{key}'{nearest(group, KNOWN)}"
     if not setting:
         return f"{group}: the config has none; write +{group}=OPTION (one of {', '.join(options(group))})"
@@ -173,9 +179,11 @@ def _unknown_key(key: str) -> str:
         known = [name for option in options(group) for name in settings_of(group, option)]
         known += options(group) if group in MANY and not inner else []
     hint = nearest(name, sorted(set(known)))
-    where = [option for option in options(group) if name in settings_of(group, option)]
+    where = [option for option in options(group) if option != "none" and name in settings_of(group, option)]
     if where and not inner:
-        hint = f" (it belongs to {group}={', '.join(where)})"
+        if group in MANY:
+            return f"{key}: write {group}.OPTION.{name}, where OPTION is one of {', '.join(where)}"
+        return f"{key}: it belongs to {group}={', '.join(where)}; each option chosen must be one of these"
     return f"{key}: there is no such setting in the options chosen{hint}; `python -m haq_lab --help` lists all"
 
 

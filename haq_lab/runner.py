@@ -56,7 +56,7 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
         show_results(done, folder.path)
         return _objective(config.objective, done["metrics"])
     try:
-        refuse_idle(config, hydra.overrides.task)
+        refuse_idle(config, hydra.overrides.task, sweep=facts["sweep"] is not None)
         experiment = build(config)
         facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
         folder.begin(OmegaConf.to_yaml(config, resolve=True))

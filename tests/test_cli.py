@@ -138,7 +138,10 @@ def test_a_killed_run_leaves_no_results_and_runs_again(tiny_run, tmp_path, cache
         ("+experimnt=demo", "'experimnt' \\(did you mean 'experiment'\\?\\)"),
         ("quantizer.activation=token", "quantizer.activation: .*did you mean 'activations'"),
         ("+quantizer.activation=token", "quantizer.activation: .*did you mean 'activations'"),
-        ("quantizer.damp=0.1", "quantizer.damp: .*it belongs to quantizer=gptq, haq"),
+        ("quantizer.damp=0.1", "quantizer.damp: it belongs to quantizer=gptq, haq; each option chosen must be one of"),
+        ("quantizer.weight_bits", "quantizer.weight_bits: a value is needed, as quantizer.weight_bits=VALUE"),
+        ("data.seqlen=64", "data.seqlen: write data.OPTION.seqlen, where OPTION is one of c4, "),
+        ("hydra.run.dr=x", "'hydra.run.dr' \\(did you mean 'hydra.run.dir'\\?\\)"),
         ("data.pyhton_docs.seqlen=8", "data.pyhton_docs.*did you mean 'python_docs'"),
         ("data.wikitext2.path=x", "data.wikitext2.path: 'wikitext2' is not among the options chosen"),
         ("quantizer.activations=tokn", "quantizer.activations: 'tokn' is not one of .*did you mean 'token'"),
@@ -307,6 +310,21 @@ def test_a_failing_job_stops_no_other(tmp_path):
     assert err.count("did you mean") == 2
     assert f"2 runs failed; `python -m haq_lab.results {sweep / 'b'}` lists them" in err
     assert "run 3:" in out
+
+
+def test_a_sweep_over_the_baseline_too_takes_the_quantizers_settings(tmp_path):
+    code, _, err = launch("-m", *TINY, "quantizer=none,rtn", "quantizer.weight_bits=4", f"hydra.sweep.dir={tmp_path}")
+    assert code == 0, err
+    records = [_results(path.parent) for path in tmp_path.glob("*/results.json")]
+    by_option = {record["run"]["quantizer"]: record["config"]["quantizer"] for record in records}
+    assert by_option["none"] == {"_target_": None}
+    assert by_option["rtn"]["weight_bits"] == 4
+
+
+def test_a_sweep_is_refused_where_an_option_lacks_a_setting(tmp_path):
+    code, _, err = launch("-m", *TINY, "quantizer=rtn,haq", "quantizer.strength=0.5", f"hydra.sweep.dir={tmp_path}")
+    assert code == 2
+    assert "quantizer.strength: it belongs to quantizer=haq, smoothquant; each option chosen must" in err
 
 
 def test_flags_may_stand_anywhere(tmp_path):

@@ -17,7 +17,7 @@ from launching import TINY, launch
 
 from haq_lab import cli  # noqa: F401  (registers the resolver that the config uses)
 from haq_lab.config import build
-from haq_lab.help import GROUPS, options
+from haq_lab.help import GROUPS, options, settings_of
 from haq_lab.offload.hardware import local_path
 from haq_lab.paths import bundled
 from haq_lab.published import beside
@@ -99,6 +99,12 @@ def test_the_defaults_are_the_promised_ones():
     assert (config.backend._target_, config.force) == ("haq_lab.int8.cpu.CpuBackend", False)
     calibration = _composed("calibration=wikitext2").calibration
     assert (calibration.samples, calibration.seqlen, calibration.seed) == (128, 2048, 0)
+
+
+@pytest.mark.parametrize("group", ["quantizer", "offload"])
+def test_none_has_the_settings_of_all_others(group):
+    """So that a sweep over it and others may name them."""
+    assert set(settings_of(group, "none")) == {name for option in options(group) for name in settings_of(group, option)}
 
 
 @pytest.fixture(scope="module")

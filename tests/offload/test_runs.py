@@ -82,6 +82,8 @@ def test_a_sweep_over_options_takes_settings_that_one_of_them_has_no_use_for(tmp
         (["offload=lru", "hardware=rtx3060"], "hardware: 'rtx3060' is not one of a100_80g"),
         (["hardware=rtx3060_12g"], "is for runs that offload experts"),
         (["offload.budget=40%"], "offload.budget: offload=none has no use for it; add offload=OPTION (one of all_gpu,"),
+        (["offload=none", "offload.budget=40%"], "offload.budget: offload=none has no use for it"),
+        (["quantizer=none", "quantizer.head=true"], "quantizer.head: quantizer=none has no use for it; add quantizer="),
         (["++offload.budget=40%"], "offload.budget: offload=none has no use for it; add offload=OPTION (one of"),
         (["++quantizer.dmp=0.1"], "quantizer.dmp: there is no such setting (did you mean 'damp'?)"),
         (["offload=none", "offload.bugdet=40%"], "offload.bugdet: there is no such setting in the options chosen (did"),
