@@ -32,11 +32,8 @@ GROUPS = {
 }
 
 MISSING = re.compile(r"'(?:hydra_plugins\.hydra_|hydra/launcher/|hydra/sweeper/)(joblib|submitit|ray|optuna)[\w./]*'")
-PLAIN = {  # settings that are no group's
-    "checkpoint": ["dir"],
-    "stages": ["use", "dir", "limit"],
-    "hydra": ["run.dir", "sweep.dir"],  # of the many, those for everyday
-}
+PLAIN = {"checkpoint": ["dir"], "stages": ["use", "dir", "limit"]}  # settings that are no group's
+HYDRA = {"": ["launcher", "sweeper"], "run": ["dir"], "sweep": ["dir"]}  # its settings for every day, of many
 KNOWN = [*GROUPS, *PLAIN, "objective", "force"]  # all that a config holds
 MANY = ("data", "measure")  # groups of which any number of options can be chosen
 
@@ -163,7 +160,7 @@ def _unknown_key(key: str) -> str:
         known = [f"{group}.{name}" for name in PLAIN[group]]
         there = f" (there is {', '.join(known)})"
         return f"there is no setting '{key}'{nearest(key, known) or there}"
-    if group not in GROUPS:
+    if group not in GROUPS and group != "hydra":
         return f"there is no group or setting '{key}'{nearest(group, KNOWN)}"
     if not setting:
         return f"{group}: the config has none; write +{group}=OPTION (one of {', '.join(options(group))})"
@@ -178,6 +175,7 @@ def _unknown_key(key: str) -> str:
     else:
         known = [name for option in options(group) for name in settings_of(group, option)]
         known += options(group) if group in MANY and not inner else []
+        known += HYDRA.get(inner, []) if group == "hydra" else []
     hint = nearest(name, sorted(set(known)))
     where = [option for option in options(group) if option != "none" and name in settings_of(group, option)]
     if where and not inner:
