@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from haq_lab.errors import UserError
-from haq_lab.help import MISTAKES, explain, help_text
+from haq_lab.help import explain, help_text, is_mistake
 from haq_lab.paths import bundled, folder_name
 from haq_lab.sweeps import JobFailed, Watch, forget, new_failures
 from haq_lab.threads import wait_briefly
@@ -54,14 +54,10 @@ def _job(config: DictConfig) -> float | None:
 
 def _tell(error: Exception) -> None:
     """A mistake in one message; a bug, or whatever `HYDRA_FULL_ERROR=1` wants, with its trace."""
-    if _traces or not _is_mistake(error):
+    if _traces or not is_mistake(error):
         traceback.print_exception(error)
     else:
         _print(explain(error))
-
-
-def _is_mistake(error: Exception) -> bool:
-    return isinstance(error, MISTAKES) or "Config group override must be" in str(error)  # Hydra's plain ValueError
 
 
 def _tell_elsewhere() -> bool:
@@ -116,4 +112,4 @@ def main() -> None:
         folder = shlex.quote(str(Watch.folder))
         _print(f"{len(_failures)} runs failed; `python -m haq_lab.results {folder}` lists them with the others")
     if _failures:
-        sys.exit(2 if all(map(_is_mistake, _failures)) else 1)
+        sys.exit(2 if all(map(is_mistake, _failures)) else 1)

@@ -17,6 +17,10 @@ from haq_lab.paths import bundled
 from haq_lab.show import errors, say
 
 MISTAKES = (UserError, HydraException, OmegaConfBaseException, OSError)  # the user's or the machine's, not bugs
+PLAIN_ERRORS = {  # mistakes too, which Hydra and its plug-ins raise as plain ValueError or RuntimeError
+    "Config group override must be": "a group needs the name of one of its options (none, where it has that), not null",
+    'Could not detect "srun"': "hydra/launcher=slurm: there is no SLURM here (no srun on the path)",
+}
 
 GROUPS = {
     "model": "what is quantised",
@@ -102,6 +106,11 @@ def mistakes_told(program: str) -> Iterator[None]:
         sys.exit(2)
 
 
+def is_mistake(error: BaseException) -> bool:
+    """Whether it is the user's or the machine's, and no bug."""
+    return isinstance(error, MISTAKES) or any(raised in str(error) for raised in PLAIN_ERRORS)
+
+
 def explain(error: Exception) -> str:
     """One message for a mistake; with the nearest valid name where Hydra or OmegaConf only say that one is missed."""
     if isinstance(error, UserError):
@@ -125,8 +134,9 @@ def explain(error: Exception) -> str:
     if key := re.search(r"[Kk]ey '?([\w.]+)'? (?:is )?not in", message):
         full = re.search(r"full_key: (\S+)", message)
         return _unknown_key((full or key).group(1))
-    if "Config group override must be" in message:
-        return "a group needs the name of one of its options (none, where it has that), not null"
+    for raised, told in PLAIN_ERRORS.items():
+        if raised in message:
+            return told
     return _first(message) or type(error).__name__
 
 

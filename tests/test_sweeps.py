@@ -97,6 +97,14 @@ def test_mistakes(setting, message):
     assert message in outcome.err
 
 
+def test_without_slurm_its_launcher_says_so(tmp_path, monkeypatch):
+    _needs("submitit_launcher")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no srun, whichever machine this is
+    outcome = launch("-m", *TINY, "hydra/launcher=slurm", f"hydra.sweep.dir={tmp_path}")
+    assert outcome.code == 2
+    assert outcome.err.strip() == "haq_lab: hydra/launcher=slurm: there is no SLURM here (no srun on the path)"
+
+
 @pytest.mark.parametrize(
     ("error", "extra"),
     [

@@ -16,7 +16,7 @@ from typing import Any
 
 from haq_lab.errors import UserError
 from haq_lab.files import named, write_json, write_text
-from haq_lab.help import MISTAKES
+from haq_lab.help import is_mistake
 
 SCHEMA = 1
 PARTS = ("run", "config", "protocol", "metrics", "error")
@@ -101,7 +101,7 @@ class RunFolder:
         content = {
             "type": type(error).__name__,
             "message": str(error) or type(error).__name__,
-            "mistake": isinstance(error, MISTAKES),
+            "mistake": is_mistake(error),
             "trace": "".join(traceback.format_exception(error)),
         }
         with suppress(OSError):
