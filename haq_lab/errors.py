@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -18,6 +19,11 @@ def nearest(value: object, allowed: Iterable[object]) -> str:
     names = [str(item) for item in allowed]
     matches = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def nearest_beside(path: Path) -> str:
+    """The hint for a file or folder that is not there: what lies beside it."""
+    return nearest(path.name, [item.name for item in path.parent.glob("*")]) if path.parent.is_dir() else ""
 
 
 def invalid(setting: str, value: object, allowed: Iterable[object]) -> UserError:

@@ -13,16 +13,15 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from haq_lab.errors import UserError, invalid, nearest
+from haq_lab.errors import UserError, invalid, nearest_beside
 from haq_lab.files import written_aside
 from haq_lab.help import mistakes_told
 from haq_lab.published import beside, figures_of
 from haq_lab.report.metrics import SHOWN
-from haq_lab.show import console, plain, say
+from haq_lab.show import print_table, say
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
 
 RECORDS = ("results.json", "error.json", "config.yaml")
-FILE_WIDTH = 200  # columns, where there is no terminal to be narrower
 MEASURED = (  # beside perplexity
     "memory.weights_bytes",
     "latency.prefill_ms",
@@ -47,8 +46,7 @@ def load(*folders: str | Path) -> pd.DataFrame:
     found: dict[Path, Path] = {}  # by the real path: a folder given twice is listed once
     for folder in map(Path, folders):
         if not folder.is_dir():
-            near = nearest(folder.name, [item.name for item in folder.parent.glob("*") if item.is_dir()])
-            raise UserError(f"there is no folder '{folder}'{near}")
+            raise UserError(f"there is no folder '{folder}'{nearest_beside(folder)}")
         found |= {run.resolve(): run for run in sorted(_run_folders(folder))}
     rows = sorted(map(_row, found.values()), key=lambda row: row.get("started") or "unknown")  # which comes last
     for row, name in zip(rows, short_names(rows), strict=True):
@@ -121,7 +119,7 @@ def show(runs: pd.DataFrame) -> None:
             cells.append(_cell(run.get(f"change_percent.{dataset}"), "{:+.2f} %"))
         cells += ["" if pd.isna(run[column]) else metric.text(run[column]) for column, metric in measured.items()]
         table.add_row(*cells)
-    _print(table)
+    print_table(table)
     for _, run in runs.iterrows():
         say(f"{run['name']}: {run['folder']}" + (f"\n    failed: {run['error']}" if run["status"] == "failed" else ""))
 
@@ -134,12 +132,7 @@ def show_published(figures: pd.DataFrame) -> None:
     for _, row in figures.iterrows():
         told = ", ".join(filter(None, (row["of"], row["source"])))
         table.add_row(row["run"], row["metric"], *figures_of(row), row["comparable"], told)
-    _print(table)
-
-
-def _print(table: Table) -> None:
-    wide = console if console.is_terminal else plain(file=console.file, width=FILE_WIDTH)
-    wide.print(table)
+    print_table(table)
 
 
 def _cell(value: Any, form: str) -> str:

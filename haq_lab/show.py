@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def plain(**settings: Any) -> Console:
@@ -17,11 +17,18 @@ def plain(**settings: Any) -> Console:
 
 
 console, errors = plain(), plain(stderr=True)
+FILE_WIDTH = 200  # columns, where there is no terminal to be narrower
 
 
 def say(line: str, on: Console = console) -> None:
     """One plain line, never wrapped."""
     on.print(line, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """As wide as the terminal; into a file or a pipe wide enough to cut no name."""
+    wide = console if console.is_terminal else plain(file=console.file, width=FILE_WIDTH)
+    wide.print(table)
 
 
 class Progress:
@@ -67,7 +74,8 @@ def change(value: float, baseline: float) -> str:
 def show_results(results: dict[str, Any], folder: Path) -> None:
     """A finished run's figures as a table, and where they are."""
     metrics, run = results["metrics"], results["run"]
-    table = Table("metric", "value", title=f"{run['model']}  {run['quantizer']}", title_justify="left")
+    title = f"{run['model']}  {run['quantizer']}"
+    table = Table(Column("metric", overflow="fold"), "value", title=title, title_justify="left")
     for name, value in metrics.items():
         if name.startswith("time."):
             continue
@@ -76,7 +84,7 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
         if name.startswith("perplexity.") and (fp := metrics.get(f"perplexity_fp.{dataset}")):
             note = f"  ({change(value, fp)})"
         table.add_row(name, readable(name, value) + note)
-    console.print(table)
+    print_table(table)
     say(f"run folder: {folder}")
 
 

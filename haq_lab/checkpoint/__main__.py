@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from haq_lab.help import mistakes_told
-from haq_lab.show import console, errors, say
+from haq_lab.show import errors, print_table, say
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from haq_lab.checkpoint.inspect import summary
 
     table, origin = summary(arguments.folder)
-    console.print(table)
+    print_table(table)
     say(json.dumps(origin, indent=2))
     return 0
 

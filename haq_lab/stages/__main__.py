@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from haq_lab.help import mistakes_told
-from haq_lab.show import console, say
+from haq_lab.show import print_table, say
 from haq_lab.stages.entries import Entry, entries, remove_leftovers, trim
 from haq_lab.stages.settings import Stages, bytes_of
 
@@ -51,7 +51,7 @@ def show(folder: Path, every: bool) -> None:
         for stage, group in groupby(sorted(there, key=lambda entry: entry.stage), key=lambda entry: entry.stage):
             own = list(group)
             table.add_row(stage, str(len(own)), *_size_and_use(own))
-    console.print(table)
+    print_table(table)
     say(f"{len(there)} artefacts, {sum(entry.bytes for entry in there) / 1e6:,.1f} MB in {folder}")
 
 
