@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from haq_lab.errors import UserError, nearest
+from haq_lab.errors import UserError, nearest, nearest_beside
 from haq_lab.hub import hub_answers
 from haq_lab.paths import cache_folder
 
@@ -59,8 +59,7 @@ def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[s
     if path is not None:
         file = Path(path).expanduser()
         if not file.is_file():
-            near = nearest(file.name, [item.name for item in file.parent.glob("*")]) if file.parent.is_dir() else ""
-            raise UserError(f"{setting}: there is no file '{file}'{near}")
+            raise UserError(f"{setting}: there is no file '{file}'{nearest_beside(file)}")
         if file.suffix not in FORMATS:
             raise UserError(f"{setting}: '{file}' is none of {', '.join(FORMATS)}")
         if FORMATS[file.suffix] == "text":  # read here: it also takes Windows line ends and stray bytes

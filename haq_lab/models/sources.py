@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from haq_lab.errors import UserError
+from haq_lab.errors import UserError, nearest_beside
 from haq_lab.files import sha256_once
 from haq_lab.hub import hub_answers
 from haq_lab.models.made import made_once
@@ -129,7 +129,7 @@ class GgufModel:
     def folder(self) -> Path:
         path = Path(self.path).expanduser()
         if not path.is_file():
-            raise UserError(f"model.path: there is no file '{path}'")
+            raise UserError(f"model.path: there is no file '{path}'{nearest_beside(path)}")
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise UserError(f"model.path: '{path}' is not a GGUF file")

@@ -12,7 +12,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from haq_lab.errors import UserError
+from haq_lab.errors import UserError, nearest, nearest_beside
 from haq_lab.help import mistakes_told
 from haq_lab.show import Progress, say
 
@@ -127,7 +127,13 @@ def _plan(given: argparse.Namespace) -> None:
     machine = hardware(given.hardware)
     profile, test = Trace.open(given.profile), Trace.open(given.test)
     shape = replace(MIXTRAL, head_bytes=1) if given.int8_head else MIXTRAL
+    for name in ("context", "tokens"):
+        if getattr(given, name) < 1:
+            raise UserError(f"plan: --{name} {getattr(given, name)} is not at least 1")
     if given.shape != "mixtral":
+        if not (Path(given.shape) / "config.json").is_file():
+            near = nearest(given.shape, ["mixtral"]) or nearest_beside(Path(given.shape))
+            raise UserError(f"plan: --shape '{given.shape}' is not mixtral, nor a folder with a config.json{near}")
         config = AutoConfig.from_pretrained(given.shape, trust_remote_code=False)
         shape = Shape.of(config, profile.expert_count, given.int8_head or has_int8_head(Path(given.shape)))
     if {(trace.layers, trace.expert_count) for trace in (profile, test)} != {(shape.layers, shape.experts)}:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from haq_lab.errors import UserError
+from haq_lab.errors import UserError, nearest_beside
 from haq_lab.files import written_aside
 from haq_lab.safetensors_header import read_header
 
@@ -132,7 +132,7 @@ class Trace:
             UserError: No such file, or not a trace.
         """
         if not path.is_file():
-            raise UserError(f"trace: there is no file '{path}'")
+            raise UserError(f"trace: there is no file '{path}'{nearest_beside(path)}")
         try:
             header, begin = read_header(path)
             metadata = header.get("__metadata__", {})

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from haq_lab.errors import UserError
+from haq_lab.errors import UserError, nearest_beside
 from haq_lab.help import mistakes_told
 from haq_lab.show import Progress, say
 from haq_lab.tracking.run_folder import ARCHIVE
@@ -33,7 +33,7 @@ def waiting(folder: Path) -> list[Path]:
         UserError: There is no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder '{folder}'")
+        raise UserError(f"there is no folder '{folder}'{nearest_beside(folder)}")
     runs = sorted(folder.rglob("wandb/offline-run-*"))
     current = [run for run in runs if ARCHIVE not in run.relative_to(folder).parts]
     return [run for run in current if not any(run.glob("*.synced"))]

@@ -78,3 +78,29 @@ def test_a_checkpoint_says_that_its_head_is_in_int8(tmp_path, monkeypatch, make_
         pd.read_csv(tmp_path / "plan.csv")["memory_bytes"].min()
         == fixed_bytes(int8, "int8", 2048) + 128 * MIXTRAL.expert
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shape=mixtrl"], "'mixtrl' is not mixtral, nor a folder with a config.json (did you mean 'mixtral'?)"),
+        (["--tokens=0"], "plan: --tokens 0 is not at least 1"),
+        (["--context=-1"], "plan: --context -1 is not at least 1"),
+        (["--hardware=rtx3060_12"], "hardware: 'rtx3060_12' is not one of"),
+    ],
+)
+def test_mistakes_of_a_plan(options, message, tmp_path, capsys, make_trace):
+    trace = tmp_path / "made.trace"
+    make_trace(tokens=40, layers=2).save(trace)
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", str(trace), str(trace), f"--out={tmp_path / 'plan'}", *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "plan").exists()
+
+
+def test_a_misspelt_trace_is_told_the_nearest(tmp_path, capsys, make_trace):
+    make_trace(tokens=40, layers=2).save(tmp_path / "made.trace")
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path / "mad.trace"), str(tmp_path / "made.trace"), f"--out={tmp_path}"])
+    assert "mad.trace' (did you mean 'made.trace'?)" in capsys.readouterr().err
