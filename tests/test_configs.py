@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,8 @@ from launching import TINY, launch
 from haq_lab import cli  # noqa: F401  (registers the resolver that the config uses)
 from haq_lab.config import build
 from haq_lab.help import GROUPS, options, settings_of
-from haq_lab.offload.hardware import local_path
+from haq_lab.int8.roofline import load_hardware
+from haq_lab.offload.hardware import save_local
 from haq_lab.paths import bundled
 from haq_lab.published import beside
 from haq_lab.results import load
@@ -40,11 +42,12 @@ def _composed(*overrides: str):
 
 
 @pytest.mark.parametrize("choice", ONE_CHOICE)
-def test_every_option_makes_its_object(choice):
+def test_every_option_makes_its_object(choice, tmp_path, monkeypatch):
     if choice == "backend=cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU; test_cli has the refusal")
-    if choice == "hardware=local" and not local_path().is_file():
-        pytest.skip("this machine has not been measured; test_hardware has the refusal")
+    if choice == "hardware=local":  # test_hardware has the refusal before this machine was measured
+        monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path))
+        save_local(replace(load_hardware("rtx3090"), from_disk=True))
     build(_composed(choice, *NEEDED.get(choice, [])))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -31,16 +31,32 @@ from haq_lab.offload.record import record_trace
 from haq_lab.offload.slow_tier import SlowTier
 from haq_lab.offload.streams import Mark, Streams
 from haq_lab.onepass import one_pass
+from haq_lab.quantizers.base import Quantizer
 from haq_lab.quantizers.rtn import RTN
 
 READY = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
 ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not READY, reason="needs an NVIDIA GPU that torch can use, and CuPy")]
+NEAREST = RTN()
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
 
 
 def backend_on(device: str) -> Backend:
     """That of one of `DEVICES`."""
     return CpuBackend() if device == "cpu" else CudaBackend(share=True)
+
+
+def finished(
+    model: LayeredModel, add: Callable[[Any], object] = lambda layer: None, quantizer: Quantizer | None = NEAREST
+) -> list[Any]:
+    """The model's layers as a pass on a CPU finishes them; `add` is given each."""
+    layers: list[Any] = []
+
+    def keep(index: int, layer: nn.Module) -> None:
+        add(layer)
+        layers.append(layer)
+
+    one_pass(model, quantizer, CpuBackend(), None, CalibrationPolicy(), {}, keep)
+    return layers
 
 
 class Apart(Streams):

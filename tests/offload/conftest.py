@@ -6,10 +6,20 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
 from haq_lab.offload.trace import Trace
 
 MakeTrace = Callable[..., Trace]
+
+
+@pytest.fixture(scope="module")
+def model() -> LayeredModel:
+    """Two layers of eight experts, a module's own."""
+    torch.set_num_threads(1)
+    return LayeredModel(TinyModel("mixtral", layers=2).folder())
 
 
 @pytest.fixture(scope="session")

@@ -7,20 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from two_tiers import finished
 
-from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.errors import UserError
-from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.experts import Int8Experts
 from haq_lab.int8.linear import to_float
 from haq_lab.models.experts import PROJECTIONS, Experts
-from haq_lab.models.layered import LayeredModel
-from haq_lab.models.sources import TinyModel
 from haq_lab.offload.formats import Formats
 from haq_lab.offload.session import OffloadSession
 from haq_lab.offload.settings import Offload
-from haq_lab.onepass import one_pass
-from haq_lab.quantizers.base import Quantizer
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.stages.store import Store
 
@@ -31,23 +26,6 @@ PAIRS = [
     (None, "bf16", "int8"),
     (None, "bf16", "fp16"),
 ]
-
-
-@pytest.fixture(scope="module")
-def model() -> LayeredModel:
-    torch.set_num_threads(1)
-    return LayeredModel(TinyModel("mixtral", layers=2).folder())
-
-
-def finished(model: LayeredModel, quantizer: Quantizer | None, add: Any) -> list[nn.Module]:
-    layers: list[nn.Module] = []
-
-    def keep(index: int, layer: nn.Module) -> None:
-        add(layer)
-        layers.append(layer)
-
-    one_pass(model, quantizer, CpuBackend(), None, CalibrationPolicy(), {}, keep)
-    return layers
 
 
 def rounded(layer: Any, host: str, device: str) -> None:
@@ -77,14 +55,14 @@ def logits(whole: nn.Module, steps: int = 5) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize(("quantizer", "host", "device"), PAIRS)
 def test_the_output_is_that_of_the_formats_weights_whatever_the_budget(model, tmp_path, quantizer, host, device):
-    wanted = logits(model.assemble(finished(model, quantizer, lambda layer: rounded(layer, host, device))))
+    wanted = logits(model.assemble(finished(model, lambda layer: rounded(layer, host, device), quantizer)))
     outputs, stats = [], []
     for number, settings in enumerate(
         [{"budget": "100%"}, {"budget": 3, "cache": "lru"}, {"budget": "50%", "prefetch": "path", "spare": 3}]
     ):
         offload = Offload(**{"spare": 2, **settings}, host_format=host, device_format=device)
         session = OffloadSession(offload, None, model, tmp_path / str(number), Store())
-        layers = finished(model, quantizer, session.add)
+        layers = finished(model, session.add, quantizer)
         session.find_profile(None, WINDOWS, "random")
         session.engage(layers)
         outputs.append(logits(model.assemble(layers)))

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from two_tiers import Apart
+from two_tiers import Apart, finished
 
-from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.errors import UserError
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.models.layered import LayeredModel
@@ -24,31 +23,11 @@ from haq_lab.offload.session import OffloadSession
 from haq_lab.offload.settings import Offload
 from haq_lab.offload.shape import Shape
 from haq_lab.offload.store import StoreWriter, tensors_of
-from haq_lab.onepass import one_pass
-from haq_lab.quantizers.rtn import RTN
 from haq_lab.stages.store import Store
 
 WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
 
 LRU = Offload(budget="50%", spare=2, cache="lru")
-
-
-@pytest.fixture(scope="module")
-def model() -> LayeredModel:
-    torch.set_num_threads(1)
-    return LayeredModel(TinyModel("mixtral", layers=2).folder())
-
-
-def finished(model, add=lambda layer: None) -> list:
-    layers: list = []
-
-    def keep(index, layer):
-        add(layer)
-        layers.append(layer)
-
-    with torch.no_grad():
-        one_pass(model, RTN(), CpuBackend(), None, CalibrationPolicy(), {}, keep)
-    return layers
 
 
 def decoded(whole, steps=6):
