@@ -96,10 +96,13 @@ def test_a_log_that_says_something_else_is_noticed(architecture: int, pattern: s
 @pytest.mark.parametrize("architecture", [75, 80])
 def test_the_launchers_tiles_are_the_kernels_tiles(architecture: int):
     for module in ("gemm", "grouped"):
+        compiled_for = set()
         for name, program in programs(module, architecture, NEWEST).items():
             for tile in TILES:
                 if f"_{tile.name}_" in name:
                     assert program.limits == {"maxntid": tile.threads, "minnctapersm": tile.min_blocks}
+                    compiled_for.add(tile)
+        assert compiled_for == set(TILES), module
 
 
 CODE = KernelCode("gemm_64x64_f16", 86, "13.5", 120, 0, 128, 3, 32768, 16, 8, 24, 0, 0)
