@@ -43,7 +43,7 @@ HAQ_TARGET void small_product(const float* a, int64_t a_stride, const float* b, 
     for (int v = 0; v < V; ++v) sum[r][v] = vec_set(0.0f);
   for (int64_t i = 0; i < depth; ++i) {
     if (R <= 4) // few rows, one token's: keys and values come from memory
-      for (int v = 0; v < V; ++v) ask_for(b + i * b_stride + 16 * v + kAhead / 4);
+      for (int v = 0; v < V; ++v) ask_ahead(b + i * b_stride + 16 * v);
     Vec w[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) w[v] = vec_load(b + i * b_stride + 16 * v);
