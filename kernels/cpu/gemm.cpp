@@ -67,6 +67,15 @@ void stage_tile(const Product& p, const Plan& plan, int64_t tile, uint8_t* stage
                  staged + tile * plan.tile_bytes + (row - first) * kChunk, scales + row, sums + row);
 }
 
+// What `finish` will read of 32 columns lies apart from the weights that stream by.
+void ask_for_columns(const Epilogue& e, int64_t column) {
+  for (const float* values : {e.column_scale, e.bias})
+    if (values) {
+      __builtin_prefetch(values + column);
+      __builtin_prefetch(values + column + kPanel / 2);
+    }
+}
+
 // The panels [start, stop) through the tiles [first, last). `work` holds the sums and, where asked for, a panel's
 // widened weights.
 void run_panels(const Product& p, const Plan& plan, const Epilogue& e, const uint8_t* staged, int64_t start,
@@ -83,6 +92,7 @@ void run_panels(const Product& p, const Plan& plan, const Epilogue& e, const uin
     int32_t* acc = sums;
     for (int64_t panel = start; panel < stop; ++panel) {
       const uint8_t* part = p.packed + (panel * plan.groups + group) * kGroupBytes;
+      ask_for_columns(e, panel * kPanel);
       if (plan.wide) isa.widen(part, count, wide);
       for (int64_t tile = first; tile < last; ++tile) {
         const int64_t row = tile * isa.row_tile;

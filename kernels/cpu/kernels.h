@@ -38,7 +38,7 @@ struct Attention {
   int rows; // at most kAttendRows
   const float* queries;
   int64_t query_stride;
-  const float *keys, *values;
+  const float *keys, *values, *next_keys; // next: of the head that comes after it, or null
   int64_t head_dim, seen, more_seen;
   float scaling;
   float* scores; // (rows, score_stride): work; score_stride is a multiple of 32, at least what the last row sees
