@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kAmxRows = 32;
 constexpr int kHalf = 16;   // rows or columns of one register
-constexpr int kFewRows = 4; // up to which AVX512-VNNI is as fast
+constexpr int kFewRows = 8; // up to which AVX512-VNNI is as fast: memory is the limit
 constexpr int64_t kSumBytes = kPanel * 4;
 
 struct RegisterShapes { // as LDTILECFG reads it
@@ -44,7 +44,7 @@ HAQ_AMX inline void multiply_chunk(const uint8_t* x, const uint8_t* w) {
 }
 
 template <bool Upper> // whether there are more than 16 rows
-HAQ_AMX void multiply_panel(const uint8_t* x, const uint8_t* w, int64_t groups, bool add, int32_t* acc) {
+HAQ_AMX void multiply_panel(int rows, const uint8_t* x, const uint8_t* w, int64_t groups, bool add, int32_t* acc) {
   int32_t* const upper = acc + kHalf * kPanel;
   if (add) {
     _tile_loadd(0, acc, kSumBytes);
@@ -61,7 +61,7 @@ HAQ_AMX void multiply_panel(const uint8_t* x, const uint8_t* w, int64_t groups, 
       _tile_zero(3);
     }
   }
-  for (; groups >= kGroups; groups -= kGroups, x += kAmxRows * kChunk, w += kGroups * kGroupBytes)
+  for (; groups >= kGroups; groups -= kGroups, x += rows * kChunk, w += kGroups * kGroupBytes)
     multiply_chunk<Upper>(x, w);
   if (groups > 0) {
     alignas(64) uint8_t rest[kGroups * kGroupBytes] = {};
@@ -78,19 +78,14 @@ HAQ_AMX void multiply_panel(const uint8_t* x, const uint8_t* w, int64_t groups, 
 }
 
 HAQ_AMX void amx_tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, bool add, int32_t* acc) {
+  if (rows <= kFewRows) return tile(rows, x, panel, false, groups, add, acc);
   const auto* w = static_cast<const uint8_t*>(panel);
-  switch (rows) {
-    case 1: return tile_rows<kAmxRows, 1>(x, w, groups, add, acc);
-    case 2: return tile_rows<kAmxRows, 2>(x, w, groups, add, acc);
-    case 3: return tile_rows<kAmxRows, 3>(x, w, groups, add, acc);
-    case kFewRows: return tile_rows<kAmxRows, kFewRows>(x, w, groups, add, acc);
-  }
-  if (rows <= kHalf) return multiply_panel<false>(x, w, groups, add, acc);
-  multiply_panel<true>(x, w, groups, add, acc);
+  if (rows <= kHalf) return multiply_panel<false>(rows, x, w, groups, add, acc);
+  multiply_panel<true>(rows, x, w, groups, add, acc);
 }
 
 constexpr Kernels with_tile_registers() {
-  Kernels kernels = table<kAmxRows>("amx", amx_tile, attend<8, 2>);
+  Kernels kernels = table("amx", kAmxRows, amx_tile, attend<8, 2>);
   kernels.begin = configure;
   kernels.end = release;
   return kernels;

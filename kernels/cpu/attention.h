@@ -32,18 +32,44 @@ HAQ_TARGET void rotate(float* x, const float* __restrict cosines, const float* _
   }
 }
 
-// out (R, 16 V) = a (R, depth) times b (depth, 16 V), rows at their strides.
+// What one token's attention reads from memory, in order: a head's keys, its values, the next head's first keys. Asked
+// for some way ahead, across the ends.
+class Reading {
+ public:
+  HAQ_TARGET explicit Reading(const Attention& a, int64_t width, int64_t all, int64_t value_width)
+      : parts_{{a.keys, a.keys + width * a.head_dim}, {a.values, a.values + all * value_width}, {a.next_keys, a.next_keys}} {
+    if (a.next_keys) parts_[2].end += kLead;
+    ask(kLead);
+  }
+  HAQ_TARGET void ask(int64_t count) { // of values; whole lines
+    for (; count > 0 && part_ < 3; count -= 16) {
+      Part& part = parts_[part_];
+      __builtin_prefetch(part.at, 0, 2);
+      part.at += 16;
+      if (part.at >= part.end) ++part_;
+    }
+  }
+
+ private:
+  struct Part {
+    const float *at, *end;
+  };
+  static constexpr int64_t kLead = kAhead / 4; // values
+  Part parts_[3];
+  int part_ = 0;
+};
+
+// out (R, 16 V) = a (R, depth) times b (depth, 16 V), rows at their strides. b is being read from memory if `reading`.
 template <int R, int V>
-HAQ_TARGET void small_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                                     int64_t depth, float* out, int64_t out_stride) {
+HAQ_TARGET void small_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                              Reading* reading, float* out, int64_t out_stride) {
   Vec sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[r][v] = vec_set(0.0f);
   for (int64_t i = 0; i < depth; ++i) {
-    if (R <= 4) // few rows, one token's: keys and values come from memory
-      for (int v = 0; v < V; ++v) ask_for(b + i * b_stride + 16 * v + kAhead / 4);
+    if (reading) reading->ask(b_stride);
     Vec w[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) w[v] = vec_load(b + i * b_stride + 16 * v);
@@ -60,15 +86,17 @@ HAQ_TARGET void small_product(const float* a, int64_t a_stride, const float* b, 
     for (int v = 0; v < V; ++v) vec_store(out + r * out_stride + 16 * v, sum[r][v]);
 }
 
-// 32 columns of any number of rows, by as many rows at a time as there are registers for.
+// 32 columns of any number of rows, by as many rows at a time as there are registers for. Only the first time that b
+// passes by it comes from memory, if at all.
 template <int R, int V>
-HAQ_TARGET void product32(int rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                          int64_t depth, float* out, int64_t out_stride) {
+HAQ_TARGET void product32(int rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                          Reading* reading, float* out, int64_t out_stride) {
   for (int c = 0; c < kPanel; c += 16 * V) {
     for (int r = 0; r < rows;) {
       const int left = rows - r;
       const auto product = left >= R ? small_product<R, V> : left >= 3 ? small_product<3, V> : small_product<1, V>;
-      product(a + r * a_stride, a_stride, b + c, b_stride, depth, out + r * out_stride + c, out_stride);
+      product(a + r * a_stride, a_stride, b + c, b_stride, depth, r + c == 0 ? reading : nullptr,
+              out + r * out_stride + c, out_stride);
       r += left >= R ? R : left >= 3 ? 3 : 1;
     }
   }
@@ -121,14 +149,17 @@ HAQ_TARGET void attend(const Attention& a) {
   const int64_t d = a.head_dim, value_width = (d + kPanel - 1) / kPanel * kPanel;
   const int64_t all = a.seen + (a.rows - 1) * a.more_seen; // keys that the last row sees
   const int64_t width = (all + kPanel - 1) / kPanel * kPanel;
+  Reading one_token(a, width, all, value_width);
+  Reading* reading = a.more_seen == 0 ? &one_token : nullptr; // those of a prompt pass by many times
   for (int64_t j = 0; j < width; j += kPanel)
-    product32<R, V>(a.rows, a.queries, a.query_stride, a.keys + j * d, kPanel, d, a.scores + j, a.score_stride);
+    product32<R, V>(a.rows, a.queries, a.query_stride, a.keys + j * d, kPanel, d, reading, a.scores + j, a.score_stride);
   float factor[kAttendRows];
   for (int r = 0; r < a.rows; ++r)
     factor[r] = soften(a.scores + r * a.score_stride, a.seen + r * a.more_seen, width, a.scaling);
   float block[kAttendRows * kPanel];
   for (int64_t c = 0; c < d; c += kPanel) {
-    product32<R, V>(a.rows, a.scores, a.score_stride, a.values + c, value_width, all, block, kPanel);
+    product32<R, V>(a.rows, a.scores, a.score_stride, a.values + c, value_width, all, c == 0 ? reading : nullptr, block,
+                    kPanel);
     const int64_t count = d - c < kPanel ? d - c : kPanel;
     for (int r = 0; r < a.rows; ++r)
       for (int64_t i = 0; i < count; ++i)

@@ -6,6 +6,7 @@
 #define HAQ_STAGED int16_t
 #include "chunk_avx2.h"
 #include "instruction_set.h"
+#include "passes.h"
 
 namespace haq {
 namespace {
@@ -20,19 +21,19 @@ HAQ_TARGET inline __m256i load_weights(const uint16_t* w) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
 }
 
-template <int R, int V, class W> // R rows, V vectors of 4 columns (V even)
+template <int R, int V, bool Ask, class W> // R rows, V vectors of 4 columns (V even)
 HAQ_TARGET void tile_rows(const uint8_t* x, const W* w, int64_t groups, bool add, int32_t* acc) {
   __m256i sum[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) sum[r][v] = _mm256_setzero_si256();
-  for (; groups > 0; groups -= kGroups, x += kRows * kChunk) {
+  for (; groups > 0; groups -= kGroups, x += R * kChunk) {
     const int count = static_cast<int>(groups < kGroups ? groups : kGroups);
     for (int g = 0; g < count; ++g, w += kGroupBytes) {
-      if (R <= 4 && sizeof(W) == 1) { // memory is the limit
-        ask_for(w + kAhead);
-        if (V > 4) ask_for(w + kAhead + 64);
+      if (Ask) {
+        ask_ahead(w);
+        ask_ahead(w + 64);
       }
       __m256i weights[V];
 #pragma GCC unroll 16
@@ -63,21 +64,18 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const W* w, int64_t groups, bool add
     }
 }
 
-template <int R, int V, class W>
-HAQ_TARGET void tile_panel(const uint8_t* x, const W* w, int64_t groups, bool add, int32_t* acc) {
-  for (int column = 0; column < kPanel; column += V * 4)
-    tile_rows<R, V>(x, w + column * kGroup, groups, add, acc + column);
-}
+template <int R, int V, class W, bool Ask = R <= 4 && sizeof(W) == 1> // widened weights are in a cache
+constexpr auto tile_panel = by_passes<R, V * 4, Ask, tile_rows<R, V, Ask, W>, tile_rows<R, V, false, W>, W>;
 
 template <class W>
 HAQ_TARGET void tile_any(int rows, const uint8_t* x, const W* w, int64_t groups, bool add, int32_t* acc) {
   switch (rows) {
-    case 1: return tile_panel<1, 8>(x, w, groups, add, acc);
-    case 2: return tile_panel<2, 4>(x, w, groups, add, acc);
-    case 3: return tile_panel<3, 4>(x, w, groups, add, acc);
-    case 4: return tile_panel<4, 2>(x, w, groups, add, acc);
-    case 5: return tile_panel<5, 2>(x, w, groups, add, acc);
-    default: return tile_panel<6, 2>(x, w, groups, add, acc);
+    case 1: return tile_panel<1, 8, W>(x, w, groups, add, acc);
+    case 2: return tile_panel<2, 4, W>(x, w, groups, add, acc);
+    case 3: return tile_panel<3, 4, W>(x, w, groups, add, acc);
+    case 4: return tile_panel<4, 2, W>(x, w, groups, add, acc);
+    case 5: return tile_panel<5, 2, W>(x, w, groups, add, acc);
+    default: return tile_panel<6, 2, W>(x, w, groups, add, acc);
   }
 }
 
@@ -92,7 +90,7 @@ HAQ_TARGET void widen(const uint8_t* panel, int64_t groups, uint16_t* out) {
 }
 
 constexpr Kernels with_wide_panels() {
-  Kernels kernels = table<kRows>("avx2", tile, attend<4, 1>);
+  Kernels kernels = table("avx2", kRows, tile, attend<4, 1>);
   kernels.widen = widen;
   return kernels;
 }

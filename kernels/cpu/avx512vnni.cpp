@@ -3,6 +3,9 @@
 #define HAQ_TARGET \
   __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define HAQ_STAGED int8_t
+#include <array>
+#include <utility>
+
 #include "chunk_avx512.h"
 #include "instruction_set.h"
 
@@ -12,8 +15,7 @@ namespace {
 constexpr int kRows = 14;
 constexpr int kGroups = kChunk / kGroup; // groups in a chunk of a staged row
 
-// R of the RowTile rows of a tile.
-template <int RowTile, int R>
+template <int R> // rows of the tile
 HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bool add, int32_t* acc) {
   // Independent sums for each output, where few rows leave too few to hide the latency.
   constexpr int kChains = R == 1 ? 4 : R <= 4 ? 2 : 1;
@@ -26,15 +28,15 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bo
 #pragma GCC unroll 8
       for (int c = 1; c < kChains; ++c) sum[c][r][v] = _mm512_setzero_si512();
     }
-  for (; groups > 0; groups -= kGroups, x += RowTile * kChunk) {
+  for (; groups > 0; groups -= kGroups, x += R * kChunk) {
     const int count = static_cast<int>(groups < kGroups ? groups : kGroups);
     int g = 0;
     for (; g + kChains <= count; g += kChains, w += kChains * kGroupBytes) {
 #pragma GCC unroll 8
       for (int c = 0; c < kChains; ++c) {
         if (R <= 8) { // memory is the limit
-          ask_for(w + c * kGroupBytes + kAhead);
-          ask_for(w + c * kGroupBytes + kAhead + 64);
+          ask_ahead(w + c * kGroupBytes);
+          ask_ahead(w + c * kGroupBytes + 64);
         }
         const __m512i w0 = _mm512_loadu_si512(w + c * kGroupBytes);
         const __m512i w1 = _mm512_loadu_si512(w + c * kGroupBytes + 64);
@@ -69,30 +71,20 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bo
     }
 }
 
+template <int... Before>
+constexpr std::array<decltype(&tile_rows<1>), sizeof...(Before)> up_to_all(std::integer_sequence<int, Before...>) {
+  return {tile_rows<Before + 1>...};
+}
+constexpr auto kTileRows = up_to_all(std::make_integer_sequence<int, kRows>());
+
 HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, bool add,
                      int32_t* acc) {
-  const auto* w = static_cast<const uint8_t*>(panel);
-  switch (rows) {
-    case 1: return tile_rows<kRows, 1>(x, w, groups, add, acc);
-    case 2: return tile_rows<kRows, 2>(x, w, groups, add, acc);
-    case 3: return tile_rows<kRows, 3>(x, w, groups, add, acc);
-    case 4: return tile_rows<kRows, 4>(x, w, groups, add, acc);
-    case 5: return tile_rows<kRows, 5>(x, w, groups, add, acc);
-    case 6: return tile_rows<kRows, 6>(x, w, groups, add, acc);
-    case 7: return tile_rows<kRows, 7>(x, w, groups, add, acc);
-    case 8: return tile_rows<kRows, 8>(x, w, groups, add, acc);
-    case 9: return tile_rows<kRows, 9>(x, w, groups, add, acc);
-    case 10: return tile_rows<kRows, 10>(x, w, groups, add, acc);
-    case 11: return tile_rows<kRows, 11>(x, w, groups, add, acc);
-    case 12: return tile_rows<kRows, 12>(x, w, groups, add, acc);
-    case 13: return tile_rows<kRows, 13>(x, w, groups, add, acc);
-    default: return tile_rows<kRows, 14>(x, w, groups, add, acc);
-  }
+  kTileRows[static_cast<size_t>(rows - 1)](x, static_cast<const uint8_t*>(panel), groups, add, acc);
 }
 
 } // namespace
 
-constexpr Kernels kAvx512Vnni = table<kRows>("avx512vnni", tile, attend<8, 2>);
+constexpr Kernels kAvx512Vnni = table("avx512vnni", kRows, tile, attend<8, 2>);
 
 } // namespace haq
 

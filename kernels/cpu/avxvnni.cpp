@@ -5,6 +5,7 @@
 #define HAQ_STAGED int8_t
 #include "chunk_avx2.h"
 #include "instruction_set.h"
+#include "passes.h"
 
 namespace haq {
 namespace {
@@ -12,7 +13,7 @@ namespace {
 constexpr int kRows = 6;
 constexpr int kGroups = kChunk / kGroup;
 
-template <int R, int V> // R rows, V vectors of 8 columns
+template <int R, int V, bool Ask> // R rows, V vectors of 8 columns
 HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bool add, int32_t* acc) {
   __m256i sum[R][V];
 #pragma GCC unroll 16
@@ -22,12 +23,12 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bo
       const auto* before = reinterpret_cast<const __m256i*>(acc + r * kPanel + v * 8);
       sum[r][v] = add ? _mm256_loadu_si256(before) : _mm256_setzero_si256();
     }
-  for (; groups > 0; groups -= kGroups, x += kRows * kChunk) {
+  for (; groups > 0; groups -= kGroups, x += R * kChunk) {
     const int count = static_cast<int>(groups < kGroups ? groups : kGroups);
     for (int g = 0; g < count; ++g, w += kGroupBytes) {
-      if (R <= 4) { // memory is the limit
-        ask_for(w + kAhead);
-        if (V > 2) ask_for(w + kAhead + 64);
+      if (Ask) {
+        ask_ahead(w);
+        ask_ahead(w + 64);
       }
       __m256i weights[V];
 #pragma GCC unroll 16
@@ -49,11 +50,8 @@ HAQ_TARGET void tile_rows(const uint8_t* x, const uint8_t* w, int64_t groups, bo
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + r * kPanel + v * 8), sum[r][v]);
 }
 
-template <int R, int V>
-HAQ_TARGET void tile_panel(const uint8_t* x, const uint8_t* w, int64_t groups, bool add, int32_t* acc) {
-  for (int column = 0; column < kPanel; column += V * 8)
-    tile_rows<R, V>(x, w + column * kGroup, groups, add, acc + column);
-}
+template <int R, int V, bool Ask = R <= 4>
+constexpr auto tile_panel = by_passes<R, V * 8, Ask, tile_rows<R, V, Ask>, tile_rows<R, V, false>, uint8_t>;
 
 HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, bool add,
                      int32_t* acc) {
@@ -70,7 +68,7 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
 
 } // namespace
 
-constexpr Kernels kAvxVnni = table<kRows>("avxvnni", tile, attend<4, 1>);
+constexpr Kernels kAvxVnni = table("avxvnni", kRows, tile, attend<4, 1>);
 
 } // namespace haq
 #endif

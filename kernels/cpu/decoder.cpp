@@ -79,6 +79,7 @@ void attend(const Step& s, const float* qkv, float* out) {
     a.query_stride = one ? d : l.qkv.n;
     a.keys = s.kv.keys + kv_head * s.kv.capacity * d;
     a.values = s.kv.values + kv_head * s.kv.capacity * round_up(d, kPanel);
+    a.next_keys = kv_head + 1 < l.kv_heads ? a.keys + s.kv.capacity * d : nullptr;
     a.head_dim = d;
     a.seen = s.kv.past + token + 1;
     a.more_seen = one ? 0 : 1;

@@ -19,6 +19,7 @@ constexpr int64_t kStreamBytes = 1 << 17; // weights that a unit streams when th
 constexpr int64_t kBlockBytes = 8 << 20;  // staged activations of a block of tiles
 constexpr int64_t kStepGroups = 160;      // k groups of a step at most: 20 KiB of a panel's weights
 constexpr int64_t kStepPanels = 8;        // panels of a unit where there are several steps
+constexpr int64_t kTileSlack = 32 * kChunk; // tile registers take full tiles, also at the end of a smaller one
 constexpr int kWideTiles = 4;             // tiles from which widening a panel first pays
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -62,8 +63,17 @@ void stage_tile(const Product& p, const Plan& plan, int64_t tile, uint8_t* stage
   const int64_t first = tile * p.isa->row_tile;
   const int64_t last = std::min(p.m, first + p.isa->row_tile);
   for (int64_t row = first; row < last; ++row)
-    p.isa->stage(static_cast<const uint8_t*>(p.x) + row * p.k * x_bytes, p.x_kind, p.k, p.static_scale,
+    p.isa->stage(static_cast<const uint8_t*>(p.x) + row * p.k * x_bytes, p.x_kind, p.k, p.static_scale, last - first,
                  staged + tile * plan.tile_bytes + (row - first) * kChunk, scales + row, sums + row);
+}
+
+// What `finish` will read of 32 columns lies apart from the weights that stream by.
+void ask_for_columns(const Epilogue& e, int64_t column) {
+  for (const float* values : {e.column_scale, e.bias})
+    if (values) {
+      __builtin_prefetch(values + column);
+      __builtin_prefetch(values + column + kPanel / 2);
+    }
 }
 
 // The panels [start, stop) through the tiles [first, last). `work` holds the sums and, where asked for, a panel's
@@ -78,15 +88,16 @@ void run_panels(const Product& p, const Plan& plan, const Epilogue& e, const uin
   int64_t group = 0;
   do { // at least once, so that K = 0 gives zeros
     const int64_t count = std::min(plan.step, plan.groups - group);
-    const int64_t x_offset = group * kGroup * isa.element_bytes * isa.row_tile;
+    const int64_t x_offset = group * kGroup * isa.element_bytes; // of a row
     int32_t* acc = sums;
     for (int64_t panel = start; panel < stop; ++panel) {
       const uint8_t* part = p.packed + (panel * plan.groups + group) * kGroupBytes;
+      ask_for_columns(e, panel * kPanel);
       if (plan.wide) isa.widen(part, count, wide);
       for (int64_t tile = first; tile < last; ++tile) {
         const int64_t row = tile * isa.row_tile;
         const int rows = static_cast<int>(std::min<int64_t>(isa.row_tile, p.m - row));
-        isa.tile(rows, staged + tile * plan.tile_bytes + x_offset,
+        isa.tile(rows, staged + tile * plan.tile_bytes + x_offset * rows,
                  plan.wide ? static_cast<const void*>(wide) : part, plan.wide, count, group > 0, acc);
         if (group + count >= plan.groups) isa.finish(acc, rows, row, panel * kPanel, e);
         if (!whole) acc += sums_of_tile;
@@ -101,7 +112,7 @@ void run_panels(const Product& p, const Plan& plan, const Epilogue& e, const uin
 void multiply(const Product& p, Epilogue e) {
   if (p.m == 0 || p.n == 0) return;
   const Plan plan = make_plan(p);
-  uint8_t* staged = staged_scratch.get(plan.tiles * plan.tile_bytes);
+  uint8_t* staged = staged_scratch.get(plan.tiles * plan.tile_bytes + kTileSlack);
   auto* scales = reinterpret_cast<float*>(row_scratch.get(p.m * 8));
   auto* sums = reinterpret_cast<int32_t*>(scales + p.m);
   parallel_for(p.m * p.k < kSerialStage ? 1 : p.threads, plan.tiles,

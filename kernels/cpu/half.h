@@ -27,7 +27,7 @@ HAQ_TARGET inline void dots(const float* x, const uint16_t* w, int64_t k, float*
     const Vec v = vec_load(x + i);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      ask_for(w + c * k + i + kAhead / 2);
+      ask_ahead(w + c * k + i);
       sum[c] = vec_fma(v, widen16<kind>(w + c * k + i), sum[c]);
     }
   }

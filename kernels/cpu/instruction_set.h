@@ -9,13 +9,12 @@ namespace haq {
 namespace {
 
 // `attend` is one of attention.h, by how many registers there are.
-template <int RowTile>
-constexpr Kernels table(const char* name, decltype(Kernels::tile) tile, decltype(Kernels::attend) attend) {
+constexpr Kernels table(const char* name, int row_tile, decltype(Kernels::tile) tile, decltype(Kernels::attend) attend) {
   Kernels kernels{};
   kernels.name = name;
-  kernels.row_tile = RowTile;
+  kernels.row_tile = row_tile;
   kernels.element_bytes = sizeof(HAQ_STAGED);
-  kernels.stage = stage<RowTile>;
+  kernels.stage = stage;
   kernels.quantize = quantize;
   kernels.tile = tile;
   kernels.finish = finish;

@@ -5,9 +5,9 @@
 // multiplies unsigned by signed: acc = sum x * (w + 128), and 128 * sum x is taken off in the epilogue.
 // That is exact for every int8, -128 included: sums wrap modulo 2^32 and the true result fits in 32 bits.
 //
-// Staged activations: tiles of `row_tile` rows; a tile holds, for each 64-byte chunk of k, the chunks of
-// its rows one after the other. Rows are zero beyond K. Addresses in the tile loop are thus constants, and
-// no row stride can make the rows of a tile fall on the same cache sets.
+// Staged activations: tiles of `row_tile` rows, the last of what is left; a tile holds, for each 64-byte chunk of
+// k, the chunks of its rows one after the other. Rows are zero beyond K. Addresses in the tile loop are thus
+// constants, and no row stride can make the rows of a tile fall on the same cache sets.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -38,7 +38,7 @@ struct Attention {
   int rows; // at most kAttendRows
   const float* queries;
   int64_t query_stride;
-  const float *keys, *values;
+  const float *keys, *values, *next_keys; // next: of the head that comes after it, or null
   int64_t head_dim, seen, more_seen;
   float scaling;
   float* scores; // (rows, score_stride): work; score_stride is a multiple of 32, at least what the last row sees
@@ -55,8 +55,8 @@ struct Kernels {
   int element_bytes; // of a staged activation: 1, or 2 where the instruction set multiplies int16
 
   // Quantises one row of k values (float, bfloat16; an int8 row is only copied) and stages it: `out` is the
-  // row's place in its tile's first chunk. A static_scale of 0 asks for the row's own scale.
-  void (*stage)(const void* x, Kind kind, int64_t k, float static_scale, uint8_t* out, float* scale,
+  // row's place in the first chunk of its tile, which has `rows`. A static_scale of 0 asks for the row's own scale.
+  void (*stage)(const void* x, Kind kind, int64_t k, float static_scale, int64_t rows, uint8_t* out, float* scale,
                 int32_t* sum);
   // The same quantisation into a plain row.
   void (*quantize)(const void* x, Kind kind, int64_t k, float static_scale, int8_t* out, float* scale);

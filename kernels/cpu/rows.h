@@ -78,10 +78,9 @@ HAQ_TARGET int32_t copy_row(const int8_t* x, int64_t k, HAQ_STAGED* out, int64_t
   return sum + copy_chunk(rest, out, stride);
 }
 
-template <int RowTile>
-HAQ_TARGET void stage(const void* x, Kind kind, int64_t k, float static_scale, uint8_t* out, float* scale,
-                      int32_t* sum) {
-  constexpr int64_t stride = RowTile * kChunk / static_cast<int64_t>(sizeof(HAQ_STAGED)); // in elements
+HAQ_TARGET void stage(const void* x, Kind kind, int64_t k, float static_scale, int64_t rows, uint8_t* out,
+                      float* scale, int32_t* sum) {
+  const int64_t stride = rows * kChunk / static_cast<int64_t>(sizeof(HAQ_STAGED)); // in elements
   auto* staged = reinterpret_cast<HAQ_STAGED*>(out);
   if (kind == kInt8)
     *sum = copy_row(static_cast<const int8_t*>(x), k, staged, stride);
@@ -168,7 +167,7 @@ HAQ_TARGET void silu_mul(const void* gate, const void* up, Kind kind, int64_t n,
 HAQ_TARGET uint64_t read(const uint8_t* data, int64_t bytes) {
   uint64_t lanes[32] = {}, sum = 0;
   for (int64_t i = 0; i + 256 <= bytes; i += 256) {
-    for (int j = 0; j < 256; j += 64) ask_for(data + i + kAhead + j);
+    for (int j = 0; j < 256; j += 64) ask_ahead(data + i + j);
     for (int j = 0; j < 32; ++j) {
       uint64_t word;
       std::memcpy(&word, data + i + 8 * j, 8);

@@ -14,7 +14,7 @@ void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, b
   for (int r = 0; r < rows; ++r) {
     uint32_t sums[kPanel] = {};
     for (int64_t g = 0; g < groups; ++g) {
-      const auto* q = reinterpret_cast<const int8_t*>(x + g / 16 * kRows * kChunk + r * kChunk + g % 16 * 4);
+      const auto* q = reinterpret_cast<const int8_t*>(x + g / 16 * rows * kChunk + r * kChunk + g % 16 * 4);
       for (int c = 0; c < kPanel; ++c)
         for (int j = 0; j < kGroup; ++j)
           sums[c] += static_cast<uint32_t>(q[j] * w[g * kGroupBytes + c * kGroup + j]);
@@ -28,6 +28,6 @@ void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, b
 
 } // namespace
 
-constexpr Kernels kScalar = table<kRows>("scalar", tile, attend<4, 1>);
+constexpr Kernels kScalar = table("scalar", kRows, tile, attend<4, 1>);
 
 } // namespace haq
