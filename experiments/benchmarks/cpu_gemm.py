@@ -3,8 +3,9 @@
     python experiments/benchmarks/cpu_gemm.py --threads 1
 
 Decode (M = 1 to 4): the rate at which weights stream from memory, over the read bandwidth measured between
-the runs with the same threads. Each shape rotates over matrices that fill `--pool-mb`, far beyond the last
-cache, and each call goes through Python as a model's would. Prefill (M = 512): time against fp32 `torch.mm`
+the runs, by the fastest way to read. Each shape rotates over matrices that fill `--pool-mb`, beyond the last cache.
+`share_of_read` is one call after another, as in a deployed model's layers (cpu_stream.cpp, one thread);
+`through_python` pays Python for each of them. Prefill (M = 512): time against fp32 `torch.mm`
 and against torch's exact int8 path, `torch._int_mm`, alone (`accumulate`) and with torch's own quantisation
 and epilogue (`linear`). The best of interleaved repetitions counts; a busy machine shows in `spread`.
 """
@@ -12,13 +13,16 @@ and epilogue (`linear`). The best of interleaved repetitions counts; a busy mach
 import argparse
 import json
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from haq_lab.int8 import native
+from haq_lab.int8.native_build import build, compiler
 
 # (N, K) of SmolLM2-135M (q and o; k and v; gate and up; down; head) and Mixtral (w1; w2); then q/k/v and
 # gate/up of SmolLM2 as one.
@@ -98,13 +102,39 @@ def prefill(n: int, k: int, m: int, repeats: int) -> dict:
     }
 
 
-def decode(n: int, k: int, pool: int, repeats: int) -> dict:
+def stream_driver(folder: Path) -> Path:
+    """cpu_stream.cpp, built."""
+    driver = folder / "cpu_stream"
+    source = Path(__file__).with_name("cpu_stream.cpp")
+    subprocess.run([*compiler(), "-std=c++17", "-O2", str(source), "-o", str(driver), "-ldl"], check=True)
+    return driver
+
+
+def decode(driver: Path, n: int, k: int, pool: int, repeats: int) -> dict:
     """Bytes of weights a second over the read bandwidth, at M = 1 to 4."""
-    weights = [native.pack(torch.randint(-127, 128, (n, k), dtype=torch.int8)) for _ in range(pool // (n * k))]
-    scale = torch.rand(n)
-    data = native.pack(torch.ones(pool // 4096, 4096, dtype=torch.int8)).data  # in huge pages, as weights are
-    linears = [native.Linear(packed, scale) for packed in weights]
-    calls: dict[str, Callable[[], object]] = {"read": lambda: native.read_bytes(data)}
+    shares: dict[str, dict[str, float]] = {}
+    for isa in native.isas():
+        if isa != "scalar":
+            with native.forced_isa(isa):
+                command = map(str, [driver, build(), native.level(), n, k, pool, repeats])
+            rates = json.loads(subprocess.run([*command], check=True, capture_output=True).stdout)
+            read = rates.pop("read")
+            shares[isa] = {m: round(rate / read, 3) for m, rate in rates.items()}
+    return {
+        "N": n,
+        "K": k,
+        "read_gb_per_s": round(read / 1e9, 1),
+        "share_of_read": shares,
+        "through_python": through_python(n, k, pool, repeats),
+    }
+
+
+def through_python(n: int, k: int, pool: int, repeats: int) -> dict[str, float]:
+    """The same by the best instruction set, with a call of Python for each product."""
+    count = max(1, pool // (n * k))
+    plain, laid = native.huge_pages(count * n * k).fill_(1), native.huge_pages(count * n * k).view(count, n * k)
+    packed = native.pack(torch.randint(-127, 128, (n, k), dtype=torch.int8)).data
+    linears = [native.Linear(native.Packed(place.copy_(packed), n, k), torch.rand(n)) for place in laid]
 
     def rotate(m: int) -> Callable[[], None]:
         x, out = torch.randn(m, k), torch.empty(m, n)
@@ -115,25 +145,17 @@ def decode(n: int, k: int, pool: int, repeats: int) -> dict:
 
         return run
 
-    names = [(m, isa) for m in (1, 2, 3, 4) for isa in native.isas() if isa != "scalar"]
-    calls |= {f"{isa} M={m}": at(isa, rotate(m)) for m, isa in names}
-    took = times(calls, repeats)
-    read = pool / took["read"][0]
-    rate = {name: len(linears) * n * k / t[0] for name, t in took.items() if name != "read"}
-    return {
-        "N": n,
-        "K": k,
-        "read_gb_per_s": round(read / 1e9, 1),
-        "share_of_read": {name: round(r / read, 3) for name, r in rate.items()},
-        "spread": round(max(median / least for least, median in took.values()), 2),
-    }
+    reads = {isa: at(isa, lambda: native.read_bytes(plain)) for isa in native.isas() if isa != "scalar"}
+    took = times(reads | {f"M={m}": rotate(m) for m in (1, 2, 3, 4)}, repeats)
+    read = min(took.pop(isa)[0] for isa in reads)
+    return {name: round(read / best, 3) for name, (best, _) in took.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--pool-mb", type=int, default=400, help="weights to rotate over, a shape")
+    parser.add_argument("--pool-mb", type=int, default=600, help="weights to rotate over, a shape")
     parser.add_argument("--only", choices=["prefill", "decode"])
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -151,9 +173,11 @@ def main() -> None:
             print(result["prefill"][-1], flush=True)
     if arguments.only != "prefill":
         result["decode"] = []
-        for n, k in DECODE:
-            result["decode"].append(decode(n, k, arguments.pool_mb << 20, arguments.repeats))
-            print(result["decode"][-1], flush=True)
+        with TemporaryDirectory() as folder:
+            driver = stream_driver(Path(folder))
+            for n, k in DECODE:
+                result["decode"].append(decode(driver, n, k, arguments.pool_mb << 20, arguments.repeats))
+                print(result["decode"][-1], flush=True)
     print(json.dumps(result))
 
 

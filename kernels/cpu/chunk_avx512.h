@@ -42,35 +42,39 @@ HAQ_TARGET inline __m512 clamp127(__m512 v) {
   return _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
 }
 
+// The 64 bytes' sum.
+HAQ_TARGET inline int32_t sum_of(__m512i bytes) {
+  return _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes));
+}
+
 template <bool Clamp, class T>
 HAQ_TARGET int32_t quantize_chunk(const T* x, float scale, float inverse, bool fast, int8_t* out, int64_t) {
-  const __m512 round = _mm512_set1_ps(kRound);
+  constexpr int nearest_even = 0, larger_magnitude = 0x0b;
   __m512 v[4];
-  __m512 farthest = _mm512_setzero_ps();
+  __m512 farthest = _mm512_setzero_ps(); // from an integer
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     v[i] = clamp127<Clamp>(_mm512_mul_ps(load16(x + 16 * i), _mm512_set1_ps(inverse)));
-    const __m512 integer = _mm512_sub_ps(_mm512_add_ps(v[i], round), round);
-    farthest = _mm512_max_ps(farthest, _mm512_abs_ps(_mm512_sub_ps(v[i], integer)));
+    farthest = _mm512_range_ps(farthest, _mm512_reduce_ps(v[i], nearest_even), larger_magnitude);
   }
   if (!fast || _mm512_cmp_ps_mask(farthest, _mm512_set1_ps(kSure), _CMP_GT_OQ) != 0)
     for (int i = 0; i < 4; ++i)
       v[i] = clamp127<Clamp>(_mm512_div_ps(load16(x + 16 * i), _mm512_set1_ps(scale)));
-  __m512i sum = _mm512_setzero_si512();
+  __m512i q[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512i q = _mm512_cvtps_epi32(v[i]); // rounds, half to even
-    sum = _mm512_add_epi32(sum, q);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm512_cvtepi32_epi8(q));
-  }
-  return _mm512_reduce_add_epi32(sum);
+  for (int i = 0; i < 4; ++i) q[i] = _mm512_cvtps_epi32(v[i]); // rounds, half to even
+  const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+  // Packing works within 128 bits: each quarter holds 4 values of every q.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i in_order = _mm512_permutexvar_epi32(order, bytes);
+  _mm512_storeu_si512(out, in_order);
+  return sum_of(in_order);
 }
 
 HAQ_TARGET inline int32_t copy_chunk(const int8_t* x, int8_t* out, int64_t) {
   const __m512i values = _mm512_loadu_si512(x);
   _mm512_storeu_si512(out, values);
-  const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), values);
-  return _mm512_reduce_add_epi32(sums);
+  return sum_of(values);
 }
 
 } // namespace

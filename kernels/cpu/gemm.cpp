@@ -1,6 +1,7 @@
 // y = epilogue(quantise(x) W^T): rows are quantised and staged once, then each unit of work takes some panels of
-// weights through a block of row tiles, a step of k at a time. A panel's part is read from memory once for a block and
-// stays in the nearest cache while the tiles pass by; the tiles' parts stay in the second while the panels do.
+// weights and a block of row tiles, a step of k at a time. A panel's part is read from memory once for a block; a tile's
+// part stays in the nearest cache while the panels, in the second, pass by, and their outputs lie side by side. Widened
+// weights are the other way round: a panel's part stays while the tiles pass by.
 #include "gemm.h"
 
 #include <algorithm>
@@ -14,13 +15,13 @@ namespace haq {
 
 namespace {
 
-constexpr int64_t kSerialStage = 32768;   // values of x below which threads cost more than they gain
-constexpr int64_t kStreamBytes = 1 << 17; // weights that a unit streams when there are few rows
-constexpr int64_t kBlockBytes = 8 << 20;  // staged activations of a block of tiles
-constexpr int64_t kStepGroups = 160;      // k groups of a step at most: 20 KiB of a panel's weights
-constexpr int64_t kStepPanels = 8;        // panels of a unit where there are several steps
+constexpr int64_t kSerialStage = 32768;     // values of x below which threads cost more than they gain
+constexpr int64_t kStreamBytes = 1 << 17;   // weights that a unit streams when there are few rows
+constexpr int64_t kBlockBytes = 8 << 20;    // staged activations of a block of tiles
+constexpr int64_t kStepGroups = 160;        // k groups of a step at most: 20 KiB of a panel's weights
+constexpr int64_t kUnitPanels = 8;          // panels of a unit when there are many rows: 256 columns of outputs
 constexpr int64_t kTileSlack = 32 * kChunk; // tile registers take full tiles, also at the end of a smaller one
-constexpr int kWideTiles = 4;             // tiles from which widening a panel first pays
+constexpr int kWideTiles = 4;               // tiles from which widening a panel first pays
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -44,9 +45,7 @@ Plan make_plan(const Product& p) {
   plan.step = ceil_div(plan.groups, steps * chunk_groups) * chunk_groups;
   plan.panels = ceil_div(p.n, kPanel);
   const int64_t panel_bytes = std::max<int64_t>(1, plan.groups * kGroupBytes);
-  plan.panels_per_unit = plan.tiles == 1           ? std::max<int64_t>(1, kStreamBytes / panel_bytes)
-                         : plan.groups > plan.step ? kStepPanels
-                                                   : 1;
+  plan.panels_per_unit = plan.tiles == 1 ? std::max<int64_t>(1, kStreamBytes / panel_bytes) : kUnitPanels;
   plan.chunks = ceil_div(plan.panels, plan.panels_per_unit);
   const int64_t fitting = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, plan.tile_bytes));
   // Few panels and many threads: split the rows as well.
@@ -85,24 +84,28 @@ void run_panels(const Product& p, const Plan& plan, const Epilogue& e, const uin
   const bool whole = plan.groups <= plan.step; // else the sums of all wait for the next step
   auto* sums = reinterpret_cast<int32_t*>(work);
   auto* wide = reinterpret_cast<uint16_t*>(sums + (whole ? 1 : (stop - start) * (last - first)) * sums_of_tile);
+  const int64_t tiles = last - first;
   int64_t group = 0;
   do { // at least once, so that K = 0 gives zeros
     const int64_t count = std::min(plan.step, plan.groups - group);
     const int64_t x_offset = group * kGroup * isa.element_bytes; // of a row
-    int32_t* acc = sums;
-    for (int64_t panel = start; panel < stop; ++panel) {
-      const uint8_t* part = p.packed + (panel * plan.groups + group) * kGroupBytes;
+    const auto part = [&](int64_t panel) { return p.packed + (panel * plan.groups + group) * kGroupBytes; };
+    const auto multiply_tile = [&](int64_t tile, int64_t panel, const void* weights) {
+      const int64_t row = tile * isa.row_tile;
+      const int rows = static_cast<int>(std::min<int64_t>(isa.row_tile, p.m - row));
+      int32_t* acc = sums + (whole ? 0 : (panel - start) * tiles + tile - first) * sums_of_tile;
       ask_for_columns(e, panel * kPanel);
-      if (plan.wide) isa.widen(part, count, wide);
-      for (int64_t tile = first; tile < last; ++tile) {
-        const int64_t row = tile * isa.row_tile;
-        const int rows = static_cast<int>(std::min<int64_t>(isa.row_tile, p.m - row));
-        isa.tile(rows, staged + tile * plan.tile_bytes + x_offset * rows,
-                 plan.wide ? static_cast<const void*>(wide) : part, plan.wide, count, group > 0, acc);
-        if (group + count >= plan.groups) isa.finish(acc, rows, row, panel * kPanel, e);
-        if (!whole) acc += sums_of_tile;
+      isa.tile(rows, staged + tile * plan.tile_bytes + x_offset * rows, weights, plan.wide, count, group > 0, acc);
+      if (group + count >= plan.groups) isa.finish(acc, rows, row, panel * kPanel, e);
+    };
+    if (plan.wide)
+      for (int64_t panel = start; panel < stop; ++panel) {
+        isa.widen(part(panel), count, wide);
+        for (int64_t tile = first; tile < last; ++tile) multiply_tile(tile, panel, wide);
       }
-    }
+    else
+      for (int64_t tile = first; tile < last; ++tile)
+        for (int64_t panel = start; panel < stop; ++panel) multiply_tile(tile, panel, part(panel));
     group += count;
   } while (group < plan.groups);
 }
