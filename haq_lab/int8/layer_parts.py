@@ -1,4 +1,4 @@
-"""What a decoder layer is made of, as the native kernels need it: found by the family's groups, not by names."""
+"""What a decoder layer is made of, as the native kernels need it: found by the family table, not by names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.joint import Joint
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.families import Group
+from haq_lab.models.families import Family, Group
 
 _I64, _F32, _PTR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -31,48 +31,62 @@ class LinearParts(ctypes.Structure):
         return cls(linear.packed.data_ptr(), linear.weight_scale.data_ptr(), bias, *shape, static)
 
 
+class NormParts(ctypes.Structure):
+    """`Norm` of kernels/cpu/decoder.h."""
+
+    _fields_ = [("weight", _PTR), ("width", _I64), ("eps", _F32)]
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> NormParts:
+        """The address of a norm's weights, which must stay there."""
+        given: Any = norm
+        return cls(given.weight.data_ptr(), given.weight.numel(), given.variance_epsilon)
+
+
 class LayerParts(ctypes.Structure):
-    """`Layer` of kernels/cpu/decoder.h."""
+    """`Layer` of kernels/cpu/decoder.h. Of a Mixture of Experts all but the MLP, whose products are null."""
 
     _fields_ = [
         *((name, _I64) for name in ("heads", "kv_heads", "head_dim")),
-        *((name, _PTR) for name in ("attention_norm", "mlp_norm")),
-        *((name, _F32) for name in ("attention_eps", "mlp_eps", "scaling")),
+        ("scaling", _F32),
+        *((name, NormParts) for name in ("attention", "mlp", "queries", "keys")),
         *((name, LinearParts) for name in ("qkv", "output", "gate_up", "down")),
     ]
 
     @classmethod
-    def of(cls, layer: nn.Module, groups: Sequence[Group]) -> LayerParts | None:
+    def of(cls, layer: nn.Module, groups: Sequence[Group], family: Family) -> LayerParts | None:
         """The parts of a joined layer; None where they are not all there, or not all computed by our kernels."""
-        norms = [group for group in groups if group.kind == "norm" and group.source is not None]
-        others = [[group for group in groups if group.kind == kind] for kind in ("value", "up")]
-        if len(norms) != 2 or [len(some) for some in others] != [1, 1]:
+        inputs = [group for group in groups if group.kind == "norm" and group.source is not None]
+        halves = ("value", "up") if family.moe is None else ("value",)
+        outputs = [group for kind in halves for group in groups if group.kind == kind]
+        if len(inputs) != 2 or len(outputs) != len(halves):
             return None
-        linears: list[Any] = [
-            _joint(layer, norms[0]),
-            layer.get_submodule(others[0][0].consumers[0]),
-            _joint(layer, norms[1]),
-            layer.get_submodule(others[1][0].consumers[0]),
-        ]
-        sources: list[Any] = [layer.get_submodule(norm.source) for norm in norms if norm.source is not None]
-        attention: Any = layer.get_submodule(norms[0].consumers[0].rpartition(".")[0])
+        linears: list[Any] = []
+        for given, made in zip(inputs, outputs, strict=False):
+            linears += [_joint(layer, given), layer.get_submodule(made.consumers[0])]
+        sources = [group.source for group in inputs if group.source is not None]
+        norms: list[Any] = [layer.get_submodule(name) for name in (*sources, *family.head_norms)]
+        attention: Any = layer.get_submodule(inputs[0].consumers[0].rpartition(".")[0])
         usable = (
             all(map(_is_native, linears))
-            and all(hasattr(norm, "variance_epsilon") and norm.weight.dtype == torch.float32 for norm in sources)
+            and all(hasattr(norm, "variance_epsilon") and norm.weight.dtype == torch.float32 for norm in norms)
             and hasattr(attention, "scaling")
             and getattr(attention, "sliding_window", None) is None
         )
         if not usable:
             return None
         heads = linears[1].in_features // attention.head_dim
+        kv_heads = (linears[0].out_features // attention.head_dim - heads) // 2
+        for norm, own in zip(norms[2:], (heads, kv_heads), strict=False):
+            if own * attention.head_dim % norm.weight.numel():
+                return None
         return cls(
             heads,
-            (linears[0].out_features // attention.head_dim - heads) // 2,
+            kv_heads,
             attention.head_dim,
-            *(norm.weight.data_ptr() for norm in sources),
-            *(norm.variance_epsilon for norm in sources),
             attention.scaling,
-            *map(LinearParts.of, linears),
+            **dict(zip(("attention", "mlp", "queries", "keys"), map(NormParts.of, norms), strict=False)),
+            **dict(zip(("qkv", "output", "gate_up", "down"), map(LinearParts.of, linears), strict=False)),
         )
 
     @property

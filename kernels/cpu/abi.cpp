@@ -11,6 +11,7 @@
 #include <new>
 
 #include "decoder.h"
+#include "expert.h"
 #include "gemm.h"
 #include "parallel.h"
 
@@ -149,6 +150,35 @@ int haq_decoder_layers(int level, int threads, const Layer* layers, int64_t coun
   try {
     run_layers(*kLevels[level], threads, layers, count, hidden, tokens, cosines, sines,
                {keys, values, capacity, past});
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// A layer's attention half alone, `hidden` in place; `normed` is what its MLP reads. Keys and values are of all layers.
+int haq_attention(int level, int threads, const Layer* layers, int64_t index, float* hidden, float* normed,
+                  int64_t tokens, const float* cosines, const float* sines, float* keys, float* values,
+                  int64_t capacity, int64_t past) {
+  try {
+    run_attention(*kLevels[level], threads, layers, index, hidden, normed, tokens, cosines, sines,
+                  {keys, values, capacity, past});
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// out (m, k) = the expert of x (m, k) int8; weights packed, gate and up of `inner` rows.
+int haq_expert(int level, int threads, const int8_t* x, const float* row_scale, int64_t m, int64_t k, int64_t inner,
+               const uint8_t* gate, const float* gate_scale, const uint8_t* up, const float* up_scale,
+               const uint8_t* down, const float* down_scale, float static_scale, float* out) {
+  try {
+    run_expert(*kLevels[level], threads, x, row_scale, m,
+               {{gate, gate_scale, nullptr, inner, k, 0},
+                {up, up_scale, nullptr, inner, k, 0},
+                {down, down_scale, nullptr, k, inner, static_scale}},
+               out);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

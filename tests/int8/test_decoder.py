@@ -45,7 +45,8 @@ def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=
 
 def native_form(layer, groups):
     """The layer as a stack of one, or None where it has no such form."""
-    part = LayerParts.of(layer, groups)
+    family = family_of(LlamaConfig())
+    part = LayerParts.of(layer, groups, family)
     stack = part and NativeStack([layer], [part], 0)
     return stack if stack and stack.reproduces_its_layers() else None
 
