@@ -8,7 +8,8 @@ torch's in the last places, so perplexity is measured on the layers as they were
 What a layer is made of follows from the family's groups. Whether it is really computed so - that the norm is an RMS
 norm, that positions are rotated - is not asked of names but tried: a layer that is not reproduced stays as it is.
 
-Of a Mixture-of-Experts layer the attention half is a call (`MoeStack`): the router and the experts are the layer's own.
+Layers with a Mixture of Experts are part of the call where all experts are in memory. Where an engine is to serve them,
+or their activation is not ours, each one's attention half is a call, and its MLP runs as it does alone (`MoeStack`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from haq_lab.int8 import native
+from haq_lab.int8.experts import Int8Experts
 from haq_lab.int8.key_values import KeyValues
 from haq_lab.int8.layer_parts import LayerParts
 
@@ -46,9 +48,10 @@ class NativeStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.first = first
-        self.kv_heads, self.head_dim = parts[0].heads_of
+        self.kv_heads, self.head_dim = parts[0].kv_heads, parts[0].head_dim
         self.width: int = parts[0].output.n
         self._parts = (LayerParts * len(parts))(*parts)
+        self._experts = [module for layer in layers for module in layer.modules() if isinstance(module, Int8Experts)]
 
     def forward(
         self,
@@ -61,6 +64,7 @@ class NativeStack(nn.Module):
         """Hidden states (1, t, d) float32 -> the same; (b, t, d) and masks by the layers' own code."""
         kept = self.new_cache() if cache is None else self._kept(cache)
         native_case = attention_mask is None and hidden.shape[0] == 1 and hidden.dtype == torch.float32
+        native_case = native_case and not self._taken_over()
         if native_case and position_embeddings is not None and kept is not None:
             return self.step(hidden, *position_embeddings, kept)
         if cache is not None and kept is not None:
@@ -69,6 +73,10 @@ class NativeStack(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, **arguments, **others)
         return hidden
+
+    def _taken_over(self) -> bool:
+        """Whether an engine has put itself before experts that the native layers hold: their weights are gone."""
+        return any("forward" in vars(experts) for experts in self._experts)
 
     def new_cache(self) -> KeyValues:
         """Empty keys and values."""
@@ -128,7 +136,7 @@ class NativeStack(nn.Module):
 
 
 class MoeStack(NativeStack):
-    """A stack of Mixture-of-Experts layers: each one's attention half is a call, then its own MLP runs.
+    """A stack of Mixture-of-Experts layers: each one's attention half is a call, then its own router and experts run.
 
     Args:
         layers: As for a `NativeStack`.
@@ -140,6 +148,9 @@ class MoeStack(NativeStack):
     def __init__(self, layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int, block: str):
         super().__init__(layers, parts, first)
         self.block = block
+
+    def _taken_over(self) -> bool:
+        return False  # experts are called as modules, whoever serves them
 
     def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KeyValues) -> None:
         run, level, threads = native.library().haq_attention, native.level(), torch.get_num_threads()
@@ -189,17 +200,20 @@ class _Note(nn.Module):
 
 def stack_of(layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int, block: str | None) -> NativeStack:
     """Layers of one kind as a stack; `block` is what those with a Mixture of Experts have for an MLP."""
-    return NativeStack(layers, parts, first) if block is None else MoeStack(layers, parts, first, block)
+    if parts[0].whole:
+        return NativeStack(layers, parts, first)
+    assert block is not None, "a dense MLP is in every part"
+    return MoeStack(layers, parts, first, block)
 
 
 def stacked(
     layers: Sequence[nn.Module], parts: Sequence[LayerParts | None], block: str | None = None
 ) -> list[nn.Module]:
-    """The layers with every run of native ones, of the same heads, replaced by a stack."""
+    """The layers with every run of native ones, of the same kind, replaced by a stack."""
     result: list[nn.Module] = []
     run: list[tuple[nn.Module, LayerParts]] = []
     for index, (layer, part) in enumerate(zip([*layers, None], [*parts, None], strict=True)):
-        if run and (part is None or part.heads_of != run[0][1].heads_of):
+        if run and (part is None or part.kind != run[0][1].kind):
             result.append(stack_of([one for one, _ in run], [its for _, its in run], index - len(run), block))
             run = []
         if layer is not None and part is not None:

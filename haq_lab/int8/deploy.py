@@ -3,8 +3,7 @@
     whole = deploy(model.assemble(layers), model, backend)
 
 Linears that read one tensor become one product (`joint`), on every backend and without changing a bit. On a CPU with
-our kernels the weights lie side by side in memory, and the layers become one call (`decoder`), but for a Mixture of
-Experts, whose layers are a few. On a GPU norms and
+our kernels the weights lie side by side in memory, and the layers become one call (`decoder`). On a GPU norms and
 activations are fused with the quantizing that follows, and a layer's experts run together (`fused`).
 """
 
@@ -25,6 +24,7 @@ from haq_lab.int8.joint import Joint, can_join
 from haq_lab.int8.layer_parts import LayerParts
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.probe import is_silu
+from haq_lab.int8.router import native_router
 from haq_lab.models.experts import Expert
 from haq_lab.models.families import Group
 
@@ -39,6 +39,8 @@ def deploy(whole: nn.Module, model: LayeredModel, backend: Backend) -> nn.Module
     for layer in layers:
         join(layer, model.groups)
         specify_swiglu(layer, backend)
+        if model.family.moe is not None:
+            make_router_native(layer, model.family.moe.router, backend)
         fuse(layer, model.groups, backend)
     lay_side_by_side(layers)
     block = None if model.family.moe is None else model.family.moe.block
@@ -70,6 +72,13 @@ def specify_swiglu(layer: nn.Module, backend: Backend) -> None:
     for module in layer.modules():
         if isinstance(module, Int8Experts):
             module.swiglu = is_silu(cast(Expert, module[0]).act_fn, backend)
+
+
+def make_router_native(layer: nn.Module, name: str, backend: Backend) -> None:
+    """Replace a layer's router by our kernel, where the backend has it and it does the same."""
+    router = native_router(layer.get_submodule(name), backend)
+    if router is not None:
+        layer.set_submodule(name, router)
 
 
 def lay_side_by_side(layers: Iterable[nn.Module]) -> None:

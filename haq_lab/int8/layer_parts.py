@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.experts import Int8Experts, projections
 from haq_lab.int8.joint import Joint
 from haq_lab.int8.linear import Int8Linear
+from haq_lab.int8.router import NativeRouter, RouterParts
+from haq_lab.models.experts import Expert
 from haq_lab.models.families import Family, Group
 
 _I64, _F32, _PTR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -43,14 +46,39 @@ class NormParts(ctypes.Structure):
         return cls(given.weight.data_ptr(), given.weight.numel(), given.variance_epsilon)
 
 
+class ExpertParts(ctypes.Structure):
+    """`Expert` of kernels/cpu/moe.h."""
+
+    _fields_ = [(name, LinearParts) for name in ("gate", "up", "down")]
+
+
+class MoeParts(ctypes.Structure):
+    """`Moe` of kernels/cpu/moe.h."""
+
+    _fields_ = [("router", RouterParts), ("experts", ctypes.POINTER(ExpertParts)), ("activation_scale", _F32)]
+
+    @classmethod
+    def of(cls, router: nn.Module, experts: nn.Module) -> MoeParts | None:
+        """Addresses of what must stay where it is; None where not all is in memory and computed by our kernels."""
+        if not isinstance(router, NativeRouter) or not isinstance(experts, Int8Experts) or not experts.swiglu:
+            return None
+        linears = [projections(cast(Expert, expert)) for expert in experts]
+        if not all(_is_native(linear) and linear.packed.numel() for three in linears for linear in three):
+            return None
+        table = (ExpertParts * len(linears))(*(ExpertParts(*map(LinearParts.of, three)) for three in linears))
+        scale = 0.0 if experts.input_scale is None else float(experts.input_scale)
+        return cls(router.parts, table, scale)
+
+
 class LayerParts(ctypes.Structure):
-    """`Layer` of kernels/cpu/decoder.h. Of a Mixture of Experts all but the MLP, whose products are null."""
+    """`Layer` of kernels/cpu/decoder.h. Where not all of a Mixture of Experts is native, its experts are null."""
 
     _fields_ = [
         *((name, _I64) for name in ("heads", "kv_heads", "head_dim")),
         ("scaling", _F32),
         *((name, NormParts) for name in ("attention", "mlp", "queries", "keys")),
         *((name, LinearParts) for name in ("qkv", "output", "gate_up", "down")),
+        ("moe", MoeParts),
     ]
 
     @classmethod
@@ -80,6 +108,7 @@ class LayerParts(ctypes.Structure):
         for norm, own in zip(norms[2:], (heads, kv_heads), strict=False):
             if own * attention.head_dim % norm.weight.numel():
                 return None
+        moe = family.moe and MoeParts.of(*map(layer.get_submodule, (family.moe.router, family.moe.experts)))
         return cls(
             heads,
             kv_heads,
@@ -87,12 +116,18 @@ class LayerParts(ctypes.Structure):
             attention.scaling,
             **dict(zip(("attention", "mlp", "queries", "keys"), map(NormParts.of, norms), strict=False)),
             **dict(zip(("qkv", "output", "gate_up", "down"), map(LinearParts.of, linears), strict=False)),
+            moe=moe or MoeParts(),
         )
 
     @property
-    def heads_of(self) -> tuple[int, int]:
-        """Key-value heads and their width: what layers of one stack have in common."""
-        return self.kv_heads, self.head_dim
+    def whole(self) -> bool:
+        """Whether the MLP is here too."""
+        return bool(self.gate_up.packed or self.moe.experts)
+
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """Key-value heads, their width, and whether all is here: what layers of one stack have in common."""
+        return self.kv_heads, self.head_dim, self.whole
 
 
 def _joint(layer: nn.Module, group: Group) -> Joint | None:

@@ -58,6 +58,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("haq_half_linear", None, (i32, i32, ptr, i64, i64, ptr, i32, i64, ptr)),
         ("haq_decoder_layers", i32, (i32, i32, ptr, i64, ptr, i64, ptr, ptr, ptr, ptr, i64, i64)),
         ("haq_attention", i32, (i32, i32, ptr, i64, ptr, ptr, i64, ptr, ptr, ptr, ptr, i64, i64)),
+        ("haq_route", i32, (i32, i32, ptr, ptr, i64, i64, ptr, ptr, ptr)),
         ("haq_expert", i32, (i32, i32, ptr, ptr, i64, i64, i64, ptr, ptr, ptr, ptr, ptr, ptr, f32, ptr)),
         ("haq_read", ctypes.c_uint64, (i32, i32, ptr, i64)),
     ):

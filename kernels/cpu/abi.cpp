@@ -11,8 +11,8 @@
 #include <new>
 
 #include "decoder.h"
-#include "expert.h"
 #include "gemm.h"
+#include "moe.h"
 #include "parallel.h"
 
 using namespace haq;
@@ -139,7 +139,7 @@ void haq_half_linear(int level, int threads, const float* x, int64_t m, int64_t 
   parallel_for(threads, (n + block - 1) / block, [&](int64_t i) {
     const int64_t first = i * block, rows = std::min(block, n - first);
     for (int64_t r = 0; r < m; ++r)
-      kLevels[level]->half_product(x + r * k, w + first * k, static_cast<Kind>(w_kind), rows, k, out + r * n + first);
+      kLevels[level]->float_product(x + r * k, w + first * k, static_cast<Kind>(w_kind), rows, k, out + r * n + first);
   });
 }
 
@@ -163,6 +163,17 @@ int haq_attention(int level, int threads, const Layer* layers, int64_t index, fl
   try {
     run_attention(*kLevels[level], threads, layers, index, hidden, normed, tokens, cosines, sines,
                   {keys, values, capacity, past});
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// The routing of x (m, width), see moe.h: logits (m, r.experts), weights and chosen (m, r.chosen).
+int haq_route(int level, int threads, const Router* r, const float* x, int64_t m, int64_t width, float* logits,
+              float* weights, int64_t* chosen) {
+  try {
+    route(*kLevels[level], threads, *r, x, m, width, logits, weights, chosen);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

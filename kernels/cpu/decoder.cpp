@@ -131,6 +131,10 @@ void mlp_half(const Step& s) {
   add(s.hidden, wide, s.tokens * s.width);
 }
 
+void moe_half(const Step& s) {
+  add_experts(s.isa, s.threads, s.layer.moe, normed(s, s.layer.mlp), s.tokens, s.width, s.hidden);
+}
+
 // Calls work(step) for all tokens, some at a time, with the layer's own keys and values.
 template <class Work>
 void in_parts(const Kernels& isa, int threads, const Layer* layers, int64_t index, float* hidden, int64_t tokens,
@@ -153,7 +157,7 @@ void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t co
   for (int64_t index = 0; index < count; ++index)
     in_parts(isa, threads, layers, index, hidden, tokens, cosines, sines, kv, [](const Step& s) {
       attention_half(s);
-      mlp_half(s);
+      s.layer.moe.experts ? moe_half(s) : mlp_half(s);
     });
 }
 

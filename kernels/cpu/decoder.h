@@ -1,17 +1,12 @@
 // Decoder layers of int8 linears over one sequence, with their keys and values kept from step to step.
 #pragma once
 #include "kernels.h"
+#include "linear.h"
+#include "moe.h"
 
 namespace haq {
 
 // As haq_lab/int8/layer_parts.py fills them in (ctypes): all fields are 8 bytes, but for those named float.
-struct Linear {
-  const uint8_t* packed;     // (n, k)
-  const float* scale;        // (n,)
-  const float* bias;         // (n,) or null
-  int64_t n, k;
-  float activation_scale;    // 0: a scale per row
-};
 
 // An RMS norm of each `width` values on their own.
 struct Norm {
@@ -23,10 +18,11 @@ struct Norm {
 struct Layer {
   int64_t heads, kv_heads, head_dim;
   float scaling;
-  Norm attention, mlp;   // before the two halves
-  Norm queries, keys;    // before the rotation: of one head's width, or of all heads'
+  Norm attention, mlp;  // before the two halves
+  Norm queries, keys;   // before the rotation: of one head's width, or of all heads'
   Linear qkv, output;
-  Linear gate_up, down;  // where the MLP is dense
+  Linear gate_up, down; // where the MLP is dense
+  Moe moe;              // where it is a Mixture of Experts; its own `experts` may be null for `run_attention`
 };
 
 // Of all layers, which have the same heads. Keys (layers, kv_heads, capacity / 32, head_dim, 32): a panel's 32
@@ -40,7 +36,7 @@ struct KeyValues {
 
 // hidden (tokens, hidden size) float32, in place; cosines and sines (tokens, head_dim). Throw std::bad_alloc.
 
-// Whole layers, all dense, one after the other.
+// Whole layers, one after the other.
 void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
                 const float* cosines, const float* sines, KeyValues kv);
 
