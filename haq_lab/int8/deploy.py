@@ -26,7 +26,7 @@ from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.probe import is_silu
 from haq_lab.int8.router import native_router
 from haq_lab.models.experts import Expert
-from haq_lab.models.families import Group
+from haq_lab.models.families import Group, Moe
 
 if TYPE_CHECKING:
     from haq_lab.models.layered import LayeredModel
@@ -40,7 +40,7 @@ def deploy(whole: nn.Module, model: LayeredModel, backend: Backend) -> nn.Module
         join(layer, model.groups)
         specify_swiglu(layer, backend)
         if model.family.moe is not None:
-            make_router_native(layer, model.family.moe.router, backend)
+            make_router_native(layer, model.family.moe, backend)
         fuse(layer, model.groups, backend)
     lay_side_by_side(layers)
     block = None if model.family.moe is None else model.family.moe.block
@@ -74,11 +74,13 @@ def specify_swiglu(layer: nn.Module, backend: Backend) -> None:
             module.swiglu = is_silu(cast(Expert, module[0]).act_fn, backend)
 
 
-def make_router_native(layer: nn.Module, name: str, backend: Backend) -> None:
-    """Replace a layer's router by our kernel, where the backend has it and it does the same."""
-    router = native_router(layer.get_submodule(name), backend)
+def make_router_native(layer: nn.Module, moe: Moe, backend: Backend) -> None:
+    """Replace the router of int8 experts by our kernel, where the backend has it and it does the same."""
+    if not isinstance(layer.get_submodule(moe.experts), Int8Experts):
+        return
+    router = native_router(layer.get_submodule(moe.router), backend)
     if router is not None:
-        layer.set_submodule(name, router)
+        layer.set_submodule(moe.router, router)
 
 
 def lay_side_by_side(layers: Iterable[nn.Module]) -> None:
