@@ -22,7 +22,7 @@ struct Layer {
   Norm queries, keys;   // before the rotation: of one head's width, or of all heads'
   Linear qkv, output;
   Linear gate_up, down; // where the MLP is dense
-  Moe moe;              // where it is a Mixture of Experts; its own `experts` may be null for `run_attention`
+  Moe moe;              // where it is a Mixture of Experts whose `experts` are not null
 };
 
 // Of all layers, which have the same heads. Keys (layers, kv_heads, capacity / 32, head_dim, 32): a panel's 32

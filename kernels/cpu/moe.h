@@ -4,7 +4,7 @@
 
 namespace haq {
 
-// As haq_lab/int8/layer_parts.py fills them in (ctypes): all fields are 8 bytes, but for those named float.
+// As haq_lab/int8/layer_parts.py and router.py fill them in (ctypes).
 
 struct Router {
   const float* weight;     // (experts, width)
