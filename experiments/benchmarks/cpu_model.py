@@ -2,6 +2,7 @@
 
     python experiments/benchmarks/cpu_model.py
     python experiments/benchmarks/cpu_model.py --forms int8 "int8, head in bfloat16" "int8, head too"
+    python experiments/benchmarks/cpu_model.py --moe --rounds 5
 
 Prefill of a prompt and greedy decoding with a KV cache, through the same calls of the same model. The forms take
 turns, and a ratio (to the first form) is the median over the rounds of the ratio within a round: by the wall clock, and
@@ -51,10 +52,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=[*FORMS], metavar="FORM", help=", ".join(FORMS))
+    parser.add_argument("--moe", action="store_true", help="the model upcycled to 8 experts, 2 for a token")
     parser.add_argument("--windows", type=int, default=0, help="of 512 tokens, for perplexity")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    smol = model()
+    smol = model(arguments.moe)
     forms = {name: FORMS[name](smol) for name in arguments.forms}
     first = arguments.forms[0]
     prompt = torch.randint(0, smol.config.vocab_size, (1, arguments.prompt), generator=torch.Generator().manual_seed(0))
@@ -67,6 +69,7 @@ def main() -> None:
         "isa": native.isa() if native.available() else None,
         "threads": arguments.threads,
         "torch": torch.__version__,
+        "model": smol.folder.name,
         "prompt": arguments.prompt,
         "first": first,
         "times_faster_than_the_first": {name: ratios(took, seconds[first]) for name, took in seconds.items()},

@@ -18,6 +18,7 @@ from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.layered import LayeredModel
 from haq_lab.models.narrow_linear import NarrowLinear
 from haq_lab.models.sources import WheelModel
+from haq_lab.models.upcycle import UpcycledModel
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.base import Quantizer
 
@@ -48,9 +49,9 @@ def since(start: tuple[float, float]) -> tuple[float, float]:
     return wall - start[0], cpu - start[1]
 
 
-def model() -> LayeredModel:
-    """The checkpoint, opened."""
-    return LayeredModel(SMOL.folder())
+def model(moe: bool = False) -> LayeredModel:
+    """The checkpoint, opened; or the Mixture of 8 experts made of it (`model=smol_moe`)."""
+    return LayeredModel((UpcycledModel(SMOL) if moe else SMOL).folder())
 
 
 @torch.no_grad()

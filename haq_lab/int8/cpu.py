@@ -161,6 +161,21 @@ class CpuBackend(Backend):
             return super().swiglu_quantize(gate, up, scheme, static_scale)
         return self.quantize(native.silu_mul(torch.cat([gate, up], dim=1)), scheme, static_scale)
 
+    def expert(
+        self,
+        qx: Tensor,
+        row_scale: Tensor,
+        weights: tuple[PackedLinear, PackedLinear, PackedLinear],
+        scheme: Activations,
+        static_scale: Tensor | None,
+    ) -> Tensor:
+        plain = all(linear.packed.dtype == torch.uint8 and linear.bias is None for linear in weights)
+        if not plain or scheme == "tensor":
+            return super().expert(qx, row_scale, weights, scheme, static_scale)
+        packed, scales = [linear.packed for linear in weights], [linear.scale for linear in weights]
+        scale = None if static_scale is None else float(static_scale)
+        return native.expert(qx, row_scale.reshape(-1).contiguous(), packed, scales, scale)
+
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
         packed, weight_scale, bias = weights
         if packed.dtype != torch.uint8:

@@ -10,19 +10,23 @@ activations are fused with the quantizing that follows, and a layer's experts ru
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from haq_lab.int8 import native
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.decoder import NativeStack, stacked
+from haq_lab.int8.decoder import stack_of, stacked
+from haq_lab.int8.experts import Int8Experts
 from haq_lab.int8.fused import fuse
 from haq_lab.int8.joint import Joint, can_join
 from haq_lab.int8.layer_parts import LayerParts
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.families import Group
+from haq_lab.int8.probe import is_silu
+from haq_lab.int8.router import native_router
+from haq_lab.models.experts import Expert
+from haq_lab.models.families import Group, Moe
 
 if TYPE_CHECKING:
     from haq_lab.models.layered import LayeredModel
@@ -34,13 +38,17 @@ def deploy(whole: nn.Module, model: LayeredModel, backend: Backend) -> nn.Module
     layers = list(whole.get_submodule(model.family.layers).children())
     for layer in layers:
         join(layer, model.groups)
+        specify_swiglu(layer, backend)
+        if model.family.moe is not None:
+            make_router_native(layer, model.family.moe, backend)
         fuse(layer, model.groups, backend)
     lay_side_by_side(layers)
+    block = None if model.family.moe is None else model.family.moe.block
     parts = []
     for layer in layers:
-        part = LayerParts.of(layer, model.groups)
-        parts.append(part if part and NativeStack([layer], [part], 0).reproduces_its_layers() else None)
-    whole.set_submodule(model.family.layers, nn.ModuleList(stacked(layers, parts)))
+        part = LayerParts.of(layer, model.groups, model.family)
+        parts.append(part if part and stack_of([layer], [part], 0, block).reproduces_its_layers() else None)
+    whole.set_submodule(model.family.layers, nn.ModuleList(stacked(layers, parts, block)))
     return whole
 
 
@@ -54,6 +62,25 @@ def join(layer: nn.Module, groups: Iterable[Group]) -> None:
         linears = [member for member in members if isinstance(member, Int8Linear)]
         if linears and len(linears) == len(members) and can_join(linears):
             Joint(linears)
+
+
+def specify_swiglu(layer: nn.Module, backend: Backend) -> None:
+    """Let a layer's int8 experts have the backend's SwiGLU between their products, where that is their activation.
+
+    Its bits are the same on every backend, and it is one with what stands around it: on a CPU a call an expert.
+    """
+    for module in layer.modules():
+        if isinstance(module, Int8Experts):
+            module.swiglu = is_silu(cast(Expert, module[0]).act_fn, backend)
+
+
+def make_router_native(layer: nn.Module, moe: Moe, backend: Backend) -> None:
+    """Replace the router of int8 experts by our kernel, where the backend has it and it does the same."""
+    if not isinstance(layer.get_submodule(moe.experts), Int8Experts):
+        return
+    router = native_router(layer.get_submodule(moe.router), backend)
+    if router is not None:
+        layer.set_submodule(moe.router, router)
 
 
 def lay_side_by_side(layers: Iterable[nn.Module]) -> None:

@@ -52,10 +52,10 @@ class Int8Experts(Experts):
             expert = self.expert(number)
             gate, up, down = projections(expert)
             levels, scale = here if gate.backend is self.backend else there
-            own = levels[tokens], scale[tokens]
+            own = (levels, scale) if len(tokens) == len(hidden) == 1 else (levels[tokens], scale[tokens])
             if self.swiglu:
-                inner = gate.product(*own), up.product(*own)
-                return down.product(*down.backend.swiglu_quantize(*inner, down.scheme, down.input_scale)).to(hidden)
+                weights = gate.weights, up.weights, down.weights
+                return down.backend.expert(*own, weights, down.scheme, down.input_scale).to(hidden)
             return down(expert.act_fn(gate.product(*own)) * up.product(*own)).to(hidden)
 
         return dispatch(hidden, chosen, weights, run, self.order)

@@ -22,9 +22,8 @@ from haq_lab.int8.experts import Int8Experts
 from haq_lab.int8.grouped_experts import GroupedExperts, can_group
 from haq_lab.int8.joint import Joint
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.int8.probe import alike, is_silu, probe
+from haq_lab.int8.probe import alike, probe
 from haq_lab.int8.quantized_rows import QuantizedRows
-from haq_lab.models.experts import Expert
 from haq_lab.models.families import Group
 
 
@@ -39,10 +38,8 @@ def fuse(layer: nn.Module, groups: Iterable[Group], backend: Backend) -> None:
         elif group.kind == "up":
             _fuse_mlp(layer, group, backend, backend.fused)
     for name, module in list(layer.named_modules()):
-        if isinstance(module, Int8Experts):
-            module.swiglu = is_silu(cast(Expert, module[0]).act_fn, backend)
-            if can_group(module):
-                layer.set_submodule(name, GroupedExperts.of(module))
+        if isinstance(module, Int8Experts) and can_group(module):
+            layer.set_submodule(name, GroupedExperts.of(module))
 
 
 class QuantizedNorm(nn.Module):

@@ -1,18 +1,21 @@
-"""What a decoder layer is made of, as the native kernels need it: found by the family's groups, not by names."""
+"""What a decoder layer is made of, as the native kernels need it: found by the family table, not by names."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.experts import Int8Experts, projections
 from haq_lab.int8.joint import Joint
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.families import Group
+from haq_lab.int8.router import NativeRouter, RouterParts
+from haq_lab.models.experts import Expert
+from haq_lab.models.families import Family, Group
 
 _I64, _F32, _PTR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -31,54 +34,100 @@ class LinearParts(ctypes.Structure):
         return cls(linear.packed.data_ptr(), linear.weight_scale.data_ptr(), bias, *shape, static)
 
 
+class NormParts(ctypes.Structure):
+    """`Norm` of kernels/cpu/decoder.h."""
+
+    _fields_ = [("weight", _PTR), ("width", _I64), ("eps", _F32)]
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> NormParts:
+        """The address of a norm's weights, which must stay there."""
+        given: Any = norm
+        return cls(given.weight.data_ptr(), given.weight.numel(), given.variance_epsilon)
+
+
+class ExpertParts(ctypes.Structure):
+    """`Expert` of kernels/cpu/moe.h."""
+
+    _fields_ = [(name, LinearParts) for name in ("gate", "up", "down")]
+
+
+class MoeParts(ctypes.Structure):
+    """`Moe` of kernels/cpu/moe.h."""
+
+    _fields_ = [("router", RouterParts), ("experts", ctypes.POINTER(ExpertParts)), ("activation_scale", _F32)]
+
+    @classmethod
+    def of(cls, router: nn.Module, experts: nn.Module) -> MoeParts | None:
+        """Addresses of what must stay where it is; None where not all is in memory and computed by our kernels."""
+        if not isinstance(router, NativeRouter) or not isinstance(experts, Int8Experts) or not experts.swiglu:
+            return None
+        linears = [projections(cast(Expert, expert)) for expert in experts]
+        if not all(_is_native(linear) and linear.packed.numel() for three in linears for linear in three):
+            return None
+        table = (ExpertParts * len(linears))(*(ExpertParts(*map(LinearParts.of, three)) for three in linears))
+        scale = 0.0 if experts.input_scale is None else float(experts.input_scale)
+        return cls(router.parts, table, scale)
+
+
 class LayerParts(ctypes.Structure):
-    """`Layer` of kernels/cpu/decoder.h."""
+    """`Layer` of kernels/cpu/decoder.h. Where not all of a Mixture of Experts is native, its experts are null."""
 
     _fields_ = [
         *((name, _I64) for name in ("heads", "kv_heads", "head_dim")),
-        *((name, _PTR) for name in ("attention_norm", "mlp_norm")),
-        *((name, _F32) for name in ("attention_eps", "mlp_eps", "scaling")),
+        ("scaling", _F32),
+        *((name, NormParts) for name in ("attention", "mlp", "queries", "keys")),
         *((name, LinearParts) for name in ("qkv", "output", "gate_up", "down")),
+        ("moe", MoeParts),
     ]
 
     @classmethod
-    def of(cls, layer: nn.Module, groups: Sequence[Group]) -> LayerParts | None:
+    def of(cls, layer: nn.Module, groups: Sequence[Group], family: Family) -> LayerParts | None:
         """The parts of a joined layer; None where they are not all there, or not all computed by our kernels."""
-        norms = [group for group in groups if group.kind == "norm" and group.source is not None]
-        others = [[group for group in groups if group.kind == kind] for kind in ("value", "up")]
-        if len(norms) != 2 or [len(some) for some in others] != [1, 1]:
+        inputs = [group for group in groups if group.kind == "norm" and group.source is not None]
+        halves = ("value", "up") if family.moe is None else ("value",)
+        outputs = [group for kind in halves for group in groups if group.kind == kind]
+        if len(inputs) != 2 or len(outputs) != len(halves):
             return None
-        linears: list[Any] = [
-            _joint(layer, norms[0]),
-            layer.get_submodule(others[0][0].consumers[0]),
-            _joint(layer, norms[1]),
-            layer.get_submodule(others[1][0].consumers[0]),
-        ]
-        sources: list[Any] = [layer.get_submodule(norm.source) for norm in norms if norm.source is not None]
-        attention: Any = layer.get_submodule(norms[0].consumers[0].rpartition(".")[0])
+        linears: list[Any] = []
+        for given, made in zip(inputs, outputs, strict=False):
+            linears += [_joint(layer, given), layer.get_submodule(made.consumers[0])]
+        sources = [group.source for group in inputs if group.source is not None]
+        norms: list[Any] = [layer.get_submodule(name) for name in (*sources, *family.head_norms)]
+        attention: Any = layer.get_submodule(inputs[0].consumers[0].rpartition(".")[0])
         usable = (
             all(map(_is_native, linears))
-            and all(hasattr(norm, "variance_epsilon") and norm.weight.dtype == torch.float32 for norm in sources)
+            and all(hasattr(norm, "variance_epsilon") and norm.weight.dtype == torch.float32 for norm in norms)
             and hasattr(attention, "scaling")
             and getattr(attention, "sliding_window", None) is None
         )
         if not usable:
             return None
         heads = linears[1].in_features // attention.head_dim
+        kv_heads = (linears[0].out_features // attention.head_dim - heads) // 2
+        for norm, own in zip(norms[2:], (heads, kv_heads), strict=False):
+            if own * attention.head_dim % norm.weight.numel():
+                return None
+        moe = family.moe and MoeParts.of(*map(layer.get_submodule, (family.moe.router, family.moe.experts)))
         return cls(
             heads,
-            (linears[0].out_features // attention.head_dim - heads) // 2,
+            kv_heads,
             attention.head_dim,
-            *(norm.weight.data_ptr() for norm in sources),
-            *(norm.variance_epsilon for norm in sources),
             attention.scaling,
-            *map(LinearParts.of, linears),
+            **dict(zip(("attention", "mlp", "queries", "keys"), map(NormParts.of, norms), strict=False)),
+            **dict(zip(("qkv", "output", "gate_up", "down"), map(LinearParts.of, linears), strict=False)),
+            moe=moe or MoeParts(),
         )
 
     @property
-    def heads_of(self) -> tuple[int, int]:
-        """Key-value heads and their width: what layers of one stack have in common."""
-        return self.kv_heads, self.head_dim
+    def whole(self) -> bool:
+        """Whether the MLP is here too."""
+        return bool(self.gate_up.packed or self.moe.experts)
+
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """Key-value heads, their width, and whether all is here: what layers of one stack have in common."""
+        return self.kv_heads, self.head_dim, self.whole
 
 
 def _joint(layer: nn.Module, group: Group) -> Joint | None:

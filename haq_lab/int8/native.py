@@ -57,6 +57,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("haq_silu_mul", None, (i32, i32, ptr, i32, i64, i64, ptr)),
         ("haq_half_linear", None, (i32, i32, ptr, i64, i64, ptr, i32, i64, ptr)),
         ("haq_decoder_layers", i32, (i32, i32, ptr, i64, ptr, i64, ptr, ptr, ptr, ptr, i64, i64)),
+        ("haq_attention", i32, (i32, i32, ptr, i64, ptr, ptr, i64, ptr, ptr, ptr, ptr, i64, i64)),
+        ("haq_route", i32, (i32, i32, ptr, ptr, i64, i64, ptr, ptr, ptr)),
+        ("haq_expert", i32, (i32, i32, ptr, ptr, i64, i64, i64, ptr, ptr, ptr, ptr, ptr, ptr, f32, ptr)),
         ("haq_read", ctypes.c_uint64, (i32, i32, ptr, i64)),
     ):
         function = getattr(lib, name)
@@ -310,6 +313,38 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((*gate_up.shape[:-1], n), dtype=gate_up.dtype)
     threads, kind = torch.get_num_threads(), _FLOAT_KINDS[gate_up.dtype]
     library().haq_silu_mul(level(), threads, gate_up.data_ptr(), kind, m, n, out.data_ptr())
+    return out
+
+
+def expert(
+    qx: Tensor,
+    row_scale: Tensor,
+    packed: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    activation_scale: float | None = None,
+) -> Tensor:
+    """`down(silu(gate(x)) * up(x))` of int8 `qx (M, K)` with float32 `row_scale (M,)` -> float32 (M, K).
+
+    `packed` are the data of gate and up (F, K) and of down (K, F), `scales` their float32 (F,), (F,) and (K,). What
+    down reads is quantised with `activation_scale`, or each row with its own. The bits are those of `accumulate` and
+    the epilogue, `silu_mul` and `linear` one after the other.
+    """
+    (m, k), f = qx.shape, len(scales[0])
+    _check(qx, "qx", torch.int8, m, k)
+    _check(row_scale, "row_scale", torch.float32, m)
+    for data, scale, (rows, columns) in zip(packed, scales, ((f, k), (f, k), (k, f)), strict=True):
+        if data.numel() != -(-rows // PANEL) * PANEL * -(-columns // GROUP) * GROUP or len(scale) != rows:
+            raise ValueError(
+                f"{data.numel()} packed bytes and {len(scale)} scales are not of weights {rows} x {columns}"
+            )
+    out = torch.empty((m, k), dtype=torch.float32)
+    gate, up, down = ((data.data_ptr(), scale.data_ptr()) for data, scale in zip(packed, scales, strict=True))
+    failed = library().haq_expert(
+        level(), torch.get_num_threads(), qx.data_ptr(), row_scale.data_ptr(), m, k, f,
+        *gate, *up, *down, _static_scale(activation_scale), out.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"int8 expert of {m} x {k}, {f} wide")
     return out
 
 

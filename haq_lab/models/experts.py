@@ -87,6 +87,10 @@ def dispatch(
         order: The chosen experts in the order in which they run; None takes them by number.
     """
     tokens, k = chosen.shape
+    if tokens == 1:  # a decode step has nothing to sort
+        numbers, only = chosen[0].tolist(), torch.zeros(1, dtype=torch.long)
+        by_number = {number: run(number, only) for number in order or sorted(set(numbers))}
+        return combined(torch.cat([by_number[number] for number in numbers])[None], weights)
     flat = chosen.flatten().cpu()  # a GPU is asked once, before it has work
     pairs = flat.argsort(stable=True)
     active, counts = flat[pairs].unique_consecutive(return_counts=True)

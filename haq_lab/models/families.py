@@ -84,6 +84,11 @@ class Moe:
     router: str = "mlp.gate"
     experts: str = "mlp.experts"
 
+    @property
+    def block(self) -> str:
+        """The module of both, which the layer calls with its hidden states (b, t, d)."""
+        return self.router.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Family:
@@ -92,6 +97,7 @@ class Family:
     Attributes:
         smoothquant_strength: The alpha that SmoothQuant's authors published for it.
         moe: Where the experts are; None for a dense model.
+        head_norms: The norms of queries and of keys between their projections and the rotation; none in most.
         renamed: Parts of tensors' names, as checkpoints write them and as our modules have them.
     """
 
@@ -101,6 +107,7 @@ class Family:
     smoothquant_strength: float
     applies: Callable[[Any], bool] = lambda config: True
     moe: Moe | None = None
+    head_norms: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 
     def experts(self, config: Any) -> int:
@@ -151,6 +158,8 @@ _GATED_MLP = (
 )
 _LLAMA_GROUPS = (*_attention("input_layernorm", "o_proj"), *_GATED_MLP)
 _RELU_MLP = Group("up", "fc1", ("fc2",))
+
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 _EXPERT_INPUTS = ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj")
 _MOE_MLP = (
@@ -209,6 +218,7 @@ FAMILIES: tuple[Family, ...] = (
             not config.mlp_only_layers and config.decoder_sparse_step == 1
         ),  # no dense layers between
         moe=Moe("num_experts"),
+        head_norms=_HEAD_NORMS,
     ),
     # Clipped values don't let a factor pass.
     Family(
@@ -218,6 +228,7 @@ FAMILIES: tuple[Family, ...] = (
         smoothquant_strength=0.8,
         applies=lambda config: config.clip_qkv is None,
         moe=Moe("num_experts"),
+        head_norms=_HEAD_NORMS,
     ),
 )
 

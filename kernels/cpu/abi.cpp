@@ -12,6 +12,7 @@
 
 #include "decoder.h"
 #include "gemm.h"
+#include "moe.h"
 #include "parallel.h"
 
 using namespace haq;
@@ -138,7 +139,7 @@ void haq_half_linear(int level, int threads, const float* x, int64_t m, int64_t 
   parallel_for(threads, (n + block - 1) / block, [&](int64_t i) {
     const int64_t first = i * block, rows = std::min(block, n - first);
     for (int64_t r = 0; r < m; ++r)
-      kLevels[level]->half_product(x + r * k, w + first * k, static_cast<Kind>(w_kind), rows, k, out + r * n + first);
+      kLevels[level]->float_product(x + r * k, w + first * k, static_cast<Kind>(w_kind), rows, k, out + r * n + first);
   });
 }
 
@@ -149,6 +150,46 @@ int haq_decoder_layers(int level, int threads, const Layer* layers, int64_t coun
   try {
     run_layers(*kLevels[level], threads, layers, count, hidden, tokens, cosines, sines,
                {keys, values, capacity, past});
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// A layer's attention half alone, `hidden` in place; `normed` is what its MLP reads. Keys and values are of all layers.
+int haq_attention(int level, int threads, const Layer* layers, int64_t index, float* hidden, float* normed,
+                  int64_t tokens, const float* cosines, const float* sines, float* keys, float* values,
+                  int64_t capacity, int64_t past) {
+  try {
+    run_attention(*kLevels[level], threads, layers, index, hidden, normed, tokens, cosines, sines,
+                  {keys, values, capacity, past});
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// The routing of x (m, width), see moe.h: logits (m, r.experts), weights and chosen (m, r.chosen).
+int haq_route(int level, int threads, const Router* r, const float* x, int64_t m, int64_t width, float* logits,
+              float* weights, int64_t* chosen) {
+  try {
+    route(*kLevels[level], threads, *r, x, m, width, logits, weights, chosen);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// out (m, k) = the expert of x (m, k) int8; weights packed, gate and up of `inner` rows.
+int haq_expert(int level, int threads, const int8_t* x, const float* row_scale, int64_t m, int64_t k, int64_t inner,
+               const uint8_t* gate, const float* gate_scale, const uint8_t* up, const float* up_scale,
+               const uint8_t* down, const float* down_scale, float static_scale, float* out) {
+  try {
+    run_expert(*kLevels[level], threads, x, row_scale, m,
+               {{gate, gate_scale, nullptr, inner, k, 0},
+                {up, up_scale, nullptr, inner, k, 0},
+                {down, down_scale, nullptr, k, inner, static_scale}},
+               out);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

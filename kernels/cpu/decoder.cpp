@@ -34,19 +34,25 @@ void apply(const Step& s, const Linear& linear, const float* x, float* out) {
            {nullptr, nullptr, linear.scale, linear.bias, out, kFloat, linear.n});
 }
 
-const float* normed(const Step& s, const float* weight, float eps) {
+// x and out (count,), which may be the same
+void normalize(const Step& s, const Norm& norm, const float* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += norm.width) s.isa.rms_norm(x + i, norm.weight, norm.eps, norm.width, out + i);
+}
+
+const float* normed(const Step& s, const Norm& norm) {
   float* out = normed_scratch.floats(s.tokens * s.width);
-  for (int64_t t = 0; t < s.tokens; ++t)
-    s.isa.rms_norm(s.hidden + t * s.width, weight, eps, s.width, out + t * s.width);
+  normalize(s, norm, s.hidden, s.tokens * s.width, out);
   return out;
 }
 
-// Rotates queries and keys in place, and appends the keys and values to those of before.
+// Normalises (where there is such a norm) and rotates queries and keys in place, and appends the keys and values to those of before.
 void remember(const Step& s, float* qkv) {
   const Layer& l = s.layer;
   const int64_t d = l.head_dim, value_width = round_up(d, kPanel);
   for (int64_t t = 0; t < s.tokens; ++t) {
     float* row = qkv + t * l.qkv.n;
+    if (l.queries.weight) normalize(s, l.queries, row, l.heads * d, row);
+    if (l.keys.weight) normalize(s, l.keys, row + l.heads * d, l.kv_heads * d, row + l.heads * d);
     for (int64_t h = 0; h < l.heads + l.kv_heads; ++h)
       s.isa.rotate(row + h * d, s.cosines + t * d, s.sines + t * d, d);
     const int64_t position = s.kv.past + t;
@@ -101,17 +107,23 @@ void add(float* x, const float* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x[i] += y[i];
 }
 
-void run(const Step& s) {
+void attention_half(const Step& s) {
   const Layer& l = s.layer;
-  const int64_t inner = l.down.k;
-  float* wide = wide_scratch.floats(s.tokens * std::max({l.qkv.n, l.gate_up.n, s.width}));
-  float* narrow = narrow_scratch.floats(s.tokens * std::max(l.output.k, inner));
-  apply(s, l.qkv, normed(s, l.attention_norm, l.attention_eps), wide);
+  float* wide = wide_scratch.floats(s.tokens * std::max(l.qkv.n, s.width));
+  float* narrow = narrow_scratch.floats(s.tokens * l.output.k);
+  apply(s, l.qkv, normed(s, l.attention), wide);
   remember(s, wide);
   attend(s, wide, narrow);
   apply(s, l.output, narrow, wide); // the queries are done with
   add(s.hidden, wide, s.tokens * s.width);
-  apply(s, l.gate_up, normed(s, l.mlp_norm, l.mlp_eps), wide);
+}
+
+void mlp_half(const Step& s) {
+  const Layer& l = s.layer;
+  const int64_t inner = l.down.k;
+  float* wide = wide_scratch.floats(s.tokens * std::max(l.gate_up.n, s.width));
+  float* narrow = narrow_scratch.floats(s.tokens * inner);
+  apply(s, l.gate_up, normed(s, l.mlp), wide);
   for (int64_t t = 0; t < s.tokens; ++t) {
     const float* gate = wide + t * 2 * inner;
     s.isa.gate_up(gate, gate + inner, inner, narrow + t * inner);
@@ -120,21 +132,42 @@ void run(const Step& s) {
   add(s.hidden, wide, s.tokens * s.width);
 }
 
+void moe_half(const Step& s) {
+  add_experts(s.isa, s.threads, s.layer.moe, normed(s, s.layer.mlp), s.tokens, s.width, s.hidden);
+}
+
+// Calls work(step) for all tokens, some at a time, with the layer's own keys and values.
+template <class Work>
+void in_parts(const Kernels& isa, int threads, const Layer* layers, int64_t index, float* hidden, int64_t tokens,
+              const float* cosines, const float* sines, KeyValues kv, const Work& work) {
+  const Layer& l = layers[index];
+  const int64_t width = l.output.n, d = l.head_dim, positions = index * l.kv_heads * kv.capacity;
+  kv.keys += positions * d;
+  kv.values += positions * round_up(d, kPanel);
+  for (int64_t first = 0; first < tokens; first += kTokens) {
+    const int64_t some = std::min(kTokens, tokens - first);
+    work(Step{isa, threads, l, hidden + first * width, some, width, cosines + first * d, sines + first * d, kv});
+    kv.past += some;
+  }
+}
+
 } // namespace
 
 void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
                 const float* cosines, const float* sines, KeyValues kv) {
-  for (const Layer* layer = layers; layer != layers + count; ++layer) {
-    const int64_t width = layer->output.n, d = layer->head_dim;
-    KeyValues own = kv;
-    for (int64_t first = 0; first < tokens; first += kTokens) {
-      const int64_t some = std::min(kTokens, tokens - first);
-      run({isa, threads, *layer, hidden + first * width, some, width, cosines + first * d, sines + first * d, own});
-      own.past += some;
-    }
-    kv.keys += layer->kv_heads * kv.capacity * d;
-    kv.values += layer->kv_heads * kv.capacity * round_up(d, kPanel);
-  }
+  for (int64_t index = 0; index < count; ++index)
+    in_parts(isa, threads, layers, index, hidden, tokens, cosines, sines, kv, [](const Step& s) {
+      attention_half(s);
+      s.layer.moe.experts ? moe_half(s) : mlp_half(s);
+    });
+}
+
+void run_attention(const Kernels& isa, int threads, const Layer* layers, int64_t index, float* hidden, float* normed,
+                   int64_t tokens, const float* cosines, const float* sines, KeyValues kv) {
+  in_parts(isa, threads, layers, index, hidden, tokens, cosines, sines, kv, [&](const Step& s) {
+    attention_half(s);
+    normalize(s, s.layer.mlp, s.hidden, s.tokens * s.width, normed + (s.hidden - hidden));
+  });
 }
 
 } // namespace haq

@@ -1,23 +1,28 @@
 // Decoder layers of int8 linears over one sequence, with their keys and values kept from step to step.
 #pragma once
 #include "kernels.h"
+#include "linear.h"
+#include "moe.h"
 
 namespace haq {
 
-// As haq_lab/int8/decoder.py fills it in (ctypes): all fields are 8 bytes, but for those named float.
-struct Linear {
-  const uint8_t* packed;     // (n, k)
-  const float* scale;        // (n,)
-  const float* bias;         // (n,) or null
-  int64_t n, k;
-  float activation_scale;    // 0: a scale per row
+// As haq_lab/int8/layer_parts.py fills them in (ctypes): all fields are 8 bytes, but for those named float.
+
+// An RMS norm of each `width` values on their own.
+struct Norm {
+  const float* weight; // (width,); null: there is no such norm
+  int64_t width;
+  float eps;
 };
 
 struct Layer {
   int64_t heads, kv_heads, head_dim;
-  const float *attention_norm, *mlp_norm; // weights of the RMS norms
-  float attention_eps, mlp_eps, scaling;
-  Linear qkv, output, gate_up, down;
+  float scaling;
+  Norm attention, mlp;  // before the two halves
+  Norm queries, keys;   // before the rotation: of one head's width, or of all heads'
+  Linear qkv, output;
+  Linear gate_up, down; // where the MLP is dense
+  Moe moe;              // where it is a Mixture of Experts whose `experts` are not null
 };
 
 // Of all layers, which have the same heads. Keys (layers, kv_heads, capacity / 32, head_dim, 32): a panel's 32
@@ -29,8 +34,14 @@ struct KeyValues {
   int64_t past;     // positions already there
 };
 
-// hidden (tokens, hidden size) float32, in place; cosines and sines (tokens, head_dim). Throws std::bad_alloc.
+// hidden (tokens, hidden size) float32, in place; cosines and sines (tokens, head_dim). Throw std::bad_alloc.
+
+// Whole layers, one after the other.
 void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
                 const float* cosines, const float* sines, KeyValues kv);
+
+// The attention half of layers[index], and then the norm before the other half: of `hidden` into `normed`.
+void run_attention(const Kernels& isa, int threads, const Layer* layers, int64_t index, float* hidden, float* normed,
+                   int64_t tokens, const float* cosines, const float* sines, KeyValues kv);
 
 } // namespace haq

@@ -121,7 +121,7 @@ void multiply(const Product& p, Epilogue e) {
   parallel_for(p.m * p.k < kSerialStage ? 1 : p.threads, plan.tiles,
                [&](int64_t tile) { stage_tile(p, plan, tile, staged, scales, sums); });
   e.row_sum = sums;
-  e.row_scale = scales;
+  e.row_scale = p.row_scale ? p.row_scale : scales;
   const int64_t waiting = plan.groups > plan.step ? plan.panels_per_unit * plan.tiles_per_block : 1;
   const int64_t work_bytes =
       waiting * p.isa->row_tile * kPanel * 4 + (plan.wide ? plan.step * kGroupBytes * 2 : 0);

@@ -3,7 +3,7 @@
 #pragma once
 #include "rows.h"
 #include "attention.h"
-#include "half.h"
+#include "float_product.h"
 
 namespace haq {
 namespace {
@@ -23,7 +23,7 @@ constexpr Kernels table(const char* name, int row_tile, decltype(Kernels::tile) 
   kernels.rotate = rotate;
   kernels.gate_up = gate_up;
   kernels.attend = attend;
-  kernels.half_product = half_product;
+  kernels.float_product = float_product;
   kernels.read = read;
   return kernels;
 }

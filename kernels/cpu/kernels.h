@@ -72,8 +72,8 @@ struct Kernels {
   void (*rotate)(float* x, const float* cosines, const float* sines, int64_t d);
   void (*gate_up)(const float* gate, const float* up, int64_t n, float* out); // silu(gate) * up
   void (*attend)(const Attention& a);
-  // out (rows,) = w (rows, k) x, the weights in bfloat16 or float16, sums in fp32 (half.h)
-  void (*half_product)(const float* x, const uint16_t* w, Kind kind, int64_t rows, int64_t k, float* out);
+  // out (rows,) = w (rows, k) x, the weights in bfloat16, float16 or fp32, sums in fp32 (float_product.h)
+  void (*float_product)(const float* x, const void* w, Kind kind, int64_t rows, int64_t k, float* out);
   uint64_t (*read)(const uint8_t* data, int64_t bytes); // sums 64-bit words, as fast as memory gives them
   // Optional: what a thread calls before its calls of `tile` in a product of m rows, and after them.
   void (*begin)(int64_t m);

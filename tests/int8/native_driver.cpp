@@ -17,6 +17,11 @@ void haq_half_linear(int, int, const float*, int64_t, int64_t, const uint16_t*, 
 void haq_silu_mul(int, int, const void*, int, int64_t, int64_t, void*);
 int haq_decoder_layers(int, int, const haq::Layer*, int64_t, float*, int64_t, const float*, const float*, float*, float*,
                        int64_t, int64_t);
+int haq_attention(int, int, const haq::Layer*, int64_t, float*, float*, int64_t, const float*, const float*, float*,
+                  float*, int64_t, int64_t);
+int haq_route(int, int, const haq::Router*, const float*, int64_t, int64_t, float*, float*, int64_t*);
+int haq_expert(int, int, const int8_t*, const float*, int64_t, int64_t, int64_t, const uint8_t*, const float*,
+               const uint8_t*, const float*, const uint8_t*, const float*, float, float*);
 }
 
 static bool run(int level, int threads, int64_t m, int64_t n, int64_t k) {
@@ -64,15 +69,37 @@ static bool run_layer(int level, int threads) {
   std::vector<float> norm(width, 1.0f), hidden((tokens + 1) * width), angles((tokens + 1) * d, 0.5f);
   for (size_t i = 0; i < hidden.size(); ++i) hidden[i] = 0.01f * static_cast<float>(i * 53 % 255);
   std::vector<float> keys(2 * kv_heads * capacity * d), values(2 * kv_heads * capacity * 32);
-  haq::Layer layer = {heads, kv_heads, d, norm.data(), norm.data(), 1e-5f, 1e-5f, 0.2f,
-                      qkv.linear, output.linear, gate_up.linear, down.linear};
-  const haq::Layer layers[] = {layer, layer};
+  const haq::Norm whole = {norm.data(), width, 1e-5f}, head = {norm.data(), d, 1e-5f};
+  const haq::Layer dense = {heads, kv_heads, d, 0.2f, whole, whole, {}, {}, qkv.linear, output.linear,
+                            gate_up.linear, down.linear, {}};
+  Weights gate(inner, width), up(inner, width);
+  const haq::Expert expert = {gate.linear, up.linear, down.linear};
+  const std::vector<haq::Expert> experts(5, expert);
+  std::vector<float> router(experts.size() * width);
+  for (size_t i = 0; i < router.size(); ++i) router[i] = 0.01f * static_cast<float>(i * 37 % 101);
+  haq::Layer moe = dense;
+  moe.queries = moe.keys = head;
+  moe.moe = {{router.data(), static_cast<int64_t>(experts.size()), 2, 1}, experts.data(), 0};
+  const haq::Layer layers[] = {dense, moe};
   haq_decoder_layers(level, threads, layers, 2, hidden.data(), tokens, angles.data(), angles.data(), keys.data(),
                      values.data(), capacity, 0);
   haq_decoder_layers(level, threads, layers, 2, hidden.data() + tokens * width, 1, angles.data() + tokens * d,
                      angles.data() + tokens * d, keys.data(), values.data(), capacity, tokens);
-  for (const float x : hidden)
-    if (!(x - x == 0.0f)) return false;
+  std::vector<float> normed(tokens * width), logits(tokens * experts.size()), weights(tokens * 2), out(tokens * width);
+  std::vector<int64_t> chosen(tokens * 2);
+  haq_attention(level, threads, layers, 1, hidden.data(), normed.data(), tokens, angles.data(), angles.data(),
+                keys.data(), values.data(), capacity, 0);
+  haq_route(level, threads, &moe.moe.router, normed.data(), tokens, width, logits.data(), weights.data(),
+            chosen.data());
+  std::vector<int8_t> levels(tokens * width, 3);
+  haq_expert(level, threads, levels.data(), weights.data(), tokens, width, inner, gate.packed.data(),
+             gate.scale.data(), up.packed.data(), up.scale.data(), down.packed.data(), down.scale.data(), 0,
+             out.data());
+  for (const auto* some : {&hidden, &normed, &logits, &weights, &out})
+    for (const float x : *some)
+      if (!(x - x == 0.0f)) return false;
+  for (const int64_t one : chosen)
+    if (one < 0 || one >= static_cast<int64_t>(experts.size())) return false;
   return true;
 }
 

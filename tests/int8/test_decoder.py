@@ -12,7 +12,7 @@ from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.decoder import NativeStack, stacked
 from haq_lab.int8.deploy import deploy, join
-from haq_lab.int8.layer_parts import LayerParts
+from haq_lab.int8.layer_parts import LayerParts, LinearParts
 from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_bytes
 from haq_lab.models.families import family_of
 from haq_lab.models.layered import LayeredModel
@@ -45,7 +45,8 @@ def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=
 
 def native_form(layer, groups):
     """The layer as a stack of one, or None where it has no such form."""
-    part = LayerParts.of(layer, groups)
+    family = family_of(LlamaConfig())
+    part = LayerParts.of(layer, groups, family)
     stack = part and NativeStack([layer], [part], 0)
     return stack if stack and stack.reproduces_its_layers() else None
 
@@ -113,7 +114,7 @@ def test_other_layers_stay_as_they_are():
 
 def test_runs_of_native_layers_are_stacked():
     layers = [torch.nn.Linear(1, 1) for _ in range(6)]
-    one, other = (LayerParts(heads=4, kv_heads=heads, head_dim=32) for heads in (2, 4))
+    one, other = (LayerParts(heads=4, kv_heads=heads, head_dim=32, gate_up=LinearParts(packed=1)) for heads in (2, 4))
     result = stacked(layers, [one, one, None, one, other, other])
     assert [[*stack.layers] if isinstance(stack, NativeStack) else stack for stack in result] == [
         layers[:2],

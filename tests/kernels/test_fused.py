@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.cuda import Kernels
 from haq_lab.int8.cuda_backend import CudaBackend
-from haq_lab.int8.deploy import join
+from haq_lab.int8.deploy import join, specify_swiglu
 from haq_lab.int8.fused import GatedMlp, QuantizedNorm, fuse
 from haq_lab.int8.grouped_experts import GroupedExperts
 from haq_lab.int8.joint import Joint
@@ -61,6 +61,7 @@ def quantized_layer(architecture: str, backend: CudaBackend, scheme: str = "toke
 def joined_and_fused(model: LayeredModel, layer: nn.Module, backend: CudaBackend) -> dict[str, type[nn.Module]]:
     """What has been fused, by its place."""
     join(layer, model.groups)
+    specify_swiglu(layer, backend)
     fuse(layer, model.groups, backend)
     kinds = (QuantizedNorm, GatedMlp, GroupedExperts)
     return {name: type(module) for name, module in layer.named_modules() if isinstance(module, kinds)}

@@ -1,0 +1,16 @@
+// An int8 linear as the layers' code takes it.
+#pragma once
+#include "kernels.h"
+
+namespace haq {
+
+// As haq_lab/int8/layer_parts.py fills it in (ctypes): all fields are 8 bytes, but for those named float.
+struct Linear {
+  const uint8_t* packed;     // (n, k)
+  const float* scale;        // (n,)
+  const float* bias;         // (n,) or null
+  int64_t n, k;
+  float activation_scale;    // 0: a scale per row
+};
+
+} // namespace haq

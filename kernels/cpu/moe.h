@@ -1,0 +1,40 @@
+// A Mixture of Experts: which experts a token has, and what they make of it.
+#pragma once
+#include "linear.h"
+
+namespace haq {
+
+// As haq_lab/int8/layer_parts.py and router.py fill them in (ctypes).
+
+struct Router {
+  const float* weight;     // (experts, width)
+  int64_t experts, chosen; // how many there are, and how many a token has
+  int64_t normalized;      // whether a token's weights sum to 1
+};
+
+struct Expert {
+  Linear gate, up, down;
+};
+
+struct Moe {
+  Router router;
+  const Expert* experts;  // one after the other
+  float activation_scale; // of what they all read; 0: a scale per row
+};
+
+// Of each row of x (m, width) the experts of largest softmax probability, largest first: `chosen` and their `weights`
+// (m, r.chosen), and all `logits` (m, r.experts). Throws std::bad_alloc.
+void route(const Kernels& isa, int threads, const Router& r, const float* x, int64_t m, int64_t width, float* logits,
+           float* weights, int64_t* chosen);
+
+// out (m, down.n) = down(silu(gate x) * up x) of x (m, gate.k) int8 with its row scales (m,). Operation for operation
+// what the products, haq_silu_mul and quantising give one by one. Throws std::bad_alloc.
+void run_expert(const Kernels& isa, int threads, const int8_t* x, const float* row_scale, int64_t m,
+                const Expert& expert, float* out);
+
+// hidden (m, width) += for each row of x (m, width) its experts' results times their weights, summed in the order of
+// `route`. Bit for bit what haq_lab/models/experts.py does with `run_expert`. Throws std::bad_alloc.
+void add_experts(const Kernels& isa, int threads, const Moe& moe, const float* x, int64_t m, int64_t width,
+                 float* hidden);
+
+} // namespace haq

@@ -1,0 +1,173 @@
+"""A Mixture of Experts in native calls: bit for bit its parts one by one, and what the layers' own code does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from haq_lab.calibration.statistics import CalibrationPolicy
+from haq_lab.int8 import native
+from haq_lab.int8.backend import Backend, PackedLinear
+from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.decoder import MoeStack, NativeStack, stack_of
+from haq_lab.int8.deploy import deploy
+from haq_lab.int8.layer_parts import LayerParts, MoeParts
+from haq_lab.int8.router import NativeRouter, native_router
+from haq_lab.models.layered import LayeredModel
+from haq_lab.models.sources import TinyModel
+from haq_lab.onepass import one_pass
+from haq_lab.quantizers.rtn import RTN
+
+if not native.available():
+    pytest.skip(f"no CPU kernels here: {native.unavailable_reason()}", allow_module_level=True)
+
+isas = pytest.mark.parametrize("isa", native.isas())
+architectures = pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "olmoe"])
+
+
+@isas
+@settings(max_examples=15, deadline=None)
+@given(m=st.integers(0, 40), k=st.integers(1, 90), f=st.integers(1, 90), static=st.booleans(), seed=st.integers(0, 99))
+def test_an_expert_has_the_bits_of_its_parts(isa, m, k, f, static, seed):
+    generator = torch.Generator().manual_seed(seed)
+    backend, x = CpuBackend(), 3 * torch.randn(m, k, generator=generator)
+
+    def linear(rows, columns):
+        levels = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
+        return PackedLinear(backend.pack(levels), 0.01 * torch.rand(rows, generator=generator) + 1e-4)
+
+    weights = linear(f, k), linear(f, k), linear(k, f)
+    scheme, scale = ("static", torch.tensor(0.02)) if static else ("token", None)
+    with native.forced_isa(isa):
+        rows = backend.quantize(x, "token", None)
+        got = backend.expert(*rows, weights, scheme, scale)
+        assert torch.equal(got, Backend.expert(backend, *rows, weights, scheme, scale))
+
+
+def test_an_expert_of_other_sizes_is_refused():
+    data = native.pack(torch.ones(8, 8, dtype=torch.int8)).data
+    ok, qx = torch.ones(8), torch.ones(2, 8, dtype=torch.int8)
+    native.expert(qx, torch.ones(2), [data] * 3, [ok] * 3)
+    with pytest.raises(ValueError, match="packed bytes"):
+        native.expert(qx, torch.ones(2), [data] * 3, [ok, torch.ones(9), ok])
+    with pytest.raises(ValueError, match="row_scale"):
+        native.expert(qx, torch.ones(3), [data] * 3, [ok] * 3)
+
+
+def quantised(architecture, activations="token"):
+    """A tiny model, and its layers in int8."""
+    model = LayeredModel(TinyModel(architecture).folder())
+    windows = torch.randint(0, 257, (2, 16)) if activations == "static" else None
+    layers: list[torch.nn.Module] = []
+    quantizer, policy = RTN(activations=activations), CalibrationPolicy()
+    one_pass(model, quantizer, CpuBackend(), windows, policy, {}, lambda index, layer: layers.append(layer))
+    return model, layers
+
+
+@isas
+@architectures
+def test_the_router_is_the_models(isa, architecture):
+    model = LayeredModel(TinyModel(architecture).folder())
+    router = model.load_layer(0).mlp.gate
+    with native.forced_isa(isa):
+        made = native_router(router, CpuBackend())
+        assert made is not None
+        x = torch.randn(200, model.config.hidden_size)
+        for got, wanted in zip(made(x), router(x), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert [*made.state_dict()] == [*router.state_dict()]
+
+
+def test_other_routers_stay():
+    model = LayeredModel(TinyModel("mixtral").folder())
+    router = model.load_layer(0).mlp.gate
+    assert native_router(torch.nn.Linear(64, 8), CpuBackend()) is None
+    assert native_router(router.to(torch.bfloat16), CpuBackend()) is None
+    upside_down = model.load_layer(0).mlp.gate
+    plain = upside_down.forward
+    upside_down.forward = lambda x: (plain(x)[0], plain(x)[1].flip(1), plain(x)[2].flip(1))
+    assert native_router(upside_down, CpuBackend()) is None
+
+
+def test_equals_and_nans_have_an_expert():
+    router = NativeRouter(torch.nn.Parameter(torch.zeros(5, 8), requires_grad=False), 3, True)
+    _, weights, chosen = router(torch.ones(2, 8))
+    assert chosen.tolist() == [[0, 1, 2]] * 2
+    torch.testing.assert_close(weights, torch.full((2, 3), 1 / 3))
+    _, weights, chosen = router(torch.full((1, 8), torch.nan))
+    assert len(set(chosen[0].tolist())) == 3
+    assert weights.isnan().all()
+
+
+@architectures
+@pytest.mark.parametrize("activations", ["token", "static"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_layers_in_one_call(architecture, activations, threads):
+    torch.set_num_threads(threads)
+    model, layers = quantised(architecture, activations)
+    prompt = torch.randint(0, 257, (1, 70), generator=torch.Generator().manual_seed(1))
+    wanted = model.assemble(layers)(prompt, use_cache=False).logits
+    whole = deploy(model.assemble(layers), model, CpuBackend())
+    (stack,) = whole.get_submodule(model.family.layers)
+    assert type(stack) is NativeStack
+    got = whole(prompt, use_cache=False).logits
+    assert ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median() < 0.02
+    # The same layers with Python between their halves: to the bit, a prompt and a step.
+    block, groups, family = model.family.moe.block, model.groups, model.family
+    parts = [LayerParts.of(layer, groups, family) for layer in layers]
+    for part in parts:
+        part.moe = MoeParts()
+    halves = stack_of(layers, parts, 0, block)
+    assert type(halves) is MoeStack
+    assert halves.reproduces_its_layers()
+    hidden = torch.randn(1, 601, model.config.hidden_size)
+    angles = torch.randn(1, 601, stack.head_dim)
+    kept, other = stack.new_cache(), halves.new_cache()
+    for some in (slice(600), slice(600, None)):
+        given = hidden[:, some], angles[:, some].cos(), angles[:, some].sin()
+        assert torch.equal(stack.step(*given, kept), halves.step(*given, other))
+
+
+@architectures
+def test_each_layer_is_reproduced_only_with_its_norms(architecture):
+    model, layers = quantised(architecture)
+    deploy(model.assemble(layers), model, CpuBackend())
+    part = LayerParts.of(layers[0], model.groups, model.family)
+    assert stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    part.mlp.eps = 1.0
+    assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    part.moe = MoeParts()
+    assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers(), "what the experts read is compared"
+    part = LayerParts.of(layers[0], model.groups, model.family)
+    part.moe, part.attention.eps = MoeParts(), 1.0
+    assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    if model.family.head_norms:
+        part = LayerParts.of(layers[0], model.groups, model.family)
+        part.moe, part.keys.weight = MoeParts(), None
+        assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+
+
+def test_other_experts_have_the_attention_half_alone():
+    model, layers = quantised("mixtral")
+    for layer in layers:
+        for expert in layer.mlp.experts:
+            expert.act_fn = torch.nn.GELU()
+    prompt = torch.randint(0, 257, (1, 40))
+    wanted = model.assemble(layers)(prompt, use_cache=False).logits
+    whole = deploy(model.assemble(layers), model, CpuBackend())
+    assert [type(stack) for stack in whole.get_submodule(model.family.layers)] == [MoeStack]
+    got = whole(prompt, use_cache=False).logits
+    assert ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median() < 0.02
+
+
+def test_experts_that_an_engine_takes_over_later_are_called_as_modules():
+    model, layers = quantised("mixtral")
+    whole = deploy(model.assemble(layers), model, CpuBackend())
+    called = []
+    experts = layers[1].mlp.experts
+    forward = experts.forward
+    experts.forward = lambda *given: called.append(1) or forward(*given)
+    whole(torch.randint(0, 257, (1, 5)), use_cache=False)
+    assert called == [1]
