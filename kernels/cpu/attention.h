@@ -36,13 +36,15 @@ HAQ_TARGET void rotate(float* x, const float* __restrict cosines, const float* _
 // for some way ahead, across the ends.
 class Reading {
  public:
-  HAQ_TARGET explicit Reading(const Attention& a, int64_t width, int64_t all, int64_t value_width)
-      : parts_{{a.keys, a.keys + width * a.head_dim}, {a.values, a.values + all * value_width}, {a.next_keys, a.next_keys}} {
-    if (a.next_keys) parts_[2].end += kLead;
-    ask(kLead);
-  }
+  static constexpr int64_t kLead = kAhead / 4; // values
+
+  HAQ_TARGET Reading(const Attention& a, int64_t key_values, int64_t value_values)
+      : parts_{{a.keys, a.keys + key_values},
+               {a.values, a.values + value_values},
+               {a.next_keys, a.next_keys ? a.next_keys + kLead : nullptr}},
+        count_(a.next_keys ? 3 : 2) {}
   HAQ_TARGET void ask(int64_t count) { // of values; whole lines
-    for (; count > 0 && part_ < 3; count -= 16) {
+    for (; count > 0 && part_ < count_; count -= 16) {
       Part& part = parts_[part_];
       __builtin_prefetch(part.at, 0, 2);
       part.at += 16;
@@ -54,9 +56,8 @@ class Reading {
   struct Part {
     const float *at, *end;
   };
-  static constexpr int64_t kLead = kAhead / 4; // values
   Part parts_[3];
-  int part_ = 0;
+  int count_, part_ = 0;
 };
 
 // out (R, 16 V) = a (R, depth) times b (depth, 16 V), rows at their strides. b is being read from memory if `reading`.
@@ -149,10 +150,12 @@ HAQ_TARGET void attend(const Attention& a) {
   const int64_t d = a.head_dim, value_width = (d + kPanel - 1) / kPanel * kPanel;
   const int64_t all = a.seen + (a.rows - 1) * a.more_seen; // keys that the last row sees
   const int64_t width = (all + kPanel - 1) / kPanel * kPanel;
-  Reading one_token(a, width, all, value_width);
+  Reading one_token(a, width * d, all * value_width);
   Reading* reading = a.more_seen == 0 ? &one_token : nullptr; // those of a prompt pass by many times
+  if (reading) reading->ask(Reading::kLead);
   for (int64_t j = 0; j < width; j += kPanel)
-    product32<R, V>(a.rows, a.queries, a.query_stride, a.keys + j * d, kPanel, d, reading, a.scores + j, a.score_stride);
+    product32<R, V>(a.rows, a.queries, a.query_stride, a.keys + j * d, kPanel, d, reading, a.scores + j,
+                    a.score_stride);
   float factor[kAttendRows];
   for (int r = 0; r < a.rows; ++r)
     factor[r] = soften(a.scores + r * a.score_stride, a.seen + r * a.more_seen, width, a.scaling);

@@ -45,7 +45,8 @@ const float* normed(const Step& s, const Norm& norm) {
   return out;
 }
 
-// Normalises (where there is such a norm) and rotates queries and keys in place, and appends the keys and values to those of before.
+// Normalises (where there is such a norm) and rotates queries and keys in place, and appends the keys and values to
+// those of before.
 void remember(const Step& s, float* qkv) {
   const Layer& l = s.layer;
   const int64_t d = l.head_dim, value_width = round_up(d, kPanel);

@@ -1,7 +1,7 @@
 // y = epilogue(quantise(x) W^T): rows are quantised and staged once, then each unit of work takes some panels of
-// weights and a block of row tiles, a step of k at a time. A panel's part is read from memory once for a block; a tile's
-// part stays in the nearest cache while the panels, in the second, pass by, and their outputs lie side by side. Widened
-// weights are the other way round: a panel's part stays while the tiles pass by.
+// weights and a block of row tiles, a step of k at a time. A panel's part is read from memory once for a block. A
+// tile's part stays in the nearest cache while the panels, in the second, pass by, and their outputs lie side by side.
+// Widened weights are the other way round: a panel's part stays while the tiles pass by.
 #include "gemm.h"
 
 #include <algorithm>

@@ -15,7 +15,8 @@ struct Product {
   const float* row_scale = nullptr; // (M,) of rows that are int8 already
 };
 
-// `e` comes with what the caller knows; row sums, and row scales where none are given, are filled in here. Throws std::bad_alloc.
+// `e` comes with what the caller knows; row sums, and row scales where none are given, are filled in here. Throws
+// std::bad_alloc.
 void multiply(const Product& p, Epilogue e);
 
 } // namespace haq

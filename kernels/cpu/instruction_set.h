@@ -9,7 +9,8 @@ namespace haq {
 namespace {
 
 // `attend` is one of attention.h, by how many registers there are.
-constexpr Kernels table(const char* name, int row_tile, decltype(Kernels::tile) tile, decltype(Kernels::attend) attend) {
+constexpr Kernels table(const char* name, int row_tile, decltype(Kernels::tile) tile,
+                        decltype(Kernels::attend) attend) {
   Kernels kernels{};
   kernels.name = name;
   kernels.row_tile = row_tile;
