@@ -28,7 +28,7 @@ from haq_lab.offload.placement import place
 from haq_lab.offload.policy import Decide, make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath
 from haq_lab.offload.record import record_trace
-from haq_lab.offload.slow_tier import SlowTier
+from haq_lab.offload.slow_tier import SlowTier, TierWriter
 from haq_lab.offload.streams import Mark, Streams
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.base import Quantizer
@@ -131,12 +131,13 @@ class TwoTiers:
         spare: int = 2,
         prefetch: str | None = None,
         decide: Decide | None = None,
+        writer: TierWriter | None = None,
     ) -> tuple[Engine, nn.Module]:
         """An engine at work in a whole model, which is new each time: deploying moves its weights. With `decide`, the
-        missing experts that it names run on the CPU."""
+        missing experts that it names run on the CPU. The slow tier is `writer`'s, or in the host's memory."""
         model = self._model()
         layers = self._layers(model)
-        writer = HostWriter(self.depth, self.streams, None if decide is None else CpuBackend())
+        writer = writer or HostWriter(self.depth, self.streams, None if decide is None else CpuBackend())
         for layer in layers:
             writer.add(layer.mlp.experts)
         tier: SlowTier = writer.open()

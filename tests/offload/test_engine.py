@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from two_tiers import TwoTiers
 
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.cpu import CpuBackend
@@ -25,6 +26,7 @@ from haq_lab.offload.policy import make_policy
 from haq_lab.offload.prefetch import NextGate, NextOnPath
 from haq_lab.offload.record import record_trace
 from haq_lab.offload.store import ExpertStore, ReadError, StoreWriter, layout, tensors_of
+from haq_lab.offload.streams import Streams
 from haq_lab.onepass import one_pass
 from haq_lab.quantizers.rtn import RTN
 
@@ -194,3 +196,18 @@ def test_a_read_that_keeps_failing_names_the_expert_and_leaves_the_arena_whole(c
     assert torch.equal(generate(whole), case.expected), "it goes on once the disk answers again"
     engine.check()
     engine.close()
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["read", "in_place"])
+@torch.no_grad()
+def test_a_deployed_model_served_from_a_file_has_the_bits_of_one_in_memory(tmp_path, in_place):
+    placed = TwoTiers(CpuBackend(), Streams(), steps=4)
+    decide = (lambda hits, missing: list(missing)) if in_place else None
+    with StoreWriter(tmp_path / "experts.bin") as writer:
+        engine, whole = placed.engine("lru", slots=6, decide=decide, writer=writer)
+        try:
+            assert torch.equal(placed.generate(whole), placed.expected)
+            assert engine.counters.metrics()["offload.hit_rate_pairs"] < 1
+            engine.check()
+        finally:
+            engine.close()
