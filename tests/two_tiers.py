@@ -46,16 +46,19 @@ def backend_on(device: str) -> Backend:
 
 
 def finished(
-    model: LayeredModel, add: Callable[[Any], object] = lambda layer: None, quantizer: Quantizer | None = NEAREST
+    model: LayeredModel,
+    add: Callable[[Any], object] = lambda layer: None,
+    quantizer: Quantizer | None = NEAREST,
+    backend: Backend | None = None,
 ) -> list[Any]:
-    """The model's layers as a pass on a CPU finishes them; `add` is given each."""
+    """The model's layers as a pass finishes them, on a CPU if no backend is given; `add` is given each."""
     layers: list[Any] = []
 
     def keep(index: int, layer: nn.Module) -> None:
         add(layer)
         layers.append(layer)
 
-    one_pass(model, quantizer, CpuBackend(), None, CalibrationPolicy(), {}, keep)
+    one_pass(model, quantizer, backend or CpuBackend(), None, CalibrationPolicy(), {}, keep)
     return layers
 
 
@@ -167,6 +170,4 @@ class TwoTiers:
         return LayeredModel(self._folder)
 
     def _layers(self, model: LayeredModel) -> list[Any]:
-        layers: list[Any] = []
-        one_pass(model, RTN(), self.backend, None, CalibrationPolicy(), {}, lambda index, layer: layers.append(layer))
-        return layers
+        return finished(model, backend=self.backend)

@@ -38,6 +38,11 @@ def machine() -> str:
     return platform.processor()
 
 
+def vector_isas() -> list[str]:
+    """The instruction sets of this CPU without the plain one."""
+    return [isa for isa in native.isas() if isa != "scalar"]
+
+
 def times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
     """(best, median) seconds of each call, the calls taking turns."""
     took: dict[str, list[float]] = {name: [] for name in calls}
@@ -86,7 +91,7 @@ def prefill(n: int, k: int, m: int, repeats: int) -> dict:
         "torch_int8": lambda: torch_int8(x, qw, scale),
         "accumulate": lambda: native.accumulate(qx, packed, sums),
     }
-    calls |= {isa: at(isa, lambda: linear(x, out)) for isa in native.isas() if isa != "scalar"}
+    calls |= {isa: at(isa, lambda: linear(x, out)) for isa in vector_isas()}
     took = times(calls, repeats)
     best = {name: t[0] for name, t in took.items()}
     return {
@@ -113,13 +118,12 @@ def stream_driver(folder: Path) -> Path:
 def decode(driver: Path, n: int, k: int, pool: int, repeats: int) -> dict:
     """Bytes of weights a second over the read bandwidth, at M = 1 to 4."""
     shares: dict[str, dict[str, float]] = {}
-    for isa in native.isas():
-        if isa != "scalar":
-            with native.forced_isa(isa):
-                command = map(str, [driver, build(), native.level(), n, k, pool, repeats])
-            rates = json.loads(subprocess.run([*command], check=True, capture_output=True).stdout)
-            read = rates.pop("read")
-            shares[isa] = {m: round(rate / read, 3) for m, rate in rates.items()}
+    for isa in vector_isas():
+        with native.forced_isa(isa):
+            command = map(str, [driver, build(), native.level(), n, k, pool, repeats])
+        rates = json.loads(subprocess.run([*command], check=True, capture_output=True).stdout)
+        read = rates.pop("read")
+        shares[isa] = {m: round(rate / read, 3) for m, rate in rates.items()}
     return {
         "N": n,
         "K": k,
@@ -145,7 +149,7 @@ def through_python(n: int, k: int, pool: int, repeats: int) -> dict[str, float]:
 
         return run
 
-    reads = {isa: at(isa, lambda: native.read_bytes(plain)) for isa in native.isas() if isa != "scalar"}
+    reads = {isa: at(isa, lambda: native.read_bytes(plain)) for isa in vector_isas()}
     took = times(reads | {f"M={m}": rotate(m) for m in (1, 2, 3, 4)}, repeats)
     read = min(took.pop(isa)[0] for isa in reads)
     return {name: round(read / best, 3) for name, (best, _) in took.items()}

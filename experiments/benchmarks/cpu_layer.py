@@ -15,7 +15,7 @@ import json
 from statistics import median
 
 import torch
-from cpu_gemm import machine
+from cpu_gemm import machine, vector_isas
 from model_speed import clock, model, since, whole
 
 from haq_lab.int8 import native
@@ -37,7 +37,7 @@ def main() -> None:
     weights = [m.packed for stack in stacks for m in stack.modules() if isinstance(m, Int8Linear)]
     size, layers = sum(packed.numel() for packed in weights), sum(len(stack.layers) for stack in stacks)
     data = native.huge_pages(size).fill_(1)
-    readers = [isa for isa in native.isas() if isa != "scalar"]
+    readers = vector_isas()
     read_seconds: dict[str, list[tuple[float, float]]] = {isa: [] for isa in readers}
     hidden, angles = torch.randn(1, 1, stacks[0].width), torch.randn(1, 1, stacks[0].head_dim)
     layer_seconds: list[tuple[float, float]] = []

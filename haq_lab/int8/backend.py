@@ -27,6 +27,16 @@ class PackedLinear(NamedTuple):
     bias: Tensor | None = None
 
 
+class PackedExpert(NamedTuple):
+    """An expert's linears, and how what `down` reads is quantised."""
+
+    gate: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
+    scheme: Activations
+    static_scale: Tensor | None = None
+
+
 class Backend:
     """Quantise the rows, multiply in int8, scale.
 
@@ -75,20 +85,12 @@ class Backend:
         """silu(gate) * up of float32 (m, k), as `numerics.swiglu` has it to the bit, quantised as by `quantize`."""
         return self.quantize(swiglu(gate, up), scheme, static_scale)
 
-    def expert(
-        self,
-        qx: Tensor,
-        row_scale: Tensor,
-        weights: tuple[PackedLinear, PackedLinear, PackedLinear],
-        scheme: Activations,
-        static_scale: Tensor | None,
-    ) -> Tensor:
-        """down(silu(gate(x)) * up(x)) in float32 of quantised rows and (gate, up, down); by `product` and
-        `swiglu_quantize`, or with their very bits. The scheme is that of what `down` reads."""
-        gate, up, down = weights
-        inner = [self.product(qx, row_scale, linear, torch.float32) for linear in (gate, up)]
-        quantized = self.swiglu_quantize(inner[0], inner[1], scheme, static_scale)
-        return self.product(*quantized, down, torch.float32)
+    def expert(self, qx: Tensor, row_scale: Tensor, weights: PackedExpert) -> Tensor:
+        """down(silu(gate(x)) * up(x)) in float32 of quantised rows; by `product` and `swiglu_quantize`, or with their
+        very bits."""
+        inner = [self.product(qx, row_scale, linear, torch.float32) for linear in (weights.gate, weights.up)]
+        quantized = self.swiglu_quantize(inner[0], inner[1], weights.scheme, weights.static_scale)
+        return self.product(*quantized, weights.down, torch.float32)
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
         """The quantised rows times the packed weights, scaled in float32: (m, n) of `dtype`."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from haq_lab.int8 import native
-from haq_lab.int8.backend import Backend, PackedLinear, ReferenceBackend
+from haq_lab.int8.backend import Backend, PackedExpert, PackedLinear, ReferenceBackend
 from haq_lab.int8.numerics import Activations, epilogue, scale_of
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -161,19 +161,13 @@ class CpuBackend(Backend):
             return super().swiglu_quantize(gate, up, scheme, static_scale)
         return self.quantize(native.silu_mul(torch.cat([gate, up], dim=1)), scheme, static_scale)
 
-    def expert(
-        self,
-        qx: Tensor,
-        row_scale: Tensor,
-        weights: tuple[PackedLinear, PackedLinear, PackedLinear],
-        scheme: Activations,
-        static_scale: Tensor | None,
-    ) -> Tensor:
-        plain = all(linear.packed.dtype == torch.uint8 and linear.bias is None for linear in weights)
-        if not plain or scheme == "tensor":
-            return super().expert(qx, row_scale, weights, scheme, static_scale)
-        packed, scales = [linear.packed for linear in weights], [linear.scale for linear in weights]
-        scale = None if static_scale is None else float(static_scale)
+    def expert(self, qx: Tensor, row_scale: Tensor, weights: PackedExpert) -> Tensor:
+        linears = weights.gate, weights.up, weights.down
+        plain = all(linear.packed.dtype == torch.uint8 and linear.bias is None for linear in linears)
+        if not plain or weights.scheme == "tensor":
+            return super().expert(qx, row_scale, weights)
+        packed, scales = [linear.packed for linear in linears], [linear.scale for linear in linears]
+        scale = None if weights.static_scale is None else float(weights.static_scale)
         return native.expert(qx, row_scale.reshape(-1).contiguous(), packed, scales, scale)
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:

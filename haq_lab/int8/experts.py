@@ -6,7 +6,7 @@ from typing import Self, cast
 
 from torch import Tensor
 
-from haq_lab.int8.backend import Backend
+from haq_lab.int8.backend import Backend, PackedExpert
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.numerics import Activations
 from haq_lab.models.experts import Expert, Experts, dispatch
@@ -54,8 +54,8 @@ class Int8Experts(Experts):
             levels, scale = here if gate.backend is self.backend else there
             own = (levels, scale) if len(tokens) == len(hidden) == 1 else (levels[tokens], scale[tokens])
             if self.swiglu:
-                weights = gate.weights, up.weights, down.weights
-                return down.backend.expert(*own, weights, down.scheme, down.input_scale).to(hidden)
+                weights = PackedExpert(gate.weights, up.weights, down.weights, down.scheme, down.input_scale)
+                return down.backend.expert(*own, weights).to(hidden)
             return down(expert.act_fn(gate.product(*own)) * up.product(*own)).to(hidden)
 
         return dispatch(hidden, chosen, weights, run, self.order)

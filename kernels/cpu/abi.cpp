@@ -59,6 +59,16 @@ bool supported(int level) {
   return level == 0;
 }
 
+template <class Work>
+int failed(const Work& work) { // what the functions return that can run out of memory
+  try {
+    work();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
 } // namespace
 
 extern "C" {
@@ -102,28 +112,21 @@ void haq_pack(const int8_t* w, int64_t n, int64_t k, int64_t column, uint8_t* pa
 int haq_linear(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, const uint8_t* packed,
                int64_t n, const float* weight_scale, const float* bias, float static_scale, void* out,
                int out_kind) {
-  try {
+  return failed([&] {
     multiply({kLevels[level], threads, x, static_cast<Kind>(x_kind), static_scale, packed, m, n, k},
              {nullptr, nullptr, weight_scale, bias, out, static_cast<Kind>(out_kind), n});
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+  });
 }
 
 void haq_quantize(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, float static_scale,
                   int8_t* q, float* scale) {
-  const int64_t x_bytes = x_kind == kFloat ? 4 : 2;
-  parallel_for(m * k < 32768 ? 1 : threads, m, [&](int64_t row) {
-    kLevels[level]->quantize(static_cast<const uint8_t*>(x) + row * k * x_bytes, static_cast<Kind>(x_kind), k,
-                             static_scale, q + row * k, scale + row);
-  });
+  quantize_rows(*kLevels[level], threads, x, static_cast<Kind>(x_kind), m, k, static_scale, q, scale);
 }
 
 // out (m, n) = silu(gate) * up, where gate_up (m, 2n) holds gate | up in each row.
 void haq_silu_mul(int level, int threads, const void* gate_up, int kind, int64_t m, int64_t n, void* out) {
   const int64_t bytes = n * (kind == kFloat ? 4 : 2);
-  parallel_for(m * n < 32768 ? 1 : threads, m, [&](int64_t row) {
+  parallel_for(threads_for(threads, m * n), m, [&](int64_t row) {
     const auto* gate = static_cast<const uint8_t*>(gate_up) + 2 * row * bytes;
     kLevels[level]->silu_mul(gate, gate + bytes, static_cast<Kind>(kind), n,
                              static_cast<uint8_t*>(out) + row * bytes);
@@ -147,53 +150,41 @@ void haq_half_linear(int level, int threads, const float* x, int64_t m, int64_t 
 int haq_decoder_layers(int level, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
                        const float* cosines, const float* sines, float* keys, float* values, int64_t capacity,
                        int64_t past) {
-  try {
+  return failed([&] {
     run_layers(*kLevels[level], threads, layers, count, hidden, tokens, cosines, sines,
                {keys, values, capacity, past});
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+  });
 }
 
 // A layer's attention half alone, `hidden` in place; `normed` is what its MLP reads. Keys and values are of all layers.
 int haq_attention(int level, int threads, const Layer* layers, int64_t index, float* hidden, float* normed,
                   int64_t tokens, const float* cosines, const float* sines, float* keys, float* values,
                   int64_t capacity, int64_t past) {
-  try {
+  return failed([&] {
     run_attention(*kLevels[level], threads, layers, index, hidden, normed, tokens, cosines, sines,
                   {keys, values, capacity, past});
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+  });
 }
 
 // The routing of x (m, width), see moe.h: logits (m, r.experts), weights and chosen (m, r.chosen).
 int haq_route(int level, int threads, const Router* r, const float* x, int64_t m, int64_t width, float* logits,
               float* weights, int64_t* chosen) {
-  try {
+  return failed([&] {
     route(*kLevels[level], threads, *r, x, m, width, logits, weights, chosen);
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+  });
 }
 
 // out (m, k) = the expert of x (m, k) int8; weights packed, gate and up of `inner` rows.
 int haq_expert(int level, int threads, const int8_t* x, const float* row_scale, int64_t m, int64_t k, int64_t inner,
                const uint8_t* gate, const float* gate_scale, const uint8_t* up, const float* up_scale,
                const uint8_t* down, const float* down_scale, float static_scale, float* out) {
-  try {
+  return failed([&] {
     run_expert(*kLevels[level], threads, x, row_scale, m,
                {{gate, gate_scale, nullptr, inner, k, 0},
                 {up, up_scale, nullptr, inner, k, 0},
                 {down, down_scale, nullptr, k, inner, static_scale}},
                out);
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+  });
 }
 
 // Reads `bytes` at `data` in blocks of 128 KiB; the sum keeps the compiler honest.

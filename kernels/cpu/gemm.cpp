@@ -15,7 +15,6 @@ namespace haq {
 
 namespace {
 
-constexpr int64_t kSerialStage = 32768;     // values of x below which threads cost more than they gain
 constexpr int64_t kStreamBytes = 1 << 17;   // weights that a unit streams when there are few rows
 constexpr int64_t kBlockBytes = 8 << 20;    // staged activations of a block of tiles
 constexpr int64_t kStepGroups = 160;        // k groups of a step at most: 20 KiB of a panel's weights
@@ -112,13 +111,21 @@ void run_panels(const Product& p, const Plan& plan, const Epilogue& e, const uin
 
 } // namespace
 
+void quantize_rows(const Kernels& isa, int threads, const void* x, Kind kind, int64_t m, int64_t k, float static_scale,
+                   int8_t* q, float* scale) {
+  const int64_t bytes = k * (kind == kFloat ? 4 : 2);
+  parallel_for(threads_for(threads, m * k), m, [&](int64_t row) {
+    isa.quantize(static_cast<const uint8_t*>(x) + row * bytes, kind, k, static_scale, q + row * k, scale + row);
+  });
+}
+
 void multiply(const Product& p, Epilogue e) {
   if (p.m == 0 || p.n == 0) return;
   const Plan plan = make_plan(p);
   uint8_t* staged = staged_scratch.get(plan.tiles * plan.tile_bytes + kTileSlack);
   auto* scales = reinterpret_cast<float*>(row_scratch.get(p.m * 8));
   auto* sums = reinterpret_cast<int32_t*>(scales + p.m);
-  parallel_for(p.m * p.k < kSerialStage ? 1 : p.threads, plan.tiles,
+  parallel_for(threads_for(p.threads, p.m * p.k), plan.tiles,
                [&](int64_t tile) { stage_tile(p, plan, tile, staged, scales, sums); });
   e.row_sum = sums;
   e.row_scale = p.row_scale ? p.row_scale : scales;

@@ -19,4 +19,8 @@ struct Product {
 // std::bad_alloc.
 void multiply(const Product& p, Epilogue e);
 
+// x (m, k), kFloat or kBFloat16, into plain rows q and their scales (m,); a static_scale of 0 asks for a row's own.
+void quantize_rows(const Kernels& isa, int threads, const void* x, Kind kind, int64_t m, int64_t k, float static_scale,
+                   int8_t* q, float* scale);
+
 } // namespace haq

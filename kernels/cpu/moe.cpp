@@ -11,11 +11,7 @@
 namespace haq {
 namespace {
 
-constexpr int64_t kSerial = 32768; // values below which threads cost more than they gain
-
 thread_local Scratch inner_scratch, route_scratch, quantized_scratch, gathered_scratch, result_scratch;
-
-int threads_for(int threads, int64_t values) { return values < kSerial ? 1 : threads; }
 
 Epilogue into(float* out, const Linear& linear) {
   return {nullptr, nullptr, linear.scale, linear.bias, out, kFloat, linear.n};
@@ -86,9 +82,7 @@ void add_experts(const Kernels& isa, int threads, const Moe& moe, const float* x
   float *weights = logits + m * r.experts, *scales = weights + pairs;
   auto* levels = reinterpret_cast<int8_t*>(scales + m);
   route(isa, threads, r, x, m, width, logits, weights, chosen);
-  parallel_for(threads_for(threads, m * width), m, [&](int64_t row) {
-    isa.quantize(x + row * width, kFloat, width, moe.activation_scale, levels + row * width, scales + row);
-  });
+  quantize_rows(isa, threads, x, kFloat, m, width, moe.activation_scale, levels, scales);
 
   std::fill(first, first + r.experts + 1, 0);
   for (int64_t pair = 0; pair < pairs; ++pair) ++first[chosen[pair] + 1];

@@ -33,4 +33,7 @@ void parallel_for(int threads, int64_t units, const Body& body) {
   run_with_helpers(threads - 1, work, &shared);
 }
 
+// Below so many values of a row-by-row pass threads cost more than they gain.
+inline int threads_for(int threads, int64_t values) { return values < 32768 ? 1 : threads; }
+
 } // namespace haq

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8 import native
-from haq_lab.int8.backend import Backend, PackedLinear
+from haq_lab.int8.backend import Backend, PackedExpert, PackedLinear
 from haq_lab.int8.cpu import CpuBackend
 from haq_lab.int8.decoder import MoeStack, NativeStack, stack_of
 from haq_lab.int8.deploy import deploy
@@ -38,12 +38,12 @@ def test_an_expert_has_the_bits_of_its_parts(isa, m, k, f, static, seed):
         levels = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
         return PackedLinear(backend.pack(levels), 0.01 * torch.rand(rows, generator=generator) + 1e-4)
 
-    weights = linear(f, k), linear(f, k), linear(k, f)
-    scheme, scale = ("static", torch.tensor(0.02)) if static else ("token", None)
+    down_reads = ("static", torch.tensor(0.02)) if static else ("token", None)
+    weights = PackedExpert(linear(f, k), linear(f, k), linear(k, f), *down_reads)
     with native.forced_isa(isa):
         rows = backend.quantize(x, "token", None)
-        got = backend.expert(*rows, weights, scheme, scale)
-        assert torch.equal(got, Backend.expert(backend, *rows, weights, scheme, scale))
+        got = backend.expert(*rows, weights)
+        assert torch.equal(got, Backend.expert(backend, *rows, weights))
 
 
 def test_an_expert_of_other_sizes_is_refused():
