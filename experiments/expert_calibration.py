@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from haq_lab.calibration.observe import captured_inputs
+from haq_lab.calibration.dataset import Calibration
+from haq_lab.calibration.hooks import captured_inputs
 from haq_lab.calibration.statistics import InputStatistics
-from haq_lab.data.calibration import Calibration
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
+from haq_lab.quantizers.gptq_solver import factorize, solve
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 from haq_lab.quantizers.smoothing import factor_of
-from haq_lab.quantizers.solver import factorize, solve
 
 FEW = (8, 32, 128, 512)
 

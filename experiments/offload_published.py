@@ -19,17 +19,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from haq_lab.int8.roofline import load_hardware
-from haq_lab.offload.costs import Predictor
-from haq_lab.offload.machine_costs import LINK_REACHED, Format, machine_costs
-from haq_lab.offload.path_model import PathModel, fit_path_model
-from haq_lab.offload.placement import place
-from haq_lab.offload.plan import fixed_bytes
-from haq_lab.offload.policy import make_policy
-from haq_lab.offload.prefetch import NextOnPath
-from haq_lab.offload.shape import MIXTRAL
-from haq_lab.offload.simulator import Simulator
-from haq_lab.offload.trace import Trace
+from haq_lab.hardware.spec import load_hardware
+from haq_lab.offload.costs.cost_model import Predictor
+from haq_lab.offload.costs.from_spec import LINK_REACHED, machine_costs
+from haq_lab.offload.costs.model_shape import MIXTRAL
+from haq_lab.offload.policies.path_model import PathModel, fit_path_model
+from haq_lab.offload.policies.placement import place
+from haq_lab.offload.policies.policy import make_policy
+from haq_lab.offload.policies.prefetch import NextOnPath
+from haq_lab.offload.simulate.capacity_plan import fixed_bytes
+from haq_lab.offload.simulate.simulator import Simulator
+from haq_lab.offload.tiers.formats import Format
+from haq_lab.routing.trace import Trace
 
 CARD, CONTEXT = "rtx_a5000", 2048  # the card of MoE-Infinity's table
 PCIE3 = 16.0  # GB/s, x16, nominal

@@ -12,7 +12,7 @@ from hypothesis import settings
 from launching import TINY, launch
 from torch import Tensor, nn
 
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25, database=None)
@@ -33,7 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def studied(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results as a user has them: a sweep of a dense model (`dense`), one of offloading (`experts`), the replay of two
     traces (`replay`), and a run that failed."""
-    from haq_lab.offload.__main__ import main as offload
+    from haq_lab.cli.offload import main as offload
 
     folder = tmp_path_factory.mktemp("studied")
     quick = ["measure=[perplexity,memory,latency]", "measure.latency.seconds=0", "measure.latency.prompt_tokens=16"]

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from haq_lab import cli
+from haq_lab.cli import main as cli
 from haq_lab.quantizers.rtn import RTN
 
 TINY = [

@@ -6,9 +6,9 @@ import json
 
 from launching import TINY, launch
 
-from haq_lab import assembly
 from haq_lab.offload import session
-from haq_lab.offload.store import PAGE
+from haq_lab.offload.tiers.disk import PAGE
+from haq_lab.pipeline import assemble as assembly
 
 MIXTRAL = [*TINY, "model=tiny_mixtral", "measure=[memory]"]
 OFFLOADED = ["offload=static", "offload.budget=8"]

@@ -25,7 +25,7 @@ from launching import TINY, launch
 from safetensors import safe_open
 
 from haq_lab.models.sources import TinyModel
-from haq_lab.results import load
+from haq_lab.results.load import load
 
 KEPT = [setting for setting in TINY if not setting.startswith(("stages", "measure", "quantizer"))]
 KEPT += ["quantizer=haq", "measure=[perplexity,latency]", "measure.latency.seconds=0", "measure.latency.iterations=1"]
@@ -33,11 +33,11 @@ KEPT += ["measure.latency.prompt_tokens=8", "measure.latency.decode_tokens=2", "
 STAGES = {  # what runs within each stage
     "the model is made": "haq_lab.models.sources.build_tiny",
     "sensitivity": "haq_lab.calibration.sensitivity._differentiate_layer",
-    "quantization": "haq_lab.onepass.quantize_group",
-    "assembly": "haq_lab.runner.Assembly.finish",
+    "quantization": "haq_lab.pipeline.sequential.quantize_group",
+    "assembly": "haq_lab.pipeline.run.Assembly.finish",
     "perplexity": "haq_lab.measure.perplexity.Perplexity.__call__",
     "latency": "haq_lab.measure.latency.Latency.__call__",
-    "record": "haq_lab.calibration.ranges.Ranges.save",
+    "record": "haq_lab.calibration.channel_ranges.Ranges.save",
 }
 
 
@@ -247,7 +247,7 @@ def test_damaged_results_are_no_results(content, tmp_path):
 
 def test_any_characters_in_any_path(tmp_path, monkeypatch):
     """Cache, store, checkpoint, run folder, the folder that it is started in, and the page about it."""
-    from haq_lab.report import __main__ as report
+    from haq_lab.cli import report
 
     place = tmp_path / "größe ½ 模型 (a,b)=c [1] 'q'"
     place.mkdir()

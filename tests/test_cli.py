@@ -16,8 +16,9 @@ import torch
 from launching import TINY, launch
 from safetensors.torch import load_file, save_file
 
-from haq_lab import cli, onepass
+from haq_lab.cli import main as cli
 from haq_lab.models.sources import TinyModel
+from haq_lab.pipeline import sequential as onepass
 
 
 @pytest.fixture

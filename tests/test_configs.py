@@ -16,14 +16,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from launching import TINY, launch
 
-from haq_lab import cli  # noqa: F401  (registers the resolver that the config uses)
-from haq_lab.config import build
-from haq_lab.help import GROUPS, options, settings_of
-from haq_lab.int8.roofline import load_hardware
-from haq_lab.offload.hardware import save_local
-from haq_lab.paths import bundled
-from haq_lab.published import beside
-from haq_lab.results import load
+from haq_lab.config.build import build
+from haq_lab.config.help import GROUPS, options, settings_of
+from haq_lab.hardware.local import save_local
+from haq_lab.hardware.spec import load_hardware
+from haq_lab.results.load import load
+from haq_lab.results.published import beside
+from haq_lab.utils.paths import bundled
 
 QUANTIZERS = [name for name in options("quantizer") if name != "none"]
 NEEDED = {
@@ -99,7 +98,7 @@ def test_the_defaults_are_the_promised_ones():
     config = _composed()
     assert list(config.measure) == ["perplexity", "memory", "latency"]
     assert config.tracking.mode == "offline"
-    assert (config.backend._target_, config.force) == ("haq_lab.int8.cpu.CpuBackend", False)
+    assert (config.backend._target_, config.force) == ("haq_lab.int8.cpu.backend.CpuBackend", False)
     calibration = _composed("calibration=wikitext2").calibration
     assert (calibration.samples, calibration.seqlen, calibration.seed) == (128, 2048, 0)
 

@@ -53,7 +53,7 @@ def test_a_quantizer(tmp_path):
 def test_a_family(copied, cache):
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from haq_lab.models.tiny import byte_tokenizer
+    from haq_lab.models.random_tiny import byte_tokenizer
 
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=257, bos_token_id=0, eos_token_id=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from haq_lab.figures import layer_figure, mean_over_experts
+from haq_lab.results.figures import layer_figure, mean_over_experts
 
 
 def _layers(error: float | None) -> pd.DataFrame:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.files import folder_written_aside, sha256, write_json, write_text, written_aside
-from haq_lab.paths import folder_name
+from haq_lab.utils.atomic_files import folder_written_aside, sha256, write_json, write_text, written_aside
+from haq_lab.utils.paths import folder_name
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from haq_lab import heap
+from haq_lab.utils import malloc as heap
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no malloc_trim in this C library")

@@ -9,8 +9,8 @@ import sys
 import pytest
 from launching import launch
 
-from haq_lab.help import GROUPS, options
-from haq_lab.paths import bundled
+from haq_lab.config.help import GROUPS, options
+from haq_lab.utils.paths import bundled
 
 TEXT = launch("--help").out
 

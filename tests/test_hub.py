@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from haq_lab.hub import hub_answers
+from haq_lab.utils.hub import hub_answers
 
 
 class Session:

@@ -10,13 +10,13 @@ from torch import nn
 
 from haq_lab.calibration.statistics import MIN_TOKENS, CalibrationPolicy
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.int8.experts import Int8Experts
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.families import expert_of
-from haq_lab.onepass import one_pass
+from haq_lab.models.int8_experts import Int8Experts
+from haq_lab.pipeline.sequential import one_pass
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothquant import SmoothQuant
+from haq_lab.storage.tensor_names import expert_of
 from tests.models.test_layered import whole_of
 
 QUANTIZERS = {
@@ -134,7 +134,7 @@ def test_nothing_keeps_a_layers_weights_once_it_is_finished(tiny, windows, name)
 
 def test_hidden_states_in_files_change_nothing(tiny, windows, monkeypatch):
     in_ram, _ = pass_through(tiny, GPTQ(), windows, "quantized")
-    monkeypatch.setattr("haq_lab.calibration.spool.RAM_BYTES", 100_000)
+    monkeypatch.setattr("haq_lab.storage.hidden_state_buffer.RAM_BYTES", 100_000)
     in_files, _ = pass_through(tiny, GPTQ(), windows, "quantized")
     for level, hidden in in_ram.hidden["text"].items():
         assert torch.equal(in_files.hidden["text"][level], hidden)

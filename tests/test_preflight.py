@@ -14,10 +14,10 @@ import torch
 from launching import TINY, launch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from haq_lab import preflight
-from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.cuda_backend import CudaBackend
+from haq_lab.int8.cuda.backend import CudaBackend
+from haq_lab.int8.cuda.kernels import Kernels
 from haq_lab.models.sources import HubModel, TinyModel
+from haq_lab.pipeline import preflight
 
 EXPERT = 3 * 4096 * 14336  # parameters of one of Mixtral-8x7B's
 
@@ -66,7 +66,7 @@ def _lines(experiment, source):
 
 
 def test_a_local_folder_needs_no_hub(local, monkeypatch):
-    from haq_lab.config import build
+    from haq_lab.config.build import build
     from tests.test_configs import _composed
 
     setting = ["+experiment=paper_mixtral", f"model.name={local}"]
@@ -87,7 +87,7 @@ def test_a_local_folder_needs_no_hub(local, monkeypatch):
 
 @pytest.mark.parametrize(("budget", "resident"), [("50%", 8), ("4", 4 + 4), ("1GB", 1e9 / EXPERT)])
 def test_offloaded_experts_need_no_memory_but_their_budget(budget, resident, local):
-    from haq_lab.config import build
+    from haq_lab.config.build import build
     from tests.test_configs import _composed
 
     setting = ["+experiment=paper_mixtral", f"model.name={local}", "measure=[memory]", "calibration.samples=1"]
@@ -99,7 +99,7 @@ def test_offloaded_experts_need_no_memory_but_their_budget(budget, resident, loc
 
 def _on_a_gpu(local, *more):
     """What a deployed model of two layers takes of RAM and of the GPU that computes it; of RAM if a CPU does."""
-    from haq_lab.config import build
+    from haq_lab.config.build import build
     from tests.test_configs import _composed
 
     few = [f"model.name={local}", "measure=[memory]", "calibration.samples=1"]
@@ -149,7 +149,7 @@ def test_what_is_deployed_on_a_gpu_is_in_its_memory_alone_if_it_is_quantised(loc
 
 
 def test_a_full_precision_baseline_keeps_no_layer(local):
-    from haq_lab.config import build
+    from haq_lab.config.build import build
     from tests.test_configs import _composed
 
     few = ["data.c4.windows=1", "data.wikitext2.windows=1"]

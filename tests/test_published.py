@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from haq_lab.help import options
-from haq_lab.published import beside, published
-from haq_lab.results import show_published
+from haq_lab.config.help import options
+from haq_lab.results.load import show_published
+from haq_lab.results.published import beside, published
 
 
 def _run(**facts) -> pd.DataFrame:

@@ -7,9 +7,9 @@ import re
 import pandas as pd
 import pytest
 
-from haq_lab import results
-from haq_lab.show import show_results
+from haq_lab.results import load as results
 from haq_lab.tracking.run_folder import RunFolder, read_results
+from haq_lab.utils.console import show_results
 
 
 @pytest.fixture

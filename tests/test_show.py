@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from haq_lab.show import readable, show_results
+from haq_lab.utils.console import readable, show_results
 
 
 @pytest.mark.parametrize(

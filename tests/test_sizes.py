@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from haq_lab.sizes import number_and_unit
+from haq_lab.utils.units import number_and_unit
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from launching import TINY, launch
 
-from haq_lab.sweeps import Watch, new_failures
+from haq_lab.cli.sweep_failures import Watch, new_failures
 
 LAUNCHERS = {
     "joblib": ["hydra/launcher=local", "hydra.launcher.n_jobs=2"],
@@ -115,7 +115,7 @@ def test_without_slurm_its_launcher_says_so(tmp_path, monkeypatch):
     ],
 )
 def test_a_missing_extra_is_named(error, extra):
-    from haq_lab.help import explain
+    from haq_lab.config.help import explain
 
     assert explain(RuntimeError(error)) == f"hydra: {extra} is not installed; run: pip install 'haq-lab[{extra}]'"
 

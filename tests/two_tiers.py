@@ -15,24 +15,25 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.cuda_backend import CudaBackend
-from haq_lab.int8.deploy import deploy
-from haq_lab.models.layered import LayeredModel
+from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.int8.cuda.backend import CudaBackend
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.offload.conversion import ConvertedTier
-from haq_lab.offload.engine import Engine
-from haq_lab.offload.host_tier import HostTier, HostWriter
-from haq_lab.offload.path_model import PathModel, fit_path_model
-from haq_lab.offload.placement import place
-from haq_lab.offload.policy import Decide, make_policy
-from haq_lab.offload.prefetch import NextGate, NextOnPath
-from haq_lab.offload.record import record_trace
-from haq_lab.offload.slow_tier import SlowTier, TierWriter
-from haq_lab.offload.streams import Mark, Streams
-from haq_lab.onepass import one_pass
+from haq_lab.offload.engine.engine import Engine
+from haq_lab.offload.policies.path_model import PathModel, fit_path_model
+from haq_lab.offload.policies.placement import place
+from haq_lab.offload.policies.policy import Decide, make_policy
+from haq_lab.offload.policies.prefetch import NextGate, NextOnPath
+from haq_lab.offload.tiers.base import SlowTier
+from haq_lab.offload.tiers.conversion import ConvertedTier
+from haq_lab.offload.tiers.cuda_streams import Mark, Streams
+from haq_lab.offload.tiers.pinned_host import HostTier, HostWriter
+from haq_lab.offload.tiers.writer import TierWriter
+from haq_lab.pipeline.sequential import one_pass
 from haq_lab.quantizers.base import Quantizer
 from haq_lab.quantizers.rtn import RTN
+from haq_lab.routing.record import record_trace
+from haq_lab.runtime.deploy import deploy
 
 READY = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
 ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not READY, reason="needs an NVIDIA GPU that torch can use, and CuPy")]

@@ -18,10 +18,10 @@ import torch
 from cpu_gemm import machine, vector_isas
 from model_speed import clock, model, since, whole
 
-from haq_lab.int8 import native
-from haq_lab.int8.decoder import NativeStack
+from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.quantizers.rtn import RTN
+from haq_lab.runtime.native_decoder import NativeStack
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from cpu_gemm import machine
 from model_speed import Seconds, model, one_round, ratios, whole
 
 from haq_lab.data.windows import PythonDocs
-from haq_lab.int8 import native
-from haq_lab.models.layered import LayeredModel
+from haq_lab.int8.cpu import bindings as native
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.rtn import RTN
 
 FORMS: dict[str, Callable[[LayeredModel], Any]] = {

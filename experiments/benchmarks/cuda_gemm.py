@@ -15,10 +15,11 @@ from collections.abc import Callable
 
 import torch
 
-from haq_lab.errors import UserError
-from haq_lab.int8 import cuda
-from haq_lab.int8.launch import choose_split, choose_tile
-from haq_lab.int8.roofline import Hardware, gemm_work, gemv_work, least_seconds, load_hardware
+from haq_lab.hardware.spec import Hardware, load_hardware
+from haq_lab.int8.cuda import kernels as cuda
+from haq_lab.int8.cuda.launch import choose_split, choose_tile
+from haq_lab.int8.cuda.roofline import gemm_work, gemv_work, least_seconds
+from haq_lab.utils.errors import UserError
 
 LAYERS = {
     "attention": (4096, 4096),

@@ -54,7 +54,7 @@ def serve(path: str, threads: int, prompt_tokens: int, tokens: int, flash: bool)
 
 def environment() -> Path:
     """The Python of llama.cpp's environment, made where it is not there."""
-    from haq_lab.paths import cache_folder
+    from haq_lab.utils.paths import cache_folder
 
     folder = cache_folder() / "benchmarks" / "llama-cpp"
     python = folder / "bin" / "python"
@@ -118,7 +118,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from cpu_gemm import machine
     from model_speed import Seconds, model, one_round, ratios, whole
 
-    from haq_lab.int8 import native
+    from haq_lab.int8.cpu import bindings as native
     from haq_lab.quantizers.rtn import RTN
 
     torch.set_num_threads(arguments.threads)

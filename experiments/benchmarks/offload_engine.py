@@ -28,18 +28,18 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.checkpoint.model import QuantizedModel
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.offload.costs import Costs, Predictor
-from haq_lab.offload.engine import Engine
-from haq_lab.offload.measured_costs import measure_costs
-from haq_lab.offload.observer import Observer
-from haq_lab.offload.path_model import PathModel, fit_path_model
-from haq_lab.offload.placement import place
-from haq_lab.offload.policy import Policy, make_policy
-from haq_lab.offload.prefetch import NextGate
-from haq_lab.offload.simulator import Simulator
-from haq_lab.offload.store import ExpertStore, StoreWriter
-from haq_lab.offload.trace import Trace
+from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.offload.costs.cost_model import Costs, Predictor
+from haq_lab.offload.costs.measured import measure_costs
+from haq_lab.offload.engine.cost_feedback import Observer
+from haq_lab.offload.engine.engine import Engine
+from haq_lab.offload.policies.path_model import PathModel, fit_path_model
+from haq_lab.offload.policies.placement import place
+from haq_lab.offload.policies.policy import Policy, make_policy
+from haq_lab.offload.policies.prefetch import NextGate
+from haq_lab.offload.simulate.simulator import Simulator
+from haq_lab.offload.tiers.disk import ExpertStore, StoreWriter
+from haq_lab.routing.trace import Trace
 
 TOKENS, SPARE = 24, 4
 CURVES = ("fast", "slow", "fetch", "rest", "outside", "issue", "begin", "take")

@@ -11,8 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from haq_lab.offload.curves import closed, hit_rates
-from haq_lab.offload.trace import Trace
+from haq_lab.offload.simulate.hit_rate_curves import closed, hit_rates
+from haq_lab.routing.trace import Trace
 
 
 def main() -> None:

@@ -25,15 +25,15 @@ from matplotlib.figure import Figure
 from offload_engine import SPARE, TOKENS, Bench, InStep
 
 from haq_lab.checkpoint.model import QuantizedModel
-from haq_lab.figures import save
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.deploy import deploy
+from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import parameter_count, weight_bytes
-from haq_lab.offload.measured_costs import measure_costs
-from haq_lab.offload.path_model import fit_path_model
+from haq_lab.offload.costs.measured import measure_costs
+from haq_lab.offload.costs.model_shape import Shape
+from haq_lab.offload.policies.path_model import fit_path_model
 from haq_lab.offload.settings import FLOAT
-from haq_lab.offload.shape import Shape
-from haq_lab.offload.trace import Trace
+from haq_lab.routing.trace import Trace
+from haq_lab.runtime.deploy import deploy
+from haq_lab.utils.plotting import save
 
 POLICIES = {
     "LRU, per layer": ("lru", "uniform", "layer", "fetch"),

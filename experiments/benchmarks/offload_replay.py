@@ -15,10 +15,10 @@ import time
 
 import numpy as np
 
-from haq_lab.offload.path_model import fit_path_model
-from haq_lab.offload.placement import place
-from haq_lab.offload.policy import make_policy
-from haq_lab.offload.trace import Trace
+from haq_lab.offload.policies.path_model import fit_path_model
+from haq_lab.offload.policies.placement import place
+from haq_lab.offload.policies.policy import make_policy
+from haq_lab.routing.trace import Trace
 
 LAYERS, EXPERTS, K, KINDS = 32, 8, 2, 64
 

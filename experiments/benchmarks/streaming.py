@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from transformers import MixtralConfig
 
-from haq_lab.models.shards import ShardWriter
-from haq_lab.models.tiny import byte_tokenizer
+from haq_lab.models.random_tiny import byte_tokenizer
+from haq_lab.storage.hf_shard_writer import ShardWriter
 
 EXPERTS = 8
 

@@ -12,17 +12,17 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from haq_lab.calibration.observe import observe, record_inputs
-from haq_lab.calibration.routing import Routing
+from haq_lab.calibration.cached import CalibrationStages
+from haq_lab.calibration.hooks import observe, record_inputs
+from haq_lab.calibration.observers import ExpertInside, ExpertsInput, SharedInput, channels_of
 from haq_lab.calibration.sensitivity import LayerSensitivity, measure_sensitivity
-from haq_lab.calibration.spool import Spool
 from haq_lab.calibration.statistics import CalibrationPolicy, InputStatistics, Needs
-from haq_lab.calibration.watchers import ExpertInside, ExpertsInput, SharedInput, channels_of
-from haq_lab.models.families import Group
-from haq_lab.models.layered import LayeredModel
-from haq_lab.stages.calibration import CalibrationStages
-from haq_lab.stages.store import Store
-from haq_lab.stopwatch import Stopwatch
+from haq_lab.models.architectures import Group
+from haq_lab.models.layerwise import LayeredModel
+from haq_lab.result_cache.store import Store
+from haq_lab.routing.choices import Routing
+from haq_lab.storage.hidden_state_buffer import Spool
+from haq_lab.utils.timer import Stopwatch
 
 CALIBRATION = "/calibration"  # the name of its hidden states in a pass
 HESSIAN_BYTES = 2 << 30  # of the experts that are observed in one forward

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from haq_lab.calibration.spool import Spool
 from haq_lab.calibration.statistics import Sensitivity
-from haq_lab.heap import give_back
-from haq_lab.models.families import Group
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.architectures import Group
+from haq_lab.models.layerwise import LayeredModel
+from haq_lab.storage.hidden_state_buffer import Spool
+from haq_lab.utils.malloc import give_back
 
 LayerSensitivity = dict[str, Sensitivity]  # by the group's site
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from haq_lab.checkpoint.manifest import layer_file
 from haq_lab.checkpoint.model import QuantizedModel
-from haq_lab.checkpoint.shard import read_shard
-from haq_lab.errors import UserError
-from haq_lab.files import folder_written_aside, write_json
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.models.shards import ShardWriter
+from haq_lab.storage.hf_shard_writer import ShardWriter
+from haq_lab.storage.safetensors_file import read_shard
+from haq_lab.utils.atomic_files import folder_written_aside, write_json
+from haq_lab.utils.errors import UserError
 
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 ACTIVATIONS = {

@@ -12,9 +12,9 @@ from typing import Any
 from rich.table import Column, Table
 
 from haq_lab.checkpoint.manifest import FILE, Manifest
-from haq_lab.checkpoint.shard import header_of, read_shard
-from haq_lab.errors import UserError
-from haq_lab.files import sha256
+from haq_lab.storage.safetensors_file import header_of, read_shard
+from haq_lab.utils.atomic_files import sha256
+from haq_lab.utils.errors import UserError
 
 
 def summary(folder: Path) -> tuple[Table, dict[str, Any]]:

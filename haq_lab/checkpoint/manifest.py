@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from haq_lab.checkpoint.shard import Shard
-from haq_lab.errors import UserError, nearest
-from haq_lab.files import sha256, write_json
+from haq_lab.storage.safetensors_file import Shard
+from haq_lab.utils.atomic_files import sha256, write_json
+from haq_lab.utils.errors import UserError, nearest
 
 FILE = "manifest.json"
 WORK = "work"

@@ -8,13 +8,13 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from haq_lab.checkpoint.layer import int8_layer
+from haq_lab.checkpoint.layer_tensors import int8_layer
 from haq_lab.checkpoint.manifest import REST, Manifest, layer_file
-from haq_lab.checkpoint.shard import read_shard
-from haq_lab.errors import UserError
 from haq_lab.int8.backend import Backend
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
+from haq_lab.storage.safetensors_file import read_shard
+from haq_lab.utils.errors import UserError
 
 
 @dataclass(frozen=True)

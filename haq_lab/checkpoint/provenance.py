@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
-import transformers
-
-from haq_lab.files import sha256_once
+from haq_lab.storage.content_hash import file_hashes
+from haq_lab.utils.environment import machine, versions
 
 SETTINGS = ("model", "quantizer", "calibration", "backend")  # groups that decide a checkpoint's bytes
 
@@ -34,21 +30,6 @@ def provenance(folder: Path, label: str, config: dict[str, Any], calibration: di
     }
 
 
-def versions() -> dict[str, str]:
-    """Of what computes, and of what writes the files."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the last bits of floating-point sums depend on."""
-    return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-
-
 def differences(ours: Any, theirs: Any, name: str = "") -> Iterable[str]:
     """Names of the entries in which two nested dicts differ."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -56,20 +37,6 @@ def differences(ours: Any, theirs: Any, name: str = "") -> Iterable[str]:
             yield from differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
     elif ours != theirs:
         yield name
-
-
-def content_files(folder: Path) -> list[Path]:
-    """A checkpoint folder's weights and its config."""
-    return sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the content files. The hub's cache names large files by it, which spares reading 93 GB."""
-    hashes = {}
-    for path in content_files(folder):
-        name = path.resolve().name
-        hashes[path.name] = name if re.fullmatch(r"[0-9a-f]{64}", name) else sha256_once(path)
-    return hashes
 
 
 def _revision(folder: Path) -> str | None:

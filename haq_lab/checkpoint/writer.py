@@ -13,15 +13,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import nn
 
-from haq_lab.checkpoint.layer import layer_content, storable
+from haq_lab.checkpoint.layer_tensors import layer_content, storable
 from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, WORK, Manifest, layer_file
 from haq_lab.checkpoint.provenance import differences
-from haq_lab.checkpoint.shard import Shard, write_shard
-from haq_lab.checkpoint.states import layers_done, restore_state, save_state
-from haq_lab.errors import UserError
-from haq_lab.files import sha256, write_json
-from haq_lab.models.layered import LayeredModel
-from haq_lab.onepass import PassState
+from haq_lab.checkpoint.resume_state import layers_done, restore_state, save_state
+from haq_lab.models.layerwise import LayeredModel
+from haq_lab.quantizers.pass_result import PassState
+from haq_lab.storage.safetensors_file import Shard, write_shard
+from haq_lab.utils.atomic_files import sha256, write_json
+from haq_lab.utils.errors import UserError
 
 METHOD = "haq_lab"  # a quantization method that no other loader knows, so none takes int8 levels for weights
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from haq_lab.errors import UserError, nearest, nearest_beside
-from haq_lab.hub import hub_answers
-from haq_lab.paths import cache_folder
+from haq_lab.utils.errors import UserError, nearest, nearest_beside
+from haq_lab.utils.hub import hub_answers
+from haq_lab.utils.paths import cache_folder
 
 Split = Literal["train", "validation", "test"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from haq_lab.data.text import fingerprint, load_rows, python_docs
-from haq_lab.errors import UserError
+from haq_lab.utils.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=2)]

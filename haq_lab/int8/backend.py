@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from haq_lab.int8.numerics import Activations, epilogue, quantize_activations, swiglu
-
-if TYPE_CHECKING:
-    from haq_lab.int8.cuda import Kernels
 
 
 class PackedLinear(NamedTuple):
@@ -46,7 +43,7 @@ class Backend:
 
     name: ClassVar[str]
     device: torch.device = torch.device("cpu")  # where packed weights lie and a deployed model runs
-    fused: Kernels | None = None  # compute what stands before a product together with the quantizing, if there are such
+    fused: Any = None  # compute what stands before a product together with the quantizing, if there are such
 
     @property
     def kernels(self) -> str:

@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from haq_lab.measure.study import Study
+from haq_lab.measure.base import Study
 
 Positive = Annotated[int, Field(ge=1)]
 

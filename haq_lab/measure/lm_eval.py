@@ -23,8 +23,8 @@ import pandas as pd
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from haq_lab.errors import UserError, nearest
-from haq_lab.measure.study import Study
+from haq_lab.measure.base import Study
+from haq_lab.utils.errors import UserError, nearest
 
 OWN = Path(__file__).with_name("tasks")
 Positive = Annotated[int, Field(ge=1)]

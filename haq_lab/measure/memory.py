@@ -10,8 +10,8 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from haq_lab.int8.linear import parameter_count, weight_bytes
-from haq_lab.measure.study import Study
-from haq_lab.models.layered import LayeredModel
+from haq_lab.measure.base import Study
+from haq_lab.models.layerwise import LayeredModel
 
 PEAK = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from haq_lab.evaluation import Level
-from haq_lab.measure.study import Study
-from haq_lab.models.layered import LayeredModel
+from haq_lab.measure.base import Study
+from haq_lab.models.layerwise import LayeredModel
+from haq_lab.quantizers.pass_result import Level
 
 METRIC: dict[Level, str] = {"fp": "perplexity_fp", "smoothed": "perplexity_smoothed_fp", "quantized": "perplexity"}
 

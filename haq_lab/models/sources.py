@@ -14,11 +14,11 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from haq_lab.errors import UserError, nearest_beside
-from haq_lab.files import sha256_once
-from haq_lab.hub import hub_answers
-from haq_lab.models.made import made_once
-from haq_lab.models.tiny import build_tiny
+from haq_lab.models.build_cache import made_once
+from haq_lab.models.random_tiny import build_tiny
+from haq_lab.utils.atomic_files import sha256_once
+from haq_lab.utils.errors import UserError, nearest_beside
+from haq_lab.utils.hub import hub_answers
 
 
 @runtime_checkable
@@ -193,7 +193,7 @@ class TinyModel:
 def _convert_gguf(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from haq_lab.quiet import quiet_transformers
+    from haq_lab.utils.transformers_logging import quiet_transformers
 
     with quiet_transformers():
         try:

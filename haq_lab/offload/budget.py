@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from haq_lab.errors import UserError, nearest
-from haq_lab.sizes import UNITS, number_and_unit
+from haq_lab.utils.errors import UserError, nearest
+from haq_lab.utils.units import UNITS, number_and_unit
 
 FORMS = "a share as '40%', bytes as '500MB' or '6GiB', or a number of experts"
 

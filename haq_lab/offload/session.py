@@ -9,22 +9,23 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from haq_lab.calibration.routing import Routing
-from haq_lab.files import named
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.roofline import Hardware
-from haq_lab.models.layered import LayeredModel
-from haq_lab.offload.conversion import ConvertedTier
-from haq_lab.offload.engine import Engine
-from haq_lab.offload.host_tier import HostWriter
-from haq_lab.offload.narrow_experts import narrow_experts
+from haq_lab.hardware.spec import Hardware
+from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.models.layerwise import LayeredModel
+from haq_lab.offload.costs.model_shape import Shape
+from haq_lab.offload.engine.engine import Engine
 from haq_lab.offload.settings import Offload, experts_of, refuse_dense
-from haq_lab.offload.shape import Shape
-from haq_lab.offload.slow_tier import SlowTier, TierWriter
-from haq_lab.offload.store import StoreWriter
-from haq_lab.offload.streams import Streams
-from haq_lab.stages.store import Store
-from haq_lab.stages.trace import routing_trace
+from haq_lab.offload.tiers.base import SlowTier
+from haq_lab.offload.tiers.conversion import ConvertedTier
+from haq_lab.offload.tiers.cuda_streams import Streams
+from haq_lab.offload.tiers.disk import StoreWriter
+from haq_lab.offload.tiers.half_experts import narrow_experts
+from haq_lab.offload.tiers.pinned_host import HostWriter
+from haq_lab.offload.tiers.writer import TierWriter
+from haq_lab.result_cache.store import Store
+from haq_lab.routing.cached import routing_trace
+from haq_lab.routing.choices import Routing
+from haq_lab.utils.atomic_files import named
 
 
 class OffloadSession:

@@ -10,25 +10,25 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from haq_lab.errors import UserError
-from haq_lab.int8.roofline import Hardware
-from haq_lab.models.layered import LayeredModel
+from haq_lab.hardware.spec import Hardware
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.offload.budget import Budget
-from haq_lab.offload.costs import Costs, Objective, Predictor
-from haq_lab.offload.engine import Engine
-from haq_lab.offload.formats import DeviceFormat, Formats, HostFormat
-from haq_lab.offload.machine_costs import machine_costs
-from haq_lab.offload.measured_costs import measure_costs
-from haq_lab.offload.observer import Observer
-from haq_lab.offload.paths import Residency
-from haq_lab.offload.placement import Placement, place
-from haq_lab.offload.policy import Policy, Scope, make_policy
-from haq_lab.offload.prefetch import NextGate, NextOnPath, Prefetch
-from haq_lab.offload.shape import Shape
-from haq_lab.offload.simulator import Simulator, Timeline
-from haq_lab.offload.slow_tier import SlowTier
-from haq_lab.offload.streams import Streams
-from haq_lab.offload.trace import Trace
+from haq_lab.offload.costs.cost_model import Costs, Objective, Predictor
+from haq_lab.offload.costs.from_spec import machine_costs
+from haq_lab.offload.costs.measured import measure_costs
+from haq_lab.offload.costs.model_shape import Shape
+from haq_lab.offload.engine.cost_feedback import Observer
+from haq_lab.offload.engine.engine import Engine
+from haq_lab.offload.policies.placement import Placement, place
+from haq_lab.offload.policies.policy import Policy, Scope, make_policy
+from haq_lab.offload.policies.prefetch import NextGate, NextOnPath, Prefetch
+from haq_lab.offload.simulate.simulator import Simulator, Timeline
+from haq_lab.offload.tiers.base import SlowTier
+from haq_lab.offload.tiers.cuda_streams import Streams
+from haq_lab.offload.tiers.formats import DeviceFormat, Formats, HostFormat
+from haq_lab.routing.statistics import Residency
+from haq_lab.routing.trace import Trace
+from haq_lab.utils.errors import UserError
 
 FLOAT = 4  # bytes of a number in the key-value cache and the workspace, float32 on a CPU
 

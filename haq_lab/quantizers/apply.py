@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.families import Family, Group
+from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, output_error
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 from haq_lab.quantizers.smoothing import Channels, fold, stacked

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.int8.numerics import Activations, scale_of
-from haq_lab.models.families import Family, Group
+from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 from haq_lab.quantizers.smoothing import Channels
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution
+from haq_lab.quantizers.gptq_solver import factorize, solve
 from haq_lab.quantizers.grid import row_scale
-from haq_lab.quantizers.solver import factorize, solve
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from haq_lab.models.families import Group
+from haq_lab.models.architectures import Group
 
 FLOOR = 1e-5  # keeps a dead channel or a zero column from giving a factor of zero
 

@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 from safetensors import SafetensorError
 
-from haq_lab import results
-from haq_lab.calibration.ranges import FILE, Ranges
-from haq_lab.show import errors, say
+from haq_lab.calibration.channel_ranges import FILE, Ranges
+from haq_lab.results import load as results
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
+from haq_lab.utils.console import errors, say
 
 TABLES = ("layers", "experts", "latency")  # of what runs leave as <name>.csv, those that charts are drawn from
 STUDIES = ("hit_rates", "plan")  # what `python -m haq_lab.offload replay` and `plan` leave

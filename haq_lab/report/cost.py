@@ -8,7 +8,7 @@ from itertools import cycle, product
 import pandas as pd
 import plotly.graph_objects as go
 
-from haq_lab.offload.plan import mark_pareto
+from haq_lab.offload.simulate.capacity_plan import mark_pareto
 from haq_lab.report.chart import COLOURS, GREY, Chart, axes, bar_room, broken, looks, styled
 from haq_lab.report.collect import Collection
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 from torch import Tensor, stack
 
-from haq_lab.calibration.ranges import Ranges
-from haq_lab.figures import mean_over_experts
+from haq_lab.calibration.channel_ranges import Ranges
 from haq_lab.report.chart import HEAT, Chart, axes, bar_room, broken, looks, styled, whole_numbers
 from haq_lab.report.collect import Collection
+from haq_lab.results.figures import mean_over_experts
 
 TINY = 1e-12  # of a layer whose channels are nearly all dead
 CELLS = 128  # across an outlier map; each is the largest of the channels that it stands for

@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from haq_lab.published import beside, figures_of
 from haq_lab.report.collect import Collection
-from haq_lab.report.metrics import Metric, columns
-from haq_lab.show import change
+from haq_lab.results.metric_labels import Metric, columns
+from haq_lab.results.published import beside, figures_of
+from haq_lab.utils.console import change
 
 PROVENANCE = ("started", "python", "torch", "cpu", "threads", "checkpoint", "folder")
 STAMP = (

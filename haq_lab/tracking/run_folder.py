@@ -14,9 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from haq_lab.errors import UserError
-from haq_lab.files import named, write_json, write_text
-from haq_lab.help import is_mistake
+from haq_lab.utils.atomic_files import named, write_json, write_text
+from haq_lab.utils.errors import UserError
 
 SCHEMA = 1
 PARTS = ("run", "config", "protocol", "metrics", "error")
@@ -96,12 +95,12 @@ class RunFolder:
         write_json(self.path / "results.json", results)
         return results
 
-    def fail(self, run: dict[str, Any], error: BaseException) -> None:
+    def fail(self, run: dict[str, Any], error: BaseException, mistake: bool) -> None:
         """Write `error.json`, where that is possible: a full disk must not hide the error itself."""
         content = {
             "type": type(error).__name__,
             "message": str(error) or type(error).__name__,
-            "mistake": is_mistake(error),
+            "mistake": mistake,
             "trace": "".join(traceback.format_exception(error)),
         }
         with suppress(OSError):

@@ -7,14 +7,14 @@ import torch
 
 from haq_lab.calibration import calibrator as module
 from haq_lab.calibration.calibrator import Calibrator
-from haq_lab.calibration.observe import captured_inputs
-from haq_lab.calibration.spool import Spool
+from haq_lab.calibration.hooks import captured_inputs
 from haq_lab.calibration.statistics import CalibrationPolicy, Needs
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.quantizers.apply import quantize_group
 from haq_lab.quantizers.rtn import RTN
-from haq_lab.stages.store import Store
-from haq_lab.stopwatch import Stopwatch
+from haq_lab.result_cache.store import Store
+from haq_lab.storage.hidden_state_buffer import Spool
+from haq_lab.utils.timer import Stopwatch
 
 NEEDS = Needs(inputs=True, hessian=True, cross=True, sample=True)
 

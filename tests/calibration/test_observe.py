@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from haq_lab.calibration.observe import captured_inputs, observe, record_inputs
+from haq_lab.calibration.hooks import captured_inputs, observe, record_inputs
+from haq_lab.calibration.observers import SharedInput
 from haq_lab.calibration.statistics import Needs
-from haq_lab.calibration.watchers import SharedInput
-from haq_lab.models import layered
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models import layerwise as layered
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.stopwatch import Stopwatch
+from haq_lab.utils.timer import Stopwatch
 from tests.models.test_layered import VARIANTS, save, whole_of
 
 NEEDS = Needs(inputs=True, hessian=True, cross=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from launching import TINY, launch
 
-from haq_lab.calibration.ranges import FILE, Ranges
+from haq_lab.calibration.channel_ranges import FILE, Ranges
 
 
 def test_ranges_come_back_as_they_were(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from haq_lab.calibration.routing import Routing
+from haq_lab.routing.choices import Routing
 
 
 @pytest.fixture

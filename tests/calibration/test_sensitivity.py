@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from haq_lab.calibration.sensitivity import _drawn, measure_sensitivity
-from haq_lab.calibration.spool import Spool
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
+from haq_lab.storage.hidden_state_buffer import Spool
 
 
 def predictions(

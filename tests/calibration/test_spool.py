@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from haq_lab.calibration.spool import Spool
-from haq_lab.errors import UserError
+from haq_lab.storage.hidden_state_buffer import Spool
+from haq_lab.utils.errors import UserError
 
 
 def resident() -> int:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haq_lab.calibration.statistics import EXTREME_ROWS, SAMPLE_ROWS, Accumulator, InputStatistics, Needs
+from haq_lab.quantizers.gptq_solver import factorize, solve
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
-from haq_lab.quantizers.solver import factorize, solve
 
 ALL = Needs(inputs=True, hessian=True, cross=True, sample=True)
 

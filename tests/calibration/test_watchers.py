@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from haq_lab.calibration.observe import captured_inputs, observe
-from haq_lab.calibration.routing import Routing
+from haq_lab.calibration.hooks import captured_inputs, observe
+from haq_lab.calibration.observers import ExpertInside, ExpertsInput
 from haq_lab.calibration.statistics import CalibrationPolicy, Needs
-from haq_lab.calibration.watchers import ExpertInside, ExpertsInput
-from haq_lab.models import layered
-from haq_lab.stopwatch import Stopwatch
+from haq_lab.models import layerwise as layered
+from haq_lab.routing.choices import Routing
+from haq_lab.utils.timer import Stopwatch
 from tests.models.test_layered import whole_of
 
 NEEDS = Needs(inputs=True, hessian=True, sample=True)
@@ -100,7 +100,7 @@ def test_the_trace_is_the_whole_models(tiny, windows):
 
 @pytest.mark.parametrize("few", [False, True])
 def test_inside_an_expert(tiny, windows, few, monkeypatch):
-    monkeypatch.setattr("haq_lab.calibration.watchers.SHOWN_PER_CHANNEL", 1)  # so that not all are shown
+    monkeypatch.setattr("haq_lab.calibration.observers.SHOWN_PER_CHANNEL", 1)  # so that not all are shown
     layer, hidden = tiny.load_layer(0), tiny.embed(windows)
     x, chosen = moe_input(tiny, layer, hidden)
     counts = chosen.flatten().bincount(minlength=tiny.experts)

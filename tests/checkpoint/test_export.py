@@ -12,18 +12,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from haq_lab.calibration.statistics import CalibrationPolicy
-from haq_lab.checkpoint import __main__ as command
 from haq_lab.checkpoint.export import export, pack
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.checkpoint.writer import CheckpointWriter
-from haq_lab.errors import UserError
+from haq_lab.cli import checkpoint as command
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear, to_float
 from haq_lab.models.experts import Experts
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.onepass import one_pass
-from haq_lab.quantizers.haq import HAQ
+from haq_lab.pipeline.sequential import one_pass
+from haq_lab.quantizers.haq.quantizer import HAQ
+from haq_lab.utils.errors import UserError
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
 

@@ -12,9 +12,9 @@ from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.measure.memory import RESET
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.onepass import one_pass
+from haq_lab.pipeline.sequential import one_pass
 from haq_lab.quantizers.rtn import RTN
 
 SHARE = 1.15  # of the file's bytes, that the peak may lie above the process before

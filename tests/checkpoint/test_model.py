@@ -14,13 +14,13 @@ from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.checkpoint.manifest import Manifest
 from haq_lab.checkpoint.model import QuantizedCheckpoint, QuantizedModel
 from haq_lab.checkpoint.writer import CheckpointWriter
-from haq_lab.errors import UserError
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.onepass import one_pass
-from haq_lab.quantizers.haq import HAQ
+from haq_lab.pipeline.sequential import one_pass
+from haq_lab.quantizers.haq.quantizer import HAQ
+from haq_lab.utils.errors import UserError
 
 
 def _metrics(folder):

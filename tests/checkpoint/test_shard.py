@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from haq_lab.checkpoint.shard import byte_range, read_shard, write_shard
-from haq_lab.errors import UserError
+from haq_lab.storage.safetensors_file import byte_range, read_shard, write_shard
+from haq_lab.utils.errors import UserError
 
 
 @pytest.fixture

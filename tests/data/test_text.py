@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from haq_lab.data.calibration import OVERLAP_RUN, _runs
+from haq_lab.calibration.dataset import OVERLAP_RUN, _runs
 from haq_lab.data.text import load_rows, python_docs
 from haq_lab.data.windows import encode, own_text
-from haq_lab.errors import UserError
-from haq_lab.models.tiny import byte_tokenizer
+from haq_lab.models.random_tiny import byte_tokenizer
+from haq_lab.utils.errors import UserError
 
 ROWS = ["first row", "zweite Zeile, äöü", "third"]
 

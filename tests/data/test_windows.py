@@ -9,10 +9,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from haq_lab.data.calibration import Calibration, refuse_overlap, refuse_same_text
+from haq_lab.calibration.dataset import Calibration, refuse_overlap, refuse_same_text
 from haq_lab.data.windows import C4, C4New, PythonDocs, Text, Wikitext2
-from haq_lab.errors import UserError
-from haq_lab.models.tiny import byte_tokenizer
+from haq_lab.models.random_tiny import byte_tokenizer
+from haq_lab.utils.errors import UserError
 
 TOKENIZER = byte_tokenizer()
 

@@ -8,9 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from haq_lab.int8 import cpu, native
 from haq_lab.int8.backend import Backend, FakeBackend, PackedLinear, ReferenceBackend
-from haq_lab.int8.cpu import CpuBackend, fastest, is_exact
+from haq_lab.int8.cpu import backend as cpu
+from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu.backend import CpuBackend, fastest, is_exact
 
 REFERENCE, CPU = ReferenceBackend(), CpuBackend()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from children import in_child, killed
 
-from haq_lab.int8 import claim as module
-from haq_lab.int8.claim import claim
+from haq_lab.int8.cuda import gpu_lock as module
+from haq_lab.int8.cuda.gpu_lock import claim
 
 CUDA = torch.device("cuda")
 

@@ -7,18 +7,18 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from haq_lab.int8 import native
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.decoder import NativeStack, stacked
-from haq_lab.int8.deploy import deploy, join
-from haq_lab.int8.layer_parts import LayerParts, LinearParts
+from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_bytes
-from haq_lab.models.families import family_of
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.architectures import family_of
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.onepass import one_pass
+from haq_lab.pipeline.sequential import one_pass
 from haq_lab.quantizers.rtn import RTN
+from haq_lab.runtime.deploy import deploy, join
+from haq_lab.runtime.layer_parts import LayerParts, LinearParts
+from haq_lab.runtime.native_decoder import NativeStack, stacked
 
 if not native.available():
     pytest.skip(f"no CPU kernels here: {native.unavailable_reason()}", allow_module_level=True)

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haq_lab.int8.backend import FakeBackend, ReferenceBackend
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.experts import Int8Experts
+from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.experts import Expert, Experts
+from haq_lab.models.int8_experts import Int8Experts
 
 WIDTH, INNER, COUNT = 24, 16, 5
 

@@ -7,14 +7,13 @@ import copy
 import pytest
 import torch
 
-from haq_lab.int8 import native
 from haq_lab.int8.backend import FakeBackend, ReferenceBackend
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.deploy import join, lay_side_by_side
-from haq_lab.int8.joint import Joint, can_join
-from haq_lab.int8.linear import Int8Linear, parameter_count, weight_bytes
-from haq_lab.onepass import one_pass
+from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.int8.linear import Int8Linear, Joint, can_join, parameter_count, weight_bytes
+from haq_lab.pipeline.sequential import one_pass
 from haq_lab.quantizers.rtn import RTN
+from haq_lab.runtime.deploy import join, lay_side_by_side
 
 BACKENDS = [ReferenceBackend(), CpuBackend(), FakeBackend()]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.int8.cpu import CpuBackend
+from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_bytes
 
 

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haq_lab.errors import UserError
-from haq_lab.int8 import native, native_build
+from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import build as native_build
+from haq_lab.utils.errors import UserError
 from tests.kernels.reference import swiglu
 
 if not native.available():

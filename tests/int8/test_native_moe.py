@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haq_lab.calibration.statistics import CalibrationPolicy
-from haq_lab.int8 import native
 from haq_lab.int8.backend import Backend, PackedExpert, PackedLinear
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.decoder import MoeStack, NativeStack, stack_of
-from haq_lab.int8.deploy import deploy
-from haq_lab.int8.layer_parts import LayerParts, MoeParts
-from haq_lab.int8.router import NativeRouter, native_router
-from haq_lab.models.layered import LayeredModel
+from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.onepass import one_pass
+from haq_lab.pipeline.sequential import one_pass
 from haq_lab.quantizers.rtn import RTN
+from haq_lab.runtime.deploy import deploy
+from haq_lab.runtime.layer_parts import LayerParts, MoeParts
+from haq_lab.runtime.native_decoder import MoeStack, NativeStack, stack_of
+from haq_lab.runtime.native_router import NativeRouter, native_router
 
 if not native.available():
     pytest.skip(f"no CPU kernels here: {native.unavailable_reason()}", allow_module_level=True)

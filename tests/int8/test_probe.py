@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from haq_lab.int8.numerics import quantize_activations
-from haq_lab.int8.probe import alike, probe
+from haq_lab.runtime.equivalence import alike, probe
 
 ROWS = quantize_activations(probe(64, torch.device("cpu")), "token", None)
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.int8.joint import Joint
-from haq_lab.int8.linear import Int8Linear
-from haq_lab.int8.quantized_rows import QuantizedRows
+from haq_lab.int8.linear import Int8Linear, Joint, QuantizedRows
 
 
 def linear(rows: int, backend: ReferenceBackend) -> Int8Linear:

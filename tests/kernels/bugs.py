@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.launch import LARGE, MEDIUM, SMALL, Tile
-from haq_lab.paths import bundled
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import LARGE, MEDIUM, SMALL, Tile
+from haq_lab.utils.paths import bundled
 
 from .checks import check_dequant, check_grouped, check_product, check_quantize
 

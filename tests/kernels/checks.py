@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.launch import LARGE, SMALL, TILES, TYPE_NAMES, Tile
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import LARGE, SMALL, TILES, TYPE_NAMES, Tile
 
 from . import reference
 from .reference import assert_same_bits

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from haq_lab.int8.launch import MODULES
-from haq_lab.int8.nvrtc import OPTIONS, Compiled, Compiler, installed_libraries
-from haq_lab.int8.sources import module_source
+from haq_lab.int8.cuda.launch import MODULES
+from haq_lab.int8.cuda.nvrtc import OPTIONS, Compiled, Compiler, installed_libraries
+from haq_lab.int8.cuda.sources import module_source
 
 from .ptx.parse import Program, parse
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from haq_lab.int8.cuda import Kernels
+from haq_lab.int8.cuda.kernels import Kernels
 
 from .host import HostRunner, compiler
 

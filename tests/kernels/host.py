@@ -16,8 +16,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from haq_lab.int8.launch import Argument, Launch, kernel_names
-from haq_lab.paths import bundled
+from haq_lab.int8.cuda.launch import Argument, Launch, kernel_names
+from haq_lab.utils.paths import bundled
 
 from .ptx.runner import span
 

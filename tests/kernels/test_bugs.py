@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from haq_lab.int8.launch import MODULES, kernel_names
+from haq_lab.int8.cuda.launch import MODULES, kernel_names
 
 from .bugs import ALL, BUGS, KINDS, OTHER, Bug, Kernel, matrix, reasons, seeds
 

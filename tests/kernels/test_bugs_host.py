@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from haq_lab.int8.cuda import Kernels
+from haq_lab.int8.cuda.kernels import Kernels
 
 from .bugs import ALL, BUGS, GEMM, Bug, Kernel, alone, seeded
 from .host import HostError, HostRunner, Schedule, compiler

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from haq_lab.errors import UserError
-from haq_lab.int8 import codegen
-from haq_lab.int8.codegen import ARCHITECTURES, KernelCode, complaints, disagreements, forbidden, kernel_codes
-from haq_lab.int8.launch import MODULES, TILES, kernel_names
-from haq_lab.int8.nvrtc import cubin_file, default_compiler
+from haq_lab.int8.cuda import sass_report as codegen
+from haq_lab.int8.cuda.launch import MODULES, TILES, kernel_names
+from haq_lab.int8.cuda.nvrtc import cubin_file, default_compiler
+from haq_lab.int8.cuda.sass_report import ARCHITECTURES, KernelCode, complaints, disagreements, forbidden, kernel_codes
+from haq_lab.utils.errors import UserError
 
 from .bugs import DEQUANT, GEMM, QUANTIZE, Kernel, alone
 from .compiled import MAJORS, NEWEST, compiled, compiler, programs
@@ -182,7 +182,7 @@ def test_each_architecture_and_each_text_is_compiled_for_itself(
     folder = alone(DEQUANT, tmp_path)
     header = folder / "numeric.cuh"
     header.write_text(header.read_text(encoding="utf-8").replace("#pragma once", "// changed"), encoding="utf-8")
-    monkeypatch.setattr("haq_lab.int8.sources.bundled", lambda name: folder)
+    monkeypatch.setattr("haq_lab.int8.cuda.sources.bundled", lambda name: folder)
     assert cubin_file("dequant", 80, compiler(NEWEST)) != cached
     assert cached.exists()
 

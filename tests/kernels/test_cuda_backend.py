@@ -10,26 +10,26 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from two_tiers import Apart, TwoTiers
 
 from haq_lab.calibration.statistics import CalibrationPolicy
-from haq_lab.errors import UserError
-from haq_lab.int8 import probe
 from haq_lab.int8.backend import Backend, PackedLinear, ReferenceBackend
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.cuda_backend import CudaBackend
-from haq_lab.int8.deploy import deploy
-from haq_lab.int8.experts import Int8Experts
-from haq_lab.int8.fused import GatedMlp, QuantizedNorm
-from haq_lab.int8.grouped_experts import GroupedExperts
-from haq_lab.models.layered import LayeredModel
+from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.int8.cuda.backend import CudaBackend
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.models.int8_experts import Int8Experts
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.offload import measured_costs
+from haq_lab.offload.costs import measured as measured_costs
 from haq_lab.offload.session import OffloadSession
 from haq_lab.offload.settings import Offload
-from haq_lab.offload.streams import Streams
-from haq_lab.onepass import one_pass
+from haq_lab.offload.tiers.cuda_streams import Streams
+from haq_lab.pipeline.sequential import one_pass
 from haq_lab.quantizers.apply import quantize_group
 from haq_lab.quantizers.rtn import RTN
-from haq_lab.stages.store import Store
+from haq_lab.result_cache.store import Store
+from haq_lab.runtime import equivalence as probe
+from haq_lab.runtime.deploy import deploy
+from haq_lab.runtime.fusion import GatedMlp, QuantizedNorm
+from haq_lab.runtime.grouped_experts import GroupedExperts
+from haq_lab.utils.errors import UserError
 
 from .checks import FLOATS, Draw
 from .host import HostRunner

@@ -11,18 +11,16 @@ from torch.utils._pytree import tree_map_only
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from haq_lab.calibration.statistics import CalibrationPolicy
-from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.cuda_backend import CudaBackend
-from haq_lab.int8.deploy import join, specify_swiglu
-from haq_lab.int8.fused import GatedMlp, QuantizedNorm, fuse
-from haq_lab.int8.grouped_experts import GroupedExperts
-from haq_lab.int8.joint import Joint
-from haq_lab.int8.linear import Int8Linear, parameter_count, weight_bytes
-from haq_lab.int8.quantized_rows import QuantizedRows
-from haq_lab.models.layered import LayeredModel
+from haq_lab.int8.cuda.backend import CudaBackend
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.linear import Int8Linear, Joint, QuantizedRows, parameter_count, weight_bytes
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.onepass import one_pass
+from haq_lab.pipeline.sequential import one_pass
 from haq_lab.quantizers.rtn import RTN
+from haq_lab.runtime.deploy import join, specify_swiglu
+from haq_lab.runtime.fusion import GatedMlp, QuantizedNorm, fuse
+from haq_lab.runtime.grouped_experts import GroupedExperts
 
 from . import reference
 from .host import HostRunner

@@ -7,14 +7,14 @@ import importlib.util
 import pytest
 import torch
 
-from haq_lab.int8 import cuda
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.cuda_backend import CudaBackend
-from haq_lab.int8.grouped_experts import GroupedExperts
-from haq_lab.int8.launch import TILES
-from haq_lab.models.layered import LayeredModel
+from haq_lab.int8.cuda import kernels as cuda
+from haq_lab.int8.cuda.backend import CudaBackend
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import TILES
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
+from haq_lab.runtime.grouped_experts import GroupedExperts
 
 from .checks import FLOATS, Draw, check_grouped, check_product, check_quantize, every_kernel
 from .test_cuda_backend import logits_of

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import relu
 
-from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.cuda_backend import CudaBackend
-from haq_lab.int8.experts import Int8Experts, projections
-from haq_lab.int8.grouped_experts import GroupedExperts, can_group
-from haq_lab.int8.launch import Launch
+from haq_lab.int8.cuda.backend import CudaBackend
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import Launch
 from haq_lab.int8.linear import Int8Linear, weight_bytes
 from haq_lab.models.experts import Expert, Experts, dispatch
-from haq_lab.offload.store import StoreWriter
+from haq_lab.models.int8_experts import Int8Experts, projections
+from haq_lab.offload.tiers.disk import StoreWriter
+from haq_lab.runtime.grouped_experts import GroupedExperts, can_group
 
 WIDTH, INNER, COUNT = 24, 48, 5  # a width that is padded, an inner one that is not
 SILU = torch.nn.SiLU()  # a module, as transformers' activations are

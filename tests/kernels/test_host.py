@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.launch import LARGE, MEDIUM, SMALL, TILES
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import LARGE, MEDIUM, SMALL, TILES
 
 from .checks import FLOATS, check_dequant, check_grouped, check_product, check_quantize
 from .host import SCHEDULES, HostRunner, Schedule

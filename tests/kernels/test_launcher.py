@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from haq_lab.errors import UserError
-from haq_lab.int8 import cuda, cupy_runner
-from haq_lab.int8.cuda import Kernels, padded
-from haq_lab.int8.cupy_runner import CupyRunner, check_architecture, marshal
-from haq_lab.int8.launch import (
+from haq_lab.int8.cuda import cupy_runner
+from haq_lab.int8.cuda import kernels as cuda
+from haq_lab.int8.cuda.cupy_runner import CupyRunner, check_architecture, marshal
+from haq_lab.int8.cuda.kernels import Kernels, padded
+from haq_lab.int8.cuda.launch import (
     LARGE,
     MAX_K,
     MEDIUM,
@@ -26,8 +26,9 @@ from haq_lab.int8.launch import (
     k_part,
     staged_groups,
 )
-from haq_lab.int8.nvrtc import cubin_file
-from haq_lab.int8.sources import module_source
+from haq_lab.int8.cuda.nvrtc import cubin_file
+from haq_lab.int8.cuda.sources import module_source
+from haq_lab.utils.errors import UserError
 
 from .checks import every_kernel
 from .compiled import MAJORS, NEWEST, all_programs, compiler

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.launch import MODULES, kernel_names
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import MODULES, kernel_names
 
 from .bugs import BUGS, FEW, Bug, Kernel, seeded
 from .checks import every_kernel

@@ -7,20 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haq_lab.errors import UserError
-from haq_lab.int8.cuda import Kernels
-from haq_lab.int8.launch import LARGE, MEDIUM, SMALL, TILES
-from haq_lab.int8.roofline import (
+from haq_lab.hardware.spec import cited_hardware, load_hardware
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import LARGE, MEDIUM, SMALL, TILES
+from haq_lab.int8.cuda.roofline import (
     Work,
-    cited_hardware,
     dequant_work,
     gemm_work,
     gemv_work,
     grouped_work,
     least_seconds,
-    load_hardware,
     quantize_work,
 )
+from haq_lab.utils.errors import UserError
 
 from .checks import check_grouped, check_product
 from .host import HostRunner

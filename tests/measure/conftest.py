@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.measure.study import Study
-from haq_lab.onepass import one_pass
+from haq_lab.measure.base import Study
+from haq_lab.pipeline.sequential import one_pass
 from haq_lab.quantizers.rtn import RTN
 
 

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor, nn
 
 from haq_lab.measure.latency import Latency
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from tests.measure.conftest import study_of
 from tests.models.test_layered import VARIANTS, save
 

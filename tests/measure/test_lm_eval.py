@@ -11,13 +11,13 @@ import torch
 from launching import TINY, launch
 from measure.conftest import study_of
 
-from haq_lab.errors import UserError
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.measure import lm_eval
 from haq_lab.measure.lm_eval import OWN, LmEval
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.quantizers.rtn import RTN
+from haq_lab.utils.errors import UserError
 
 pytest.importorskip("lm_eval", reason="the extra lm_eval is not installed")
 

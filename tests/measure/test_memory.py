@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from haq_lab.measure import memory
 from haq_lab.measure.memory import Memory, peak_rss, reset_peaks
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.quantizers.rtn import RTN
 from tests.measure.conftest import study_of

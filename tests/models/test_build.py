@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from haq_lab.models import __main__ as command
+from haq_lab.cli import models as command
 
 
 def _run(capsys, *arguments: str) -> tuple[int, str]:
@@ -24,7 +24,7 @@ def _run(capsys, *arguments: str) -> tuple[int, str]:
 
 
 def test_it_builds_and_checks(capsys, monkeypatch):
-    monkeypatch.setattr("haq_lab.models.facts.SEQLEN", 64)
+    monkeypatch.setattr("haq_lab.zoo.sanity_check.SEQLEN", 64)
     small = ["layers=1", "hidden=32", "experts=2", "vocabulary=257", "steps=1", "batch=1", "seqlen=16"]
     code, text = _run(capsys, "tiny_mixtral_trained", *[f"model.{setting}" for setting in small])
     assert code == 0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from haq_lab.models.experts import Experts, dispatch
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from tests.models.test_layered import whole_of
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import MixtralConfig, OlmoeConfig, OPTConfig, Qwen3MoeConfig
 
-from haq_lab.errors import UserError
-from haq_lab.models.families import FAMILIES, Group, expert_of, family_of
+from haq_lab.models.architectures import FAMILIES, Group, family_of
+from haq_lab.storage.tensor_names import expert_of
+from haq_lab.utils.errors import UserError
 
 
 def test_mixtrals_groups():

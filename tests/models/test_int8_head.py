@@ -9,10 +9,10 @@ import torch
 from launching import TINY, launch
 
 from haq_lab.checkpoint.export import export
-from haq_lab.errors import UserError
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_bytes
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
+from haq_lab.utils.errors import UserError
 
 
 def assembled(model: LayeredModel) -> torch.nn.Module:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.models.kmeans import kmeans
+from haq_lab.zoo.kmeans import kmeans
 
 
 def _spread(points, centroids, nearest):

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig
 
-from haq_lab.errors import UserError
-from haq_lab.models import layered
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models import layerwise as layered
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.quiet import quiet_transformers
+from haq_lab.utils.errors import UserError
+from haq_lab.utils.transformers_logging import quiet_transformers
 
 SMALL = {
     "vocab_size": 257,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from haq_lab.errors import UserError
-from haq_lab.models.made import made_once
+from haq_lab.models.build_cache import made_once
+from haq_lab.utils.errors import UserError
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from haq_lab.int8 import native
-from haq_lab.models import narrow_linear
-from haq_lab.models.narrow_linear import NarrowLinear
+from haq_lab.int8.cpu import bindings as native
+from haq_lab.models import half_linear as narrow_linear
+from haq_lab.models.half_linear import NarrowLinear
 
 HALVES = [torch.bfloat16, torch.float16]
 native_or_not = pytest.mark.parametrize("has_native", [True, False])

@@ -10,9 +10,9 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from haq_lab.errors import UserError
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import GgufModel, HubModel, TinyModel, WheelModel
+from haq_lab.utils.errors import UserError
 
 
 @pytest.fixture

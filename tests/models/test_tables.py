@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.quiet import quiet_transformers
+from haq_lab.utils.transformers_logging import quiet_transformers
 
 HALVES = [torch.bfloat16, torch.float16]
 

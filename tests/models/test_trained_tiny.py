@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from haq_lab.data.text import python_docs
-from haq_lab.models.facts import whole_model_facts
-from haq_lab.models.trained_tiny import TrainedTinyModel, bpe_tokenizer
+from haq_lab.zoo.sanity_check import whole_model_facts
+from haq_lab.zoo.trained_tiny import TrainedTinyModel, bpe_tokenizer
 
 SMALL = {"layers": 2, "hidden": 32, "experts": 4, "vocabulary": 300, "batch": 4, "seqlen": 32}
 
@@ -19,7 +19,7 @@ SMALL = {"layers": 2, "hidden": 32, "experts": 4, "vocabulary": 300, "batch": 4,
 @pytest.fixture(scope="module", autouse=True)
 def short():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("haq_lab.models.facts.SEQLEN", 128)
+        patch.setattr("haq_lab.zoo.sanity_check.SEQLEN", 128)
         yield
 
 
@@ -46,7 +46,7 @@ def test_its_experts_differ_and_none_starves(folder):
 
 
 def test_the_same_seed_gives_the_same_weights(folder, tmp_path):
-    from haq_lab.models.trained_tiny import train
+    from haq_lab.zoo.trained_tiny import train
 
     train(TrainedTinyModel(**SMALL, steps=60), tmp_path)
     first, again = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
-from haq_lab.data.calibration import Calibration
-from haq_lab.errors import UserError
-from haq_lab.models.layered import LayeredModel
-from haq_lab.models.made import RECORD
+from haq_lab.calibration.dataset import Calibration
+from haq_lab.models.build_cache import RECORD
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.models.upcycle import UpcycledModel, router_rows, upcycle
+from haq_lab.utils.errors import UserError
+from haq_lab.zoo.upcycle import UpcycledModel, router_rows, upcycle
 
 TEXT = Calibration("python_docs", samples=4, seqlen=64)
 
@@ -86,8 +86,8 @@ def test_what_cannot_be_upcycled(tmp_path):
 
 
 def test_the_check_finds_a_model_that_is_not_the_dense_one(monkeypatch):
-    monkeypatch.setattr("haq_lab.models.upcycle.TEXT", TEXT)
-    monkeypatch.setattr("haq_lab.models.facts.SEQLEN", 64)
+    monkeypatch.setattr("haq_lab.zoo.upcycle.TEXT", TEXT)
+    monkeypatch.setattr("haq_lab.zoo.sanity_check.SEQLEN", 64)
     source = UpcycledModel(TinyModel("llama"), experts=4)
     lines = source.check()
     assert any("first choice" in line for line in lines)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.offload.trace import Trace
+from haq_lab.routing.trace import Trace
 
 MakeTrace = Callable[..., Trace]
 

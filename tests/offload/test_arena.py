@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.offload.arena import Arena, aligned
-from haq_lab.offload.store import PAGE
+from haq_lab.offload.tiers.arena import Arena, aligned
+from haq_lab.offload.tiers.disk import PAGE
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=40))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from haq_lab.errors import UserError
 from haq_lab.offload.budget import Budget
 from haq_lab.offload.settings import Offload
+from haq_lab.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

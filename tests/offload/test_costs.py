@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.offload.costs import Costs, PiecewiseLinear, Predictor, seconds
-from haq_lab.offload.placement import place
-from haq_lab.offload.policy import make_policy
-from haq_lab.offload.simulator import Simulator
+from haq_lab.offload.costs.cost_model import Costs, PiecewiseLinear, Predictor, seconds
+from haq_lab.offload.policies.placement import place
+from haq_lab.offload.policies.policy import make_policy
+from haq_lab.offload.simulate.simulator import Simulator
 
 rate = st.floats(0.1, 10)
 

@@ -6,9 +6,9 @@ from itertools import combinations
 
 import numpy as np
 
-from haq_lab.offload.coverage import add_paths, fragments
-from haq_lab.offload.paths import coverage
-from haq_lab.offload.trace import Trace
+from haq_lab.offload.policies.path_coverage import add_paths, fragments
+from haq_lab.routing.statistics import coverage
+from haq_lab.routing.trace import Trace
 
 
 def trace_of(experts) -> Trace:

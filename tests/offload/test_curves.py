@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from haq_lab.errors import UserError
-from haq_lab.offload import curves
-from haq_lab.offload.curves import CONTENDERS, closed, hit_rates
-from haq_lab.offload.path_model import fit_path_model
+from haq_lab.offload.policies.path_model import fit_path_model
+from haq_lab.offload.simulate import hit_rate_curves as curves
+from haq_lab.offload.simulate.hit_rate_curves import CONTENDERS, closed, hit_rates
+from haq_lab.utils.errors import UserError
 
 
 def test_curves(make_trace, monkeypatch):

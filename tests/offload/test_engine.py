@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 from two_tiers import TwoTiers
 
 from haq_lab.calibration.statistics import CalibrationPolicy
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.models.layered import LayeredModel
+from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.offload.costs import Costs, PiecewiseLinear
-from haq_lab.offload.engine import Engine
-from haq_lab.offload.observer import Observer
-from haq_lab.offload.path_model import fit_path_model
-from haq_lab.offload.placement import PLACEMENTS, place
-from haq_lab.offload.policy import make_policy
-from haq_lab.offload.prefetch import NextGate, NextOnPath
-from haq_lab.offload.record import record_trace
-from haq_lab.offload.store import ExpertStore, ReadError, StoreWriter, layout, tensors_of
-from haq_lab.offload.streams import Streams
-from haq_lab.onepass import one_pass
+from haq_lab.offload.costs.cost_model import Costs, PiecewiseLinear
+from haq_lab.offload.engine.cost_feedback import Observer
+from haq_lab.offload.engine.engine import Engine
+from haq_lab.offload.policies.path_model import fit_path_model
+from haq_lab.offload.policies.placement import PLACEMENTS, place
+from haq_lab.offload.policies.policy import make_policy
+from haq_lab.offload.policies.prefetch import NextGate, NextOnPath
+from haq_lab.offload.tiers.cuda_streams import Streams
+from haq_lab.offload.tiers.disk import ExpertStore, ReadError, StoreWriter, layout, tensors_of
+from haq_lab.pipeline.sequential import one_pass
 from haq_lab.quantizers.rtn import RTN
+from haq_lab.routing.record import record_trace
 
 PROMPT = torch.randint(0, 257, (1, 12), generator=torch.Generator().manual_seed(3))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from haq_lab.offload import cache
-from haq_lab.offload.expected_wait import _exp_minus, _log_odds, expected_wait
-from haq_lab.offload.path_model import FORGOTTEN, HORIZONS, PathModel, log_odds
-from haq_lab.offload.paths import frequencies
-from haq_lab.offload.placement import place
-from haq_lab.offload.policy import make_policy
+from haq_lab.offload.policies import eviction as cache
+from haq_lab.offload.policies.haq import _exp_minus, _log_odds, expected_wait
+from haq_lab.offload.policies.path_model import FORGOTTEN, HORIZONS, PathModel, log_odds
+from haq_lab.offload.policies.placement import place
+from haq_lab.offload.policies.policy import make_policy
+from haq_lab.routing.statistics import frequencies
 
 
 def model_for(trace, seed=0) -> PathModel:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from two_tiers import finished
 
-from haq_lab.errors import UserError
-from haq_lab.int8.experts import Int8Experts
 from haq_lab.int8.linear import to_float
 from haq_lab.models.experts import PROJECTIONS, Experts
-from haq_lab.offload.formats import Formats
+from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.offload.session import OffloadSession
 from haq_lab.offload.settings import Offload
+from haq_lab.offload.tiers.formats import Formats
 from haq_lab.quantizers.rtn import RTN
-from haq_lab.stages.store import Store
+from haq_lab.result_cache.store import Store
+from haq_lab.utils.errors import UserError
 
 WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
 PAIRS = [

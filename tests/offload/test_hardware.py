@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from haq_lab.errors import UserError
-from haq_lab.int8.roofline import cited_hardware
-from haq_lab.offload import hardware as profiles
-from haq_lab.offload.hardware import hardware, local_path, measure_machine, save_local
+from haq_lab.hardware.local import hardware, local_path, save_local
+from haq_lab.hardware.spec import cited_hardware
+from haq_lab.offload.costs import this_machine as profiles
+from haq_lab.offload.costs.this_machine import measure_machine
+from haq_lab.utils.errors import UserError
 
 
 @pytest.mark.parametrize("name", cited_hardware())

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from two_tiers import DEVICES, TwoTiers, backend_on
 
-from haq_lab.errors import UserError
-from haq_lab.offload.host_tier import HostWriter
-from haq_lab.offload.policy import make_policy
-from haq_lab.offload.store import bind, tensors_of
-from haq_lab.offload.streams import Streams, streams_of
+from haq_lab.offload.policies.policy import make_policy
+from haq_lab.offload.tiers.cuda_streams import Streams, streams_of
+from haq_lab.offload.tiers.disk import bind, tensors_of
+from haq_lab.offload.tiers.pinned_host import HostWriter
+from haq_lab.utils.errors import UserError
 
 LONG = 20_000_000  # a GPU's clock cycles, some 10 ms: many times what an expert of the tiny model takes
 

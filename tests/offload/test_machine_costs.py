@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MixtralConfig
 
-from haq_lab.int8.roofline import Hardware, cited_hardware
-from haq_lab.offload.hardware import hardware
-from haq_lab.offload.machine_costs import BYTES, machine_costs
-from haq_lab.offload.shape import MIXTRAL, Shape
+from haq_lab.hardware.local import hardware
+from haq_lab.hardware.spec import Hardware, cited_hardware
+from haq_lab.offload.costs.from_spec import BYTES, machine_costs
+from haq_lab.offload.costs.model_shape import MIXTRAL, Shape
 
 FORMATS = [("int8", "int8"), ("int8", "fp16"), ("bf16", "fp16")]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from haq_lab.offload import cache
-from haq_lab.offload.matching import MOST, PIECE, activation_matrices, matching
+from haq_lab.offload.policies import eviction as cache
+from haq_lab.offload.policies.moe_infinity import MOST, PIECE, activation_matrices, matching
 
 
 def test_matrices_are_shares_of_pieces(make_trace):

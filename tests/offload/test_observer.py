@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from haq_lab.offload.costs import Costs, PiecewiseLinear
-from haq_lab.offload.observer import Observer
+from haq_lab.offload.costs.cost_model import Costs, PiecewiseLinear
+from haq_lab.offload.engine.cost_feedback import Observer
 
 NAMES = ("fast", "slow", "fetch", "rest", "outside", "issue", "begin", "take")
 

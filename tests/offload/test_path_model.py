@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from haq_lab.offload.path_model import FORGOTTEN, HORIZONS, _features, _waits, fit_path_model, log_odds
-from haq_lab.offload.paths import frequencies
+from haq_lab.offload.policies.path_model import FORGOTTEN, HORIZONS, _features, _waits, fit_path_model, log_odds
+from haq_lab.routing.statistics import frequencies
 
 
 def test_features_and_waits_are_what_they_say(make_trace):

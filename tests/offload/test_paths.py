@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from haq_lab.offload import paths
-from haq_lab.offload.trace import Trace
+from haq_lab.routing import statistics as paths
+from haq_lab.routing.trace import Trace
 
 
 def trace_of(experts, starts=(0,), count=4) -> Trace:

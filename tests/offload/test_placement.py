@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.offload.paths import coverage, drift, entropy, frequencies, hits, jaccard, repeat_rate, transitions
-from haq_lab.offload.placement import PLACEMENTS, place, two_stage
+from haq_lab.offload.policies.placement import PLACEMENTS, place, two_stage
+from haq_lab.routing.statistics import coverage, drift, entropy, frequencies, hits, jaccard, repeat_rate, transitions
 
 
 @pytest.mark.parametrize("rule", PLACEMENTS)

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from launching import launch
 from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
+from haq_lab.cli.offload import main
+from haq_lab.hardware.local import hardware
 from haq_lab.models.sources import TinyModel
-from haq_lab.offload import plan as planning
-from haq_lab.offload.__main__ import main
-from haq_lab.offload.hardware import hardware
-from haq_lab.offload.machine_costs import LAUNCH, machine_costs
-from haq_lab.offload.path_model import fit_path_model
-from haq_lab.offload.plan import fixed_bytes, mark_pareto
-from haq_lab.offload.shape import MIXTRAL, Shape
-from haq_lab.preflight import measure_size
+from haq_lab.offload.costs.from_spec import LAUNCH, machine_costs
+from haq_lab.offload.costs.model_shape import MIXTRAL, Shape
+from haq_lab.offload.policies.path_model import fit_path_model
+from haq_lab.offload.simulate import capacity_plan as planning
+from haq_lab.offload.simulate.capacity_plan import fixed_bytes, mark_pareto
+from haq_lab.pipeline.preflight import measure_size
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=15))

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.errors import UserError
-from haq_lab.offload.path_model import HORIZONS, PathModel, fit_path_model
-from haq_lab.offload.paths import frequencies
-from haq_lab.offload.placement import place
-from haq_lab.offload.policy import make_policy
+from haq_lab.offload.policies.path_model import HORIZONS, PathModel, fit_path_model
+from haq_lab.offload.policies.placement import place
+from haq_lab.offload.policies.policy import make_policy
+from haq_lab.routing.statistics import frequencies
+from haq_lab.utils.errors import UserError
 
 
 def plain_model(trace) -> PathModel:

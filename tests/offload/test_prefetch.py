@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from haq_lab.offload.prefetch import NextGate, NextOnPath
+from haq_lab.offload.policies.prefetch import NextGate, NextOnPath
 
 
 class Router(nn.Module):

@@ -9,21 +9,21 @@ import pytest
 import torch
 from two_tiers import Apart, finished
 
-from haq_lab.errors import UserError
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.models.layered import LayeredModel
+from haq_lab.hardware.local import hardware
+from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.offload.hardware import hardware
-from haq_lab.offload.machine_costs import machine_costs
-from haq_lab.offload.measured_costs import TOKENS, UNKNOWN, measure_costs
-from haq_lab.offload.narrow_experts import ExpertLinear
-from haq_lab.offload.placement import place
-from haq_lab.offload.record import record_trace
+from haq_lab.offload.costs.from_spec import machine_costs
+from haq_lab.offload.costs.measured import TOKENS, UNKNOWN, measure_costs
+from haq_lab.offload.costs.model_shape import Shape
+from haq_lab.offload.policies.placement import place
 from haq_lab.offload.session import OffloadSession
 from haq_lab.offload.settings import Offload
-from haq_lab.offload.shape import Shape
-from haq_lab.offload.store import StoreWriter, tensors_of
-from haq_lab.stages.store import Store
+from haq_lab.offload.tiers.disk import StoreWriter, tensors_of
+from haq_lab.offload.tiers.half_experts import ExpertLinear
+from haq_lab.result_cache.store import Store
+from haq_lab.routing.record import record_trace
+from haq_lab.utils.errors import UserError
 
 WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.errors import UserError
-from haq_lab.offload.costs import Costs, PiecewiseLinear, Predictor
-from haq_lab.offload.placement import place
-from haq_lab.offload.policy import make_policy
-from haq_lab.offload.prefetch import NextOnPath, Remembered
-from haq_lab.offload.simulator import Resource, Simulator
-from haq_lab.offload.trace import Trace
+from haq_lab.offload.costs.cost_model import Costs, PiecewiseLinear, Predictor
+from haq_lab.offload.policies.placement import place
+from haq_lab.offload.policies.policy import make_policy
+from haq_lab.offload.policies.prefetch import NextOnPath, Remembered
+from haq_lab.offload.simulate.simulator import Resource, Simulator
+from haq_lab.routing.trace import Trace
+from haq_lab.utils.errors import UserError
 
 seconds = st.floats(0, 100, allow_nan=False)
 

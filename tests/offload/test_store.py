@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from haq_lab.errors import UserError
-from haq_lab.offload.arena import aligned
-from haq_lab.offload.store import ALIGNMENT, PAGE, StoreWriter, bind, layout, tensors_of
+from haq_lab.offload.tiers.arena import aligned
+from haq_lab.offload.tiers.disk import ALIGNMENT, PAGE, StoreWriter, bind, layout, tensors_of
+from haq_lab.utils.errors import UserError
 
 
 def layer_of(experts: int, width: int, seed: int = 0) -> nn.ModuleList:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from two_tiers import TwoTiers
 
-from haq_lab.errors import UserError
-from haq_lab.int8.cpu import CpuBackend
-from haq_lab.offload.engine import Engine
-from haq_lab.offload.streams import CudaStreams, Streams, streams_of
+from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.offload.engine.engine import Engine
+from haq_lab.offload.tiers.cuda_streams import CudaStreams, Streams, streams_of
+from haq_lab.utils.errors import UserError
 
 
 class FakeStream:

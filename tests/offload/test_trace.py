@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from haq_lab.calibration.routing import Routing
-from haq_lab.errors import UserError
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.offload.record import record_trace
-from haq_lab.offload.trace import Trace
+from haq_lab.routing.choices import Routing
+from haq_lab.routing.record import record_trace
+from haq_lab.routing.trace import Trace
+from haq_lab.utils.errors import UserError
 
 
 def test_round_trip_is_memory_mapped(make_trace, tmp_path):

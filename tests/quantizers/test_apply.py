@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from haq_lab.calibration.observe import observe
+from haq_lab.calibration.hooks import observe
+from haq_lab.calibration.observers import SharedInput
 from haq_lab.calibration.statistics import InputStatistics
-from haq_lab.calibration.watchers import SharedInput
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear, to_float
 from haq_lab.quantizers.apply import quantize_group, smooth_group
@@ -16,7 +16,7 @@ from haq_lab.quantizers.base import ActivationChoice
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothquant import SmoothQuant
-from haq_lab.stopwatch import Stopwatch
+from haq_lab.utils.timer import Stopwatch
 
 BACKEND = ReferenceBackend()
 

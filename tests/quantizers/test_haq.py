@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import InputStatistics
-from haq_lab.errors import UserError
-from haq_lab.models.families import FAMILIES, Group
+from haq_lab.models.architectures import FAMILIES, Group
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
-from haq_lab.quantizers.error_predictor import ErrorPredictor
-from haq_lab.quantizers.haq import HAQ
-from haq_lab.quantizers.noise import every_output_alike
+from haq_lab.quantizers.gptq_solver import conditional_variance
+from haq_lab.quantizers.haq.error_model import ErrorPredictor
+from haq_lab.quantizers.haq.noise import every_output_alike
+from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.quantizers.smoothing import Channels
-from haq_lab.quantizers.solver import conditional_variance
+from haq_lab.utils.errors import UserError
 
 LLAMA = next(family for family in FAMILIES if family.model_type == "llama")
 UP = Group("up", "up", ("down",))

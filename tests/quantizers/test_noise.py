@@ -8,7 +8,7 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.numerics import quantize_activations
-from haq_lab.quantizers.noise import StaticNoise, dynamic_noise, solved_weight_error
+from haq_lab.quantizers.haq.noise import StaticNoise, dynamic_noise, solved_weight_error
 
 
 def heavy_tailed(channels: int = 24) -> tuple[InputStatistics, Tensor]:
@@ -81,7 +81,7 @@ def test_what_calibration_has_not_shown_keeps_channels_from_being_evened_out_by_
         return float((levels.float() * scale * factor - unseen).square().mean(0) @ cost)
 
     expecting = error_elsewhere()
-    monkeypatch.setattr("haq_lab.quantizers.noise.UNSEEN", 0)
+    monkeypatch.setattr("haq_lab.quantizers.haq.noise.UNSEEN", 0)
     assert expecting < 0.2 * error_elsewhere()
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import Sensitivity
-from haq_lab.models.families import Group
-from haq_lab.quantizers.refine import DynamicError, refined
+from haq_lab.models.architectures import Group
+from haq_lab.quantizers.haq.channel_search import DynamicError, refined
 from haq_lab.quantizers.smoothing import Channels
 
 K = 12

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
-from haq_lab.calibration.observe import captured_inputs
+from haq_lab.calibration.hooks import captured_inputs
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.families import Group
-from haq_lab.models.layered import LayeredModel
+from haq_lab.models.architectures import Group
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.quantizers.apply import smooth_group
 from haq_lab.quantizers.base import Quantizer, Smoothing

@@ -11,9 +11,9 @@ from torch import Tensor
 from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
 from haq_lab.quantizers.gptq import GPTQ
+from haq_lab.quantizers.gptq_solver import conditional_variance, factorize, solve
 from haq_lab.quantizers.grid import qmax, round_to_nearest, row_scale
-from haq_lab.quantizers.noise import solved_weight_error
-from haq_lab.quantizers.solver import conditional_variance, factorize, solve
+from haq_lab.quantizers.haq.noise import solved_weight_error
 
 
 def problem(seed: int, rows: int, columns: int, tokens: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from haq_lab.report import __main__ as command
+from haq_lab.cli import report as command
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 

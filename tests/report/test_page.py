@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from haq_lab import results
+from haq_lab.cli import report as command
 from haq_lab.models.sources import TinyModel
-from haq_lab.report import __main__ as command
 from haq_lab.report import cost
 from haq_lab.report.chart import looks
 from haq_lab.report.collect import collect
 from haq_lab.report.latex import escaped
 from haq_lab.report.page import CHARTS, page
 from haq_lab.report.tables import Cell, published_table, result_tables
+from haq_lab.results import load as results
 from haq_lab.tracking.run_folder import RunFolder
 
 

@@ -14,7 +14,7 @@ from children import in_child, killed
 from launching import launch
 from safetensors.torch import load_file
 
-from haq_lab.help import options
+from haq_lab.config.help import options
 
 SMALL = ["backend=reference", "tracking=none", "data=[text]", "data.text.seqlen=64", "data.text.windows=2"]
 SMALL += ["calibration=text", "calibration.samples=4", "calibration.seqlen=64"]
@@ -39,7 +39,7 @@ def _short_texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "calibration.txt").write_text(" ".join(words[2000:]))
     paths = [f"data.text.path={folder / 'evaluation.txt'}", f"calibration.path={folder / 'calibration.txt'}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("haq_lab.tracking.record.layer_figure", lambda table, path: path)
+        patch.setattr("haq_lab.pipeline.record.layer_figure", lambda table, path: path)
         patch.setitem(globals(), "SMALL", SMALL + paths)
         yield
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from children import in_child, killed
 
-from haq_lab.stages.__main__ import main
-from haq_lab.stages.entries import entries
-from haq_lab.stages.store import Artefact, Store
+from haq_lab.cli.cache import main
+from haq_lab.result_cache.eviction import entries
+from haq_lab.result_cache.store import Artefact, Store
 
 GB = 1_000_000_000
 A, B = "a" * 40, "b" * 40

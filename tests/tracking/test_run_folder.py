@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from haq_lab.errors import UserError
 from haq_lab.tracking import run_folder
 from haq_lab.tracking.run_folder import RunFolder
+from haq_lab.utils.errors import UserError
 
 
 def test_only_whole_results_of_the_same_config_count(tmp_path):

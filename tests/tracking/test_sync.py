@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from haq_lab.tracking import __main__ as command
+from haq_lab.cli import wandb_sync as command
 
 
 @pytest.fixture

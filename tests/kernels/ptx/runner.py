@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haq_lab.int8.launch import Launch
+from haq_lab.int8.cuda.launch import Launch
 
 from . import arithmetic, movement, warp
 from .block import Block, Schedule

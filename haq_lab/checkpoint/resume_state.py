@@ -1,0 +1,88 @@
+"""What a pass must keep between two layers to go on after a kill: hidden states, reports, routing, ranges.
+
+The states of layer i lie in `work/state-<i>`. They are written beside and renamed, and only then are those of
+layer i - 1 removed: whenever the process dies, one whole set is there, and never a half-advanced one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from haq_lab.calibration import channel_ranges as ranges
+from haq_lab.quantizers.apply import LinearReport
+from haq_lab.quantizers.pass_result import PassResult, PassState
+from haq_lab.storage.safetensors_file import Shard
+from haq_lab.utils.atomic_files import folder_written_aside, write_json
+from haq_lab.utils.errors import UserError
+
+RECORD = "state.json"
+
+
+def save_state(work: Path, index: int, state: PassState, shards: list[Shard]) -> None:
+    """Keep what the pass has after layer `index`."""
+    result = state.result
+    record: dict[str, Any] = {
+        "shards": [asdict(shard) for shard in shards],
+        "reports": [asdict(report) for report in result.reports],
+        "at": state.at,
+        "experts_per_token": 0 if result.routing is None else result.routing.chosen[0].shape[1],
+    }
+    with folder_written_aside(work / f"state-{index:05}") as aside:
+        for number, tensor in enumerate([*state.hidden.values(), *_routing(result)]):
+            # Not NumPy's tofile: it does not say that the disk is full.
+            (aside / f"{number}.bin").write_bytes(_bytes(tensor).numpy().data)
+        result.ranges.save(aside / ranges.FILE)
+        write_json(aside / RECORD, record)
+    for older in _states(work)[:-1]:
+        shutil.rmtree(older)
+
+
+def layers_done(work: Path) -> int:
+    """How many layers a pass had finished that was kept here."""
+    states = _states(work)
+    return int(states[-1].name.rpartition("-")[2]) + 1 if states else 0
+
+
+def restore_state(work: Path, state: PassState) -> list[Shard]:
+    """Bring a fresh pass to where the last one was kept; returns the shards of the layers that are done."""
+    done = layers_done(work)
+    if not done:
+        return []
+    newest = _states(work)[-1]
+    record = json.loads((newest / RECORD).read_text(encoding="utf-8"))
+    result = state.result
+    state.at.update(record["at"])
+    result.reports += [LinearReport(**report) for report in record["reports"]]
+    result.ranges = ranges.Ranges.open(newest / ranges.FILE)
+    targets = list(state.hidden.values())
+    if (routing := result.routing) is not None:
+        tokens, k = routing.windows[0] * routing.windows[1], record["experts_per_token"]
+        routing.chosen += [torch.empty(tokens, k, dtype=torch.uint8) for _ in range(done)]
+        routing.weights += [torch.empty(tokens, k, dtype=torch.float16) for _ in range(done)]
+        targets += _routing(result)
+    for number, tensor in enumerate(targets):
+        path = newest / f"{number}.bin"
+        if not path.is_file() or path.stat().st_size != tensor.nbytes:
+            raise UserError(f"checkpoint: {path} is not what this run needs; remove {work} to begin again")
+        _bytes(tensor).copy_(torch.from_file(str(path), shared=False, size=tensor.nbytes, dtype=torch.uint8))
+    return [Shard(**shard) for shard in record["shards"]]
+
+
+def _states(work: Path) -> list[Path]:
+    return sorted(path for path in work.glob("state-*") if re.fullmatch(r"state-\d+", path.name))
+
+
+def _routing(result: PassResult) -> list[Tensor]:
+    return [] if result.routing is None else [*result.routing.chosen, *result.routing.weights]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)

@@ -1,0 +1,170 @@
+"""`python -m haq_lab.offload trace|replay|plan|profile`: offloading without a run.
+
+trace MODEL TEXT --out FILE          record which experts a text's tokens choose (TEXT: a file, or python_docs)
+replay PROFILE TEST --out DIR        every policy and budget on one trace, profiled on another
+plan --hardware NAME PROFILE TEST    placement, formats and slots for a GPU, and the Pareto front (simulated)
+profile                              measure this machine: hardware=local
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from haq_lab.config.help import mistakes_told
+from haq_lab.utils.console import Progress, say
+from haq_lab.utils.errors import UserError, nearest, nearest_beside
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    given = _parser().parse_args(arguments)
+    with mistakes_told("haq_lab.offload"):
+        given.run(given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m haq_lab.offload", description=__doc__, formatter_class=form)
+    actions = parser.add_subparsers(required=True)
+    trace = actions.add_parser("trace", help="record a routing trace")
+    trace.add_argument("model", help="an option of the group `model`, and model.SETTING=VALUE after --set")
+    trace.add_argument("text", help="a text file, or python_docs")
+    trace.add_argument("--out", type=Path, required=True, metavar="FILE")
+    trace.add_argument("--part", choices=["calibration", "evaluation"], default="evaluation", help="of python_docs")
+    trace.add_argument("--windows", type=int, default=8, help="at most so many, each a sequence")
+    trace.add_argument("--seqlen", type=int, default=512, help="tokens of a window")
+    trace.add_argument("--prompt", type=int, default=0, help="tokens of each window that count as its prompt")
+    trace.add_argument("--set", nargs="*", default=[], metavar="model.SETTING=VALUE")
+    trace.set_defaults(run=_trace)
+    replay = actions.add_parser("replay", help="hit-rate curves, path statistics, drift")
+    plan = actions.add_parser("plan", help="formats, placement and slots for a GPU; simulated")
+    for action in (replay, plan):
+        action.add_argument("profile", type=Path, help="calibration trace")
+        action.add_argument("test", type=Path, help="trace of another text")
+        action.add_argument("--out", type=Path, required=True, metavar="DIR")
+    eighths = [number / 8 for number in range(1, 8)]
+    replay.add_argument("--budgets", type=float, nargs="+", default=eighths, help="shares of all experts, as 0.25")
+    replay.set_defaults(run=_replay)
+    plan.add_argument("--hardware", default="rtx3060_12g", help="a name from conf/hardware, or local")
+    plan.add_argument("--shape", default="mixtral", help="mixtral (8x7B), or a folder with config.json")
+    plan.add_argument("--int8-head", action="store_true", help="as quantizer.head=true; a checkpoint says it itself")
+    plan.add_argument("--context", type=int, default=2048, help="tokens whose key-value cache must fit")
+    plan.add_argument("--tokens", type=int, default=128, help="simulated for each combination")
+    plan.set_defaults(run=_plan)
+    profile = actions.add_parser("profile", help="measure this machine")
+    profile.add_argument("--scratch", type=Path, default=Path(), help="folder on the disk of the slow tier")
+    profile.set_defaults(run=_profile)
+    return parser
+
+
+def _trace(given: argparse.Namespace) -> None:
+    from haq_lab.config.build import model_option
+    from haq_lab.data.text import load_rows, python_docs
+    from haq_lab.data.windows import encode
+    from haq_lab.models.layerwise import LayeredModel
+    from haq_lab.routing.record import record_trace
+
+    model = LayeredModel(model_option(given.model, given.set).folder())
+    own = given.text == "python_docs"
+    text = python_docs(given.part) if own else "".join(load_rows("text", "test", given.text, "text"))
+    tokens = encode(model.tokenizer(), text)
+    count = min(given.windows, len(tokens) // given.seqlen)
+    if count < 1:
+        raise UserError(f"text: '{given.text}' has {len(tokens)} tokens, fewer than one window of {given.seqlen}")
+    windows = tokens[: count * given.seqlen].view(count, given.seqlen)
+    with Progress() as progress:
+        progress.layers(model.depth, "trace")
+        label = f"python_docs, {given.part}" if own else given.text
+        trace = record_trace(model, windows, label, given.prompt, progress.layer_done)
+    trace.save(given.out)
+    say(f"{trace.tokens} tokens, {trace.layers} layers, {trace.k} of {trace.expert_count} experts: {given.out}")
+
+
+def _replay(given: argparse.Namespace) -> None:
+    from haq_lab.offload.simulate.figures import curve_figure, heat_figure
+    from haq_lab.offload.simulate.hit_rate_curves import CONTENDERS, closed, hit_rates
+    from haq_lab.routing.statistics import drift, entropy, jaccard, repeat_rate
+    from haq_lab.routing.trace import Trace
+    from haq_lab.utils.atomic_files import written_aside
+
+    profile, test = Trace.open(given.profile), Trace.open(given.test)
+    with Progress() as progress:
+        progress.layers(len(given.budgets) * len(CONTENDERS), "replay")
+        table = hit_rates(profile, test, given.budgets, progress.layer_done)
+    with written_aside(given.out / "hit_rates.csv") as aside:
+        table.to_csv(aside, index=False)
+    say(table.pivot(index="policy", columns="budget", values="pairs").round(4).to_string())
+    first, either = repeat_rate(test)
+    apart = drift(profile, test)
+    near, far = jaccard(test, [1, 16]).mean(1)
+    say(f"\nentropy {entropy(test).mean():.3f} bits")
+    say(f"the previous token's first choice: first again {first.mean():.3f}, chosen again {either.mean():.3f}")
+    say(f"Jaccard of the expert sets of neighbouring tokens {near:.3f}, 16 tokens apart {far:.3f}")
+    say(f"drift from the profile's text: shares differ by {apart.distance.mean():.3f} (total variation)")
+    for budget, share in closed(table).items():
+        say(f"{budget:.1%} resident: HAQ closes {share:.1%} of the distance from the best of LRU, LFU to Belady")
+    title = f"{test.model}\nprofiled on {profile.text}, tested on {test.text}"
+    for path in (
+        curve_figure(table, title, given.out / "hit_rates.png"),
+        heat_figure(test, given.out / "heat_map.png"),
+    ):
+        say(f"figure: {path}")
+
+
+def _plan(given: argparse.Namespace) -> None:
+    from transformers import AutoConfig
+
+    from haq_lab.checkpoint.model import has_int8_head
+    from haq_lab.hardware.local import hardware
+    from haq_lab.offload.costs.model_shape import MIXTRAL, Shape
+    from haq_lab.offload.simulate.capacity_plan import CACHES, FORMATS, SHARES, plan
+    from haq_lab.offload.simulate.figures import pareto_figure
+    from haq_lab.routing.trace import Trace
+    from haq_lab.utils.atomic_files import written_aside
+
+    machine = hardware(given.hardware)
+    profile, test = Trace.open(given.profile), Trace.open(given.test)
+    shape = replace(MIXTRAL, head_bytes=1) if given.int8_head else MIXTRAL
+    for name in ("context", "tokens"):
+        if getattr(given, name) < 1:
+            raise UserError(f"plan: --{name} {getattr(given, name)} is not at least 1")
+    if given.shape != "mixtral":
+        if not (Path(given.shape) / "config.json").is_file():
+            near = nearest(given.shape, ["mixtral"]) or nearest_beside(Path(given.shape))
+            raise UserError(f"plan: --shape '{given.shape}' is not mixtral, nor a folder with a config.json{near}")
+        config = AutoConfig.from_pretrained(given.shape, trust_remote_code=False)
+        shape = Shape.of(config, profile.expert_count, given.int8_head or has_int8_head(Path(given.shape)))
+    if {(trace.layers, trace.expert_count) for trace in (profile, test)} != {(shape.layers, shape.experts)}:
+        profile, test = (trace.stretched(shape.layers, shape.experts) for trace in (profile, test))
+        say(f"the trace is of another model: its layers are repeated or left out to make {shape.layers}")
+    with Progress() as progress:
+        progress.layers(len(FORMATS) * 2 * len(SHARES) * len(CACHES), "simulate")
+        table = plan(machine, shape, profile, test, given.context, given.tokens, finished=progress.layer_done)
+    with written_aside(given.out / "plan.csv") as aside:
+        table.to_csv(aside, index=False)
+    front = table[table["pareto"]].sort_values("memory_bytes")
+    say(f"simulated, {machine.name}: the Pareto front\n{front.drop(columns='pareto').round(3).to_string(index=False)}")
+    fitting = table[table["fits"]]
+    if fitting.empty:
+        raise UserError(f"plan: nothing fits the {machine.memory_gb} GB of {machine.name}; lower --context")
+    best = fitting.sort_values("simulated_ms").iloc[0]
+    choice = ", ".join(
+        f"{name} {best[name]}" for name in ("host_format", "device_format", "placement", "cache", "slots")
+    )
+    say(f"\nfastest that fits: {choice}; simulated {best['simulated_ms']:.1f} ms a token")
+    say(f"figure: {pareto_figure(table, machine.name, given.out / 'pareto.png')}")
+
+
+def _profile(given: argparse.Namespace) -> None:
+    from haq_lab.hardware.local import save_local
+    from haq_lab.offload.costs.this_machine import measure_machine
+
+    profile = measure_machine(given.scratch)
+    say(f"{profile.int8_tops:.3f} int8 TOPS, memory {profile.bandwidth_gbs:.1f} GB/s, disk {profile.link_gbs:.2f} GB/s")
+    say(f"hardware=local: {save_local(profile)}")
+
+
+if __name__ == "__main__":
+    main()

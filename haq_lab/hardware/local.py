@@ -1,0 +1,44 @@
+"""From haq_lab/offload/hardware.py."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from haq_lab.hardware.spec import Hardware, cited_hardware, load_hardware
+from haq_lab.utils.atomic_files import write_text
+from haq_lab.utils.errors import UserError, invalid
+from haq_lab.utils.paths import cache_folder
+
+
+def local_path() -> Path:
+    """Where this machine's profile is kept."""
+    return cache_folder() / "hardware" / "local.yaml"
+
+
+def hardware(name: str) -> Hardware:
+    """A profile by name. Raises `UserError` for an unknown one, or for `local` before it was measured."""
+    if name in cited_hardware():
+        return load_hardware(name)
+    if name != "local":
+        raise invalid("hardware", name, [*cited_hardware(), "local"])
+    return local()
+
+
+def local() -> Hardware:
+    """This machine's profile. Raises `UserError` before it was measured."""
+    again = "run: python -m haq_lab.offload profile"
+    if not local_path().is_file():
+        raise UserError(f"hardware: 'local' has not been measured yet; {again}")
+    try:
+        return Hardware(**yaml.safe_load(local_path().read_text(encoding="utf-8")) | {"from_disk": True})
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"hardware: '{local_path()}' is no hardware profile ({error}); {again}") from error
+
+
+def save_local(profile: Hardware) -> Path:
+    """Keep it as `local`."""
+    write_text(local_path(), yaml.safe_dump(asdict(profile), sort_keys=False))
+    return local_path()

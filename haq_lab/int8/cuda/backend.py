@@ -1,0 +1,85 @@
+"""`backend=cuda`: the kernels of haq_lab.int8.cuda as a backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from haq_lab.int8.backend import Backend, PackedLinear
+from haq_lab.int8.cuda import kernels as cuda
+from haq_lab.int8.cuda.gpu_lock import claim
+from haq_lab.int8.cuda.kernels import GEMV_ROWS, K_MULTIPLE, Kernels, padded
+from haq_lab.int8.numerics import Activations, scale_of
+from haq_lab.utils.errors import UserError
+
+
+class CudaBackend(Backend):
+    """Quantise, multiply and scale in two launches.
+
+    Weights lie on the device. An input from elsewhere is brought there and its output taken back: calibration and
+    evaluation, which hold one layer at a time, keep their hidden states on the CPU. In a deployed model nothing moves.
+
+    Args:
+        device: Such as `cuda` (torch's current one) or `cuda:1`.
+        kernels: The calls to use; those of the device if None.
+        share: Whether other processes may use the GPU at the same time; else `cuda` is the first that is free.
+
+    Raises:
+        UserError: No GPU, no CuPy, or too old a GPU.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device: str = "cuda", kernels: Kernels | None = None, share: bool = False) -> None:
+        self.device = _device(device) if share else claim(_device(device))
+        self.fused = self._kernels = kernels or cuda.kernels(self.device.index)
+
+    @property
+    def kernels(self) -> str:
+        return "cuda"
+
+    def pack(self, levels: Tensor) -> Tensor:
+        return padded(levels.to(self.device))
+
+    def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        return packed[:, :columns]
+
+    def dequantize(self, packed: Tensor, weight_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        return self._kernels.dequant(packed, weight_scale, dtype)[:, :columns]
+
+    def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
+        return self._kernels.accumulate(padded(qx), padded(levels))
+
+    def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As the contract says, with columns added up to a multiple of 16."""
+        x = padded(x.to(self.device).contiguous())
+        if scheme == "token":
+            return self._kernels.quantize_rows(x)
+        # One scale for all rows: known from calibration, or the maximum of this tensor.
+        scale = scale_of(x.float().abs().amax()) if scheme == "tensor" else static_scale
+        assert scale is not None, "the static scheme needs the scale from calibration"
+        return self._kernels.quantize_static(x, self._given(scale))
+
+    def swiglu_quantize(
+        self, gate: Tensor, up: Tensor, scheme: Activations, static_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if scheme == "tensor" or gate.shape[1] % K_MULTIPLE:
+            return super().swiglu_quantize(gate, up, scheme, static_scale)
+        scale = None if static_scale is None else self._given(static_scale)
+        return self._kernels.swiglu_quantize(torch.cat([gate, up], dim=1), scale)
+
+    def _given(self, scale: Tensor) -> Tensor:
+        """One scale for all rows as the kernels take it."""
+        return scale.to(self.device, torch.float32).reshape(1)
+
+    def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
+        product = self._kernels.gemv if len(qx) <= GEMV_ROWS else self._kernels.gemm
+        bias = None if weights.bias is None else weights.bias.to(self.device, torch.float32)
+        return product(qx, weights.packed, row_scale, weights.scale.to(self.device), bias, dtype)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"backend.device: '{name}' is not a device; say cuda, or cuda:1 for the second GPU") from error

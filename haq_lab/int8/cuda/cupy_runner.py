@@ -1,0 +1,95 @@
+"""Runs launches on a GPU through CuPy, on torch's memory and torch's current stream."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import Argument, Launch
+from haq_lab.int8.cuda.nvrtc import Compiler, cubin_file, default_compiler
+from haq_lab.utils.errors import UserError
+
+OLDEST = 75
+DEFAULT_SHARED = 48 * 1024  # more than this a kernel must be allowed explicitly
+INSTALL = "`pip install 'haq-lab[cuda13]'` (or cuda12, by your driver)"
+
+
+def marshal(args: tuple[Argument, ...]) -> tuple[np.generic, ...]:
+    """Arguments as the kernel's parameters lie in memory: addresses, int32 and float32."""
+
+    def one(value: Argument) -> np.generic:
+        if value is None:
+            return np.uint64(0)
+        if isinstance(value, Tensor):
+            return np.uint64(value.data_ptr())
+        return np.int32(value) if isinstance(value, int) else np.float32(value)
+
+    return tuple(one(value) for value in args)
+
+
+class CupyRunner:
+    """Loads each module once a device, from the compiled file on disk, and launches its kernels.
+
+    Args:
+        cupy: The imported package.
+        device: The CUDA device's index.
+        architecture: Of that device, such as 86.
+        compiler: Makes the compiled files.
+    """
+
+    def __init__(self, cupy: ModuleType, device: int, architecture: int, compiler: Compiler) -> None:
+        self._cupy = cupy
+        self._device = device
+        self._architecture = architecture
+        self._compiler = compiler
+        self._functions: dict[tuple[str, str], Any] = {}
+
+    def __call__(self, launch: Launch) -> None:
+        stream = self._cupy.cuda.Stream.from_external(torch.cuda.current_stream(self._device))
+        with self._cupy.cuda.Device(self._device), stream:
+            function = self._function(launch.module, launch.kernel)
+            if launch.shared > max(DEFAULT_SHARED, function.max_dynamic_shared_size_bytes):
+                function.max_dynamic_shared_size_bytes = launch.shared
+            function(launch.grid, (launch.threads, 1, 1), marshal(launch.args), shared_mem=launch.shared)
+
+    def _function(self, module: str, kernel: str) -> Any:
+        if (module, kernel) not in self._functions:
+            path = cubin_file(module, self._architecture, self._compiler)
+            self._functions[module, kernel] = self._cupy.RawModule(path=str(path)).get_function(kernel)
+        return self._functions[module, kernel]
+
+
+def check_architecture(architecture: int, name: str) -> None:
+    """Raise UserError for a GPU that lacks the int8 tensor-core instructions."""
+    if architecture < OLDEST:
+        raise UserError(
+            f"backend=cuda needs compute capability 7.5 (Turing) or later; {name} has "
+            f"{architecture // 10}.{architecture % 10}. Use backend=cpu or backend=reference"
+        )
+
+
+def kernels(device: int | None) -> Kernels:
+    """The calls for one device. Raises UserError with one message where it can't work."""
+    if not torch.cuda.is_available():
+        raise UserError("backend=cuda needs an NVIDIA GPU that torch can use, and finds none: use backend=cpu")
+    if importlib.util.find_spec("cupy") is None:
+        raise UserError(f"backend=cuda needs CuPy, which is not installed: {INSTALL}")
+    import cupy
+
+    index = torch.cuda.current_device() if device is None else device
+    properties = torch.cuda.get_device_properties(index)
+    architecture = 10 * properties.major + properties.minor
+    check_architecture(architecture, properties.name)
+    compiler = default_compiler(cupy.cuda.runtime.runtimeGetVersion() // 1000)
+    return Kernels(
+        CupyRunner(cupy, index, architecture, compiler),
+        architecture=architecture,
+        multiprocessors=properties.multi_processor_count,
+        shared_limit=cupy.cuda.Device(index).attributes["MaxSharedMemoryPerBlockOptin"],
+    )

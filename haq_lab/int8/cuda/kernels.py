@@ -1,0 +1,276 @@
+"""W8A8 on an NVIDIA GPU: what each call checks, allocates and launches.
+
+    gpu = haq_lab.int8.cuda.kernels()
+    qx, sx = gpu.quantize_rows(x)                  # x (M, K) float16 -> int8 (M, K), float32 (M,)
+    y = gpu.gemm(qx, qw, sx, sw, bias, x.dtype)    # qw (N, K) int8, sw (N,) -> (M, N)
+
+Tensors stay torch's: a kernel gets their addresses, nothing is copied, and it runs on torch's current stream.
+K must be a multiple of 16 and tensors contiguous. Another K is padded with zeros by the caller (`padded`): zeros add
+nothing to a sum of products nor to a row's maximum. Normalisations divide by K, so there K itself must fit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from haq_lab.int8.cuda.launch import (
+    MAX_K,
+    TILES,
+    TYPE_NAMES,
+    Launch,
+    Run,
+    Tile,
+    blocks,
+    choose_split,
+    choose_tile,
+    k_part,
+    staged_groups,
+)
+
+K_MULTIPLE = 16
+
+
+GEMV_ROWS = 8
+
+
+def padded(x: Tensor) -> Tensor:
+    """`x` (..., K) with zeros up to a K that is a multiple of 16; `x` itself where it is one."""
+    missing = -x.shape[-1] % K_MULTIPLE
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}")
+    if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+        raise ValueError(f"{name} must be contiguous and aligned to 16 bytes")
+
+
+def _check_k(k: int) -> None:
+    if k % K_MULTIPLE or not 0 < k <= MAX_K:
+        raise ValueError(f"K = {k}: must be a multiple of {K_MULTIPLE} (see `padded`), at most {MAX_K}")
+
+
+def _type(dtype: torch.dtype) -> str:
+    if dtype not in TYPE_NAMES:
+        raise ValueError(f"{dtype} is none of {', '.join(map(str, TYPE_NAMES))}")
+    return TYPE_NAMES[dtype]
+
+
+class Kernels:
+    """The calls, for one device.
+
+    Args:
+        run: Executes a launch.
+        architecture: Such as 86 for sm_86.
+        multiprocessors: Of the device; decides tiles and splits, never a result.
+        shared_limit: Bytes of shared memory that a block can have.
+    """
+
+    def __init__(self, run: Run, *, architecture: int, multiprocessors: int, shared_limit: int) -> None:
+        self._run = run
+        self._architecture = architecture
+        self._multiprocessors = multiprocessors
+        self._shared_limit = shared_limit
+
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Per token: x (M, K) floating -> int8 (M, K) and float32 scales (M,)."""
+        return self._quantize("quantize", x.shape[0], x.shape[1], x, (x,), (), None)
+
+    def quantize_static(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Per tensor: x (M, K) with the float32 scale (1,) from calibration -> int8 (M, K) and that scale (M,)."""
+        return self._quantize("quantize", x.shape[0], x.shape[1], x, (x,), (), scale)
+
+    def rmsnorm_quantize(
+        self, x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """RMSNorm with float32 `weight` (K,), then quantised; per token unless a static `scale` (1,) is given."""
+        _check("weight", weight, (x.shape[1],), torch.float32)
+        extra = (weight, float(eps))
+        return self._quantize("rmsnorm_quantize", x.shape[0], x.shape[1], x, (x, *extra), (), scale)
+
+    def layernorm_quantize(
+        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """LayerNorm with float32 `weight` and `bias` (K,), then quantised."""
+        _check("weight", weight, (x.shape[1],), torch.float32)
+        _check("bias", bias, (x.shape[1],), torch.float32)
+        extra = (weight, bias, float(eps))
+        return self._quantize("layernorm_quantize", x.shape[0], x.shape[1], x, (x, *extra), (), scale)
+
+    def swiglu_quantize(self, gate_up: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """silu(gate) * up, then quantised: gate_up (M, 2 K), gate first, -> int8 (M, K) and scales (M,)."""
+        m, k = gate_up.shape[0], gate_up.shape[1] // 2
+        if gate_up.shape[1] % 2:
+            raise ValueError("gate_up needs an even number of columns")
+        halves = (gate_up[:, :k], gate_up[:, k:])
+        return self._quantize("swiglu_quantize", m, k, gate_up, halves, (2 * k,), scale)
+
+    def _quantize(
+        self,
+        kernel: str,
+        m: int,
+        k: int,
+        x: Tensor,
+        inputs: tuple[Tensor | float, ...],
+        strides: tuple[int, ...],
+        scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        _check("x", x, (m, x.shape[1]), x.dtype)
+        _check_k(k)
+        if scale is not None:
+            _check("scale", scale, (1,), torch.float32)
+        q = torch.empty(m, k, dtype=torch.int8, device=x.device)
+        scales = torch.empty(m, dtype=torch.float32, device=x.device)
+        # With a static scale and no norm the row is read once in any case.
+        once = scale is not None and kernel in ("quantize", "swiglu_quantize")
+        staged = 0 if once else staged_groups(k, self._shared_limit)
+        if m:
+            args = (*inputs, scale, q, scales, *strides, k, staged)
+            name = f"{kernel}_{_type(x.dtype)}"
+            self._run(Launch("quantize", name, (m, 1, 1), 128, 128 + 32 * staged, args))
+        return q, scales
+
+    def gemm(
+        self,
+        qx: Tensor,
+        qw: Tensor,
+        sx: Tensor,
+        sw: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+        *,
+        tile: Tile | None = None,
+        split: int | None = None,
+    ) -> Tensor:
+        """(qx . qw^T) * sx * sw + bias: int8 (M, K) and (N, K), float32 (M,), (N,), (N,) or None -> (M, N).
+
+        `tile` and `split` are chosen by the shape where not given; they never change a bit of the result.
+        """
+        m, n, _ = self._check_product(qx, qw, sx, sw, bias)
+        name = _type(out_dtype)
+        tile = tile or choose_tile(m, n, self._multiprocessors)
+        split = split or choose_split(m, n, qx.shape[1], tile, self._multiprocessors)
+        out = torch.empty(m, n, dtype=out_dtype, device=qx.device)
+        if not out.numel():
+            return out
+        if split == 1:
+            self._gemm(qx, qw, sx, sw, bias, out, name, tile, 1)
+        else:
+            sums = torch.zeros(m, n, dtype=torch.int32, device=qx.device)
+            self._gemm(qx, qw, sx, sw, None, sums, "i32", tile, split)
+            args = (sums, sx, sw, bias, out, n)
+            self._run(Launch("gemm", f"finish_{name}", (blocks(n, 128), m, 1), 128, 0, args))
+        return out
+
+    def accumulate(self, qx: Tensor, qw: Tensor, *, tile: Tile | None = None, split: int | None = None) -> Tensor:
+        """The exact sums alone: int8 (M, K) and (N, K) -> int32 (M, N)."""
+        m, n, k = self._check_product(qx, qw, None, None, None)
+        tile = tile or choose_tile(m, n, self._multiprocessors)
+        split = split or choose_split(m, n, k, tile, self._multiprocessors)
+        sums = (torch.empty if split == 1 else torch.zeros)(m, n, dtype=torch.int32, device=qx.device)
+        if sums.numel():
+            self._gemm(qx, qw, None, None, None, sums, "i32", tile, split)
+        return sums
+
+    def _gemm(
+        self,
+        qx: Tensor,
+        qw: Tensor,
+        sx: Tensor | None,
+        sw: Tensor | None,
+        bias: Tensor | None,
+        out: Tensor,
+        name: str,
+        tile: Tile,
+        split: int,
+    ) -> None:
+        (m, k), n = qx.shape, qw.shape[0]
+        part = k_part(k, split)
+        grid = (blocks(m, tile.rows), blocks(n, tile.columns), blocks(k, part))
+        args = (qx, qw, sx, sw, bias, out, m, n, k, part)
+        shared = tile.shared(self._architecture)
+        self._run(Launch("gemm", f"gemm_{tile.name}_{name}", grid, tile.threads, shared, args))
+
+    def gemv(
+        self, qx: Tensor, qw: Tensor, sx: Tensor, sw: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        """As `gemm`, for at most eight rows: bound by reading the weights once."""
+        m, n, k = self._check_product(qx, qw, sx, sw, bias)
+        if m > GEMV_ROWS:
+            raise ValueError(f"gemv takes at most {GEMV_ROWS} rows, not {m}")
+        out = torch.empty(m, n, dtype=out_dtype, device=qx.device)
+        if out.numel():
+            rows = next(size for size in (1, 2, 4, 8) if size >= m)
+            args = (qx, qw, sx, sw, bias, out, m, n, k)
+            self._run(Launch("gemv", f"gemv_{rows}_{_type(out_dtype)}", (blocks(n, 8), 1, 1), 128, 0, args))
+        return out
+
+    def grouped(
+        self,
+        qx: Tensor,
+        qw: Tensor,
+        offsets: Tensor,
+        sx: Tensor,
+        sw: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+        *,
+        tile: Tile | None = None,
+    ) -> Tensor:
+        """Every expert's product in one launch.
+
+        Args:
+            qx: int8 (T, K), tokens sorted by expert.
+            qw: int8 (E, N, K).
+            offsets: int32 (E + 1,) on the device: expert e has the rows offsets[e] .. offsets[e + 1], from 0 to T.
+            sx, sw, bias: float32 (T,), (E, N), and (E, N) or None.
+            out_dtype: A floating type.
+            tile: Chosen by the tokens an expert has on average where not given.
+
+        Returns:
+            (T, N), rows in the order of qx.
+        """
+        (t, k), (e, n, _) = qx.shape, qw.shape
+        _check_k(k)
+        _check("qx", qx, (t, k), torch.int8)
+        _check("qw", qw, (e, n, k), torch.int8)
+        _check("offsets", offsets, (e + 1,), torch.int32)
+        _check("sx", sx, (t,), torch.float32)
+        _check("sw", sw, (e, n), torch.float32)
+        if bias is not None:
+            _check("bias", bias, (e, n), torch.float32)
+        out = torch.empty(t, n, dtype=out_dtype, device=qx.device)
+        if out.numel():
+            tile = tile or TILES[2 if t <= 32 * e else 1 if t <= 128 * e else 0]
+            most = (t + min(e, t) * (tile.rows - 1)) // tile.rows  # every expert's last tile one row full
+            grid = (most, blocks(n, tile.columns), 1)
+            args = (qx, qw, offsets, sx, sw, bias, out, e, n, k)
+            name = f"grouped_{tile.name}_{_type(out_dtype)}"
+            self._run(Launch("grouped", name, grid, tile.threads, tile.shared(self._architecture), args))
+        return out
+
+    def dequant(self, qw: Tensor, sw: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """int8 (N, K) and float32 (N,) -> float16 or bfloat16 (N, K)."""
+        n, k = qw.shape
+        _check_k(k)
+        _check("qw", qw, (n, k), torch.int8)
+        _check("sw", sw, (n,), torch.float32)
+        out = torch.empty(n, k, dtype=out_dtype, device=qw.device)
+        if n:
+            name = f"dequant_{_type(out_dtype)}"
+            self._run(Launch("dequant", name, (n, blocks(k, 2048), 1), 128, 0, (qw, sw, out, k)))
+        return out
+
+    def _check_product(
+        self, qx: Tensor, qw: Tensor, sx: Tensor | None, sw: Tensor | None, bias: Tensor | None
+    ) -> tuple[int, int, int]:
+        (m, k), n = qx.shape, qw.shape[0]
+        _check_k(k)
+        _check("qx", qx, (m, k), torch.int8)
+        _check("qw", qw, (n, k), torch.int8)
+        for name, tensor, length in (("sx", sx, m), ("sw", sw, n), ("bias", bias, n)):
+            if tensor is not None:
+                _check(name, tensor, (length,), torch.float32)
+        return m, n, k

@@ -1,0 +1,243 @@
+"""What the compiler made of the kernels: registers, spills, shared memory and the instructions that matter.
+
+    python -m haq_lab.int8.codegen --write experiments/cuda_kernels.csv
+
+compiles every kernel for every architecture with every NVRTC installed, and writes one row each. What the compiler's
+log says of registers, stack and shared memory is compared with what stands in the machine code. Needs no GPU, but two
+of NVIDIA's tools (`nvidia-cuda-nvdisasm`, `nvidia-cuda-cuobjdump`, in the dev extra).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from haq_lab.int8.cuda.launch import MODULES, TILES
+from haq_lab.int8.cuda.nvrtc import Compiled, Compiler, installed_libraries
+from haq_lab.int8.cuda.sources import module_source
+from haq_lab.utils.atomic_files import written_aside
+from haq_lab.utils.errors import UserError
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+# Shared memory of a multiprocessor in KiB; a block takes one KiB more than it asks for, from sm_80 on.
+SHARED_KIB = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+RESERVED = 1024  # that one KiB
+REGISTERS = 65536  # of a multiprocessor
+THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+NOTED = {
+    "imma": "IMMA",  # int8 tensor cores
+    "ldsm": "LDSM",  # ldmatrix
+    "ldgsts": "LDGSTS",  # cp.async
+    "dp4a": "IDP",
+    "wide_loads": "LDG.E.128",
+}
+FUNCTION = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
+    re.DOTALL,
+)
+USAGE = re.compile(r"Function (\w+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+SECTION = re.compile(r"^//-+ \.text\.(\w+)\s+-+\n(.*?)(?=^//-+ \.|\Z)", re.DOTALL | re.MULTILINE)
+SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+# What the numerics contract or the address analysis forbids in PTX.
+FORBIDDEN = {
+    "approximate arithmetic": re.compile(r"\.approx|div\.full|\.ftz"),
+    "fused multiply-add": re.compile(r"\bfma\.rn\.f32"),
+    "a pointer of unknown memory": re.compile(r"\bcvta\.to\.shared|\b(?:ld|st)\.(?:[bsuf]\d|v\d)"),
+    "local memory": re.compile(r"\b(?:ld|st)\.local"),
+}
+
+
+@dataclass(frozen=True)
+class KernelCode:
+    """One kernel as compiled for one architecture. Counts are of instructions in the code, not of executions."""
+
+    kernel: str
+    architecture: int
+    nvrtc: str
+    registers: int
+    spill_bytes: int
+    threads: int
+    min_blocks: int
+    shared_bytes: int
+    imma: int
+    ldsm: int
+    ldgsts: int
+    dp4a: int
+    wide_loads: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes: registers and bytes of stack of a thread, bytes of static shared memory of a block."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def tool(name: str) -> str | None:
+    """Path of `nvdisasm` or `cuobjdump`: on PATH or in NVIDIA's Python packages; None if absent."""
+    if found := shutil.which(name):
+        return found
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    return next((str(path) for folder in folders for path in sorted(folder.glob(f"*/bin/{name}"))), None)
+
+
+def _told(name: str, option: str, cubin: bytes) -> str:
+    """What a tool says of machine code."""
+    path = tool(name)
+    if path is None:
+        raise UserError(f"needs {name}: `pip install nvidia-cuda-{name}`")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def instructions(cubin: bytes) -> dict[str, Counter[str]]:
+    """How often each machine instruction stands in each kernel."""
+    text = _told("nvdisasm", "-c", cubin)
+    return {name: Counter(SASS.findall(body)) for name, body in SECTION.findall(text)}
+
+
+def logged(log: str) -> dict[str, Resources]:
+    """What each kernel takes by the compiler's log."""
+    return {
+        name: Resources(int(registers), int(stack), int(shared or 0))
+        for name, stack, _, _, registers, shared in FUNCTION.findall(log)
+    }
+
+
+def held(cubin: bytes, architecture: int) -> dict[str, Resources]:
+    """What each kernel takes by the machine code, which from sm_90 on counts the reserved shared memory as well."""
+    reserved = RESERVED if architecture >= 90 else 0
+    return {
+        name: Resources(int(registers), int(stack), max(0, int(shared) - reserved))
+        for name, registers, stack, shared in USAGE.findall(_told("cuobjdump", "-res-usage", cubin))
+    }
+
+
+def disagreements(compiled: Compiled, architecture: int) -> list[str]:
+    """Kernels of which the compiler's log and the machine code say different things."""
+    log, code = logged(compiled.log), held(compiled.cubin, architecture)
+    return [
+        f"{name}: {log.get(name)} in the log, {code.get(name)} in the code"
+        for name in sorted({*log, *code})
+        if log.get(name) != code.get(name)
+    ]
+
+
+def shared_bytes(kernel: str, architecture: int) -> int:
+    """Dynamic shared memory that the launcher asks for; for row kernels that of a row of 1,024 columns."""
+    tile = next((tile for tile in TILES if f"_{tile.name}_" in kernel), None)
+    if tile:
+        return tile.shared(architecture)
+    return 128 + 32 * 128 if "quantize" in kernel else 0
+
+
+def kernel_codes(compiled: Compiled, architecture: int, nvrtc: str) -> list[KernelCode]:
+    """One row for each kernel of a compiled module."""
+    opcodes, rows = instructions(compiled.cubin), []
+    for name, _, stores, loads, registers, _ in FUNCTION.findall(compiled.log):
+        header = compiled.ptx[compiled.ptx.index(f".entry {name}(") :].split("{", 1)[0]
+        limits = dict(re.findall(r"\.(maxntid|minnctapersm)\s+(\d+)", header))
+        counts = {
+            column: sum(n for opcode, n in opcodes[name].items() if opcode.startswith(start))
+            for column, start in NOTED.items()
+        }
+        rows.append(
+            KernelCode(
+                kernel=name,
+                architecture=architecture,
+                nvrtc=nvrtc,
+                registers=int(registers),
+                spill_bytes=int(stores) + int(loads),
+                threads=int(limits["maxntid"]),
+                min_blocks=int(limits.get("minnctapersm", 1)),
+                shared_bytes=shared_bytes(name, architecture),
+                **counts,
+            )
+        )
+    return rows
+
+
+def complaints(code: KernelCode) -> list[str]:
+    """What is worse than asked for: spills, an occupancy that can't be had, or a missing instruction."""
+    found = []
+    if code.spill_bytes:
+        found.append(f"{code.spill_bytes} bytes spilled")
+    warps = code.threads // 32
+    registers = -(-code.registers * 32 // 256) * 256 * warps * code.min_blocks  # given out in units of 256 a warp
+    if registers > REGISTERS:
+        found.append(f"{code.registers} registers: fewer than {code.min_blocks} blocks fit")
+    if code.threads * code.min_blocks > THREADS[code.architecture]:
+        found.append(f"{code.min_blocks} blocks of {code.threads} threads don't fit")
+    reserved = RESERVED if code.architecture >= 80 else 0
+    if (code.shared_bytes + reserved) * code.min_blocks > SHARED_KIB[code.architecture] * 1024:
+        found.append(f"{code.shared_bytes} bytes of shared memory: fewer than {code.min_blocks} blocks fit")
+    return found + [f"no {NOTED[column]}" for column in required(code) if not getattr(code, column)]
+
+
+def required(code: KernelCode) -> list[str]:
+    """The instructions that make this kind of kernel fast."""
+    if code.kernel.startswith(("gemm_", "grouped_")):
+        return ["imma", "ldsm", *(["ldgsts"] if code.architecture >= 80 else [])]
+    if code.kernel.startswith("gemv_"):
+        return ["dp4a", "wide_loads"]
+    return ["wide_loads"] if code.kernel.startswith("dequant") or "quantize" in code.kernel else []
+
+
+def forbidden(ptx: str) -> list[str]:
+    """What the PTX has that it must not."""
+    return [f"{what}: {match[0]}" for what, pattern in FORBIDDEN.items() if (match := pattern.search(ptx))]
+
+
+def table(compilers: list[Compiler]) -> tuple[list[KernelCode], list[str]]:
+    """Every kernel, architecture and compiler; and where log and code disagree."""
+    rows, wrong = [], []
+    for compiler in compilers:
+        version = ".".join(map(str, compiler.version))
+        for architecture in ARCHITECTURES:
+            for module in MODULES:
+                compiled = compiler.compile(module_source(module), architecture, f"{module}.cu")
+                rows += kernel_codes(compiled, architecture, version)
+                wrong += [f"sm_{architecture} NVRTC {version}, {one}" for one in disagreements(compiled, architecture)]
+    return rows, wrong
+
+
+def write(rows: list[KernelCode], path: Path) -> None:
+    """The table as CSV."""
+    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(KernelCode.__dataclass_fields__), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(vars(row) for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile every kernel and tabulate what came out.")
+    parser.add_argument("--write", type=Path, help="CSV file to write")
+    arguments = parser.parse_args()
+    rows, wrong = table([Compiler(path) for _, path in sorted(installed_libraries().items())])
+    if arguments.write:
+        write(rows, arguments.write)
+    bad = [(row, found) for row in rows if (found := complaints(row))]
+    for row, found in bad:
+        print(f"{row.kernel} sm_{row.architecture} NVRTC {row.nvrtc}: {'; '.join(found)}")
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    print(f"{len(rows)} kernels compiled, {len(bad)} worse than asked for, {len(wrong)} logged wrongly")
+    return 1 if bad or wrong or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""A causal language model held one decoder layer at a time.
+
+Only what lies outside the layers (embeddings, final norm, head) stays in memory, the tables in the type that they are
+stored in. A layer is read from the checkpoint when it is its turn. The arguments a layer gets besides the hidden state
+(masks, rotary embeddings) are captured from the model's own forward, never built by hand: they change between releases.
+
+    model = LayeredModel(folder)
+    hidden = model.embed(windows)                       # (n, t, d)
+    for index in range(model.depth):
+        hidden = model.run(model.load_layer(index), index, hidden)
+    logits = model.head(hidden)                         # (n, t, vocabulary)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+
+from haq_lab.int8.backend import Backend
+from haq_lab.int8.linear import Int8Linear
+from haq_lab.models.architectures import Family, family_of, refuse_unknown
+from haq_lab.models.checkpoint_reader import Weights
+from haq_lab.models.embeddings import hold_as_stored, tables_of
+from haq_lab.models.experts import Experts, split_fused
+from haq_lab.utils.errors import UserError
+from haq_lab.utils.transformers_logging import quiet_transformers
+
+TOKENS_PER_BATCH = 4096  # bounds the activations in memory; larger gains nothing on a CPU
+M = TypeVar("M", bound=nn.Module)
+Room = Callable[..., Tensor]  # as `torch.empty`: shape, dtype -> tensor
+COMPUTED = "rotary_emb.inv_freq"  # old checkpoints hold it in every layer, though it follows from the config
+
+
+class _Recorder(nn.Module):
+    """Stands where a decoder layer was: notes the arguments, passes the hidden state on or puts one in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+        self.replay: Tensor | None = None
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.received, self.arguments = hidden, arguments
+        return hidden if self.replay is None else self.replay
+
+
+class LayeredModel:
+    """A checkpoint folder opened for reading layer by layer, computing in `dtype`."""
+
+    quantized = False  # whether its layers come in int8 (haq_lab.checkpoint.model)
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
+        self.config = _read_config(folder, self.quantized)
+        self.folder = folder
+        self.dtype = dtype
+        self.family: Family = family_of(self.config)
+        self.groups = self.family.resolve(self.config)
+        self.experts = self.family.experts(self.config)
+        self.depth: int = self.config.num_hidden_layers
+        self._layer_class = self._find_layer_class()
+        self.shell = self._build_shell()
+        self.int8_head: Int8Linear | None = None
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The checkpoint's tensors by name."""
+        return Weights(self.folder)
+
+    # The shell: everything but the layers.
+
+    def _bare(self, layers: int) -> PreTrainedModel:
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = layers
+        with quiet_transformers():
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+
+    def _find_layer_class(self) -> type[nn.Module]:
+        with torch.device("meta"):
+            return type(self._bare(1).get_submodule(f"{self.family.layers}.0"))
+
+    def _build_shell(self) -> PreTrainedModel:
+        with no_init_weights():  # pages that nobody writes to take no memory
+            shell = self._bare(0).eval()
+        self.config._attn_implementation = shell.config._attn_implementation
+        shell.config.num_hidden_layers = self.depth
+        self.recorders = [_Recorder() for _ in range(self.depth)]
+        shell.set_submodule(self.family.layers, nn.ModuleList(self.recorders))
+        tables = tables_of(shell)
+        tensors = {
+            # Copied: what was read may lie in a mapped file.
+            name: tensor.clone() if name in tables else tensor.to(self.dtype)
+            for name, tensor in self.outside().items()
+        }
+        try:
+            result = shell.load_state_dict(tensors, strict=False, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"model: the tensors of {self.folder} do not fit its config: {error}") from error
+        tied = set(shell.all_tied_weights_keys)
+        missing = sorted(set(result.missing_keys) - tied)
+        if missing:
+            raise UserError(f"model: {self.folder} lacks the tensors {', '.join(missing[:5])}")
+        shell.tie_weights()
+        hold_as_stored(shell, self.dtype)
+        return shell.requires_grad_(False)
+
+    def outside(self) -> dict[str, Tensor]:
+        """What lies outside the layers, by the names that our modules have, as the checkpoint has it."""
+        names = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
+        return {self._module_name(name): tensor for name, tensor in self.weights.read(names).items()}
+
+    # Names. Some checkpoints leave the base model's prefix out ("decoder.layers.0" for "model.decoder...").
+
+    def _module_name(self, name: str) -> str:
+        prefix = f"{self.family.layers.split('.')[0]}."
+        name = self.family.module_name(name)
+        return name if name.startswith((prefix, "lm_head.")) else prefix + name
+
+    def _is_layer_tensor(self, name: str) -> bool:
+        return self._module_name(name).startswith(f"{self.family.layers}.")
+
+    # Reading and running.
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"model: no usable tokenizer in {self.folder} ({error})") from error
+        # Where OPT's tokenizer files are missing, transformers makes one up that knows no text.
+        if not tokenizer.encode("text", add_special_tokens=False):
+            raise UserError(f"model: no usable tokenizer in {self.folder} (it has no vocabulary)")
+        return tokenizer
+
+    def new_layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` without weights (on the meta device), its experts unfused."""
+        with torch.device("meta"):
+            layer = self._layer_class(self.config, index).eval().requires_grad_(False)
+            if self.family.moe is not None:
+                name = self.family.moe.experts
+                layer.set_submodule(name, Experts.unfused(layer.get_submodule(name)))
+        return layer
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` with its weights.
+
+        Raises `UserError` where a tensor is missing, superfluous or not finite.
+        """
+        layer = self.new_layer(index)
+        prefix = f"{self.family.layers}.{index}."
+        names = {
+            name: self._module_name(name).removeprefix(prefix)
+            for name in self.weights.names()
+            if self._module_name(name).startswith(prefix) and not name.endswith(COMPUTED)
+        }
+        tensors = {names[name]: tensor for name, tensor in self.weights.read(names, self.dtype).items()}
+        if self.family.moe is not None:
+            tensors = split_fused(tensors, self.family.moe.experts)
+        try:
+            layer.load_state_dict(tensors, strict=True, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"model: layer {index} of {self.folder} does not fit its config: {error}") from error
+        return layer.requires_grad_(False)
+
+    def embed(self, windows: Tensor, room: Room = torch.empty) -> Tensor:
+        """Token windows (n, t) int64 -> what the first decoder layer receives, (n, t, d).
+
+        Args:
+            room: Makes the tensor that the hidden states are written to, from its shape and `dtype`.
+        """
+        width = self._embed(windows[:1]).shape[-1]
+        hidden = room((*windows.shape, width), dtype=self.dtype)
+        size = self.batch_size(windows)
+        for batch, states in zip(windows.split(size), hidden.split(size), strict=True):
+            states.copy_(self._embed(batch))
+        return hidden
+
+    def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """One decoder layer over hidden states (n, t, d), in batches; writes into `hidden` and returns it."""
+        for batch in hidden.split(self.batch_size(hidden)):
+            batch.copy_(self.forward(layer, index, batch))
+        return hidden
+
+    def forward(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """One decoder layer over one batch (n, t, d)."""
+        return layer(hidden, **self._arguments_for(hidden.shape[1])[index])
+
+    def quantize_head(self, backend: Backend) -> None:
+        """Make the int8 head, beside the float one: assembled models have it. A tied embedding stays as it is."""
+        head, embeddings = self.shell.get_output_embeddings(), self.shell.get_input_embeddings()
+        self.int8_head = Int8Linear.rounded(head, backend, copied=head.weight is embeddings.weight)
+
+    def head(self, hidden: Tensor, quantized: bool = False) -> Tensor:
+        """Hidden states after the last layer (n, t, d) -> logits (n, t, vocabulary).
+
+        `quantized`: by the int8 head, where there is one.
+        """
+        recorder, device = self.recorders[-1], self.shell.device  # a deployed model's, which shares these weights
+        recorder.replay = hidden.to(device)
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
+        try:
+            shell = self._with_int8_head() if quantized else self.shell
+            return shell(tokens, use_cache=False).logits.to(hidden.device)
+        finally:
+            recorder.replay = None
+
+    def _arguments_for(self, length: int) -> list[dict[str, Any]]:
+        """Each layer's own keyword arguments for windows of `length` tokens; they broadcast over a batch."""
+        if length not in self._arguments:
+            self._embed(torch.zeros(1, length, dtype=torch.long))
+            self._arguments = {length: [recorder.arguments for recorder in self.recorders]}
+        return self._arguments[length]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """A forward without the head, which leaves each layer's arguments in the recorders."""
+        self.shell.base_model(tokens, use_cache=False)
+        return cast(Tensor, self.recorders[0].received)
+
+    def batch_size(self, windows: Tensor) -> int:
+        """How many windows (n, t, ...) run at once."""
+        return max(1, TOKENS_PER_BATCH // windows.shape[1])
+
+    def assemble(self, layers: list[nn.Module]) -> nn.Module:
+        """The whole transformers model with `layers` in place: for generation and latency."""
+        whole = self._with_int8_head()
+        parent: nn.Module = whole
+        *path, name = self.family.layers.split(".")
+        for part in path:
+            child = _shallow(parent.get_submodule(part))
+            parent._modules[part] = child
+            parent = child
+        parent._modules[name] = nn.ModuleList(layers)
+        return whole
+
+    def _with_int8_head(self) -> PreTrainedModel:
+        """A shallow copy of the shell, its head in int8 where there is such a one."""
+        twin = _shallow(self.shell)
+        if self.int8_head is not None:
+            twin.set_output_embeddings(self.int8_head)
+        return twin
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest window that the model has positions for."""
+        return self.config.max_position_embeddings
+
+
+def _shallow(module: M) -> M:
+    """A copy that shares the parameters and the children, and can be given others."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _read_config(folder: Path, quantized: bool) -> Any:
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        refuse_unknown(fields.get("model_type"))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if "quantization_config" in fields:
+            if not quantized:
+                method = fields["quantization_config"].get("quant_method")
+                raise UserError(f"model: {folder} is quantised already, by {method}; model=quantized reads haq_lab's")
+            del config.quantization_config
+        return config
+    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"model: config.json in {folder} cannot be used ({error})") from error

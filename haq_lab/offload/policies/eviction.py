@@ -1,0 +1,247 @@
+"""The cache of experts: who is resident, who is admitted, who leaves. Compiled, so that a trace of a million tokens
+takes seconds.
+
+A rule (least recently used, ...) is a NamedTuple of arrays whose field `values` (layers, E) says how much each
+expert is worth keeping; the least valuable resident leaves. What a rule does is one to three functions that its
+module teaches with `teach`:
+
+    touch(state, layer, wanted, counts, tokens, now)   `layer` has chosen the experts `wanted`, rising, (n,) int64,
+                                                       each for counts (E,) int64 of `tokens` tokens
+    begin(state)                                       a sequence begins
+    refresh(state, layer)                              an expert must leave after a visit of `layer`: bring `values`
+                                                       up to date
+
+Values are integers, not negative: the search for the least is then vector code, many times faster than with floats. (A
+positive float32 is ordered as its bits are, so a rule that computes rates shows them as integers: `rates.view(int32)`.)
+
+Weights are read-only: an expert that leaves is forgotten, never written back. A visit that needs more experts than
+there are slots in reach bypasses the cache, so that a prompt does not flush it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba.extending import overload
+
+from haq_lab.offload.policies.jit import innermost
+
+STAYS, HELD = -1, -2  # in `placed`: nobody leaves for the expert; nor does it leave itself
+BLOCK = 64  # values searched at once
+_TAUGHT: dict[Any, tuple[Any, Any, Any]] = {}  # numba needs to know a rule's functions by the type of its state
+
+
+@innermost
+def _same_in_all_sequences(state):
+    pass
+
+
+@innermost
+def _always_up_to_date(state, layer):
+    pass
+
+
+def teach(state: type, touch: Any, begin: Any = _same_in_all_sequences, refresh: Any = _always_up_to_date) -> None:
+    """Make a rule's compiled functions known."""
+    _TAUGHT[state] = begin, touch, refresh
+
+
+def _begin(state):
+    raise NotImplementedError
+
+
+def _touch(state, layer, wanted, counts, tokens, now):
+    raise NotImplementedError
+
+
+def _refresh(state, layer):
+    raise NotImplementedError
+
+
+@overload(_begin)
+def _begin_of(state):  # numba compares signatures, annotations too
+    taught = _TAUGHT[state.instance_class][0]
+    return lambda state: taught(state)
+
+
+@overload(_touch)
+def _touch_of(state, layer, wanted, counts, tokens, now):
+    taught = _TAUGHT[state.instance_class][1]
+    return lambda state, layer, wanted, counts, tokens, now: taught(state, layer, wanted, counts, tokens, now)
+
+
+@overload(_refresh)
+def _refresh_of(state, layer):
+    taught = _TAUGHT[state.instance_class][2]
+    return lambda state, layer: taught(state, layer)
+
+
+class Tallies(NamedTuple):
+    """What a replay counts, a layer each, (layers,) int64.
+
+    Pairs are (token, expert) choices; visits' distinct experts count once however many tokens of a prompt want them.
+    """
+
+    pairs: np.ndarray
+    pair_hits: np.ndarray
+    experts: np.ndarray
+    expert_hits: np.ndarray
+    fetched: np.ndarray
+
+
+def empty_tallies(layers: int) -> Tallies:
+    return Tallies(*(np.zeros(layers, np.int64) for _ in Tallies._fields))
+
+
+@innermost
+def begin(state):
+    """A sequence begins."""
+    _begin(state)
+
+
+@innermost
+def visit(state, resident, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed):
+    """One layer's visit: learn what it chose, then admit what it missed.
+
+    Args:
+        state: The rule.
+        resident: (layers, E) bool, changed in place; the number of residents (with `per_layer`: in each layer)
+            stays what it is.
+        wanted: (n,) int64 the experts chosen, rising.
+        counts: (E,) int64, how many of the visit's `tokens` tokens chose each expert.
+        now: The token's number.
+        per_layer: Only experts of the same layer may leave.
+        selective: A missing expert that is worth less than every resident is used and forgotten.
+        admit: (E,) bool: which missing experts may become resident.
+        placed: (E,) int64, filled for those wanted: for an admitted expert layer * E + expert of the one that left,
+            else -1.
+    """
+    flat = resident.reshape(-1), state.values.reshape(-1)
+    _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed)
+
+
+@innermost
+def _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed):
+    """`flat`: residents and values as vectors (layers * E,), made once, as reshaping takes longer than a visit."""
+    layers, count = resident.shape
+    here, (there, values) = resident[layer], flat
+    _touch(state, layer, wanted, counts, tokens, now)
+    missed = 0
+    for expert in wanted:
+        placed[expert] = STAYS
+        missed += admit[expert] and not here[expert]
+    first, last = (layer * count, (layer + 1) * count) if per_layer else (0, layers * count)
+    if missed == 0 or not _holds(there[first:last], len(wanted)):
+        return
+    _refresh(state, layer)
+    for expert in wanted:  # what the visit wants does not leave
+        if here[expert]:
+            here[expert], placed[expert] = False, HELD
+    for expert in wanted:
+        if placed[expert] == HELD or not admit[expert]:
+            continue
+        worst = _least(values, there, first, last)
+        if worst >= 0 and not (selective and values[layer * count + expert] < values[worst]):
+            there[worst], placed[expert] = False, worst
+    for expert in wanted:
+        if placed[expert] != STAYS:
+            here[expert] = True
+        if placed[expert] == HELD:
+            placed[expert] = STAYS
+
+
+@innermost
+def _holds(present, wanted):
+    """Whether there are as many slots as experts wanted."""
+    slots = 0
+    for held in present:
+        slots += held
+        if slots == wanted:
+            return True
+    return False
+
+
+@innermost
+def _least(values, present, first, last):
+    """The first index of the least value among those present from `first` to `last`; -1 where none is.
+
+    Block by block, each one's least without its place, and then the place in one block: inner loops are vector code.
+    """
+    kind = values.dtype.type  # numbers stay as narrow as they are: the fewer bits, the more at once
+    none = kind(np.iinfo(values.dtype).max)
+    block, least = -1, none
+    for begin in range(first, last, BLOCK):
+        end = min(begin + BLOCK, last)
+        some, there, low = values[begin:end], present[begin:end], none  # indices from 0 need no look at their sign
+        for index in range(len(some)):
+            absent = np.int64(there[index]) - 1  # all bits set, or none
+            low = min(low, kind(some[index] | (absent & none)))
+        if low < least:
+            block, least = begin, low
+    if block < 0:
+        return block
+    end = min(block + BLOCK, last)
+    some, there, place = values[block:end], present[block:end], kind(BLOCK)
+    for index in range(len(some)):
+        other = np.int64(there[index] and some[index] == least) - 1  # all bits set, or none
+        place = min(place, kind(index | (other & BLOCK)))
+    return block + place
+
+
+@innermost
+def replay(state, resident, experts, decode, starts, clock, per_layer, selective, admit, room, tallies):
+    """A whole trace under one rule: decoded tokens one by one, a prompt's tokens as one batch.
+
+    Args:
+        experts, decode, starts: A trace's arrays; they must fit `resident`, nothing is checked here.
+        clock: Tokens that the rule has seen before.
+        admit: (E,) bool: False keeps residents as they are.
+        room: (3, E) int64 of zeros to work in.
+        tallies: Counts, added to.
+    """
+    tokens, layers = experts.shape[:2]
+    counts, placed, chosen = room[0], room[1], room[2]
+    flat = resident.reshape(-1), state.values.reshape(-1)
+    sequence, token = 0, 0
+    while token < tokens:
+        if sequence < len(starts) and starts[sequence] == token:
+            _begin(state)
+            sequence += 1
+        limit = starts[sequence] if sequence < len(starts) else tokens
+        end = token + 1
+        while not decode[token] and end < limit and not decode[end]:
+            end += 1
+        for layer in range(layers):
+            wanted = chosen[: _collect(experts[token:end, layer], counts, chosen)]
+            here = resident[layer]
+            for expert in wanted:
+                tallies.pairs[layer] += counts[expert]
+                tallies.experts[layer] += 1
+                hit = np.int64(here[expert])
+                tallies.pair_hits[layer] += hit * counts[expert]
+                tallies.expert_hits[layer] += hit
+                tallies.fetched[layer] += 1 - hit
+            now = clock + end - 1
+            _visit(state, resident, flat, layer, wanted, counts, end - token, now, per_layer, selective, admit, placed)
+            for expert in wanted:
+                counts[expert] = 0
+        token = end
+
+
+@innermost
+def _collect(choices, counts, chosen):
+    """Count the choices (tokens, k), and write those there are to `chosen`, rising; how many."""
+    found = 0
+    for token in range(len(choices)):
+        for choice in range(choices.shape[1]):
+            expert = np.int64(choices[token, choice])
+            counts[expert] += 1
+            if counts[expert] == 1:
+                at = found
+                while at > 0 and chosen[at - 1] > expert:
+                    chosen[at] = chosen[at - 1]
+                    at -= 1
+                chosen[at] = expert
+                found += 1
+    return found

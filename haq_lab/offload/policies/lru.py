@@ -1,0 +1,32 @@
+"""Least recently used: mixtral-offloading's rule (arXiv 2312.17238), there with a cache for each layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from haq_lab.offload.policies.eviction import teach
+from haq_lab.offload.policies.jit import innermost
+
+
+class Lru(NamedTuple):
+    """`values` is the time of an expert's last use; `clock` (1,) counts visits."""
+
+    values: np.ndarray
+    clock: np.ndarray
+
+
+def lru(layers: int, experts: int) -> Lru:
+    """The rule before anything was used."""
+    return Lru(np.zeros((layers, experts), np.int64), np.zeros(1, np.int64))
+
+
+@innermost
+def _touch(state, layer, wanted, counts, tokens, now):
+    state.clock[0] += 1
+    for expert in wanted:
+        state.values[layer, expert] = state.clock[0]
+
+
+teach(Lru, _touch)

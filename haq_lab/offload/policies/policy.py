@@ -1,0 +1,189 @@
+"""The policy: which experts are resident, and what a visit of a layer changes. The same object drives the engine,
+where bytes move, the simulator, where a virtual clock does, and the replay of a trace, which only counts.
+
+    policy = make_policy("haq", place("two_stage", profile, slots), profile)
+    visit = policy.visit(layer, counts, tokens)      # engine, simulator: one layer of one step
+    rates = policy.replay(trace)                     # counts of a whole trace
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haq_lab.offload.policies import eviction as cache
+from haq_lab.offload.policies.belady import belady
+from haq_lab.offload.policies.haq import expected_wait
+from haq_lab.offload.policies.lfu import lfu
+from haq_lab.offload.policies.lru import lru
+from haq_lab.offload.policies.moe_infinity import matching
+from haq_lab.offload.policies.path_model import PathModel, fit_path_model
+from haq_lab.routing.statistics import Residency
+from haq_lab.routing.trace import Trace
+from haq_lab.utils.errors import invalid
+
+CacheRule = Literal["none", "lru", "lfu", "moe_infinity", "haq", "belady"]
+Scope = Literal["layer", "global"]
+
+
+# From {resident expert: tokens} and {missing expert: tokens} to those of the missing that run in place.
+Decide = Callable[[dict[int, int], dict[int, int]], list[int]]
+
+
+def _fetch_all(resident: dict[int, int], missing: dict[int, int]) -> list[int]:
+    return []
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a layer's visit found and changed.
+
+    Attributes:
+        wanted: Experts that the layer chose.
+        missing: Those of them that were not resident.
+        in_place: Those of the missing that run where their weights are, in the slow tier.
+        replaces: By admitted expert, the (layer, expert) that leaves for it. A missing expert that is not here is
+            used and forgotten.
+    """
+
+    wanted: list[int]
+    missing: list[int]
+    in_place: list[int]
+    replaces: dict[int, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class HitRates:
+    """Counts of a replay, and the two hit rates that are in use.
+
+    Attributes:
+        pairs: Share of (token, expert) choices whose expert was resident.
+        experts: The same by distinct experts of a visit.
+        by_layer: (layers,) of pairs.
+        fetched: Experts missed, all of them.
+        tokens: Of the trace.
+    """
+
+    pairs: float
+    experts: float
+    by_layer: NDArray[np.float64]
+    fetched: int
+    tokens: int
+
+    @property
+    def layer_std(self) -> float:
+        """Spread over the layers."""
+        return float(self.by_layer.std())
+
+
+class Policy:
+    """A cache rule over a residency map.
+
+    Args:
+        state: A rule's state (`lru.py`, ...).
+        resident: (layers, E) bool; copied.
+        scope: `layer`: an expert makes room only in its own layer.
+        selective: A missing expert that is worth less than every resident is used and forgotten.
+        admits: False: the residents stay.
+
+    Attributes:
+        decide: Which missing experts run in place instead of being fetched; set it to a predictor's.
+    """
+
+    def __init__(self, state: Any, resident: Residency, scope: Scope, selective: bool = False, admits: bool = True):
+        self.decide: Decide = _fetch_all
+        self.state = state
+        self.resident = resident.copy()
+        self.per_layer = scope == "layer"
+        self.selective = selective
+        self.admits = admits
+        self._placed = np.zeros(resident.shape[1], np.int64)
+        self._admit = np.zeros(resident.shape[1], np.bool_)
+        self._clock = 0
+
+    @property
+    def slots(self) -> int:
+        """Residents; no visit changes their number."""
+        return int(self.resident.sum())
+
+    def begin(self) -> None:
+        """A sequence begins."""
+        cache.begin(self.state)
+
+    def visit(self, layer: int, counts: NDArray[np.int64], tokens: int) -> Visit:
+        """A layer has chosen.
+
+        Args:
+            counts: (E,) int64, how many of the step's `tokens` tokens chose each expert.
+        """
+        wanted = np.flatnonzero(counts)
+        missing = wanted[~self.resident[layer, wanted]]
+        if layer == 0:
+            self._clock += tokens
+        hits = {int(one): int(counts[one]) for one in wanted if self.resident[layer, one]}
+        in_place = self.decide(hits, {int(one): int(counts[one]) for one in missing})
+        self._admit[:] = self.admits
+        self._admit[in_place] = False
+        now = self._clock - 1
+        switches = (self.per_layer, self.selective, self._admit)
+        cache.visit(self.state, self.resident, layer, wanted, counts, tokens, now, *switches, self._placed)
+        experts = self.resident.shape[1]
+        replaces = {int(one): divmod(int(self._placed[one]), experts) for one in missing if self._placed[one] >= 0}
+        return Visit(wanted.tolist(), missing.tolist(), in_place, replaces)
+
+    def replay(self, trace: Trace) -> HitRates:
+        """Run a whole trace through the cache, and count.
+
+        Raises:
+            UserError: The trace is of another number of layers or experts.
+        """
+        trace.must_be_of(*self.resident.shape)
+        tallies = cache.empty_tallies(trace.layers)
+        arrays = (np.asarray(each) for each in (trace.experts, trace.decode, trace.starts))  # numba knows no memmap
+        self._admit[:] = self.admits
+        switches = (self.per_layer, self.selective, self._admit)
+        room = np.zeros((3, trace.expert_count), np.int64)
+        cache.replay(self.state, self.resident, *arrays, self._clock, *switches, room, tallies)
+        self._clock += trace.tokens
+        return HitRates(
+            pairs=float(tallies.pair_hits.sum() / tallies.pairs.sum()),
+            experts=float(tallies.expert_hits.sum() / tallies.experts.sum()),
+            by_layer=tallies.pair_hits / tallies.pairs,
+            fetched=int(tallies.fetched.sum()),
+            tokens=trace.tokens,
+        )
+
+
+def make_policy(
+    rule: CacheRule,
+    resident: Residency,
+    profile: Trace,
+    scope: Scope = "global",
+    path_model: PathModel | None = None,
+) -> Policy:
+    """A policy by the name of its cache rule.
+
+    Args:
+        rule: `belady` takes for `profile` the very trace that it will be replayed on.
+        profile: Calibration trace.
+        path_model: For `haq`; None fits one on the profile.
+    """
+    shape = resident.shape
+    match rule:
+        case "none":
+            return Policy(lru(*shape), resident, scope, admits=False)
+        case "lru":
+            return Policy(lru(*shape), resident, scope)
+        case "lfu":
+            return Policy(lfu(*shape), resident, scope)
+        case "moe_infinity":
+            return Policy(matching(profile), resident, scope)
+        case "haq":
+            return Policy(expected_wait(path_model or fit_path_model(profile)), resident, scope, selective=True)
+        case "belady":
+            return Policy(belady(profile), resident, scope, selective=True)
+    raise invalid("offload.cache", rule, get_args(CacheRule))

@@ -1,0 +1,164 @@
+"""A quantised model, and what was measured on it: runs that differ in offloading or in what they time share both.
+
+Only what comes out of settings and tokens is kept: latency and memory are measured by every run. Classes of the
+user's own, whose code may read anything, are always run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from haq_lab.calibration.channel_ranges import Ranges
+from haq_lab.checkpoint.layer_tensors import int8_layer, layer_content
+from haq_lab.config.build import Experiment
+from haq_lab.measure.base import Measure, Study
+from haq_lab.models.layerwise import LayeredModel
+from haq_lab.quantizers.apply import LinearReport
+from haq_lab.quantizers.pass_result import PassResult
+from haq_lab.result_cache.keys import key_of, model_hash, tokens_hash
+from haq_lab.result_cache.store import Artefact, Store
+from haq_lab.routing.choices import Routing
+from haq_lab.utils.errors import UserError
+
+LAYERS, PASS, MEASURED = "quantized", "pass", "measurement"
+RANGES = "ranges|"  # before the names of their tensors
+CODE = (
+    "models",
+    "calibration",
+    "quantizers",
+    "int8",
+    "checkpoint",
+    "routing",
+    "storage",
+    "pipeline/sequential.py",
+    "pipeline/evaluation_states.py",
+)
+
+
+class QuantizedStages:
+    """Both stages of one run.
+
+    Args:
+        calibration: Token windows (n, t), or None.
+        evaluation: Token windows (n, t) by dataset.
+        deploys: Whether the layers are wanted, or the measurements alone.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        experiment: Experiment,
+        model: LayeredModel,
+        calibration: Tensor | None,
+        evaluation: dict[str, Tensor],
+        deploys: bool,
+    ):
+        self.store, self.experiment, self.model, self.deploys = store, experiment, model, deploys
+        self.evaluation = evaluation
+        ours = all(map(_ours, (experiment.quantizer, experiment.backend)))
+        self._depends: dict[str, Any] | None = None
+        if store.folder is not None and ours and experiment.checkpoint is None and not model.quantized:
+            self._depends = self._dependencies(calibration)
+        self._about = f"{experiment.model.label}, {type(experiment.quantizer).__name__}"
+
+    def _dependencies(self, calibration: Tensor | None) -> dict[str, Any]:
+        seen: dict[str, Any] = {"calibration": None}
+        if calibration is not None:
+            seen = {"calibration": tokens_hash(calibration), "policy": asdict(self.experiment.calibration.policy)}
+        quantizer, backend = _settings(self.experiment.quantizer), self.experiment.backend
+        return seen | {
+            "model": model_hash(self.model.folder),
+            "quantizer": quantizer,
+            "backend": [backend.name, backend.device.type],
+        }
+
+    def find(self) -> PassResult | None:
+        """What the pass of an earlier run left, without hidden states; None where something is missing that this run
+        would ask of it."""
+        if self._depends is None or (found := self.store.get(PASS, self._key(PASS))) is None:
+            return None
+        needed = [measure for measure in self.experiment.measures.values() if measure.evaluates]
+        if any(self._measurement(measure) is None for measure in needed):
+            return None
+        if self.deploys and any(self._layer(index) is None for index in range(self.model.depth)):
+            return None
+        passed = PassResult({}, [LinearReport(**report) for report in found.facts["reports"]])
+        if found.facts["routing"] is not None:
+            experts, windows = found.facts["routing"]
+            chosen, weights = (
+                [found.tensors[f"{name}|{index}"] for index in range(self.model.depth)]
+                for name in ("chosen", "weights")
+            )
+            passed.routing = Routing(experts, tuple(windows), chosen, weights)
+        ranges = {name: rows for name, rows in found.tensors.items() if name.startswith(RANGES)}
+        passed.ranges = Ranges.of({name.removeprefix(RANGES): rows for name, rows in ranges.items()})
+        return passed
+
+    def layers(self) -> Iterator[nn.Module]:
+        """After `find`: the layers, one by one; none where the run does not want them."""
+        for index in range(self.model.depth if self.deploys else 0):
+            found = self._layer(index)
+            if found is None:
+                raise UserError(f"stages: layer {index} has just gone from {self.store.folder}; run it again")
+            yield int8_layer(
+                self.model, index, found.tensors, found.facts, self.experiment.backend, str(self.store.folder)
+            )
+
+    def keep_layer(self, index: int, layer: nn.Module) -> None:
+        """A layer in its final form."""
+        if self._depends is None or not self.deploys or self.experiment.quantizer is None:
+            return
+        tensors, schemes = layer_content(layer)
+        if self.store.has_room(LAYERS, sum(tensor.nbytes for tensor in tensors.values()) * self.model.depth):
+            self.store.put(LAYERS, self._key(LAYERS, layer=index), Artefact(tensors, schemes), self._about)
+
+    def keep(self, passed: PassResult) -> None:
+        """The pass is done."""
+        if self._depends is None or self.experiment.quantizer is None:
+            return
+        facts: dict[str, Any] = {"reports": [asdict(report) for report in passed.reports], "routing": None}
+        tensors = {f"{RANGES}{name}": rows for name, rows in passed.ranges.tensors().items()}
+        if (routing := passed.routing) is not None:
+            facts["routing"] = [routing.experts, routing.windows]
+            for index, (chosen, weights) in enumerate(zip(routing.chosen, routing.weights, strict=True)):
+                tensors |= {f"chosen|{index}": chosen, f"weights|{index}": weights}
+        self.store.put(PASS, self._key(PASS), Artefact(tensors, facts), self._about)
+
+    def measured(self, measure: Measure, study: Study) -> dict[str, float]:
+        """A measure's metrics: those of an earlier run, where they follow from settings and tokens alone."""
+        if (found := self._measurement(measure)) is not None:
+            return found.facts
+        metrics = measure(study)
+        if self._keeps(measure):
+            self.store.put(MEASURED, self._measurement_key(measure), Artefact(facts=metrics), self._about)
+        return metrics
+
+    def _keeps(self, measure: Measure) -> bool:
+        return self._depends is not None and measure.evaluates and not measure.deploys and _ours(measure)
+
+    def _measurement(self, measure: Measure) -> Artefact | None:
+        return self.store.get(MEASURED, self._measurement_key(measure)) if self._keeps(measure) else None
+
+    def _measurement_key(self, measure: Measure) -> str:
+        texts = {name: tokens_hash(tokens) for name, tokens in self.evaluation.items()}
+        return self._key(MEASURED, ("measure",), measure=_settings(measure), texts=texts)
+
+    def _layer(self, index: int) -> Artefact | None:
+        return self.store.get(LAYERS, self._key(LAYERS, layer=index))
+
+    def _key(self, stage: str, code: tuple[str, ...] = (), **depends: Any) -> str:
+        assert self._depends is not None
+        return key_of(stage, CODE + code, **self._depends, **depends)
+
+
+def _settings(thing: Any) -> Any:
+    """A quantizer's or a measure's class and settings, as JSON can hold them."""
+    return None if thing is None else [type(thing).__qualname__, asdict(thing)]
+
+
+def _ours(thing: object) -> bool:
+    return thing is None or type(thing).__module__.startswith("haq_lab.")

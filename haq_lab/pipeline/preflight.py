@@ -1,0 +1,214 @@
+"""Before anything is loaded: what a run of a model from the hub or a folder needs, against what there is.
+
+Sizes follow from the model's config: its modules are built without memory and their parameters counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM
+
+from haq_lab.calibration.calibrator import HESSIAN_BYTES
+from haq_lab.config.build import Experiment
+from haq_lab.models.architectures import family_of
+from haq_lab.models.sources import HubModel
+from haq_lab.offload.budget import Budget
+from haq_lab.storage.hidden_state_buffer import RAM_BYTES
+from haq_lab.utils.console import say
+from haq_lab.utils.errors import UserError
+from haq_lab.utils.hub import hub_answers
+from haq_lab.utils.paths import cache_folder
+from haq_lab.utils.transformers_logging import quiet_transformers
+
+FLOAT, HALF = 4, 2  # bytes: computing is in float32, checkpoints are in 16 bits
+LARGE = 4e9  # bytes of a model from which the table is shown even where all fits
+PROCESS = 1e9  # Python, torch and what a batch of tokens passes through
+SOLVER = 4  # square matrices of the widest input that a solver holds: the Hessian, its factor, the inverse, one more
+ALL_WINDOWS = 256  # where data.*.windows is null: C4's number; WikiText-2 has fewer
+
+
+@dataclass(frozen=True)
+class Need:
+    """One line of the table; sizes in bytes. `hint` says what else can be done where it does not fit."""
+
+    what: str
+    needed: float
+    there: float
+    hint: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.there
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a model: outside the layers, in each of `depth` layers, and in each of a layer's `experts`; widths
+    of the stream and at most."""
+
+    shell: int
+    layer: int
+    depth: int
+    width: int
+    widest: int
+    experts: int
+    expert: int
+
+    @property
+    def total(self) -> int:
+        return self.shell + self.depth * self.layer
+
+
+def preflight(experiment: Experiment, overrides: list[str]) -> None:
+    """Raise `UserError`, with the table and a command that can run, where the run does not fit this machine.
+
+    Other sources than the hub and folders make small models themselves and are not looked at.
+    """
+    source = experiment.model
+    if not isinstance(source, HubModel) or (config := source.config()) is None:
+        return
+    size = measure_size(config)
+    needs = list_needs(experiment, source, size)
+    lines = [f"{source.label}: {size.total / 1e9:,.1f} billion parameters in {size.depth} layers", *map(_line, needs)]
+    short = [need for need in needs if not need.fits]
+    if short:
+        hints = [f"{need.what}: {need.hint}" for need in short if need.hint]
+        raise UserError("\n".join(["this run does not fit this machine", *lines, *hints, _instead(overrides)]))
+    if HALF * size.total > LARGE:
+        for line in lines:
+            say(line)
+
+
+def measure_size(config: Any) -> Size:
+    """Count a config's parameters without making them."""
+    family = family_of(config)
+    experts = family.experts(config)
+    counts = []
+    for layers in (0, 1):
+        bare = copy.deepcopy(config)
+        bare.num_hidden_layers = layers
+        with torch.device("meta"), quiet_transformers():
+            model = AutoModelForCausalLM.from_config(bare)
+        counts.append(sum(parameter.numel() for parameter in model.parameters()))
+    widest = max(parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1)
+    each = 0
+    if family.moe is not None:
+        each = sum(p.numel() for p in model.get_submodule(f"{family.layers}.0.{family.moe.experts}").parameters())
+        each //= experts
+    depth, width = config.num_hidden_layers, config.hidden_size
+    return Size(counts[0], counts[1] - counts[0], depth, width, widest, experts, each)
+
+
+def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Need]:
+    """What a run takes, beside what this machine has."""
+    hidden = _hidden_bytes(experiment, size)
+    memory = PROCESS + HALF * size.shell + (FLOAT + 1) * size.layer + min(hidden, RAM_BYTES)
+    if experiment.quantizer is not None and experiment.quantizer.needs.hessian:
+        memory += SOLVER * FLOAT * size.widest**2 + HESSIAN_BYTES
+    deployed = _deployed_bytes(experiment, size)
+    if experiment.quantizer is not None and experiment.quantizer.head:
+        deployed += size.shell  # at most: the head alone, in int8
+    on_gpu = 0.0
+    if experiment.backend.name == "cuda":
+        on_gpu = (1 + FLOAT) * size.layer + deployed + (HALF * size.shell if _deploys(experiment) else 0)
+        memory += _beside_gpu_bytes(experiment, size)
+    else:
+        memory += deployed
+    needs = [
+        Need("memory", memory, psutil.virtual_memory().available),
+        Need("GPU memory", on_gpu, torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0),
+    ]
+    missing = 0.0 if source.local else max(0.0, HALF * size.total - source.cached_bytes())
+    if missing > 0.01 * HALF * size.total and not hub_answers():
+        needs.append(Need("the hub (it does not answer)", missing, 0, "model.name=FOLDER takes a local copy"))
+    disk = [(Path(constants.HF_HUB_CACHE), missing), (cache_folder(), max(0.0, hidden - RAM_BYTES))]
+    if experiment.checkpoint is not None:
+        disk.append((experiment.checkpoint, HALF * size.shell + size.depth * size.layer + 2 * hidden))
+    return needs + _disk_needs(disk)
+
+
+def _deploys(experiment: Experiment) -> bool:
+    """Whether a measure takes the whole model, ready to run."""
+    return any(measure.deploys for measure in experiment.measures.values())
+
+
+def _deployed_bytes(experiment: Experiment, size: Size) -> float:
+    """The deployed model's layers, in the memory of the device that computes; of experts that are offloaded, those in
+    the fast tier. Nothing where no measure deploys it."""
+    if not _deploys(experiment):
+        return 0.0
+    stored = _stored(experiment)
+    if (offload := experiment.offload) is None:
+        return float(stored * size.depth * size.layer)
+    narrow = offload.formats.narrow
+    expert, total = (narrow.itemsize if narrow else stored) * size.expert, size.depth * size.experts
+    budget = Budget.parse(offload.budget)
+    if budget.bytes is not None:
+        tier = float(budget.bytes)
+    else:
+        tier = expert * (budget.share * total if budget.share is not None else (budget.experts or 0) + offload.spare)
+    return stored * size.depth * (size.layer - size.experts * size.expert) + tier
+
+
+def _beside_gpu_bytes(experiment: Experiment, size: Size) -> float:
+    """Layers that the host's memory holds though a GPU computes: offloaded experts, page-locked, and what is not
+    quantised, until the model is moved."""
+    if not _deploys(experiment):
+        return 0.0
+    stored, experts, lying = _stored(experiment), 0, 0
+    if (offload := experiment.offload) is not None:
+        experts, lying = size.experts * size.expert, HALF if offload.host_format == "bf16" else stored
+    waiting = size.layer - experts if experiment.quantizer is None else 0
+    return float(size.depth * (lying * experts + stored * waiting))
+
+
+def _stored(experiment: Experiment) -> int:
+    """Bytes of a weight in a finished layer."""
+    return FLOAT if experiment.quantizer is None else 1
+
+
+def _disk_needs(files: list[tuple[Path, float]]) -> list[Need]:
+    """A line for each disk: what goes to one is added up."""
+    by_disk: dict[int, tuple[Path, float]] = {}
+    for path, needed in files:
+        while not path.exists():
+            path = path.parent
+        first, before = by_disk.get(path.stat().st_dev, (path, 0.0))
+        by_disk[path.stat().st_dev] = first, before + needed
+    hint = "HF_HOME and HAQ_LAB_CACHE name folders on another disk"
+    return [
+        Need(f"disk at {path}", needed, shutil.disk_usage(path).free, hint)
+        for path, needed in by_disk.values()
+        if needed
+    ]
+
+
+def _hidden_bytes(experiment: Experiment, size: Size) -> float:
+    """Hidden states of all levels, calibration's included."""
+    tokens = 0
+    levels = 1 if experiment.quantizer is None else 3
+    if any(measure.evaluates for measure in experiment.measures.values()):
+        tokens += levels * sum((data.windows or ALL_WINDOWS) * data.seqlen for data in experiment.data.values())
+    if experiment.quantizer is not None and experiment.quantizer.needs.inputs:
+        passes = 2 if experiment.quantizer.needs.cross else 1
+        tokens += passes * experiment.calibration.samples * experiment.calibration.seqlen
+    return float(FLOAT * size.width * tokens)
+
+
+def _line(need: Need) -> str:
+    verdict = "fits" if need.fits else "DOES NOT FIT"
+    return f"  {need.what:<32}{need.needed / 1e9:>8,.1f} GB needed {need.there / 1e9:>8,.1f} GB there   {verdict}"
+
+
+def _instead(overrides: list[str]) -> str:
+    kept = [override for override in overrides if not override.lstrip("+").startswith(("model=", "model."))]
+    command = " ".join(["python -m haq_lab", *kept])
+    return f"the same study on a small model:\n  {command} model=smol_moe\n  {command} model=tiny_mixtral"

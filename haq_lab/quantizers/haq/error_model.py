@@ -1,0 +1,78 @@
+"""The error that a smoothing factor will leave, and the factor that leaves the least: what HAQ chooses by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from haq_lab.calibration.statistics import InputStatistics
+from haq_lab.int8.numerics import QMAX, Activations
+from haq_lab.quantizers.base import Smoothing
+from haq_lab.quantizers.grid import qmax, row_scales
+from haq_lab.quantizers.haq.channel_search import DynamicError, refined
+from haq_lab.quantizers.haq.noise import (
+    COARSE,
+    StaticNoise,
+    dynamic_noise,
+    every_output_alike,
+    sampled,
+    solved_weight_error,
+)
+from haq_lab.quantizers.smoothing import Channels
+
+
+class ErrorPredictor:
+    """The error that a smoothing factor will leave, of the weights and of the activations: the KL divergence in nats a
+    token where the model's sensitivity is known, else half the squared error of the outputs.
+
+    Args:
+        weight: (n, k) the consumers' stacked weights, before smoothing; further rows are not rounded (a router's).
+        statistics: Of their input, before smoothing.
+        variance: (k,) conditional variances of their input; where it has none, the weights' part is left out.
+    """
+
+    def __init__(self, weight: Tensor, statistics: InputStatistics, variance: Tensor | None, bits: int):
+        self._cost = statistics.sensitivity or every_output_alike(weight)
+        self._weight, self._bits = weight[: len(self._cost.outputs)], bits
+        self._variance = torch.zeros(weight.shape[1]) if variance is None else variance
+        self._ranges = replace(statistics, hessian=None, cross=None, sensitivity=None)
+
+    @cached_property
+    def _static(self) -> StaticNoise:
+        return StaticNoise(self._ranges)
+
+    def errors(self, scheme: Activations, factors: list[Tensor], every: int = 1) -> list[float]:
+        """Predicted errors under a scheme, one for each factor (k,), from every so many sampled rows."""
+        scales = row_scales(self._weight, factors, self._bits)
+        return [self._error(scheme, *each, every) for each in zip(factors, scales, strict=True)]
+
+    def _error(self, scheme: Activations, factor: Tensor, rows: Tensor, every: int) -> float:
+        rounding = solved_weight_error(rows, self._cost.outputs, self._variance / factor.square())
+        if scheme == "static":
+            disturbance = self._static.best_scale(factor, self._cost.channels)[1]
+        else:
+            noise = dynamic_noise(self._ranges, scheme == "token", every, factor)
+            disturbance = float(noise @ (self._cost.channels * factor.square()))
+        return (rounding + disturbance) / 2
+
+    def least(self, scheme: Activations, candidates: list[Smoothing], channels: Channels) -> Smoothing:
+        """The candidate with the least predicted error; under dynamic scales then refined channel by channel."""
+        best = self._best(scheme, candidates, COARSE)
+        if scheme == "static":
+            return best  # refined under static scales, the prediction fell and the model got worse
+        finer = replace(best, factor=refined(best.factor, self._dynamic(scheme), channels))
+        return self._best(scheme, [best, finer])
+
+    def _best(self, scheme: Activations, candidates: list[Smoothing], every: int = 1) -> Smoothing:
+        errors = self.errors(scheme, [candidate.factor for candidate in candidates], every)
+        return candidates[errors.index(min(errors))]
+
+    def _dynamic(self, scheme: Activations) -> DynamicError:
+        rows, share = self._ranges.channel_max[None], torch.ones(1)
+        if scheme == "token":
+            rows, share = sampled(self._ranges)
+        weight = self._weight.abs() / qmax(self._bits)
+        return DynamicError(rows.abs() / QMAX, share, weight, self._cost, self._variance)

@@ -1,0 +1,53 @@
+"""Figures, drawn with matplotlib and written atomically."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from haq_lab.utils.plotting import save
+
+
+def mean_over_experts(layers: pd.DataFrame) -> pd.DataFrame:
+    """Columns `linear`, `layer`, `error`, `error_rtn`, `strength` of a run's `layers.csv`, a row a kind of linear
+    in a layer: the same projection of different experts is one kind."""
+    kinds = layers["linear"].str.replace(r"\.experts\.\d+\.", ".experts.", regex=True)
+    values = layers[["error", "error_rtn", "strength"]].astype(float)
+    return values.groupby([kinds, layers["layer"]], sort=False).mean().reset_index()
+
+
+def layer_figure(layers: pd.DataFrame, path: Path) -> Path:
+    """Each projection's output error and smoothing strength over the layers, from a run's `layers.csv`."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for linear, rows in mean_over_experts(layers).groupby("linear", sort=False):
+        name = str(linear).rpartition(".")[2]
+        if rows["error"].notna().any():
+            top.semilogy(rows["layer"], rows["error"], marker=".", label=name)
+        if rows["strength"].notna().any():
+            bottom.plot(rows["layer"], rows["strength"], marker=".", label=name)
+    top.set(ylabel="weight error at the output", title="Error that the weights' rounding leaves, per linear")
+    bottom.set(ylabel="smoothing strength", xlabel="layer", ylim=(-0.05, 1.05))
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if top.has_data():
+        top.legend(ncols=4, fontsize="small")
+    return save(figure, path)
+
+
+def comparison_figure(runs: pd.DataFrame, path: Path) -> Path:
+    """Perplexity over full precision, in %, a bar a run and a panel a dataset."""
+    columns = [column for column in runs.columns if column.startswith("change_percent.")]
+    widest = runs["name"].map(len).max() / 12  # inches that the names take
+    figure = Figure(figsize=(widest + 4 * max(len(columns), 1), 1.5 + 0.4 * len(runs)), layout="constrained")
+    panels = figure.subplots(1, max(len(columns), 1), squeeze=False, sharey=True)[0]
+    for panel, column in zip(panels, columns, strict=False):
+        values = runs[column].fillna(0)
+        bars = panel.barh(runs["name"], values, color="#4c72b0")
+        panel.bar_label(bars, labels=[f"{value:+.2f} %" for value in values], padding=3)
+        panel.set(xlabel="perplexity over full precision, %", title=column.partition(".")[2])
+        panel.margins(x=0.25)
+        panel.invert_yaxis()
+    return save(figure, path)

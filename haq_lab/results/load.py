@@ -1,0 +1,138 @@
+"""All runs below some folders as one tidy table: `python -m haq_lab.results DIR... [--csv FILE] [--figure FILE]`.
+
+import haq_lab.results
+runs = haq_lab.results.load("runs")   # a DataFrame, a row a run, failed and unfinished ones included
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+from haq_lab.results.metric_labels import SHOWN
+from haq_lab.results.published import figures_of
+from haq_lab.tracking.run_folder import ARCHIVE, read_results
+from haq_lab.utils.console import print_table, say
+from haq_lab.utils.errors import UserError, nearest_beside
+
+RECORDS = ("results.json", "error.json", "config.yaml")
+
+
+MEASURED = (  # beside perplexity
+    "memory.weights_bytes",
+    "latency.prefill_ms",
+    "latency.decode_ms_per_token.mean",
+    "offload.hit_rate_pairs",
+    "offload.bytes_moved",
+)
+
+
+def load(*folders: str | Path) -> pd.DataFrame:
+    """Every run below `folders`, a row each.
+
+    Columns: `folder`, `name` (what it differs in), `status` (finished, failed, unfinished), `error`, what the
+    run was (`model`, `quantizer`, ...), its settings as `config.<name>`, its metrics by their names, and for
+    each dataset `change_percent.<dataset>`, the perplexity's distance from full precision, and
+    `comparable.<dataset>`, the published tables that it can stand beside; `saved_percent.memory`, of the
+    weights against the whole model in fp16. In the order in which they were started.
+
+    Raises:
+        UserError: A folder does not exist.
+    """
+    found: dict[Path, Path] = {}  # by the real path: a folder given twice is listed once
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"there is no folder '{folder}'{nearest_beside(folder)}")
+        found |= {run.resolve(): run for run in sorted(_run_folders(folder))}
+    rows = sorted(map(_row, found.values()), key=lambda row: row.get("started") or "unknown")  # which comes last
+    for row, name in zip(rows, short_names(rows), strict=True):
+        row["name"] = name
+    runs = pd.DataFrame(rows, columns=None if rows else ["folder", "name", "status", "error"])
+    if {"memory.weights_bytes", "memory.weights_fp16_bytes"} <= set(runs):
+        runs["saved_percent.memory"] = (1 - runs["memory.weights_bytes"] / runs["memory.weights_fp16_bytes"]) * 100
+    return runs
+
+
+def short_names(rows: list[dict[str, Any]]) -> list[str]:
+    """What runs, as rows of `load`, are called: a sweep's by the overrides in which they differ, else by the folder."""
+    given = [row["overrides"].split() if row.get("sweep") else [] for row in rows]
+    shared = set.intersection(*map(set, filter(None, given))) if any(given) else set()
+    names = [" ".join(override for override in own if override not in shared) for own in given]
+    return [name if name and names.count(name) == 1 else row["name"] for name, row in zip(names, rows, strict=True)]
+
+
+def _run_folders(folder: Path) -> set[Path]:
+    found = {path.parent for name in RECORDS for path in folder.rglob(name)}
+    return {path for path in found if not {ARCHIVE, "wandb"} & set(path.relative_to(folder).parts)}
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    results, failure = read_results(folder / "results.json"), read_results(folder / "error.json")
+    record = results or failure or {}
+    status = "finished" if results else "failed" if failure else "unfinished"
+    row: dict[str, Any] = {"folder": str(folder), "name": folder.name, "status": status}
+    row["overrides"] = " ".join(record.get("run", {}).get("overrides", []))
+    row["error"] = (failure or {}).get("error", {}).get("message") if not results else None
+    row |= {name: value for name, value in record.get("run", {}).items() if not isinstance(value, list)}
+    row |= {f"config.{name}": value for name, value in _flat(record.get("config", {}))}
+    metrics = record.get("metrics", {})
+    row |= metrics
+    for name, value in metrics.items():
+        kind, _, dataset = name.partition(".")
+        if kind == "perplexity" and (fp := metrics.get(f"perplexity_fp.{dataset}")):
+            row[f"change_percent.{dataset}"] = (value / fp - 1) * 100
+    for text, stamp in record.get("protocol", {}).items():
+        row[f"comparable.{text}"] = "; ".join(stamp.get("comparable_with", []))
+    return row
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        items += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return items
+
+
+def show(runs: pd.DataFrame) -> None:
+    """The table on the terminal: what differs between the runs, and what they measured."""
+    datasets = [column.partition(".")[2] for column in map(str, runs) if column.startswith("change_percent.")]
+    all_finished = bool((runs["status"] == "finished").all())
+    table = Table()
+    table.add_column("run", overflow="fold", min_width=10)
+    if not all_finished:
+        table.add_column("status", min_width=10)
+    for dataset in datasets:
+        table.add_column(f"{dataset}\nppl", justify="right", no_wrap=True)
+        table.add_column("over\nfp", justify="right", no_wrap=True)
+    measured = {column: SHOWN[column] for column in MEASURED if column in runs}
+    for metric in measured.values():
+        table.add_column(metric.label.replace(", ", "\n"), justify="right", no_wrap=True)
+    for _, run in runs.iterrows():
+        cells = [run["name"]] if all_finished else [run["name"], run["status"]]
+        for dataset in datasets:
+            cells.append(_cell(run.get(f"perplexity.{dataset}"), "{:.4f}"))
+            cells.append(_cell(run.get(f"change_percent.{dataset}"), "{:+.2f} %"))
+        cells += ["" if pd.isna(run[column]) else metric.text(run[column]) for column, metric in measured.items()]
+        table.add_row(*cells)
+    print_table(table)
+    for _, run in runs.iterrows():
+        say(f"{run['name']}: {run['folder']}" + (f"\n    failed: {run['error']}" if run["status"] == "failed" else ""))
+
+
+def show_published(figures: pd.DataFrame) -> None:
+    """Published figures beside ours, where there are any."""
+    if figures.empty:
+        return
+    table = Table("run", "metric", "ours", "published", "difference", "comparable", "published for, by")
+    for _, row in figures.iterrows():
+        told = ", ".join(filter(None, (row["of"], row["source"])))
+        table.add_row(row["run"], row["metric"], *figures_of(row), row["comparable"], told)
+    print_table(table)
+
+
+def _cell(value: Any, form: str) -> str:
+    return "" if value is None or pd.isna(value) else form.format(value)

@@ -1,0 +1,32 @@
+"""The routing trace that offloading is planned from, where calibration has not recorded one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from haq_lab.models.layerwise import LayeredModel
+from haq_lab.result_cache.keys import about, key_of, of_text
+from haq_lab.result_cache.store import Artefact, Store
+from haq_lab.routing.record import record_trace
+from haq_lab.routing.trace import Trace
+
+ARRAYS = ("experts", "weights")
+
+
+def routing_trace(store: Store, model: LayeredModel, windows: Tensor, text: str) -> Trace:
+    """As `record_trace`, of token windows (n, t) whose tokens are all decoded."""
+    if store.folder is None or model.quantized:
+        return record_trace(model, windows, text)
+    key = key_of("trace", ("models", "routing", "storage", "int8"), **of_text(model, windows))
+
+    def record() -> Artefact:
+        trace = record_trace(model, windows, text)
+        return Artefact({name: torch.from_numpy(getattr(trace, name)) for name in ARRAYS}, trace.expert_count)
+
+    found = store.fetch("trace", key, record, about(model, windows))
+    experts, weights = (found.tensors[name].numpy() for name in ARRAYS)
+    starts = np.arange(len(windows), dtype=np.int64) * windows.shape[1]
+    decode = np.ones(windows.numel(), bool)
+    return Trace(experts, weights, decode, starts, found.facts, str(model.folder.name), text)

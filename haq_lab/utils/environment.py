@@ -1,0 +1,25 @@
+"""From haq_lab/checkpoint/provenance.py."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+
+
+def versions() -> dict[str, str]:
+    """Of what computes, and of what writes the files."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the last bits of floating-point sums depend on."""
+    return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
