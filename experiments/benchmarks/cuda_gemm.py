@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from haq_lab.hardware.spec import Hardware, load_hardware
+from haq_lab.int8.cuda import device
 from haq_lab.int8.cuda import kernels as cuda
 from haq_lab.int8.cuda.launch import choose_split, choose_tile
 from haq_lab.int8.cuda.roofline import gemm_work, gemv_work, least_seconds
@@ -47,7 +48,7 @@ def median_ms(call: Callable[[], object], repeats: int) -> float:
 
 def measure(m: int, n: int, k: int, hardware: Hardware | None, repeats: int) -> dict:
     """One shape, all competitors in one run."""
-    kernels = cuda.kernels()
+    kernels = device.kernels()
     qx = torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda")
     qw = torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda")
     sx, sw = torch.rand(m, device="cuda"), torch.rand(n, device="cuda")
@@ -75,7 +76,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         hardware = load_hardware(arguments.hardware) if arguments.hardware else None
-        cuda.kernels()
+        device.kernels()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -101,7 +101,7 @@ class CheckpointWriter:
             raise UserError(f"checkpoint.dir: '{self.folder}' is not empty; choose another folder")
 
     def restore(self, state: PassState) -> int:
-        """See `haq_lab.onepass.Keeper`."""
+        """See `haq_lab.quantizers.pass_result.Keeper`."""
         self.shards = restore_state(self.work, state)
         return self.resumed
 

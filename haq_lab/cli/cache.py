@@ -1,7 +1,7 @@
-"""`python -m haq_lab.stages ls|gc`: what runs have left for one another, and making room.
+"""`python -m haq_lab.result_cache ls|gc`: what runs have left for one another, and making room.
 
-python -m haq_lab.stages ls                    a line for each stage, --all for each artefact
-python -m haq_lab.stages gc --limit 5GB        until so much is left; --limit 0B removes everything
+python -m haq_lab.result_cache ls                    a line for each stage, --all for each artefact
+python -m haq_lab.result_cache gc --limit 5GB        until so much is left; --limit 0B removes everything
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from haq_lab.utils.console import print_table, say
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m haq_lab.stages", description="What runs have left for one another."
+        prog="python -m haq_lab.result_cache", description="What runs have left for one another."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("ls", help="list what is there")
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     for command in (listing, collecting):
         command.add_argument("--dir", metavar="DIR", help="the store's folder (stages.dir)")
     given = parser.parse_args(arguments)
-    with mistakes_told("haq_lab.stages"):
+    with mistakes_told("haq_lab.result_cache"):
         folder = Stages(dir=given.dir).folder
         if given.command == "ls":
             show(folder, given.all)

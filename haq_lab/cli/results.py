@@ -1,4 +1,4 @@
-"""From haq_lab/results.py."""
+"""Print all runs below some folders as one table: `python -m haq_lab.results DIR... [--csv FILE] [--figure FILE]`."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ HEAD = """Squeeze a large language model onto one edge GPU, and measure the pric
   python -m haq_lab.models build OPTION                              make a model that is made here, and check it
   python -m haq_lab.checkpoint inspect|verify|export DIR             a quantised checkpoint
   python -m haq_lab.tracking sync DIR...                             upload what W&B has kept offline
-  python -m haq_lab.stages ls|gc                                     what runs have left for one another
+  python -m haq_lab.result_cache ls|gc                                     what runs have left for one another
   python -m haq_lab.offload trace|replay|plan|profile ...            routing traces, policies, what a GPU would do
 """
 

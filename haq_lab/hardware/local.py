@@ -1,4 +1,4 @@
-"""From haq_lab/offload/hardware.py."""
+"""Load and save this machine's own figures, the profile `local`."""
 
 from __future__ import annotations
 

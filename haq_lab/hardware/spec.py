@@ -1,4 +1,4 @@
-"""From haq_lab/int8/roofline.py."""
+"""Describe a machine in a few figures, and load the cited ones from `conf/hardware`."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def family_of(config: Any) -> Family:
         if family.model_type == config.model_type and family.applies(config):
             return family
     raise UserError(
-        f"model: this variant of '{config.model_type}' is not in the family table (haq_lab/models/families.py); "
+        f"model: this variant of '{config.model_type}' is not in the family table (haq_lab/models/architectures.py); "
         "its rows say which ones are"
     )
 
@@ -258,6 +258,6 @@ def refuse_unknown(model_type: object) -> None:
     known = sorted({family.model_type for family in FAMILIES})
     if model_type not in known:
         raise UserError(
-            f"model: architecture '{model_type}' is not in the family table (haq_lab/models/families.py), "
+            f"model: architecture '{model_type}' is not in the family table (haq_lab/models/architectures.py), "
             f"which has {', '.join(known)}{nearest(model_type, known)}"
         )

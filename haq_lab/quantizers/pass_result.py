@@ -1,4 +1,4 @@
-"""From haq_lab/evaluation.py, haq_lab/onepass.py."""
+"""What one pass through the layers returns, and the state that it carries from layer to layer."""
 
 from __future__ import annotations
 

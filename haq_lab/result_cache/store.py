@@ -90,7 +90,7 @@ class Store:
         return Artefact(tensors, facts)
 
     def put(self, stage: str, key: str, artefact: Artefact, about: str = "") -> None:
-        """Keep an artefact, if there is room; `about` is what `python -m haq_lab.stages ls` shows."""
+        """Keep an artefact, if there is room; `about` is what `python -m haq_lab.result_cache ls` shows."""
         size = sum(tensor.nbytes for tensor in artefact.tensors.values())
         if self.folder is None or not self.has_room(stage, size):
             return

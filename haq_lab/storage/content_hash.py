@@ -1,4 +1,4 @@
-"""From haq_lab/checkpoint/provenance.py."""
+"""Hash the files that hold a checkpoint folder's weights and config."""
 
 from __future__ import annotations
 

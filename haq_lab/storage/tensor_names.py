@@ -1,4 +1,4 @@
-"""From haq_lab/models/families.py."""
+"""Read an expert's number from the name of a tensor or module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From haq_lab/checkpoint/provenance.py."""
+"""Report the library versions and the machine that results depend on."""
 
 from __future__ import annotations
 

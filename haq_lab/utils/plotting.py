@@ -1,4 +1,4 @@
-"""From haq_lab/figures.py."""
+"""Save figures whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The C functions that haq_lab/int8/native.py calls. Pointers are to contiguous arrays; shapes are checked by
+// The C functions that haq_lab/int8/cpu/bindings.py calls. Pointers are to contiguous arrays; shapes are checked by
 // the caller. Those that can fail return 0, or 1 when there is not enough memory.
 #if defined(__linux__)
 #include <sys/mman.h>

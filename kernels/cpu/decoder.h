@@ -6,7 +6,7 @@
 
 namespace haq {
 
-// As haq_lab/int8/layer_parts.py fills them in (ctypes): all fields are 8 bytes, but for those named float.
+// As haq_lab/runtime/layer_parts.py fills them in (ctypes): all fields are 8 bytes, but for those named float.
 
 // An RMS norm of each `width` values on their own.
 struct Norm {

@@ -4,7 +4,7 @@
 
 namespace haq {
 
-// As haq_lab/int8/layer_parts.py fills it in (ctypes): all fields are 8 bytes, but for those named float.
+// As haq_lab/runtime/layer_parts.py fills it in (ctypes): all fields are 8 bytes, but for those named float.
 struct Linear {
   const uint8_t* packed;     // (n, k)
   const float* scale;        // (n,)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from haq_lab.int8.backend import Backend, PackedLinear
-from haq_lab.int8.cuda import kernels as cuda
+from haq_lab.int8.cuda import device as cuda_device
 from haq_lab.int8.cuda.gpu_lock import claim
 from haq_lab.int8.cuda.kernels import GEMV_ROWS, K_MULTIPLE, Kernels, padded
 from haq_lab.int8.numerics import Activations, scale_of
@@ -32,7 +32,7 @@ class CudaBackend(Backend):
 
     def __init__(self, device: str = "cuda", kernels: Kernels | None = None, share: bool = False) -> None:
         self.device = _device(device) if share else claim(_device(device))
-        self.fused = self._kernels = kernels or cuda.kernels(self.device.index)
+        self.fused = self._kernels = kernels or cuda_device.kernels(self.device.index)
 
     @property
     def kernels(self) -> str:

@@ -1,4 +1,4 @@
-"""From haq_lab/int8/cuda.py."""
+"""Return the CUDA kernels' calls for one device."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What the compiler made of the kernels: registers, spills, shared memory and the instructions that matter.
 
-    python -m haq_lab.int8.codegen --write experiments/cuda_kernels.csv
+    python -m haq_lab.int8.cuda.sass_report --write experiments/cuda_kernels.csv
 
 compiles every kernel for every architecture with every NVRTC installed, and writes one row each. What the compiler's
 log says of registers, stack and shared memory is compared with what stands in the machine code. Needs no GPU, but two

@@ -1,4 +1,4 @@
-"""From haq_lab/offload/record.py."""
+"""Record an engine's routing decisions and prefetch guesses."""
 
 from __future__ import annotations
 

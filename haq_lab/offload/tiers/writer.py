@@ -1,4 +1,4 @@
-"""From haq_lab/offload/slow_tier.py."""
+"""The protocol of an object that fills a slow tier."""
 
 from __future__ import annotations
 
