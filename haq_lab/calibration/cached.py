@@ -18,7 +18,7 @@ from haq_lab.result_cache.keys import about, key_of, of_text
 from haq_lab.result_cache.store import Artefact, Store
 from haq_lab.routing.choices import Routing
 
-CODE = ("models", "calibration", "routing", "storage", "int8")
+CODE = ("haq_lab.calibration.calibrator",)  # it gathers what is kept here
 PARTS = {"range": ("channel_max",), "hessian": ("hessian",), "cross": ("cross",), "sample": ("sample", "sample_weight")}
 ROUTING = ("chosen", "weights")
 SENSITIVITY = ("channels", "outputs")

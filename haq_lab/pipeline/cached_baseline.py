@@ -39,4 +39,4 @@ def _pieces(model: LayeredModel, windows: Tensor, hidden: Tensor) -> Iterator[tu
     depends = of_text(model, windows)
     size = max(1, PIECE // max(hidden[:1].nbytes, 1))
     for number, piece in enumerate(hidden.split(size)):
-        yield key_of(STAGE, ("models",), **depends, piece=number), piece
+        yield key_of(STAGE, (__name__,), **depends, piece=number), piece

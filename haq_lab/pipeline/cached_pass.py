@@ -26,17 +26,7 @@ from haq_lab.utils.errors import UserError
 
 LAYERS, PASS, MEASURED = "quantized", "pass", "measurement"
 RANGES = "ranges|"  # before the names of their tensors
-CODE = (
-    "models",
-    "calibration",
-    "quantizers",
-    "int8",
-    "checkpoint",
-    "routing",
-    "storage",
-    "pipeline/sequential.py",
-    "pipeline/evaluation_states.py",
-)
+CODE = ("haq_lab.pipeline.sequential", "haq_lab.checkpoint.layer_tensors")
 
 
 class QuantizedStages:
@@ -145,13 +135,15 @@ class QuantizedStages:
 
     def _measurement_key(self, measure: Measure) -> str:
         texts = {name: tokens_hash(tokens) for name, tokens in self.evaluation.items()}
-        return self._key(MEASURED, ("measure",), measure=_settings(measure), texts=texts)
+        return self._key(MEASURED, (type(measure).__module__,), measure=_settings(measure), texts=texts)
 
     def _layer(self, index: int) -> Artefact | None:
         return self.store.get(LAYERS, self._key(LAYERS, layer=index))
 
     def _key(self, stage: str, code: tuple[str, ...] = (), **depends: Any) -> str:
         assert self._depends is not None
+        chosen = (self.experiment.quantizer, self.experiment.backend)
+        code += tuple(type(thing).__module__ for thing in chosen if thing is not None)
         return key_of(stage, CODE + code, **self._depends, **depends)
 
 

@@ -15,19 +15,20 @@ from typing import Any
 from torch import Tensor
 
 from haq_lab.models.layerwise import LayeredModel
+from haq_lab.result_cache.import_closure import import_closure
 from haq_lab.storage.content_hash import file_hashes
 from haq_lab.utils.environment import machine, versions
 from haq_lab.utils.paths import PACKAGE, bundled
 
 
-def key_of(stage: str, code: tuple[str, ...], **depends: Any) -> str:
-    """The key of a stage's result.
+def key_of(stage: str, modules: tuple[str, ...], **depends: Any) -> str:
+    """Return the key of a stage's result.
 
     Args:
-        code: Parts of `haq_lab` that compute it: subpackages, or modules as `onepass.py`.
+        modules: Names of the modules that compute the result. All that they import from `haq_lab` counts as well.
         depends: Everything else: hashes, and settings that JSON can hold.
     """
-    here = {"stage": stage, "code": _code_hash(("result_cache", *code)), "versions": versions(), "machine": machine()}
+    here = {"stage": stage, "code": _code_hash(modules), "versions": versions(), "machine": machine()}
     return hashlib.sha256(json.dumps(here | depends, sort_keys=True).encode()).hexdigest()[:40]
 
 
@@ -52,11 +53,15 @@ def model_hash(folder: Path) -> str:
 
 
 @functools.cache
-def _code_hash(parts: tuple[str, ...]) -> str:
-    """Of the source of these parts; the kernels belong to `int8`."""
+def _code_hash(modules: tuple[str, ...]) -> str:
+    """Hash the import closure of `modules`, with the kernels if `int8` is part of it."""
+    files = import_closure(*modules)
     whole = hashlib.sha256()
-    for root in [*(PACKAGE / part for part in parts), *([bundled("kernels")] if "int8" in parts else [])]:
-        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
-                whole.update(path.name.encode() + path.read_bytes())
+    for path in sorted(files):
+        whole.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
+    if any(path.is_relative_to(PACKAGE / "int8") for path in files):
+        kernels = bundled("kernels")
+        for path in sorted(kernels.rglob("*")):
+            if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
+                whole.update(str(path.relative_to(kernels)).encode() + path.read_bytes())
     return whole.hexdigest()

@@ -19,7 +19,7 @@ def routing_trace(store: Store, model: LayeredModel, windows: Tensor, text: str)
     """As `record_trace`, of token windows (n, t) whose tokens are all decoded."""
     if store.folder is None or model.quantized:
         return record_trace(model, windows, text)
-    key = key_of("trace", ("models", "routing", "storage", "int8"), **of_text(model, windows))
+    key = key_of("trace", (__name__,), **of_text(model, windows))
 
     def record() -> Artefact:
         trace = record_trace(model, windows, text)

@@ -1,0 +1,57 @@
+"""The code that a result depends on is found, all of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from haq_lab.result_cache import keys
+from haq_lab.result_cache.import_closure import import_closure
+from haq_lab.utils.paths import PACKAGE
+
+WORKERS = ["calibration.calibrator", "routing.cached", "pipeline.cached_baseline", "pipeline.sequential"]
+
+
+@pytest.mark.parametrize("module", [f"haq_lab.{name}" for name in WORKERS])
+def test_it_has_all_that_python_loads(module):
+    """Importing the module in a fresh process loads no file of the package that is not in its closure."""
+    code = (
+        f"import {module}, json, sys; modules = [m for n, m in sys.modules.items() if n.split('.')[0] == 'haq_lab'];"
+        "print(json.dumps([m.__file__ for m in modules]))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {Path(name) for name in json.loads(told.stdout)}
+    assert len(loaded) > 10
+    assert loaded - import_closure(module) == set()
+
+
+def test_imports_inside_functions_count():
+    assert PACKAGE / "int8" / "cuda" / "cupy_runner.py" in import_closure("haq_lab.int8.cuda.device")
+
+
+def test_other_packages_and_what_is_not_imported_do_not_count():
+    assert import_closure("torch") == set()
+    inside = {path.relative_to(PACKAGE).parts[0] for path in import_closure("haq_lab.routing.cached")}
+    assert inside & {"cli", "report", "tracking", "offload"} == set()
+
+
+def test_the_key_follows_a_change_in_imported_code(monkeypatch):
+    """A file deep in the closure changes the key; a file outside leaves it."""
+    changed: set[Path] = set()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path in changed))
+
+    def key() -> str:
+        keys._code_hash.cache_clear()
+        return keys.key_of("trace", ("haq_lab.routing.cached",))
+
+    before = key()
+    changed.add(PACKAGE / "cli" / "main.py")
+    assert key() == before
+    changed.add(PACKAGE / "int8" / "numerics.py")
+    assert key() != before
+    keys._code_hash.cache_clear()
