@@ -24,7 +24,7 @@ TINY = [
     "data.python_docs.windows=2",
     "measure=[perplexity]",
     "tracking=none",
-    "stages.use=false",
+    "result_cache.enabled=false",
 ]
 
 

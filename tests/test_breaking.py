@@ -27,7 +27,7 @@ from safetensors import safe_open
 from haq_lab.models.sources import TinyModel
 from haq_lab.results.load import load
 
-KEPT = [setting for setting in TINY if not setting.startswith(("stages", "measure", "quantizer"))]
+KEPT = [setting for setting in TINY if not setting.startswith(("result_cache", "measure", "quantizer"))]
 KEPT += ["quantizer=haq", "measure=[perplexity,latency]", "measure.latency.seconds=0", "measure.latency.iterations=1"]
 KEPT += ["measure.latency.prompt_tokens=8", "measure.latency.decode_tokens=2", "model.layers=1"]
 STAGES = {  # what runs within each stage
@@ -61,7 +61,7 @@ def interruptible():
 def undisturbed(tmp_path_factory) -> Path:
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert launch(*KEPT, "stages.use=false", f"hydra.run.dir={folder}").code == 0
+    assert launch(*KEPT, "result_cache.enabled=false", f"hydra.run.dir={folder}").code == 0
     return folder
 
 
@@ -257,7 +257,7 @@ def test_any_characters_in_any_path(tmp_path, monkeypatch):
     def quoted(setting: str, path: Path) -> str:
         return f"{setting}='" + str(path).replace("'", r"\'") + "'"
 
-    store, checkpoint = quoted("stages.dir", place / "stages"), quoted("checkpoint.dir", place / "check point")
+    store, checkpoint = quoted("result_cache.dir", place / "stages"), quoted("checkpoint.dir", place / "check point")
     outcome = launch(*KEPT, "tracking=offline", store, checkpoint, "hydra.run.dir='one run'")
     assert outcome.code == 0, outcome.err
     plain = [setting for setting in TINY if not setting.startswith(("model", "quantizer"))]

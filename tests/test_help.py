@@ -47,7 +47,7 @@ def test_what_an_option_begins_with_is_an_option_of_its_group(group):
 
 def test_help_loads_no_torch():
     program = (
-        "import sys; sys.argv[1:] = ['--help']; from haq_lab.cli import main; main();"
+        "import sys; sys.argv[1:] = ['--help']; from haq_lab.cli.main import main; main();"
         "assert not {'torch', 'transformers', 'datasets', 'wandb'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

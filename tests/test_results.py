@@ -7,6 +7,7 @@ import re
 import pandas as pd
 import pytest
 
+from haq_lab.cli.results import main
 from haq_lab.results import load as results
 from haq_lab.tracking.run_folder import RunFolder, read_results
 from haq_lab.utils.console import show_results
@@ -25,7 +26,7 @@ def runs(tmp_path):
             folder.finish(facts, {}, metrics)
     failed = RunFolder(tmp_path / "deep" / "bad", {})
     failed.begin("a: 1\n")
-    failed.fail({"model": "m", "overrides": ["model=m", "quantizer=bad"]}, ValueError("what went wrong"))
+    failed.fail({"model": "m", "overrides": ["model=m", "quantizer=bad"]}, ValueError("what went wrong"), False)
     RunFolder(tmp_path / "killed", {}).begin("a: 1\n")
     return tmp_path
 
@@ -56,7 +57,7 @@ def test_names_with_brackets_are_shown_whole(tmp_path, capsys):
         folder.begin("a: 1\n")
         facts = {"model": "m[0]", "quantizer": "haq", "overrides": [f"quantizer.fold={fold}"], "sweep": "s"}
         folder.finish(facts, {}, {"perplexity.text": 31.0, "perplexity_fp.text": 30.0})
-    results.main([str(tmp_path)])
+    main([str(tmp_path)])
     printed = capsys.readouterr().out
     assert re.search(r"quantizer\.fold=\[norm\] +\W", printed)
     assert "quantizer.fold=[norm,value,up] " in printed
@@ -66,7 +67,7 @@ def test_names_with_brackets_are_shown_whole(tmp_path, capsys):
 
 def test_csv_and_figure(runs, capsys):
     csv, figure = runs / "out" / "table.csv", runs / "out" / "figure.png"
-    results.main([str(runs), "--csv", str(csv), "--figure", str(figure)])
+    main([str(runs), "--csv", str(csv), "--figure", str(figure)])
     printed = capsys.readouterr().out
     assert "what went wrong" in printed
     assert re.search(r"haq\W+finished\W+30\.1000", printed), "names are not cut where there is no terminal"
@@ -86,11 +87,11 @@ def test_csv_and_figure(runs, capsys):
 )
 def test_mistakes(arguments, message, runs, capsys):
     with pytest.raises(SystemExit, match="2"):
-        results.main([argument.format(runs) for argument in arguments])
+        main([argument.format(runs) for argument in arguments])
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_an_empty_folder_is_no_mistake(tmp_path, capsys):
-    results.main([str(tmp_path)])
+    main([str(tmp_path)])
     assert "no runs below" in capsys.readouterr().out
     assert list(results.load(tmp_path)) == ["folder", "name", "status", "error"]

@@ -7,7 +7,7 @@ python experiments/benchmarks/stages.py --propagate quantized    # where every j
 
 Both arms run the same eight jobs with the same settings, one after the other:
 
-    separate   every job a process of its own, with stages.use=false
+    separate   every job a process of its own, with result_cache.enabled=false
     sweep      one sweep (-m) on an empty store
 
 The metrics of both must be equal to the last bit, or there is no figure. The calibration (32 x 512 tokens) is the
@@ -66,10 +66,10 @@ def measure(given: argparse.Namespace, folder: Path) -> dict:
     swept = [f"{name}={','.join(values)}" for name, values in varied.items()]
     model, separate = folder / "model", {}
     for number, job in enumerate(jobs):
-        own = [*job, "stages.use=false", f"hydra.run.dir={folder / 'separate' / str(number)}"]
+        own = [*job, "result_cache.enabled=false", f"hydra.run.dir={folder / 'separate' / str(number)}"]
         separate[" ".join(job)] = spent = _run(given, model, own)
         print(f"separate  {spent['wall']:7.1f} s  {spent['cpu']:7.1f} s of CPU  {' '.join(job)}", flush=True)
-    own = ["-m", *swept, f"stages.dir={folder / 'store'}", f"hydra.sweep.dir={folder / 'sweep'}"]
+    own = ["-m", *swept, f"result_cache.dir={folder / 'store'}", f"hydra.sweep.dir={folder / 'sweep'}"]
     sweep = _run(given, model, own)
     print(f"sweep     {sweep['wall']:7.1f} s  {sweep['cpu']:7.1f} s of CPU  {len(jobs)} jobs", flush=True)
     apart, together = _metrics(folder / "separate"), _metrics(folder / "sweep")

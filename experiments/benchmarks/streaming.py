@@ -76,7 +76,7 @@ def quantise(model: Path, work: Path, quantizer: str, limit_gb: float | None) ->
         if limit_gb is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gb * 1e9), int(limit_gb * 1e9)))
 
-    code = "from haq_lab.measure.memory import peak_rss; from haq_lab.cli import main; main(); print(peak_rss())"
+    code = "from haq_lab.measure.memory import peak_rss; from haq_lab.cli.main import main; main(); print(peak_rss())"
     command = [sys.executable, "-c", code, *" ".join(settings).split()]
     outcome = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True, check=False)
     if outcome.returncode:

@@ -19,8 +19,8 @@ class Ranges:
     """Of the inputs that every token has; those within experts are left out, as they would be most of the file.
 
     Attributes:
-        before, after: By site (`haq_lab.models.families.Group.site`), a (k,) largest |x| for each layer so far, as the
-            model was and as smoothed.
+        before, after: By site (`haq_lab.models.architectures.Group.site`), a (k,) largest |x| for each layer so far,
+            as the model was and as smoothed.
     """
 
     before: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from haq_lab.config.help import mistakes_told
 from haq_lab.result_cache.eviction import Entry, entries, remove_leftovers, trim
-from haq_lab.result_cache.settings import Stages, bytes_of
+from haq_lab.result_cache.settings import ResultCache, bytes_of
 from haq_lab.utils.console import print_table, say
 
 
@@ -28,12 +28,12 @@ def main(arguments: list[str] | None = None) -> None:
     listing = commands.add_parser("ls", help="list what is there")
     listing.add_argument("--all", action="store_true", help="every artefact, those unused for longest first")
     collecting = commands.add_parser("gc", help="remove what was unused for longest")
-    collecting.add_argument("--limit", default=Stages().limit, metavar="SIZE", help="what may stay, as 20GB")
+    collecting.add_argument("--limit", default=ResultCache().max_size, metavar="SIZE", help="what may stay, as 20GB")
     for command in (listing, collecting):
-        command.add_argument("--dir", metavar="DIR", help="the store's folder (stages.dir)")
+        command.add_argument("--dir", metavar="DIR", help="the store's folder (result_cache.dir)")
     given = parser.parse_args(arguments)
     with mistakes_told("haq_lab.result_cache"):
-        folder = Stages(dir=given.dir).folder
+        folder = ResultCache(dir=given.dir).folder
         if given.command == "ls":
             show(folder, given.all)
         else:

@@ -28,7 +28,7 @@ from haq_lab.measure.base import Measure
 from haq_lab.models.sources import ModelSource
 from haq_lab.offload.settings import Offload
 from haq_lab.quantizers.base import Quantizer
-from haq_lab.result_cache.settings import Stages
+from haq_lab.result_cache.settings import ResultCache
 from haq_lab.tracking.wandb import Wandb
 from haq_lab.utils.errors import UserError, invalid, nearest
 from haq_lab.utils.paths import bundled
@@ -48,7 +48,7 @@ class Experiment:
     checkpoint: Path | None
     offload: Offload | None
     hardware: Hardware | None
-    stages: Stages
+    result_cache: ResultCache
 
 
 def effective(config: DictConfig) -> DictConfig:
@@ -118,7 +118,7 @@ def build(config: DictConfig) -> Experiment:
         tracking=_part(config, "tracking", Wandb, optional=True),
         offload=offload,
         hardware=hardware,
-        stages=_part(config, "stages", Stages),
+        result_cache=_part(config, "result_cache", ResultCache),
         checkpoint=_checkpoint(config.get("checkpoint"), quantizer),
     )
 

@@ -36,7 +36,7 @@ GROUPS = {
 }
 
 MISSING = re.compile(r"'(?:hydra_plugins\.hydra_|hydra/launcher/|hydra/sweeper/)(joblib|submitit|ray|optuna)[\w./]*'")
-PLAIN = {"checkpoint": ["dir"], "stages": ["use", "dir", "limit"]}  # settings that are no group's
+PLAIN = {"checkpoint": ["dir"], "result_cache": ["enabled", "dir", "max_size"]}  # settings that are no group's
 HYDRA = {"": ["launcher", "sweeper"], "run": ["dir"], "sweep": ["dir"]}  # its settings for every day, of many
 KNOWN = [*GROUPS, *PLAIN, "objective", "force"]  # all that a config holds
 MANY = ("data", "measure")  # groups of which any number of options can be chosen
@@ -56,7 +56,7 @@ HEAD = """Squeeze a large language model onto one edge GPU, and measure the pric
 
 TAIL = """
 checkpoint.dir=DIR   write the quantised model there, and go on with it after a kill; model=quantized runs it
-stages.use=false     compute everything anew; stages.dir=DIR and stages.limit=20GB say where what is kept, and how much
+result_cache.enabled=false   compute all anew; result_cache.dir=DIR and result_cache.max_size=20GB place and bound it
 -m hydra/launcher=local|slurm|cluster    a sweep's jobs at once: joblib, submitit, ray, each an extra to install
 -m hydra/sweeper=search objective=METRIC quantizer.strength='interval(0,1)'    search by optuna instead of trying all
 force=true           run even where a finished run of this config is there

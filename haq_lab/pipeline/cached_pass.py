@@ -93,7 +93,7 @@ class QuantizedStages:
         for index in range(self.model.depth if self.deploys else 0):
             found = self._layer(index)
             if found is None:
-                raise UserError(f"stages: layer {index} has just gone from {self.store.folder}; run it again")
+                raise UserError(f"result_cache: layer {index} has just gone from {self.store.folder}; run it again")
             yield int8_layer(
                 self.model, index, found.tensors, found.facts, self.experiment.backend, str(self.store.folder)
             )

@@ -83,7 +83,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         evaluation, calibration = _texts(experiment, model)
         tokens = {name: windows.tokens for name, windows in evaluation.items()}
         folder.event("loaded", model=str(model.folder), depth=model.depth)
-        store = experiment.stages.open()
+        store = experiment.result_cache.open()
 
         with Assembly(experiment, model, folder, evaluation, calibration, store) as assembly:
             calibrated = None if calibration is None else calibration.tokens

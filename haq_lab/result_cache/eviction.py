@@ -1,6 +1,6 @@
 """What lies in a store's folder: listing it, and making room.
 
-Only files that are named by a key are the store's: `stages.dir` may be a folder that holds somebody's models.
+Only files that are named by a key are the store's: `result_cache.dir` may be a folder that holds somebody's models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The settings of the stages' store: `stages.use`, `stages.dir`, `stages.limit`."""
+"""The settings of the result cache: `result_cache.enabled`, `result_cache.dir`, `result_cache.max_size`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from haq_lab.utils.units import UNITS, number_and_unit
 
 
 @dataclass(frozen=True)
-class Stages:
-    """Args:
-    use: Whether anything is kept and found; the results are the same without.
-    dir: The store's folder; null takes `stages` in the cache folder.
-    limit: What it may take on disk, as `20GB`; what was unused for longest goes first.
+class ResultCache:
+    """Choose whether runs share results, where, and how much disk they may take.
+
+    Args:
+        enabled: If false, nothing is read or written. The results are the same.
+        dir: Folder of the cache. If null, `stages` in the cache folder.
+        max_size: Largest size on disk, such as `20GB`. The least recently used results are removed first.
+
+    Raises:
+        UserError: If `dir` is empty or `max_size` is not a size.
     """
 
-    use: bool = True
+    enabled: bool = True
     dir: str | None = None
-    limit: str | int = "20GB"
+    max_size: str | int = "20GB"
 
     def __post_init__(self) -> None:
         if self.dir is not None and not self.dir:
-            raise UserError("stages.dir: '' is not valid; name a folder, or null")
-        bytes_of(self.limit)
+            raise UserError("result_cache.dir: '' is not valid; name a folder, or null")
+        bytes_of(self.max_size)
 
     @property
     def folder(self) -> Path:
@@ -35,12 +40,12 @@ class Stages:
 
     def open(self) -> Store:
         """The store, made when something is first kept."""
-        return Store(self.folder, bytes_of(self.limit)) if self.use else Store()
+        return Store(self.folder, bytes_of(self.max_size)) if self.enabled else Store()
 
 
 def bytes_of(limit: str | int) -> int:
     """`20GB` as bytes. Raises `UserError` for what is no size."""
     found = number_and_unit(limit)
     if found is None or found[1] not in UNITS:
-        raise UserError(f"stages.limit: '{limit}' is no size as '20GB' or '500MiB'")
+        raise UserError(f"result_cache.max_size: '{limit}' is no size as '20GB' or '500MiB'")
     return int(found[0] * UNITS[found[1]])

@@ -109,7 +109,7 @@ class Store:
     def has_room(self, stage: str, size: int) -> bool:
         """Whether `size` bytes of a stage's artefacts may be kept; says so where they are too many."""
         if self._writes and size > self.limit:
-            self._say(f"{stage} is not kept: its {size / 1e9:,.1f} GB are more than stages.limit")
+            self._say(f"{stage} is not kept: its {size / 1e9:,.1f} GB are more than result_cache.max_size")
         return self._writes and size <= self.limit
 
     @contextmanager
@@ -151,4 +151,4 @@ class Store:
     def _say(self, what: str) -> None:
         if what not in self._said:
             self._said.add(what)
-            say(f"stages: {what}", on=errors)
+            say(f"result_cache: {what}", on=errors)

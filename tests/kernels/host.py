@@ -100,7 +100,7 @@ def _text(folder: Path) -> str:
 
 @dataclass
 class HostRunner:
-    """Executes launches on the host layer: a `Run` for haq_lab.int8.cuda.Kernels.
+    """Executes launches on the host layer: a `Run` for haq_lab.int8.cuda.kernels.Kernels.
 
     Args:
         architecture: 75 or 80.

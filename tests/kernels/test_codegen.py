@@ -153,7 +153,7 @@ def test_ptx_that_breaks_the_contract_is_noticed(kernel: Kernel, file: str, old:
 
 # Says where the compiled module is, in a process that cannot compile.
 FOUND = """
-from haq_lab.int8 import nvrtc
+from haq_lab.int8.cuda import nvrtc
 del nvrtc.Compiler.compile
 print(nvrtc.cubin_file("dequant", 80, nvrtc.default_compiler({major})))
 """

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from haq_lab.int8.cuda import cupy_runner
-from haq_lab.int8.cuda import kernels as cuda
+from haq_lab.int8.cuda import cupy_runner, device
 from haq_lab.int8.cuda.cupy_runner import CupyRunner, check_architecture, marshal
 from haq_lab.int8.cuda.kernels import Kernels, padded
 from haq_lab.int8.cuda.launch import (
@@ -137,7 +136,7 @@ def test_cupy_takes_the_compiled_file_as_far_as_it_can_without_a_driver(tmp_path
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu_is_one_clear_message():
     with pytest.raises(UserError, match=r"needs an NVIDIA GPU .* use backend=cpu"):
-        cuda.kernels()
+        device.kernels()
 
 
 def test_no_cupy_is_one_clear_message(monkeypatch):

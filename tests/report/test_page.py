@@ -117,7 +117,7 @@ def test_a_run_that_failed_before_its_model_was_known_is_not_named_as_one_that_d
         facts = {"overrides": [f"model={model}", "quantizer=rtn", f"quantizer.weight_bits={bits}"], "sweep": "s"}
         folder.begin("a: 1\n")
         if model is None:
-            folder.fail(facts, ValueError("3 bits"))
+            folder.fail(facts, ValueError("3 bits"), mistake=False)
         else:
             folder.finish(facts | {"model": model, "quantizer": "rtn"}, {}, {})
     assert list(collect(tmp_path).runs["name"]) == ["model=None quantizer.weight_bits=3", "m m8", "n n8"]

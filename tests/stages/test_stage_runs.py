@@ -79,9 +79,9 @@ def test_every_quantizer_is_tried():
 def test_the_same_with_and_without(tmp_path, name, model, propagate):
     settings = [*QUANTIZERS[name], f"model={model}", f"calibration.propagate={propagate}"]
     settings.append("measure=[perplexity,memory]")
-    _run(tmp_path / "without", *settings, "stages.use=false")
+    _run(tmp_path / "without", *settings, "result_cache.enabled=false")
     store = tmp_path / "store"
-    settings.append(f"stages.dir={store}")
+    settings.append(f"result_cache.dir={store}")
     assert _run(tmp_path / "cold", *settings)["run"]["reused"] == []
     reused = _run(tmp_path / "whole", *settings)["run"]["reused"]
     assert any("measurement" in one for one in reused)
@@ -102,8 +102,8 @@ def test_quantizers_share_calibration(tmp_path, model):
     settings = [f"model={model}", "calibration.propagate=fp", "measure=[perplexity]"]
     for name in ("smoothquant", "haq", "gptq", "rtn_static"):
         own = [*QUANTIZERS[name], *settings]
-        _run(tmp_path / name, *own, "stages.use=false")
-        reused = _run(tmp_path / f"{name}_shared", *own, f"stages.dir={tmp_path / 'store'}")["run"]["reused"]
+        _run(tmp_path / name, *own, "result_cache.enabled=false")
+        reused = _run(tmp_path / f"{name}_shared", *own, f"result_cache.dir={tmp_path / 'store'}")["run"]["reused"]
         assert _same(tmp_path / name, tmp_path / f"{name}_shared")
         if name == "rtn_static" or (name == "gptq" and model == "tiny_llama"):
             assert any("statistics" in one for one in reused)
@@ -111,7 +111,7 @@ def test_quantizers_share_calibration(tmp_path, model):
 
 def test_another_model_text_or_setting_is_another_stage(tmp_path):
     settings = ["model=tiny_llama", "quantizer=gptq", "calibration.propagate=fp", "measure=[perplexity]"]
-    settings.append(f"stages.dir={tmp_path / 'store'}")
+    settings.append(f"result_cache.dir={tmp_path / 'store'}")
     _run(tmp_path / "first", *settings)
     assert _run(tmp_path / "model", *settings, "model.seed=1")["run"]["reused"] == []
     assert _run(tmp_path / "text", *settings, "calibration.seed=1", "data.text.windows=1")["run"]["reused"] == []
@@ -122,14 +122,14 @@ def test_another_model_text_or_setting_is_another_stage(tmp_path):
 
 def test_a_finished_run_stays_finished_whatever_the_store(tmp_path):
     settings = ["model=tiny_llama", "quantizer=rtn", "measure=[perplexity]", f"hydra.run.dir={tmp_path / 'run'}"]
-    assert launch(*SMALL, *settings, f"stages.dir={tmp_path / 'a'}").code == 0
-    assert "already finished" in launch(*SMALL, *settings, "stages.use=false").out
+    assert launch(*SMALL, *settings, f"result_cache.dir={tmp_path / 'a'}").code == 0
+    assert "already finished" in launch(*SMALL, *settings, "result_cache.enabled=false").out
 
 
 def test_layers_are_shared_by_runs_that_offload_differently(tmp_path):
     settings = ["model=tiny_mixtral", "quantizer=rtn", "backend=cpu", "measure=[perplexity,latency]", "offload=lru"]
     settings += ["measure.latency.prompt_tokens=4", "measure.latency.decode_tokens=2", "measure.latency.seconds=0"]
-    settings += ["measure.latency.iterations=1", f"stages.dir={tmp_path / 'store'}"]
+    settings += ["measure.latency.iterations=1", f"result_cache.dir={tmp_path / 'store'}"]
     first = _run(tmp_path / "first", *settings, "offload.budget=4")
     second = _run(tmp_path / "second", *settings, "offload.budget=6")
     assert first["run"]["reused"] == []
@@ -139,8 +139,8 @@ def test_layers_are_shared_by_runs_that_offload_differently(tmp_path):
 
 
 def test_a_killed_run_leaves_layers_that_the_next_one_finds(tmp_path):
-    _run(tmp_path / "without", *DEEP, "stages.use=false")
-    settings = [*DEEP, f"stages.dir={tmp_path / 'store'}"]
+    _run(tmp_path / "without", *DEEP, "result_cache.enabled=false")
+    settings = [*DEEP, f"result_cache.dir={tmp_path / 'store'}"]
     run = tmp_path / "killed"
 
     def work() -> None:
@@ -156,8 +156,8 @@ def test_a_killed_run_leaves_layers_that_the_next_one_finds(tmp_path):
 def test_two_runs_on_one_store(tmp_path):
     settings = ["model=tiny_mixtral", *QUANTIZERS["haq"], "measure=[perplexity]"]
     settings.append("calibration.propagate=fp")
-    _run(tmp_path / "without", *settings, "stages.use=false")
-    settings.append(f"stages.dir='{tmp_path / 'one störe'}'")
+    _run(tmp_path / "without", *settings, "result_cache.enabled=false")
+    settings.append(f"result_cache.dir='{tmp_path / 'one störe'}'")
     children = [in_child(lambda name=name: _run(tmp_path / name, *settings) and None) for name in ("one", "two")]
     for child in children:
         assert not killed(child)
@@ -168,17 +168,17 @@ def test_two_runs_on_one_store(tmp_path):
 def test_a_run_with_a_read_only_store_or_a_full_disk(tmp_path, small_disk, read_only):
     settings = ["model=tiny_llama", "quantizer=haq", "measure=[perplexity]"]
     settings.append("calibration.propagate=fp")
-    _run(tmp_path / "without", *settings, "stages.use=false")
-    outcome = launch(*SMALL, *settings, f"stages.dir={small_disk}", f"hydra.run.dir={tmp_path / 'full'}")
+    _run(tmp_path / "without", *settings, "result_cache.enabled=false")
+    outcome = launch(*SMALL, *settings, f"result_cache.dir={small_disk}", f"hydra.run.dir={tmp_path / 'full'}")
     assert outcome.code == 0
     assert "nothing more is kept" in outcome.err
     assert _same(tmp_path / "without", tmp_path / "full")
     frozen = tmp_path / "frozen"
-    _run(tmp_path / "cold", *settings, f"stages.dir={frozen}")
+    _run(tmp_path / "cold", *settings, f"result_cache.dir={frozen}")
     shutil.rmtree(frozen / "pass")
     shutil.rmtree(frozen / "sensitivity")
     read_only(frozen)
-    outcome = launch(*SMALL, *settings, f"stages.dir={frozen}", f"hydra.run.dir={tmp_path / 'read'}")
+    outcome = launch(*SMALL, *settings, f"result_cache.dir={frozen}", f"hydra.run.dir={tmp_path / 'read'}")
     assert outcome.code == 0
     assert outcome.err.count("cannot be written to") == 1
     assert _same(tmp_path / "without", tmp_path / "read")
@@ -186,10 +186,10 @@ def test_a_run_with_a_read_only_store_or_a_full_disk(tmp_path, small_disk, read_
 
 def test_a_checkpoint_resumes_with_a_store_and_without(tmp_path):
     """Calibration's hidden states stay behind where statistics were found: the next start knows how far they are."""
-    _run(tmp_path / "without", *DEEP, "stages.use=false")
-    filled = f"stages.dir={tmp_path / 'store'}"
+    _run(tmp_path / "without", *DEEP, "result_cache.enabled=false")
+    filled = f"result_cache.dir={tmp_path / 'store'}"
     _run(tmp_path / "filled", *DEEP, filled)
-    for first, second in ((filled, "stages.use=false"), ("stages.use=false", filled)):
+    for first, second in ((filled, "result_cache.enabled=false"), ("result_cache.enabled=false", filled)):
         run = tmp_path / f"filled_{first == filled}"
         own = [*DEEP, f"checkpoint.dir={run / 'checkpoint'}"]
         assert killed(in_child(lambda own=own, run=run, first=first: _run(run, *own, first) and None, dies_at=25))
@@ -207,7 +207,7 @@ def test_a_users_own_quantizer_is_always_run(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     settings = ["model=tiny_llama", "quantizer=rtn", "quantizer._target_=own.Own", "measure=[perplexity]"]
-    settings.append(f"stages.dir={tmp_path / 'store'}")
+    settings.append(f"result_cache.dir={tmp_path / 'store'}")
     _run(tmp_path / "first", *settings)
     assert _run(tmp_path / "second", *settings)["run"]["reused"] == ["1 x baseline"]
     assert not (tmp_path / "store" / "pass").exists()
@@ -216,11 +216,14 @@ def test_a_users_own_quantizer_is_always_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("stages.limit=20", "stages.limit: '20' is no size"),
-        ("stages.dir=''", "stages.dir: '' is not valid"),
-        ("stages.use=maybe", "stages.use: 'maybe' is not valid"),
-        ("+stages.size=1", "stages.size: there is no such setting"),
-        ("stages.limt=1GB", "there is no setting 'stages.limt' (did you mean 'stages.limit'?)"),
+        ("result_cache.max_size=20", "result_cache.max_size: '20' is no size"),
+        ("result_cache.dir=''", "result_cache.dir: '' is not valid"),
+        ("result_cache.enabled=maybe", "result_cache.enabled: 'maybe' is not valid"),
+        ("+result_cache.size=1", "result_cache.size: there is no such setting"),
+        (
+            "result_cache.max_sise=1GB",
+            "there is no setting 'result_cache.max_sise' (did you mean 'result_cache.max_size'?)",
+        ),
     ],
 )
 def test_mistakes(setting, message, tmp_path):

@@ -81,7 +81,7 @@ def test_a_damaged_artefact_is_computed_again_and_said_so(tmp_path, capsys, suff
     path.write_bytes(changed[damage])
     store = Store(tmp_path, GB)
     assert _same(store.fetch("stage", A, lambda: _artefact(1)), _artefact(1))
-    assert "stages: stage is computed again: " in capsys.readouterr().err
+    assert "result_cache: stage is computed again: " in capsys.readouterr().err
     assert _same(Store(tmp_path, GB).get("stage", A), _artefact(1))
 
 
@@ -108,7 +108,7 @@ def test_what_is_larger_than_the_limit_is_not_kept(tmp_path, capsys):
     store = Store(tmp_path, 1000)
     assert _same(store.fetch("stage", A, _artefact), _artefact())
     assert entries(tmp_path) == []
-    assert "stage is not kept: its 0.0 GB are more than stages.limit" in capsys.readouterr().err
+    assert "stage is not kept: its 0.0 GB are more than result_cache.max_size" in capsys.readouterr().err
 
 
 def test_a_full_disk_loses_nothing(small_disk, capsys):
@@ -229,7 +229,7 @@ def test_a_limit_that_is_no_size(limit, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(["gc", "--limit", limit, "--dir", str(tmp_path)])
     assert ended.value.code == 2
-    assert f"stages.limit: '{limit}' is no size as '20GB' or '500MiB'" in capsys.readouterr().err
+    assert f"result_cache.max_size: '{limit}' is no size as '20GB' or '500MiB'" in capsys.readouterr().err
 
 
 def test_the_record_says_what_it_is(tmp_path):

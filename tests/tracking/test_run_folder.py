@@ -46,7 +46,7 @@ def test_what_no_run_left_is_not_removed(tmp_path, name):
     for _ in range(2):
         with pytest.raises(UserError, match=f"holds '{name}', which no run left; choose another folder"):
             folder.begin("a: 1\n")
-        folder.fail({}, ValueError("a mistake"))
+        folder.fail({}, ValueError("a mistake"), mistake=True)
     assert (tmp_path / name / "precious").read_text() == "mine"
     (tmp_path / name).rename(tmp_path / "elsewhere")
     folder.begin("a: 1\n")
@@ -55,14 +55,14 @@ def test_what_no_run_left_is_not_removed(tmp_path, name):
 
 def test_a_failure_is_recorded_unless_the_disk_is_full(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path, {"a": 1})
-    folder.fail({"model": "m"}, KeyboardInterrupt())
+    folder.fail({"model": "m"}, KeyboardInterrupt(), mistake=False)
     assert json.loads((tmp_path / "error.json").read_text())["error"]["message"] == "KeyboardInterrupt"
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_folder, "write_json", full)
-    folder.fail({}, ValueError("the error itself"))  # raises nothing of its own
+    folder.fail({}, ValueError("the error itself"), mistake=False)  # raises nothing of its own
 
 
 def test_nan_is_no_result(tmp_path):

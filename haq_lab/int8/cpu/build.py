@@ -1,6 +1,6 @@
 """Build the CPU kernels in `kernels/cpu` into a shared library, once for each source, compiler and machine.
 
-The library is built at first use and kept in the cache folder (`haq_lab.paths`). It is written aside and renamed
+The library is built at first use and kept in the cache folder (`haq_lab.utils.paths`). It is written aside and renamed
 under a lock, so that processes that start together build it once and none loads half a file.
 """
 

@@ -1,4 +1,4 @@
-"""Runs launches on the interpreter: a `Run` for haq_lab.int8.cuda.Kernels."""
+"""Runs launches on the interpreter: a `Run` for haq_lab.int8.cuda.kernels.Kernels."""
 
 from __future__ import annotations
 
