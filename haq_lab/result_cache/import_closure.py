@@ -17,10 +17,18 @@ def import_closure(*modules: str) -> set[Path]:
     A class that a config names by `_target_` is not imported anywhere: pass its module too. Names of modules
     outside `haq_lab` are ignored.
 
+    Raises:
+        ValueError: If `haq_lab` has no module of such a name. A key without its code would find outdated results.
+
     Example:
         >>> sorted(path.name for path in import_closure("haq_lab.utils.units"))
         ['__init__.py', '__init__.py', 'units.py']
     """
+    for module in modules:
+        package, *parts = module.split(".")
+        place = PACKAGE.joinpath(*parts)
+        if package == PACKAGE.name and not (place.is_dir() or place.with_suffix(".py").is_file()):
+            raise ValueError(f"{module}: haq_lab has no such module")
     found: set[Path] = set()
     waiting = {path for module in modules for path in _files_of(module)}
     while waiting:

@@ -39,6 +39,11 @@ def test_other_packages_and_what_is_not_imported_do_not_count():
     assert inside & {"cli", "report", "tracking", "offload"} == set()
 
 
+def test_a_module_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match=r"haq_lab\.calibration\.callibrator: haq_lab has no such module"):
+        import_closure("haq_lab.calibration.callibrator")
+
+
 def test_the_key_follows_a_change_in_imported_code(monkeypatch):
     """A file deep in the closure changes the key; a file outside leaves it."""
     changed: set[Path] = set()
