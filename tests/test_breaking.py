@@ -120,12 +120,12 @@ def test_two_sweeps_on_one_cache(undisturbed, tmp_path, monkeypatch):
     monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path / "cache"))
 
     def sweep(name: str) -> None:
-        outcome = launch("-m", *KEPT, "quantizer.damp=0.01,0.02", f"hydra.sweep.dir={tmp_path / name}")
+        outcome = launch("-m", *KEPT, "quantizer.dampening_frac=0.01,0.02", f"hydra.sweep.dir={tmp_path / name}")
         assert outcome.code == 0, outcome.err
 
     for child in [in_child(partial(sweep, name)) for name in ("one", "other")]:
         assert not killed(child)
-    first, second = (load(tmp_path / name).set_index("config.quantizer.damp") for name in ("one", "other"))
+    first, second = (load(tmp_path / name).set_index("config.quantizer.dampening_frac") for name in ("one", "other"))
     for damp in (0.01, 0.02):
         assert _same(Path(first.loc[damp, "folder"]), Path(second.loc[damp, "folder"]))
     assert _same(Path(first.loc[0.01, "folder"]), undisturbed)

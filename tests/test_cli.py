@@ -139,7 +139,14 @@ def test_a_killed_run_leaves_no_results_and_runs_again(tiny_run, tmp_path, cache
         ("+experimnt=demo", "'experimnt' \\(did you mean 'experiment'\\?\\)"),
         ("quantizer.activation=token", "quantizer.activation: .*did you mean 'activations'"),
         ("+quantizer.activation=token", "quantizer.activation: .*did you mean 'activations'"),
-        ("quantizer.damp=0.1", "quantizer.damp: it belongs to quantizer=gptq, haq; each option chosen must be one of"),
+        (
+            "quantizer.dampening_frac=0.1",
+            "quantizer.dampening_frac: it belongs to quantizer=gptq, haq; each option chosen must be one of",
+        ),
+        ("quantizer.damp=0.1", r"quantizer\.damp: there is no such setting any more\. Use quantizer\.dampening_frac"),
+        ("++quantizer.asymmetric=true", r"any more\. Use quantizer\.asymmetric_calibration"),
+        ("+objective=kl.c4", r"objective: there is no such setting any more\. Use search_metric"),
+        ("stages.use=false", r"stages\.use: there is no such setting any more\. Use result_cache\.enabled"),
         ("quantizer.weight_bits", "quantizer.weight_bits: a value is needed, as quantizer.weight_bits=VALUE"),
         ("data.seqlen=64", "data.seqlen: write data.OPTION.seqlen, where OPTION is one of c4, "),
         ("hydra.run.dr=x", "hydra.run.dr: there is no such setting .*did you mean 'dir'"),
@@ -152,7 +159,7 @@ def test_a_killed_run_leaves_no_results_and_runs_again(tiny_run, tmp_path, cache
         ("quantizer.weight_bits=many", "quantizer.weight_bits: 'many' is not one of 8, 4"),
         ("calibration.samples=0", "calibration.samples: '0' is not valid"),
         ("calibration.samples=few", "calibration.samples: 'few' is not valid"),
-        ("calibration.propagate=both", "calibration.propagate: 'both' is not one of fp, quantized"),
+        ("calibration.inputs=both", "calibration.inputs: 'both' is not one of fp, quantized"),
         ("data.python_docs.windows=0", "data.python_docs.windows: '0' is not valid"),
         ("data.python_docs.seqlen=4096", "data.python_docs.seqlen: 4096 is more than the model's 2048"),
         *([] if torch.cuda.is_available() else [("backend=cuda", "backend=cuda needs an NVIDIA GPU")]),
@@ -324,9 +331,11 @@ def test_a_sweep_over_the_baseline_too_takes_the_quantizers_settings(tmp_path):
 
 
 def test_a_sweep_is_refused_where_an_option_lacks_a_setting(tmp_path):
-    code, _, err = launch("-m", *TINY, "quantizer=rtn,haq", "quantizer.strength=0.5", f"hydra.sweep.dir={tmp_path}")
+    code, _, err = launch(
+        "-m", *TINY, "quantizer=rtn,haq", "quantizer.smoothing_strength=0.5", f"hydra.sweep.dir={tmp_path}"
+    )
     assert code == 2
-    assert "quantizer.strength: it belongs to quantizer=haq, smoothquant; each option chosen must" in err
+    assert "quantizer.smoothing_strength: it belongs to quantizer=haq, smoothquant; each option chosen must" in err
 
 
 def test_flags_may_stand_anywhere(tmp_path):

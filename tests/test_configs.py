@@ -62,18 +62,18 @@ SPELLINGS = [
     "model=quantized model.path=folder quantizer=none",
     "checkpoint.dir=folder",
     "quantizer=haq quantizer.activations=auto",
-    "quantizer=haq quantizer.adaptive=false quantizer.strength=0.5",
+    "quantizer=haq quantizer.adaptive=false quantizer.smoothing_strength=0.5",
     "quantizer=haq quantizer.fold=[norm]",
     "quantizer=haq quantizer.fold=[]",
     "quantizer=haq quantizer.scale_search=false",
     "quantizer=haq quantizer.act_order=false",
-    "quantizer=haq quantizer.asymmetric=false",
+    "quantizer=haq quantizer.asymmetric_calibration=false",
     "data=[wikitext2,c4] data.wikitext2.path=a.txt data.wikitext2.windows=16 data.wikitext2.seqlen=1024",
     "data=[wikitext2,c4,c4_new,text,python_docs] data.c4.windows=null data.text.path=a.parquet",
     "data=wikitext2",
     "calibration=wikitext2 calibration.path=a.txt calibration.samples=128 calibration.seqlen=2048 calibration.seed=0",
-    "calibration=c4 calibration.propagate=fp",
-    "calibration=text calibration.path=a.jsonl calibration.propagate=quantized",
+    "calibration=c4 calibration.inputs=fp",
+    "calibration=text calibration.path=a.jsonl calibration.inputs=quantized",
     "calibration=python_docs",
     "model=tiny_mixtral calibration.route=all calibration.min_tokens=200",
     "+experiment=demo measure=[perplexity] data=[text] data.text.path=a.txt",  # less than the experiment sets up
@@ -167,7 +167,7 @@ def test_the_experts_tokens_are_a_choice(tmp_path):
         few = ["model=tiny_mixtral", "quantizer=gptq", f"calibration.route={route}", "calibration.min_tokens=1"]
         _metrics(tmp_path / route, *few)
         layers = pd.read_csv(tmp_path / route / "layers.csv")
-        errors[route] = layers[layers["linear"].str.contains("gate_proj")]["error"].tolist()
+        errors[route] = layers[layers["linear"].str.contains("gate_proj")]["output_error"].tolist()
     assert errors["topk"] != errors["all"]
 
 
@@ -176,7 +176,7 @@ def test_haq_chooses_schemes_by_itself(tmp_path):
     assert 0 <= metrics["quantizer.dynamic_share"] <= 1
 
 
-@pytest.mark.parametrize("part", ["adaptive", "scale_search", "act_order", "asymmetric", "fold"])
+@pytest.mark.parametrize("part", ["adaptive", "scale_search", "act_order", "asymmetric_calibration", "fold"])
 def test_every_part_of_haq_can_be_switched_off(part, tmp_path):
     _metrics(tmp_path, "model.layers=1", "quantizer=haq", f"quantizer.{part}={'[]' if part == 'fold' else 'false'}")
 
@@ -194,9 +194,9 @@ def test_full_precision_has_one_perplexity(tmp_path):
     assert metrics["memory.weights_bytes"] == pytest.approx(2 * metrics["memory.weights_fp16_bytes"], rel=0.01)
 
 
-@pytest.mark.parametrize("propagate", ["fp", "quantized"])
-def test_gptq_calibrates_on_either_model(propagate, tmp_path):
-    _metrics(tmp_path, "quantizer=gptq", f"calibration.propagate={propagate}")
+@pytest.mark.parametrize("inputs", ["fp", "quantized"])
+def test_gptq_calibrates_on_either_model(inputs, tmp_path):
+    _metrics(tmp_path, "quantizer=gptq", f"calibration.inputs={inputs}")
 
 
 def test_many_texts_in_every_format(texts, tmp_path):

@@ -69,7 +69,7 @@ def test_a_policy(copied):
     offload = [
         "model=tiny_mixtral",
         "offload=lru",
-        "offload.cache=fading",
+        "offload.eviction=fading",
         "offload.budget=75%",
         "offload.prefetch=none",
     ]

@@ -10,7 +10,13 @@ from haq_lab.results.figures import layer_figure, mean_over_experts
 def _layers(error: float | None) -> pd.DataFrame:
     names = ["self_attn.q_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj"]
     rows = [
-        {"layer": layer, "linear": name, "error": error and error * number, "error_rtn": None, "strength": None}
+        {
+            "layer": layer,
+            "linear": name,
+            "output_error": error and error * number,
+            "error_rtn": None,
+            "smoothing_strength": None,
+        }
         for layer in range(2)
         for number, name in enumerate(names)
     ]
@@ -20,8 +26,8 @@ def _layers(error: float | None) -> pd.DataFrame:
 def test_experts_are_one_kind():
     table = mean_over_experts(_layers(2.0))
     assert list(table["linear"]) == ["self_attn.q_proj", "mlp.experts.up_proj"] * 2
-    assert list(table["error"]) == [0.0, 3.0] * 2
-    assert table["strength"].isna().all()
+    assert list(table["output_error"]) == [0.0, 3.0] * 2
+    assert table["smoothing_strength"].isna().all()
 
 
 def test_a_run_without_errors_has_its_figure(tmp_path):

@@ -27,7 +27,7 @@ QUANTIZERS = {
 }
 
 
-def pass_through(model, quantizer, windows, propagate="fp"):
+def pass_through(model, quantizer, windows, inputs="fp"):
     layers: dict[int, nn.Module] = {}
     calibration = windows.flip(0).flip(1)
     result = one_pass(
@@ -35,7 +35,7 @@ def pass_through(model, quantizer, windows, propagate="fp"):
         quantizer,
         ReferenceBackend(),
         calibration,
-        CalibrationPolicy(propagate),
+        CalibrationPolicy(inputs),
         {"text": windows},
         layers.__setitem__,
     )
@@ -52,10 +52,10 @@ def test_full_precision_is_the_models_own(tiny, windows):
     torch.testing.assert_close(tiny.assemble(layers)(windows).logits, expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("propagate", ["fp", "quantized"])
+@pytest.mark.parametrize("inputs", ["fp", "quantized"])
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_levels(tiny, windows, name, propagate):
-    result, layers = pass_through(tiny, QUANTIZERS[name], windows, propagate)
+def test_levels(tiny, windows, name, inputs):
+    result, layers = pass_through(tiny, QUANTIZERS[name], windows, inputs)
     logits = {level: tiny.head(hidden) for level, hidden in result.hidden["text"].items()}
     expected = whole_of(tiny.folder)(windows).logits
     torch.testing.assert_close(logits["fp"], expected, rtol=1e-5, atol=1e-4)
@@ -75,9 +75,9 @@ def test_levels(tiny, windows, name, propagate):
 
 def test_propagating_the_quantised_model_gives_other_statistics(tiny, windows):
     scales = {}
-    for propagate in ("fp", "quantized"):
-        result, _ = pass_through(tiny, RTN(activations="static", weight_bits=4), windows, propagate)
-        scales[propagate] = {(report.layer, report.linear): report.static_scale for report in result.reports}
+    for inputs in ("fp", "quantized"):
+        result, _ = pass_through(tiny, RTN(activations="static", weight_bits=4), windows, inputs)
+        scales[inputs] = {(report.layer, report.linear): report.static_scale for report in result.reports}
     first = (0, tiny.groups[0].consumers[0])
     assert scales["fp"][first] == pytest.approx(scales["quantized"][first])
     assert scales["fp"] != scales["quantized"]

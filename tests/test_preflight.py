@@ -75,7 +75,7 @@ def test_a_local_folder_needs_no_hub(local, monkeypatch):
     needs = _lines(experiment, experiment.model)
     assert {*needs} == {"memory", "GPU"}
     assert needs["memory"].needed > 4 * 1.45e9  # a layer in float32
-    head = build(_composed(*setting, *few, "quantizer.head=true"))
+    head = build(_composed(*setting, *few, "quantizer.lm_head=true"))
     assert _lines(head, experiment.model)["memory"].needed == needs["memory"].needed + 2 * 32000 * 4096 + 4096
     many = _lines(build(_composed(*setting)), experiment.model)
     assert many["disk"].needed > 10e9, "hidden states of all windows don't stay in memory"

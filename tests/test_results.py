@@ -42,6 +42,16 @@ def test_the_table_is_tidy_and_hides_nothing(runs):
     assert table.loc["unfinished", "name"] == "killed"
 
 
+def test_settings_of_an_older_version_are_read_under_their_present_names(tmp_path):
+    folder = RunFolder(tmp_path, {"quantizer": {"damp": 0.02}, "objective": "kl.c4", "offload": {"cache": "lru"}})
+    folder.begin("a: 1\n")
+    folder.finish({"model": "m", "overrides": []}, {}, {})
+    (run,) = results.load(tmp_path).to_dict("records")
+    assert run["config.quantizer.dampening_frac"] == 0.02
+    assert run["config.search_metric"] == "kl.c4"
+    assert run["config.offload.eviction"] == "lru"
+
+
 def test_a_sweeps_runs_are_named_by_what_they_differ_in_and_others_by_their_folder(runs):
     table = results.load(runs / "rtn", runs / "haq")
     assert list(table["name"]) == ["quantizer=rtn", "quantizer=haq"]

@@ -62,8 +62,8 @@ def test_running_it_again_runs_what_is_missing(tmp_path):
 def test_a_search(tmp_path):
     _needs("optuna_sweeper")
     search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=1"]
-    model = ["quantizer=haq", "quantizer.adaptive=false", "quantizer.sensitivity=0", "calibration.propagate=fp"]
-    wanted = ["objective=perplexity.python_docs", "quantizer.strength=interval(0.2,0.8)"]
+    model = ["quantizer=haq", "quantizer.adaptive=false", "quantizer.sensitivity=0", "calibration.inputs=fp"]
+    wanted = ["search_metric=perplexity.python_docs", "quantizer.smoothing_strength=interval(0.2,0.8)"]
     done = _sweep(tmp_path, *search, *model, *wanted)
     assert done.returncode == 0, done.stderr
     found = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
@@ -72,7 +72,7 @@ def test_a_search(tmp_path):
     ]
     assert len(values) == 3
     assert found["best_value"] == min(values)
-    done = _sweep(tmp_path / "wrong", *search, *model, *wanted[1:], "objective=perplexity.python_doc")
+    done = _sweep(tmp_path / "wrong", *search, *model, *wanted[1:], "search_metric=perplexity.python_doc")
     assert done.returncode == 2
     assert "objective: 'perplexity.python_doc' is not one of" in done.stderr
     assert "did you mean 'perplexity.python_docs'?" in done.stderr
@@ -81,7 +81,7 @@ def test_a_search(tmp_path):
 def test_the_objective_is_no_part_of_a_runs_identity(tmp_path):
     where = f"hydra.run.dir={tmp_path}"
     assert launch(*TINY, where).code == 0
-    assert "already finished" in launch(*TINY, where, "objective=perplexity.python_docs").out
+    assert "already finished" in launch(*TINY, where, "search_metric=perplexity.python_docs").out
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ FORMS: dict[str, Callable[[LayeredModel], Any]] = {
     "int8, Python between the products": lambda smol: whole(smol, RTN(), fused=False),
     "int8": lambda smol: whole(smol, RTN()),  # the head as the checkpoint has it, in float32
     "int8, head in bfloat16": lambda smol: whole(smol, RTN(), head=torch.bfloat16),
-    "int8, head too": lambda smol: whole(smol, RTN(), head=torch.int8),  # as quantizer.head=true
+    "int8, head too": lambda smol: whole(smol, RTN(), head=torch.int8),  # as quantizer.lm_head=true
 }
 
 

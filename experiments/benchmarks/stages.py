@@ -3,7 +3,7 @@
 python experiments/benchmarks/stages.py                          # three layers of SmolLM2-135M: five minutes
 python experiments/benchmarks/stages.py --layers 30              # the whole model: twenty minutes
 python experiments/benchmarks/stages.py --ablation haq           # the jobs of +experiment=ablation_haq
-python experiments/benchmarks/stages.py --propagate quantized    # where every job's statistics are its own
+python experiments/benchmarks/stages.py --inputs quantized    # where every job's statistics are its own
 
 Both arms run the same eight jobs with the same settings, one after the other:
 
@@ -11,7 +11,7 @@ Both arms run the same eight jobs with the same settings, one after the other:
     sweep      one sweep (-m) on an empty store
 
 The metrics of both must be equal to the last bit, or there is no figure. The calibration (32 x 512 tokens) is the
-default one but for `propagate=fp`. The quantizer that asks most of calibration comes first, so that the others find
+default one but for `inputs=fp`. The quantizer that asks most of calibration comes first, so that the others find
 all they need.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
     """Both arms, a line each, and the record as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ablation", choices=ABLATIONS, default="quantizers")
-    parser.add_argument("--propagate", choices=["fp", "quantized"], default="fp")
+    parser.add_argument("--inputs", choices=["fp", "quantized"], default="fp")
     parser.add_argument("--layers", type=int, default=3, help="so many decoder layers of the model are kept")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows, of 512 tokens")
     parser.add_argument("--windows", type=int, default=2, help="evaluation windows, of 512 tokens")
@@ -80,7 +80,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict:
     return {
         "benchmark": "stages",
         "ablation": given.ablation,
-        "propagate": given.propagate,
+        "inputs": given.inputs,
         "layers": given.layers,
         "calibration": [given.samples, 512],
         "separate_s": separate,
@@ -118,7 +118,7 @@ def _run(given: argparse.Namespace, model: Path, arguments: list[str]) -> dict[s
     """Seconds of one process, by the clock and of CPU; waiting for the lock does not count."""
     command = [sys.executable, "-m", "haq_lab", *arguments, "model=hf", f"model.name={model}"]
     command += ["measure=[perplexity]", "tracking=none", "calibration=python_docs"]
-    command += [f"calibration.propagate={given.propagate}", f"calibration.samples={given.samples}"]
+    command += [f"calibration.inputs={given.inputs}", f"calibration.samples={given.samples}"]
     command += ["calibration.seqlen=512", "data=[python_docs]"]
     command += [f"data.python_docs.windows={given.windows}", "data.python_docs.seqlen=512"]
     timed = [sys.executable, "-c", TIMED, *command]

@@ -1,4 +1,4 @@
-"""What calibration asks of the full-precision model: its sensitivity, and with `propagate=fp` all its statistics.
+"""What calibration asks of the full-precision model: its sensitivity, and with `inputs=fp` all its statistics.
 
 Statistics are kept a layer and a part at a time: a quantizer that needs the ranges alone finds them where another
 one needed Hessians too, and a killed run's layers are found again.

@@ -1,6 +1,6 @@
 """The calibration tokens on their way through the model, a layer at a time.
 
-With `propagate=quantized` the statistics of a group are taken with the layer as it then is: earlier layers and
+With `inputs=quantized` the statistics of a group are taken with the layer as it then is: earlier layers and
 the layer's earlier groups already in int8. This matters for asymmetric calibration: a projection that made up
 for an error must not be followed by one that makes up for it again.
 """
@@ -68,7 +68,7 @@ class Calibrator:
                 with clock.stage("sensitivity"):
                     self._sensitivity = self._stages.sensitivity(needs.sensitivity, self._measure_sensitivity)
             self.hidden = model.embed(windows, spool.empty)
-            if needs.cross and policy.propagate == "quantized":
+            if needs.cross and policy.inputs == "quantized":
                 self.hidden_fp = spool.copy(self.hidden)
             if model.experts:
                 self.routing = Routing(model.experts, (windows.shape[0], windows.shape[1]))
@@ -84,7 +84,7 @@ class Calibrator:
             sites = [group.site for group in self.model.groups if group.expert is None]
             with self.clock.stage("forward"):
                 self._inputs_fp = record_inputs(self.model, layer, index, self.hidden_fp, sites)
-        if self.policy.propagate == "fp":
+        if self.policy.inputs == "fp":
             observe = partial(self._observe_layer, layer, index)
             self._known = self._stages.statistics(index, self.needs, self.routing, observe)
 
@@ -101,7 +101,7 @@ class Calibrator:
 
     def leave(self, layer: nn.Module, index: int) -> None:
         """After a layer is quantised."""
-        if self.hidden is not None and self.policy.propagate == "quantized":
+        if self.hidden is not None and self.policy.inputs == "quantized":
             self._advance(layer, index, self.hidden)
 
     def _advance(self, layer: nn.Module, index: int, hidden: Tensor) -> None:

@@ -28,7 +28,7 @@ class Calibration:
     samples: How many windows.
     seqlen: Tokens a window.
     seed: Of the random crops.
-    propagate: Whose hidden states calibrate a layer: the full-precision model's (`fp`) or those of the model
+    inputs: Whose hidden states calibrate a layer: the full-precision model's (`fp`) or those of the model
         as quantised so far.
     route: Of a Mixture-of-Experts layer, which tokens calibrate an expert's gate and up projections: those
         that are routed to it (`topk`), or `all`. Its down projection reads only what is routed to it.
@@ -40,14 +40,14 @@ class Calibration:
     samples: Count = 128
     seqlen: Length = 2048
     seed: int = 0
-    propagate: Literal["fp", "quantized"] = "quantized"
+    inputs: Literal["fp", "quantized"] = "quantized"
     route: Literal["topk", "all"] = "topk"
     min_tokens: Count = MIN_TOKENS
 
     @property
     def policy(self) -> CalibrationPolicy:
         """What the calibrator goes by."""
-        return CalibrationPolicy(self.propagate, self.route, self.min_tokens)
+        return CalibrationPolicy(self.inputs, self.route, self.min_tokens)
 
     def __post_init__(self) -> None:
         if self.text == "python_docs" and self.path is not None:

@@ -44,12 +44,12 @@ class CalibrationPolicy:
     """How statistics are gathered.
 
     Args:
-        propagate: `fp`: statistics of the full-precision model; `quantized`: of the model as quantised so far.
+        inputs: `fp`: statistics of the full-precision model; `quantized`: of the model as quantised so far.
         route: Which tokens calibrate an expert's gate and up projections: `topk`, those routed to it, or `all`.
         min_tokens: An expert with fewer tokens is calibrated on the layer's.
     """
 
-    propagate: Literal["fp", "quantized"] = "quantized"
+    inputs: Literal["fp", "quantized"] = "quantized"
     route: Literal["topk", "all"] = "topk"
     min_tokens: int = MIN_TOKENS
 

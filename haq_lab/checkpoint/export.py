@@ -44,7 +44,9 @@ def export(folder: Path, target: Path) -> None:
         raise UserError(f"export: '{target}' is there already; name a new folder")
     model = QuantizedModel(folder, ReferenceBackend())
     if model.int8_head is not None:
-        raise UserError(f"export: the head of '{folder}' is in int8, which is not exported: use quantizer.head=false")
+        raise UserError(
+            f"export: the head of '{folder}' is in int8, which is not exported: use quantizer.lm_head=false"
+        )
     packed = model.family.moe is not None
     schemes: dict[str, str] = {}
     with folder_written_aside(target) as aside:

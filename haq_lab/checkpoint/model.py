@@ -74,8 +74,10 @@ class QuantizedModel(LayeredModel):
 
 
 def has_int8_head(folder: Path) -> bool:
-    """Whether a folder is a quantised checkpoint whose head computes in int8 (`quantizer.head`); its file has the float
-    one."""
+    """Return whether `folder` is a quantised checkpoint with an int8 head (`quantizer.lm_head=true`).
+
+    The file stores the head in float; loading quantises it.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return bool(config.get("quantization_config", {}).get("int8_head", False))
 

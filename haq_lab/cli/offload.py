@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.set_defaults(run=_replay)
     plan.add_argument("--hardware", default="rtx3060_12g", help="a name from conf/hardware, or local")
     plan.add_argument("--shape", default="mixtral", help="mixtral (8x7B), or a folder with config.json")
-    plan.add_argument("--int8-head", action="store_true", help="as quantizer.head=true; a checkpoint says it itself")
+    plan.add_argument("--int8-head", action="store_true", help="as quantizer.lm_head=true; a checkpoint says it itself")
     plan.add_argument("--context", type=int, default=2048, help="tokens whose key-value cache must fit")
     plan.add_argument("--tokens", type=int, default=128, help="simulated for each combination")
     plan.set_defaults(run=_plan)

@@ -29,6 +29,7 @@ from haq_lab.models.sources import ModelSource
 from haq_lab.offload.settings import Offload
 from haq_lab.quantizers.base import Quantizer
 from haq_lab.result_cache.settings import ResultCache
+from haq_lab.results.old_names import SETTINGS
 from haq_lab.tracking.wandb import Wandb
 from haq_lab.utils.errors import UserError, invalid, nearest
 from haq_lab.utils.paths import bundled
@@ -87,6 +88,8 @@ def _idle(config: DictConfig) -> list[str]:
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group. Raises `UserError` with the setting's full name for whatever is not valid."""
     for name in map(str, config):
+        if name in SETTINGS:
+            raise UserError(f"{name}: there is no such setting any more. Use {SETTINGS[name]}.")
         if name not in KNOWN:
             raise UserError(f"there is no group or setting '{name}'{nearest(name, KNOWN)}")
     if not isinstance(config.force, bool):
@@ -188,7 +191,9 @@ def _object(node: Any, setting: str) -> Any:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in fields:
         if name not in parameters and not open_ended:
-            raise UserError(f"{setting}.{name}: there is no such setting{nearest(name, parameters)}")
+            now = SETTINGS.get(f"{setting}.{name}")
+            hint = f" any more. Use {now}." if now else nearest(name, parameters)
+            raise UserError(f"{setting}.{name}: there is no such setting{hint}")
     try:
         return made(**fields)
     except ValidationError as error:

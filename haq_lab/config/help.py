@@ -12,6 +12,7 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from haq_lab.results.old_names import SETTINGS
 from haq_lab.utils.console import errors, say
 from haq_lab.utils.errors import UserError, nearest
 from haq_lab.utils.paths import bundled
@@ -38,7 +39,7 @@ GROUPS = {
 MISSING = re.compile(r"'(?:hydra_plugins\.hydra_|hydra/launcher/|hydra/sweeper/)(joblib|submitit|ray|optuna)[\w./]*'")
 PLAIN = {"checkpoint": ["dir"], "result_cache": ["enabled", "dir", "max_size"]}  # settings that are no group's
 HYDRA = {"": ["launcher", "sweeper"], "run": ["dir"], "sweep": ["dir"]}  # its settings for every day, of many
-KNOWN = [*GROUPS, *PLAIN, "objective", "force"]  # all that a config holds
+KNOWN = [*GROUPS, *PLAIN, "search_metric", "force"]  # all that a config holds
 MANY = ("data", "measure")  # groups of which any number of options can be chosen
 
 HEAD = """Squeeze a large language model onto one edge GPU, and measure the price.
@@ -58,7 +59,8 @@ TAIL = """
 checkpoint.dir=DIR   write the quantised model there, and go on with it after a kill; model=quantized runs it
 result_cache.enabled=false   compute all anew; result_cache.dir=DIR and result_cache.max_size=20GB place and bound it
 -m hydra/launcher=local|slurm|cluster    a sweep's jobs at once: joblib, submitit, ray, each an extra to install
--m hydra/sweeper=search objective=METRIC quantizer.strength='interval(0,1)'    search by optuna instead of trying all
+-m hydra/sweeper=search search_metric=METRIC quantizer.smoothing_strength='interval(0,1)'
+                     search with optuna instead of trying all values
 force=true           run even where a finished run of this config is there
 hydra.run.dir=DIR    the run folder (hydra.sweep.dir=DIR for a sweep)
 --cfg job            show the composed config
@@ -165,7 +167,10 @@ def _disk(error: OSError) -> str:
 
 def _unknown_key(key: str) -> str:
     """A key that no config has, and the nearest that one does."""
-    group, _, setting = key.replace("/", ".").partition(".")
+    key = key.replace("/", ".")
+    if key in SETTINGS:
+        return f"{key}: there is no such setting any more. Use {SETTINGS[key]}."
+    group, _, setting = key.partition(".")
     if group in PLAIN:
         known = [f"{group}.{name}" for name in PLAIN[group]]
         there = f" (there is {', '.join(known)})"

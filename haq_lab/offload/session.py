@@ -62,7 +62,7 @@ class OffloadSession:
         """A file, or beside a device with memory of its own the host's; with the CPU at work there, if it is to be."""
         if not self._streams.apart:
             return StoreWriter(self.path).__enter__()
-        beside = None if self.settings.miss == "fetch" else CpuBackend()
+        beside = None if self.settings.on_miss == "fetch" else CpuBackend()
         return HostWriter(self.model.depth, self._streams, beside)
 
     def add(self, layer: nn.Module) -> None:

@@ -40,10 +40,10 @@ class Offload:
     Args:
         budget: Of the fast tier: a share of all experts ("40%"), bytes ("500MB"), or a number of experts.
         placement: Which experts are resident to begin with.
-        cache: Which one leaves; none: the placed ones stay.
+        eviction: Which one leaves; none: the placed ones stay.
         scope: Whether an expert makes room in its own layer only, or anywhere.
         prefetch: Read ahead for the next layer: by its router applied early, or by the calibration trace's paths.
-        miss: A missing expert is fetched, runs in the slow tier, or whichever the predictor finds faster, for this
+        on_miss: A missing expert is fetched, runs in the slow tier, or whichever the predictor finds faster, for this
             machine or the one that `hardware=` names.
         objective: What the predictor minimises.
         host_format, device_format: Of experts in the slow and in the fast tier (`formats.py`).
@@ -55,10 +55,10 @@ class Offload:
 
     budget: str | int = "50%"
     placement: Placement = "two_stage"
-    cache: Literal["none", "lru", "lfu", "moe_infinity", "haq"] = "haq"
+    eviction: Literal["none", "lru", "lfu", "moe_infinity", "haq"] = "haq"
     scope: Scope = "global"
     prefetch: Literal["none", "next_gate", "path"] = "none"
-    miss: Literal["fetch", "cpu", "predict"] = "fetch"
+    on_miss: Literal["fetch", "cpu", "predict"] = "fetch"
     objective: Objective = "max"
     host_format: HostFormat = "int8"
     device_format: DeviceFormat = "int8"
@@ -83,11 +83,11 @@ class Offload:
         Beside a GPU the CPU computes int8 products, which are exact, and a SwiGLU that is specified to the bit; what
         it makes of float weights would differ from what the GPU does, and the output with the budget.
         """
-        self.formats.must_suit(quantized, self.miss)
-        if device.type != "cpu" and self.miss != "fetch" and not quantized:
+        self.formats.must_suit(quantized, self.on_miss)
+        if device.type != "cpu" and self.on_miss != "fetch" and not quantized:
             raise UserError(
-                f"offload.miss: '{self.miss}' runs experts on the CPU, beside a GPU only those in int8: with "
-                "quantizer=none, say offload.miss=fetch"
+                f"offload.on_miss: '{self.on_miss}' runs experts on the CPU, beside a GPU only those in int8: with "
+                "quantizer=none, say offload.on_miss=fetch"
             )
 
     def trace(self, model: LayeredModel) -> Trace | None:
@@ -131,7 +131,7 @@ class Offload:
         reserved = FLOAT * (shape.kv_per_token + shape.work_per_token) * self.kv_tokens + store.room_bytes
         slots = Budget.parse(self.budget).slots(shape.layers * shape.experts, store.blob_bytes, self.spare, reserved)
         costs, observer = None, None
-        if self.miss == "predict":
+        if self.on_miss == "predict":
             if hardware is None:
                 costs = measure_costs(layers[0], moe, store, model, streams)
             else:
@@ -151,10 +151,10 @@ class Offload:
 
     def policy(self, resident: Residency, profile: Trace, costs: Costs | None) -> Policy:
         """The policy that starts from these residents; a predictor decides by `costs`."""
-        policy = make_policy(self.cache, resident, profile, self.scope)
-        if self.miss == "cpu":
+        policy = make_policy(self.eviction, resident, profile, self.scope)
+        if self.on_miss == "cpu":
             policy.decide = lambda present, missing: list(missing)
-        elif self.miss == "predict":
+        elif self.on_miss == "predict":
             assert costs is not None
             policy.decide = Predictor(costs, self.objective).decide
         return policy

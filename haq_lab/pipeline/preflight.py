@@ -114,7 +114,7 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
     if experiment.quantizer is not None and experiment.quantizer.needs.hessian:
         memory += SOLVER * FLOAT * size.widest**2 + HESSIAN_BYTES
     deployed = _deployed_bytes(experiment, size)
-    if experiment.quantizer is not None and experiment.quantizer.head:
+    if experiment.quantizer is not None and experiment.quantizer.lm_head:
         deployed += size.shell  # at most: the head alone, in int8
     on_gpu = 0.0
     if experiment.backend.name == "cuda":

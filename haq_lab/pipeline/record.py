@@ -58,7 +58,7 @@ def pass_metrics(passed: PassResult) -> dict[str, float]:
     metrics: dict[str, float] = {f"time.{stage}_s": seconds for stage, seconds in passed.stopwatch.seconds.items()}
     metrics["quantizer.fallback_modules"] = sum("fallback" in report.notes for report in passed.reports)
     if passed.reports:
-        dynamic = sum(report.scheme != "static" for report in passed.reports)
+        dynamic = sum(report.activation_scheme != "static" for report in passed.reports)
         metrics["quantizer.dynamic_share"] = dynamic / len(passed.reports)
     return metrics
 

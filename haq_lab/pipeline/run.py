@@ -34,7 +34,7 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
     """Run one composed config in Hydra's output folder, unless a finished run of it is there.
 
     Returns:
-        The metric that `objective` names, for a search; None where it names none.
+        The metric that `search_metric` names, for a search; None where it names none.
     """
     config = effective(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
@@ -55,7 +55,7 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
     if (done := folder.finished()) is not None and not config.force:
         say(f"already finished: {folder.path} (force=true runs it again)")
         show_results(done, folder.path)
-        return _objective(config.objective, done["metrics"])
+        return _search_metric(config.search_metric, done["metrics"])
     try:
         refuse_idle(config, hydra.overrides.task, sweep=facts["sweep"] is not None)
         experiment = build(config)
@@ -66,7 +66,7 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.fail(facts, error, is_mistake(error))
         raise
-    return _objective(config.objective, results["metrics"])
+    return _search_metric(config.search_metric, results["metrics"])
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         # 1. The model's shell and the texts.
         progress.stage(f"model {experiment.model.label}")
         model = open_model(experiment.model, experiment.backend)
-        if experiment.quantizer is not None and experiment.quantizer.head:
+        if experiment.quantizer is not None and experiment.quantizer.lm_head:
             model.quantize_head(experiment.backend)
         evaluation, calibration = _texts(experiment, model)
         tokens = {name: windows.tokens for name, windows in evaluation.items()}
@@ -139,9 +139,9 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     return results
 
 
-def _objective(name: str | None, metrics: dict[str, float]) -> float | None:
+def _search_metric(name: str | None, metrics: dict[str, float]) -> float | None:
     if name is not None and name not in metrics:
-        raise invalid("objective", name, metrics)
+        raise invalid("search_metric", name, metrics)
     return None if name is None else metrics[name]
 
 

@@ -22,11 +22,11 @@ class LinearReport:
 
     layer: int
     linear: str
-    scheme: str
-    strength: float | None = None
+    activation_scheme: str
+    smoothing_strength: float | None = None
     static_scale: float | None = None
     error_rtn: float | None = None
-    error: float | None = None
+    output_error: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -103,7 +103,7 @@ def _measure_errors(
     scale = row_scale(weight, quantizer.weight_bits)
     nearest = Solution(round_to_nearest(weight, scale, quantizer.weight_bits), scale)
     report.error_rtn = output_error(weight, nearest, statistics.hessian)
-    report.error = output_error(weight, solved, statistics.hessian)
+    report.output_error = output_error(weight, solved, statistics.hessian)
 
 
 def _put(layer: nn.Module, name: str, solved: Solution, activation: ActivationChoice, backend: Backend) -> None:

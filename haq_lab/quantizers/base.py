@@ -54,13 +54,13 @@ class Quantizer:
     Args:
         activations: `token` (dynamic, a scale a row), `tensor` (dynamic) or `static` (from calibration).
         weight_bits: 8, or 4 (levels in [-7, 7], stored as int8).
-        head: Whether the head is quantised too, whatever is chosen for the layers: 8 bits, rounded to nearest,
+        lm_head: Whether the head is quantised too, whatever is chosen for the layers: 8 bits, rounded to nearest,
             activations per token. It is no part of any layer, so no calibration reaches it.
     """
 
     activations: Literal["token", "tensor", "static"] = "token"
     weight_bits: Literal[8, 4] = 8
-    head: bool = False
+    lm_head: bool = False
 
     @property
     def needs(self) -> Needs:

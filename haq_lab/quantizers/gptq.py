@@ -17,11 +17,11 @@ from haq_lab.quantizers.grid import row_scale
 @dataclass(frozen=True)
 class GPTQ(Quantizer):
     """Args:
-    damp: Share of mean(diag H) added to the diagonal.
+    dampening_frac: Share of mean(diag H) added to the diagonal.
     act_order: Solve the columns by falling diag(H).
     """
 
-    damp: Annotated[float, Field(gt=0, le=1)] = 0.01
+    dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     act_order: bool = False
 
     @property
@@ -31,9 +31,9 @@ class GPTQ(Quantizer):
     def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
         assert statistics is not None
         assert statistics.hessian is not None
-        factor = factorize(statistics.hessian, self.damp, self.act_order)
+        factor = factorize(statistics.hessian, self.dampening_frac, self.act_order)
         if factor is None:
             return self._fallback(weight)
         scale = row_scale(weight, self.weight_bits)
-        notes = {"damp": factor.damp, "dead_columns": int(factor.dead.sum())}
+        notes = {"dampening_frac": factor.dampening_frac, "dead_columns": int(factor.dead.sum())}
         return Solution(solve(weight, factor, scale, self.weight_bits), scale, notes)

@@ -27,13 +27,13 @@ class Factor:
     Attributes:
         upper: (k, k).
         order: (k,) the columns by falling diag(H), or as they are.
-        damp: Share of mean(diag H) that was added to the diagonal.
+        dampening_frac: Share of mean(diag H) that was added to the diagonal.
         dead: (k,) columns that no token ever excites.
     """
 
     upper: Tensor
     order: Tensor
-    damp: float
+    dampening_frac: float
     dead: Tensor
 
     def conditional_variance(self) -> Tensor:
@@ -43,21 +43,21 @@ class Factor:
         return variance
 
 
-def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor | None:
+def factorize(hessian: Tensor, dampening_frac: float, act_order: bool) -> Factor | None:
     """The factor of a damped Hessian (k, k), or None where it has no usable one.
 
     A failed Cholesky is tried again with ten times the damp, up to 1. A dead column gets a one on the diagonal.
     """
-    for ordered, order, added in _damped(hessian, damp, act_order):
+    for ordered, order, added in _damped(hessian, dampening_frac, act_order):
         root = _root(ordered)
         if root is not None and torch.isfinite(upper := _inverse(root)).all():
             return Factor(upper, order, added, hessian.diagonal() == 0)
     return None
 
 
-def conditional_variance(hessian: Tensor, damp: float, act_order: bool) -> Tensor | None:
+def conditional_variance(hessian: Tensor, dampening_frac: float, act_order: bool) -> Tensor | None:
     """`Factor.conditional_variance` of a Hessian (k, k) at half the price, for those who need no more."""
-    for ordered, order, _ in _damped(hessian, damp, act_order):
+    for ordered, order, _ in _damped(hessian, dampening_frac, act_order):
         root = _root(ordered)
         if root is not None:
             variance = torch.empty_like(root[0])
@@ -87,7 +87,7 @@ def _inverse(upper: Tensor) -> Tensor:
     return inverse
 
 
-def _damped(hessian: Tensor, damp: float, act_order: bool) -> Iterator[tuple[Tensor, Tensor, float]]:
+def _damped(hessian: Tensor, dampening_frac: float, act_order: bool) -> Iterator[tuple[Tensor, Tensor, float]]:
     """A Hessian in the order of solving, under one damp after the other, with that order and damp."""
     if not torch.isfinite(hessian).all():
         return
@@ -98,11 +98,11 @@ def _damped(hessian: Tensor, damp: float, act_order: bool) -> Iterator[tuple[Ten
     order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(hessian))
     ordered = hessian[order][:, order]
     added = 0.0
-    while damp <= DAMP_LIMIT:
-        ordered.diagonal().add_((damp - added) * mean)
-        added = damp
-        yield ordered, order, damp
-        damp = max(damp * 10, 1e-4)
+    while dampening_frac <= DAMP_LIMIT:
+        ordered.diagonal().add_((dampening_frac - added) * mean)
+        added = dampening_frac
+        yield ordered, order, dampening_frac
+        dampening_frac = max(dampening_frac * 10, 1e-4)
 
 
 def solve(weight: Tensor, factor: Factor, scale: Tensor, bits: int) -> Tensor:

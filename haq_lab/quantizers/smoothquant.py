@@ -17,11 +17,11 @@ from haq_lab.quantizers.smoothing import Channels, factor_of
 @dataclass(frozen=True)
 class SmoothQuant(Quantizer):
     """Args:
-    strength: alpha in s = max|X|^alpha / max|W|^(1-alpha); null takes the published one for the family
+    smoothing_strength: alpha in s = max|X|^alpha / max|W|^(1-alpha); null takes the published one for the family
         (0.5 for OPT, 0.8 to 0.85 for Llama, Mistral and Mixtral).
     """
 
-    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    smoothing_strength: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @property
     def needs(self) -> Needs:
@@ -38,5 +38,5 @@ class SmoothQuant(Quantizer):
         if group.kind != "norm":  # the published code never smooths the output and down projections
             return None
         assert statistics is not None
-        strength = family.smoothquant_strength if self.strength is None else self.strength
+        strength = family.smoothquant_strength if self.smoothing_strength is None else self.smoothing_strength
         return Smoothing(factor_of(statistics.channel_max, weight.abs().amax(dim=0), strength), strength)

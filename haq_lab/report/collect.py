@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from haq_lab.calibration.channel_ranges import FILE, Ranges
 from haq_lab.results import load as results
+from haq_lab.results.old_names import LAYER_COLUMNS
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
 from haq_lab.utils.console import errors, say
 
@@ -107,7 +108,7 @@ def _studies(folders: tuple[str | Path, ...], kind: str) -> list[Path]:
 def _table(path: Path) -> pd.DataFrame | None:
     """A CSV file; None where there is none, nothing in it, or nothing that can be read."""
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(path).rename(columns=LAYER_COLUMNS if path.name == "layers.csv" else {})
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return None
     except ValueError as error:  # pandas' parser's, and of text that is none

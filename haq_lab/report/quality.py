@@ -56,10 +56,10 @@ def layers(found: Collection) -> Chart | str:
         return "no run has quantised anything (layers.csv)"
     variants = {}
     smoothed_first = sorted(
-        found.tables["layers"].groupby("run", sort=False), key=lambda run: -run[1]["strength"].count()
+        found.tables["layers"].groupby("run", sort=False), key=lambda run: -run[1]["smoothing_strength"].count()
     )
     for run, table in smoothed_first:
-        if table[["error", "strength"]].notna().any(axis=None):
+        if table[["output_error", "smoothing_strength"]].notna().any(axis=None):
             variants[str(run)] = _layer_figure(table)
     if not variants:
         return "no run has calibrated: errors and strengths follow from the inputs' statistics"
@@ -81,12 +81,12 @@ def _layer_figure(table: pd.DataFrame) -> go.Figure:
         line |= {"name": linear.rpartition(".")[2], "legendgroup": linear}
         figure.add_scatter(
             **line,
-            y=rows["error"],
+            y=rows["output_error"],
             customdata=rows[["linear", "error_rtn"]],
             hovertemplate="%{customdata[0]}, layer %{x}<br>%{y:.3g} (RTN %{customdata[1]:.3g})<extra></extra>",
         )
         hover = f"{linear}, layer %{{x}}<br>strength %{{y:.3f}}<extra></extra>"
-        figure.add_scatter(**line, y=rows["strength"], showlegend=False, hovertemplate=hover, row=2, col=1)
+        figure.add_scatter(**line, y=rows["smoothing_strength"], showlegend=False, hovertemplate=hover, row=2, col=1)
     axes(figure, "", "")
     figure.update_xaxes(title_text="layer", row=2)
     figure.update_xaxes(**whole_numbers(values["layer"].nunique()))

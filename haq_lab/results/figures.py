@@ -12,10 +12,13 @@ from haq_lab.utils.plotting import save
 
 
 def mean_over_experts(layers: pd.DataFrame) -> pd.DataFrame:
-    """Columns `linear`, `layer`, `error`, `error_rtn`, `strength` of a run's `layers.csv`, a row a kind of linear
-    in a layer: the same projection of different experts is one kind."""
+    """Return the mean over experts of a run's `layers.csv`: one row for each layer and kind of linear.
+
+    Columns: `linear`, `layer`, `output_error`, `error_rtn`, `smoothing_strength`. One projection of different
+    experts is one kind.
+    """
     kinds = layers["linear"].str.replace(r"\.experts\.\d+\.", ".experts.", regex=True)
-    values = layers[["error", "error_rtn", "strength"]].astype(float)
+    values = layers[["output_error", "error_rtn", "smoothing_strength"]].astype(float)
     return values.groupby([kinds, layers["layer"]], sort=False).mean().reset_index()
 
 
@@ -25,10 +28,10 @@ def layer_figure(layers: pd.DataFrame, path: Path) -> Path:
     top, bottom = figure.subplots(2, 1, sharex=True)
     for linear, rows in mean_over_experts(layers).groupby("linear", sort=False):
         name = str(linear).rpartition(".")[2]
-        if rows["error"].notna().any():
-            top.semilogy(rows["layer"], rows["error"], marker=".", label=name)
-        if rows["strength"].notna().any():
-            bottom.plot(rows["layer"], rows["strength"], marker=".", label=name)
+        if rows["output_error"].notna().any():
+            top.semilogy(rows["layer"], rows["output_error"], marker=".", label=name)
+        if rows["smoothing_strength"].notna().any():
+            bottom.plot(rows["layer"], rows["smoothing_strength"], marker=".", label=name)
     top.set(ylabel="weight error at the output", title="Error that the weights' rounding leaves, per linear")
     bottom.set(ylabel="smoothing strength", xlabel="layer", ylim=(-0.05, 1.05))
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))

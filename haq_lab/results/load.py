@@ -13,6 +13,7 @@ import pandas as pd
 from rich.table import Table
 
 from haq_lab.results.metric_labels import SHOWN
+from haq_lab.results.old_names import SETTINGS
 from haq_lab.results.published import figures_of
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
 from haq_lab.utils.console import print_table, say
@@ -77,7 +78,7 @@ def _row(folder: Path) -> dict[str, Any]:
     row["overrides"] = " ".join(record.get("run", {}).get("overrides", []))
     row["error"] = (failure or {}).get("error", {}).get("message") if not results else None
     row |= {name: value for name, value in record.get("run", {}).items() if not isinstance(value, list)}
-    row |= {f"config.{name}": value for name, value in _flat(record.get("config", {}))}
+    row |= {f"config.{SETTINGS.get(name, name)}": value for name, value in _flat(record.get("config", {}))}
     metrics = record.get("metrics", {})
     row |= metrics
     for name, value in metrics.items():

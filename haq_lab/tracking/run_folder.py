@@ -20,7 +20,7 @@ from haq_lab.utils.errors import UserError
 SCHEMA = 1
 PARTS = ("run", "config", "protocol", "metrics", "error")
 # Settings that do not change the results; `stages` was the name of `result_cache` in older runs.
-UNRELATED = ("force", "objective", "result_cache", "stages", "tracking")
+UNRELATED = ("force", "objective", "search_metric", "result_cache", "stages", "tracking")
 ARCHIVE = "previous"  # earlier results of a folder are moved there, never deleted
 LEFT = (  # by runs, besides checkpoints; `events.jsonl`, which says that one has begun, is made first and goes last
     *("results.json", "config.yaml", "layers.csv", "experts.csv", "offload.csv", "latency.csv", "lm_eval.csv"),

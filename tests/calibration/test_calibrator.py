@@ -19,9 +19,9 @@ from haq_lab.utils.timer import Stopwatch
 NEEDS = Needs(inputs=True, hessian=True, cross=True, sample=True)
 
 
-def calibrate(model, windows, propagate, needs=NEEDS, route="topk"):
+def calibrate(model, windows, inputs, needs=NEEDS, route="topk"):
     """Statistics by layer and site, with 4-bit RTN on the way; the quantised layers; and the calibrator."""
-    policy = CalibrationPolicy(propagate, route, min_tokens=1)
+    policy = CalibrationPolicy(inputs, route, min_tokens=1)
     calibrator = Calibrator(model, needs, windows, policy, Stopwatch(), Spool(), Store(), {})
     seen, layers = {}, []
     for index in range(model.depth):
@@ -93,16 +93,16 @@ def test_nothing_is_run_where_nothing_is_needed(tiny, windows):
 
 
 @pytest.mark.parametrize("architecture", ["mixtral"])
-@pytest.mark.parametrize("propagate", ["fp", "quantized"])
-def test_experts_are_observed_in_as_many_forwards_as_memory_asks_for(tiny, windows, propagate, monkeypatch):
+@pytest.mark.parametrize("inputs", ["fp", "quantized"])
+def test_experts_are_observed_in_as_many_forwards_as_memory_asks_for(tiny, windows, inputs, monkeypatch):
     forwards = []
     original = module.observe
     monkeypatch.setattr(module, "observe", lambda *arguments: (forwards.append(1), original(*arguments)))
-    at_once, _, _ = calibrate(tiny, windows, propagate)
+    at_once, _, _ = calibrate(tiny, windows, inputs)
     few, forwards[:] = len(forwards), []
     assert few <= 4 * tiny.depth, "one for each distinct input, and one for all down projections"
     monkeypatch.setattr(module, "HESSIAN_BYTES", 3 * 4 * 96**2)  # three experts' down projections
-    in_turn, _, _ = calibrate(tiny, windows, propagate)
+    in_turn, _, _ = calibrate(tiny, windows, inputs)
     assert len(forwards) == few + 2 * tiny.depth
     for key, statistics in at_once.items():
         close(in_turn[key].hessian, statistics.hessian)

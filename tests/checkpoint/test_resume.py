@@ -13,7 +13,7 @@ from children import in_child, killed
 from launching import TINY, launch
 from safetensors.torch import load_file
 
-MODEL = ["model=tiny_mixtral", "model.layers=3", "quantizer=haq", "quantizer.asymmetric=true"]
+MODEL = ["model=tiny_mixtral", "model.layers=3", "quantizer=haq", "quantizer.asymmetric_calibration=true"]
 
 
 def _arguments(folder: Path) -> list[str]:
@@ -79,10 +79,10 @@ def test_finished_layers_are_not_done_again(uninterrupted, tmp_path):
 
 def test_other_settings_don_t_go_on_with_it(tmp_path):
     assert _killed(tmp_path, 30)
-    outcome = launch(*_arguments(tmp_path), "quantizer.damp=0.02")
+    outcome = launch(*_arguments(tmp_path), "quantizer.dampening_frac=0.02")
     assert outcome.code == 2
-    assert "provenance.settings.quantizer.damp" in outcome.err
-    outcome = launch(*_arguments(tmp_path), "quantizer.damp=0.02", "force=true")
+    assert "provenance.settings.quantizer.dampening_frac" in outcome.err
+    outcome = launch(*_arguments(tmp_path), "quantizer.dampening_frac=0.02", "force=true")
     assert outcome.code == 0, outcome.err
 
 

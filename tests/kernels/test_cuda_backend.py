@@ -224,7 +224,7 @@ def test_a_session_decides_by_measured_costs_where_experts_run(host: Kernels, tm
     monkeypatch.setattr(measured_costs, "REPEATS", 1)
     backend, outputs = CudaBackend("cpu", host), []
     windows = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
-    for offload in (None, Offload(budget="30%", spare=2, cache="lru", miss="predict")):
+    for offload in (None, Offload(budget="30%", spare=2, eviction="lru", on_miss="predict")):
         model, layers = LayeredModel(TinyModel("mixtral").folder()), []
         session = offload and OffloadSession(offload, None, model, tmp_path, Store(), Apart("cpu"))
 

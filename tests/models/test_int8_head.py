@@ -67,23 +67,23 @@ def test_a_run_measures_and_writes_it(model, tmp_path):
         return json.loads((tmp_path / name / "results.json").read_text())["metrics"]
 
     plain = metrics("plain")
-    quantized = metrics("int8", "quantizer.head=true")
+    quantized = metrics("int8", "quantizer.lm_head=true")
     for full in ("perplexity_fp.python_docs", "perplexity_smoothed_fp.python_docs", "memory.weights_fp16_bytes"):
         assert quantized[full] == plain[full]
     assert quantized["perplexity.python_docs"] != plain["perplexity.python_docs"]
     assert quantized["memory.weights_bytes"] != plain["memory.weights_bytes"]
 
     where = tmp_path / "checkpoint"
-    written = metrics("written", "quantizer.head=true", f"checkpoint.dir={where}")
+    written = metrics("written", "quantizer.lm_head=true", f"checkpoint.dir={where}")
     read = metrics("read", "quantizer=none", "model=quantized", f"model.path={where}")
     for name in ("perplexity.python_docs", "memory.weights_bytes", "memory.weights_fp16_bytes"):
         assert written[name] == read[name] == quantized[name]
-    with pytest.raises(UserError, match=r"in int8, which is not exported: use quantizer\.head=false"):
+    with pytest.raises(UserError, match=r"in int8, which is not exported: use quantizer\.lm_head=false"):
         export(where, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
 
 def test_only_yes_or_no(tmp_path):
-    outcome = launch(*TINY, "quantizer.head=int8", f"hydra.run.dir={tmp_path}")
+    outcome = launch(*TINY, "quantizer.lm_head=int8", f"hydra.run.dir={tmp_path}")
     assert outcome.code == 2
-    assert "quantizer.head: 'int8' is not valid" in outcome.err
+    assert "quantizer.lm_head: 'int8' is not valid" in outcome.err

@@ -58,7 +58,7 @@ def test_the_output_is_that_of_the_formats_weights_whatever_the_budget(model, tm
     wanted = logits(model.assemble(finished(model, lambda layer: rounded(layer, host, device), quantizer)))
     outputs, stats = [], []
     for number, settings in enumerate(
-        [{"budget": "100%"}, {"budget": 3, "cache": "lru"}, {"budget": "50%", "prefetch": "path", "spare": 3}]
+        [{"budget": "100%"}, {"budget": 3, "eviction": "lru"}, {"budget": "50%", "prefetch": "path", "spare": 3}]
     ):
         offload = Offload(**{"spare": 2, **settings}, host_format=host, device_format=device)
         session = OffloadSession(offload, None, model, tmp_path / str(number), Store())
@@ -82,8 +82,18 @@ def test_the_output_is_that_of_the_formats_weights_whatever_the_budget(model, tm
     ("formats", "quantized", "miss", "message"),
     [
         (Formats("bf16", "int8"), True, "fetch", r"offload\.host_format: 'bf16' is for experts that nothing"),
-        (Formats("int8", "fp16"), True, "predict", r"offload\.miss: 'predict' runs experts as they lie"),
-        (Formats("int8", "fp16"), False, "cpu", r"offload\.miss: 'cpu' runs experts as they lie"),
+        (
+            Formats("int8", "fp16"),
+            True,
+            "predict",
+            r"offload\.on_miss: 'predict' does not work with offload\.device_format=fp16",
+        ),
+        (
+            Formats("int8", "fp16"),
+            False,
+            "cpu",
+            r"offload\.on_miss: 'cpu' does not work with offload\.device_format=fp16",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(formats, quantized, miss, message):

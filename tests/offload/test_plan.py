@@ -61,7 +61,7 @@ def test_a_checkpoint_says_that_its_head_is_in_int8(tmp_path, monkeypatch, make_
     trace, kept = tmp_path / "made.trace", tmp_path / "kept"
     make_trace(tokens=40, layers=2).save(trace)
     small = ["model=tiny_mixtral", "quantizer=rtn", "measure=[]", "data=[]", "tracking=none"]
-    done = launch(*small, "quantizer.head=true", f"checkpoint.dir={kept}", f"hydra.run.dir={tmp_path / 'run'}")
+    done = launch(*small, "quantizer.lm_head=true", f"checkpoint.dir={kept}", f"hydra.run.dir={tmp_path / 'run'}")
     assert done.code == 0, done.err
     monkeypatch.setattr(planning, "FORMATS", planning.FORMATS[:1])
     monkeypatch.setattr(planning, "fit_path_model", partial(fit_path_model, steps=5))

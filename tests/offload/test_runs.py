@@ -77,15 +77,24 @@ def test_a_sweep_over_options_takes_settings_that_one_of_them_has_no_use_for(tmp
         (["offload=lru", "offload.budget=0"], "offload.budget: '0' leaves no slot"),
         (["offload=lru", "offload.profile=no.trace"], "offload.profile: trace: there is no file 'no.trace'"),
         (["quantizer=rtn", "offload=lru", "offload.host_format=bf16"], "offload.host_format: 'bf16' is for experts"),
-        (["offload=fiddler", "offload.device_format=fp16"], "offload.miss: 'predict' runs experts as they lie"),
+        (
+            ["offload=fiddler", "offload.device_format=fp16"],
+            "offload.on_miss: 'predict' does not work with offload.device_format=fp16",
+        ),
         (["offload=lru", "offload.device_format=fp8"], "offload.device_format: 'fp8' is not one of int8, fp16"),
         (["offload=lru", "hardware=rtx3060"], "hardware: 'rtx3060' is not one of a100_80g"),
         (["hardware=rtx3060_12g"], "is for runs that offload experts"),
         (["offload.budget=40%"], "offload.budget: offload=none has no use for it; add offload=OPTION (one of all_gpu,"),
         (["offload=none", "offload.budget=40%"], "offload.budget: offload=none has no use for it"),
-        (["quantizer=none", "quantizer.head=true"], "quantizer.head: quantizer=none has no use for it; add quantizer="),
+        (
+            ["quantizer=none", "quantizer.lm_head=true"],
+            "quantizer.lm_head: quantizer=none has no use for it; add quantizer=",
+        ),
         (["++offload.budget=40%"], "offload.budget: offload=none has no use for it; add offload=OPTION (one of"),
-        (["++quantizer.dmp=0.1"], "quantizer.dmp: there is no such setting (did you mean 'damp'?)"),
+        (
+            ["++quantizer.dampening=0.1"],
+            "quantizer.dampening: there is no such setting (did you mean 'dampening_frac'?)",
+        ),
         (["offload=none", "offload.bugdet=40%"], "offload.bugdet: there is no such setting in the options chosen (did"),
     ],
 )

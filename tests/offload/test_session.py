@@ -27,7 +27,7 @@ from haq_lab.utils.errors import UserError
 
 WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
 
-LRU = Offload(budget="50%", spare=2, cache="lru")
+LRU = Offload(budget="50%", spare=2, eviction="lru")
 
 
 def decoded(whole, steps=6):
@@ -42,9 +42,9 @@ def decoded(whole, steps=6):
 @pytest.mark.parametrize(
     ("settings", "machine"),
     [
-        (Offload(budget="50%", spare=2, miss="predict"), None),
-        (Offload(budget="50%", spare=2, prefetch="next_gate", cache="lru", placement="uniform"), "rtx3060_12g"),
-        (Offload(budget="50%", spare=2, miss="predict", prefetch="path"), "rtx3060_12g"),
+        (Offload(budget="50%", spare=2, on_miss="predict"), None),
+        (Offload(budget="50%", spare=2, prefetch="next_gate", eviction="lru", placement="uniform"), "rtx3060_12g"),
+        (Offload(budget="50%", spare=2, on_miss="predict", prefetch="path"), "rtx3060_12g"),
     ],
 )
 @torch.no_grad()
@@ -119,7 +119,7 @@ def test_a_head_in_int8_costs_what_it_is(tmp_path, monkeypatch):
 
     monkeypatch.setattr("haq_lab.offload.settings.machine_costs", costs)
     card = hardware("rtx3060_12g")
-    session = OffloadSession(replace(LRU, miss="predict"), card, model, tmp_path, Store())
+    session = OffloadSession(replace(LRU, on_miss="predict"), card, model, tmp_path, Store())
     layers = finished(model, session.add)
     session.find_profile(None, WINDOWS, "random")
     session.engage(layers)
@@ -190,6 +190,8 @@ def test_costs_are_measured_and_leave_the_layer_as_it_was(model, tmp_path):
 @pytest.mark.parametrize("miss", ["cpu", "predict"])
 def test_only_int8_experts_run_on_the_cpu_beside_a_gpu(miss):
     for device, quantized in (("cpu", False), ("cuda", True)):
-        Offload(miss=miss).must_suit(torch.device(device), quantized)
-    with pytest.raises(UserError, match=rf"offload\.miss: '{miss}' runs experts on the CPU.*say offload\.miss=fetch"):
-        Offload(miss=miss).must_suit(torch.device("cuda"), False)
+        Offload(on_miss=miss).must_suit(torch.device(device), quantized)
+    with pytest.raises(
+        UserError, match=rf"offload\.on_miss: '{miss}' runs experts on the CPU.*say offload\.on_miss=fetch"
+    ):
+        Offload(on_miss=miss).must_suit(torch.device("cuda"), False)

@@ -53,9 +53,9 @@ def test_reports(tiny, windows, scheme):
     reports = quantize_group(layer, 3, group, quantizer, seen, 0.25, BACKEND)
     assert [report.linear for report in reports] == list(group.consumers)
     for report in reports:
-        assert (report.layer, report.scheme, report.strength) == (3, scheme, 0.25)
-        assert 0 < report.error < report.error_rtn
-        assert report.notes["damp"] == 0.01
+        assert (report.layer, report.activation_scheme, report.smoothing_strength) == (3, scheme, 0.25)
+        assert 0 < report.output_error < report.error_rtn
+        assert report.notes["dampening_frac"] == 0.01
         linear = layer.get_submodule(report.linear)
         assert linear.scheme == scheme
         if scheme == "static":

@@ -62,7 +62,7 @@ def test_smoothquant_smooths_norms_alone_at_the_familys_strength(tiny):
         assert smoothing.strength == strength
         expected = x.abs().amax(0) ** strength / weight.abs().amax(0) ** (1 - strength)
         torch.testing.assert_close(smoothing.factor, expected)
-        assert SmoothQuant(strength=0.3).smoothing(group, tiny.family, weight, seen, channels).strength == 0.3
+        assert SmoothQuant(smoothing_strength=0.3).smoothing(group, tiny.family, weight, seen, channels).strength == 0.3
 
 
 def test_gptq_is_better_than_rtn_by_its_own_measure_and_keeps_rtns_scale():
@@ -73,7 +73,7 @@ def test_gptq_is_better_than_rtn_by_its_own_measure_and_keeps_rtns_scale():
     nearest = RTN(weight_bits=4).solve(weight, seen, TOKEN)
     assert torch.equal(solution.scale, nearest.scale)
     assert output_error(weight, solution, seen.hessian) < output_error(weight, nearest, seen.hessian)
-    assert solution.notes == {"damp": 0.01, "dead_columns": 1}
+    assert solution.notes == {"dampening_frac": 0.01, "dead_columns": 1}
 
 
 def test_output_error_is_the_mean_square_of_the_outputs():
@@ -91,9 +91,9 @@ def test_output_error_is_the_mean_square_of_the_outputs():
     [
         (RTN, {"activations": "row"}),
         (RTN, {"weight_bits": 3}),
-        (SmoothQuant, {"strength": 1.5}),
-        (GPTQ, {"damp": 0}),
-        (GPTQ, {"damp": -1}),
+        (SmoothQuant, {"smoothing_strength": 1.5}),
+        (GPTQ, {"dampening_frac": 0}),
+        (GPTQ, {"dampening_frac": -1}),
     ],
 )
 def test_settings_that_are_refused(quantizer, setting):

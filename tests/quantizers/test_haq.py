@@ -48,11 +48,11 @@ def test_the_adaptive_factor_has_the_least_predicted_error_and_a_smaller_true_on
     statistics, x = outliers()
     quantizer = HAQ(activations=scheme)
     chosen = smoothing(quantizer, weight, statistics)
-    variance = conditional_variance(statistics.hessian, quantizer.damp, quantizer.act_order)
+    variance = conditional_variance(statistics.hessian, quantizer.dampening_frac, quantizer.act_order)
     predictor = ErrorPredictor(weight, statistics, variance, 8)
     assert chosen.strength > 0
     for strength in (0.0, 0.25, 0.5, 1.0):
-        fixed = smoothing(HAQ(activations=scheme, adaptive=False, strength=strength), weight, statistics)
+        fixed = smoothing(HAQ(activations=scheme, adaptive=False, smoothing_strength=strength), weight, statistics)
         best, other = predictor.errors(scheme, [chosen.factor, fixed.factor])
         assert best <= other * (1 + 1e-6)
 
@@ -77,7 +77,7 @@ def test_only_the_chosen_folds_are_smoothed():
 
 def test_a_fixed_strength_is_smoothquants():
     weight, (statistics, _) = torch.randn(20, K), outliers()
-    fixed = smoothing(HAQ(adaptive=False, strength=0.5), weight, statistics)
+    fixed = smoothing(HAQ(adaptive=False, smoothing_strength=0.5), weight, statistics)
     expected = (statistics.channel_max / weight.abs().amax(0)).sqrt()
     torch.testing.assert_close(fixed.factor, expected)
 
@@ -143,11 +143,11 @@ def test_asymmetric_calibration_makes_up_for_a_drifted_input():
         solution: Solution = quantizer.solve(weight, statistics, ActivationChoice("token"))
         return float((x @ (solution.levels.float() * solution.scale[:, None]).t() - wanted).square().mean())
 
-    assert HAQ(asymmetric=True).needs.cross
+    assert HAQ(asymmetric_calibration=True).needs.cross
     without, _ = outliers()
     plain = HAQ().solve(weight, without, ActivationChoice("token"))
     plain_error = float((x @ (plain.levels.float() * plain.scale[:, None]).t() - wanted).square().mean())
-    assert error(HAQ(asymmetric=True)) < plain_error
+    assert error(HAQ(asymmetric_calibration=True)) < plain_error
 
 
 def test_a_hessian_without_a_factor_falls_back_to_rounding_and_says_so():

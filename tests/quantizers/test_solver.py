@@ -25,13 +25,13 @@ def problem(seed: int, rows: int, columns: int, tokens: int) -> tuple[Tensor, Te
     return torch.randn(rows, columns, generator=generator), x.t() @ x / tokens
 
 
-def naive(weight: Tensor, hessian: Tensor, damp: float, act_order: bool, bits: int) -> Tensor:
+def naive(weight: Tensor, hessian: Tensor, dampening_frac: float, act_order: bool, bits: int) -> Tensor:
     """Optimal brain quantization in a fixed order: round a column, solve for the rest, drop it from H."""
     W, H, scale = weight.double().clone(), hessian.double().clone(), row_scale(weight, bits).double()
     dead = H.diagonal() == 0
     H[dead, dead] = 1
     W[:, dead] = 0
-    H += damp * H.diagonal().mean() * torch.eye(len(H))
+    H += dampening_frac * H.diagonal().mean() * torch.eye(len(H))
     order = torch.argsort(hessian.diagonal(), descending=True) if act_order else torch.arange(len(H))
     levels = torch.empty_like(weight, dtype=torch.int8)
     inverse = torch.linalg.inv(H)
@@ -139,16 +139,16 @@ def test_inputs_are_left_alone():
 def test_singular_hessian_raises_the_damp_and_reports_it():
     weight, hessian = problem(6, 4, 32, 3)  # rank 3 of 32
     plain = factorize(hessian, 0.01, False)
-    assert plain.damp == 0.01
+    assert plain.dampening_frac == 0.01
     indefinite = hessian - 0.05 * hessian.diagonal().mean() * torch.eye(32)
     raised = factorize(indefinite, 0.01, False)
-    assert raised.damp == pytest.approx(0.1)
+    assert raised.dampening_frac == pytest.approx(0.1)
     damped = indefinite + 0.1 * indefinite.diagonal().mean() * torch.eye(32)
     torch.testing.assert_close(
         raised.upper.t() @ raised.upper, torch.linalg.inv(damped.double()).float(), rtol=1e-3, atol=1e-3
     )
     solution = GPTQ().solve(weight, InputStatistics(9, torch.ones(32), indefinite), ActivationChoice("token"))
-    assert solution.notes["damp"] == pytest.approx(0.1)
+    assert solution.notes["dampening_frac"] == pytest.approx(0.1)
     assert "fallback" not in solution.notes
 
 

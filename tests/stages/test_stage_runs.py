@@ -23,10 +23,10 @@ QUANTIZERS = {
     "rtn_static": ["quantizer=rtn", "quantizer.activations=static"],
     "smoothquant": ["quantizer=smoothquant"],
     "gptq": ["quantizer=gptq", "quantizer.weight_bits=4"],
-    "haq": ["quantizer=haq", "quantizer.asymmetric=true", "quantizer.activations=auto"],
+    "haq": ["quantizer=haq", "quantizer.asymmetric_calibration=true", "quantizer.activations=auto"],
     "none": ["quantizer=none"],
 }
-DEEP = ["model=tiny_llama", "model.layers=4", "quantizer=gptq", "calibration.propagate=fp", "measure=[perplexity]"]
+DEEP = ["model=tiny_llama", "model.layers=4", "quantizer=gptq", "calibration.inputs=fp", "measure=[perplexity]"]
 WHOLE = ("pass", "quantized", "measurement")
 
 
@@ -69,15 +69,15 @@ def test_every_quantizer_is_tried():
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "propagate"),
+    ("name", "model", "inputs"),
     [
         *((name, "tiny_mixtral", "fp") for name in QUANTIZERS),
         *((name, "tiny_llama", "fp") for name in ("rtn_static", "smoothquant", "gptq", "haq")),
         *(("haq", model, "quantized") for model in ("tiny_opt", "tiny_mixtral")),
     ],
 )
-def test_the_same_with_and_without(tmp_path, name, model, propagate):
-    settings = [*QUANTIZERS[name], f"model={model}", f"calibration.propagate={propagate}"]
+def test_the_same_with_and_without(tmp_path, name, model, inputs):
+    settings = [*QUANTIZERS[name], f"model={model}", f"calibration.inputs={inputs}"]
     settings.append("measure=[perplexity,memory]")
     _run(tmp_path / "without", *settings, "result_cache.enabled=false")
     store = tmp_path / "store"
@@ -91,7 +91,7 @@ def test_the_same_with_and_without(tmp_path, name, model, propagate):
     reused = _run(tmp_path / "parts", *settings)["run"]["reused"]
     assert "1 x baseline" in reused
     assert ("1 x sensitivity" in reused) == (name == "haq")
-    calibrated = name not in ("rtn", "none") and propagate == "fp"
+    calibrated = name not in ("rtn", "none") and inputs == "fp"
     assert any("statistics" in one for one in reused) == calibrated
     for other in ("cold", "whole", "parts"):
         assert _same(tmp_path / "without", tmp_path / other), other
@@ -99,7 +99,7 @@ def test_the_same_with_and_without(tmp_path, name, model, propagate):
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_mixtral"])
 def test_quantizers_share_calibration(tmp_path, model):
-    settings = [f"model={model}", "calibration.propagate=fp", "measure=[perplexity]"]
+    settings = [f"model={model}", "calibration.inputs=fp", "measure=[perplexity]"]
     for name in ("smoothquant", "haq", "gptq", "rtn_static"):
         own = [*QUANTIZERS[name], *settings]
         _run(tmp_path / name, *own, "result_cache.enabled=false")
@@ -110,12 +110,12 @@ def test_quantizers_share_calibration(tmp_path, model):
 
 
 def test_another_model_text_or_setting_is_another_stage(tmp_path):
-    settings = ["model=tiny_llama", "quantizer=gptq", "calibration.propagate=fp", "measure=[perplexity]"]
+    settings = ["model=tiny_llama", "quantizer=gptq", "calibration.inputs=fp", "measure=[perplexity]"]
     settings.append(f"result_cache.dir={tmp_path / 'store'}")
     _run(tmp_path / "first", *settings)
     assert _run(tmp_path / "model", *settings, "model.seed=1")["run"]["reused"] == []
     assert _run(tmp_path / "text", *settings, "calibration.seed=1", "data.text.windows=1")["run"]["reused"] == []
-    reused = _run(tmp_path / "damp", *settings, "quantizer.damp=0.02")["run"]["reused"]
+    reused = _run(tmp_path / "damp", *settings, "quantizer.dampening_frac=0.02")["run"]["reused"]
     assert not any(stage in one for one in reused for stage in WHOLE)
     assert _run(tmp_path / "seed", *settings, "calibration.seed=2")["run"]["reused"] == ["1 x baseline"]
 
@@ -155,7 +155,7 @@ def test_a_killed_run_leaves_layers_that_the_next_one_finds(tmp_path):
 
 def test_two_runs_on_one_store(tmp_path):
     settings = ["model=tiny_mixtral", *QUANTIZERS["haq"], "measure=[perplexity]"]
-    settings.append("calibration.propagate=fp")
+    settings.append("calibration.inputs=fp")
     _run(tmp_path / "without", *settings, "result_cache.enabled=false")
     settings.append(f"result_cache.dir='{tmp_path / 'one störe'}'")
     children = [in_child(lambda name=name: _run(tmp_path / name, *settings) and None) for name in ("one", "two")]
@@ -167,7 +167,7 @@ def test_two_runs_on_one_store(tmp_path):
 
 def test_a_run_with_a_read_only_store_or_a_full_disk(tmp_path, small_disk, read_only):
     settings = ["model=tiny_llama", "quantizer=haq", "measure=[perplexity]"]
-    settings.append("calibration.propagate=fp")
+    settings.append("calibration.inputs=fp")
     _run(tmp_path / "without", *settings, "result_cache.enabled=false")
     outcome = launch(*SMALL, *settings, f"result_cache.dir={small_disk}", f"hydra.run.dir={tmp_path / 'full'}")
     assert outcome.code == 0

@@ -21,7 +21,7 @@ class Shape:
         kv_per_token: Numbers in the key-value cache, all layers.
         work_per_token: Numbers that a layer at work holds beside it: the stream and its norm, queries, keys, values and
             what attention makes of them, and the gate, up and down products of the k experts chosen.
-        head_bytes: Of each weight of the head: 2, or 1 where it is in int8 (`quantizer.head`).
+        head_bytes: Of each weight of the head: 2, or 1 where it is in int8 (`quantizer.lm_head`).
         tied: The head is the embedding, as long as both are in 16 bits.
     """
 

@@ -186,4 +186,4 @@ def make_policy(
             return Policy(expected_wait(path_model or fit_path_model(profile)), resident, scope, selective=True)
         case "belady":
             return Policy(belady(profile), resident, scope, selective=True)
-    raise invalid("offload.cache", rule, get_args(CacheRule))
+    raise invalid("offload.eviction", rule, get_args(CacheRule))

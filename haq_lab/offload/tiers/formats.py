@@ -39,9 +39,9 @@ class Formats:
             )
         if self.device == "fp16" and miss != "fetch":
             raise UserError(
-                f"offload.miss: '{miss}' runs experts as they lie in the slow tier, and device_format=fp16 the others "
-                "in 16 bits, so that the output would depend on the budget; say offload.miss=fetch, or "
-                "offload.device_format=int8"
+                f"offload.on_miss: '{miss}' does not work with offload.device_format=fp16: a missing expert would run in "
+                "int8 and a resident one in fp16, so the output would depend on the budget. "
+                "Choose offload.on_miss=fetch or offload.device_format=int8."
             )
 
     @property

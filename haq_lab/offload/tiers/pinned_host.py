@@ -146,7 +146,7 @@ class HostWriter:
             return None
         deployed = cast(Int8Experts, experts)
         if not deployed.swiglu:
-            raise UserError("offload.miss: beside a GPU, experts run on the CPU only where their activation is SiLU")
+            raise UserError("offload.on_miss: beside a GPU, experts run on the CPU only where their activation is SiLU")
         return Relayout(self._packer.parts, self._device_parts, sizes_of(experts), self._beside, deployed.backend)
 
     def open(self) -> HostTier:

@@ -10,7 +10,8 @@ one for the other:
    weighted by what it costs the model's predictions (`sensitivity`).
 2. `fold`: the down and output projections are smoothed too, through the rows of up and value projections.
 3. `scale_search`, `act_order`: the weights are solved under H' by GPTQ, with searched row scales.
-4. `asymmetric`: the weights are solved for the input that the quantised model really sees (GPTAQ, 2504.02692).
+4. `asymmetric_calibration`: the weights are solved for the input that the quantised model sees (GPTAQ,
+   arXiv 2504.02692).
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ TRUST = 0.25  # of the correction for earlier layers: a regression on calibratio
 class HAQ(Quantizer):
     """Args:
     activations: As for every quantizer, or `auto`: static where it costs little, token-dynamic elsewhere.
-    adaptive: Choose each group's factor by its predicted error; else `strength` everywhere.
-    strength: The strength where `adaptive` is off.
+    adaptive: Choose each group's factor by its predicted error; else `smoothing_strength` everywhere.
+    smoothing_strength: The strength where `adaptive` is off.
     fold: What smoothing is folded into: norms, value (for the output projection), up (for down).
     scale_search: Choose each row's scale by its Hessian-weighted error, else max|w| / qmax.
     act_order: Solve the columns by falling diag(H').
-    asymmetric: Solve for the quantised model's own input.
-    damp: Share of mean(diag H') added to the diagonal.
+    asymmetric_calibration: Solve for the quantised model's own input.
+    dampening_frac: Share of mean(diag H') added to the diagonal.
     sensitivity: Windows of the calibration text from which it is measured how much the model's predictions depend
         on each channel; 0: every output of a linear counts alike.
     auto_limit: With `auto`, an input is static where that adds at most so much to the predicted KL divergence, in
@@ -57,12 +58,12 @@ class HAQ(Quantizer):
 
     activations: Literal["token", "tensor", "static", "auto"] = "token"  # type: ignore[assignment]
     adaptive: bool = True
-    strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+    smoothing_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
     fold: tuple[FoldKind, ...] = ("norm", "value", "up")
     scale_search: bool = False
     act_order: bool = True
-    asymmetric: bool = False
-    damp: Annotated[float, Field(gt=0, le=1)] = 0.01
+    asymmetric_calibration: bool = False
+    dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     sensitivity: Annotated[int, Field(ge=0)] = 8
     auto_limit: Annotated[float, Field(ge=0)] = 2.5e-4
 
@@ -74,7 +75,9 @@ class HAQ(Quantizer):
 
     @property
     def needs(self) -> Needs:
-        return Needs(inputs=True, hessian=True, cross=self.asymmetric, sample=True, sensitivity=self.sensitivity)
+        return Needs(
+            inputs=True, hessian=True, cross=self.asymmetric_calibration, sample=True, sensitivity=self.sensitivity
+        )
 
     # 1. and 2. Smoothing.
 
@@ -96,7 +99,7 @@ class HAQ(Quantizer):
         return static if affords else token
 
     def _predictor(self, weight: Tensor, statistics: InputStatistics) -> ErrorPredictor:
-        variance = conditional_variance(statistics.shrunk_hessian(), self.damp, self.act_order)
+        variance = conditional_variance(statistics.shrunk_hessian(), self.dampening_frac, self.act_order)
         return ErrorPredictor(weight, statistics, variance, self.weight_bits)
 
     def _candidates(self, weight: Tensor, statistics: InputStatistics, channels: Channels) -> Iterator[Smoothing]:
@@ -108,7 +111,7 @@ class HAQ(Quantizer):
         weight_max = channels.shared_max(weight.abs().amax(dim=0))
         largest = channels.shared_max(statistics.channel_max)
         if not self.adaptive:
-            yield Smoothing(factor_of(largest, weight_max, self.strength), self.strength)
+            yield Smoothing(factor_of(largest, weight_max, self.smoothing_strength), self.smoothing_strength)
             return
         typical = channels.shared_max(statistics.hessian.diagonal().sqrt())
         yield Smoothing(torch.ones_like(weight_max), 0.0)
@@ -158,16 +161,16 @@ class HAQ(Quantizer):
             scale = searched_row_scale(target, factor.conditional_variance(), self.weight_bits)
         else:
             scale = row_scale(target, self.weight_bits)
-        notes = {"damp": factor.damp, "dead_columns": int(factor.dead.sum())}
+        notes = {"dampening_frac": factor.dampening_frac, "dead_columns": int(factor.dead.sum())}
         return Solution(solve(target, factor, scale, self.weight_bits), scale, notes)
 
     def _factor(self, hessian: Tensor) -> Factor | None:
-        return factorize(hessian, self.damp, self.act_order)
+        return factorize(hessian, self.dampening_frac, self.act_order)
 
     def _corrected(self, weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
         """The weights that map what the quantised linear multiplies to the full-precision output, in the least
         squares sense: W + W C (H + damp)^-1 with C = E[(x_fp - x) x^T]."""
-        damped = hessian + torch.eye(len(hessian)) * self.damp * hessian.diagonal().mean()
+        damped = hessian + torch.eye(len(hessian)) * self.dampening_frac * hessian.diagonal().mean()
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed or not torch.isfinite(cross).all():
             return weight
