@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
+from haq_lab.routing.trace import Trace
+
+MakeTrace = Callable[..., Trace]
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("repeatable")
@@ -90,6 +94,26 @@ def logits_of() -> Callable[[LayeredModel, list[nn.Module], Tensor], Tensor]:
         return model.head(hidden)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def make_trace() -> MakeTrace:
+    """Traces (tokens, layers, k) whose tokens are of a few kinds; a kind prefers its own experts at every layer."""
+
+    def make(tokens=400, layers=4, experts=8, k=2, kinds=5, seed=0, prompt=0, sequences=2) -> Trace:
+        rng = np.random.default_rng(seed)
+        taste = rng.gumbel(size=(kinds, layers, experts)) * 1.5
+        kind, chosen = 0, []
+        for _ in range(tokens):
+            kind = (kind + 1) % kinds if rng.random() < 0.6 else rng.integers(kinds)
+            scores = taste[kind] + rng.gumbel(size=(layers, experts))
+            chosen.append(np.argsort(-scores, -1)[:, :k])
+        starts = np.arange(sequences, dtype=np.int64) * (tokens // sequences)
+        since = np.arange(tokens) - starts[np.searchsorted(starts, np.arange(tokens), "right") - 1]
+        weights = np.full((tokens, layers, k), 1 / k, np.float16)
+        return Trace(np.array(chosen, np.uint8), weights, since >= prompt, starts, experts, "made", "up")
+
+    return make
 
 
 # --- disks that are full or cannot be written to, where mounting is allowed

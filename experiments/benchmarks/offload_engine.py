@@ -31,14 +31,14 @@ from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.offload.costs.cost_model import Costs, Predictor
 from haq_lab.offload.costs.measured import measure_costs
-from haq_lab.offload.engine.cost_feedback import Observer
+from haq_lab.offload.engine.cost_feedback import CostFeedback
 from haq_lab.offload.engine.engine import Engine
 from haq_lab.offload.policies.path_model import PathModel, fit_path_model
 from haq_lab.offload.policies.placement import place
 from haq_lab.offload.policies.policy import Policy, make_policy
 from haq_lab.offload.policies.prefetch import NextGate
 from haq_lab.offload.simulate.simulator import Simulator
-from haq_lab.offload.tiers.disk import ExpertStore, StoreWriter
+from haq_lab.offload.tiers.disk import ExpertFile, ExpertFileWriter
 from haq_lab.routing.trace import Trace
 
 TOKENS, SPARE = 24, 4
@@ -107,12 +107,12 @@ class Bench:
         self.profile, self.path_model = profile, path_model
         self.prompt, self.text = tokens[:, :64], tokens[:, 64:]
         self.layers: list[nn.Module] = []
-        with StoreWriter(scratch / "experts.bin") as writer:
+        with ExpertFileWriter(scratch / "experts.bin") as writer:
             for index in range(self.model.depth):
                 layer = self.model.load_layer(index)
                 writer.add(layer.mlp.experts)  # type: ignore[arg-type, union-attr]
                 self.layers.append(layer)
-            self.store: ExpertStore = writer.open()
+            self.store: ExpertFile = writer.open()
         self.forwards = [layer.mlp.experts.__dict__.copy() for layer in self.layers]  # type: ignore[union-attr]
         self.whole = self.model.assemble(self.layers)
 
@@ -136,7 +136,7 @@ class Bench:
         gates = NextGate([layer.get_submodule(router) for layer in self.layers])
         ahead = configuration[-1] == "next gate"
         self.clock = Clock()
-        observer = Observer(costs, "max", self.model.depth, self.clock)
+        observer = CostFeedback(costs, "max", self.model.depth, self.clock)
         policy, guesses = self.policy(configuration, costs), self.profile.k if ahead else 0
         engine = Engine(self.store, policy, SPARE, gates if ahead else None, guesses, observer)
         engine.attach(self.layers, self.model.family.moe)  # type: ignore[arg-type]

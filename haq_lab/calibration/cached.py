@@ -15,7 +15,7 @@ from haq_lab.calibration.sensitivity import LayerSensitivity
 from haq_lab.calibration.statistics import CalibrationPolicy, InputStatistics, Needs, Sensitivity
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.result_cache.keys import about, key_of, of_text
-from haq_lab.result_cache.store import Artefact, Store
+from haq_lab.result_cache.store import Artifact, Store
 from haq_lab.routing.choices import Routing
 
 CODE = ("haq_lab.calibration.calibrator",)  # it gathers what is kept here
@@ -24,7 +24,7 @@ ROUTING = ("chosen", "weights")
 SENSITIVITY = ("channels", "outputs")
 
 
-class CalibrationStages:
+class CachedCalibration:
     """Both stages, of one model and text.
 
     Args:
@@ -73,8 +73,8 @@ class CalibrationStages:
         parts = ["range", *(part for part in PARTS if getattr(needs, part, False))]
         return {part: key_of("statistics", CODE, part=part, **depends) for part in parts}
 
-    def _get(self, keys: dict[str, str]) -> dict[str, Artefact] | None:
-        found: dict[str, Artefact] = {}
+    def _get(self, keys: dict[str, str]) -> dict[str, Artifact] | None:
+        found: dict[str, Artifact] = {}
         for part, key in keys.items():
             if (artefact := self.store.get("statistics", key)) is None:
                 return None
@@ -95,19 +95,19 @@ class CalibrationStages:
         return known
 
 
-def _sensitivity_artefact(layers: list[LayerSensitivity]) -> Artefact:
+def _sensitivity_artefact(layers: list[LayerSensitivity]) -> Artifact:
     sites = [(index, site, own) for index, layer in enumerate(layers) for site, own in layer.items()]
     own = {f"{number}|{name}": getattr(site[2], name) for number, site in enumerate(sites) for name in SENSITIVITY}
-    return Artefact(own, [(index, site) for index, site, _ in sites])
+    return Artifact(own, [(index, site) for index, site, _ in sites])
 
 
-def _artefacts(known: dict[str, InputStatistics], parts: list[str]) -> dict[str, Artefact]:
+def _artefacts(known: dict[str, InputStatistics], parts: list[str]) -> dict[str, Artifact]:
     """A layer's statistics, by part. An expert that the layer's stand in for is named without tensors of its own."""
     facts = []
     for site, statistics in known.items():
         routed = {expert: None if own.stands_in else own.count for expert, own in statistics.routed.items()}
         facts.append([site, statistics.count, statistics.stands_in, statistics.share, list(routed.items())])
-    made = {part: Artefact(facts=facts if part == "range" else None) for part in parts}
+    made = {part: Artifact(facts=facts if part == "range" else None) for part in parts}
     for name, statistics in _named(known):
         for part in parts:
             for field in PARTS[part]:
@@ -122,7 +122,7 @@ def _named(known: dict[str, InputStatistics]) -> Iterator[tuple[str, InputStatis
         yield from ((f"{number}|{expert}", own) for expert, own in statistics.routed.items() if not own.stands_in)
 
 
-def _statistics(found: dict[str, Artefact]) -> dict[str, InputStatistics]:
+def _statistics(found: dict[str, Artifact]) -> dict[str, InputStatistics]:
     """The inverse of `_artefacts`."""
     tensors = {name: tensor for artefact in found.values() for name, tensor in artefact.tensors.items()}
     fields = [field for names in PARTS.values() for field in names]

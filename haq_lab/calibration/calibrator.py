@@ -12,7 +12,7 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from haq_lab.calibration.cached import CalibrationStages
+from haq_lab.calibration.cached import CachedCalibration
 from haq_lab.calibration.hooks import observe, record_inputs
 from haq_lab.calibration.observers import ExpertInside, ExpertsInput, SharedInput, channels_of
 from haq_lab.calibration.sensitivity import LayerSensitivity, measure_sensitivity
@@ -21,7 +21,7 @@ from haq_lab.models.architectures import Group
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.result_cache.store import Store
 from haq_lab.routing.choices import Routing
-from haq_lab.storage.hidden_state_buffer import Spool
+from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
 from haq_lab.utils.timer import Stopwatch
 
 CALIBRATION = "/calibration"  # the name of its hidden states in a pass
@@ -52,7 +52,7 @@ class Calibrator:
         windows: Tensor | None,
         policy: CalibrationPolicy,
         clock: Stopwatch,
-        spool: Spool,
+        spool: HiddenStateBuffer,
         store: Store,
         at: dict[str, int],
     ):
@@ -62,7 +62,7 @@ class Calibrator:
         self._sensitivity: list[LayerSensitivity] = []
         self._at = at
         if needs.inputs and windows is not None:
-            self._stages = CalibrationStages(store, model, windows, policy)
+            self._stages = CachedCalibration(store, model, windows, policy)
             at[CALIBRATION] = 0
             if needs.sensitivity:
                 with clock.stage("sensitivity"):
@@ -110,7 +110,7 @@ class Calibrator:
             self._at[CALIBRATION] = index + 1
 
     def _measure_sensitivity(self, windows: Tensor) -> list[LayerSensitivity]:
-        on_disk = Spool(limit=0)  # the states of all layers: memory must not grow with depth
+        on_disk = HiddenStateBuffer(limit=0)  # the states of all layers: memory must not grow with depth
         return measure_sensitivity(self.model, windows, on_disk)
 
     def _observe_layer(self, layer: nn.Module, index: int) -> dict[str, InputStatistics]:

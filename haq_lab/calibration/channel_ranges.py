@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from haq_lab.utils.atomic_files import written_aside
+from haq_lab.utils.atomic_files import atomic_file
 
 FILE = "ranges.safetensors"
 
@@ -53,7 +53,7 @@ class Ranges:
 
     def save(self, path: Path) -> None:
         """Write them, aside first."""
-        with written_aside(path) as aside:
+        with atomic_file(path) as aside:
             save_file(self.tensors(), aside)
 
     @classmethod

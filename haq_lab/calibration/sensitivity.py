@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from haq_lab.calibration.statistics import Sensitivity
 from haq_lab.models.architectures import Group
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.storage.hidden_state_buffer import Spool
-from haq_lab.utils.malloc import give_back
+from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
+from haq_lab.utils.malloc import release_memory
 
 LayerSensitivity = dict[str, Sensitivity]  # by the group's site
 
 
-def measure_sensitivity(model: LayeredModel, windows: Tensor, spool: Spool) -> list[LayerSensitivity]:
+def measure_sensitivity(model: LayeredModel, windows: Tensor, spool: HiddenStateBuffer) -> list[LayerSensitivity]:
     """The sensitivity of every group of every layer of the full-precision model.
 
     Args:
@@ -36,14 +36,14 @@ def measure_sensitivity(model: LayeredModel, windows: Tensor, spool: Spool) -> l
     for index in range(model.depth):
         states.append(model.run(model.load_layer(index), index, spool.copy(states[-1])))
         spool.release()
-        give_back()
+        release_memory()
     gradient = states.pop()
     _differentiate_head(model, gradient)
     found: list[LayerSensitivity] = []
     for index in reversed(range(model.depth)):
         found.append(_differentiate_layer(model, index, states.pop(), gradient))
         spool.release()
-        give_back()
+        release_memory()
     return found[::-1]
 
 

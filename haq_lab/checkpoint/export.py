@@ -23,7 +23,7 @@ from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.storage.hf_shard_writer import ShardWriter
 from haq_lab.storage.safetensors_file import read_shard
-from haq_lab.utils.atomic_files import folder_written_aside, write_json
+from haq_lab.utils.atomic_files import atomic_folder, write_json
 from haq_lab.utils.errors import UserError
 
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
@@ -49,7 +49,7 @@ def export(folder: Path, target: Path) -> None:
         )
     packed = model.family.moe is not None
     schemes: dict[str, str] = {}
-    with folder_written_aside(target) as aside:
+    with atomic_folder(target) as aside:
         writer = ShardWriter(aside, model.depth + 1)
         writer.add(model.outside())
         for index in range(model.depth):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.int8.numerics import Activations
+from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.experts import Experts
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
@@ -17,7 +17,7 @@ from haq_lab.storage.safetensors_file import DTYPES
 from haq_lab.utils.errors import UserError
 
 
-def layer_content(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Activations]]:
+def layer_content(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, ActivationScheme]]:
     """All tensors of a quantised layer by name, and the activation scheme of each int8 linear."""
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, Int8Linear)}
     tensors = {name: storable(tensor) for name, tensor in layer.state_dict().items()}
@@ -28,7 +28,7 @@ def int8_layer(
     model: LayeredModel,
     index: int,
     tensors: dict[str, Tensor],
-    schemes: dict[str, Activations],
+    schemes: dict[str, ActivationScheme],
     backend: Backend,
     where: str,
 ) -> nn.Module:

@@ -20,7 +20,7 @@ from haq_lab.calibration import channel_ranges as ranges
 from haq_lab.quantizers.apply import LinearReport
 from haq_lab.quantizers.pass_result import PassResult, PassState
 from haq_lab.storage.safetensors_file import Shard
-from haq_lab.utils.atomic_files import folder_written_aside, write_json
+from haq_lab.utils.atomic_files import atomic_folder, write_json
 from haq_lab.utils.errors import UserError
 
 RECORD = "state.json"
@@ -35,7 +35,7 @@ def save_state(work: Path, index: int, state: PassState, shards: list[Shard]) ->
         "at": state.at,
         "experts_per_token": 0 if result.routing is None else result.routing.chosen[0].shape[1],
     }
-    with folder_written_aside(work / f"state-{index:05}") as aside:
+    with atomic_folder(work / f"state-{index:05}") as aside:
         for number, tensor in enumerate([*state.hidden.values(), *_routing(result)]):
             # Not NumPy's tofile: it does not say that the disk is full.
             (aside / f"{number}.bin").write_bytes(_bytes(tensor).numpy().data)

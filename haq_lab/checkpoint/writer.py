@@ -27,7 +27,7 @@ METHOD = "haq_lab"  # a quantization method that no other loader knows, so none 
 
 
 class CheckpointWriter:
-    """A checkpoint in the making; the pass's `Keeper`. `resumed` says how many layers an earlier run had done.
+    """A checkpoint in the making; the pass's `LayerStore`. `resumed` says how many layers an earlier run had done.
 
     Args:
         folder: Where it goes: absent, empty, or one that the same run began.
@@ -101,7 +101,7 @@ class CheckpointWriter:
             raise UserError(f"checkpoint.dir: '{self.folder}' is not empty; choose another folder")
 
     def restore(self, state: PassState) -> int:
-        """See `haq_lab.quantizers.pass_result.Keeper`."""
+        """See `haq_lab.quantizers.pass_result.LayerStore`."""
         self.shards = restore_state(self.work, state)
         return self.resumed
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from haq_lab.config.help import mistakes_told
+from haq_lab.config.help import report_user_errors
 from haq_lab.result_cache.eviction import Entry, entries, remove_leftovers, trim
 from haq_lab.result_cache.settings import ResultCache, bytes_of
 from haq_lab.utils.console import print_table, say
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     for command in (listing, collecting):
         command.add_argument("--dir", metavar="DIR", help="the store's folder (result_cache.dir)")
     given = parser.parse_args(arguments)
-    with mistakes_told("haq_lab.result_cache"):
+    with report_user_errors("haq_lab.result_cache"):
         folder = ResultCache(dir=given.dir).folder
         if given.command == "ls":
             show(folder, given.all)

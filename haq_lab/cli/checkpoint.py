@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from haq_lab.config.help import mistakes_told
+from haq_lab.config.help import report_user_errors
 from haq_lab.utils.console import errors, print_table, say
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         if name == "export":
             action.add_argument("target", type=Path, help="a new folder")
     arguments = parser.parse_args()
-    with mistakes_told("haq_lab"):
+    with report_user_errors("haq_lab"):
         sys.exit(globals()[f"_{arguments.action}"](arguments))
 
 

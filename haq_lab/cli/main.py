@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from haq_lab.cli.sweep_failures import JobFailed, Watch, forget, new_failures
-from haq_lab.config.help import explain, help_text, is_mistake
+from haq_lab.config.help import explain, help_text, is_user_error
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import bundled, folder_name
 from haq_lab.utils.threads import wait_briefly
@@ -54,7 +54,7 @@ def _job(config: DictConfig) -> float | None:
 
 def _tell(error: Exception) -> None:
     """A mistake in one message; a bug, or whatever `HYDRA_FULL_ERROR=1` wants, with its trace."""
-    if _traces or not is_mistake(error):
+    if _traces or not is_user_error(error):
         traceback.print_exception(error)
     else:
         _print(explain(error))
@@ -112,4 +112,4 @@ def main() -> None:
         folder = shlex.quote(str(Watch.folder))
         _print(f"{len(_failures)} runs failed; `python -m haq_lab.results {folder}` lists them with the others")
     if _failures:
-        sys.exit(2 if all(map(is_mistake, _failures)) else 1)
+        sys.exit(2 if all(map(is_user_error, _failures)) else 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from haq_lab.config.help import mistakes_told
+from haq_lab.config.help import report_user_errors
 from haq_lab.utils.console import say
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     build.add_argument("name", help="an option of the group `model`")
     build.add_argument("settings", nargs="*", help="model.SETTING=VALUE")
     arguments = parser.parse_args()
-    with mistakes_told("haq_lab"):
+    with report_user_errors("haq_lab"):
         _build(arguments.name, arguments.settings)
 
 

@@ -12,7 +12,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from haq_lab.config.help import mistakes_told
+from haq_lab.config.help import report_user_errors
 from haq_lab.utils.console import Progress, say
 from haq_lab.utils.errors import UserError, nearest, nearest_beside
 
@@ -20,7 +20,7 @@ from haq_lab.utils.errors import UserError, nearest, nearest_beside
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     given = _parser().parse_args(arguments)
-    with mistakes_told("haq_lab.offload"):
+    with report_user_errors("haq_lab.offload"):
         given.run(given)
 
 
@@ -87,13 +87,13 @@ def _replay(given: argparse.Namespace) -> None:
     from haq_lab.offload.simulate.hit_rate_curves import CONTENDERS, closed, hit_rates
     from haq_lab.routing.statistics import drift, entropy, jaccard, repeat_rate
     from haq_lab.routing.trace import Trace
-    from haq_lab.utils.atomic_files import written_aside
+    from haq_lab.utils.atomic_files import atomic_file
 
     profile, test = Trace.open(given.profile), Trace.open(given.test)
     with Progress() as progress:
         progress.layers(len(given.budgets) * len(CONTENDERS), "replay")
         table = hit_rates(profile, test, given.budgets, progress.layer_done)
-    with written_aside(given.out / "hit_rates.csv") as aside:
+    with atomic_file(given.out / "hit_rates.csv") as aside:
         table.to_csv(aside, index=False)
     say(table.pivot(index="policy", columns="budget", values="pairs").round(4).to_string())
     first, either = repeat_rate(test)
@@ -122,7 +122,7 @@ def _plan(given: argparse.Namespace) -> None:
     from haq_lab.offload.simulate.capacity_plan import CACHES, FORMATS, SHARES, plan
     from haq_lab.offload.simulate.figures import pareto_figure
     from haq_lab.routing.trace import Trace
-    from haq_lab.utils.atomic_files import written_aside
+    from haq_lab.utils.atomic_files import atomic_file
 
     machine = hardware(given.hardware)
     profile, test = Trace.open(given.profile), Trace.open(given.test)
@@ -142,7 +142,7 @@ def _plan(given: argparse.Namespace) -> None:
     with Progress() as progress:
         progress.layers(len(FORMATS) * 2 * len(SHARES) * len(CACHES), "simulate")
         table = plan(machine, shape, profile, test, given.context, given.tokens, finished=progress.layer_done)
-    with written_aside(given.out / "plan.csv") as aside:
+    with atomic_file(given.out / "plan.csv") as aside:
         table.to_csv(aside, index=False)
     front = table[table["pareto"]].sort_values("memory_bytes")
     say(f"simulated, {machine.name}: the Pareto front\n{front.drop(columns='pareto').round(3).to_string(index=False)}")

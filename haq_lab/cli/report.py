@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from haq_lab.config.help import mistakes_told
+from haq_lab.config.help import report_user_errors
 from haq_lab.utils.atomic_files import write_text
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--title", help="of the page; else the folders' names")
     parser.add_argument("--latex", type=Path, metavar="FILE", help="write the result tables as LaTeX, too")
     given = parser.parse_args(arguments)
-    with mistakes_told("haq_lab.report"):
+    with report_user_errors("haq_lab.report"):
         _report(given)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from haq_lab.config.help import mistakes_told
+from haq_lab.config.help import report_user_errors
 from haq_lab.results.load import load, show, show_published
 from haq_lab.results.published import beside
-from haq_lab.utils.atomic_files import written_aside
+from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError, invalid
 
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--figure", type=Path, metavar="FILE", help="draw perplexities against full precision (png, svg)"
     )
     given = parser.parse_args(arguments)
-    with mistakes_told("haq_lab.results"):
+    with report_user_errors("haq_lab.results"):
         _report(load(*given.folders), given)
 
 
@@ -35,7 +35,7 @@ def _report(runs: pd.DataFrame, given: argparse.Namespace) -> None:
     show(runs)
     show_published(beside(runs[runs["status"] == "finished"]))
     if given.csv:
-        with written_aside(given.csv) as aside:
+        with atomic_file(given.csv) as aside:
             runs.to_csv(aside, index=False)
         say(f"table: {given.csv}")
     if given.figure:

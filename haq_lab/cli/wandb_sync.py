@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from haq_lab.config.help import mistakes_told
+from haq_lab.config.help import report_user_errors
 from haq_lab.tracking.run_folder import ARCHIVE
 from haq_lab.utils.console import Progress, say
 from haq_lab.utils.errors import UserError, nearest_beside
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     sync = actions.add_parser("sync", help="upload offline runs; those that were uploaded before are left out")
     sync.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run folder, or one that holds some")
     given = parser.parse_args(arguments)
-    with mistakes_told("haq_lab.tracking"):
+    with report_user_errors("haq_lab.tracking"):
         upload(given.folders)
 
 

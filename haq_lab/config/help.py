@@ -17,7 +17,7 @@ from haq_lab.utils.console import errors, say
 from haq_lab.utils.errors import UserError, nearest
 from haq_lab.utils.paths import bundled
 
-MISTAKES = (UserError, HydraException, OmegaConfBaseException, OSError)  # the user's or the machine's, not bugs
+USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError)  # the user's or the machine's, not bugs
 PLAIN_ERRORS = {  # mistakes too, which Hydra and its plug-ins raise as plain ValueError or RuntimeError
     "Config group override must be": "a group needs the name of one of its options (none, where it has that), not null",
     'Could not detect "srun"': "hydra/launcher=slurm: there is no SLURM here (no srun on the path)",
@@ -99,18 +99,18 @@ def _bases(text: str) -> list[str]:
 
 
 @contextmanager
-def mistakes_told(program: str) -> Iterator[None]:
+def report_user_errors(program: str) -> Iterator[None]:
     """Tell a mistake within the block in one message, as `program`, and exit with code 2."""
     try:
         yield
-    except MISTAKES as error:
+    except USER_ERRORS as error:
         say(f"{program}: {explain(error)}", on=errors)
         sys.exit(2)
 
 
-def is_mistake(error: BaseException) -> bool:
+def is_user_error(error: BaseException) -> bool:
     """Whether it is the user's or the machine's, and no bug."""
-    return isinstance(error, MISTAKES) or any(raised in str(error) for raised in PLAIN_ERRORS)
+    return isinstance(error, USER_ERRORS) or any(raised in str(error) for raised in PLAIN_ERRORS)
 
 
 def explain(error: Exception) -> str:
@@ -167,10 +167,9 @@ def _disk(error: OSError) -> str:
 
 def _unknown_key(key: str) -> str:
     """A key that no config has, and the nearest that one does."""
-    key = key.replace("/", ".")
     if key in SETTINGS:
         return f"{key}: there is no such setting any more. Use {SETTINGS[key]}."
-    group, _, setting = key.partition(".")
+    group, _, setting = key.replace("/", ".").partition(".")
     if group in PLAIN:
         known = [f"{group}.{name}" for name in PLAIN[group]]
         there = f" (there is {', '.join(known)})"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from haq_lab.int8.numerics import Activations, epilogue, quantize_activations, swiglu
+from haq_lab.int8.numerics import ActivationScheme, epilogue, quantize_activations, swiglu
 
 
 class PackedLinear(NamedTuple):
@@ -30,7 +30,7 @@ class PackedExpert(NamedTuple):
     gate: PackedLinear
     up: PackedLinear
     down: PackedLinear
-    scheme: Activations
+    scheme: ActivationScheme
     static_scale: Tensor | None = None
 
 
@@ -68,16 +68,16 @@ class Backend:
         """Whether packed weights of so many rows, and others of the same k after them, are packed as one matrix."""
         return True
 
-    def linear(self, x: Tensor, weights: PackedLinear, scheme: Activations, static_scale: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, weights: PackedLinear, scheme: ActivationScheme, static_scale: Tensor | None) -> Tensor:
         """x (m, k) floating -> (m, n) of the same type."""
         return self.product(*self.quantize(x, scheme, static_scale), weights, x.dtype).to(x.device)
 
-    def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (m, k) floating -> int8 (m, k) and float32 scales, one a row, as `product` takes them."""
         return quantize_activations(x, scheme, static_scale)
 
     def swiglu_quantize(
-        self, gate: Tensor, up: Tensor, scheme: Activations, static_scale: Tensor | None
+        self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """silu(gate) * up of float32 (m, k), as `numerics.swiglu` has it to the bit, quantised as by `quantize`."""
         return self.quantize(swiglu(gate, up), scheme, static_scale)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend, PackedLinear
-from haq_lab.int8.numerics import Activations, round_to_grid, scale_of
+from haq_lab.int8.numerics import ActivationScheme, round_to_grid, scale_of
 
 
-class Joint:
+class MergedLinear:
     """The linears' rows on top of each other. The first to be called computes for all; the others take their part.
 
     Args:
-        members: Linears that `can_join`, in the order in which they shall lie.
+        members: Linears that `can_merge`, in the order in which they shall lie.
     """
 
     def __init__(self, members: Sequence[Int8Linear]):
@@ -56,7 +56,7 @@ class Joint:
 
     def product(self, x: Tensor | QuantizedRows) -> Tensor:
         """x (..., k) -> (..., all rows)."""
-        return multiplied(x, self)
+        return multiply(x, self)
 
     def output(self, place: int, x: Tensor | QuantizedRows) -> Tensor:
         """Part `place` of the product for x (..., k): (..., n of that part), a view."""
@@ -71,7 +71,7 @@ class Joint:
         return part
 
 
-def can_join(members: Sequence[Int8Linear]) -> bool:
+def can_merge(members: Sequence[Int8Linear]) -> bool:
     """Whether the linears differ in nothing but their rows, and their backend packs such rows as one matrix."""
     return len(members) > 1 and all(
         a.backend is b.backend
@@ -114,7 +114,7 @@ class Int8Linear(nn.Module):
         weight: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None,
-        scheme: Activations,
+        scheme: ActivationScheme,
         input_scale: Tensor | None,
         backend: Backend,
         copied: bool = False,
@@ -126,9 +126,9 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", input_scale)
-        self.scheme: Activations = scheme
+        self.scheme: ActivationScheme = scheme
         self.backend = backend
-        self.joint: Joint | None = None  # with those that read the same tensor, where they have been joined
+        self.joint: MergedLinear | None = None  # with those that read the same tensor, where they have been joined
         self.place = 0  # in the joint product
         self._held = False  # in a tensor that others hold too
 
@@ -162,7 +162,7 @@ class Int8Linear(nn.Module):
         return Int8Linear(levels, scale, bias, self.scheme, static, backend)
 
     @property
-    def reads(self) -> tuple[Activations, float | None]:
+    def input_quantization(self) -> tuple[ActivationScheme, float | None]:
         """How it quantises its input: by scheme and static scale. Linears with the same can share what they read."""
         return self.scheme, None if self.input_scale is None else float(self.input_scale)
 
@@ -174,7 +174,7 @@ class Int8Linear(nn.Module):
         """x (..., k) -> (..., n)."""
         if self.joint is not None:
             return self.joint.output(self.place, x)
-        return multiplied(x, self)
+        return multiply(x, self)
 
     def product(self, qx: Tensor, row_scale: Tensor) -> Tensor:
         """An input (m, k) that the backend has quantised already, with its row scales -> float32 (m, n)."""
@@ -249,7 +249,7 @@ class QuantizedRows:
         return self.shape
 
 
-def multiplied(x: Tensor | QuantizedRows, by: Int8Linear | Joint) -> Tensor:
+def multiply(x: Tensor | QuantizedRows, by: Int8Linear | MergedLinear) -> Tensor:
     """x (..., k) by an int8 linear, or by joined ones as one -> (..., n)."""
     if isinstance(x, QuantizedRows):
         y = by.backend.product(x.levels, x.scale, by.weights, x.dtype)

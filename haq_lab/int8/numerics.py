@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Activations = Literal["token", "tensor", "static"]
+ActivationScheme = Literal["token", "tensor", "static"]
 QMAX = 127
 EXP_LOG2_E, EXP_LN2_HIGH, EXP_LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
 EXP_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
@@ -29,7 +29,7 @@ def round_to_grid(x: Tensor, scale: Tensor | float, qmax: int = QMAX) -> Tensor:
     return torch.round(x / scale).clamp_(-qmax, qmax)
 
 
-def quantize_activations(x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of activations to int8.
 
     Args:

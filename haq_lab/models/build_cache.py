@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from haq_lab.utils.atomic_files import folder_written_aside, sha256, sha256_once, write_json
+from haq_lab.utils.atomic_files import atomic_folder, sha256, sha256_once, write_json
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import cache_folder
@@ -16,7 +16,7 @@ from haq_lab.utils.paths import cache_folder
 RECORD = "sha256.json"  # of every other file in the folder
 
 
-def made_once(name: str, make: Callable[[Path], None]) -> Path:
+def build_once(name: str, make: Callable[[Path], None]) -> Path:
     """The cache folder `name`, made under a lock if it is not there yet.
 
     Raises:
@@ -29,7 +29,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
         with FileLock(models / f".{name}.lock"):
             if not folder.is_dir():
                 say(f"preparing {name}, once; it is kept in {models}")
-                with folder_written_aside(folder) as aside:
+                with atomic_folder(folder) as aside:
                     make(aside)
                     _record(aside)
     _refuse_changed(folder)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from haq_lab.models.half_linear import NarrowLinear
+from haq_lab.models.half_linear import HalfLinear
 
 
 def tables_of(shell: PreTrainedModel) -> set[str]:
@@ -33,4 +33,4 @@ def hold_as_stored(shell: PreTrainedModel, dtype: torch.dtype) -> None:
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda module, tokens, rows: rows.to(dtype))
     linear: Any = shell.get_output_embeddings()
-    shell.set_output_embeddings(NarrowLinear(linear))
+    shell.set_output_embeddings(HalfLinear(linear))

@@ -14,7 +14,7 @@ NATIVE_ROWS = 16  # up to so many our kernel, which widens in registers, is the 
 BLOCK_BYTES = 16 << 20  # of the table, widened at a time
 
 
-class NarrowLinear(nn.Linear):
+class HalfLinear(nn.Linear):
     """A linear (n, k) on the very weight of another one, which may be narrower than what it multiplies."""
 
     def __init__(self, linear: nn.Linear):

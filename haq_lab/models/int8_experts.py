@@ -8,7 +8,7 @@ from torch import Tensor
 
 from haq_lab.int8.backend import Backend, PackedExpert
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.int8.numerics import Activations
+from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.experts import Expert, Experts, dispatch
 
 
@@ -25,7 +25,7 @@ class Int8Experts(Experts):
             read is brought there before the rest keep their device busy.
     """
 
-    scheme: Activations
+    scheme: ActivationScheme
     backend: Backend
     input_scale: Tensor | None
     swiglu: bool = False
@@ -38,7 +38,9 @@ class Int8Experts(Experts):
         linears = [linear for expert in made for linear in projections(cast(Expert, expert))]
         assert all(isinstance(linear, Int8Linear) for linear in linears), "experts that are not quantised yet"
         readers = [linear for expert in made for linear in projections(cast(Expert, expert))[:2]]
-        assert len({linear.reads for linear in readers}) == 1, "experts that quantise their shared input differently"
+        assert len({linear.input_quantization for linear in readers}) == 1, (
+            "experts that quantise their shared input differently"
+        )
         made.scheme, made.backend = readers[0].scheme, readers[0].backend
         made.register_buffer("input_scale", readers[0].input_scale, persistent=False)
         return made

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from haq_lab.models.build_cache import made_once
+from haq_lab.models.build_cache import build_once
 from haq_lab.models.random_tiny import build_tiny
 from haq_lab.utils.atomic_files import sha256_once
 from haq_lab.utils.errors import UserError, nearest_beside
@@ -94,7 +94,7 @@ class HubModel:
                 "set model.allow_pickle=true to convert them to safetensors, or name a revision that has some"
             )
         key = hashlib.sha256("".join(sha256_once(path) for path in pickles).encode()).hexdigest()[:16]
-        return made_once(f"{self.label}-{key}", lambda target: _convert_pickles(folder, pickles, target))
+        return build_once(f"{self.label}-{key}", lambda target: _convert_pickles(folder, pickles, target))
 
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download
@@ -133,7 +133,7 @@ class GgufModel:
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise UserError(f"model.path: '{path}' is not a GGUF file")
-        return made_once(f"{path.stem}-{sha256_once(path)[:16]}", lambda target: _convert_gguf(path, target))
+        return build_once(f"{path.stem}-{sha256_once(path)[:16]}", lambda target: _convert_gguf(path, target))
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class TinyModel:
 
     def folder(self) -> Path:
         name = f"{self.label}-{self.layers}x{self.hidden}-{self.seed}"
-        return made_once(
+        return build_once(
             name, lambda target: build_tiny(target, self.architecture, self.layers, self.hidden, self.seed)
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from haq_lab.utils.errors import UserError, nearest
-from haq_lab.utils.units import UNITS, number_and_unit
+from haq_lab.utils.units import UNITS, parse_quantity
 
 FORMS = "a share as '40%', bytes as '500MB' or '6GiB', or a number of experts"
 
@@ -27,7 +27,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str | int) -> Budget:
         """From the setting. Raises `UserError` for what is none of the forms."""
-        found = number_and_unit(text)
+        found = parse_quantity(text)
         if found is None or found[1] not in ("", "%", *UNITS):
             hint = nearest(found[1], UNITS) if found else ""
             raise UserError(f"offload.budget: '{text}' is not {FORMS}{hint}")

@@ -18,8 +18,8 @@ from haq_lab.offload.settings import Offload, experts_of, refuse_dense
 from haq_lab.offload.tiers.base import SlowTier
 from haq_lab.offload.tiers.conversion import ConvertedTier
 from haq_lab.offload.tiers.cuda_streams import Streams
-from haq_lab.offload.tiers.disk import StoreWriter
-from haq_lab.offload.tiers.half_experts import narrow_experts
+from haq_lab.offload.tiers.disk import ExpertFileWriter
+from haq_lab.offload.tiers.half_experts import half_experts
 from haq_lab.offload.tiers.pinned_host import HostWriter
 from haq_lab.offload.tiers.writer import TierWriter
 from haq_lab.result_cache.store import Store
@@ -61,7 +61,7 @@ class OffloadSession:
     def _slow_tier(self) -> TierWriter:
         """A file, or beside a device with memory of its own the host's; with the CPU at work there, if it is to be."""
         if not self._streams.apart:
-            return StoreWriter(self.path).__enter__()
+            return ExpertFileWriter(self.path).__enter__()
         beside = None if self.settings.on_miss == "fetch" else CpuBackend()
         return HostWriter(self.model.depth, self._streams, beside)
 
@@ -74,7 +74,7 @@ class OffloadSession:
         self._as_made = experts
         if formats.narrow is not None:
             assert self.model.family.moe is not None
-            layer.set_submodule(self.model.family.moe.experts, narrow_experts(experts, formats.narrow))
+            layer.set_submodule(self.model.family.moe.experts, half_experts(experts, formats.narrow))
 
     def find_profile(self, routing: Routing | None, calibration: Tensor | None, text: str) -> None:
         """See to the trace to place and predict by, where the settings name none: before the model is deployed, as

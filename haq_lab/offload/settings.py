@@ -17,7 +17,7 @@ from haq_lab.offload.costs.cost_model import Costs, Objective, Predictor
 from haq_lab.offload.costs.from_spec import machine_costs
 from haq_lab.offload.costs.measured import measure_costs
 from haq_lab.offload.costs.model_shape import Shape
-from haq_lab.offload.engine.cost_feedback import Observer
+from haq_lab.offload.engine.cost_feedback import CostFeedback
 from haq_lab.offload.engine.engine import Engine
 from haq_lab.offload.policies.placement import Placement, place
 from haq_lab.offload.policies.policy import Policy, Scope, make_policy
@@ -137,7 +137,7 @@ class Offload:
             else:
                 costs = machine_costs(hardware, shape, *self.formats.pair)
             if costs.from_disk:  # a GPU's are not corrected: its clock is another one
-                observer = Observer(costs, self.objective, shape.layers)
+                observer = CostFeedback(costs, self.objective, shape.layers)
         policy = self.policy(place(self.placement, profile, slots, self.seed), profile, costs)
         prefetch: Prefetch | None = None
         if self.prefetch == "next_gate":

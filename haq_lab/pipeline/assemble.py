@@ -28,7 +28,7 @@ class Assembly:
     Where experts are offloaded, they leave memory layer by layer.
 
         with Assembly(experiment, model, folder, evaluation, calibration, store) as assembly:
-            passed = one_pass(..., assembly.add, assembly.writer)
+            passed = sequential_pass(..., assembly.add, assembly.writer)
             whole = assembly.finish(passed, calibration)
 
     Attributes:

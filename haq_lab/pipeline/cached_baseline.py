@@ -8,7 +8,7 @@ from torch import Tensor
 
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.result_cache.keys import about, key_of, of_text
-from haq_lab.result_cache.store import Artefact, Store
+from haq_lab.result_cache.store import Artifact, Store
 
 STAGE = "baseline"
 PIECE = 256 << 20  # bytes of hidden states in one artefact: reading them back must not take the memory of all
@@ -32,7 +32,7 @@ def keep_baseline(store: Store, model: LayeredModel, windows: Tensor, hidden: Te
     if store.folder is None or not store.has_room(STAGE, hidden.nbytes):
         return
     for key, piece in _pieces(model, windows, hidden):
-        store.put(STAGE, key, Artefact({"hidden": piece}), about(model, piece))
+        store.put(STAGE, key, Artifact({"hidden": piece}), about(model, piece))
 
 
 def _pieces(model: LayeredModel, windows: Tensor, hidden: Tensor) -> Iterator[tuple[str, Tensor]]:

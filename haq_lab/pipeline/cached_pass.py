@@ -20,7 +20,7 @@ from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.apply import LinearReport
 from haq_lab.quantizers.pass_result import PassResult
 from haq_lab.result_cache.keys import key_of, model_hash, tokens_hash
-from haq_lab.result_cache.store import Artefact, Store
+from haq_lab.result_cache.store import Artifact, Store
 from haq_lab.routing.choices import Routing
 from haq_lab.utils.errors import UserError
 
@@ -29,7 +29,7 @@ RANGES = "ranges|"  # before the names of their tensors
 CODE = ("haq_lab.pipeline.sequential", "haq_lab.checkpoint.layer_tensors")
 
 
-class QuantizedStages:
+class CachedPass:
     """Both stages of one run.
 
     Args:
@@ -104,7 +104,7 @@ class QuantizedStages:
             return
         tensors, schemes = layer_content(layer)
         if self.store.has_room(LAYERS, sum(tensor.nbytes for tensor in tensors.values()) * self.model.depth):
-            self.store.put(LAYERS, self._key(LAYERS, layer=index), Artefact(tensors, schemes), self._about)
+            self.store.put(LAYERS, self._key(LAYERS, layer=index), Artifact(tensors, schemes), self._about)
 
     def keep(self, passed: PassResult) -> None:
         """The pass is done."""
@@ -116,7 +116,7 @@ class QuantizedStages:
             facts["routing"] = [routing.experts, routing.windows]
             for index, (chosen, weights) in enumerate(zip(routing.chosen, routing.weights, strict=True)):
                 tensors |= {f"chosen|{index}": chosen, f"weights|{index}": weights}
-        self.store.put(PASS, self._key(PASS), Artefact(tensors, facts), self._about)
+        self.store.put(PASS, self._key(PASS), Artifact(tensors, facts), self._about)
 
     def measured(self, measure: Measure, study: Study) -> dict[str, float]:
         """A measure's metrics: those of an earlier run, where they follow from settings and tokens alone."""
@@ -124,20 +124,20 @@ class QuantizedStages:
             return found.facts
         metrics = measure(study)
         if self._keeps(measure):
-            self.store.put(MEASURED, self._measurement_key(measure), Artefact(facts=metrics), self._about)
+            self.store.put(MEASURED, self._measurement_key(measure), Artifact(facts=metrics), self._about)
         return metrics
 
     def _keeps(self, measure: Measure) -> bool:
         return self._depends is not None and measure.evaluates and not measure.deploys and _ours(measure)
 
-    def _measurement(self, measure: Measure) -> Artefact | None:
+    def _measurement(self, measure: Measure) -> Artifact | None:
         return self.store.get(MEASURED, self._measurement_key(measure)) if self._keeps(measure) else None
 
     def _measurement_key(self, measure: Measure) -> str:
         texts = {name: tokens_hash(tokens) for name, tokens in self.evaluation.items()}
         return self._key(MEASURED, (type(measure).__module__,), measure=_settings(measure), texts=texts)
 
-    def _layer(self, index: int) -> Artefact | None:
+    def _layer(self, index: int) -> Artifact | None:
         return self.store.get(LAYERS, self._key(LAYERS, layer=index))
 
     def _key(self, stage: str, code: tuple[str, ...] = (), **depends: Any) -> str:

@@ -8,7 +8,7 @@ from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.cached_baseline import find_baseline, keep_baseline
 from haq_lab.quantizers.pass_result import Level
 from haq_lab.result_cache.store import Store
-from haq_lab.storage.hidden_state_buffer import Spool
+from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
 
 
 class Evaluation:
@@ -31,7 +31,7 @@ class Evaluation:
         model: LayeredModel,
         windows: dict[str, Tensor],
         quantizes: bool,
-        spool: Spool,
+        spool: HiddenStateBuffer,
         store: Store,
         at: dict[str, int],
     ):

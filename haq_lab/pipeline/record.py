@@ -12,7 +12,7 @@ from haq_lab.config.build import Experiment
 from haq_lab.quantizers.pass_result import PassResult
 from haq_lab.results.figures import layer_figure
 from haq_lab.tracking.run_folder import RunFolder
-from haq_lab.utils.atomic_files import written_aside
+from haq_lab.utils.atomic_files import atomic_file
 
 
 def write_record(
@@ -36,7 +36,7 @@ def write_record(
     metrics = metrics | pass_metrics(passed)
     tables = pass_tables(passed) | tables
     for name, table in tables.items():
-        with written_aside(folder.path / f"{name}.csv") as aside:
+        with atomic_file(folder.path / f"{name}.csv") as aside:
             table.to_csv(aside, index=False)
     figures = []
     if "layers" in tables:

@@ -14,16 +14,16 @@ from torch import nn
 from haq_lab.calibration.dataset import refuse_overlap, refuse_same_text
 from haq_lab.checkpoint.model import open_model
 from haq_lab.config.build import Experiment, build, effective, refuse_idle
-from haq_lab.config.help import is_mistake
+from haq_lab.config.help import is_user_error
 from haq_lab.data.windows import Windows
 from haq_lab.measure.base import Study
 from haq_lab.measure.memory import reset_peaks
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
-from haq_lab.pipeline.cached_pass import QuantizedStages
+from haq_lab.pipeline.cached_pass import CachedPass
 from haq_lab.pipeline.preflight import preflight
 from haq_lab.pipeline.record import write_record
-from haq_lab.pipeline.sequential import one_pass
+from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.tracking.run_folder import RunFolder
 from haq_lab.utils.console import Progress, say, show_results
 from haq_lab.utils.environment import machine
@@ -64,7 +64,7 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
         results = _study(experiment, folder, facts)
     except (Exception, KeyboardInterrupt) as error:
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder.fail(facts, error, is_mistake(error))
+        folder.fail(facts, error, is_user_error(error))
         raise
     return _search_metric(config.search_metric, results["metrics"])
 
@@ -87,7 +87,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
 
         with Assembly(experiment, model, folder, evaluation, calibration, store) as assembly:
             calibrated = None if calibration is None else calibration.tokens
-            stages = QuantizedStages(store, experiment, model, calibrated, tokens, assembly.deploys)
+            stages = CachedPass(store, experiment, model, calibrated, tokens, assembly.deploys)
 
             # 2. One pass through the weights: calibrate, smooth, quantise, evaluate. Or what another run's pass left.
             progress.layers(model.depth, "quantise" if experiment.quantizer else "evaluate", assembly.resumed)
@@ -103,7 +103,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
                     assembly.add(layer)
                     progress.layer_done()
             else:
-                passed = one_pass(
+                passed = sequential_pass(
                     model,
                     experiment.quantizer,
                     experiment.backend,

@@ -24,16 +24,16 @@ from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.evaluation_states import Evaluation
 from haq_lab.quantizers.apply import LinearReport, quantize_group, smooth_group
 from haq_lab.quantizers.base import Quantizer
-from haq_lab.quantizers.pass_result import Keeper, Level, PassResult, PassState
+from haq_lab.quantizers.pass_result import LayerStore, Level, PassResult, PassState
 from haq_lab.result_cache.store import Store
-from haq_lab.storage.hidden_state_buffer import Spool
+from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
 from haq_lab.storage.tensor_names import expert_of
-from haq_lab.utils.malloc import give_back
+from haq_lab.utils.malloc import release_memory
 from haq_lab.utils.timer import Stopwatch
 
 
 @torch.no_grad()
-def one_pass(
+def sequential_pass(
     model: LayeredModel,
     quantizer: Quantizer | None,
     backend: Backend,
@@ -41,7 +41,7 @@ def one_pass(
     policy: CalibrationPolicy,
     evaluation: dict[str, Tensor],
     finished: Callable[[int, nn.Module], None],
-    keeper: Keeper | None = None,
+    keeper: LayerStore | None = None,
     store: Store | None = None,
 ) -> PassResult:
     """Quantise `model` and carry the evaluation windows through it.
@@ -55,7 +55,7 @@ def one_pass(
         keeper: Where a killed pass goes on from; `finished` is not called for layers that were done before.
         store: Stages of the full-precision model that other runs have computed, and where this one's go.
     """
-    store, spool, clock = store or Store(), Spool(), Stopwatch()
+    store, spool, clock = store or Store(), HiddenStateBuffer(), Stopwatch()
     at: dict[str, int] = {}
     texts = Evaluation(model, evaluation, quantizer is not None, spool, store, at)
     result = PassResult(texts.hidden, stopwatch=clock)
@@ -90,7 +90,7 @@ def one_pass(
                 keeper.keep(index, layer, state)
         finished(index, layer)
         del layer  # or it would stay while the next one is read
-        give_back()
+        release_memory()
     texts.keep()
     return result
 

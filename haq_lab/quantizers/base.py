@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
-from haq_lab.int8.numerics import Activations, scale_of
+from haq_lab.int8.numerics import ActivationScheme, scale_of
 from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 from haq_lab.quantizers.smoothing import Channels
@@ -34,7 +34,7 @@ class Smoothing:
 class ActivationChoice:
     """How one input is quantised: the scheme, and the scale where it is static."""
 
-    scheme: Activations
+    scheme: ActivationScheme
     scale: Tensor | None = None
 
 

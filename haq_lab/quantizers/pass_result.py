@@ -40,7 +40,7 @@ class PassState:
     at: dict[str, int]
 
 
-class Keeper(Protocol):
+class LayerStore(Protocol):
     """Keeps finished layers and the state between them, so that a killed pass can go on (`haq_lab.checkpoint`)."""
 
     def restore(self, state: PassState) -> int:

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from haq_lab.result_cache.store import Store
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import cache_folder
-from haq_lab.utils.units import UNITS, number_and_unit
+from haq_lab.utils.units import UNITS, parse_quantity
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ResultCache:
 
 def bytes_of(limit: str | int) -> int:
     """`20GB` as bytes. Raises `UserError` for what is no size."""
-    found = number_and_unit(limit)
+    found = parse_quantity(limit)
     if found is None or found[1] not in UNITS:
         raise UserError(f"result_cache.max_size: '{limit}' is no size as '20GB' or '500MiB'")
     return int(found[0] * UNITS[found[1]])

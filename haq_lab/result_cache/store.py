@@ -34,7 +34,7 @@ PATIENCE = 10  # seconds of waiting for another run's work until that is said
 
 
 @dataclass
-class Artefact:
+class Artifact:
     """What a stage made: tensors by name, and facts that JSON can hold."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Store:
         self._writes = folder is not None
         self._said: set[str] = set()
 
-    def fetch(self, stage: str, key: str, compute: Callable[[], Artefact], about: str = "") -> Artefact:
+    def fetch(self, stage: str, key: str, compute: Callable[[], Artifact], about: str = "") -> Artifact:
         """The artefact of that key, computed where it is not there; others who want it wait meanwhile."""
         if (found := self.get(stage, key)) is not None:
             return found
@@ -68,7 +68,7 @@ class Store:
                 self.put(stage, key, found, about)
         return found
 
-    def get(self, stage: str, key: str) -> Artefact | None:
+    def get(self, stage: str, key: str) -> Artifact | None:
         """A kept artefact, every byte of it verified; None where there is none, or a damaged one."""
         if self.folder is None:
             return None
@@ -87,9 +87,9 @@ class Store:
         with suppress(OSError):
             os.utime(entry.record)
         self.reused[stage] = self.reused.get(stage, 0) + 1
-        return Artefact(tensors, facts)
+        return Artifact(tensors, facts)
 
-    def put(self, stage: str, key: str, artefact: Artefact, about: str = "") -> None:
+    def put(self, stage: str, key: str, artefact: Artifact, about: str = "") -> None:
         """Keep an artefact, if there is room; `about` is what `python -m haq_lab.result_cache ls` shows."""
         size = sum(tensor.nbytes for tensor in artefact.tensors.values())
         if self.folder is None or not self.has_room(stage, size):

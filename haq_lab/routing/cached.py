@@ -8,7 +8,7 @@ from torch import Tensor
 
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.result_cache.keys import about, key_of, of_text
-from haq_lab.result_cache.store import Artefact, Store
+from haq_lab.result_cache.store import Artifact, Store
 from haq_lab.routing.record import record_trace
 from haq_lab.routing.trace import Trace
 
@@ -21,9 +21,9 @@ def routing_trace(store: Store, model: LayeredModel, windows: Tensor, text: str)
         return record_trace(model, windows, text)
     key = key_of("trace", (__name__,), **of_text(model, windows))
 
-    def record() -> Artefact:
+    def record() -> Artifact:
         trace = record_trace(model, windows, text)
-        return Artefact({name: torch.from_numpy(getattr(trace, name)) for name in ARRAYS}, trace.expert_count)
+        return Artifact({name: torch.from_numpy(getattr(trace, name)) for name in ARRAYS}, trace.expert_count)
 
     found = store.fetch("trace", key, record, about(model, windows))
     experts, weights = (found.tensors[name].numpy() for name in ARRAYS)

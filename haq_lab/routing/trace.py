@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from haq_lab.storage.safetensors_header import read_header
-from haq_lab.utils.atomic_files import written_aside
+from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.errors import UserError, nearest_beside
 
 TENSORS = {"experts": ("U8", np.uint8), "weights": ("F16", np.float16), "decode": ("BOOL", np.bool_)}
@@ -121,7 +121,7 @@ class Trace:
             name: np.ascontiguousarray(getattr(self, name), dtype) for name, (_, dtype) in TENSORS.items()
         }
         metadata = {"model": self.model, "text": self.text, "experts": str(self.expert_count)}
-        with written_aside(path) as aside:
+        with atomic_file(path) as aside:
             save_file(tensors, aside, metadata)
 
     @classmethod

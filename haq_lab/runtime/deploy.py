@@ -17,7 +17,7 @@ from torch import nn
 
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.cpu import bindings as native
-from haq_lab.int8.linear import Int8Linear, Joint, can_join
+from haq_lab.int8.linear import Int8Linear, MergedLinear, can_merge
 from haq_lab.models.architectures import Group, Moe
 from haq_lab.models.experts import Expert
 from haq_lab.models.int8_experts import Int8Experts
@@ -59,8 +59,8 @@ def join(layer: nn.Module, groups: Iterable[Group]) -> None:
     for group in groups:
         members = [layer.get_submodule(name) for name in group.parts().get(None, ())]
         linears = [member for member in members if isinstance(member, Int8Linear)]
-        if linears and len(linears) == len(members) and can_join(linears):
-            Joint(linears)
+        if linears and len(linears) == len(members) and can_merge(linears):
+            MergedLinear(linears)
 
 
 def specify_swiglu(layer: nn.Module, backend: Backend) -> None:

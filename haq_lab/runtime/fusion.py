@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.cuda.kernels import K_MULTIPLE, Kernels
-from haq_lab.int8.linear import Int8Linear, Joint, QuantizedRows
+from haq_lab.int8.linear import Int8Linear, MergedLinear, QuantizedRows
 from haq_lab.models.architectures import Group
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.runtime.equivalence import alike, probe
@@ -85,7 +85,7 @@ class GatedMlp(nn.Module):
         kernels: What computes the activation.
     """
 
-    def __init__(self, mlp: nn.Module, gate_up: Joint, down: Int8Linear, kernels: Kernels):
+    def __init__(self, mlp: nn.Module, gate_up: MergedLinear, down: Int8Linear, kernels: Kernels):
         super().__init__()
         for name, part in mlp.named_children():
             self.add_module(name, part)
@@ -132,7 +132,7 @@ def _fuse_norm(layer: nn.Module, group: Group, backend: Backend, kernels: Kernel
     if group.source is None or group.float_consumers or not all(_can_read(reader) for reader in readers):
         return
     norm = layer.get_submodule(group.source)
-    if len({reader.reads for reader in readers}) == 1 and norm.weight.dtype == torch.float32:
+    if len({reader.input_quantization for reader in readers}) == 1 and norm.weight.dtype == torch.float32:
         fused = QuantizedNorm(norm, kernels, static_scale(readers[0]))
         if fused.reproduces(norm, backend):
             layer.set_submodule(group.source, fused)

@@ -45,7 +45,7 @@ class GroupedExperts(Int8Experts):
         made._first = torch.arange(len(made) + 1, device=made.backend.device)
         scales = [down.input_scale for _, _, down in parts if down.input_scale is not None]
         made._scales = torch.stack(scales).float().to(made.backend.device) if scales else None
-        made._fused = made.swiglu and len({down.reads for _, _, down in parts}) == 1
+        made._fused = made.swiglu and len({down.input_quantization for _, _, down in parts}) == 1
         return made
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from haq_lab.int8.cpu.bindings import PANEL, huge_pages
 
 
-class KeyValues(DynamicLayer):
+class KVCache(DynamicLayer):
     """Room for positions that grows by doubling: a decode step copies nothing and allocates nothing.
 
     `panels` (layers, heads, capacity / 32, head_dim, 32) are the keys and `rows` (layers, heads, capacity, head_dim up

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from haq_lab.int8.cpu.backend import CpuBackend
-from haq_lab.int8.linear import Int8Linear, Joint
+from haq_lab.int8.linear import Int8Linear, MergedLinear
 from haq_lab.models.architectures import Family, Group
 from haq_lab.models.experts import Expert
 from haq_lab.models.int8_experts import Int8Experts, projections
@@ -25,7 +25,7 @@ class LinearParts(ctypes.Structure):
     _fields_ = [("packed", _PTR), ("scale", _PTR), ("bias", _PTR), ("n", _I64), ("k", _I64), ("activation_scale", _F32)]
 
     @classmethod
-    def of(cls, linear: Int8Linear | Joint) -> LinearParts:
+    def of(cls, linear: Int8Linear | MergedLinear) -> LinearParts:
         """Addresses of a linear's tensors, which must stay where they are."""
         bias = None if linear.bias is None else linear.bias.data_ptr()
         static = 0.0 if linear.input_scale is None else float(linear.input_scale)
@@ -129,7 +129,7 @@ class LayerParts(ctypes.Structure):
         return self.kv_heads, self.head_dim, self.whole
 
 
-def _joint(layer: nn.Module, group: Group) -> Joint | None:
+def _joint(layer: nn.Module, group: Group) -> MergedLinear | None:
     """The one joint product of a group's linears."""
     joints = {getattr(layer.get_submodule(name), "joint", None) for name in group.consumers}
     return joints.pop() if len(joints) == 1 else None
@@ -137,7 +137,7 @@ def _joint(layer: nn.Module, group: Group) -> Joint | None:
 
 def _is_native(linear: Any) -> bool:
     return (
-        isinstance(linear, Int8Linear | Joint)
+        isinstance(linear, Int8Linear | MergedLinear)
         and isinstance(linear.backend, CpuBackend)
         and linear.packed.dtype == torch.uint8
         and linear.scheme != "tensor"

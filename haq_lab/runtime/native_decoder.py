@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.models.int8_experts import Int8Experts
-from haq_lab.runtime.kv_cache import KeyValues
+from haq_lab.runtime.kv_cache import KVCache
 from haq_lab.runtime.layer_parts import LayerParts
 
 PROBE_TOKENS, PROBES = 40, 4  # tokens: more than a panel of keys
@@ -78,20 +78,20 @@ class NativeStack(nn.Module):
         """Whether an engine has put itself before experts that the native layers hold: their weights are gone."""
         return any("forward" in vars(experts) for experts in self._experts)
 
-    def new_cache(self) -> KeyValues:
+    def new_cache(self) -> KVCache:
         """Empty keys and values."""
-        return KeyValues(len(self.layers), self.kv_heads, self.head_dim)
+        return KVCache(len(self.layers), self.kv_heads, self.head_dim)
 
-    def _kept(self, cache: Cache) -> KeyValues | None:
+    def _kept(self, cache: Cache) -> KVCache | None:
         """The stack's keys and values in the cache, put there if it is new; None if it holds another kind."""
         while len(cache.layers) < self.first + len(self.layers):
             cache.layers.append(DynamicLayer())
         kept = cache.layers[self.first]
         if type(kept) is DynamicLayer and kept.get_seq_length() == 0:
             kept = cache.layers[self.first] = self.new_cache()
-        return kept if isinstance(kept, KeyValues) else None
+        return kept if isinstance(kept, KVCache) else None
 
-    def step(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KeyValues) -> Tensor:
+    def step(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KVCache) -> Tensor:
         """Hidden states (1, t, d) that follow those of `kept`, at positions (1, t, head_dim); `kept` grows by t."""
         tokens = hidden.shape[1]
         kept.reserve(tokens)
@@ -100,7 +100,7 @@ class NativeStack(nn.Module):
         kept.length += tokens
         return out
 
-    def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KeyValues) -> None:
+    def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KVCache) -> None:
         """The layers, in place; there is room for the tokens' keys and values."""
         tokens = hidden.shape[1]
         failed = native.library().haq_decoder_layers(
@@ -152,7 +152,7 @@ class MoeStack(NativeStack):
     def _taken_over(self) -> bool:
         return False  # experts are called as modules, whoever serves them
 
-    def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KeyValues) -> None:
+    def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KVCache) -> None:
         run, level, threads = native.library().haq_attention, native.level(), torch.get_num_threads()
         normed, tokens = torch.empty_like(hidden), hidden.shape[1]
         parts, given, read = ctypes.byref(self._parts), hidden.data_ptr(), normed.data_ptr()

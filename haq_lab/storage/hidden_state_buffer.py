@@ -21,7 +21,7 @@ from haq_lab.utils.paths import cache_folder
 RAM_BYTES = 2 << 30
 
 
-class Spool:
+class HiddenStateBuffer:
     """Hands out tensors; those past `limit` bytes in all lie in unnamed files, gone once they are let go.
 
     Args:

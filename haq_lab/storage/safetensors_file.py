@@ -21,7 +21,7 @@ from torch import Tensor
 
 from haq_lab.storage.safetensors_header import read_header
 from haq_lab.storage.tensor_names import expert_of
-from haq_lab.utils.atomic_files import written_aside
+from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.errors import UserError
 
 DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -52,7 +52,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     head += b" " * (-len(head) % 8)
     whole = hashlib.sha256()
     hashes = {}
-    with written_aside(path) as aside, aside.open("wb") as stream:
+    with atomic_file(path) as aside, aside.open("wb") as stream:
         for chunk in (struct.pack("<Q", len(head)), head):
             stream.write(chunk)
             whole.update(chunk)

@@ -16,7 +16,7 @@ def _trim() -> Callable[[int], int] | None:
         return None
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Return to the system the pages that freed tensors left behind.
 
     Tensors of up to 32 MB lie in the heap, and a layer's holes do not fit the next one's: without this a process

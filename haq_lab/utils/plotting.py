@@ -6,13 +6,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from haq_lab.utils.atomic_files import written_aside
+from haq_lab.utils.atomic_files import atomic_file
 
 FORMATS = ("png", "svg", "pdf")
 
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure in the format of its ending, aside first."""
-    with written_aside(path) as aside:
+    with atomic_file(path) as aside:
         figure.savefig(aside, format=path.suffix.lstrip("."), dpi=150)
     return path

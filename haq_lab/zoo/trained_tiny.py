@@ -24,7 +24,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from haq_lab.data.text import fingerprint, python_docs
 from haq_lab.data.windows import encode
-from haq_lab.models.build_cache import made_once
+from haq_lab.models.build_cache import build_once
 from haq_lab.models.random_tiny import END
 from haq_lab.utils.console import Progress
 from haq_lab.utils.transformers_logging import quiet_transformers
@@ -68,7 +68,7 @@ class TrainedTinyModel:
         sizes = f"{self.layers}x{self.hidden}-{self.experts}-{self.vocabulary}"
         text = fingerprint(python_docs("calibration"))[:8]
         name = f"{self.label}-{sizes}-{self.steps}x{self.batch}x{self.seqlen}-{text}-{self.seed}"
-        return made_once(name, lambda target: train(self, target))
+        return build_once(name, lambda target: train(self, target))
 
     def check(self) -> list[str]:
         """Lines on its perplexity and routing, beside the untrained model's."""

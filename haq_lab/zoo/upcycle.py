@@ -24,7 +24,7 @@ from haq_lab.calibration.dataset import Calibration
 from haq_lab.calibration.hooks import record_inputs
 from haq_lab.data.text import fingerprint, python_docs
 from haq_lab.models.architectures import family_of
-from haq_lab.models.build_cache import made_once
+from haq_lab.models.build_cache import build_once
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
 from haq_lab.storage.hf_shard_writer import ShardWriter
@@ -70,7 +70,7 @@ class UpcycledModel:
         dense = self.dense.folder()
         text = fingerprint(python_docs("calibration"))[:8]
         name = f"{dense.name}-moe{self.experts}top{self.active}-{text}-{self.seed}"
-        return made_once(name, lambda target: upcycle(dense, target, self.experts, self.active, self.seed))
+        return build_once(name, lambda target: upcycle(dense, target, self.experts, self.active, self.seed))
 
     def check(self) -> list[str]:
         """Lines on its perplexity and routing. Raises `UserError` unless the perplexity is the dense model's."""

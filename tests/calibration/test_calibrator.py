@@ -13,7 +13,7 @@ from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.quantizers.apply import quantize_group
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.result_cache.store import Store
-from haq_lab.storage.hidden_state_buffer import Spool
+from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
 from haq_lab.utils.timer import Stopwatch
 
 NEEDS = Needs(inputs=True, hessian=True, cross=True, sample=True)
@@ -22,7 +22,7 @@ NEEDS = Needs(inputs=True, hessian=True, cross=True, sample=True)
 def calibrate(model, windows, inputs, needs=NEEDS, route="topk"):
     """Statistics by layer and site, with 4-bit RTN on the way; the quantised layers; and the calibrator."""
     policy = CalibrationPolicy(inputs, route, min_tokens=1)
-    calibrator = Calibrator(model, needs, windows, policy, Stopwatch(), Spool(), Store(), {})
+    calibrator = Calibrator(model, needs, windows, policy, Stopwatch(), HiddenStateBuffer(), Store(), {})
     seen, layers = {}, []
     for index in range(model.depth):
         layer = model.load_layer(index)

@@ -10,7 +10,7 @@ from torch import Tensor
 from haq_lab.calibration.sensitivity import _drawn, measure_sensitivity
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.storage.hidden_state_buffer import Spool
+from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
 
 
 def predictions(
@@ -36,7 +36,10 @@ def measured() -> dict[str, tuple[LayeredModel, Tensor, list]]:
     windows = torch.randint(0, 257, (24, 32), generator=torch.Generator().manual_seed(2))
     models = {name: LayeredModel(TinyModel(name).folder()) for name in ("opt", "llama", "mixtral")}  # type: ignore[arg-type]
     with torch.no_grad():
-        return {name: (model, windows, measure_sensitivity(model, windows, Spool())) for name, model in models.items()}
+        return {
+            name: (model, windows, measure_sensitivity(model, windows, HiddenStateBuffer()))
+            for name, model in models.items()
+        }
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_every_group_of_every_layer_has_one(measured):
 
 def test_it_is_the_same_twice(measured):
     model, windows, found = measured["mixtral"]
-    again = measure_sensitivity(model, windows, Spool(limit=0))
+    again = measure_sensitivity(model, windows, HiddenStateBuffer(limit=0))
     for before, after in zip(found, again, strict=True):
         for site, known in before.items():
             assert torch.equal(known.channels, after[site].channels)

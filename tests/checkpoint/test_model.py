@@ -18,7 +18,7 @@ from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.pipeline.sequential import one_pass
+from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.utils.errors import UserError
 
@@ -44,7 +44,7 @@ def test_logits_are_bit_equal(architecture, activations, windows, logits_of, tmp
     model = LayeredModel(TinyModel(architecture).folder())
     layers = []
     writer = CheckpointWriter(tmp_path / "checkpoint", model, {}, {}, force=False)
-    one_pass(
+    sequential_pass(
         model,
         HAQ(activations=activations),
         ReferenceBackend(),

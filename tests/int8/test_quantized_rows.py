@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.int8.linear import Int8Linear, Joint, QuantizedRows
+from haq_lab.int8.linear import Int8Linear, MergedLinear, QuantizedRows
 
 
 def linear(rows: int, backend: ReferenceBackend) -> Int8Linear:
@@ -28,7 +28,7 @@ def test_a_linear_and_joined_ones_give_the_bits_they_give_for_the_tensor(dtype):
         for got, expected in zip([member(rows) for member in members], wanted, strict=True):
             assert got.dtype == dtype
             assert torch.equal(got, expected)
-        joint = Joint(members) if members[0].joint is None else members[0].joint
+        joint = MergedLinear(members) if members[0].joint is None else members[0].joint
     assert joint._input is None
     assert not torch.equal(members[0](quantized(2 * x, backend)), wanted[0])
 

@@ -13,10 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.cuda.backend import CudaBackend
 from haq_lab.int8.cuda.kernels import Kernels
-from haq_lab.int8.linear import Int8Linear, Joint, QuantizedRows, parameter_count, weight_bytes
+from haq_lab.int8.linear import Int8Linear, MergedLinear, QuantizedRows, parameter_count, weight_bytes
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.pipeline.sequential import one_pass
+from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import join, specify_swiglu
 from haq_lab.runtime.fusion import GatedMlp, QuantizedNorm, fuse
@@ -52,7 +52,9 @@ def quantized_layer(architecture: str, backend: CudaBackend, scheme: str = "toke
     calibration = torch.randint(0, 257, (2, 16)) if scheme == "static" else None
     layers: list[nn.Module] = []
     quantizer = RTN(activations=scheme)  # type: ignore[arg-type]
-    one_pass(model, quantizer, backend, calibration, CalibrationPolicy(), {}, lambda index, layer: layers.append(layer))
+    sequential_pass(
+        model, quantizer, backend, calibration, CalibrationPolicy(), {}, lambda index, layer: layers.append(layer)
+    )
     return model, layers[0]
 
 
@@ -177,7 +179,7 @@ def another_activation(layer: nn.Module) -> None:
 
 
 def up_before_gate(layer: nn.Module) -> None:
-    Joint([layer.mlp.up_proj, layer.mlp.gate_proj])
+    MergedLinear([layer.mlp.up_proj, layer.mlp.gate_proj])
 
 
 def a_scaled_mlp(layer: nn.Module) -> None:

@@ -17,7 +17,7 @@ from haq_lab.int8.cuda.launch import Launch
 from haq_lab.int8.linear import Int8Linear, weight_bytes
 from haq_lab.models.experts import Expert, Experts, dispatch
 from haq_lab.models.int8_experts import Int8Experts, projections
-from haq_lab.offload.tiers.disk import StoreWriter
+from haq_lab.offload.tiers.disk import ExpertFileWriter
 from haq_lab.runtime.grouped_experts import GroupedExperts, can_group
 
 WIDTH, INNER, COUNT = 24, 48, 5  # a width that is padded, an inner one that is not
@@ -174,6 +174,6 @@ def test_what_is_not_grouped(host: Kernels, tmp_path: Path):
     mixed[1].down_proj.scheme, mixed[1].down_proj.input_scale = "static", torch.tensor(0.1)  # type: ignore
     assert not can_group(mixed)
     offloaded = experts(backend)
-    with StoreWriter(tmp_path / "experts.bin") as writer:
+    with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         writer.add(offloaded)
     assert not can_group(offloaded)

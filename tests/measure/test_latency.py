@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from haq_lab.measure.latency import Latency
 from haq_lab.models.layerwise import LayeredModel
 from tests.measure.conftest import study_of
-from tests.models.test_layered import VARIANTS, save
+from tests.models.test_layerwise import VARIANTS, save
 
 QUICK = {"prompt_tokens": 8, "decode_tokens": 3, "iterations": 2, "seconds": 0, "warmup": 1}
 

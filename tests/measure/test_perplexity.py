@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from haq_lab.measure.perplexity import Perplexity, score
-from tests.models.test_layered import whole_of
+from tests.models.test_layerwise import whole_of
 
 
 def perplexity_of(model, windows) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from haq_lab.models.experts import Experts, dispatch
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from tests.models.test_layered import whole_of
+from tests.models.test_layerwise import whole_of
 
 MOE = ["mixtral", "qwen3_moe", "olmoe"]
 

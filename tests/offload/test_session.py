@@ -19,7 +19,7 @@ from haq_lab.offload.costs.model_shape import Shape
 from haq_lab.offload.policies.placement import place
 from haq_lab.offload.session import OffloadSession
 from haq_lab.offload.settings import Offload
-from haq_lab.offload.tiers.disk import StoreWriter, tensors_of
+from haq_lab.offload.tiers.disk import ExpertFileWriter, tensors_of
 from haq_lab.offload.tiers.half_experts import ExpertLinear
 from haq_lab.result_cache.store import Store
 from haq_lab.routing.record import record_trace
@@ -171,7 +171,7 @@ def test_a_profile_of_another_model_is_told_before_the_pass(model, tmp_path):
 @torch.no_grad()
 def test_costs_are_measured_and_leave_the_layer_as_it_was(model, tmp_path):
     layers = finished(model)
-    with StoreWriter(tmp_path / "experts.bin") as writer:
+    with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         for layer in finished(model):
             writer.add(layer.mlp.experts)
         store = writer.open()

@@ -17,7 +17,7 @@ from haq_lab.quantizers.apply import smooth_group
 from haq_lab.quantizers.base import Quantizer, Smoothing
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 from haq_lab.quantizers.smoothing import FLOOR, Channels, factor_of, fold, stacked
-from tests.models.test_layered import VARIANTS, save
+from tests.models.test_layerwise import VARIANTS, save
 
 
 class RandomFactors(Quantizer):

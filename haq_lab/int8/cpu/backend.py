@@ -18,7 +18,7 @@ from torch import Tensor
 
 from haq_lab.int8.backend import Backend, PackedExpert, PackedLinear, ReferenceBackend
 from haq_lab.int8.cpu import bindings as native
-from haq_lab.int8.numerics import Activations, epilogue, scale_of
+from haq_lab.int8.numerics import ActivationScheme, epilogue, scale_of
 
 Product = Callable[[Tensor, Tensor], Tensor]
 EXACT_IN_FLOAT32 = 2**24 // 127**2  # columns whose products sum exactly in a float32: 1,040
@@ -126,7 +126,7 @@ class CpuBackend(Backend):
     def joins(self, rows: int) -> bool:
         return not self._native or rows % native.PANEL == 0
 
-    def linear(self, x: Tensor, weights: PackedLinear, scheme: Activations, static_scale: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, weights: PackedLinear, scheme: ActivationScheme, static_scale: Tensor | None) -> Tensor:
         packed, weight_scale, bias = weights
         if packed.dtype != torch.uint8:
             return super().linear(x, weights, scheme, static_scale)
@@ -142,7 +142,7 @@ class CpuBackend(Backend):
         )
         return y.to(x.dtype)
 
-    def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self._native:
             return super().quantize(x, scheme, static_scale)
         x = _taken(x)
@@ -155,7 +155,7 @@ class CpuBackend(Backend):
         return native.quantize_static(x, float(static_scale)), static_scale.float().expand(len(x), 1)
 
     def swiglu_quantize(
-        self, gate: Tensor, up: Tensor, scheme: Activations, static_scale: Tensor | None
+        self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if not self._native:
             return super().swiglu_quantize(gate, up, scheme, static_scale)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from haq_lab.int8.backend import Backend, PackedLinear
 from haq_lab.int8.cuda import device as cuda_device
-from haq_lab.int8.cuda.gpu_lock import claim
+from haq_lab.int8.cuda.gpu_lock import lock_gpu
 from haq_lab.int8.cuda.kernels import GEMV_ROWS, K_MULTIPLE, Kernels, padded
-from haq_lab.int8.numerics import Activations, scale_of
+from haq_lab.int8.numerics import ActivationScheme, scale_of
 from haq_lab.utils.errors import UserError
 
 
@@ -31,7 +31,7 @@ class CudaBackend(Backend):
     name = "cuda"
 
     def __init__(self, device: str = "cuda", kernels: Kernels | None = None, share: bool = False) -> None:
-        self.device = _device(device) if share else claim(_device(device))
+        self.device = _device(device) if share else lock_gpu(_device(device))
         self.fused = self._kernels = kernels or cuda_device.kernels(self.device.index)
 
     @property
@@ -50,7 +50,7 @@ class CudaBackend(Backend):
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
         return self._kernels.accumulate(padded(qx), padded(levels))
 
-    def quantize(self, x: Tensor, scheme: Activations, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """As the contract says, with columns added up to a multiple of 16."""
         x = padded(x.to(self.device).contiguous())
         if scheme == "token":
@@ -61,7 +61,7 @@ class CudaBackend(Backend):
         return self._kernels.quantize_static(x, self._given(scale))
 
     def swiglu_quantize(
-        self, gate: Tensor, up: Tensor, scheme: Activations, static_scale: Tensor | None
+        self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if scheme == "tensor" or gate.shape[1] % K_MULTIPLE:
             return super().swiglu_quantize(gate, up, scheme, static_scale)

@@ -19,7 +19,7 @@ from haq_lab.utils.console import errors, say
 _held: dict[str, FileLock] = {}  # this process's, until it ends
 
 
-def claim(device: torch.device, wait: Callable[[float], None] = time.sleep) -> torch.device:
+def lock_gpu(device: torch.device, wait: Callable[[float], None] = time.sleep) -> torch.device:
     """`device` where it names a GPU, else the first free one; waits while other processes have them all.
 
     A process keeps what it has claimed: the jobs of a sweep that share one go on with its GPU.

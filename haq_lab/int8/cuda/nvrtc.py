@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from haq_lab.int8.cuda.sources import module_source
-from haq_lab.utils.atomic_files import written_aside
+from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import cache_folder
 
@@ -136,7 +136,7 @@ def cubin_file(module: str, architecture: int, compiler: Compiler) -> Path:
         path.unlink(missing_ok=True)  # another process may have found it damaged too
     cubin = compiler.compile(source, architecture, f"{module}.cu").cubin
     path = folder / f"{stem}.{_digest(cubin)}.cubin"
-    with written_aside(path) as aside:
+    with atomic_file(path) as aside:
         aside.write_bytes(cubin)
     return path
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from haq_lab.int8.cuda.launch import MODULES, TILES
 from haq_lab.int8.cuda.nvrtc import Compiled, Compiler, installed_libraries
 from haq_lab.int8.cuda.sources import module_source
-from haq_lab.utils.atomic_files import written_aside
+from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.errors import UserError
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -218,7 +218,7 @@ def table(compilers: list[Compiler]) -> tuple[list[KernelCode], list[str]]:
 
 def write(rows: list[KernelCode], path: Path) -> None:
     """The table as CSV."""
-    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(KernelCode.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
         writer.writerows(vars(row) for row in rows)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from haq_lab.offload.costs.cost_model import Costs, Objective, seconds
 
 
-class Observer:
+class CostFeedback:
     """Args:
     costs: Corrected by every measurement of a decoded token.
     objective: By which a visit's experts are predicted.

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from haq_lab.models.architectures import Moe
-from haq_lab.offload.engine.cost_feedback import Observer
+from haq_lab.offload.engine.cost_feedback import CostFeedback
 from haq_lab.offload.engine.counters import Counters
-from haq_lab.offload.engine.recorder import Heard
-from haq_lab.offload.engine.transfer import Mover
+from haq_lab.offload.engine.recorder import Recorder
+from haq_lab.offload.engine.transfer import Transfer
 from haq_lab.offload.policies.policy import Policy, Visit
 from haq_lab.offload.policies.prefetch import Prefetch
 from haq_lab.offload.tiers.arena import Key
@@ -67,15 +67,15 @@ class Engine:
         spare: int = 2,
         prefetch: Prefetch | None = None,
         guesses: int = 0,
-        observer: Observer | None = None,
+        observer: CostFeedback | None = None,
         streams: Streams | None = None,
     ):
         layers, self.experts = policy.resident.shape
         assert 0 <= guesses < spare, "a missing expert needs a spare slot"
         self.store, self.policy, self.prefetch, self.guesses = store, policy, prefetch, guesses
-        self.observer, self.heard = observer, Heard(layers, self.experts)
+        self.observer, self.heard = observer, Recorder(layers, self.experts)
         self.counters = Counters(layers, store.moved_bytes)
-        self.mover = Mover(store, policy.slots + spare, self.counters, observer, streams or Streams())
+        self.mover = Transfer(store, policy.slots + spare, self.counters, observer, streams or Streams())
         self.arena = self.mover.arena
         self._guessed: dict[Key, None] = {}  # read ahead for the coming layer
         self._step = _Step()

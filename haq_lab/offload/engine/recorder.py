@@ -10,7 +10,7 @@ from haq_lab.offload.policies.prefetch import Remembered
 from haq_lab.routing.trace import Trace
 
 
-class Heard:
+class Recorder:
     """What an engine has heard: the layers' choices, step by step, and the guesses that it made.
 
     Args:

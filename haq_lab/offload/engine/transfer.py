@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor, nn
 
-from haq_lab.offload.engine.cost_feedback import Observer
+from haq_lab.offload.engine.cost_feedback import CostFeedback
 from haq_lab.offload.engine.counters import Counters
 from haq_lab.offload.tiers.arena import Arena, Key
 from haq_lab.offload.tiers.base import SlowTier
@@ -14,7 +14,7 @@ from haq_lab.offload.tiers.cuda_streams import Mark, Streams
 from haq_lab.offload.tiers.disk import ReadError, bind
 
 
-class Mover:
+class Transfer:
     """Args:
     store: The slow tier.
     slots: Of the arena.
@@ -27,7 +27,9 @@ class Mover:
         layers: Each layer's experts, as far as they are attached.
     """
 
-    def __init__(self, store: SlowTier, slots: int, counters: Counters, observer: Observer | None, streams: Streams):
+    def __init__(
+        self, store: SlowTier, slots: int, counters: Counters, observer: CostFeedback | None, streams: Streams
+    ):
         self.store, self.counters, self.observer, self.streams = store, counters, observer, streams
         self.arena = Arena(slots, store.blob_bytes, streams.device)
         self.layers: list[nn.ModuleList] = []

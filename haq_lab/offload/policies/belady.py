@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from haq_lab.offload.policies.eviction import teach
+from haq_lab.offload.policies.eviction import register
 from haq_lab.offload.policies.jit import innermost
 from haq_lab.routing.trace import Trace
 
@@ -65,4 +65,4 @@ def _touch(state, layer, wanted, counts, tokens, now):
         state.values[layer, expert] = NEVER - ahead
 
 
-teach(Belady, _touch)
+register(Belady, _touch)

@@ -3,7 +3,7 @@ takes seconds.
 
 A rule (least recently used, ...) is a NamedTuple of arrays whose field `values` (layers, E) says how much each
 expert is worth keeping; the least valuable resident leaves. What a rule does is one to three functions that its
-module teaches with `teach`:
+module registers with `register`:
 
     touch(state, layer, wanted, counts, tokens, now)   `layer` has chosen the experts `wanted`, rising, (n,) int64,
                                                        each for counts (E,) int64 of `tokens` tokens
@@ -42,7 +42,7 @@ def _always_up_to_date(state, layer):
     pass
 
 
-def teach(state: type, touch: Any, begin: Any = _same_in_all_sequences, refresh: Any = _always_up_to_date) -> None:
+def register(state: type, touch: Any, begin: Any = _same_in_all_sequences, refresh: Any = _always_up_to_date) -> None:
     """Make a rule's compiled functions known."""
     _TAUGHT[state] = begin, touch, refresh
 
@@ -77,7 +77,7 @@ def _refresh_of(state, layer):
     return lambda state, layer: taught(state, layer)
 
 
-class Tallies(NamedTuple):
+class ReplayCounts(NamedTuple):
     """What a replay counts, a layer each, (layers,) int64.
 
     Pairs are (token, expert) choices; visits' distinct experts count once however many tokens of a prompt want them.
@@ -90,8 +90,8 @@ class Tallies(NamedTuple):
     fetched: np.ndarray
 
 
-def empty_tallies(layers: int) -> Tallies:
-    return Tallies(*(np.zeros(layers, np.int64) for _ in Tallies._fields))
+def empty_counts(layers: int) -> ReplayCounts:
+    return ReplayCounts(*(np.zeros(layers, np.int64) for _ in ReplayCounts._fields))
 
 
 @innermost

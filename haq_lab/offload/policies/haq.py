@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from haq_lab.offload.policies.eviction import teach
+from haq_lab.offload.policies.eviction import register
 from haq_lab.offload.policies.jit import innermost
 from haq_lab.offload.policies.path_model import FORGOTTEN, HORIZONS, LEAST_SHARE, PathModel, log_odds
 
@@ -28,7 +28,7 @@ LEAST_AVERAGE = F(1e-20)  # what fades below what a float32 holds in full is slo
 MOST = 0x7F800000  # more than the bits of any cost; those of a positive float32 are ordered as it is
 
 
-class ExpectedWait(NamedTuple):
+class Haq(NamedTuple):
     """`values` (layers, E) is `MOST` minus the bits of `cost` (N,), N = layers * E, which follows from the rest.
 
     Float32, and flat, as numba takes longer to reshape an array than to go through it; `order` is `values` flat.
@@ -79,7 +79,7 @@ def _copied(values: NDArray[Any]) -> NDArray[np.float32]:
     return copy
 
 
-def expected_wait(model: PathModel) -> ExpectedWait:
+def haq_eviction(model: PathModel) -> Haq:
     """The rule before anything was used: averages are the calibration's, all experts were last used long ago."""
     layers, count = shape = model.usage.shape
     total, usage = layers * count, model.usage.ravel()
@@ -87,7 +87,7 @@ def expected_wait(model: PathModel) -> ExpectedWait:
     logits = bias + weights[:, :-1].sum(1, keepdims=True) * log_odds(usage) + weights[:, -1:] * age[FORGOTTEN]
     cost, tries, wait = (_zeros(total) for _ in range(3))
     values = _zeros(*shape).view(np.int32)
-    state = ExpectedWait(
+    state = Haq(
         values=values,
         order=values.reshape(-1),
         cost=cost,
@@ -246,4 +246,4 @@ def _log_odds(share):
     return x * above / below
 
 
-teach(ExpectedWait, _touch, _begin, _refresh)
+register(Haq, _touch, _begin, _refresh)

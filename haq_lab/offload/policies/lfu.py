@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from haq_lab.offload.policies.eviction import teach
+from haq_lab.offload.policies.eviction import register
 from haq_lab.offload.policies.jit import innermost
 
 USE = 2**34  # what a use is worth in visits: more than there ever are; 500 million uses still fit
@@ -34,4 +34,4 @@ def _touch(state, layer, wanted, counts, tokens, now):
         state.values[layer, expert] = USE * state.counts[layer, expert] + state.clock[0]
 
 
-teach(Lfu, _touch)
+register(Lfu, _touch)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from haq_lab.offload.policies.eviction import teach
+from haq_lab.offload.policies.eviction import register
 from haq_lab.offload.policies.jit import innermost
 
 
@@ -29,4 +29,4 @@ def _touch(state, layer, wanted, counts, tokens, now):
         state.values[layer, expert] = state.clock[0]
 
 
-teach(Lru, _touch)
+register(Lru, _touch)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from haq_lab.offload.policies.eviction import teach
+from haq_lab.offload.policies.eviction import register
 from haq_lab.offload.policies.jit import innermost
 from haq_lab.routing.trace import Trace
 
@@ -22,7 +22,7 @@ PIECE = 256  # tokens: a calibration sequence is remembered in pieces of this le
 LEAST = 1e-3  # share: it lets distance decide between experts that the nearest sequence never used
 
 
-class Matching(NamedTuple):
+class MoeInfinity(NamedTuple):
     """What similarities follow from is kept up to date, a choice at a time: they are wanted at every token.
 
     priority: (layers * E,) float32, whose bits `values` are; flat, as numba takes long to reshape.
@@ -45,14 +45,14 @@ class Matching(NamedTuple):
     falloff: np.ndarray
 
 
-def matching(trace: Trace) -> Matching:
+def moe_infinity(trace: Trace) -> MoeInfinity:
     """The rule with the activation matrices of a calibration trace."""
     past = activation_matrices(trace)
     shape = layers, count = trace.layers, trace.expert_count
     priority = np.zeros(shape, np.float32)
     lengths = np.linalg.norm(past.astype(np.float64), axis=-1, keepdims=True)
     left = 1 - np.arange(1, layers + 1) / (layers + 1)
-    return Matching(
+    return MoeInfinity(
         values=priority.view(np.int32),
         priority=priority.reshape(-1),
         past=past.reshape(len(past), -1),
@@ -126,4 +126,4 @@ def _refresh(state, layer):
         priority[index] = (predicted[index] + LEAST) * falloff[index]
 
 
-teach(Matching, _touch, _begin, _refresh)
+register(MoeInfinity, _touch, _begin, _refresh)

@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 from haq_lab.offload.policies import eviction as cache
 from haq_lab.offload.policies.belady import belady
-from haq_lab.offload.policies.haq import expected_wait
+from haq_lab.offload.policies.haq import haq_eviction
 from haq_lab.offload.policies.lfu import lfu
 from haq_lab.offload.policies.lru import lru
-from haq_lab.offload.policies.moe_infinity import matching
+from haq_lab.offload.policies.moe_infinity import moe_infinity
 from haq_lab.offload.policies.path_model import PathModel, fit_path_model
 from haq_lab.routing.statistics import Residency
 from haq_lab.routing.trace import Trace
 from haq_lab.utils.errors import invalid
 
-CacheRule = Literal["none", "lru", "lfu", "moe_infinity", "haq", "belady"]
+EvictionRule = Literal["none", "lru", "lfu", "moe_infinity", "haq", "belady"]
 Scope = Literal["layer", "global"]
 
 
@@ -142,7 +142,7 @@ class Policy:
             UserError: The trace is of another number of layers or experts.
         """
         trace.must_be_of(*self.resident.shape)
-        tallies = cache.empty_tallies(trace.layers)
+        tallies = cache.empty_counts(trace.layers)
         arrays = (np.asarray(each) for each in (trace.experts, trace.decode, trace.starts))  # numba knows no memmap
         self._admit[:] = self.admits
         switches = (self.per_layer, self.selective, self._admit)
@@ -159,7 +159,7 @@ class Policy:
 
 
 def make_policy(
-    rule: CacheRule,
+    rule: EvictionRule,
     resident: Residency,
     profile: Trace,
     scope: Scope = "global",
@@ -181,9 +181,9 @@ def make_policy(
         case "lfu":
             return Policy(lfu(*shape), resident, scope)
         case "moe_infinity":
-            return Policy(matching(profile), resident, scope)
+            return Policy(moe_infinity(profile), resident, scope)
         case "haq":
-            return Policy(expected_wait(path_model or fit_path_model(profile)), resident, scope, selective=True)
+            return Policy(haq_eviction(path_model or fit_path_model(profile)), resident, scope, selective=True)
         case "belady":
             return Policy(belady(profile), resident, scope, selective=True)
-    raise invalid("offload.eviction", rule, get_args(CacheRule))
+    raise invalid("offload.eviction", rule, get_args(EvictionRule))

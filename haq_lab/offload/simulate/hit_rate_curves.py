@@ -9,7 +9,7 @@ import pandas as pd
 
 from haq_lab.offload.policies.path_model import fit_path_model
 from haq_lab.offload.policies.placement import place
-from haq_lab.offload.policies.policy import CacheRule, Scope, make_policy
+from haq_lab.offload.policies.policy import EvictionRule, Scope, make_policy
 from haq_lab.routing.trace import Trace
 from haq_lab.utils.errors import UserError
 
@@ -19,7 +19,7 @@ class Contender:
     """A policy as it is known: cache rule, placement, scope."""
 
     name: str
-    rule: CacheRule
+    rule: EvictionRule
     placement: str
     scope: Scope
 

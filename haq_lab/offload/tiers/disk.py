@@ -54,7 +54,7 @@ def tensors_of(expert: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(".input_scale")}
 
 
-class ExpertStore:
+class ExpertFile:
     """The experts of all layers in one file.
 
     Attributes:
@@ -170,14 +170,14 @@ class Packer:
         self.experts, self._layers = len(experts), self._layers + 1
 
 
-class StoreWriter:
+class ExpertFileWriter:
     """Writes a store a layer at a time: `add` each layer's experts, then `open` the store."""
 
     def __init__(self, path: Path):
         self.path = path
         self._packer = Packer()
 
-    def __enter__(self) -> StoreWriter:
+    def __enter__(self) -> ExpertFileWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self.path.open("wb")
         return self
@@ -197,11 +197,11 @@ class StoreWriter:
     def relayout(self, experts: nn.ModuleList) -> None:
         """None is needed: the file and the arena hold experts alike."""
 
-    def open(self) -> ExpertStore:
+    def open(self) -> ExpertFile:
         """The finished store, none of it in the page cache."""
         self._stream.flush()
         os.fsync(self._stream.fileno())  # the cache keeps what is not on the disk yet
-        store = ExpertStore(self.path, self._packer.parts, self._packer.size, self._packer.experts)
+        store = ExpertFile(self.path, self._packer.parts, self._packer.size, self._packer.experts)
         store.drop_cache()
         return store
 

@@ -39,8 +39,8 @@ class Formats:
             )
         if self.device == "fp16" and miss != "fetch":
             raise UserError(
-                f"offload.on_miss: '{miss}' does not work with offload.device_format=fp16: a missing expert would run in "
-                "int8 and a resident one in fp16, so the output would depend on the budget. "
+                f"offload.on_miss: '{miss}' does not work with offload.device_format=fp16. "
+                "A missing expert would run in int8 and a resident one in fp16. The output would depend on the budget. "
                 "Choose offload.on_miss=fetch or offload.device_format=int8."
             )
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haq_lab.models.experts import Expert, Experts
-from haq_lab.models.half_linear import NarrowLinear
+from haq_lab.models.half_linear import HalfLinear
 
 
-class ExpertLinear(NarrowLinear):
+class ExpertLinear(HalfLinear):
     """On a GPU the products are of 16-bit numbers, which it has units for, and the sums float32."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ class ExpertLinear(NarrowLinear):
         return super().forward(x)
 
 
-def narrow_experts(experts: nn.ModuleList, dtype: torch.dtype) -> Experts:
+def half_experts(experts: nn.ModuleList, dtype: torch.dtype) -> Experts:
     """The same experts with weights of `dtype`, which they do not have yet: an engine gives them theirs."""
 
     def narrow(linear: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics
-from haq_lab.int8.numerics import QMAX, Activations
+from haq_lab.int8.numerics import QMAX, ActivationScheme
 from haq_lab.quantizers.base import Smoothing
 from haq_lab.quantizers.grid import qmax, row_scales
 from haq_lab.quantizers.haq.channel_search import DynamicError, refined
@@ -44,12 +44,12 @@ class ErrorPredictor:
     def _static(self) -> StaticNoise:
         return StaticNoise(self._ranges)
 
-    def errors(self, scheme: Activations, factors: list[Tensor], every: int = 1) -> list[float]:
+    def errors(self, scheme: ActivationScheme, factors: list[Tensor], every: int = 1) -> list[float]:
         """Predicted errors under a scheme, one for each factor (k,), from every so many sampled rows."""
         scales = row_scales(self._weight, factors, self._bits)
         return [self._error(scheme, *each, every) for each in zip(factors, scales, strict=True)]
 
-    def _error(self, scheme: Activations, factor: Tensor, rows: Tensor, every: int) -> float:
+    def _error(self, scheme: ActivationScheme, factor: Tensor, rows: Tensor, every: int) -> float:
         rounding = solved_weight_error(rows, self._cost.outputs, self._variance / factor.square())
         if scheme == "static":
             disturbance = self._static.best_scale(factor, self._cost.channels)[1]
@@ -58,7 +58,7 @@ class ErrorPredictor:
             disturbance = float(noise @ (self._cost.channels * factor.square()))
         return (rounding + disturbance) / 2
 
-    def least(self, scheme: Activations, candidates: list[Smoothing], channels: Channels) -> Smoothing:
+    def least(self, scheme: ActivationScheme, candidates: list[Smoothing], channels: Channels) -> Smoothing:
         """The candidate with the least predicted error; under dynamic scales then refined channel by channel."""
         best = self._best(scheme, candidates, COARSE)
         if scheme == "static":
@@ -66,11 +66,11 @@ class ErrorPredictor:
         finer = replace(best, factor=refined(best.factor, self._dynamic(scheme), channels))
         return self._best(scheme, [best, finer])
 
-    def _best(self, scheme: Activations, candidates: list[Smoothing], every: int = 1) -> Smoothing:
+    def _best(self, scheme: ActivationScheme, candidates: list[Smoothing], every: int = 1) -> Smoothing:
         errors = self.errors(scheme, [candidate.factor for candidate in candidates], every)
         return candidates[errors.index(min(errors))]
 
-    def _dynamic(self, scheme: Activations) -> DynamicError:
+    def _dynamic(self, scheme: ActivationScheme) -> DynamicError:
         rows, share = self._ranges.channel_max[None], torch.ones(1)
         if scheme == "token":
             rows, share = sampled(self._ranges)

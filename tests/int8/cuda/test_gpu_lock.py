@@ -10,7 +10,7 @@ import torch
 from children import in_child, killed
 
 from haq_lab.int8.cuda import gpu_lock as module
-from haq_lab.int8.cuda.gpu_lock import claim
+from haq_lab.int8.cuda.gpu_lock import lock_gpu
 
 CUDA = torch.device("cuda")
 
@@ -28,29 +28,29 @@ def two_gpus(monkeypatch, tmp_path):
 
 
 def test_a_process_keeps_its_gpu_and_others_take_another(capsys):
-    assert claim(CUDA) == torch.device("cuda", 0)
-    assert claim(CUDA) == torch.device("cuda", 0)
+    assert lock_gpu(CUDA) == torch.device("cuda", 0)
+    assert lock_gpu(CUDA) == torch.device("cuda", 0)
 
     def other() -> None:
         module._held.clear()
-        assert claim(CUDA) == torch.device("cuda", 1)
+        assert lock_gpu(CUDA) == torch.device("cuda", 1)
         lock, waited = module._held.pop("gpu-1"), []  # what a third process would see
 
         def later(seconds: float) -> None:
             waited.append(seconds)
             lock.release()
 
-        assert claim(CUDA, wait=later) == torch.device("cuda", 1)
+        assert lock_gpu(CUDA, wait=later) == torch.device("cuda", 1)
         assert waited == [1.0]
 
     assert not killed(in_child(other))
 
 
 def test_a_gpu_that_is_named_is_waited_for():
-    assert claim(torch.device("cuda", 1)) == torch.device("cuda", 1)
-    assert claim(CUDA) == torch.device("cuda", 1), "the one that it has"
+    assert lock_gpu(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert lock_gpu(CUDA) == torch.device("cuda", 1), "the one that it has"
 
 
 def test_what_is_not_there_is_left_to_the_kernels():
-    assert claim(torch.device("cuda", 5)) == torch.device("cuda", 5)
-    assert claim(torch.device("cpu")) == torch.device("cpu")
+    assert lock_gpu(torch.device("cuda", 5)) == torch.device("cuda", 5)
+    assert lock_gpu(torch.device("cpu")) == torch.device("cpu")

@@ -18,13 +18,13 @@ def test_holes_between_tensors_are_given_back():
     blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(128)]
     kept = blocks[::16]
     del blocks
-    heap.give_back()
+    heap.release_memory()
     before = process.memory_info().rss
     fresh = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(120)]
     filled = process.memory_info().rss
     assert filled - before > 100 << 20, "the holes had been returned"
     del fresh
-    heap.give_back()
+    heap.release_memory()
     assert process.memory_info().rss < before + (16 << 20)
     assert all(block.all() for block in kept)
 
@@ -33,6 +33,6 @@ def test_without_glibc_nothing_happens(monkeypatch):
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
     heap._trim.cache_clear()
     try:
-        heap.give_back()
+        heap.release_memory()
     finally:
         heap._trim.cache_clear()

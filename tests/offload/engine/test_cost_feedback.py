@@ -7,19 +7,19 @@ import math
 import pytest
 
 from haq_lab.offload.costs.cost_model import Costs, PiecewiseLinear
-from haq_lab.offload.engine.cost_feedback import Observer
+from haq_lab.offload.engine.cost_feedback import CostFeedback
 
 NAMES = ("fast", "slow", "fetch", "rest", "outside", "issue", "begin", "take")
 
 
-def scripted(*readings: float) -> Observer:
+def scripted(*readings: float) -> CostFeedback:
     """Of two layers. All costs are a second to begin with."""
     curves = {name: PiecewiseLinear([1], [1.0]) for name in NAMES}
     left = iter(readings)
-    return Observer(Costs(**curves, expert_bytes=1), "sum", 2, clock=lambda: next(left))
+    return CostFeedback(Costs(**curves, expert_bytes=1), "sum", 2, clock=lambda: next(left))
 
 
-def visit(observer: Observer, layer: int, tokens: int = 1) -> None:
+def visit(observer: CostFeedback, layer: int, tokens: int = 1) -> None:
     """One resident, one run in place and one fetched."""
     observer.chosen(layer, tokens)
     observer.decides()
@@ -46,7 +46,7 @@ def moments(begin: float) -> list[float]:
     return [begin + after for after in (0, 1, 2, 3, 4, 9, 16, 17, 21, 24, 29, 33)]
 
 
-def seen(observer: Observer) -> dict[str, float]:
+def seen(observer: CostFeedback) -> dict[str, float]:
     return {name: getattr(observer.costs, name).correction for name in NAMES}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from haq_lab.models.build_cache import made_once
+from haq_lab.models.build_cache import build_once
 from haq_lab.utils.errors import UserError
 
 
@@ -15,7 +15,7 @@ from haq_lab.utils.errors import UserError
 def made(tmp_path, monkeypatch) -> Path:
     """A model of two files in a cache of its own."""
     monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path))
-    return made_once("model", _make)
+    return build_once("model", _make)
 
 
 def _make(folder: Path) -> None:
@@ -41,7 +41,7 @@ CHANGES = {
 
 
 def test_it_is_made_once(made):
-    assert made_once("model", _never) == made
+    assert build_once("model", _never) == made
     assert set(json.loads((made / "sha256.json").read_text())) == {"model.safetensors", "tokenizer.json"}
 
 
@@ -49,14 +49,14 @@ def test_it_is_made_once(made):
 def test_a_change_is_refused_until_it_is_made_again(made, name):
     CHANGES[name](made / name)
     with pytest.raises(UserError, match=rf"{name}' is not as it was made; remove {made}, and it is made again"):
-        made_once("model", _never)
+        build_once("model", _never)
     for path in made.iterdir():
         path.unlink()
     made.rmdir()
-    assert made_once("model", _make) == made
+    assert build_once("model", _make) == made
 
 
 def test_what_has_no_record_is_taken_as_it_is(made):
     (made / "sha256.json").unlink()
     _flip(made / "model.safetensors")
-    assert made_once("model", _never) == made
+    assert build_once("model", _never) == made

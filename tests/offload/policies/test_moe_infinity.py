@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from haq_lab.offload.policies import eviction as cache
-from haq_lab.offload.policies.moe_infinity import MOST, PIECE, activation_matrices, matching
+from haq_lab.offload.policies.moe_infinity import MOST, PIECE, activation_matrices, moe_infinity
 
 
 def test_matrices_are_shares_of_pieces(make_trace):
@@ -19,7 +19,7 @@ def test_matrices_are_shares_of_pieces(make_trace):
 
 def test_a_sequence_is_matched_with_itself(make_trace):
     trace = make_trace(tokens=120, sequences=4)
-    state = matching(trace)
+    state = moe_infinity(trace)
     resident, admit, placed = np.ones((4, 8), bool), np.ones(8, bool), np.zeros(8, np.int64)
     for sequence in (2, 0, 3):
         cache.begin(state)
@@ -35,7 +35,7 @@ def test_a_sequence_is_matched_with_itself(make_trace):
 def test_the_nearest_is_the_definitions(make_trace):
     """Kept up to date a choice at a time, it is the one that cosine similarity from scratch finds."""
     trace = make_trace(tokens=2000, layers=3, sequences=20)
-    state, past = matching(trace.part(slice(0, 10))), activation_matrices(trace.part(slice(0, 10)))
+    state, past = moe_infinity(trace.part(slice(0, 10))), activation_matrices(trace.part(slice(0, 10)))
     resident, admit, placed = np.ones((3, 8), bool), np.ones(8, bool), np.zeros(8, np.int64)
     seen, found = np.zeros((3, 8)), set()
     cache.begin(state)

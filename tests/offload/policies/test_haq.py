@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from haq_lab.offload.policies import eviction as cache
-from haq_lab.offload.policies.haq import _exp_minus, _log_odds, expected_wait
+from haq_lab.offload.policies.haq import _exp_minus, _log_odds, haq_eviction
 from haq_lab.offload.policies.path_model import FORGOTTEN, HORIZONS, PathModel, log_odds
 from haq_lab.offload.policies.placement import place
 from haq_lab.offload.policies.policy import make_policy
@@ -63,7 +63,7 @@ def test_costs_are_the_definitions(make_trace, experts, k, prompt):
     """Also after a prompt, once a whole token has been decoded."""
     trace = make_trace(tokens=40, layers=3, experts=experts, k=k)
     model = model_for(trace)
-    state, plain = expected_wait(model), Plain(model)
+    state, plain = haq_eviction(model), Plain(model)
     resident = place("uniform", trace, 3 * k)
     switches = False, True, np.ones(experts, bool), np.zeros(experts, np.int64)
     for start in (0, *range(prompt, 40)):

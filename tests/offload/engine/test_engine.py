@@ -18,15 +18,15 @@ from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.offload.costs.cost_model import Costs, PiecewiseLinear
-from haq_lab.offload.engine.cost_feedback import Observer
+from haq_lab.offload.engine.cost_feedback import CostFeedback
 from haq_lab.offload.engine.engine import Engine
 from haq_lab.offload.policies.path_model import fit_path_model
 from haq_lab.offload.policies.placement import PLACEMENTS, place
 from haq_lab.offload.policies.policy import make_policy
 from haq_lab.offload.policies.prefetch import NextGate, NextOnPath
 from haq_lab.offload.tiers.cuda_streams import Streams
-from haq_lab.offload.tiers.disk import ExpertStore, ReadError, StoreWriter, layout, tensors_of
-from haq_lab.pipeline.sequential import one_pass
+from haq_lab.offload.tiers.disk import ExpertFile, ExpertFileWriter, ReadError, layout, tensors_of
+from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.routing.record import record_trace
 
@@ -45,7 +45,7 @@ class Case:
         self.path = folder / f"experts-{quantizer is not None}.bin"
         layers = self.layers()
         self.parts, self.size = layout(tensors_of(layers[0].mlp.experts[0]))
-        with StoreWriter(self.path) as writer:
+        with ExpertFileWriter(self.path) as writer:
             for layer in layers:
                 writer.add(layer.mlp.experts)
             writer.open().close()
@@ -57,11 +57,11 @@ class Case:
     def layers(self) -> list:
         layers: list = []
         keep = lambda index, layer: layers.append(layer)  # noqa: E731
-        one_pass(self.model, self.quantizer, CpuBackend(), None, CalibrationPolicy(), {}, keep)
+        sequential_pass(self.model, self.quantizer, CpuBackend(), None, CalibrationPolicy(), {}, keep)
         return layers
 
-    def open(self) -> ExpertStore:
-        return ExpertStore(self.path, self.parts, self.size, 8)
+    def open(self) -> ExpertFile:
+        return ExpertFile(self.path, self.parts, self.size, 8)
 
 
 def generate(whole, steps=5):
@@ -149,7 +149,7 @@ def test_what_happens_corrects_what_is_taken_to_be(case):
     costs = Costs(*curves[:5], store.blob_bytes, *curves[5:], from_disk=True)
     policy = make_policy("none", place("frequency", case.profile, 6), case.profile)
     policy.decide = lambda resident, missing: list(missing)[:1]
-    engine = Engine(store, policy, observer=Observer(costs, "sum", 3))
+    engine = Engine(store, policy, observer=CostFeedback(costs, "sum", 3))
     engine.attach(layers, case.model.family.moe)
     assert torch.equal(generate(case.model.assemble(layers)), case.expected)
     engine.close()
@@ -203,7 +203,7 @@ def test_a_read_that_keeps_failing_names_the_expert_and_leaves_the_arena_whole(c
 def test_a_deployed_model_served_from_a_file_has_the_bits_of_one_in_memory(tmp_path, in_place):
     placed = TwoTiers(CpuBackend(), Streams(), steps=4)
     decide = (lambda hits, missing: list(missing)) if in_place else None
-    with StoreWriter(tmp_path / "experts.bin") as writer:
+    with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         engine, whole = placed.engine("lru", slots=6, decide=decide, writer=writer)
         try:
             assert torch.equal(placed.generate(whole), placed.expected)

@@ -10,8 +10,8 @@ import torch
 from haq_lab.int8.backend import FakeBackend, ReferenceBackend
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu.backend import CpuBackend
-from haq_lab.int8.linear import Int8Linear, Joint, can_join, parameter_count, weight_bytes
-from haq_lab.pipeline.sequential import one_pass
+from haq_lab.int8.linear import Int8Linear, MergedLinear, can_merge, parameter_count, weight_bytes
+from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import join, lay_side_by_side
 
@@ -40,11 +40,11 @@ def linears(backend, rows=(64, 32, 40), scheme="token", bias=False):
 def test_outputs_keep_their_bits(backend, bias, scheme):
     members = linears(backend, scheme=scheme, bias=bias)
     levels, size = [member.weight.clone() for member in members], weight_bytes(torch.nn.ModuleList(members))
-    assert can_join(members)
+    assert can_merge(members)
     for x in (torch.randn(1, 1, 50), torch.randn(2, 7, 50), torch.randn(3, 50)):
         apart = [member(x) for member in members]
         joined = copy.deepcopy(members)
-        joint = Joint(joined)
+        joint = MergedLinear(joined)
         for _ in range(2):
             for got, wanted in zip([member(x) for member in joined], apart, strict=True):
                 # fake multiplies in float, whose sums may depend on the width
@@ -61,7 +61,7 @@ def test_outputs_keep_their_bits(backend, bias, scheme):
 def test_a_tensor_written_to_is_another_input(backend):
     members = linears(backend)
     apart = copy.deepcopy(members)
-    Joint(members)
+    MergedLinear(members)
     x = torch.randn(2, 50)
     assert torch.equal(members[0](x), apart[0](x))
     x.mul_(3)
@@ -73,7 +73,7 @@ def test_a_tensor_written_to_is_another_input(backend):
 @pytest.mark.parametrize("backend", BACKENDS[:2], ids=lambda backend: backend.name)
 def test_members_can_be_scaled_and_loaded(backend):
     members, other = linears(backend), linears(backend)
-    Joint(members)
+    MergedLinear(members)
     for member, source in zip(members, other, strict=True):
         member.load_state_dict(source.state_dict())
         member.weight_scale.div_(2)
@@ -85,29 +85,29 @@ def test_members_can_be_scaled_and_loaded(backend):
 def test_what_differs_is_not_joined():
     backend = ReferenceBackend()
     a, b, _ = linears(backend)
-    assert not can_join([a])
-    assert not can_join([a, linears(ReferenceBackend())[1]])
-    assert not can_join([a, linears(backend, scheme="tensor")[1]])
-    assert not can_join([a, linears(backend, bias=True)[1]])
+    assert not can_merge([a])
+    assert not can_merge([a, linears(ReferenceBackend())[1]])
+    assert not can_merge([a, linears(backend, scheme="tensor")[1]])
+    assert not can_merge([a, linears(backend, bias=True)[1]])
     static, other = linears(backend, scheme="static"), linears(backend, scheme="static")
-    assert can_join([static[0], other[1]])
+    assert can_merge([static[0], other[1]])
     other[1].input_scale.mul_(2)
-    assert not can_join([static[0], other[1]])
-    Joint([a, b])
-    assert not can_join([a, b])
+    assert not can_merge([static[0], other[1]])
+    MergedLinear([a, b])
+    assert not can_merge([a, b])
 
 
 @pytest.mark.skipif(not native.available(), reason="no CPU kernels here")
 def test_rows_that_do_not_fill_a_panel_can_only_be_last():
     members = linears(CpuBackend(), rows=(40, 64))
-    assert not can_join(members)
-    assert can_join(members[::-1])
+    assert not can_merge(members)
+    assert can_merge(members[::-1])
 
 
 def test_a_layer_of_every_family_keeps_its_bits(tiny, windows):
     """The perplexity path: whole windows through the layer's own code."""
     layers: list[torch.nn.Module] = []
-    one_pass(tiny, RTN(), CpuBackend(), None, "fp", {}, lambda index, layer: layers.append(layer))
+    sequential_pass(tiny, RTN(), CpuBackend(), None, "fp", {}, lambda index, layer: layers.append(layer))
     hidden = tiny.embed(windows)
     wanted = tiny.run(layers[0], 0, hidden.clone())
     size = weight_bytes(layers[0])

@@ -12,7 +12,7 @@ from haq_lab.models import layerwise as layered
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.utils.timer import Stopwatch
-from tests.models.test_layered import VARIANTS, save, whole_of
+from tests.models.test_layerwise import VARIANTS, save, whole_of
 
 NEEDS = Needs(inputs=True, hessian=True, cross=True)
 

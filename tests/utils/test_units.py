@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from haq_lab.utils.units import number_and_unit
+from haq_lab.utils.units import parse_quantity
 
 
 @pytest.mark.parametrize(
@@ -21,4 +21,4 @@ from haq_lab.utils.units import number_and_unit
     ],
 )
 def test_a_number_and_its_unit(text, read):
-    assert number_and_unit(text) == read
+    assert parse_quantity(text) == read

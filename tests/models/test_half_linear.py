@@ -9,15 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.models import half_linear as narrow_linear
-from haq_lab.models.half_linear import NarrowLinear
+from haq_lab.models.half_linear import HalfLinear
 
 HALVES = [torch.bfloat16, torch.float16]
 native_or_not = pytest.mark.parametrize("has_native", [True, False])
 
 
-def narrow_linear_of(dtype: torch.dtype) -> NarrowLinear:
+def narrow_linear_of(dtype: torch.dtype) -> HalfLinear:
     linear = nn.Linear(48, 200, bias=False, dtype=dtype)
-    return NarrowLinear(linear.requires_grad_(False))
+    return HalfLinear(linear.requires_grad_(False))
 
 
 @native_or_not

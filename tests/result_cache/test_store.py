@@ -13,7 +13,7 @@ from children import in_child, killed
 
 from haq_lab.cli.cache import main
 from haq_lab.result_cache.eviction import entries
-from haq_lab.result_cache.store import Artefact, Store
+from haq_lab.result_cache.store import Artifact, Store
 
 GB = 1_000_000_000
 A, B = "a" * 40, "b" * 40
@@ -23,11 +23,11 @@ def _key(number: int) -> str:
     return f"{number:040x}"
 
 
-def _artefact(number: int = 0, size: int = 1000) -> Artefact:
-    return Artefact({"x": torch.arange(size) * 0.1 + number}, {"number": number, "text": "ä"})
+def _artefact(number: int = 0, size: int = 1000) -> Artifact:
+    return Artifact({"x": torch.arange(size) * 0.1 + number}, {"number": number, "text": "ä"})
 
 
-def _same(one: Artefact | None, other: Artefact) -> bool:
+def _same(one: Artifact | None, other: Artifact) -> bool:
     return (
         one is not None
         and one.facts == other.facts
@@ -36,7 +36,7 @@ def _same(one: Artefact | None, other: Artefact) -> bool:
     )
 
 
-def _never() -> Artefact:
+def _never() -> Artifact:
     raise AssertionError("computed twice")
 
 
@@ -57,9 +57,9 @@ def test_tensors_come_back_in_their_types_and_aligned_as_torch_aligns(tmp_path):
         "experts.1.weight": torch.randn(3, 5),
         "view": torch.randn(6, 4).t(),
     }
-    Store(tmp_path, GB).put("stage", A, Artefact(tensors))
+    Store(tmp_path, GB).put("stage", A, Artifact(tensors))
     found = Store(tmp_path, GB).get("stage", A)
-    assert _same(found, Artefact(tensors))
+    assert _same(found, Artifact(tensors))
     assert all(tensor.data_ptr() % 64 == 0 for tensor in found.tensors.values())  # sums depend on it
 
 
@@ -86,7 +86,7 @@ def test_a_damaged_artefact_is_computed_again_and_said_so(tmp_path, capsys, suff
 
 
 def test_a_changed_fact_is_noticed(tmp_path):
-    Store(tmp_path, GB).put("stage", A, Artefact(facts={"perplexity": 12.5}))
+    Store(tmp_path, GB).put("stage", A, Artifact(facts={"perplexity": 12.5}))
     path = tmp_path / "stage" / f"{A}.safetensors"
     path.write_bytes(path.read_bytes().replace(b"12.5", b"11.5"))
     assert Store(tmp_path, GB).get("stage", A) is None
@@ -163,7 +163,7 @@ def test_killed_while_writing(tmp_path, capsys):
 
 
 def test_two_processes_compute_it_once(tmp_path):
-    def compute() -> Artefact:
+    def compute() -> Artifact:
         with (tmp_path / "computed").open("a") as stream:
             stream.write("x")
         time.sleep(0.05)
@@ -179,7 +179,7 @@ def test_two_processes_compute_it_once(tmp_path):
 
 
 def test_a_killed_process_holds_up_nobody(tmp_path):
-    def die() -> Artefact:
+    def die() -> Artifact:
         os.kill(os.getpid(), 9)
         raise AssertionError
 

@@ -12,12 +12,12 @@ from haq_lab.calibration.statistics import MIN_TOKENS, CalibrationPolicy
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.int8_experts import Int8Experts
-from haq_lab.pipeline.sequential import one_pass
+from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothquant import SmoothQuant
 from haq_lab.storage.tensor_names import expert_of
-from tests.models.test_layered import whole_of
+from tests.models.test_layerwise import whole_of
 
 QUANTIZERS = {
     "rtn": RTN(),
@@ -30,7 +30,7 @@ QUANTIZERS = {
 def pass_through(model, quantizer, windows, inputs="fp"):
     layers: dict[int, nn.Module] = {}
     calibration = windows.flip(0).flip(1)
-    result = one_pass(
+    result = sequential_pass(
         model,
         quantizer,
         ReferenceBackend(),
@@ -85,7 +85,7 @@ def test_propagating_the_quantised_model_gives_other_statistics(tiny, windows):
 
 def test_nothing_to_evaluate_still_quantises(tiny, windows):
     layers: list[nn.Module] = []
-    result = one_pass(
+    result = sequential_pass(
         tiny, RTN(), ReferenceBackend(), None, CalibrationPolicy(), {}, lambda index, layer: layers.append(layer)
     )
     assert result.hidden == {}
@@ -128,7 +128,9 @@ def test_nothing_keeps_a_layers_weights_once_it_is_finished(tiny, windows, name)
     calibration = windows.flip(1)
     evaluation = {"text": windows}
     policy = CalibrationPolicy()
-    one_pass(tiny, QUANTIZERS[name], ReferenceBackend(), calibration, policy, evaluation, lambda index, layer: None)
+    sequential_pass(
+        tiny, QUANTIZERS[name], ReferenceBackend(), calibration, policy, evaluation, lambda index, layer: None
+    )
     assert len(loaded) > 10
 
 

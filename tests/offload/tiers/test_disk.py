@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from haq_lab.offload.tiers.arena import aligned
-from haq_lab.offload.tiers.disk import ALIGNMENT, PAGE, StoreWriter, bind, layout, tensors_of
+from haq_lab.offload.tiers.disk import ALIGNMENT, PAGE, ExpertFileWriter, bind, layout, tensors_of
 from haq_lab.utils.errors import UserError
 
 
@@ -59,7 +59,7 @@ def test_what_is_written_is_read_or_used_in_place_and_does_not_stay(tmp_path, mo
         without_direct_reads(monkeypatch)
     layers = [layer_of(4, 700, seed) for seed in range(3)]
     kept = [[{name: t.clone() for name, t in tensors_of(expert).items()} for expert in layer] for layer in layers]
-    with StoreWriter(tmp_path / "experts.bin") as writer:
+    with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         for layer in layers:
             writer.add(layer)
         assert all(tensor.numel() == 0 for layer in layers for tensor in layer.parameters()), "gone from memory"
@@ -83,7 +83,7 @@ def test_what_is_written_is_read_or_used_in_place_and_does_not_stay(tmp_path, mo
 
 
 def test_an_expert_laid_out_otherwise_is_refused(tmp_path):
-    with StoreWriter(tmp_path / "experts.bin") as writer:
+    with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         writer.add(layer_of(2, 8))
         with pytest.raises(UserError, match="expert 0 of layer 1 is not laid out like the others"):
             writer.add(layer_of(2, 9))

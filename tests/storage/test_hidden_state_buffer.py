@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from haq_lab.storage.hidden_state_buffer import Spool
+from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
 from haq_lab.utils.errors import UserError
 
 
@@ -20,7 +20,7 @@ def resident() -> int:
 
 
 def test_both_kinds_hold_what_is_written(tmp_path):
-    spool = Spool(limit=5000, folder=tmp_path)
+    spool = HiddenStateBuffer(limit=5000, folder=tmp_path)
     kept, mapped = spool.empty((2, 3, 100), torch.float32), spool.empty((2, 3, 200), torch.float32)
     for tensor in (kept, mapped):
         values = torch.randn(tensor.shape)
@@ -36,7 +36,7 @@ def test_both_kinds_hold_what_is_written(tmp_path):
 
 
 def test_released_pages_leave_memory(tmp_path):
-    spool = Spool(limit=0, folder=tmp_path)
+    spool = HiddenStateBuffer(limit=0, folder=tmp_path)
     tensor = spool.empty((64, 1 << 18), torch.float32)  # 64 MiB
     before = resident()
     tensor.fill_(3)
@@ -52,8 +52,8 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"no room for 4\.0 GB of hidden states"):
-        Spool(limit=0, folder=tmp_path).empty((10**9,), torch.float32)
+        HiddenStateBuffer(limit=0, folder=tmp_path).empty((10**9,), torch.float32)
 
 
 def test_nothing_at_all():
-    assert Spool(limit=0).empty((0, 3), torch.float32).shape == (0, 3)
+    assert HiddenStateBuffer(limit=0).empty((0, 3), torch.float32).shape == (0, 3)

@@ -11,7 +11,7 @@ from haq_lab.calibration.statistics import CalibrationPolicy, Needs
 from haq_lab.models import layerwise as layered
 from haq_lab.routing.choices import Routing
 from haq_lab.utils.timer import Stopwatch
-from tests.models.test_layered import whole_of
+from tests.models.test_layerwise import whole_of
 
 NEEDS = Needs(inputs=True, hessian=True, sample=True)
 pytestmark = pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])

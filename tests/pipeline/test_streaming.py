@@ -9,7 +9,7 @@ import pytest
 
 from haq_lab.measure.memory import RESET
 
-SOURCE = Path(__file__).parent.parent / "experiments" / "benchmarks" / "streaming.py"
+SOURCE = Path(__file__).parents[2] / "experiments" / "benchmarks" / "streaming.py"
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.utils.atomic_files import folder_written_aside, sha256, write_json, write_text, written_aside
+from haq_lab.utils.atomic_files import atomic_file, atomic_folder, sha256, write_json, write_text
 from haq_lab.utils.paths import folder_name
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "deep" / "file.json"
     write_json(path, {"a": 1})
-    with pytest.raises(RuntimeError), written_aside(path) as aside:  # noqa: PT012
+    with pytest.raises(RuntimeError), atomic_file(path) as aside:  # noqa: PT012
         aside.write_text("half")
         raise RuntimeError
     assert json.loads(path.read_text()) == {"a": 1}
@@ -30,11 +30,11 @@ def test_nan_is_refused(tmp_path):
 
 
 def test_a_failed_folder_is_absent(tmp_path):
-    with pytest.raises(RuntimeError), folder_written_aside(tmp_path / "made") as aside:  # noqa: PT012
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "made") as aside:  # noqa: PT012
         (aside / "half").write_text("x")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
-    with folder_written_aside(tmp_path / "made") as aside:
+    with atomic_folder(tmp_path / "made") as aside:
         (aside / "whole").write_text("x")
     assert (tmp_path / "made" / "whole").read_text() == "x"
     assert [path.name for path in tmp_path.iterdir()] == ["made"]

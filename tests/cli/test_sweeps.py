@@ -74,7 +74,7 @@ def test_a_search(tmp_path):
     assert found["best_value"] == min(values)
     done = _sweep(tmp_path / "wrong", *search, *model, *wanted[1:], "search_metric=perplexity.python_doc")
     assert done.returncode == 2
-    assert "objective: 'perplexity.python_doc' is not one of" in done.stderr
+    assert "search_metric: 'perplexity.python_doc' is not one of" in done.stderr
     assert "did you mean 'perplexity.python_docs'?" in done.stderr
 
 
