@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from launching import TINY, launch
+from thinning import thin
 from torch import Tensor, nn
 
 from haq_lab.models.layerwise import LayeredModel
@@ -19,8 +20,23 @@ from haq_lab.routing.trace import Trace
 
 MakeTrace = Callable[..., Trace]
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25, database=None)
-settings.load_profile("repeatable")
+settings.register_profile("all", derandomize=True, deadline=None, max_examples=25, database=None)
+settings.register_profile("some", settings.get_profile("all"), max_examples=10)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="whole grids of parameters, and more random examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("all" if config.getoption("--all") else "some")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all"):
+        return
+    items[:], left_out = thin(items)
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session", autouse=True)
