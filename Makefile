@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check setup clean
+.PHONY: demo test test-all check setup clean
 
 demo: .venv/.package
 	$(BIN)/python -m haq_lab -m +experiment=demo quantizer=none,rtn,smoothquant,gptq,haq hydra.sweep.dir=runs/demo
@@ -10,6 +10,9 @@ demo: .venv/.package
 
 test: setup
 	$(BIN)/python -m pytest -n 2
+
+test-all: setup
+	$(BIN)/python -m pytest -n 2 --all
 
 check: setup
 	$(BIN)/ruff check .
