@@ -1,18 +1,18 @@
-"""Nothing is computed twice: the time of an ablation whose runs share their stages, over that of separate runs.
+"""Measure how much time an ablation saves if its runs share results, relative to separate runs.
 
-python experiments/benchmarks/stages.py                          # three layers of SmolLM2-135M: five minutes
-python experiments/benchmarks/stages.py --layers 30              # the whole model: twenty minutes
-python experiments/benchmarks/stages.py --ablation haq           # the jobs of +experiment=ablation_haq
-python experiments/benchmarks/stages.py --inputs quantized    # where every job's statistics are its own
+python experiments/benchmarks/result_cache.py                          # three layers of SmolLM2-135M: five minutes
+python experiments/benchmarks/result_cache.py --layers 30              # the whole model: twenty minutes
+python experiments/benchmarks/result_cache.py --ablation haq           # the jobs of +experiment=ablation_haq
+python experiments/benchmarks/result_cache.py --inputs quantized       # every job has its own statistics
 
 Both arms run the same eight jobs with the same settings, one after the other:
 
-    separate   every job a process of its own, with result_cache.enabled=false
-    sweep      one sweep (-m) on an empty store
+    separate   each job in its own process, with result_cache.enabled=false
+    sweep      one sweep (-m) with an empty cache
 
-The metrics of both must be equal to the last bit, or there is no figure. The calibration (32 x 512 tokens) is the
-default one but for `inputs=fp`. The quantizer that asks most of calibration comes first, so that the others find
-all they need.
+The metrics of both arms must be equal to the last bit; otherwise no figure is printed. Calibration (32 x 512 tokens) is
+the default except for `inputs=fp`. The quantizer that needs most of calibration comes first, so that the others find
+everything in the cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-ABLATIONS = {  # what each varies, eight combinations
+ABLATIONS = {  # settings and their values; eight combinations each
     "quantizers": {
         "quantizer": ["haq", "gptq", "smoothquant", "rtn"],
         "quantizer.activations": ["token", "static"],
@@ -44,14 +44,14 @@ ABLATIONS = {  # what each varies, eight combinations
 
 
 def main() -> None:
-    """Both arms, a line each, and the record as JSON."""
+    """Run both arms, print a line for each, and print the record as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ablation", choices=ABLATIONS, default="quantizers")
     parser.add_argument("--inputs", choices=["fp", "quantized"], default="fp")
-    parser.add_argument("--layers", type=int, default=3, help="so many decoder layers of the model are kept")
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows, of 512 tokens")
-    parser.add_argument("--windows", type=int, default=2, help="evaluation windows, of 512 tokens")
-    parser.add_argument("--lock", help="a lock file to hold while a process runs, on a machine that others use too")
+    parser.add_argument("--layers", type=int, default=3, help="number of decoder layers of the model to use")
+    parser.add_argument("--samples", type=int, default=32, help="number of calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=2, help="number of evaluation windows of 512 tokens")
+    parser.add_argument("--lock", help="lock file to hold while a process runs, on a shared machine")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         shorten(_source(), Path(folder) / "model", given.layers)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, folder: Path) -> dict:
-    """Seconds of both arms, and what became of the time in the sweep's jobs."""
+    """Return the seconds of both arms, and the sweep's seconds by stage."""
     varied = ABLATIONS[given.ablation]
     jobs = list(product(*([f"{name}={value}" for value in values] for name, values in varied.items())))
     swept = [f"{name}={','.join(values)}" for name, values in varied.items()]
@@ -78,7 +78,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict:
     ratios = {clock: sweep[clock] / sum(spent[clock] for spent in separate.values()) for clock in sweep}
     print(f"ratio     {ratios['wall']:7.3f}    {ratios['cpu']:7.3f} of CPU     the metrics are equal", flush=True)
     return {
-        "benchmark": "stages",
+        "benchmark": "result_cache",
         "ablation": given.ablation,
         "inputs": given.inputs,
         "layers": given.layers,
@@ -100,7 +100,7 @@ def _source() -> Path:
 
 
 def shorten(source: Path, target: Path, layers: int) -> None:
-    """A checkpoint with the first `layers` decoder layers of another."""
+    """Write a checkpoint with the first `layers` decoder layers of `source`."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
     config = json.loads((source / "config.json").read_text())
     config["num_hidden_layers"] = min(layers, config["num_hidden_layers"])
@@ -115,7 +115,7 @@ def shorten(source: Path, target: Path, layers: int) -> None:
 
 
 def _run(given: argparse.Namespace, model: Path, arguments: list[str]) -> dict[str, float]:
-    """Seconds of one process, by the clock and of CPU; waiting for the lock does not count."""
+    """Return the wall-clock and CPU seconds of one process, without the wait for the lock."""
     command = [sys.executable, "-m", "haq_lab", *arguments, "model=hf", f"model.name={model}"]
     command += ["measure=[perplexity]", "tracking=none", "calibration=python_docs"]
     command += [f"calibration.inputs={given.inputs}", f"calibration.samples={given.samples}"]
@@ -141,7 +141,7 @@ print(json.dumps({"wall": time.perf_counter() - start, "cpu": spent.ru_utime + s
 
 
 def _metrics(folder: Path) -> list[dict[str, float]]:
-    """Of all runs below, in an order of their own; without times and peaks."""
+    """Return the metrics of all runs below `folder`, sorted, without times and peaks."""
     found = []
     for path in folder.glob("*/results.json"):
         metrics = json.loads(path.read_text())["metrics"]
@@ -150,7 +150,7 @@ def _metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def _times(folder: Path) -> dict[str, float]:
-    """Seconds by stage, over all runs."""
+    """Return the seconds by stage, summed over all runs."""
     total: dict[str, float] = {}
     for path in folder.glob("*/results.json"):
         for name, value in json.loads(path.read_text())["metrics"].items():
