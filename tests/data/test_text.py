@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from haq_lab.calibration.dataset import OVERLAP_RUN, _runs
+from haq_lab.calibration.dataset import OVERLAP_RUN, _hashes_of_runs
 from haq_lab.data.text import load_rows, python_docs
 from haq_lab.data.windows import encode, own_text
 from haq_lab.models.random_tiny import byte_tokenizer
@@ -95,6 +95,6 @@ def test_a_text_of_ones_own_needs_a_path():
 
 def test_the_parts_of_python_docs_share_no_run():
     parts = [encode(byte_tokenizer(), python_docs(part))[None] for part in ("calibration", "evaluation")]
-    calibration, evaluation = (_runs(part, OVERLAP_RUN) for part in parts)
+    calibration, evaluation = (_hashes_of_runs(part, OVERLAP_RUN) for part in parts)
     assert len(np.intersect1d(calibration, evaluation)) == 0
     assert min(part.shape[1] for part in parts) > 100_000
