@@ -104,8 +104,8 @@ def _hashes_of_runs(windows: Tensor, length: int) -> np.ndarray:
 def refuse_overlap(calibration: Tensor, evaluation: dict[str, Tensor]) -> None:
     """Raise an error if calibration and evaluation windows share a run of 128 tokens.
 
-    If the windows are shorter than 128 tokens, the run is one whole window. Evaluation windows are joined first, because
-    most protocols cut them from one text without gaps.
+    If the windows are shorter than 128 tokens, the run is one whole window. Evaluation windows are joined first,
+    because most protocols cut them from one text without gaps.
 
     Args:
         calibration: Token windows (n, t).

@@ -1,4 +1,4 @@
-"""The published protocols, against their loops as published; and texts that give no window."""
+"""Compare the protocols with the published loops, and refuse texts that are too short."""
 
 from __future__ import annotations
 
