@@ -100,7 +100,7 @@ def test_the_trace_is_the_whole_models(tiny, windows):
 
 @pytest.mark.parametrize("few", [False, True])
 def test_inside_an_expert(tiny, windows, few, monkeypatch):
-    monkeypatch.setattr("haq_lab.calibration.observers.SHOWN_PER_CHANNEL", 1)  # so that not all are shown
+    monkeypatch.setattr("haq_lab.calibration.observers.TOKENS_PER_CHANNEL", 1)  # so that not all tokens are added
     layer, hidden = tiny.load_layer(0), tiny.embed(windows)
     x, chosen = moe_input(tiny, layer, hidden)
     counts = chosen.flatten().bincount(minlength=tiny.experts)

@@ -41,7 +41,7 @@ def test_scales_under_many_factors_are_those_under_each(seed, rows, columns, spr
     weight = draw(seed, rows, columns, spread)
     factors = [10 ** torch.randn(columns, generator=torch.Generator().manual_seed(seed + i)) for i in range(3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "CACHED", 4 * columns * 2)  # two rows at a time
+        patch.setattr(grid, "BLOCK_BYTES", 4 * columns * 2)  # two rows at a time
         together = row_scales(weight, factors, bits)
     assert torch.equal(together, torch.stack([row_scale(weight * factor, bits) for factor in factors]))
 

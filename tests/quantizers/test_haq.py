@@ -13,7 +13,7 @@ from haq_lab.models.architectures import FAMILIES, Group
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
 from haq_lab.quantizers.gptq_solver import conditional_variance
 from haq_lab.quantizers.haq.error_model import ErrorPredictor
-from haq_lab.quantizers.haq.noise import every_output_alike
+from haq_lab.quantizers.haq.noise import uniform_sensitivity
 from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.quantizers.smoothing import Channels
 from haq_lab.utils.errors import UserError
@@ -89,7 +89,7 @@ def test_auto_is_static_where_rows_are_alike_and_dynamic_where_they_are_not():
     for x, scheme in ((even, "static"), (uneven, "token")):
         # Of so many tokens that hardly any is expected beyond the range of these.
         statistics = InputStatistics(1_000_000, x.abs().amax(0), x.t() @ x / 500, None, x, torch.full((500,), 2e3))
-        statistics.sensitivity = every_output_alike(weight / x.std())  # errors count relative to the input's size
+        statistics.sensitivity = uniform_sensitivity(weight / x.std())  # errors count relative to the input's size
         assert HAQ(activations="auto", auto_limit=1e-2).activation(weight, statistics).scheme == scheme
 
 
@@ -104,8 +104,8 @@ def test_auto_allows_an_expert_its_share_of_the_limit():
         assert quantizer.activation(weight, replace(statistics, share=share)).scheme == scheme
 
 
-def test_auto_refuses_to_weigh_errors_that_have_no_unit():
-    with pytest.raises(UserError, match="sensitivity must not be 0"):
+def test_auto_needs_the_sensitivity():
+    with pytest.raises(UserError, match="auto needs the sensitivity, but quantizer.sensitivity is 0"):
         HAQ(activations="auto", sensitivity=0)
 
 
@@ -115,7 +115,7 @@ def test_what_the_model_does_not_depend_on_may_be_rounded_coarsely():
     x[:, 0] *= 1000
     statistics = InputStatistics(len(x), x.abs().amax(0), x.t() @ x / len(x), None, x, torch.ones(len(x)))
     alike = HAQ(activations="static").activation(weight, statistics)
-    statistics.sensitivity = every_output_alike(weight)
+    statistics.sensitivity = uniform_sensitivity(weight)
     statistics.sensitivity.channels[0] = 0
     assert HAQ(activations="static").activation(weight, statistics).scale < alike.scale / 10
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import Sensitivity
 from haq_lab.models.architectures import Group
-from haq_lab.quantizers.haq.channel_search import DynamicError, refined
+from haq_lab.quantizers.haq.channel_search import DynamicError, refine
 from haq_lab.quantizers.smoothing import Channels
 
 K = 12
@@ -47,7 +47,7 @@ def test_it_ends_lower_than_it_began_and_near_the_one_minimum():
     predicted = error()
     ends = []
     for start in (torch.ones(K), torch.logspace(-0.3, 0.3, K)):
-        end = refined(start, predicted, one_to_one())
+        end = refine(start, predicted, one_to_one())
         assert predicted(end)[0] < 0.9 * predicted(start)[0]
         ends.append(predicted(end)[0])
     assert max(ends) < 1.1 * min(ends)
@@ -57,7 +57,7 @@ def test_channels_of_one_row_keep_one_factor():
     channels = one_to_one()
     channels.rows = torch.arange(K) // 3
     channels.source_rows = K // 3
-    factor = refined(torch.ones(K), error(), channels)
+    factor = refine(torch.ones(K), error(), channels)
     shared: Tensor = factor.view(-1, 3)
     assert torch.equal(shared, shared[:, :1].expand_as(shared))
     assert factor.unique().numel() > 1

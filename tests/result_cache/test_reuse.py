@@ -216,7 +216,7 @@ def test_a_users_own_quantizer_is_always_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("result_cache.max_size=20", "result_cache.max_size: '20' is no size"),
+        ("result_cache.max_size=20", "result_cache.max_size: '20' is not a size"),
         ("result_cache.dir=''", "result_cache.dir: '' is not valid"),
         ("result_cache.enabled=maybe", "result_cache.enabled: 'maybe' is not valid"),
         ("+result_cache.size=1", "result_cache.size: there is no such setting"),
