@@ -39,7 +39,7 @@ class Calibrator:
         windows: Token windows (n, t), or None if no statistics are needed.
         policy: Which hidden states are used, and which tokens for an expert.
         clock: Records the stages `calibrate` (statistics) and `forward` (tokens through layers).
-        spool: Buffer for the hidden states.
+        buffer: Buffer for the hidden states.
         store: The result cache, with the full-precision statistics of earlier runs.
         at: Index of the next layer for the hidden states, stored under `CALIBRATION`. They lag behind the pass while
             the statistics come from the result cache.
@@ -62,7 +62,7 @@ class Calibrator:
         windows: Tensor | None,
         policy: CalibrationPolicy,
         clock: Stopwatch,
-        spool: HiddenStateBuffer,
+        buffer: HiddenStateBuffer,
         store: Store,
         at: dict[str, int],
     ):
@@ -77,9 +77,9 @@ class Calibrator:
             if needs.sensitivity:
                 with clock.stage("sensitivity"):
                     self._sensitivity = self._cached.sensitivity(needs.sensitivity, self._measure_sensitivity)
-            self.hidden = model.embed(windows, spool.empty)
+            self.hidden = model.embed(windows, buffer.empty)
             if needs.cross and policy.inputs == "quantized":
-                self.hidden_fp = spool.copy(self.hidden)
+                self.hidden_fp = buffer.copy(self.hidden)
             if model.experts:
                 self.routing = Routing(model.experts, (windows.shape[0], windows.shape[1]))
         self._inputs_fp: dict[str, Tensor] = {}

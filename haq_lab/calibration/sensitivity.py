@@ -26,28 +26,28 @@ from haq_lab.utils.malloc import release_memory
 LayerSensitivity = dict[str, Sensitivity]  # by the group's site
 
 
-def measure_sensitivity(model: LayeredModel, windows: Tensor, spool: HiddenStateBuffer) -> list[LayerSensitivity]:
+def measure_sensitivity(model: LayeredModel, windows: Tensor, buffer: HiddenStateBuffer) -> list[LayerSensitivity]:
     """Measure the sensitivity of every group of every layer of the full-precision model.
 
     Args:
         model: The full-precision model.
         windows: Token windows (n, t).
-        spool: Buffer for the hidden states (n, t, d) before every layer.
+        buffer: Buffer for the hidden states (n, t, d) before every layer.
 
     Returns:
         For each layer, the sensitivity by site.
     """
-    states = [model.embed(windows, spool.empty)]
+    states = [model.embed(windows, buffer.empty)]
     for index in range(model.depth):
-        states.append(model.run(model.load_layer(index), index, spool.copy(states[-1])))
-        spool.release()
+        states.append(model.run(model.load_layer(index), index, buffer.copy(states[-1])))
+        buffer.release()
         release_memory()
     gradient = states.pop()
     _differentiate_head(model, gradient)
     from_last: list[LayerSensitivity] = []
     for index in reversed(range(model.depth)):
         from_last.append(_differentiate_layer(model, index, states.pop(), gradient))
-        spool.release()
+        buffer.release()
         release_memory()
     return from_last[::-1]
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from haq_lab.config.help import report_user_errors
 from haq_lab.result_cache.eviction import Entry, entries, remove_leftovers, trim
-from haq_lab.result_cache.settings import ResultCache, bytes_of
+from haq_lab.result_cache.settings import ResultCache, parse_size
 from haq_lab.utils.console import print_table, say
 
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.command == "ls":
             show(folder, given.all)
         else:
-            collect(folder, bytes_of(given.limit))
+            collect(folder, parse_size(given.limit))
 
 
 def show(folder: Path, every: bool) -> None:

@@ -13,7 +13,7 @@ from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, output_error
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
-from haq_lab.quantizers.smoothing import Channels, fold, stacked
+from haq_lab.quantizers.smoothing import ChannelMap, fold, stack_weights
 
 
 @dataclass
@@ -63,8 +63,8 @@ def smooth_group(
     """
     if group.source is None:
         return statistics, None
-    weight = stacked(layers[0], group.readers)
-    channels = Channels(group, layers[0], weight.shape[1])
+    weight = stack_weights(layers[0], group.readers)
+    channels = ChannelMap(group, layers[0], weight.shape[1])
     smoothing = quantizer.smoothing(group, family, weight, statistics, channels)
     if smoothing is None:
         return statistics, None
@@ -98,11 +98,11 @@ def quantize_group(
     Returns:
         One report for each linear.
     """
-    activation = quantizer.activation(stacked(layer, group.consumers), statistics)
+    activation = quantizer.activation(stack_weights(layer, group.consumers), statistics)
     reports = []
     for expert, names in group.parts().items():
         own = None if statistics is None else statistics.of(expert)
-        solution = quantizer.solve(stacked(layer, names), own, activation)
+        solution = quantizer.solve(stack_weights(layer, names), own, activation)
         first = 0
         for name in names:
             rows = slice(first, first := first + cast(nn.Linear, layer.get_submodule(name)).out_features)

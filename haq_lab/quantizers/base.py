@@ -17,7 +17,7 @@ from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.int8.numerics import ActivationScheme, scale_of
 from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
-from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.smoothing import ChannelMap
 
 COLUMNS = 128  # columns of a Hessian that are multiplied at once
 
@@ -95,7 +95,7 @@ class Quantizer:
         family: Family,
         weight: Tensor,
         statistics: InputStatistics | None,
-        channels: Channels,
+        channels: ChannelMap,
     ) -> Smoothing | None:
         """Choose how to smooth the input of a group.
 
@@ -104,7 +104,7 @@ class Quantizer:
             family: The model's architecture.
             weight: (n, k) stacked weights of all readers. A router's rows come last, because its columns are multiplied
                 by the factor too, as in SmoothQuant's code.
-            statistics: Statistics of the input, or None if `needs` asks for none.
+            statistics: Statistics of the input, or None if the quantizer needs none.
             channels: Maps the input's channels to rows of the source.
 
         Returns:
@@ -117,7 +117,7 @@ class Quantizer:
 
         Args:
             weight: (n, k) stacked weights of the group's linears, after smoothing.
-            statistics: Statistics of the smoothed input, or None if `needs` asks for none.
+            statistics: Statistics of the smoothed input, or None if the quantizer needs none.
 
         Returns:
             The activation scheme. A static scale covers the largest calibrated value.
@@ -132,7 +132,7 @@ class Quantizer:
 
         Args:
             weight: (n, k) stacked weights, after smoothing.
-            statistics: Statistics of the smoothed input, or None if `needs` asks for none.
+            statistics: Statistics of the smoothed input, or None if the quantizer needs none.
             activation: How the input is quantised.
 
         Returns:

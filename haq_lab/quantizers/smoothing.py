@@ -16,14 +16,14 @@ from haq_lab.models.architectures import Group
 FLOOR = 1e-5  # avoids a factor of 0 for a dead channel or a column of zeros
 
 
-def factor_of(activation_max: Tensor, weight_max: Tensor, strength: float) -> Tensor:
+def smoothing_factor(activation_max: Tensor, weight_max: Tensor, strength: float) -> Tensor:
     """Return the factor s_j = max|X_j|^a / max|W_j|^(1-a) (k,) for the strength a in [0, 1] (SmoothQuant, eq. 4)."""
     return (activation_max.clamp(min=FLOOR) ** strength / weight_max.clamp(min=FLOOR) ** (1 - strength)).clamp(
         min=FLOOR
     )
 
 
-class Channels:
+class ChannelMap:
     """Maps the channels that linears read to the rows of the source that writes them.
 
     The map is one to one, except for attention with grouped-query heads. There one row of `v_proj` serves all query
@@ -55,7 +55,7 @@ class Channels:
         return out
 
 
-def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: Channels) -> None:
+def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: ChannelMap) -> None:
     """Divide the source of a group by the factor and multiply the columns of its readers by it, in place.
 
     A source that is already an int8 linear is divided through its row scales. This is exact, because every row has its
@@ -79,7 +79,7 @@ def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: Channe
         weight.mul_(factor)
 
 
-def stacked(layer: nn.Module, names: tuple[str, ...]) -> Tensor:
+def stack_weights(layer: nn.Module, names: tuple[str, ...]) -> Tensor:
     """Concatenate the weights of linears that share an input: (sum of n, k)."""
     return torch.cat([_weight(layer, name) for name in names])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.base import Quantizer, Smoothing
-from haq_lab.quantizers.smoothing import Channels, factor_of
+from haq_lab.quantizers.smoothing import ChannelMap, smoothing_factor
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class SmoothQuant(Quantizer):
         family: Family,
         weight: Tensor,
         statistics: InputStatistics | None,
-        channels: Channels,
+        channels: ChannelMap,
     ) -> Smoothing | None:
         if group.kind != "norm":  # the published code does not smooth the output and down projections
             return None
         assert statistics is not None
         strength = family.smoothquant_strength if self.smoothing_strength is None else self.smoothing_strength
-        return Smoothing(factor_of(statistics.channel_max, weight.abs().amax(dim=0), strength), strength)
+        return Smoothing(smoothing_factor(statistics.channel_max, weight.abs().amax(dim=0), strength), strength)

@@ -32,7 +32,7 @@ class ResultCache:
     def __post_init__(self) -> None:
         if self.dir is not None and not self.dir:
             raise UserError("result_cache.dir: '' is not valid. Name a folder, or choose null.")
-        bytes_of(self.max_size)
+        parse_size(self.max_size)
 
     @property
     def folder(self) -> Path:
@@ -41,10 +41,10 @@ class ResultCache:
 
     def open(self) -> Store:
         """Return the store. Its folder is created when the first result is written."""
-        return Store(self.folder, bytes_of(self.max_size)) if self.enabled else Store()
+        return Store(self.folder, parse_size(self.max_size)) if self.enabled else Store()
 
 
-def bytes_of(limit: str | int) -> int:
+def parse_size(limit: str | int) -> int:
     """Convert a size such as `20GB` to bytes.
 
     Raises:

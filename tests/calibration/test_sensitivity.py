@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from haq_lab.calibration.sensitivity import _drawn, measure_sensitivity
+from haq_lab.calibration.sensitivity import _draw_labels, measure_sensitivity
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
@@ -70,7 +70,7 @@ def test_half_the_sensitivity_times_the_noise_is_the_divergence(measured, archit
 
 def test_labels_are_drawn_by_their_probabilities():
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    labels = _drawn(probabilities.expand(20000, 6), torch.Generator().manual_seed(0))
+    labels = _draw_labels(probabilities.expand(20000, 6), torch.Generator().manual_seed(0))
     assert labels.shape == (20000, 1)
     shares = labels.flatten().bincount(minlength=6) / 20000
     assert (shares[probabilities == 0] == 0).all()

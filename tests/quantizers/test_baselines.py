@@ -10,7 +10,7 @@ from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.rtn import RTN
-from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.smoothing import ChannelMap
 from haq_lab.quantizers.smoothquant import SmoothQuant
 
 TOKEN = ActivationChoice("token")
@@ -54,7 +54,7 @@ def test_smoothquant_smooths_norms_alone_at_the_familys_strength(tiny):
     for group in tiny.groups:
         weight = torch.cat([layer.get_submodule(name).weight for name in group.readers])
         seen, x = statistics(weight.shape[1])
-        channels = Channels(group, layer, weight.shape[1])
+        channels = ChannelMap(group, layer, weight.shape[1])
         smoothing = SmoothQuant().smoothing(group, tiny.family, weight, seen, channels)
         if group.kind != "norm":
             assert smoothing is None

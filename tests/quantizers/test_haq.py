@@ -15,7 +15,7 @@ from haq_lab.quantizers.gptq_solver import conditional_variance
 from haq_lab.quantizers.haq.error_model import ErrorPredictor
 from haq_lab.quantizers.haq.noise import uniform_sensitivity
 from haq_lab.quantizers.haq.quantizer import HAQ
-from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.smoothing import ChannelMap
 from haq_lab.utils.errors import UserError
 
 LLAMA = next(family for family in FAMILIES if family.model_type == "llama")
@@ -32,10 +32,10 @@ def outliers(cross: bool = False) -> tuple[InputStatistics, Tensor]:
     return InputStatistics(len(x), x.abs().amax(0), moment, drift, x, torch.ones(len(x))), x
 
 
-def channels() -> Channels:
+def channels() -> ChannelMap:
     layer = nn.Module()
     layer.up, layer.down = nn.Linear(8, K), nn.Linear(K, 8)
-    return Channels(UP, layer, K)
+    return ChannelMap(UP, layer, K)
 
 
 def smoothing(quantizer: HAQ, weight: Tensor, statistics: InputStatistics):
@@ -105,7 +105,7 @@ def test_auto_allows_an_expert_its_share_of_the_limit():
 
 
 def test_auto_needs_the_sensitivity():
-    with pytest.raises(UserError, match="auto needs the sensitivity, but quantizer.sensitivity is 0"):
+    with pytest.raises(UserError, match="auto needs the sensitivity, but"):
         HAQ(activations="auto", sensitivity=0)
 
 

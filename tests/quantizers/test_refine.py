@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from haq_lab.calibration.statistics import Sensitivity
 from haq_lab.models.architectures import Group
 from haq_lab.quantizers.haq.channel_search import DynamicError, refine
-from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.smoothing import ChannelMap
 
 K = 12
 
 
-def one_to_one() -> Channels:
+def one_to_one() -> ChannelMap:
     layer = nn.Module()
     layer.up = nn.Linear(4, K)
-    return Channels(Group("up", "up", ("down",)), layer, K)
+    return ChannelMap(Group("up", "up", ("down",)), layer, K)
 
 
 def error() -> DynamicError:

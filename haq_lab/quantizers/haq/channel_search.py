@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from haq_lab.calibration.statistics import Sensitivity
-from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.smoothing import ChannelMap
 
 STEPS = 60
 RATE = 0.05
@@ -78,13 +78,13 @@ def _largest(rows: Tensor, factor: Tensor, buffer: Tensor) -> tuple[Tensor, Tens
     return buffer.gather(1, at[:, None])[:, 0], at
 
 
-def refine(factor: Tensor, error: DynamicError, channels: Channels) -> Tensor:
+def refine(factor: Tensor, error: DynamicError, channels: ChannelMap) -> Tensor:
     """Minimise the predicted error by gradient descent.
 
     Args:
         factor: (k,) where the descent starts.
         error: The predicted error.
-        channels: Channels that share a row of the source keep a common factor.
+        channels: ChannelMap that share a row of the source keep a common factor.
 
     Returns:
         The factor (k,) with the smallest error on the way.

@@ -1,4 +1,4 @@
-"""The HAQ quantizer: smoothed-Hessian quantization to W8A8 (arXiv 2508.07329), and our choices where it is silent.
+"""The HAQ quantizer: smoothed-Hessian quantization to W8A8 (arXiv 2508.07329), and our own additions.
 
 With D = diag(s), the quantised layer computes Q(X D^-1) Q(W D)^T. Its error has two parts. Smoothing lowers one of
 them and raises the other:
@@ -31,7 +31,7 @@ from haq_lab.quantizers.gptq_solver import Factor, conditional_variance, factori
 from haq_lab.quantizers.grid import row_scale, searched_row_scale
 from haq_lab.quantizers.haq.error_model import ErrorPredictor
 from haq_lab.quantizers.haq.noise import StaticNoise, dynamic_noise, uniform_sensitivity
-from haq_lab.quantizers.smoothing import Channels, factor_of
+from haq_lab.quantizers.smoothing import ChannelMap, smoothing_factor
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.threads import one_thread
 
@@ -93,7 +93,7 @@ class HAQ(Quantizer):
     # 1. and 2. Smoothing.
 
     def smoothing(
-        self, group: Group, family: Family, weight: Tensor, statistics: InputStatistics | None, channels: Channels
+        self, group: Group, family: Family, weight: Tensor, statistics: InputStatistics | None, channels: ChannelMap
     ) -> Smoothing | None:
         if group.kind not in self.fold:
             return None
@@ -113,7 +113,7 @@ class HAQ(Quantizer):
         variance = conditional_variance(statistics.shrunk_hessian(), self.dampening_frac, self.act_order)
         return ErrorPredictor(weight, statistics, variance, self.weight_bits)
 
-    def _candidates(self, weight: Tensor, statistics: InputStatistics, channels: Channels) -> Iterator[Smoothing]:
+    def _candidates(self, weight: Tensor, statistics: InputStatistics, channels: ChannelMap) -> Iterator[Smoothing]:
         """Yield the smoothing factors to choose from, in SmoothQuant's form with several measures of a channel's size.
 
         The maximum represents outliers, and the root mean square represents typical tokens. Their geometric mean is
@@ -123,13 +123,13 @@ class HAQ(Quantizer):
         weight_max = channels.shared_max(weight.abs().amax(dim=0))
         largest = channels.shared_max(statistics.channel_max)
         if not self.adaptive:
-            yield Smoothing(factor_of(largest, weight_max, self.smoothing_strength), self.smoothing_strength)
+            yield Smoothing(smoothing_factor(largest, weight_max, self.smoothing_strength), self.smoothing_strength)
             return
         typical = channels.shared_max(statistics.hessian.diagonal().sqrt())
         yield Smoothing(torch.ones_like(weight_max), 0.0)
         for size in (largest, (largest * typical).sqrt(), typical):
             for strength in STRENGTHS:
-                yield Smoothing(factor_of(size, weight_max, strength), strength)
+                yield Smoothing(smoothing_factor(size, weight_max, strength), strength)
 
     # Activations.
 
