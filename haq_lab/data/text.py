@@ -66,7 +66,7 @@ def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[s
     if path is not None:
         file = Path(path).expanduser()
         if not file.is_file():
-            raise UserError(f"{setting}: there is no file '{file}'{nearest_beside(file)}")
+            raise UserError(f"{setting}: there is no file '{file}'{nearest_beside(file) or '. Correct the path.'}")
         if file.suffix not in FORMATS:
             raise UserError(
                 f"{setting}: '{file}' has no known format. Choose a file that ends in {', '.join(FORMATS)}."
@@ -86,10 +86,8 @@ def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[s
             ) from error
         if "text" not in rows.column_names:
             fields = ", ".join(rows.column_names)
-            raise UserError(
-                f"{setting}: '{file}' has no field 'text'. Rename one of its fields: {fields}"
-                f"{nearest('text', rows.column_names)}"
-            )
+            hint = nearest("text", rows.column_names) or "."
+            raise UserError(f"{setting}: '{file}' has no field 'text'. Rename one of its fields: {fields}{hint}")
         documents = list(rows["text"])
         if not all(isinstance(document, str) for document in documents):
             raise UserError(f"{setting}: '{file}' has rows whose field 'text' is not a string. Remove or correct them.")
@@ -130,6 +128,9 @@ def python_docs(part: Literal["calibration", "evaluation"]) -> str:
 
     A paragraph that occurs in several topics is used once, so the two parts share no paragraph. The first 60 % of the
     text are the calibration part. The rest is the evaluation part.
+
+    Args:
+        part: The part to return.
     """
     from pydoc_data import topics
 

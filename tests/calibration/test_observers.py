@@ -1,4 +1,4 @@
-"""Experts are calibrated on the tokens that the router sends them, and on the layer's where those are too few."""
+"""Test that experts are calibrated on their routed tokens, or on the layer's if those are too few."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _small_batches(monkeypatch):
 
 
 def moe_input(model, layer, hidden):
-    """What the router receives, (tokens, d), and whom it chooses, (tokens, k)."""
+    """Return the router's inputs (tokens, d) and its chosen experts (tokens, k)."""
     with captured_inputs(layer, ["mlp.gate"]) as seen:
         model.forward(layer, 0, hidden)
     x = seen["mlp.gate"].reshape(-1, hidden.shape[-1])

@@ -1,4 +1,4 @@
-"""The sensitivity's promise: half of it times a small disturbance's variance is the KL divergence that it causes."""
+"""Test that half the sensitivity times the variance of a small disturbance is the KL divergence that it causes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_labels_are_drawn_by_their_probabilities():
 
 
 def test_linears_that_share_an_input_are_disturbed_together(measured):
-    """Its gradient is the sum over q, k and v, not the gradient of one of them."""
+    """The gradient is the sum over q, k and v, not the gradient of one of them."""
     model, _windows, found = measured["llama"]
     known = found[0]["self_attn.q_proj"]
     weights = [model.load_layer(0).get_submodule(f"self_attn.{name}_proj").weight for name in "qkv"]
@@ -96,7 +96,7 @@ def test_every_group_of_every_layer_has_one(measured):
             assert all(torch.isfinite(known.channels).all() and known.channels.sum() > 0 for known in layer.values())
 
 
-def test_it_is_the_same_twice(measured):
+def test_it_is_repeatable(measured):
     model, windows, found = measured["mixtral"]
     again = measure_sensitivity(model, windows, HiddenStateBuffer(limit=0))
     for before, after in zip(found, again, strict=True):

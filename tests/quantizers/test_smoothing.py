@@ -1,4 +1,4 @@
-"""Smoothing changes no function: logits before and after agree, for every fold and every architecture."""
+"""Test that smoothing leaves the logits unchanged, for every fold and every architecture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.models.test_layerwise import VARIANTS, save
 
 
 class RandomFactors(Quantizer):
-    """Factors over four orders of magnitude, on the groups of the kinds asked for."""
+    """Fold factors over four orders of magnitude into the groups of the given kinds."""
 
     def __init__(self, kinds=("norm", "value", "up")):
         object.__setattr__(self, "kinds", kinds)  # a frozen dataclass
@@ -77,7 +77,7 @@ def test_the_router_decides_as_before(tiny, windows):
 
 @pytest.mark.parametrize("architecture", ["opt", "mixtral"])
 def test_states_of_a_layer_that_share_tensors_are_scaled_once(tiny):
-    """The quantised state's up projection is int8 by then, the smoothed one's is not; all else they share."""
+    """The up projection is already int8 in the quantised state only. The states share all other tensors."""
     layer, alone = tiny.load_layer(0), tiny.load_layer(0)
     shared = {id(tensor): tensor for tensor in layer.parameters()}
     smoothed = copy.deepcopy(layer, shared)
@@ -178,7 +178,7 @@ def test_group_without_a_source_is_left_alone(tiny):
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
-def test_factor_is_smoothquants():
+def test_factor_equals_smoothquants():
     activation, weight = torch.tensor([4.0, 100.0, 0.0]), torch.tensor([1.0, 0.25, 0.0])
     torch.testing.assert_close(smoothing_factor(activation, weight, 0.5)[:2], torch.tensor([2.0, 20.0]))
     torch.testing.assert_close(smoothing_factor(activation, weight, 1.0)[:2], activation[:2])

@@ -104,7 +104,7 @@ def test_the_least_recently_used_is_evicted_first(tmp_path):
     assert sum(entry.bytes for entry in entries(tmp_path)) <= 15_000
 
 
-def test_what_is_larger_than_the_limit_is_not_kept(tmp_path, capsys):
+def test_a_result_larger_than_the_limit_is_not_kept(tmp_path, capsys):
     store = Store(tmp_path, 1000)
     assert _same(store.fetch("stage", A, _result), _result())
     assert entries(tmp_path) == []
@@ -178,7 +178,7 @@ def test_two_processes_compute_it_once(tmp_path):
     assert (tmp_path / "computed").read_text() == "xxx"
 
 
-def test_a_killed_process_holds_up_nobody(tmp_path):
+def test_a_killed_process_leaves_no_lock(tmp_path):
     def die() -> Artifact:
         os.kill(os.getpid(), 9)
         raise AssertionError
@@ -234,7 +234,7 @@ def test_a_limit_that_is_not_a_size(limit, capsys, tmp_path):
     )
 
 
-def test_the_record_says_what_it_is(tmp_path):
+def test_the_record_has_the_description(tmp_path):
     Store(tmp_path, GB).put("stage", A, _result(), about="a model")
     record = json.loads((tmp_path / "stage" / f"{A}.json").read_text())
     assert record["about"] == "a model"

@@ -68,7 +68,7 @@ class ErrorPredictor:
             disturbance = float(noise @ (self._cost.channels * factor.square()))
         return (rounding + disturbance) / 2
 
-    def least(self, scheme: ActivationScheme, candidates: list[Smoothing], channels: ChannelMap) -> Smoothing:
+    def choose(self, scheme: ActivationScheme, candidates: list[Smoothing], channels: ChannelMap) -> Smoothing:
         """Return the candidate with the smallest predicted error. With dynamic scales, each channel is then refined."""
         best = self._best(scheme, candidates, COARSE)
         if scheme == "static":

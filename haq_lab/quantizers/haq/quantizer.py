@@ -104,8 +104,8 @@ class HAQ(Quantizer):
         predictor = self._predictor(weight, statistics)
         with one_thread():
             if self.activations != "auto":
-                return predictor.least(self.activations, candidates, channels)
-            static, token = (predictor.least(scheme, candidates, channels) for scheme in ("static", "token"))
+                return predictor.choose(self.activations, candidates, channels)
+            static, token = (predictor.choose(scheme, candidates, channels) for scheme in ("static", "token"))
         good_enough = self._static_is_good_enough(predictor, statistics.share, static.factor, token.factor)
         return static if good_enough else token
 
