@@ -14,16 +14,12 @@ from haq_lab.calibration.statistics import InputStatistics, Sensitivity
 from haq_lab.int8.numerics import round_to_grid, scale_of
 from haq_lab.quantizers.grid import cached_rows
 
-CLIPS = tuple(
-    0.84**step for step in range(30)
-)  # static scales to try, as shares of the scale that covers the largest value
+CLIPS = tuple(0.84**step for step in range(30))  # static scales to try, as shares of the scale without clipping
 UNSEEN = 32  # assumed number of tokens with larger values than in calibration
 COARSE = 4  # comparing factors needs only one in four sampled rows
 TINY = 1e-30  # smallest noise, because a dead channel's 0 has no logarithm
 PER_OCTAVE = 6
-STEPS = 2.0 ** torch.arange(
-    -6, 8.01, 1 / PER_OCTAVE
-)  # tabulated grid steps, relative to the step that covers the channel
+STEPS = 2.0 ** torch.arange(-6, 8.01, 1 / PER_OCTAVE)  # tabulated grid steps, relative to a channel's full range
 
 
 def uniform_sensitivity(weight: Tensor) -> Sensitivity:
