@@ -26,7 +26,7 @@ from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.gptq_solver import factorize, solve
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
-from haq_lab.quantizers.smoothing import factor_of
+from haq_lab.quantizers.smoothing import smoothing_factor
 
 FEW = (8, 32, 128, 512)
 
@@ -50,7 +50,7 @@ def candidates(x: Tensor, own: Tensor, seen: int) -> Iterator[tuple[str, InputSt
 
 def errors(weight: Tensor, x: Tensor, own: Tensor, seen: int) -> dict[str, float]:
     """Error on unseen tokens over that of rounding, by what was calibrated on; `+` where the Hessian is shrunk."""
-    factor = factor_of(x[:seen].abs().amax(0), weight.abs().amax(0), 0.5)
+    factor = smoothing_factor(x[:seen].abs().amax(0), weight.abs().amax(0), 0.5)
     x, weight = x / factor, weight * factor
     unseen = x[seen:][own[seen:]]
     scale = row_scale(weight, 8)

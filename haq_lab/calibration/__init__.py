@@ -1,1 +1,1 @@
-"""Calibration: what the quantizers need to know about each linear's input, gathered a layer at a time."""
+"""Calibration: gather the input statistics that quantizers need, one decoder layer at a time."""

@@ -1,8 +1,8 @@
-"""The calibration tokens on their way through the model, a layer at a time.
+"""Run the calibration tokens through the model layer by layer, and gather the input statistics of each group.
 
-With `inputs=quantized` the statistics of a group are taken with the layer as it then is: earlier layers and
-the layer's earlier groups already in int8. This matters for asymmetric calibration: a projection that made up
-for an error must not be followed by one that makes up for it again.
+With `inputs=quantized` the pipeline is sequential. The statistics of a group come from a model in which earlier layers,
+and earlier groups of the same layer, are already int8. Asymmetric calibration depends on this: an error that one
+projection has compensated must not be compensated again by the next one.
 """
 
 from __future__ import annotations
@@ -24,25 +24,35 @@ from haq_lab.routing.choices import Routing
 from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
 from haq_lab.utils.timer import Stopwatch
 
-CALIBRATION = "/calibration"  # the name of its hidden states in a pass
-HESSIAN_BYTES = 2 << 30  # of the experts that are observed in one forward
+CALIBRATION = "/calibration"  # name of the calibration hidden states in a pass
+HESSIAN_BYTES = 2 << 30  # most bytes of Hessians of the experts that are observed in one forward
 
 
 class Calibrator:
-    """Hands out each group's `InputStatistics` in turn.
+    """Gathers the `InputStatistics` of each group while a pass visits the layers in order.
+
+    For every layer call `enter`, then `statistics` for each group, then `leave`.
 
     Args:
-        needs: What the quantizer asks for.
-        windows: Token windows (n, t); None where nothing is needed.
-        policy: On which hidden states, and on which tokens of an expert.
-        clock: Gets the stages `calibrate` (statistics) and `forward` (tokens through layers).
-        spool: Room for the hidden states.
-        store: Where other runs have left what they asked of the full-precision model.
-        at: Gets, under `CALIBRATION`, the layer before which the hidden states stand. They stay behind where the
-            statistics of the layers are found in the store.
+        model: The full-precision model.
+        needs: The statistics that the quantizer needs.
+        windows: Token windows (n, t), or None if no statistics are needed.
+        policy: Which hidden states are used, and which tokens for an expert.
+        clock: Records the stages `calibrate` (statistics) and `forward` (tokens through layers).
+        buffer: Buffer for the hidden states.
+        store: The result cache, with the full-precision statistics of earlier runs.
+        at: Index of the next layer for the hidden states, stored under `CALIBRATION`. They lag behind the pass while
+            the statistics come from the result cache.
 
     Attributes:
-        routing: The router's choices so far; None for a dense model, or where nothing is needed.
+        routing: Routing of the calibration tokens so far. None for a dense model, or if no statistics are needed.
+
+    Example:
+        >>> calibrator.enter(layer, index)  # doctest: +SKIP
+        >>> for group in model.groups:
+        ...     statistics = calibrator.statistics(layer, index, group)
+        ...     ...  # quantise the group
+        >>> calibrator.leave(layer, index)
     """
 
     def __init__(
@@ -52,7 +62,7 @@ class Calibrator:
         windows: Tensor | None,
         policy: CalibrationPolicy,
         clock: Stopwatch,
-        spool: HiddenStateBuffer,
+        buffer: HiddenStateBuffer,
         store: Store,
         at: dict[str, int],
     ):
@@ -62,22 +72,26 @@ class Calibrator:
         self._sensitivity: list[LayerSensitivity] = []
         self._at = at
         if needs.inputs and windows is not None:
-            self._stages = CachedCalibration(store, model, windows, policy)
+            self._cached = CachedCalibration(store, model, windows, policy)
             at[CALIBRATION] = 0
             if needs.sensitivity:
                 with clock.stage("sensitivity"):
-                    self._sensitivity = self._stages.sensitivity(needs.sensitivity, self._measure_sensitivity)
-            self.hidden = model.embed(windows, spool.empty)
+                    self._sensitivity = self._cached.sensitivity(needs.sensitivity, self._measure_sensitivity)
+            self.hidden = model.embed(windows, buffer.empty)
             if needs.cross and policy.inputs == "quantized":
-                self.hidden_fp = spool.copy(self.hidden)
+                self.hidden_fp = buffer.copy(self.hidden)
             if model.experts:
                 self.routing = Routing(model.experts, (windows.shape[0], windows.shape[1]))
         self._inputs_fp: dict[str, Tensor] = {}
-        self._known: dict[str, InputStatistics] = {}
+        self._statistics: dict[str, InputStatistics] = {}
 
     def enter(self, layer: nn.Module, index: int) -> None:
-        """Before a layer is changed."""
-        self._known = {}
+        """Prepare the statistics of a layer. Call it before the layer is changed.
+
+        Args:
+            layer: Decoder layer `index` at full precision.
+        """
+        self._statistics = {}
         if self.hidden is None:
             return
         if self.hidden_fp is not None:
@@ -86,21 +100,28 @@ class Calibrator:
                 self._inputs_fp = record_inputs(self.model, layer, index, self.hidden_fp, sites)
         if self.policy.inputs == "fp":
             observe = partial(self._observe_layer, layer, index)
-            self._known = self._stages.statistics(index, self.needs, self.routing, observe)
+            self._statistics = self._cached.statistics(index, self.needs, self.routing, observe)
 
     def statistics(self, layer: nn.Module, index: int, group: Group) -> InputStatistics | None:
-        """The statistics of one group's input; they are handed out once."""
+        """Return the statistics of one group's input, and forget them.
+
+        Args:
+            layer: Decoder layer `index` with the earlier groups as they are now.
+
+        Returns:
+            The statistics, or None if the quantizer needs none.
+        """
         if self.hidden is None:
             return None
-        if group.site not in self._known:
-            self._observe(layer, index, self.hidden, self._together(layer, group))
-        statistics = self._known.pop(group.site)
+        if group.site not in self._statistics:
+            self._observe(layer, index, self.hidden, self._groups_to_observe(layer, group))
+        statistics = self._statistics.pop(group.site)
         if self._sensitivity:
             statistics.sensitivity = self._sensitivity[index][group.site]
         return statistics
 
     def leave(self, layer: nn.Module, index: int) -> None:
-        """After a layer is quantised."""
+        """Advance the hidden states past a layer. Call it after the layer is quantised."""
         if self.hidden is not None and self.policy.inputs == "quantized":
             self._advance(layer, index, self.hidden)
 
@@ -110,37 +131,37 @@ class Calibrator:
             self._at[CALIBRATION] = index + 1
 
     def _measure_sensitivity(self, windows: Tensor) -> list[LayerSensitivity]:
-        on_disk = HiddenStateBuffer(limit=0)  # the states of all layers: memory must not grow with depth
+        on_disk = HiddenStateBuffer(limit=0)  # it holds the states of all layers, so memory would grow with depth
         return measure_sensitivity(self.model, windows, on_disk)
 
     def _observe_layer(self, layer: nn.Module, index: int) -> dict[str, InputStatistics]:
-        """The statistics of all groups, with the layer as it is; the hidden states are brought to it and past it."""
+        """Gather the statistics of all groups of an unchanged layer, and advance the hidden states past it."""
         assert self.hidden is not None
-        for before in range(self._at[CALIBRATION], index):
-            self._advance(self.model.load_layer(before), before, self.hidden)
+        for earlier in range(self._at[CALIBRATION], index):
+            self._advance(self.model.load_layer(earlier), earlier, self.hidden)
         self._observe(layer, index, self.hidden, [group for group in self.model.groups if group.expert is None])
         for group in self.model.groups:
-            if group.site not in self._known:
-                self._observe(layer, index, self.hidden, self._together(layer, group))
+            if group.site not in self._statistics:
+                self._observe(layer, index, self.hidden, self._groups_to_observe(layer, group))
         self._advance(layer, index, self.hidden)
-        return self._known
+        return self._statistics
 
-    def _together(self, layer: nn.Module, group: Group) -> list[Group]:
-        """The groups that are seen in the same forward: within experts, as many as there is room for."""
+    def _groups_to_observe(self, layer: nn.Module, group: Group) -> list[Group]:
+        """Return the groups to observe in one forward: `group`, and as many later experts as memory allows."""
         if group.expert is None:
             return [group]
         groups = self.model.groups
         later = takewhile(lambda other: other.expert is not None, groups[groups.index(group) :])
-        room = HESSIAN_BYTES // (4 * channels_of(layer, group) ** 2) if self.needs.hessian else len(groups)
-        return list(later)[: max(room, 1)]
+        limit = HESSIAN_BYTES // (4 * channels_of(layer, group) ** 2) if self.needs.hessian else len(groups)
+        return list(later)[: max(limit, 1)]
 
     def _observe(self, layer: nn.Module, index: int, hidden: Tensor, groups: list[Group]) -> None:
-        watchers = [self._watcher(layer, index, group, hidden.shape[0] * hidden.shape[1]) for group in groups]
-        observe(self.model, layer, index, hidden, watchers, self.clock)
+        observers = [self._observer(layer, index, group, hidden.shape[0] * hidden.shape[1]) for group in groups]
+        observe(self.model, layer, index, hidden, observers, self.clock)
         with self.clock.stage("calibrate"):
-            self._known |= {watcher.group.site: watcher.finish() for watcher in watchers}
+            self._statistics |= {observer.group.site: observer.finish() for observer in observers}
 
-    def _watcher(self, layer: nn.Module, index: int, group: Group, tokens: int) -> SharedInput | ExpertInside:
+    def _observer(self, layer: nn.Module, index: int, group: Group, tokens: int) -> SharedInput | ExpertInside:
         inputs_fp = self._inputs_fp.get(group.site)
         moe = self.model.family.moe
         if moe is None or self.routing is None:

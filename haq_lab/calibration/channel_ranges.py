@@ -1,4 +1,4 @@
-"""The largest magnitude of every channel before and after smoothing: where the outliers were, and where they went."""
+"""Record the largest magnitude of every input channel before and after smoothing, to show where outliers are."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ FILE = "ranges.safetensors"
 
 @dataclass
 class Ranges:
-    """Of the inputs that every token has; those within experts are left out, as they would be most of the file.
+    """The input ranges of all layers. Inputs inside experts are left out, because they would be most of the file.
 
     Attributes:
-        before, after: By site (`haq_lab.models.architectures.Group.site`), a (k,) largest |x| for each layer so far,
-            as the model was and as smoothed.
+        before: For each site (`haq_lab.models.architectures.Group.site`), the largest |x| (k,) of every layer so far,
+            before smoothing.
+        after: The same after smoothing.
     """
 
     before: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -28,23 +29,23 @@ class Ranges:
 
     @property
     def smoothed(self) -> list[str]:
-        """The sites that smoothing has changed in any layer."""
+        """The sites that smoothing has changed in at least one layer."""
         pairs = {site: zip(rows, self.after[site], strict=True) for site, rows in self.before.items()}
         return [site for site, layers in pairs.items() if not all(torch.equal(*pair) for pair in layers)]
 
     def add(self, site: str, before: Tensor, after: Tensor) -> None:
-        """The next layer's maxima at a site, (k,) both."""
+        """Add the maxima (k,) of the next layer at a site, before and after smoothing."""
         self.before.setdefault(site, []).append(before.clone())
         self.after.setdefault(site, []).append(after.clone())
 
     def tensors(self) -> dict[str, Tensor]:
-        """`<site>.before` and `<site>.after`, (layers, k) float32 each."""
+        """Return the tensors `<site>.before` and `<site>.after`, each (layers, k) float32."""
         pairs = (("before", self.before), ("after", self.after))
         return {f"{site}.{state}": torch.stack(rows) for state, sites in pairs for site, rows in sites.items()}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> Ranges:
-        """The inverse of `tensors`."""
+        """Build the ranges from the result of `tensors`."""
         ranges = cls()
         for name, rows in tensors.items():
             site, _, state = name.rpartition(".")
@@ -52,11 +53,11 @@ class Ranges:
         return ranges
 
     def save(self, path: Path) -> None:
-        """Write them, aside first."""
-        with atomic_file(path) as aside:
-            save_file(self.tensors(), aside)
+        """Write the ranges to a safetensors file, atomically."""
+        with atomic_file(path) as temporary:
+            save_file(self.tensors(), temporary)
 
     @classmethod
     def open(cls, path: Path) -> Ranges:
-        """What `save` wrote."""
+        """Read the ranges from a file that `save` wrote."""
         return cls.of(load_file(path))

@@ -1,41 +1,47 @@
-"""Calibration windows: random crops of training text, drawn as GPTQ draws them."""
+"""Draw calibration windows from the training part of a text, as GPTQ draws them, and check them for overlap."""
 
 from __future__ import annotations
 
-import random
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from haq_lab.calibration.statistics import MIN_TOKENS, CalibrationPolicy
-from haq_lab.data.text import fingerprint, load_rows, python_docs
-from haq_lab.data.windows import Count, Length, Windows, encode, own_text, random_crops
-from haq_lab.utils.errors import UserError
+from haq_lab.data.text import fingerprint
+from haq_lab.data.windows import TEXTS, Count, Length, Windows, encode, random_crops, random_windows
+from haq_lab.utils.errors import UserError, invalid
 
-OVERLAP_RUN = 128  # tokens in a row that no two different texts share by chance, were a token only a byte
-ADVICE = "a model must not be evaluated on what it was calibrated with: choose another text or path"
+OVERLAP_RUN = 128  # tokens in a row that two different texts do not share by chance, even if a token is one byte
+ADVICE = "A model must not be evaluated on its calibration text: choose another text or path."
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Args:
-    text: Where the text comes from.
-    path: Local file in place of the hub's copy.
-    samples: How many windows.
-    seqlen: Tokens a window.
-    seed: Of the random crops.
-    inputs: Whose hidden states calibrate a layer: the full-precision model's (`fp`) or those of the model
-        as quantised so far.
-    route: Of a Mixture-of-Experts layer, which tokens calibrate an expert's gate and up projections: those
-        that are routed to it (`topk`), or `all`. Its down projection reads only what is routed to it.
-    min_tokens: An expert with fewer tokens is calibrated on the layer's.
+    """The calibration text, and how statistics are gathered on it.
+
+    Args:
+        text: Name of a registered text of the group `data`. Its training part is read.
+        path: Local file to read instead of the hub's copy.
+        samples: Number of windows.
+        seqlen: Tokens in a window.
+        seed: Seed of the random windows.
+        inputs: Model whose hidden states calibrate a layer: the full-precision model (`fp`), or the model as quantised
+            so far (`quantized`).
+        route: Tokens that calibrate the gate and up projections of a Mixture-of-Experts layer: those routed to the
+            expert (`topk`), or `all`. The down projection always reads the routed tokens only.
+        min_tokens: An expert with fewer tokens uses the statistics of the whole layer.
+
+    Raises:
+        UserError: If there is no such text, or if `path` is given for a text that is not read from a file.
+
+    Example:
+        >>> windows = Calibration("python_docs", samples=32, seqlen=512).load(tokenizer)  # doctest: +SKIP
     """
 
-    text: Literal["wikitext2", "c4", "text", "python_docs"]
+    text: str
     path: str | None = None
     samples: Count = 128
     seqlen: Length = 2048
@@ -46,73 +52,83 @@ class Calibration:
 
     @property
     def policy(self) -> CalibrationPolicy:
-        """What the calibrator goes by."""
+        """The settings that the calibrator uses."""
         return CalibrationPolicy(self.inputs, self.route, self.min_tokens)
 
     def __post_init__(self) -> None:
-        if self.text == "python_docs" and self.path is not None:
-            raise UserError("calibration.path: python_docs has no file; calibration=text reads one")
+        if self.text not in TEXTS:
+            raise invalid("calibration.text", self.text, TEXTS)
+        if self.path is not None and not self._has_path:
+            raise UserError(
+                f"calibration.path: {self.text} has no file, so '{self.path}' would be ignored. "
+                "Choose calibration=text to read a file."
+            )
+
+    @property
+    def _has_path(self) -> bool:
+        return "path" in getattr(TEXTS[self.text], "__dataclass_fields__", {})
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
-        """Token windows (samples, seqlen) and where they come from."""
-        if self.text == "c4":
-            documents = load_rows("c4", "train", self.path, "calibration.path")
-            whole = "\n".join(documents)
-            tokens = random_crops(tokenizer, documents, self.samples, self.seqlen, self.seed, "calibration.seqlen")
+        """Draw the calibration windows.
+
+        Returns:
+            Token windows (samples, seqlen), and a stamp that says where they come from.
+
+        Raises:
+            UserError: If the text cannot be read or is shorter than one window.
+        """
+        text = TEXTS[self.text](**({"path": self.path} if self._has_path else {})).training_text("calibration.path")
+        if text.documents:
+            tokens = random_crops(tokenizer, text.rows, self.samples, self.seqlen, self.seed, "calibration.seqlen")
         else:
-            whole = self._whole_text()
-            tokens = self._crops(encode(tokenizer, whole))
+            whole = encode(tokenizer, text.rows[0])
+            tokens = random_windows(whole, self.samples, self.seqlen, self.seed, "calibration.seqlen")
         stamp: dict[str, Any] = {
             "text": self.text,
-            "source": self.path or ("hub" if self.text in ("wikitext2", "c4") else "python"),
+            "source": self.path or text.source,
             "samples": self.samples,
             "seqlen": self.seqlen,
             "seed": self.seed,
-            "text_sha256": fingerprint(whole),
+            "text_sha256": fingerprint("\n".join(text.rows)),
         }
         return Windows(tokens, stamp)
 
-    def _whole_text(self) -> str:
-        if self.text == "wikitext2":
-            return "\n\n".join(load_rows("wikitext2", "train", self.path, "calibration.path"))
-        if self.text == "python_docs":
-            return python_docs("calibration")
-        return own_text(self.path, "calibration.path")
 
-    def _crops(self, tokens: Tensor) -> Tensor:
-        if len(tokens) < self.seqlen:
-            raise UserError(
-                f"calibration.seqlen: the text has {len(tokens)} tokens, less than one window of {self.seqlen}"
-            )
-        draw = random.Random(self.seed)
-        last = max(len(tokens) - self.seqlen - 1, 0)
-        starts = [draw.randint(0, last) for _ in range(self.samples)]
-        return torch.stack([tokens[start : start + self.seqlen] for start in starts])
-
-
-def _runs(windows: Tensor, length: int) -> np.ndarray:
-    """A hash of every run of `length` tokens within the windows."""
+def _hashes_of_runs(windows: Tensor, length: int) -> np.ndarray:
+    """Hash every run of `length` tokens within the windows."""
     powers = np.array([pow(0x9E3779B97F4A7C15, exponent, 2**64) for exponent in range(length)], dtype=np.uint64)
     rows = np.lib.stride_tricks.sliding_window_view(windows.numpy().astype(np.uint64), length, axis=1)
     return np.unique(rows @ powers)
 
 
 def refuse_overlap(calibration: Tensor, evaluation: dict[str, Tensor]) -> None:
-    """Raise `UserError` where a run of 128 tokens (or a whole shorter crop) calibrates and evaluates.
+    """Raise an error if calibration and evaluation windows share a run of 128 tokens.
 
-    Evaluation windows are taken as one row, since most protocols cut them from one text without a gap.
+    If the windows are shorter than 128 tokens, the run is one whole window. Evaluation windows are joined first,
+    because most protocols cut them from one text without gaps.
+
+    Args:
+        calibration: Token windows (n, t).
+        evaluation: Token windows (m, u) of each text of the group `data`.
+
+    Raises:
+        UserError: If there is such a run.
     """
     for name, windows in evaluation.items():
         row = windows.reshape(1, -1)
         length = min(OVERLAP_RUN, calibration.shape[1], row.shape[1])
-        if len(np.intersect1d(_runs(calibration, length), _runs(row, length))):
+        if len(np.intersect1d(_hashes_of_runs(calibration, length), _hashes_of_runs(row, length))):
             raise UserError(
-                f"calibration: its text overlaps data.{name} ({length} tokens in a row stand in both); {ADVICE}"
+                f"calibration: its text overlaps data.{name}: both have the same {length} tokens in a row. {ADVICE}"
             )
 
 
 def refuse_same_text(calibration: Windows, evaluation: dict[str, Windows]) -> None:
-    """Raise `UserError` where both come from the very same text, even if the crops miss each other."""
+    """Raise an error if both read the same text, even if their windows do not overlap.
+
+    Raises:
+        UserError: If the calibration text is the same as one of the evaluation texts.
+    """
     for name, windows in evaluation.items():
         if calibration.protocol["text_sha256"] == windows.protocol["text_sha256"]:
-            raise UserError(f"calibration: it reads the same text as data.{name}; {ADVICE}")
+            raise UserError(f"calibration: it reads the same text as data.{name}. {ADVICE}")

@@ -1,4 +1,4 @@
-"""Run a decoder layer over the calibration tokens and watch what its linears receive."""
+"""Run a decoder layer over hidden states and pass the inputs of its linears to observers."""
 
 from __future__ import annotations
 
@@ -13,40 +13,60 @@ from haq_lab.models.layerwise import LayeredModel
 from haq_lab.utils.timer import Stopwatch
 
 
-class Watcher(Protocol):
-    """Something that gathers what modules of a layer receive; `sites` names the modules."""
+class Observer(Protocol):
+    """Gathers the inputs of some modules of a layer.
+
+    Attributes:
+        sites: Names of the modules.
+    """
 
     sites: tuple[str, ...]
 
     def add(self, inputs: dict[str, Tensor], rows: slice) -> None:
-        """One batch: the inputs by site, absent where no token reached it; `rows` are the tokens in the batch."""
+        """Add one batch.
+
+        Args:
+            inputs: The inputs (..., k) by site. A site that no token reached is missing.
+            rows: Position of the batch's tokens among all tokens.
+        """
         ...
 
 
-class _Reached(Exception):
-    """Ends a forward early: the last input of interest has been seen."""
+class _AllCaptured(Exception):
+    """Raised to end a forward early, once all wanted inputs are captured."""
 
 
 @contextmanager
 def captured_inputs(layer: nn.Module, sites: list[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Within the block, a forward of `layer` leaves the input of each named linear in the yielded dict.
+    """Capture the inputs of some linears during a forward of `layer` within the block.
 
-    With `stop`, the forward is abandoned, and the block left, once all of them have been seen.
+    Args:
+        layer: A decoder layer.
+        sites: Names of the linears.
+        stop: Whether to end the forward, and leave the block, once all inputs are captured.
+
+    Yields:
+        The inputs by site, filled during the forward.
+
+    Example:
+        >>> with captured_inputs(layer, ["self_attn.o_proj"]) as inputs:  # doctest: +SKIP
+        ...     model.forward(layer, index, hidden)
+        >>> inputs["self_attn.o_proj"].shape
     """
     inputs: dict[str, Tensor] = {}
 
-    def keep(site: str):
+    def capture(site: str):
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             inputs[site] = arguments[0]
             if stop and len(inputs) == len(sites):
-                raise _Reached
+                raise _AllCaptured
 
         return hook
 
-    handles = [layer.get_submodule(site).register_forward_pre_hook(keep(site)) for site in sites]
+    handles = [layer.get_submodule(site).register_forward_pre_hook(capture(site)) for site in sites]
     try:
         yield inputs
-    except _Reached:
+    except _AllCaptured:
         pass
     finally:
         for handle in handles:
@@ -58,38 +78,49 @@ def observe(
     layer: nn.Module,
     index: int,
     hidden: Tensor,
-    watchers: Sequence[Watcher],
+    observers: Sequence[Observer],
     clock: Stopwatch,
 ) -> None:
-    """Run a layer over hidden states and show every watcher what it waits for.
+    """Run a layer over hidden states and pass the inputs of its modules to observers.
 
     Args:
-        layer: Decoder layer `index` of `model`, in whatever state it is; it runs no further than needed.
-        hidden: (n, t, d) what the layer receives.
-        clock: Gets the stages `forward` (tokens through the layer) and `calibrate` (the statistics).
+        model: The model of the layer.
+        layer: Decoder layer `index`, in any state. Each forward ends once all inputs are captured.
+        index: Its index.
+        hidden: (n, t, d) inputs of the layer.
+        observers: They receive the inputs.
+        clock: Records the stages `forward` (tokens through the layer) and `calibrate` (the statistics).
     """
-    sites = list(dict.fromkeys(site for watcher in watchers for site in watcher.sites))
-    done = 0
+    sites = list(dict.fromkeys(site for observer in observers for site in observer.sites))
+    first = 0
     for batch in hidden.split(model.batch_size(hidden)):
         with clock.stage("forward"), captured_inputs(layer, sites, stop=True) as inputs:
             model.forward(layer, index, batch)
-        rows = slice(done, done := done + batch.shape[0] * batch.shape[1])
+        rows = slice(first, first := first + batch.shape[0] * batch.shape[1])
         with clock.stage("calibrate"):
-            for watcher in watchers:
-                watcher.add(inputs, rows)
+            for observer in observers:
+                observer.add(inputs, rows)
 
 
 def record_inputs(
     model: LayeredModel, layer: nn.Module, index: int, hidden: Tensor, sites: list[str]
 ) -> dict[str, Tensor]:
-    """The inputs themselves, (n * t, k) by site; advances `hidden` (n, t, d) to the layer's output."""
+    """Run a layer over hidden states and return the inputs of some linears.
+
+    Args:
+        hidden: (n, t, d) inputs of the layer. They are overwritten by its outputs.
+        sites: Names of the linears.
+
+    Returns:
+        The inputs (n * t, k) by site.
+    """
     recorded: dict[str, list[Tensor]] = {site: [] for site in sites}
     for batch in hidden.split(model.batch_size(hidden)):
         with captured_inputs(layer, sites) as inputs:
             output = model.forward(layer, index, batch)
         for site in sites:
             x = inputs[site].reshape(-1, inputs[site].shape[-1])
-            # Where the norm comes after (OPT-350M), q, k and v read `batch` itself, which is overwritten below.
+            # With post-norm (OPT-350M), q, k and v read `batch` itself, which is overwritten below.
             recorded[site].append(x.clone() if x.data_ptr() == batch.data_ptr() else x)
         batch.copy_(output)
     return {site: torch.cat(parts) for site, parts in recorded.items()}

@@ -1,4 +1,4 @@
-"""What is gathered at a group's input: one for inputs that all tokens have, two for what the router divides."""
+"""Observers of a group's input: one for inputs of all tokens, and two for Mixture-of-Experts layers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from haq_lab.models.architectures import Group
 from haq_lab.models.experts import Expert
 from haq_lab.routing.choices import Routing
 
-SHOWN_PER_CHANNEL = 4  # of the layer's tokens, to an expert that has too few of its own: enough for a full rank
+TOKENS_PER_CHANNEL = 4  # tokens of the layer that an expert with too few gets, so that its Hessian has full rank
 
 
 class SharedInput:
-    """Statistics of an input that every token has.
+    """Observes an input that every token has.
 
     Args:
-        tokens: How many there are in all.
-        inputs_fp: What the same group receives in the full-precision model, (tokens, k), for `needs.cross`.
+        layer: The decoder layer.
+        group: The group whose input is observed.
+        needs: The statistics that the quantizer needs.
+        tokens: Number of tokens in all batches.
+        inputs_fp: (tokens, k) input of the same group in the full-precision model, for `needs.cross`.
     """
 
     def __init__(self, layer: nn.Module, group: Group, needs: Needs, tokens: int, inputs_fp: Tensor | None):
@@ -30,19 +33,18 @@ class SharedInput:
         self._all = Accumulator(self.channels, tokens, needs)
 
     def add(self, inputs: dict[str, Tensor], rows: slice) -> None:
-        """One batch."""
+        """Add one batch of inputs."""
         self._all.add(inputs[self.group.site], None if self.inputs_fp is None else self.inputs_fp[rows])
 
     def finish(self) -> InputStatistics:
-        """The statistics of all that was added."""
+        """Return the statistics of all batches."""
         return self._all.finish()
 
 
 class ExpertsInput(SharedInput):
-    """The input that the router and all experts share, and what the router makes of it.
+    """Observes the input that the router and all experts share, and the router's choices.
 
-    With `route=topk` each expert has statistics of its own tokens besides. The router's choices go to `routing`
-    in any case.
+    The choices are added to `routing`. With `route=topk`, each expert also gets statistics of its own tokens.
     """
 
     def __init__(
@@ -85,15 +87,19 @@ class ExpertsInput(SharedInput):
 
 
 class ExpertInside:
-    """What one expert's down projection reads, of the tokens routed to it.
+    """Observes the input of one expert's down projection.
 
-    An expert with too few is also shown tokens that the router sent elsewhere, evenly spaced: its own channels
-    mean nothing in another expert, so no other's statistics can stand in.
+    An expert with too few tokens also gets evenly spaced tokens that the router sent elsewhere. Its channels have no
+    meaning in another expert, so it cannot use another expert's statistics.
 
     Args:
+        layer: The decoder layer.
+        group: The expert's down projection.
+        needs: The statistics that the quantizer needs.
         experts: Name of the layer's experts module.
-        tokens: How many tokens there are, and `counts`, how many of them the router sends to each expert.
-        few: Too few are sent to this one.
+        tokens: Number of tokens in all batches.
+        counts: (E,) number of tokens that the router sends to each expert.
+        few: Whether this expert has too few tokens.
     """
 
     def __init__(
@@ -102,7 +108,7 @@ class ExpertInside:
         self.group, self._few, self._experts = group, few, experts
         self._site = group.site
         channels = channels_of(layer, group)
-        self._stride = max(1, tokens // (SHOWN_PER_CHANNEL * channels))
+        self._stride = max(1, tokens // (TOKENS_PER_CHANNEL * channels))
         self.sites: tuple[str, ...] = (self._site, experts) if few else (self._site,)
         self._expert: Expert = cast(Any, layer.get_submodule(experts)).expert(group.expert)
         routed = int(counts[group.expert])
@@ -110,7 +116,7 @@ class ExpertInside:
         self._rows = Accumulator(channels, tokens // self._stride + routed if few else routed, needs)
 
     def add(self, inputs: dict[str, Tensor], rows: slice) -> None:
-        """One batch; the expert may have no token in it."""
+        """Add one batch, which may have no token of this expert."""
         if self._site in inputs:
             self._rows.add(inputs[self._site], None)
         if self._few:
@@ -118,8 +124,11 @@ class ExpertInside:
             self._rows.add(self._expert.activate(hidden[-rows.start % self._stride :: self._stride]), None)
 
     def finish(self) -> InputStatistics:
-        """The statistics of all that was added. A routed input has no cross moment: where the full-precision
-        model sends a token elsewhere, there is nothing to hold it against."""
+        """Return the statistics of all batches.
+
+        They have no cross moment. The full-precision model may send a token to another expert, so it has no matching
+        input.
+        """
         statistics = self._rows.finish()
         statistics.cross = None
         statistics.stands_in = self._few
@@ -128,6 +137,6 @@ class ExpertInside:
 
 
 def channels_of(layer: nn.Module, group: Group) -> int:
-    """Channels of a group's input."""
+    """Return the number of channels of a group's input."""
     weight = cast(Tensor, layer.get_submodule(group.consumers[0]).weight)
     return weight.shape[1]

@@ -1,4 +1,4 @@
-"""Statistics of one distinct input (q, k and v share one), gathered over the calibration tokens."""
+"""Gather the statistics of one input over the calibration tokens. Linears that share the input share them."""
 
 from __future__ import annotations
 
@@ -8,31 +8,40 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-SAMPLE_ROWS = 2048  # tokens kept whole, evenly spaced
-EXTREME_ROWS = 64  # and those with the largest entries, where outliers live
-MIN_TOKENS = 64
-STANDING_IN_WORTH = 0.1  # of a token that the router sent elsewhere, to an expert that it stands in for
+SAMPLE_ROWS = 2048  # evenly spaced tokens whose inputs are stored
+EXTREME_ROWS = 64  # stored besides: the tokens with the largest values, which are the outliers
+MIN_TOKENS = 64  # an expert with fewer tokens uses the statistics of the layer
+STAND_IN_WEIGHT = 0.1  # weight of a token in the statistics of an expert that it was not routed to
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a quantizer asks calibration for; what nobody needs is not computed."""
+    """The calibration statistics that a quantizer needs. Others are not computed.
+
+    Attributes:
+        inputs: Whether it needs statistics at all.
+        hessian: Whether it needs the Hessian of each input.
+        cross: Whether it needs the cross moment with the full-precision model's input.
+        sample: Whether it needs sampled rows of each input.
+        sensitivity: Number of calibration windows on which to measure the sensitivity; 0 for none.
+    """
 
     inputs: bool = False
     hessian: bool = False
     cross: bool = False
     sample: bool = False
-    sensitivity: int = 0  # windows, of those that calibrate
+    sensitivity: int = 0
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What an error of one group of linears costs the model's predictions: twice the KL divergence, in nats a token,
-    for each unit of squared error (`haq_lab.calibration.sensitivity`).
+    """How much an error of one group of linears changes the model's predictions (`haq_lab.calibration.sensitivity`).
+
+    The unit is twice the KL divergence in nats a token, for each unit of squared error.
 
     Attributes:
-        channels: (k,) of their input.
-        outputs: (n,) of their outputs, stacked.
+        channels: (k,) for errors of the input channels.
+        outputs: (n,) for errors of the stacked outputs.
     """
 
     channels: Tensor
@@ -44,9 +53,10 @@ class CalibrationPolicy:
     """How statistics are gathered.
 
     Args:
-        inputs: `fp`: statistics of the full-precision model; `quantized`: of the model as quantised so far.
-        route: Which tokens calibrate an expert's gate and up projections: `topk`, those routed to it, or `all`.
-        min_tokens: An expert with fewer tokens is calibrated on the layer's.
+        inputs: Model whose hidden states are used: the full-precision model (`fp`), or the model as quantised so far
+            (`quantized`).
+        route: Tokens that calibrate an expert's gate and up projections: those routed to it (`topk`), or `all`.
+        min_tokens: An expert with fewer tokens uses the statistics of the whole layer.
     """
 
     inputs: Literal["fp", "quantized"] = "quantized"
@@ -56,19 +66,20 @@ class CalibrationPolicy:
 
 @dataclass
 class InputStatistics:
-    """Moments and ranges of an input of k channels, over `count` tokens.
+    """Moments and ranges of an input with k channels.
 
     Attributes:
+        count: Number of tokens.
         channel_max: (k,) largest |x| of each channel.
-        hessian: (k, k) mean of x x^T; GPTQ's H up to a factor that its solution does not depend on.
-        cross: (k, k) mean of (x_fp - x) x^T, where x_fp is what the full-precision model has at this point
-            and x what the quantised one has (GPTAQ, arXiv 2504.02692, eq. 9).
-        sample: (r, k) rows kept whole, and `sample_weight` (r,), how many tokens each stands for.
-        routed: By expert, the same of the tokens that are routed to it, where the experts that share this input
-            are calibrated apart.
-        stands_in: Too few tokens were routed to the expert, so these are of the layer's tokens.
-        sensitivity: Of the linears that read it.
-        share: Of a layer's inputs like it: an expert's is its part of the pairs (token, expert).
+        hessian: (k, k) mean of x x^T. It is GPTQ's H up to a factor that does not change the solution.
+        cross: (k, k) mean of (x_fp - x) x^T, where x_fp is the input in the full-precision model and x the input in the
+            quantised model (GPTAQ, arXiv 2504.02692, eq. 9).
+        sample: (r, k) inputs of sampled tokens.
+        sample_weight: (r,) number of tokens that each sampled row represents.
+        routed: By expert, the statistics of the tokens routed to it. Empty if experts have no statistics of their own.
+        stands_in: Whether the statistics include tokens of the layer because too few were routed to the expert.
+        sensitivity: Sensitivity of the linears that read the input.
+        share: For an expert, its share of the layer's (token, expert) pairs; otherwise 1.
     """
 
     count: int
@@ -83,39 +94,39 @@ class InputStatistics:
     share: float = 1.0
 
     def of(self, expert: int | None) -> InputStatistics:
-        """What the linears of an expert go by: its own statistics where there are any, else these."""
+        """Return the statistics of an expert if it has its own, otherwise these."""
         return self if expert is None else self.routed.get(expert, self)
 
     def shrunk_hessian(self) -> Tensor:
-        """The Hessian with its off-diagonal part shrunk by n / (n + k), for n tokens and k channels.
+        """Return the Hessian with its off-diagonal part multiplied by n / (n + k), for n tokens and k channels.
 
-        A Hessian from few tokens knows directions that nobody else will ever see, and weights solved under it
-        are worse than rounded ones as long as n is below 2 k or so. Shrunk towards its diagonal (as Ledoit and
-        Wolf, 2004, shrink a covariance), it goes over into plain rounding instead.
+        A Hessian from few tokens overfits to them. Below about 2 k tokens, weights that are solved with it are worse
+        than weights rounded to nearest. Shrinkage towards the diagonal (as for covariances in Ledoit and Wolf, 2004)
+        brings the solution closer to rounding to nearest.
         """
         assert self.hessian is not None
-        worth = self.count * (STANDING_IN_WORTH if self.stands_in else 1.0)
-        hessian = self.hessian * (worth / (worth + len(self.hessian)))
+        tokens = self.count * (STAND_IN_WEIGHT if self.stands_in else 1.0)
+        hessian = self.hessian * (tokens / (tokens + len(self.hessian)))
         hessian.diagonal().copy_(self.hessian.diagonal())
         return hessian
 
     def standing_in(self) -> InputStatistics:
-        """These, for an expert that has too few tokens of its own."""
+        """Return these statistics for an expert that has too few tokens of its own."""
         return replace(self, routed={}, stands_in=True)
 
     def divided_by(self, factor: Tensor) -> InputStatistics:
-        """The statistics of x / factor, factor (k,): what the linear sees after smoothing."""
+        """Return the statistics of x / factor, the input after smoothing with `factor` (k,)."""
         outer = factor[:, None] * factor
 
-        def over(moment: Tensor | None, by: Tensor) -> Tensor | None:
+        def divide(moment: Tensor | None, by: Tensor) -> Tensor | None:
             return None if moment is None else moment / by
 
         return InputStatistics(
             self.count,
             self.channel_max / factor,
-            over(self.hessian, outer),
-            over(self.cross, outer),
-            over(self.sample, factor),
+            divide(self.hessian, outer),
+            divide(self.cross, outer),
+            divide(self.sample, factor),
             self.sample_weight,
             {expert: statistics.divided_by(factor) for expert, statistics in self.routed.items()},
             self.stands_in,
@@ -125,7 +136,13 @@ class InputStatistics:
 
 
 class Accumulator:
-    """Builds `InputStatistics` from batches; `total` is how many tokens will come at most."""
+    """Computes `InputStatistics` from batches.
+
+    Args:
+        channels: Number of channels k.
+        total: Largest number of tokens in all batches.
+        needs: The statistics to compute.
+    """
 
     def __init__(self, channels: int, total: int, needs: Needs):
         self.needs = needs
@@ -138,7 +155,12 @@ class Accumulator:
         self._extreme = torch.empty(0, channels)
 
     def add(self, x: Tensor, x_fp: Tensor | None) -> None:
-        """Rows (m, k) of the input, and the same rows in the full-precision model (for `cross`)."""
+        """Add one batch.
+
+        Args:
+            x: (m, k) rows of the input.
+            x_fp: (m, k) the same rows in the full-precision model, for `needs.cross`.
+        """
         x = x.reshape(-1, x.shape[-1]).float()
         self.channel_max = torch.maximum(self.channel_max, x.abs().amax(dim=0)) if len(x) else self.channel_max
         if self.hessian is not None:
@@ -154,13 +176,13 @@ class Accumulator:
         self.count += len(x)
 
     def finish(self) -> InputStatistics:
-        """The statistics of all that was added."""
+        """Return the statistics of all batches."""
         count = max(self.count, 1)
         sample = weight = None
         if self.needs.sample:
             even = torch.cat(self._even)
             sample = torch.cat([even, self._extreme])
-            # An extreme row stands for itself alone, and the even rows for all the rest.
+            # An extreme row represents itself only, and the evenly spaced rows represent all other tokens.
             weight = torch.ones(len(sample))
             weight[: len(even)] = (self.count - len(self._extreme)) / max(len(even), 1)
         return InputStatistics(

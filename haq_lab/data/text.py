@@ -1,4 +1,4 @@
-"""Rows of text, from the hub or from a local file, through `datasets`; and the text inside Python itself."""
+"""Read rows of text from the hub, from a local file, or from the documentation inside Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ FORMATS = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", "
 
 @dataclass(frozen=True)
 class HubText:
-    """A text on the hub: repository, its configuration, and the file of each split where it has many."""
+    """A text on the hub.
+
+    Attributes:
+        repository: Its repository.
+        configuration: The repository's configuration, if it has several.
+        files: The file to read for each split, if a split has many.
+    """
 
     repository: str
     configuration: str | None = None
@@ -41,16 +47,17 @@ HUB = {
 
 
 def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[str]:
-    """The rows of a text: from `path` where it is given, else from the hub.
+    """Read the rows of a text from a local file or from the hub.
 
     Args:
-        text: `wikitext2` or `c4` on the hub; any name with a path.
-        path: Plain text (a row a line, its newline kept, as the hub's rows have it), JSON lines or parquet
-            with a field `text`.
-        setting: How the user sets `path`, for messages.
+        text: `wikitext2` or `c4`. Any name if there is a path.
+        split: Split to read from the hub. A local file is read whole.
+        path: Plain text, or JSON lines or parquet with a field `text`. A line of plain text is one row and keeps its
+            newline, as in the hub's copy. If null, the hub is read.
+        setting: The setting that gives `path`, for error messages.
 
     Raises:
-        UserError: No such file, an unreadable one, or neither a path nor the hub at hand.
+        UserError: If the file does not exist or cannot be read, or if the hub does not answer and there is no path.
     """
     import datasets
     from datasets.exceptions import DatasetGenerationError
@@ -59,10 +66,12 @@ def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[s
     if path is not None:
         file = Path(path).expanduser()
         if not file.is_file():
-            raise UserError(f"{setting}: there is no file '{file}'{nearest_beside(file)}")
+            raise UserError(f"{setting}: there is no file '{file}'{nearest_beside(file) or '. Correct the path.'}")
         if file.suffix not in FORMATS:
-            raise UserError(f"{setting}: '{file}' is none of {', '.join(FORMATS)}")
-        if FORMATS[file.suffix] == "text":  # read here: it also takes Windows line ends and stray bytes
+            raise UserError(
+                f"{setting}: '{file}' has no known format. Choose a file that ends in {', '.join(FORMATS)}."
+            )
+        if FORMATS[file.suffix] == "text":  # not by `datasets`, which fails on invalid UTF-8
             return file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         try:
             rows = datasets.load_dataset(
@@ -72,35 +81,36 @@ def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[s
                 cache_dir=str(cache_folder() / "datasets"),
             )
         except (DatasetGenerationError, OSError, ValueError) as error:
-            raise UserError(f"{setting}: '{file}' cannot be read as {FORMATS[file.suffix]} ({error})") from error
+            raise UserError(
+                f"{setting}: '{file}' cannot be read as {FORMATS[file.suffix]} ({error}). Check the file."
+            ) from error
         if "text" not in rows.column_names:
             fields = ", ".join(rows.column_names)
-            raise UserError(
-                f"{setting}: '{file}' has no field 'text' (it has {fields}){nearest('text', rows.column_names)}"
-            )
+            hint = nearest("text", rows.column_names) or "."
+            raise UserError(f"{setting}: '{file}' has no field 'text'. Rename one of its fields: {fields}{hint}")
         documents = list(rows["text"])
         if not all(isinstance(document, str) for document in documents):
-            raise UserError(f"{setting}: '{file}' has rows whose 'text' is not a text")
+            raise UserError(f"{setting}: '{file}' has rows whose field 'text' is not a string. Remove or correct them.")
         return documents
     if text not in HUB:
-        raise UserError(f"{setting}: a file is needed (plain text, JSON lines or parquet)")
+        raise UserError(f"{setting}: a file is needed. Name a plain text, JSON lines or parquet file.")
     hub = HUB[text]
     files = None if hub.files is None else {split: hub.files[split]}
     try:
         with _hub_or_its_cache():
             rows = datasets.load_dataset(hub.repository, hub.configuration, data_files=files, split=split)
             return list(rows["text"])
-    except Exception as error:  # the hub client has no common base for what can go wrong on a network
+    except Exception as error:  # the hub client's network errors have no common base class
         raise UserError(
-            f"{text}: the hub did not give {hub.repository} ({type(error).__name__}). Give it network, or a local "
-            f"copy: {setting}=FILE (plain text, JSON lines or parquet); data=[python_docs] "
-            "calibration=python_docs needs neither"
+            f"{text}: {hub.repository} cannot be read from the hub ({type(error).__name__}). Give it network, or a "
+            f"local copy: {setting}=FILE (plain text, JSON lines or parquet). Without either, choose "
+            "data=[python_docs] calibration=python_docs."
         ) from error
 
 
 @contextmanager
 def _hub_or_its_cache() -> Iterator[None]:
-    """Where the hub does not answer, `datasets` looks only at what was downloaded before."""
+    """Let `datasets` use only its local cache within the block if the hub does not answer."""
     import datasets
     from huggingface_hub import constants
 
@@ -114,25 +124,28 @@ def _hub_or_its_cache() -> Iterator[None]:
 
 
 def python_docs(part: Literal["calibration", "evaluation"]) -> str:
-    """The reference texts that Python's `help()` shows, split once and for all.
+    """Return one of two parts of the reference texts that Python's `help()` shows.
 
-    Paragraphs that stand in several topics are taken once, so that the parts share none. The first 60 % of the
-    text calibrate, the rest evaluates.
+    A paragraph that occurs in several topics is used once, so the two parts share no paragraph. The first 60 % of the
+    text are the calibration part. The rest is the evaluation part.
+
+    Args:
+        part: The part to return.
     """
     from pydoc_data import topics
 
     paragraphs = dict.fromkeys(
         paragraph.strip("\n") for topic in sorted(topics.topics) for paragraph in topics.topics[topic].split("\n\n")
     )
-    kept = [paragraph for paragraph in paragraphs if paragraph.strip()]
-    total = sum(map(len, kept))
-    seen, cut = 0, 0
-    while seen < 0.6 * total:
-        seen += len(kept[cut])
+    texts = [paragraph for paragraph in paragraphs if paragraph.strip()]
+    total = sum(map(len, texts))
+    length, cut = 0, 0
+    while length < 0.6 * total:
+        length += len(texts[cut])
         cut += 1
-    return "\n\n".join(kept[:cut] if part == "calibration" else kept[cut:])
+    return "\n\n".join(texts[:cut] if part == "calibration" else texts[cut:])
 
 
 def fingerprint(text: str) -> str:
-    """A short hash of a text, for stamps."""
+    """Return a short hash of a text, for protocol stamps."""
     return hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()[:16]

@@ -1,1 +1,1 @@
-"""Quantizers: RTN, SmoothQuant, GPTQ and HAQ, over shared parts (README.md says which is where)."""
+"""Quantizers: RTN, SmoothQuant, GPTQ and HAQ, and the parts that they share."""

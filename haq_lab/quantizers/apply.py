@@ -1,4 +1,4 @@
-"""Apply a quantizer to one group of a decoder layer: smooth its input, then put int8 linears where linears were."""
+"""Apply a quantizer to one group of a decoder layer: smooth its input, then replace its linears by int8 linears."""
 
 from __future__ import annotations
 
@@ -13,12 +13,23 @@ from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, output_error
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
-from haq_lab.quantizers.smoothing import Channels, fold, stacked
+from haq_lab.quantizers.smoothing import ChannelMap, fold, stack_weights
 
 
 @dataclass
 class LinearReport:
-    """What was done to one linear, for the per-layer table. Errors are mean squares of the layer's output."""
+    """One row of the per-layer table: how one linear was quantised.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        linear: Name of the linear within the layer.
+        activation_scheme: Activation scheme of its input.
+        smoothing_strength: Smoothing strength, or None if the input was not smoothed.
+        static_scale: Scale of the input if the activation scheme is static.
+        error_rtn: Mean squared output error of rounding to nearest; None without a Hessian.
+        output_error: Mean squared output error of the weights as rounded; None without a Hessian.
+        notes: What the quantizer reports, such as its dampening.
+    """
 
     layer: int
     linear: str
@@ -37,18 +48,23 @@ def smooth_group(
     quantizer: Quantizer,
     statistics: InputStatistics | None,
 ) -> tuple[InputStatistics | None, float | None]:
-    """Choose the group's factor by the first of `layers` and fold it into all of them, in place.
+    """Choose the smoothing factor of a group and fold it into the layer, in place.
 
     Args:
-        layers: States of one layer, which may share tensors.
+        layers: The same decoder layer in several states (as smoothed, as quantised). The factor is chosen for the first
+            and folded into all. They may share tensors.
+        group: The linears that read the input.
+        family: The model's architecture.
+        quantizer: Chooses the factor.
+        statistics: Statistics of the input, or None.
 
     Returns:
-        The statistics of the smoothed input, and the strength taken (None: not smoothed).
+        The statistics of the smoothed input, and the smoothing strength (None if the group is not smoothed).
     """
     if group.source is None:
         return statistics, None
-    weight = stacked(layers[0], group.readers)
-    channels = Channels(group, layers[0], weight.shape[1])
+    weight = stack_weights(layers[0], group.readers)
+    channels = ChannelMap(group, layers[0], weight.shape[1])
     smoothing = quantizer.smoothing(group, family, weight, statistics, channels)
     if smoothing is None:
         return statistics, None
@@ -65,19 +81,31 @@ def quantize_group(
     strength: float | None,
     backend: Backend,
 ) -> list[LinearReport]:
-    """Replace the group's linears by `Int8Linear`s, in place; returns a report for each.
+    """Replace the linears of a group by `Int8Linear`s, in place.
 
-    How the input is quantised is one choice for the group, so that experts that share it need it quantised but
-    once. The weights are solved by expert, each under its own statistics where it has some.
+    All linears of the group share one activation choice, so an input that experts share is quantised only once. The
+    weights are solved expert by expert, with the expert's own statistics if there are any.
+
+    Args:
+        layer: Decoder layer, already smoothed.
+        index: Its index, for the reports.
+        group: The linears to replace.
+        quantizer: Chooses the activation scheme and rounds the weights.
+        statistics: Statistics of the smoothed input, or None.
+        strength: Smoothing strength, for the reports.
+        backend: Computes the new linears.
+
+    Returns:
+        One report for each linear.
     """
-    activation = quantizer.activation(stacked(layer, group.consumers), statistics)
+    activation = quantizer.activation(stack_weights(layer, group.consumers), statistics)
     reports = []
     for expert, names in group.parts().items():
         own = None if statistics is None else statistics.of(expert)
-        solution = quantizer.solve(stacked(layer, names), own, activation)
-        done = 0
+        solution = quantizer.solve(stack_weights(layer, names), own, activation)
+        first = 0
         for name in names:
-            rows = slice(done, done := done + cast(nn.Linear, layer.get_submodule(name)).out_features)
+            rows = slice(first, first := first + cast(nn.Linear, layer.get_submodule(name)).out_features)
             solved = Solution(solution.levels[rows].clone(), solution.scale[rows].clone(), dict(solution.notes))
             if own is not None and own.stands_in:
                 solved.notes.setdefault("fallback", "shared")
@@ -86,7 +114,7 @@ def quantize_group(
                 report.static_scale = float(activation.scale)
             _measure_errors(report, cast(Tensor, layer.get_submodule(name).weight), quantizer, own, solved)
             reports.append(report)
-            _put(layer, name, solved, activation, backend)
+            _replace_linear(layer, name, solved, activation, backend)
     return reports
 
 
@@ -97,7 +125,7 @@ def _measure_errors(
     statistics: InputStatistics | None,
     solved: Solution,
 ) -> None:
-    """What the weights' rounding leaves at the output, beside what rounding to nearest would; nothing without H."""
+    """Add the output errors of the solution and of rounding to nearest to the report, if there is a Hessian."""
     if statistics is None or statistics.hessian is None:
         return
     scale = row_scale(weight, quantizer.weight_bits)
@@ -106,9 +134,14 @@ def _measure_errors(
     report.output_error = output_error(weight, solved, statistics.hessian)
 
 
-def _put(layer: nn.Module, name: str, solved: Solution, activation: ActivationChoice, backend: Backend) -> None:
-    """An int8 linear where a linear was. The bias is its own: the linear lives on in the layer as smoothed. So is the
-    scale: a linear that is read from a file then takes as many bytes."""
+def _replace_linear(
+    layer: nn.Module, name: str, solved: Solution, activation: ActivationChoice, backend: Backend
+) -> None:
+    """Replace a linear by an int8 linear.
+
+    The bias is copied because the original linear stays in the smoothed state of the layer. The scale is copied so that
+    the linear has as many bytes as one that is read from a checkpoint.
+    """
     bias = cast(Tensor | None, layer.get_submodule(name).bias)
     int8 = Int8Linear(
         solved.levels,

@@ -1,7 +1,7 @@
-"""What a quantizer decides: how to smooth, how to round weights, how activations are quantised.
+"""The base class of all quantizers.
 
-The baselines override little; HAQ overrides all three. A quantizer of your own is a class with these methods,
-named by `quantizer._target_=my_module.MyQuantizer`.
+A quantizer makes three decisions: how to smooth an input, how to round weights, and how to quantise activations. The
+baselines override few of them, HAQ overrides all three. `quantizer._target_=my_module.MyQuantizer` uses your own class.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.int8.numerics import ActivationScheme, scale_of
 from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
-from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.smoothing import ChannelMap
 
-COLUMNS = 128  # of a Hessian, multiplied at a time
+COLUMNS = 128  # columns of a Hessian that are multiplied at once
 
 
 @dataclass(frozen=True, config={"arbitrary_types_allowed": True})
 class Smoothing:
-    """A factor (k,) for a group, and the strength it came from."""
+    """How to smooth the input of a group of linears.
+
+    Attributes:
+        factor: (k,) the smoothing factor of each channel.
+        strength: The smoothing strength that gave the factor.
+    """
 
     factor: Tensor
     strength: float
@@ -32,7 +37,12 @@ class Smoothing:
 
 @dataclass(frozen=True, config={"arbitrary_types_allowed": True})
 class ActivationChoice:
-    """How one input is quantised: the scheme, and the scale where it is static."""
+    """How to quantise one input.
+
+    Attributes:
+        scheme: The activation scheme.
+        scale: The scale, a scalar tensor, if the activation scheme is static.
+    """
 
     scheme: ActivationScheme
     scale: Tensor | None = None
@@ -40,7 +50,13 @@ class ActivationChoice:
 
 @dataclass(frozen=True, config={"arbitrary_types_allowed": True})
 class Solution:
-    """Rounded weights: int8 levels (n, k), scales (n,), and what is worth reporting about the solving."""
+    """Rounded weights.
+
+    Attributes:
+        levels: (n, k) int8.
+        scale: (n,) one scale a row.
+        notes: Facts about the rounding for the per-layer table.
+    """
 
     levels: Tensor
     scale: Tensor
@@ -49,13 +65,19 @@ class Solution:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Round-to-nearest weights and a fixed activation scheme, no smoothing.
+    """Round weights to nearest, use a fixed activation scheme, and do not smooth.
+
+    Derive your own quantizer from this class and override what differs.
 
     Args:
-        activations: `token` (dynamic, a scale a row), `tensor` (dynamic) or `static` (from calibration).
+        activations: Activation scheme: `token` (dynamic, one scale a token), `tensor` (dynamic, one scale a tensor) or
+            `static` (a scale from calibration).
         weight_bits: 8, or 4 (levels in [-7, 7], stored as int8).
-        lm_head: Whether the head is quantised too, whatever is chosen for the layers: 8 bits, rounded to nearest,
-            activations per token. It is no part of any layer, so no calibration reaches it.
+        lm_head: Whether to quantise the LM head too. Whatever the other settings are, it gets 8 bits, rounding to
+            nearest and token-dynamic activations, because calibration does not reach it.
+
+    Example:
+        >>> RTN(activations="token", weight_bits=8)  # doctest: +SKIP
     """
 
     activations: Literal["token", "tensor", "static"] = "token"
@@ -64,7 +86,7 @@ class Quantizer:
 
     @property
     def needs(self) -> Needs:
-        """The calibration statistics it asks for."""
+        """The calibration statistics that this quantizer needs."""
         return Needs(inputs=self.activations == "static")
 
     def smoothing(
@@ -73,37 +95,68 @@ class Quantizer:
         family: Family,
         weight: Tensor,
         statistics: InputStatistics | None,
-        channels: Channels,
+        channels: ChannelMap,
     ) -> Smoothing | None:
-        """The factor to fold for a group whose readers' stacked weights are `weight`; None for none.
+        """Choose how to smooth the input of a group.
 
-        A router's rows are among them, last: its columns take the factor too, as SmoothQuant publishes it.
+        Args:
+            group: The linears that read the input, and the module that smoothing is folded into.
+            family: The model's architecture.
+            weight: (n, k) stacked weights of all readers. A router's rows come last, because its columns are multiplied
+                by the factor too, as in SmoothQuant's code.
+            statistics: Statistics of the input, or None if the quantizer needs none.
+            channels: Maps the input's channels to rows of the source.
+
+        Returns:
+            The smoothing factor, or None for no smoothing.
         """
         return None
 
     def activation(self, weight: Tensor, statistics: InputStatistics | None) -> ActivationChoice:
-        """How the input of these (stacked, smoothed) weights is quantised; a static scale covers the maximum."""
+        """Choose how to quantise the input of a group.
+
+        Args:
+            weight: (n, k) stacked weights of the group's linears, after smoothing.
+            statistics: Statistics of the smoothed input, or None if the quantizer needs none.
+
+        Returns:
+            The activation scheme. A static scale covers the largest calibrated value.
+        """
         if self.activations != "static":
             return ActivationChoice(self.activations)
         assert statistics is not None
         return ActivationChoice("static", scale_of(statistics.channel_max.amax()))
 
     def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
-        """Round stacked weights (n, k) that share an input."""
+        """Round the weights of linears that share an input.
+
+        Args:
+            weight: (n, k) stacked weights, after smoothing.
+            statistics: Statistics of the smoothed input, or None if the quantizer needs none.
+            activation: How the input is quantised.
+
+        Returns:
+            Levels (n, k) and scales (n,).
+        """
         scale = row_scale(weight, self.weight_bits)
         return Solution(round_to_nearest(weight, scale, self.weight_bits), scale)
 
     def _fallback(self, weight: Tensor) -> Solution:
-        """Plain rounding, noted as such: for a Hessian that has no usable factor."""
+        """Round to nearest and note it, if the Hessian cannot be factorized."""
         nearest = Quantizer.solve(self, weight, None, ActivationChoice("token"))
         return Solution(nearest.levels, nearest.scale, {"fallback": "rtn"})
 
 
 def output_error(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
-    """Mean squared error of the outputs that the weights' rounding alone causes: tr(dW H dW^T) / n."""
+    """Return the mean squared output error that rounding the weights causes: tr(dW H dW^T) / n.
+
+    Args:
+        weight: (n, k) before rounding.
+        hessian: (k, k) mean of x x^T.
+    """
     difference = solution.levels.float() * solution.scale[:, None] - weight
     total = 0.0
-    for first in range(0, len(hessian), COLUMNS):  # H is symmetric: what lies left of its diagonal counts twice
+    for first in range(0, len(hessian), COLUMNS):  # H is symmetric, so blocks left of its diagonal count twice
         columns = slice(first, first + COLUMNS)
         block = difference[:, columns]
         product = block @ hessian[columns, columns]

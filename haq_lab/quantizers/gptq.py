@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323), as published: weights solved under the Hessian of their input, no smoothing."""
+"""The GPTQ quantizer (arXiv 2210.17323): round weights with the Hessian of their input, without smoothing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from haq_lab.quantizers.grid import row_scale
 
 @dataclass(frozen=True)
 class GPTQ(Quantizer):
-    """Args:
-    dampening_frac: Share of mean(diag H) added to the diagonal.
-    act_order: Solve the columns by falling diag(H).
+    """GPTQ as published.
+
+    Args:
+        activations: Activation scheme: `token`, `tensor` (both dynamic) or `static`.
+        weight_bits: 8 or 4.
+        lm_head: Whether to quantise the LM head too.
+        dampening_frac: Dampening: the share of mean(diag H) that is added to the diagonal.
+        act_order: Whether to solve the columns in the order of falling diag(H).
     """
 
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01

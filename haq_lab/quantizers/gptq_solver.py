@@ -1,7 +1,7 @@
-"""GPTQ's solver (arXiv 2210.17323): round column by column, each error pushed onto the columns not yet rounded.
+"""GPTQ's solver (arXiv 2210.17323): round column by column and compensate each error in the columns not yet rounded.
 
-The factor of the Hessian depends on the input alone, so linears that share an input share it, and their rows
-are solved together.
+The factor of the Hessian depends on the input only. So linears that share an input share the factor, and their rows are
+solved together.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from haq_lab.quantizers.grid import qmax
 
-BLOCK = 16  # columns solved one by one; more are halved
-SMALL = 64  # a triangle that is inverted as it is
-DAMP_LIMIT = 1.0
+BLOCK = 16  # most columns that are solved one by one; larger blocks are split in halves
+SMALL = 64  # largest triangular matrix that is inverted without splitting
+MAX_DAMPENING = 1.0
 
 
 @dataclass(frozen=True)
 class Factor:
-    """The upper Cholesky factor U of H^-1 (so that H^-1 = U^T U), columns in the order of solving.
+    """The upper Cholesky factor U of H^-1 (so that H^-1 = U^T U), with the columns in the order of solving.
 
     Attributes:
-        upper: (k, k).
-        order: (k,) the columns by falling diag(H), or as they are.
+        upper: (k, k) the matrix U.
+        order: (k,) indices of the columns by falling diag(H), or in their original order.
         dampening_frac: Share of mean(diag H) that was added to the diagonal.
-        dead: (k,) columns that no token ever excites.
+        dead: (k,) bool, columns whose input is 0 for every token.
     """
 
     upper: Tensor
@@ -37,16 +37,28 @@ class Factor:
     dead: Tensor
 
     def conditional_variance(self) -> Tensor:
-        """(k,) in the columns' own order: what an error in a column costs once later columns make up for it."""
+        """Return the cost (k,) of a squared error in each column after later columns have compensated it.
+
+        The columns are in their original order.
+        """
         variance = torch.empty_like(self.upper[0])
         variance[self.order] = self.upper.diagonal().square().reciprocal()
         return variance
 
 
 def factorize(hessian: Tensor, dampening_frac: float, act_order: bool) -> Factor | None:
-    """The factor of a damped Hessian (k, k), or None where it has no usable one.
+    """Factorize a Hessian after dampening.
 
-    A failed Cholesky is tried again with ten times the damp, up to 1. A dead column gets a one on the diagonal.
+    If the Cholesky decomposition fails, it is tried again with ten times the dampening, up to 1. A dead column gets a
+    one on the diagonal.
+
+    Args:
+        hessian: (k, k).
+        dampening_frac: Share of mean(diag H) to add to the diagonal.
+        act_order: Whether to order the columns by falling diag(H).
+
+    Returns:
+        The factor, or None if every attempt fails.
     """
     for ordered, order, added in _damped(hessian, dampening_frac, act_order):
         root = _root(ordered)
@@ -56,7 +68,10 @@ def factorize(hessian: Tensor, dampening_frac: float, act_order: bool) -> Factor
 
 
 def conditional_variance(hessian: Tensor, dampening_frac: float, act_order: bool) -> Tensor | None:
-    """`Factor.conditional_variance` of a Hessian (k, k) at half the price, for those who need no more."""
+    """Return `Factor.conditional_variance` (k,) of a Hessian (k, k) in half the time of `factorize`.
+
+    None if every attempt fails.
+    """
     for ordered, order, _ in _damped(hessian, dampening_frac, act_order):
         root = _root(ordered)
         if root is not None:
@@ -67,16 +82,16 @@ def conditional_variance(hessian: Tensor, dampening_frac: float, act_order: bool
 
 
 def _root(matrix: Tensor) -> Tensor | None:
-    """R upper triangular with R R^T = matrix, so that R^-1 is the factor U of its inverse; None where it has none.
+    """Return the upper triangular R with R R^T = matrix, or None if there is none. R^-1 is the factor U of the inverse.
 
-    Cholesky's lower one comes out so when rows and columns are turned round before and after.
+    Cholesky gives a lower triangle. Flipping rows and columns before and after turns it into R.
     """
     lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     return None if failed else lower.flip(0, 1)
 
 
 def _inverse(upper: Tensor) -> Tensor:
-    """Of an upper triangular matrix; by halves, so that nearly all of it is matrix products."""
+    """Invert an upper triangular matrix by halves, so that most of the work is matrix products."""
     size = len(upper)
     if size <= SMALL:
         return torch.linalg.solve_triangular(upper, torch.eye(size), upper=True)
@@ -88,7 +103,7 @@ def _inverse(upper: Tensor) -> Tensor:
 
 
 def _damped(hessian: Tensor, dampening_frac: float, act_order: bool) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """A Hessian in the order of solving, under one damp after the other, with that order and damp."""
+    """Yield the ordered Hessian with increasing dampening, its column order and the dampening."""
     if not torch.isfinite(hessian).all():
         return
     hessian = hessian.clone()
@@ -98,7 +113,7 @@ def _damped(hessian: Tensor, dampening_frac: float, act_order: bool) -> Iterator
     order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(hessian))
     ordered = hessian[order][:, order]
     added = 0.0
-    while dampening_frac <= DAMP_LIMIT:
+    while dampening_frac <= MAX_DAMPENING:
         ordered.diagonal().add_((dampening_frac - added) * mean)
         added = dampening_frac
         yield ordered, order, dampening_frac
@@ -106,9 +121,19 @@ def _damped(hessian: Tensor, dampening_frac: float, act_order: bool) -> Iterator
 
 
 def solve(weight: Tensor, factor: Factor, scale: Tensor, bits: int) -> Tensor:
-    """int8 levels (n, k) of `weight` (n, k) under `scale` (n,), by the feedback of the Hessian's factor."""
+    """Round a weight column by column, and compensate each error in later columns.
+
+    Args:
+        weight: (n, k).
+        factor: The factor of the input's Hessian.
+        scale: (n,) row scales.
+        bits: Bits of a weight.
+
+    Returns:
+        int8 levels (n, k).
+    """
     alive = weight[:, factor.order].masked_fill(factor.dead[factor.order], 0)
-    # Transposed, so that a column is contiguous: (k, n).
+    # Transposed to (k, n), so that a column is contiguous.
     columns = np.ascontiguousarray(alive.t().numpy())
     levels = np.empty_like(columns)
     _solve_columns(columns, levels, factor.upper.numpy(), scale.numpy(), qmax(bits))
@@ -118,9 +143,10 @@ def solve(weight: Tensor, factor: Factor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _solve_columns(columns: np.ndarray, levels: np.ndarray, upper: np.ndarray, step: np.ndarray, top: int) -> None:
-    """Solve `columns` (k, n) into `levels`; leaves the errors, each over its pivot, in `columns`.
+    """Solve `columns` (k, n) into `levels`, and leave the errors divided by their pivots in `columns`.
 
-    Halving makes the feedback between the halves one matrix product; it is GPTQ's lazy batch, at every size.
+    Splitting in halves makes the compensation between the halves one matrix product. This is GPTQ's lazy batch update,
+    applied at every size.
     """
     size = len(columns)
     if size > BLOCK:

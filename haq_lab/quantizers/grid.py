@@ -1,4 +1,4 @@
-"""Symmetric integer grids for weights: one scale per output channel, round half to even."""
+"""Round weights to symmetric integer grids, with one scale per output channel and ties to even."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ from torch import Tensor
 
 from haq_lab.int8.numerics import round_to_grid, scale_of
 
-CACHED = 1 << 18  # bytes of a block of rows
+BLOCK_BYTES = 1 << 18  # bytes of a block of rows; a few blocks fit into a core's cache
 
 
 def qmax(bits: int) -> int:
-    """The largest level: 127 for 8 bits, 7 for 4; the grid is symmetric."""
+    """Return the largest level of a symmetric grid: 127 for 8 bits, 7 for 4 bits."""
     return 2 ** (bits - 1) - 1
 
 
 def row_scale(weight: Tensor, bits: int) -> Tensor:
-    """RTN's scale, max|w| / qmax for each row: (n, k) -> (n,). A zero row gets 1."""
+    """Return the scale max|w| / qmax of each row: (n, k) -> (n,). A row of zeros gets 1."""
     return scale_of(weight.abs().amax(dim=1), qmax(bits))
 
 
 def row_scales(weight: Tensor, factors: Sequence[Tensor], bits: int) -> Tensor:
-    """`row_scale` of weight (n, k) times each of the positive factors (k,): (factors, n), bit for bit.
+    """Return the row scales of a weight multiplied by each of several smoothing factors.
 
-    A block of rows passes all factors while it is in the cache, so that the weights are read once.
+    The result has the same bits as calling `row_scale` for each factor. It is faster, because each block of rows is
+    multiplied by all factors while it is in the cache.
+
+    Args:
+        weight: (n, k).
+        factors: Positive factors (k,).
+
+    Returns:
+        (factors, n).
     """
     largest = torch.empty(len(factors), len(weight))
     for rows in cached_rows(weight):
@@ -37,15 +45,22 @@ def row_scales(weight: Tensor, factors: Sequence[Tensor], bits: int) -> Tensor:
 
 
 def cached_rows(matrix: Tensor) -> list[slice]:
-    """The rows of a matrix (n, k) in blocks, of which a few at once fit into a core's cache."""
-    step = max(1, CACHED // (matrix.itemsize * matrix.shape[1]))
+    """Split the rows of a matrix (n, k) into blocks that fit into a core's cache."""
+    step = max(1, BLOCK_BYTES // (matrix.itemsize * matrix.shape[1]))
     return [slice(first, first + step) for first in range(0, len(matrix), step)]
 
 
 def searched_row_scale(weight: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """The scale of each row with the least rounding error, weighted by `importance` (k,) of the columns.
+    """Search the scale of each row for the smallest weighted rounding error.
 
-    Tries max|w| shrunk by up to 30 %; clipping a lone large weight can pay for a finer grid.
+    The search shrinks max|w| / qmax by up to 30 %. This clips the largest weights, but makes the grid finer.
+
+    Args:
+        weight: (n, k).
+        importance: (k,) weight of a squared error in each column.
+
+    Returns:
+        (n,) scales.
     """
     full = row_scale(weight, bits)
     best, best_error = full, None
@@ -63,5 +78,5 @@ def searched_row_scale(weight: Tensor, importance: Tensor, bits: int) -> Tensor:
 
 
 def round_to_nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """int8 levels of `weight` (n, k) under `scale` (n,)."""
+    """Return the int8 levels (n, k) of a weight (n, k) rounded to nearest with row scales (n,)."""
     return round_to_grid(weight, scale[:, None], qmax(bits)).to(torch.int8)

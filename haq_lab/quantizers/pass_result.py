@@ -1,4 +1,4 @@
-"""What one pass through the layers returns, and the state that it carries from layer to layer."""
+"""The result of one pass through the layers, and the state between two layers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ Level = Literal["fp", "smoothed", "quantized"]
 
 @dataclass
 class PassResult:
-    """Hidden states after the last layer, by dataset and level, what was done to each linear, how the calibration
-    tokens were routed (None for a dense model, or one that needed no calibration), and what ranges its inputs had."""
+    """The result of one pass through all layers.
+
+    Attributes:
+        hidden: Hidden states (n, t, d) after the last layer, by dataset and level.
+        reports: One row of the per-layer table for each linear.
+        routing: Routing of the calibration tokens; None for a dense model or without calibration.
+        ranges: Ranges of the inputs before and after smoothing.
+        stopwatch: Seconds spent in each stage.
+    """
 
     hidden: dict[str, dict[Level, Tensor]]
     reports: list[LinearReport] = field(default_factory=list)
@@ -29,10 +36,13 @@ class PassResult:
 
 @dataclass
 class PassState:
-    """What a pass carries from one layer to the next: hidden states (n, t, d) by name, and the result so far.
+    """The state of a pass between two layers.
 
     Attributes:
-        at: Before which layer those stand that need not keep pace, since stages that are kept can stand in for them.
+        hidden: Hidden states (n, t, d) by name.
+        result: The result so far.
+        at: By name, the index of the next layer for hidden states that may lag behind. They lag while results from the
+            result cache make it unnecessary to run them.
     """
 
     hidden: dict[str, Tensor]
@@ -41,12 +51,12 @@ class PassState:
 
 
 class LayerStore(Protocol):
-    """Keeps finished layers and the state between them, so that a killed pass can go on (`haq_lab.checkpoint`)."""
+    """Stores finished layers, so that an interrupted pass can resume (`haq_lab.checkpoint`)."""
 
     def restore(self, state: PassState) -> int:
-        """Bring a fresh state to where an earlier pass was; returns how many layers are done."""
+        """Load the state of an earlier pass into `state`, and return the number of finished layers."""
         ...
 
     def keep(self, index: int, layer: nn.Module, state: PassState) -> None:
-        """A layer in its final form, and the state after it."""
+        """Store a finished layer and the state after it."""
         ...

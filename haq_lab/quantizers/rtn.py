@@ -1,4 +1,4 @@
-"""Round to nearest: the floor that every method is held against."""
+"""Round to nearest (RTN), the baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -9,4 +9,10 @@ from haq_lab.quantizers.base import Quantizer
 
 @dataclass(frozen=True)
 class RTN(Quantizer):
-    """Scale = max|w| / 127 for each output channel, round to nearest."""
+    """Round weights to nearest, with the scale max|w| / 127 for each output channel.
+
+    Args:
+        activations: Activation scheme: `token`, `tensor` (both dynamic) or `static`.
+        weight_bits: 8 or 4.
+        lm_head: Whether to quantise the LM head too.
+    """

@@ -1,7 +1,7 @@
-"""Smoothing (SmoothQuant, arXiv 2211.10438): move an activation's outliers into the weights, exactly.
+"""Smooth activations: move their outliers into the weights (SmoothQuant, arXiv 2211.10438).
 
-A factor s, one entry a channel, divides the source's outputs and multiplies the consumers' columns. The model
-computes what it did before; only the ranges have moved.
+A factor s has one entry a channel. It divides the outputs of the source, such as a norm, and multiplies the columns of
+the linears that read them. The model's output does not change.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from haq_lab.models.architectures import Group
 
-FLOOR = 1e-5  # keeps a dead channel or a zero column from giving a factor of zero
+FLOOR = 1e-5  # avoids a factor of 0 for a dead channel or a column of zeros
 
 
-def factor_of(activation_max: Tensor, weight_max: Tensor, strength: float) -> Tensor:
-    """s_j = max|X_j|^a / max|W_j|^(1-a), for the strength a in [0, 1]; all (k,)."""
+def smoothing_factor(activation_max: Tensor, weight_max: Tensor, strength: float) -> Tensor:
+    """Return the factor s_j = max|X_j|^a / max|W_j|^(1-a) (k,) for the strength a in [0, 1] (SmoothQuant, eq. 4)."""
     return (activation_max.clamp(min=FLOOR) ** strength / weight_max.clamp(min=FLOOR) ** (1 - strength)).clamp(
         min=FLOOR
     )
 
 
-class Channels:
-    """How the channels that consumers read map to the rows of the source that writes them.
+class ChannelMap:
+    """Maps the channels that linears read to the rows of the source that writes them.
 
-    One to one, except through attention with grouped-query heads: there one row of `v_proj` serves all the
-    query heads of its key-value head, so their channels must share one factor.
+    The map is one to one, except for attention with grouped-query heads. There one row of `v_proj` serves all query
+    heads of its key-value head, so their channels must share one factor.
     """
 
     def __init__(self, group: Group, layer: nn.Module, channels: int):
@@ -40,32 +40,36 @@ class Channels:
         self.source_rows = int(self.rows.max()) + 1
 
     def shared_max(self, values: Tensor) -> Tensor:
-        """Each channel's value replaced by the largest among the channels that share its row."""
+        """Replace each channel's value by the largest value of the channels that share its row."""
         top = torch.zeros(self.source_rows).scatter_reduce_(0, self.rows, values, "amax", include_self=False)
         return top[self.rows]
 
     def shared_sum(self, values: Tensor) -> Tensor:
-        """Each channel's value replaced by the sum over the channels that share its row."""
+        """Replace each channel's value by the sum over the channels that share its row."""
         return torch.zeros(self.source_rows).index_add_(0, self.rows, values)[self.rows]
 
     def per_row(self, values: Tensor) -> Tensor:
-        """A value per channel -> a value per row of the source, for values equal within a row."""
+        """Return one value per row of the source. Channels that share a row must have equal values."""
         out = torch.empty(self.source_rows)
         out[self.rows] = values
         return out
 
 
-def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: Channels) -> None:
-    """Divide the source of `group` by `factor` (k,) and multiply its readers' columns by it, in place.
+def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: ChannelMap) -> None:
+    """Divide the source of a group by the factor and multiply the columns of its readers by it, in place.
 
-    A source that is an int8 linear by now takes the division in its row scales: exact, as every row has one.
+    A source that is already an int8 linear is divided through its row scales. This is exact, because every row has its
+    own scale.
 
     Args:
-        layers: States of one layer (as smoothed, as quantised), which may share tensors: each is scaled once.
+        layers: The same layer in several states (as smoothed, as quantised). A tensor that they share is scaled once.
+        group: The source and its readers.
+        factor: (k,) positive.
+        channels: Maps channels to rows of the source.
     """
     assert group.source is not None, "a group without a source cannot be smoothed"
     rows = channels.per_row(factor)
-    assert torch.equal(rows[channels.rows], factor), "channels that share a row of the source need one factor"
+    assert torch.equal(rows[channels.rows], factor), "channels that share a row of the source must have one factor"
     sources = [layer.get_submodule(group.source) for layer in layers]
     for source in _distinct([getattr(source, "weight_scale", source.weight) for source in sources]):
         source.div_(rows if source.dim() == 1 else rows[:, None])
@@ -75,13 +79,13 @@ def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: Channe
         weight.mul_(factor)
 
 
-def stacked(layer: nn.Module, names: tuple[str, ...]) -> Tensor:
-    """The weights of some linears with one input on top of each other: (sum of n, k)."""
+def stack_weights(layer: nn.Module, names: tuple[str, ...]) -> Tensor:
+    """Concatenate the weights of linears that share an input: (sum of n, k)."""
     return torch.cat([_weight(layer, name) for name in names])
 
 
 def _distinct(tensors: list[Any]) -> list[Tensor]:
-    """The tensors that are there, each once."""
+    """Drop None and repeated tensors."""
     return list({tensor.data_ptr(): tensor for tensor in tensors if tensor is not None}.values())
 
 

@@ -1,4 +1,4 @@
-"""SmoothQuant (arXiv 2211.10438), as published: one strength, folded into the norms, weights to nearest."""
+"""The SmoothQuant quantizer (arXiv 2211.10438): one smoothing strength for all norms, weights rounded to nearest."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from torch import Tensor
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.base import Quantizer, Smoothing
-from haq_lab.quantizers.smoothing import Channels, factor_of
+from haq_lab.quantizers.smoothing import ChannelMap, smoothing_factor
 
 
 @dataclass(frozen=True)
 class SmoothQuant(Quantizer):
-    """Args:
-    smoothing_strength: alpha in s = max|X|^alpha / max|W|^(1-alpha); null takes the published one for the family
-        (0.5 for OPT, 0.8 to 0.85 for Llama, Mistral and Mixtral).
+    """SmoothQuant as published.
+
+    Args:
+        activations: Activation scheme: `token`, `tensor` (both dynamic) or `static`.
+        weight_bits: 8 or 4.
+        lm_head: Whether to quantise the LM head too.
+        smoothing_strength: alpha in s = max|X|^alpha / max|W|^(1-alpha). If null, the published strength of the
+            architecture is used (0.5 for OPT, 0.8 to 0.85 for Llama, Mistral and Mixtral).
     """
 
     smoothing_strength: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -33,10 +38,10 @@ class SmoothQuant(Quantizer):
         family: Family,
         weight: Tensor,
         statistics: InputStatistics | None,
-        channels: Channels,
+        channels: ChannelMap,
     ) -> Smoothing | None:
-        if group.kind != "norm":  # the published code never smooths the output and down projections
+        if group.kind != "norm":  # the published code does not smooth the output and down projections
             return None
         assert statistics is not None
         strength = family.smoothquant_strength if self.smoothing_strength is None else self.smoothing_strength
-        return Smoothing(factor_of(statistics.channel_max, weight.abs().amax(dim=0), strength), strength)
+        return Smoothing(smoothing_factor(statistics.channel_max, weight.abs().amax(dim=0), strength), strength)

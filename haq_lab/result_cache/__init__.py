@@ -1,1 +1,1 @@
-"""Nothing is computed twice: what a run's stages make is kept under the hash of what it depends on."""
+"""The result cache: store the results of a run, so that other runs with the same inputs need not compute them again."""

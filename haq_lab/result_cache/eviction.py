@@ -1,6 +1,6 @@
-"""What lies in a store's folder: listing it, and making room.
+"""List the results in a cache folder, and remove the least recently used ones.
 
-Only files that are named by a key are the store's: `result_cache.dir` may be a folder that holds somebody's models.
+Only files that are named by a key are touched, because `result_cache.dir` may contain other files of the user.
 """
 
 from __future__ import annotations
@@ -15,76 +15,81 @@ from pathlib import Path
 from typing import Any
 
 KEY = "[0-9a-f]{40}"
-LEFT = 3600  # seconds after which a file that is still aside was left by a killed process
+STALE_AFTER = 3600  # seconds after which a temporary file must come from a killed process
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One artefact's two files; either may be missing, when a process was killed between them."""
+    """The two files of one result. One may be missing if a process was killed between writing them."""
 
     data: Path
     record: Path
 
     @classmethod
     def at(cls, folder: Path, key: str) -> Entry:
-        """The artefact of a key in a stage's folder."""
+        """Return the entry of a key in a stage's folder."""
         return cls(folder / f"{key}.safetensors", folder / f"{key}.json")
 
     @property
     def stage(self) -> str:
+        """The stage that computed the result."""
         return self.data.parent.name
 
     @property
     def bytes(self) -> int:
-        """Of both files; 0 where another process has just removed them."""
+        """Size of both files; 0 if another process has just removed them."""
         return sum(_stat(path, "st_size") for path in (self.data, self.record))
 
     @property
     def used(self) -> float:
-        """When it was last used, in seconds of the epoch."""
+        """Time of the last use, in seconds since the epoch."""
         return _stat(self.record, "st_mtime") or _stat(self.data, "st_mtime")
 
     def about(self) -> str:
-        """What it is of."""
+        """Return a description of the result, such as its model and text."""
         with suppress(OSError, ValueError, KeyError):
             return str(json.loads(self.record.read_text(encoding="utf-8"))["about"])
         return "(unfinished or damaged)"
 
 
 def entries(folder: Path) -> list[Entry]:
-    """All artefacts below a store's folder, those unused for longest first."""
-    found = {Entry.at(path.parent, path.stem) for path in _files(folder)}
-    return sorted(found, key=lambda entry: (entry.used, entry.data))
+    """Return all results in a cache folder, least recently used first."""
+    unordered = {Entry.at(path.parent, path.stem) for path in _files(folder)}
+    return sorted(unordered, key=lambda entry: (entry.used, entry.data))
 
 
 def trim(folder: Path, limit: int) -> tuple[int, int]:
-    """Remove what was unused for longest until `limit` bytes are left; returns how many artefacts and bytes went."""
-    there = entries(folder)
-    sizes = {entry: entry.bytes for entry in there}
-    total, gone = sum(sizes.values()), 0
+    """Remove the least recently used results until at most `limit` bytes are left.
+
+    Returns:
+        The numbers of removed results and of removed bytes.
+    """
+    by_last_use = entries(folder)
+    sizes = {entry: entry.bytes for entry in by_last_use}
+    total, removed = sum(sizes.values()), 0
     before = total
-    for entry in there:
+    for entry in by_last_use:
         if total <= limit:
             break
         remove(entry)
         total -= sizes[entry]
-        gone += 1
-    return gone, before - total
+        removed += 1
+    return removed, before - total
 
 
 def remove(entry: Entry) -> None:
-    """Remove an artefact, its record first: a half-removed one must not look whole."""
+    """Remove a result. Its record goes first, so that a half-removed result does not look complete."""
     entry.record.unlink(missing_ok=True)
     entry.data.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> int:
-    """Remove what killed processes had written aside; returns how many files."""
-    aside = (path for path in folder.glob("*/.*.part") if re.match(rf"\.{KEY}\.", path.name))
-    left = [path for path in aside if time.time() - _stat(path, "st_mtime") > LEFT]
-    for path in left:
+    """Remove the temporary files of killed processes, and return their number."""
+    temporary = (path for path in folder.glob("*/.*.part") if re.match(rf"\.{KEY}\.", path.name))
+    stale = [path for path in temporary if time.time() - _stat(path, "st_mtime") > STALE_AFTER]
+    for path in stale:
         path.unlink(missing_ok=True)
-    return len(left)
+    return len(stale)
 
 
 def _files(folder: Path) -> Iterator[Path]:

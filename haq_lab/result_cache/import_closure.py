@@ -18,7 +18,7 @@ def import_closure(*modules: str) -> set[Path]:
     outside `haq_lab` are ignored.
 
     Raises:
-        ValueError: If `haq_lab` has no module of such a name. A key without its code would find outdated results.
+        ValueError: If `haq_lab` has no module of that name. A key without its code would match outdated results.
 
     Example:
         >>> sorted(path.name for path in import_closure("haq_lab.utils.units"))
@@ -26,16 +26,16 @@ def import_closure(*modules: str) -> set[Path]:
     """
     for module in modules:
         package, *parts = module.split(".")
-        place = PACKAGE.joinpath(*parts)
-        if package == PACKAGE.name and not (place.is_dir() or place.with_suffix(".py").is_file()):
+        path = PACKAGE.joinpath(*parts)
+        if package == PACKAGE.name and not (path.is_dir() or path.with_suffix(".py").is_file()):
             raise ValueError(f"{module}: haq_lab has no such module")
-    found: set[Path] = set()
+    closure: set[Path] = set()
     waiting = {path for module in modules for path in _files_of(module)}
     while waiting:
         path = waiting.pop()
-        found.add(path)
-        waiting |= {file for module in _imports(path) for file in _files_of(module)} - found
-    return found
+        closure.add(path)
+        waiting |= {file for module in _imports(path) for file in _files_of(module)} - closure
+    return closure
 
 
 def _files_of(module: str) -> Iterator[Path]:

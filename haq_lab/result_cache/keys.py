@@ -1,7 +1,7 @@
-"""Keys: the hash of all that a stage's result depends on, and of nothing else.
+"""Compute the keys of results: the hash of everything that a result depends on, and of nothing else.
 
-Models count by their content, texts by the tokens that come of them, and the code by its own source: an artefact of
-an older version is never taken for one of this version, and nobody has to remember a version number.
+A model is hashed by its content, a text by its tokens, and the code by its source. So a result of an older version of
+the code is never used by a newer one, and there is no version number to maintain.
 """
 
 from __future__ import annotations
@@ -22,33 +22,38 @@ from haq_lab.utils.paths import PACKAGE, bundled
 
 
 def key_of(stage: str, modules: tuple[str, ...], **depends: Any) -> str:
-    """Return the key of a stage's result.
+    """Return the key of a stage's result, 40 hexadecimal digits.
 
     Args:
-        modules: Names of the modules that compute the result. All that they import from `haq_lab` counts as well.
-        depends: Everything else: hashes, and settings that JSON can hold.
+        stage: Name of the stage.
+        modules: Names of the modules that compute the result. All modules of `haq_lab` that they import count too.
+        depends: Everything else that the result depends on: hashes, and settings that JSON can represent.
+
+    Example:
+        >>> len(key_of("sensitivity", ("haq_lab.calibration.sensitivity",), model="3f2a", tokens="91bc"))
+        40
     """
     here = {"stage": stage, "code": _code_hash(modules), "versions": versions(), "machine": machine()}
     return hashlib.sha256(json.dumps(here | depends, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def of_text(model: LayeredModel, windows: Tensor) -> dict[str, Any]:
-    """What the result of running token windows (n, t) through a full-precision model depends on."""
+    """Return the part of a key that identifies a full-precision model and its token windows (n, t)."""
     return {"model": model_hash(model.folder), "tokens": tokens_hash(windows)}
 
 
 def about(model: LayeredModel, windows: Tensor) -> str:
-    """The same in words, for lists."""
+    """Describe the model and the windows (n, t) for `python -m haq_lab.result_cache ls`."""
     return f"{model.folder.name}, {len(windows)} x {windows.shape[1]} tokens"
 
 
 def tokens_hash(tokens: Tensor) -> str:
-    """Of token windows (n, t), their shape included."""
+    """Hash token windows (n, t), including their shape."""
     return hashlib.sha256(repr(tuple(tokens.shape)).encode() + tokens.numpy().tobytes()).hexdigest()
 
 
 def model_hash(folder: Path) -> str:
-    """Of a checkpoint folder's weights and config."""
+    """Hash the weights and the config of a checkpoint folder."""
     return hashlib.sha256(json.dumps(file_hashes(folder), sort_keys=True).encode()).hexdigest()
 
 

@@ -31,21 +31,26 @@ class ResultCache:
 
     def __post_init__(self) -> None:
         if self.dir is not None and not self.dir:
-            raise UserError("result_cache.dir: '' is not valid; name a folder, or null")
-        bytes_of(self.max_size)
+            raise UserError("result_cache.dir: '' is not valid. Name a folder, or choose null.")
+        parse_size(self.max_size)
 
     @property
     def folder(self) -> Path:
+        """The absolute path of the cache folder."""
         return cache_folder() / "stages" if self.dir is None else Path(self.dir).expanduser().resolve()
 
     def open(self) -> Store:
-        """The store, made when something is first kept."""
-        return Store(self.folder, bytes_of(self.max_size)) if self.enabled else Store()
+        """Return the store. Its folder is created when the first result is written."""
+        return Store(self.folder, parse_size(self.max_size)) if self.enabled else Store()
 
 
-def bytes_of(limit: str | int) -> int:
-    """`20GB` as bytes. Raises `UserError` for what is no size."""
-    found = parse_quantity(limit)
-    if found is None or found[1] not in UNITS:
-        raise UserError(f"result_cache.max_size: '{limit}' is no size as '20GB' or '500MiB'")
-    return int(found[0] * UNITS[found[1]])
+def parse_size(limit: str | int) -> int:
+    """Convert a size such as `20GB` to bytes.
+
+    Raises:
+        UserError: If `limit` is not a size.
+    """
+    quantity = parse_quantity(limit)
+    if quantity is None or quantity[1] not in UNITS:
+        raise UserError(f"result_cache.max_size: '{limit}' is not a size. Choose one such as 20GB or 500MiB.")
+    return int(quantity[0] * UNITS[quantity[1]])

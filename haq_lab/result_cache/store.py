@@ -1,10 +1,10 @@
-"""Artefacts of stages in one folder that runs, sweeps and processes share.
+"""Store results in one folder that several runs and processes share.
 
-    FOLDER/<stage>/<key>.safetensors   tensors, and whatever else the stage made as JSON in a tensor of bytes
-    FOLDER/<stage>/<key>.json          written last: every tensor's SHA-256; its time is that of the last use
+    FOLDER/<stage>/<key>.safetensors   the tensors of a result, and its JSON as a tensor of bytes
+    FOLDER/<stage>/<key>.json          the SHA-256 of every tensor; written last, and touched at every use
 
-The key is the hash of all that the artefact depends on (`keys.py`), so an artefact never becomes wrong, only unused.
-The store never fails a run: what it cannot keep or trust is computed again, and said so once.
+The key is the hash of everything that the result depends on (`keys.py`). So a result never becomes wrong, only unused.
+The store never makes a run fail. If a result cannot be stored or verified, the run computes it and prints one warning.
 """
 
 from __future__ import annotations
@@ -30,25 +30,30 @@ from haq_lab.utils.errors import UserError
 from haq_lab.utils.timer import Stopwatch
 
 FACTS = "facts"  # the tensor that holds the JSON
-PATIENCE = 10  # seconds of waiting for another run's work until that is said
+SILENT_WAIT = 10  # seconds of waiting for another run before a message says so
 
 
 @dataclass
 class Artifact:
-    """What a stage made: tensors by name, and facts that JSON can hold."""
+    """The result of a stage: tensors by name, and `facts` that JSON can represent."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     facts: Any = None
 
 
 class Store:
-    """Args:
-    folder: Where artefacts are kept; None keeps nothing and finds nothing.
-    limit: Bytes that all of them may take; those unused for longest go first.
+    """The results of earlier runs in one folder.
+
+    Args:
+        folder: Folder of the results. If None, nothing is stored or read.
+        limit: Largest size of all results in bytes. The least recently used results are removed first.
 
     Attributes:
-        reused: How many artefacts were found, by stage.
+        reused: Number of results that were read, by stage.
         clock: Seconds spent on reading and verifying (`find`) and on writing (`keep`).
+
+    Example:
+        >>> result = Store(folder, 20 << 30).fetch("sensitivity", key, compute)  # doctest: +SKIP
     """
 
     def __init__(self, folder: Path | None = None, limit: int = 0):
@@ -56,20 +61,29 @@ class Store:
         self.reused: dict[str, int] = {}
         self.clock = Stopwatch()
         self._writes = folder is not None
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def fetch(self, stage: str, key: str, compute: Callable[[], Artifact], about: str = "") -> Artifact:
-        """The artefact of that key, computed where it is not there; others who want it wait meanwhile."""
-        if (found := self.get(stage, key)) is not None:
-            return found
+        """Return the result of a key. If it is not stored, compute and store it.
+
+        Other processes that need the same key wait meanwhile.
+
+        Args:
+            stage: Name of the stage, which names the folder.
+            key: The key from `keys.key_of`.
+            compute: Computes the result.
+            about: Description for `python -m haq_lab.result_cache ls`.
+        """
+        if (stored := self.get(stage, key)) is not None:
+            return stored
         with self.locked(key):
-            if (found := self.get(stage, key)) is None:
-                found = compute()
-                self.put(stage, key, found, about)
-        return found
+            if (result := self.get(stage, key)) is None:
+                result = compute()
+                self.put(stage, key, result, about)
+        return result
 
     def get(self, stage: str, key: str) -> Artifact | None:
-        """A kept artefact, every byte of it verified; None where there is none, or a damaged one."""
+        """Return a stored result after verifying every byte; None if there is none or if it is damaged."""
         if self.folder is None:
             return None
         entry = Entry.at(self.folder / stage, key)
@@ -81,41 +95,51 @@ class Store:
         except FileNotFoundError:
             return None
         except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if entry.data.exists():  # or another run has just removed it, to make room
-                self._say(f"{stage} is computed again: {error}")
+            if entry.data.exists():  # if not, another run has just evicted it
+                self._warn_once(f"{stage} is computed again: {error}")
             return None
         with suppress(OSError):
             os.utime(entry.record)
         self.reused[stage] = self.reused.get(stage, 0) + 1
         return Artifact(tensors, facts)
 
-    def put(self, stage: str, key: str, artefact: Artifact, about: str = "") -> None:
-        """Keep an artefact, if there is room; `about` is what `python -m haq_lab.result_cache ls` shows."""
-        size = sum(tensor.nbytes for tensor in artefact.tensors.values())
+    def put(self, stage: str, key: str, result: Artifact, about: str = "") -> None:
+        """Store a result if there is room.
+
+        Args:
+            result: The result.
+            about: Description for `python -m haq_lab.result_cache ls`.
+        """
+        size = sum(tensor.nbytes for tensor in result.tensors.values())
         if self.folder is None or not self.has_room(stage, size):
             return
         entry = Entry.at(self.folder / stage, key)
-        facts = json.dumps(artefact.facts).encode()
+        facts = json.dumps(result.facts).encode()
         padded = torch.frombuffer(bytearray(facts + b" " * (-len(facts) % 8)), dtype=torch.uint8)
         try:
             with self.clock.stage("keep"):
-                shard = write_shard(entry.data, artefact.tensors | {FACTS: padded}, {})
+                shard = write_shard(entry.data, result.tensors | {FACTS: padded}, {})
                 write_json(entry.record, {"about": about, "made": time.time(), "shard": asdict(shard)})
-                self._make_room()
+                self._evict()
         except OSError as error:
             self._writes = False
-            self._say(f"nothing more is kept in {self.folder} ({error.strerror}); the results are the same without")
+            self._warn_once(f"nothing more is kept in {self.folder} ({error.strerror}). This run goes on without it.")
 
     def has_room(self, stage: str, size: int) -> bool:
-        """Whether `size` bytes of a stage's artefacts may be kept; says so where they are too many."""
+        """Return whether `size` bytes of a stage's results fit into the cache, and print a warning if not."""
         if self._writes and size > self.limit:
-            self._say(f"{stage} is not kept: its {size / 1e9:,.1f} GB are more than result_cache.max_size")
+            self._warn_once(
+                f"{stage} is not kept: its {size / 1e9:,.1f} GB are more than result_cache.max_size. Raise it."
+            )
         return self._writes and size <= self.limit
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:
-        """Within the block no other process computes what `key` stands for; without a writable folder, it may."""
-        lock = self._lock(key[:2])  # of 256: a lock for each key would leave as many files
+        """Lock a key within the block, so that no other process computes its result.
+
+        In a folder that cannot be written to, nothing is locked.
+        """
+        lock = self._lock(key[:2])  # 256 locks in all, because one lock a key would leave too many files
         try:
             yield
         finally:
@@ -129,18 +153,20 @@ class Store:
         try:
             (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=PATIENCE)
+                lock.acquire(timeout=SILENT_WAIT)
             except Timeout:
-                self._say("waiting for another run that computes what this one needs")
+                self._warn_once("waiting for another run that computes the same result")
                 lock.acquire()
         except OSError as error:
             self._writes = False
-            self._say(f"{self.folder} cannot be written to ({error.strerror}); what is there is used, nothing is added")
+            self._warn_once(
+                f"{self.folder} cannot be written to ({error.strerror}). Its results are used, but none are added."
+            )
             return None
         return lock
 
-    def _make_room(self) -> None:
-        """Remove what was unused for longest, unless another process is at it."""
+    def _evict(self) -> None:
+        """Remove the least recently used results, unless another process does so already."""
         assert self.folder is not None
         if sum(entry.bytes for entry in entries(self.folder)) <= self.limit:
             return
@@ -148,7 +174,7 @@ class Store:
             trim(self.folder, self.limit)
             remove_leftovers(self.folder)
 
-    def _say(self, what: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            say(f"result_cache: {what}", on=errors)
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            say(f"result_cache: {message}", on=errors)

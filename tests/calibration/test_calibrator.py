@@ -1,4 +1,4 @@
-"""Calibration tokens see the full-precision model, or the model as quantised so far."""
+"""Test that statistics come from the full-precision model, or from the model as quantised so far."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEEDS = Needs(inputs=True, hessian=True, cross=True, sample=True)
 
 
 def calibrate(model, windows, inputs, needs=NEEDS, route="topk"):
-    """Statistics by layer and site, with 4-bit RTN on the way; the quantised layers; and the calibrator."""
+    """Return statistics by layer and site while quantising with 4-bit RTN, the quantised layers, and the calibrator."""
     policy = CalibrationPolicy(inputs, route, min_tokens=1)
     calibrator = Calibrator(model, needs, windows, policy, Stopwatch(), HiddenStateBuffer(), Store(), {})
     seen, layers = {}, []
@@ -44,7 +44,7 @@ def close(got, expected):
 
 
 def inputs_of(model, layers, windows):
-    """What the linears of these layers receive, by layer and site; the windows go through in one batch."""
+    """Return the inputs of the linears of these layers by layer and site, from one batch of all windows."""
     hidden, inputs = model.embed(windows), {}
     sites = [group.site for group in model.groups]
     for index, layer in enumerate(layers):
@@ -72,20 +72,20 @@ def test_quantized(tiny, windows):
     quantized = inputs_of(tiny, layers, windows)
     full = inputs_of(tiny, [tiny.load_layer(index) for index in range(tiny.depth)], windows)
     # All groups of a layer are RTN here, so a group's input is the finished layer's: earlier groups were done.
-    everyones = {group.site for group in tiny.groups if group.expert is None}
+    shared_sites = {group.site for group in tiny.groups if group.expert is None}
     differs = []
     for key, x in quantized.items():
         close(seen[key].hessian, hessian(x))
-        if key[1] in everyones:
+        if key[1] in shared_sites:
             close(seen[key].cross, (full[key] - x).t() @ x / len(x) + 0)
             differs.append((seen[key].hessian - hessian(full[key])).norm() / hessian(full[key]).norm())
         else:
             assert seen[key].cross is None, "a token may be routed elsewhere at full precision"
-    assert differs[0] < 1e-5, "the first layer's first input is no one's product"
+    assert differs[0] < 1e-5, "the first layer's first input comes from no quantised layer"
     assert max(differs) > 0.01
 
 
-def test_nothing_is_run_where_nothing_is_needed(tiny, windows):
+def test_nothing_is_run_if_nothing_is_needed(tiny, windows):
     for needs, tokens in ((Needs(), windows), (NEEDS, None)):
         seen, _, calibrator = calibrate(tiny, tokens, "quantized", needs)
         assert set(seen.values()) == {None}
@@ -94,7 +94,7 @@ def test_nothing_is_run_where_nothing_is_needed(tiny, windows):
 
 @pytest.mark.parametrize("architecture", ["mixtral"])
 @pytest.mark.parametrize("inputs", ["fp", "quantized"])
-def test_experts_are_observed_in_as_many_forwards_as_memory_asks_for(tiny, windows, inputs, monkeypatch):
+def test_experts_are_observed_in_as_many_forwards_as_memory_requires(tiny, windows, inputs, monkeypatch):
     forwards = []
     original = module.observe
     monkeypatch.setattr(module, "observe", lambda *arguments: (forwards.append(1), original(*arguments)))

@@ -1,4 +1,4 @@
-"""What is kept of the inputs' ranges, and that a run leaves it."""
+"""Test the ranges of the inputs, and that a run writes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from launching import TINY, launch
 from haq_lab.calibration.channel_ranges import FILE, Ranges
 
 
-def test_ranges_come_back_as_they_were(tmp_path):
+def test_saved_ranges_are_read_unchanged(tmp_path):
     ranges = Ranges()
     for layer in range(3):
         ranges.add("mlp.gate_proj", torch.rand(8) + layer, torch.rand(8))
@@ -18,7 +18,7 @@ def test_ranges_come_back_as_they_were(tmp_path):
         assert torch.equal(torch.stack(mine["mlp.gate_proj"]), torch.stack(other["mlp.gate_proj"]))
 
 
-def test_a_run_leaves_them_and_smoothing_lowers_the_largest(tmp_path):
+def test_a_run_writes_them_and_smoothing_lowers_the_largest(tmp_path):
     outcome = launch(*TINY, "quantizer=smoothquant", f"hydra.run.dir={tmp_path}")
     assert outcome.code == 0, outcome.err
     ranges = Ranges.open(tmp_path / FILE)

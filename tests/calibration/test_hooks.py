@@ -1,4 +1,4 @@
-"""What is observed is what the linears receive, in every batch, and the layer is left as it was."""
+"""Test that observers receive the inputs of the linears in every batch, and that the layer is unchanged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def statistics_of(model, layer, index, hidden, needs, inputs_fp=None):
     return {watcher.group.site: watcher.finish() for watcher in watchers}
 
 
-def test_statistics_are_of_what_the_whole_model_feeds_its_linears(model, windows, monkeypatch):
+def test_statistics_match_the_linears_of_the_whole_model(model, windows, monkeypatch):
     monkeypatch.setattr(layered, "TOKENS_PER_BATCH", 96)
     hidden = model.embed(windows)
     model.run(model.load_layer(0), 0, hidden)
@@ -78,7 +78,7 @@ def test_record_inputs_keeps_them_and_advances(model, windows, monkeypatch):
         torch.testing.assert_close(recorded[site], expected[site], rtol=1e-4, atol=1e-4)
 
 
-def test_cross_moment_is_against_the_same_rows(model, windows, monkeypatch):
+def test_cross_moment_uses_the_same_rows(model, windows, monkeypatch):
     monkeypatch.setattr(layered, "TOKENS_PER_BATCH", 96)
     site = model.groups[1].consumers[0]
     layer = model.load_layer(0)

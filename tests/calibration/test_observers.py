@@ -1,4 +1,4 @@
-"""Experts are calibrated on the tokens that the router sends them, and on the layer's where those are too few."""
+"""Test that experts are calibrated on their routed tokens, or on the layer's if those are too few."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _small_batches(monkeypatch):
 
 
 def moe_input(model, layer, hidden):
-    """What the router receives, (tokens, d), and whom it chooses, (tokens, k)."""
+    """Return the router's inputs (tokens, d) and its chosen experts (tokens, k)."""
     with captured_inputs(layer, ["mlp.gate"]) as seen:
         model.forward(layer, 0, hidden)
     x = seen["mlp.gate"].reshape(-1, hidden.shape[-1])
@@ -100,7 +100,7 @@ def test_the_trace_is_the_whole_models(tiny, windows):
 
 @pytest.mark.parametrize("few", [False, True])
 def test_inside_an_expert(tiny, windows, few, monkeypatch):
-    monkeypatch.setattr("haq_lab.calibration.observers.SHOWN_PER_CHANNEL", 1)  # so that not all are shown
+    monkeypatch.setattr("haq_lab.calibration.observers.TOKENS_PER_CHANNEL", 1)  # so that not all tokens are added
     layer, hidden = tiny.load_layer(0), tiny.embed(windows)
     x, chosen = moe_input(tiny, layer, hidden)
     counts = chosen.flatten().bincount(minlength=tiny.experts)

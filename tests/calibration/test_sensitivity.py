@@ -1,4 +1,4 @@
-"""The sensitivity's promise: half of it times a small disturbance's variance is the KL divergence that it causes."""
+"""Test that half the sensitivity times the variance of a small disturbance is the KL divergence that it causes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from haq_lab.calibration.sensitivity import _drawn, measure_sensitivity
+from haq_lab.calibration.sensitivity import _draw_labels, measure_sensitivity
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
@@ -70,7 +70,7 @@ def test_half_the_sensitivity_times_the_noise_is_the_divergence(measured, archit
 
 def test_labels_are_drawn_by_their_probabilities():
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
-    labels = _drawn(probabilities.expand(20000, 6), torch.Generator().manual_seed(0))
+    labels = _draw_labels(probabilities.expand(20000, 6), torch.Generator().manual_seed(0))
     assert labels.shape == (20000, 1)
     shares = labels.flatten().bincount(minlength=6) / 20000
     assert (shares[probabilities == 0] == 0).all()
@@ -78,7 +78,7 @@ def test_labels_are_drawn_by_their_probabilities():
 
 
 def test_linears_that_share_an_input_are_disturbed_together(measured):
-    """Its gradient is the sum over q, k and v, not the gradient of one of them."""
+    """The gradient is the sum over q, k and v, not the gradient of one of them."""
     model, _windows, found = measured["llama"]
     known = found[0]["self_attn.q_proj"]
     weights = [model.load_layer(0).get_submodule(f"self_attn.{name}_proj").weight for name in "qkv"]
@@ -96,7 +96,7 @@ def test_every_group_of_every_layer_has_one(measured):
             assert all(torch.isfinite(known.channels).all() and known.channels.sum() > 0 for known in layer.values())
 
 
-def test_it_is_the_same_twice(measured):
+def test_it_is_repeatable(measured):
     model, windows, found = measured["mixtral"]
     again = measure_sensitivity(model, windows, HiddenStateBuffer(limit=0))
     for before, after in zip(found, again, strict=True):

@@ -1,4 +1,4 @@
-"""Statistics equal their definitions, computed at once over all rows."""
+"""Compare the statistics with their definitions, computed over all rows at once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_weighted_sample_estimates_a_mean():
     torch.testing.assert_close(estimate, x.square().mean(0), rtol=0.2, atol=0)
 
 
-def test_what_nobody_needs_is_not_computed():
+def test_unneeded_statistics_are_not_computed():
     statistics = accumulate(torch.randn(9, 4), None, [9], Needs(inputs=True))
     assert statistics.hessian is None
     assert statistics.cross is None
@@ -70,7 +70,7 @@ def test_no_rows_at_all():
     assert statistics.sample.shape == (0, 3)
 
 
-def test_divided_by_is_what_the_smoothed_linear_sees():
+def test_divided_by_gives_the_statistics_after_smoothing():
     x, x_fp, factor = torch.randn(500, 6), torch.randn(500, 6), 10 ** (2 * torch.rand(6) - 1)
     divided = accumulate(x, x_fp, [200, 300]).divided_by(factor)
     direct = accumulate(x / factor, x_fp / factor, [200, 300])
@@ -94,7 +94,7 @@ def test_few_tokens_shrink_the_hessian_towards_its_diagonal():
 
 
 def test_solving_under_few_tokens_is_no_worse_than_rounding():
-    """What shrinking is for: on tokens it has not seen, the plain Hessian's solution is worse than rounding."""
+    """On unseen tokens, the solution with the unshrunk Hessian is worse than rounding, so it is shrunk."""
     mix = torch.eye(96) + 0.05 * torch.randn(96, 96)
     seen, unseen = torch.randn(100, 96) @ mix, torch.randn(5000, 96) @ mix
     statistics = accumulate(seen, None, [100], Needs(inputs=True, hessian=True))
@@ -112,7 +112,7 @@ def test_solving_under_few_tokens_is_no_worse_than_rounding():
     assert solved(statistics.shrunk_hessian()) < nearest
 
 
-def test_what_an_expert_goes_by():
+def test_an_expert_uses_its_own_statistics_if_it_has_any():
     shared, own = InputStatistics(9, torch.ones(2)), InputStatistics(4, torch.ones(2))
     shared.routed = {1: own}
     assert shared.of(None) is shared

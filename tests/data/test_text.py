@@ -1,4 +1,4 @@
-"""Rows of text from files of every format, and what is said where there are none."""
+"""Rows of text from files of every format, and the errors for files that cannot be used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from haq_lab.calibration.dataset import OVERLAP_RUN, _runs
+from haq_lab.calibration.dataset import OVERLAP_RUN, _hashes_of_runs
 from haq_lab.data.text import load_rows, python_docs
 from haq_lab.data.windows import encode, own_text
 from haq_lab.models.random_tiny import byte_tokenizer
@@ -36,7 +36,7 @@ def test_every_format_gives_the_same_rows(suffix, tmp_path):
     assert [row.rstrip("\n") for row in rows] == ROWS
 
 
-def test_a_text_of_ones_own_keeps_its_lines_and_parts_documents(tmp_path):
+def test_own_text_keeps_lines_and_separates_documents(tmp_path):
     assert own_text(str(_write(tmp_path, ".txt")), "x") == "\n".join(ROWS) + "\n"
     assert own_text(str(_write(tmp_path, ".jsonl")), "x") == "\n\n".join(ROWS)
 
@@ -50,21 +50,21 @@ def test_a_missing_file_names_the_setting_and_the_nearest(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "text\nx\n", "none of .txt, .text, .jsonl"),
-        ("a.jsonl", '{"txt": "x"}\n', r"no field 'text' \(it has txt\).*did you mean 'txt'"),
+        ("a.csv", "text\nx\n", "ends in .txt, .text, .jsonl"),
+        ("a.jsonl", '{"txt": "x"}\n', r"no field 'text'.*: txt .*did you mean 'txt'"),
         ("b.jsonl", "{broken\n", "cannot be read as json"),
-        ("c.jsonl", '{"text": null}\n{"text": "x"}\n', "rows whose 'text' is not a text"),
+        ("c.jsonl", '{"text": null}\n{"text": "x"}\n', "rows whose field 'text' is not a string"),
         ("a.parquet", "no parquet", "cannot be read as parquet"),
     ],
 )
-def test_an_unfit_file_says_why(name, content, message, tmp_path):
+def test_a_file_that_cannot_be_used_is_explained(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         load_rows("text", "train", str(tmp_path / name), "calibration.path")
 
 
 @pytest.mark.parametrize("text", ["wikitext2", "c4"])
-def test_without_hub_and_path_both_ways_are_named(text, monkeypatch):
+def test_the_error_without_hub_and_path_names_both_ways_out(text, monkeypatch):
     import datasets
 
     def unreachable(*arguments, **options):
@@ -75,7 +75,7 @@ def test_without_hub_and_path_both_ways_are_named(text, monkeypatch):
         load_rows(text, "train", None, "data.x.path")
 
 
-def test_where_the_hub_does_not_answer_datasets_looks_only_into_its_cache(monkeypatch):
+def test_datasets_uses_only_its_cache_if_the_hub_does_not_answer(monkeypatch):
     import datasets
 
     offline = []
@@ -95,6 +95,6 @@ def test_a_text_of_ones_own_needs_a_path():
 
 def test_the_parts_of_python_docs_share_no_run():
     parts = [encode(byte_tokenizer(), python_docs(part))[None] for part in ("calibration", "evaluation")]
-    calibration, evaluation = (_runs(part, OVERLAP_RUN) for part in parts)
+    calibration, evaluation = (_hashes_of_runs(part, OVERLAP_RUN) for part in parts)
     assert len(np.intersect1d(calibration, evaluation)) == 0
     assert min(part.shape[1] for part in parts) > 100_000

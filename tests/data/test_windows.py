@@ -1,4 +1,4 @@
-"""The published protocols, against their loops as published; and texts that give no window."""
+"""Compare the protocols with the published loops, and refuse texts that are too short."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from haq_lab.calibration.dataset import Calibration, refuse_overlap, refuse_same_text
-from haq_lab.data.windows import C4, C4New, PythonDocs, Text, Wikitext2
+from haq_lab.data import windows as module
+from haq_lab.data.windows import C4, C4New, PythonDocs, Text, TrainingText, Wikitext2
 from haq_lab.models.random_tiny import byte_tokenizer
 from haq_lab.utils.errors import UserError
 
@@ -94,7 +95,7 @@ def test_counts_that_make_no_window_are_refused(wrong):
         Wikitext2(**wrong)
 
 
-@pytest.mark.parametrize("text", ["wikitext2", "c4", "text"])
+@pytest.mark.parametrize("text", ["wikitext2", "c4", "c4_new", "text"])
 def test_calibration_is_repeatable_and_follows_its_seed(text, documents):
     path, _ = documents
     load = Calibration(text=text, path=str(path), samples=8, seqlen=40, seed=3).load
@@ -113,6 +114,27 @@ def test_calibration_refuses_what_gives_no_windows(tmp_path):
         Calibration(text="python_docs", path="x.txt")
     with pytest.raises(ValidationError):
         Calibration(text="python_docs", samples=0)
+
+
+def test_a_registered_class_is_a_calibration_text(monkeypatch):
+    monkeypatch.setattr(module, "TEXTS", texts := dict(module.TEXTS))
+    monkeypatch.setattr("haq_lab.calibration.dataset.TEXTS", texts)
+
+    @module.register("digits")
+    class Digits:
+        def training_text(self, setting):
+            return TrainingText(["0123456789" * 20], source="nowhere")
+
+    windows = Calibration("digits", samples=3, seqlen=40).load(TOKENIZER)
+    assert windows.tokens.shape == (3, 40)
+    assert windows.protocol["source"] == "nowhere"
+    with pytest.raises(UserError, match=r"^calibration\.path: digits has no file"):
+        Calibration("digits", path="x.txt")
+
+
+def test_calibration_refuses_an_unknown_text():
+    with pytest.raises(UserError, match=r"^calibration\.text: 'wikitxt2' is not one of .*did you mean 'wikitext2'"):
+        Calibration("wikitxt2")
 
 
 def test_calibration_text_may_not_evaluate(documents, wikitext):

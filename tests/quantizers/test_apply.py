@@ -1,4 +1,4 @@
-"""Linears give way to int8 linears with the same names, biases and rows."""
+"""Test that linears are replaced by int8 linears with the same names, biases and rows."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_smoothing_returns_the_statistics_of_the_smoothed_input(tiny, windows):
 
 
 @pytest.mark.parametrize("architecture", ["mixtral"])
-def test_experts_go_by_their_own_statistics_and_share_one_input_scheme(tiny):
+def test_experts_use_their_own_statistics_and_share_one_activation_scheme(tiny):
     group = next(group for group in tiny.groups if group.float_consumers)
     x = torch.randn(400, 64) * torch.logspace(-1, 1, 64)
     own = {e: InputStatistics(50, y.abs().amax(0), y.t() @ y / 50) for e, y in enumerate(x.split(50))}
@@ -106,7 +106,7 @@ def test_experts_go_by_their_own_statistics_and_share_one_input_scheme(tiny):
 
 
 @pytest.mark.parametrize("architecture", ["mixtral"])
-def test_a_hessian_without_a_factor_falls_back_to_rounding_whoever_it_is_of(tiny):
+def test_a_hessian_without_a_factor_falls_back_to_rounding(tiny):
     group = next(group for group in tiny.groups if group.expert == 2)
     broken = InputStatistics(9, torch.ones(96), torch.full((96, 96), float("nan")), stands_in=True)
     (report,) = quantize_group(tiny.load_layer(0), 0, group, GPTQ(), broken, None, BACKEND)

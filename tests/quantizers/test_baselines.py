@@ -1,4 +1,4 @@
-"""RTN, SmoothQuant and GPTQ as published."""
+"""Test that RTN, SmoothQuant and GPTQ do what was published."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.rtn import RTN
-from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.smoothing import ChannelMap
 from haq_lab.quantizers.smoothquant import SmoothQuant
 
 TOKEN = ActivationChoice("token")
@@ -30,7 +30,7 @@ def test_rtn_is_max_over_127_to_nearest(bits, top):
     assert torch.equal(solution.levels.float(), (weight / scale[:, None]).round())
 
 
-def test_what_each_needs():
+def test_needs_of_each_quantizer():
     assert not RTN().needs.inputs
     assert RTN(activations="static").needs.inputs
     assert SmoothQuant().needs.inputs
@@ -48,13 +48,13 @@ def test_static_scale_covers_the_largest_activation():
         assert RTN(activations=scheme).activation(torch.randn(3, 8), None) == ActivationChoice(scheme)
 
 
-def test_smoothquant_smooths_norms_alone_at_the_familys_strength(tiny):
+def test_smoothquant_smooths_only_norms_with_the_familys_strength(tiny):
     layer = tiny.load_layer(0)
     strength = {"opt": 0.5, "llama": 0.85}.get(tiny.family.model_type, 0.8)
     for group in tiny.groups:
         weight = torch.cat([layer.get_submodule(name).weight for name in group.readers])
         seen, x = statistics(weight.shape[1])
-        channels = Channels(group, layer, weight.shape[1])
+        channels = ChannelMap(group, layer, weight.shape[1])
         smoothing = SmoothQuant().smoothing(group, tiny.family, weight, seen, channels)
         if group.kind != "norm":
             assert smoothing is None
@@ -65,7 +65,7 @@ def test_smoothquant_smooths_norms_alone_at_the_familys_strength(tiny):
         assert SmoothQuant(smoothing_strength=0.3).smoothing(group, tiny.family, weight, seen, channels).strength == 0.3
 
 
-def test_gptq_is_better_than_rtn_by_its_own_measure_and_keeps_rtns_scale():
+def test_gptq_has_a_smaller_output_error_than_rtn_with_the_same_scale():
     seen, _ = statistics(48)
     seen.hessian[5] = seen.hessian[:, 5] = 0
     weight = torch.randn(64, 48)

@@ -1,4 +1,4 @@
-"""Weight grids: one scale a row, symmetric levels, round half to even."""
+"""Test the weight grids: one scale a row, symmetric levels, ties to even."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def test_levels_are_in_bounds_and_within_half_a_step(seed, rows, columns, spread
 
 
 @given(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 33), st.floats(-30, 30), bits_of)
-def test_scales_under_many_factors_are_those_under_each(seed, rows, columns, spread, bits):
+def test_row_scales_equals_row_scale_for_each_factor(seed, rows, columns, spread, bits):
     weight = draw(seed, rows, columns, spread)
     factors = [10 ** torch.randn(columns, generator=torch.Generator().manual_seed(seed + i)) for i in range(3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "CACHED", 4 * columns * 2)  # two rows at a time
+        patch.setattr(grid, "BLOCK_BYTES", 4 * columns * 2)  # two rows at a time
         together = row_scales(weight, factors, bits)
     assert torch.equal(together, torch.stack([row_scale(weight * factor, bits) for factor in factors]))
 
@@ -53,7 +53,7 @@ def test_four_bits_are_symmetric():
 
 
 @given(st.integers(0, 2**16), st.integers(1, 5), st.integers(1, 40), bits_of)
-def test_searched_scale_is_never_worse_than_the_largest_weights(seed, rows, columns, bits):
+def test_searched_scale_is_never_worse_than_the_unsearched_one(seed, rows, columns, bits):
     weight = draw(seed, rows, columns, 0)
     importance = torch.rand(columns, generator=torch.Generator().manual_seed(seed))
 

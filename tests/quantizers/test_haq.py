@@ -1,4 +1,4 @@
-"""HAQ's decisions, each part against what it claims."""
+"""Test the decisions of HAQ one by one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from haq_lab.models.architectures import FAMILIES, Group
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
 from haq_lab.quantizers.gptq_solver import conditional_variance
 from haq_lab.quantizers.haq.error_model import ErrorPredictor
-from haq_lab.quantizers.haq.noise import every_output_alike
+from haq_lab.quantizers.haq.noise import uniform_sensitivity
 from haq_lab.quantizers.haq.quantizer import HAQ
-from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.smoothing import ChannelMap
 from haq_lab.utils.errors import UserError
 
 LLAMA = next(family for family in FAMILIES if family.model_type == "llama")
@@ -32,10 +32,10 @@ def outliers(cross: bool = False) -> tuple[InputStatistics, Tensor]:
     return InputStatistics(len(x), x.abs().amax(0), moment, drift, x, torch.ones(len(x))), x
 
 
-def channels() -> Channels:
+def channels() -> ChannelMap:
     layer = nn.Module()
     layer.up, layer.down = nn.Linear(8, K), nn.Linear(K, 8)
-    return Channels(UP, layer, K)
+    return ChannelMap(UP, layer, K)
 
 
 def smoothing(quantizer: HAQ, weight: Tensor, statistics: InputStatistics):
@@ -75,7 +75,7 @@ def test_only_the_chosen_folds_are_smoothed():
     assert smoothing(HAQ(fold=("norm", "up")), weight, statistics) is not None
 
 
-def test_a_fixed_strength_is_smoothquants():
+def test_a_fixed_strength_gives_smoothquants_factor():
     weight, (statistics, _) = torch.randn(20, K), outliers()
     fixed = smoothing(HAQ(adaptive=False, smoothing_strength=0.5), weight, statistics)
     expected = (statistics.channel_max / weight.abs().amax(0)).sqrt()
@@ -89,11 +89,11 @@ def test_auto_is_static_where_rows_are_alike_and_dynamic_where_they_are_not():
     for x, scheme in ((even, "static"), (uneven, "token")):
         # Of so many tokens that hardly any is expected beyond the range of these.
         statistics = InputStatistics(1_000_000, x.abs().amax(0), x.t() @ x / 500, None, x, torch.full((500,), 2e3))
-        statistics.sensitivity = every_output_alike(weight / x.std())  # errors count relative to the input's size
+        statistics.sensitivity = uniform_sensitivity(weight / x.std())  # errors count relative to the input's size
         assert HAQ(activations="auto", auto_limit=1e-2).activation(weight, statistics).scheme == scheme
 
 
-def test_auto_allows_an_expert_its_share_of_the_limit():
+def test_auto_gives_an_expert_its_share_of_the_limit():
     weight, x = torch.randn(20, K), torch.randn(500, K)
     statistics = InputStatistics(500, x.abs().amax(0), x.t() @ x / 500, None, x, torch.ones(500))
     predictor = ErrorPredictor(weight, statistics, None, 8)
@@ -104,23 +104,23 @@ def test_auto_allows_an_expert_its_share_of_the_limit():
         assert quantizer.activation(weight, replace(statistics, share=share)).scheme == scheme
 
 
-def test_auto_refuses_to_weigh_errors_that_have_no_unit():
-    with pytest.raises(UserError, match="sensitivity must not be 0"):
+def test_auto_needs_the_sensitivity():
+    with pytest.raises(UserError, match="auto needs the sensitivity, but"):
         HAQ(activations="auto", sensitivity=0)
 
 
-def test_what_the_model_does_not_depend_on_may_be_rounded_coarsely():
+def test_insensitive_channels_may_be_rounded_coarsely():
     """A channel whose errors cost nothing does not decide the factor or the scale."""
     weight, x = torch.randn(20, K), torch.randn(600, K)
     x[:, 0] *= 1000
     statistics = InputStatistics(len(x), x.abs().amax(0), x.t() @ x / len(x), None, x, torch.ones(len(x)))
     alike = HAQ(activations="static").activation(weight, statistics)
-    statistics.sensitivity = every_output_alike(weight)
+    statistics.sensitivity = uniform_sensitivity(weight)
     statistics.sensitivity.channels[0] = 0
     assert HAQ(activations="static").activation(weight, statistics).scale < alike.scale / 10
 
 
-def test_scale_search_never_loses_by_its_own_measure_and_helps_at_four_bits():
+def test_scale_search_never_raises_its_error_and_helps_at_four_bits():
     weight = torch.randn(30, K)
     weight[:, 5] *= 8
     statistics, _ = outliers()
@@ -135,7 +135,7 @@ def test_scale_search_never_loses_by_its_own_measure_and_helps_at_four_bits():
     assert error[True] < error[False]
 
 
-def test_asymmetric_calibration_makes_up_for_a_drifted_input():
+def test_asymmetric_calibration_corrects_a_drifted_input():
     weight, (statistics, x) = torch.randn(20, K), outliers(cross=True)
     wanted = 1.02 * x @ weight.t()
 
@@ -150,7 +150,7 @@ def test_asymmetric_calibration_makes_up_for_a_drifted_input():
     assert error(HAQ(asymmetric_calibration=True)) < plain_error
 
 
-def test_a_hessian_without_a_factor_falls_back_to_rounding_and_says_so():
+def test_a_hessian_without_a_factor_falls_back_to_rounding_with_a_note():
     weight, (statistics, _) = torch.randn(20, K), outliers()
     statistics.hessian = torch.full((K, K), torch.nan)
     solution = HAQ().solve(weight, statistics, ActivationChoice("token"))

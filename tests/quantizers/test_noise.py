@@ -1,4 +1,4 @@
-"""Predicted activation errors against errors measured by rounding."""
+"""Compare predicted activation errors with errors measured by rounding."""
 
 from __future__ import annotations
 
@@ -65,9 +65,11 @@ def test_best_scale_clips_a_lone_outlier_that_costs_little_and_no_other():
     assert error < 0.1
 
 
-def test_what_calibration_has_not_shown_keeps_channels_from_being_evened_out_by_their_largest_values(monkeypatch):
-    """A factor that makes all channels' largest values equal has the least error on what has been seen, and the
-    most on other rows: each channel exceeds its range now and then."""
+def test_unseen_values_prevent_equal_channel_maxima(monkeypatch):
+    """A factor that makes the maxima of all channels equal has the smallest error on calibration rows.
+
+    It has the largest error on other rows, because each channel sometimes exceeds its range.
+    """
     usual = torch.logspace(-1, 1, 256)
     seen, unseen = (torch.randn(rows, 256) ** 3 * usual for rows in (300, 3000))
     statistics = InputStatistics(300, seen.abs().amax(0), None, None, seen, torch.ones(300))

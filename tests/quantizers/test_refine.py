@@ -1,4 +1,4 @@
-"""The refined factor against the predicted error that it lowers."""
+"""Test that refining a factor lowers its predicted error."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import Sensitivity
 from haq_lab.models.architectures import Group
-from haq_lab.quantizers.haq.channel_search import DynamicError, refined
-from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.haq.channel_search import DynamicError, refine
+from haq_lab.quantizers.smoothing import ChannelMap
 
 K = 12
 
 
-def one_to_one() -> Channels:
+def one_to_one() -> ChannelMap:
     layer = nn.Module()
     layer.up = nn.Linear(4, K)
-    return Channels(Group("up", "up", ("down",)), layer, K)
+    return ChannelMap(Group("up", "up", ("down",)), layer, K)
 
 
 def error() -> DynamicError:
@@ -25,7 +25,7 @@ def error() -> DynamicError:
     return DynamicError(inputs, torch.full((50,), 1 / 50), torch.rand(7, K), cost, torch.rand(K))
 
 
-def test_the_gradient_is_that_of_the_error():
+def test_the_gradient_equals_finite_differences():
     predicted, place = error(), torch.randn(K, dtype=torch.float64) * 0.3
     predicted = DynamicError(
         predicted.inputs.double(),
@@ -42,22 +42,22 @@ def test_the_gradient_is_that_of_the_error():
         torch.testing.assert_close(gradient[channel], torch.tensor(slope, dtype=torch.float64), rtol=1e-4, atol=1e-9)
 
 
-def test_it_ends_lower_than_it_began_and_near_the_one_minimum():
-    """Convex in the logarithms: two starts end at about the same error."""
+def test_refining_lowers_the_error_to_near_the_minimum():
+    """The error is convex in the logarithms, so two starts end at about the same error."""
     predicted = error()
     ends = []
     for start in (torch.ones(K), torch.logspace(-0.3, 0.3, K)):
-        end = refined(start, predicted, one_to_one())
+        end = refine(start, predicted, one_to_one())
         assert predicted(end)[0] < 0.9 * predicted(start)[0]
         ends.append(predicted(end)[0])
     assert max(ends) < 1.1 * min(ends)
 
 
-def test_channels_of_one_row_keep_one_factor():
+def test_channels_that_share_a_row_keep_one_factor():
     channels = one_to_one()
     channels.rows = torch.arange(K) // 3
     channels.source_rows = K // 3
-    factor = refined(torch.ones(K), error(), channels)
+    factor = refine(torch.ones(K), error(), channels)
     shared: Tensor = factor.view(-1, 3)
     assert torch.equal(shared, shared[:, :1].expand_as(shared))
     assert factor.unique().numel() > 1

@@ -1,4 +1,4 @@
-"""Smoothing changes no function: logits before and after agree, for every fold and every architecture."""
+"""Test that smoothing leaves the logits unchanged, for every fold and every architecture."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from haq_lab.models.sources import TinyModel
 from haq_lab.quantizers.apply import smooth_group
 from haq_lab.quantizers.base import Quantizer, Smoothing
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
-from haq_lab.quantizers.smoothing import FLOOR, Channels, factor_of, fold, stacked
+from haq_lab.quantizers.smoothing import FLOOR, ChannelMap, fold, smoothing_factor, stack_weights
 from tests.models.test_layerwise import VARIANTS, save
 
 
 class RandomFactors(Quantizer):
-    """Factors over four orders of magnitude, on the groups of the kinds asked for."""
+    """Fold factors over four orders of magnitude into the groups of the given kinds."""
 
     def __init__(self, kinds=("norm", "value", "up")):
         object.__setattr__(self, "kinds", kinds)  # a frozen dataclass
@@ -77,7 +77,7 @@ def test_the_router_decides_as_before(tiny, windows):
 
 @pytest.mark.parametrize("architecture", ["opt", "mixtral"])
 def test_states_of_a_layer_that_share_tensors_are_scaled_once(tiny):
-    """The quantised state's up projection is int8 by then, the smoothed one's is not; all else they share."""
+    """The up projection is already int8 in the quantised state only. The states share all other tensors."""
     layer, alone = tiny.load_layer(0), tiny.load_layer(0)
     shared = {id(tensor): tensor for tensor in layer.parameters()}
     smoothed = copy.deepcopy(layer, shared)
@@ -87,7 +87,7 @@ def test_states_of_a_layer_that_share_tensors_are_scaled_once(tiny):
     scale = row_scale(source.weight, 8)
     levels, bias = round_to_nearest(source.weight, scale, 8), None if source.bias is None else source.bias.clone()
     layer.set_submodule(group.source, Int8Linear(levels, scale.clone(), bias, "token", None, ReferenceBackend()))
-    channels = Channels(group, layer, stacked(layer, group.consumers).shape[1])
+    channels = ChannelMap(group, layer, stack_weights(layer, group.consumers).shape[1])
     factor = torch.rand(len(channels.rows)) + 0.5
 
     fold([layer, smoothed], group, factor, channels)
@@ -132,21 +132,21 @@ def test_folding_into_an_int8_source_scales_its_outputs(tiny, kind):
     bias = None if source.bias is None else source.bias.clone()
     int8 = Int8Linear(levels, scale, bias, "token", None, ReferenceBackend())
     layer.set_submodule(group.source, int8)
-    channels = Channels(group, layer, stacked(layer, group.consumers).shape[1])
+    channels = ChannelMap(group, layer, stack_weights(layer, group.consumers).shape[1])
     factor = channels.shared_max(2.0 ** torch.randint(-4, 5, (len(channels.rows),)))  # exact in floats
 
     x = torch.randn(20, levels.shape[1])
-    before, columns = int8(x), stacked(layer, group.consumers)
+    before, columns = int8(x), stack_weights(layer, group.consumers)
     fold([layer], group, factor, channels)
     assert torch.equal(int8(x) * channels.per_row(factor), before)
-    assert torch.equal(stacked(layer, group.consumers), columns * factor)
+    assert torch.equal(stack_weights(layer, group.consumers), columns * factor)
     assert torch.equal(int8.weight, levels)
 
 
 def test_query_heads_of_a_key_value_head_share_their_factor():
     model = LayeredModel(TinyModel("llama").folder())
     group = next(group for group in model.groups if group.kind == "value")
-    channels = Channels(group, model.load_layer(0), 64)  # 4 query heads on 2 key-value heads, 16 channels each
+    channels = ChannelMap(group, model.load_layer(0), 64)  # 4 query heads on 2 key-value heads, 16 channels each
     assert channels.source_rows == 32
     heads = channels.rows.view(4, 16)
     assert torch.equal(heads[0], heads[1])
@@ -165,7 +165,7 @@ def test_channels_are_one_to_one_elsewhere(tiny):
     for group in tiny.groups:
         if group.kind != "value":
             values = torch.rand(64)
-            channels = Channels(group, tiny.new_layer(0), 64)
+            channels = ChannelMap(group, tiny.new_layer(0), 64)
             assert torch.equal(channels.shared_max(values), values)
             assert torch.equal(channels.per_row(values), values)
 
@@ -178,12 +178,12 @@ def test_group_without_a_source_is_left_alone(tiny):
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
-def test_factor_is_smoothquants():
+def test_factor_equals_smoothquants():
     activation, weight = torch.tensor([4.0, 100.0, 0.0]), torch.tensor([1.0, 0.25, 0.0])
-    torch.testing.assert_close(factor_of(activation, weight, 0.5)[:2], torch.tensor([2.0, 20.0]))
-    torch.testing.assert_close(factor_of(activation, weight, 1.0)[:2], activation[:2])
-    torch.testing.assert_close(factor_of(activation, weight, 0.0)[:2], 1 / weight[:2])
+    torch.testing.assert_close(smoothing_factor(activation, weight, 0.5)[:2], torch.tensor([2.0, 20.0]))
+    torch.testing.assert_close(smoothing_factor(activation, weight, 1.0)[:2], activation[:2])
+    torch.testing.assert_close(smoothing_factor(activation, weight, 0.0)[:2], 1 / weight[:2])
     for strength in (0.0, 0.5, 1.0):
-        factor = factor_of(activation, weight, strength)
+        factor = smoothing_factor(activation, weight, strength)
         assert torch.isfinite(factor).all()
         assert (factor >= FLOOR).all()

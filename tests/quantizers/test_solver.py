@@ -1,4 +1,4 @@
-"""GPTQ's solver, held against the algorithm as the paper writes it, one column after another in float64."""
+"""Compare GPTQ's solver with the paper's algorithm, column by column in float64."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_inputs_are_left_alone():
     assert torch.equal(hessian, before[1])
 
 
-def test_singular_hessian_raises_the_damp_and_reports_it():
+def test_singular_hessian_raises_the_dampening_and_reports_it():
     weight, hessian = problem(6, 4, 32, 3)  # rank 3 of 32
     plain = factorize(hessian, 0.01, False)
     assert plain.dampening_frac == 0.01
@@ -153,7 +153,7 @@ def test_singular_hessian_raises_the_damp_and_reports_it():
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "negative"])
-def test_hopeless_hessian_falls_back_to_nearest_and_says_so(kind):
+def test_a_hessian_that_cannot_be_factorized_falls_back_to_nearest_with_a_note(kind):
     weight, hessian = problem(7, 4, 16, 50)
     if kind == "negative":
         hessian = -hessian
@@ -193,7 +193,7 @@ def test_conditional_variance_needs_no_factor(columns, act_order):
 
 
 def test_conditional_variance_is_in_the_columns_own_order():
-    """And smoothing by s divides it by s^2, which the closed form relies on."""
+    """Smoothing by s divides it by s^2, on which the closed form relies."""
     _, hessian = problem(9, 1, 24, 400)
     factor = factorize(hessian, 1e-6, True)
     first, last = factor.order[0], factor.order[-1]

@@ -1,4 +1,4 @@
-"""A disk that is full, where mounting is not allowed (tests/conftest.py has real ones)."""
+"""A simulated full disk (tests/conftest.py has real ones, which need mounting)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every flush fails as on a full disk: for where mounting is not allowed."""
+    """Make every flush fail as on a full disk, for machines that do not allow mounting."""
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""The code that a result depends on is found, all of it."""
+"""Test that the closure contains all code that a result depends on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def loaded():
 
 
 @pytest.mark.parametrize("module", [f"haq_lab.{name}" for name in WORKERS])
-def test_it_has_all_that_python_loads(module, loaded):
+def test_it_contains_all_files_that_python_loads(module, loaded):
     """Importing the module in a fresh process loads no file of the package that is not in its closure."""
     assert len(loaded[module]) > 10
     assert loaded[module] - import_closure(module) == set()
@@ -51,7 +51,7 @@ def test_imports_inside_functions_count():
     assert PACKAGE / "int8" / "cuda" / "cupy_runner.py" in import_closure("haq_lab.int8.cuda.device")
 
 
-def test_other_packages_and_what_is_not_imported_do_not_count():
+def test_other_packages_and_unimported_modules_do_not_count():
     assert import_closure("torch") == set()
     inside = {path.relative_to(PACKAGE).parts[0] for path in import_closure("haq_lab.routing.cached")}
     assert inside & {"cli", "report", "tracking", "offload"} == set()
@@ -63,7 +63,7 @@ def test_a_module_that_does_not_exist_is_an_error():
 
 
 def test_the_key_follows_a_change_in_imported_code(monkeypatch):
-    """A file deep in the closure changes the key; a file outside leaves it."""
+    """A change of a file deep in the closure changes the key. A change outside does not."""
     changed: set[Path] = set()
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path in changed))

@@ -1,4 +1,4 @@
-"""Whole runs give the same, bit for bit, without the store, filling it, and drawing on it."""
+"""Test that whole runs have the same bits without the result cache, while filling it, and while using it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WHOLE = ("pass", "quantized", "measurement")
 
 @pytest.fixture(scope="module", autouse=True)
 def _short_texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Two short texts, and no figures, which take longer than all else."""
+    """Write two short texts, and switch off figures, which are slow."""
     words = random.Random(0).choices([*"abcdefghijk", "stage", "layer", "token "], k=6000)
     folder = tmp_path_factory.mktemp("texts")
     (folder / "evaluation.txt").write_text(" ".join(words[:2000]))
@@ -45,23 +45,23 @@ def _short_texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def _run(folder: Path, *settings: str) -> dict:
-    """The run's results; its tables and its trace lie in the folder."""
+    """Return the results of a run. Its tables and its trace are in the folder."""
     outcome = launch(*SMALL, *settings, f"hydra.run.dir={folder}")
     assert outcome.code == 0, outcome.err
     return json.loads((folder / "results.json").read_text())
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Metrics, but for times and peaks, every linear's report, the inputs' ranges, and how tokens were routed."""
+    """Return whether two runs have the same metrics (except times and peaks), reports, ranges and routing."""
     metrics = []
     for folder in (one, other):
-        found = json.loads((folder / "results.json").read_text())["metrics"]
-        metrics.append({name: value for name, value in found.items() if not name.startswith(("time.", "memory.peak"))})
+        results = json.loads((folder / "results.json").read_text())["metrics"]
+        metrics.append({name: value for name, value in results.items() if not name.startswith(("time.", "memory.peak"))})
     tables = [{path.name: path.read_bytes() for path in folder.glob("*.csv")} for folder in (one, other)]
     routings = [load_file(folder / "routing.safetensors") for folder in (one, other) if "experts.csv" in tables[0]]
     routed = not routings or all(torch.equal(tensor, routings[1][name]) for name, tensor in routings[0].items())
-    kept = [path.read_bytes() if (path := folder / "ranges.safetensors").exists() else None for folder in (one, other)]
-    return metrics[0] == metrics[1] and tables[0] == tables[1] and routed and kept[0] == kept[1]
+    ranges = [path.read_bytes() if (path := folder / "ranges.safetensors").exists() else None for folder in (one, other)]
+    return metrics[0] == metrics[1] and tables[0] == tables[1] and routed and ranges[0] == ranges[1]
 
 
 def test_every_quantizer_is_tried():
@@ -120,7 +120,7 @@ def test_another_model_text_or_setting_is_another_stage(tmp_path):
     assert _run(tmp_path / "seed", *settings, "calibration.seed=2")["run"]["reused"] == ["1 x baseline"]
 
 
-def test_a_finished_run_stays_finished_whatever_the_store(tmp_path):
+def test_a_finished_run_stays_finished_with_any_store(tmp_path):
     settings = ["model=tiny_llama", "quantizer=rtn", "measure=[perplexity]", f"hydra.run.dir={tmp_path / 'run'}"]
     assert launch(*SMALL, *settings, f"result_cache.dir={tmp_path / 'a'}").code == 0
     assert "already finished" in launch(*SMALL, *settings, "result_cache.enabled=false").out
@@ -138,7 +138,7 @@ def test_layers_are_shared_by_runs_that_offload_differently(tmp_path):
     assert first["metrics"]["perplexity.text"] == second["metrics"]["perplexity.text"]
 
 
-def test_a_killed_run_leaves_layers_that_the_next_one_finds(tmp_path):
+def test_the_next_run_uses_the_layers_of_a_killed_one(tmp_path):
     _run(tmp_path / "without", *DEEP, "result_cache.enabled=false")
     settings = [*DEEP, f"result_cache.dir={tmp_path / 'store'}"]
     run = tmp_path / "killed"
@@ -185,7 +185,7 @@ def test_a_run_with_a_read_only_store_or_a_full_disk(tmp_path, small_disk, read_
 
 
 def test_a_checkpoint_resumes_with_a_store_and_without(tmp_path):
-    """Calibration's hidden states stay behind where statistics were found: the next start knows how far they are."""
+    """Hidden states lag behind if statistics come from the cache. A resumed run must know by how much."""
     _run(tmp_path / "without", *DEEP, "result_cache.enabled=false")
     filled = f"result_cache.dir={tmp_path / 'store'}"
     _run(tmp_path / "filled", *DEEP, filled)
@@ -216,7 +216,7 @@ def test_a_users_own_quantizer_is_always_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("result_cache.max_size=20", "result_cache.max_size: '20' is no size"),
+        ("result_cache.max_size=20", "result_cache.max_size: '20' is not a size"),
         ("result_cache.dir=''", "result_cache.dir: '' is not valid"),
         ("result_cache.enabled=maybe", "result_cache.enabled: 'maybe' is not valid"),
         ("+result_cache.size=1", "result_cache.size: there is no such setting"),
@@ -226,6 +226,6 @@ def test_a_users_own_quantizer_is_always_run(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_mistakes(setting, message, tmp_path):
+def test_wrong_settings(setting, message, tmp_path):
     outcome = launch(*SMALL, "model=tiny_llama", setting, f"hydra.run.dir={tmp_path}")
     assert (outcome.code, message in outcome.err) == (2, True), outcome.err

@@ -1,1 +1,1 @@
-"""haq."""
+"""The HAQ quantizer, and the prediction of quantization errors by which it chooses."""

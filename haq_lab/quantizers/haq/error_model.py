@@ -1,4 +1,4 @@
-"""The error that a smoothing factor will leave, and the factor that leaves the least: what HAQ chooses by."""
+"""Predict the error of a smoothing factor, and choose the factor with the smallest one."""
 
 from __future__ import annotations
 
@@ -12,30 +12,34 @@ from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.numerics import QMAX, ActivationScheme
 from haq_lab.quantizers.base import Smoothing
 from haq_lab.quantizers.grid import qmax, row_scales
-from haq_lab.quantizers.haq.channel_search import DynamicError, refined
+from haq_lab.quantizers.haq.channel_search import DynamicError, refine
 from haq_lab.quantizers.haq.noise import (
     COARSE,
     StaticNoise,
     dynamic_noise,
-    every_output_alike,
-    sampled,
+    sample_rows,
     solved_weight_error,
+    uniform_sensitivity,
 )
-from haq_lab.quantizers.smoothing import Channels
+from haq_lab.quantizers.smoothing import ChannelMap
 
 
 class ErrorPredictor:
-    """The error that a smoothing factor will leave, of the weights and of the activations: the KL divergence in nats a
-    token where the model's sensitivity is known, else half the squared error of the outputs.
+    """Predicts the error of weights and activations after smoothing one group.
+
+    With a sensitivity, the error is a KL divergence in nats a token. Otherwise it is half the squared error of the
+    outputs.
 
     Args:
-        weight: (n, k) the consumers' stacked weights, before smoothing; further rows are not rounded (a router's).
-        statistics: Of their input, before smoothing.
-        variance: (k,) conditional variances of their input; where it has none, the weights' part is left out.
+        weight: (n, k) stacked weights before smoothing. Rows beyond the sensitivity's outputs, a router's, are not
+            rounded.
+        statistics: Statistics of the input before smoothing.
+        variance: (k,) conditional variances of the input. If None, the error of the weights is left out.
+        bits: Bits of a weight.
     """
 
     def __init__(self, weight: Tensor, statistics: InputStatistics, variance: Tensor | None, bits: int):
-        self._cost = statistics.sensitivity or every_output_alike(weight)
+        self._cost = statistics.sensitivity or uniform_sensitivity(weight)
         self._weight, self._bits = weight[: len(self._cost.outputs)], bits
         self._variance = torch.zeros(weight.shape[1]) if variance is None else variance
         self._ranges = replace(statistics, hessian=None, cross=None, sensitivity=None)
@@ -45,7 +49,13 @@ class ErrorPredictor:
         return StaticNoise(self._ranges)
 
     def errors(self, scheme: ActivationScheme, factors: list[Tensor], every: int = 1) -> list[float]:
-        """Predicted errors under a scheme, one for each factor (k,), from every so many sampled rows."""
+        """Predict the error of each smoothing factor.
+
+        Args:
+            scheme: Activation scheme.
+            factors: Smoothing factors (k,).
+            every: Use one in this many sampled rows.
+        """
         scales = row_scales(self._weight, factors, self._bits)
         return [self._error(scheme, *each, every) for each in zip(factors, scales, strict=True)]
 
@@ -58,13 +68,13 @@ class ErrorPredictor:
             disturbance = float(noise @ (self._cost.channels * factor.square()))
         return (rounding + disturbance) / 2
 
-    def least(self, scheme: ActivationScheme, candidates: list[Smoothing], channels: Channels) -> Smoothing:
-        """The candidate with the least predicted error; under dynamic scales then refined channel by channel."""
+    def choose(self, scheme: ActivationScheme, candidates: list[Smoothing], channels: ChannelMap) -> Smoothing:
+        """Return the candidate with the smallest predicted error. With dynamic scales, each channel is then refined."""
         best = self._best(scheme, candidates, COARSE)
         if scheme == "static":
-            return best  # refined under static scales, the prediction fell and the model got worse
-        finer = replace(best, factor=refined(best.factor, self._dynamic(scheme), channels))
-        return self._best(scheme, [best, finer])
+            return best  # refining static scales lowered the prediction, but the model got worse
+        refined = replace(best, factor=refine(best.factor, self._dynamic(scheme), channels))
+        return self._best(scheme, [best, refined])
 
     def _best(self, scheme: ActivationScheme, candidates: list[Smoothing], every: int = 1) -> Smoothing:
         errors = self.errors(scheme, [candidate.factor for candidate in candidates], every)
@@ -73,6 +83,6 @@ class ErrorPredictor:
     def _dynamic(self, scheme: ActivationScheme) -> DynamicError:
         rows, share = self._ranges.channel_max[None], torch.ones(1)
         if scheme == "token":
-            rows, share = sampled(self._ranges)
+            rows, share = sample_rows(self._ranges)
         weight = self._weight.abs() / qmax(self._bits)
         return DynamicError(rows.abs() / QMAX, share, weight, self._cost, self._variance)

@@ -1,8 +1,8 @@
-"""Predicted errors of a group of linears: what HAQ weighs before it rounds anything.
+"""Predict the quantization errors of a group of linears, before any weight is rounded.
 
-Rounding errors of different channels are taken as uncorrelated, so an activation error costs the noise of each
-channel times what an error there costs, and needs no product with the weights. How large the noise is comes from a
-sample of whole rows, rounded and clipped as they will be.
+Rounding errors of different channels are assumed to be uncorrelated. So the cost of an activation error is a sum over
+channels: the channel's noise times the cost of an error in it. This needs no product with the weights. The noise is
+measured on a sample of inputs, which are rounded and clipped as in the quantised model.
 """
 
 from __future__ import annotations
@@ -14,27 +14,33 @@ from haq_lab.calibration.statistics import InputStatistics, Sensitivity
 from haq_lab.int8.numerics import round_to_grid, scale_of
 from haq_lab.quantizers.grid import cached_rows
 
-CLIPS = tuple(0.84**step for step in range(30))  # static scales tried, as shares of the one that covers all
-UNSEEN = 32  # tokens with values beyond those that calibrate
-COARSE = 4  # of the sampled rows one is enough to compare factors by
-TINY = 1e-30  # noise of a dead channel, so that it has a logarithm
+CLIPS = tuple(0.84**step for step in range(30))  # static scales to try, as shares of the scale without clipping
+UNSEEN = 32  # assumed number of tokens with larger values than in calibration
+COARSE = 4  # comparing factors needs only one in four sampled rows
+TINY = 1e-30  # smallest noise, because a dead channel's 0 has no logarithm
 PER_OCTAVE = 6
-STEPS = 2.0 ** torch.arange(-6, 8.01, 1 / PER_OCTAVE)  # grid steps tabulated, over the one that covers a channel
+STEPS = 2.0 ** torch.arange(-6, 8.01, 1 / PER_OCTAVE)  # tabulated grid steps, relative to a channel's full range
 
 
-def every_output_alike(weight: Tensor) -> Sensitivity:
-    """Where the model's sensitivity is not known: squared errors of all outputs (n) count alike."""
+def uniform_sensitivity(weight: Tensor) -> Sensitivity:
+    """Return a sensitivity that gives the squared errors of all outputs the same weight.
+
+    Args:
+        weight: (n, k) stacked weights.
+    """
     return Sensitivity(channels=weight.square().sum(dim=0), outputs=torch.ones(len(weight)))
 
 
 def dynamic_noise(statistics: InputStatistics, per_row: bool, every: int = 1, factor: Tensor | float = 1.0) -> Tensor:
-    """(k,) mean squared rounding error of each channel with scales taken at run time, a row's or the tensor's.
+    """Return the mean squared rounding error (k,) of each channel with dynamic scales.
 
     Args:
-        every: Of so many sampled rows one is looked at.
-        factor: (k,) that the input is divided by first.
+        statistics: Statistics of the input, with sampled rows.
+        per_row: Whether every row has its own scale. If false, the tensor has one.
+        every: Use one in this many sampled rows.
+        factor: (k,) smoothing factor that divides the input first.
     """
-    sample, weight = sampled(statistics, every)
+    sample, weight = sample_rows(statistics, every)
     whole = scale_of((statistics.channel_max / factor).amax())
     squares = torch.empty_like(sample)
     for rows in cached_rows(sample):
@@ -45,16 +51,20 @@ def dynamic_noise(statistics: InputStatistics, per_row: bool, every: int = 1, fa
 
 
 class StaticNoise:
-    """Each channel's mean squared error as a function of its grid step, clipping at 127 steps included.
+    """The mean squared error of each channel as a function of its grid step, including clipping at 127 steps.
 
-    Under a static scale c and a smoothing factor s a channel's step is c * s, in units of the channel as it is.
+    With a static scale c and a smoothing factor s, the step of a channel is c * s in units of the unsmoothed channel.
     So one table serves every scale and every factor.
+
+    Args:
+        statistics: Statistics of the input, with sampled rows.
+        every: Use one in this many sampled rows.
     """
 
     def __init__(self, statistics: InputStatistics, every: int = COARSE):
-        sample, weight = sampled(statistics, every)
+        sample, weight = sample_rows(statistics, every)
         self._full = scale_of(statistics.channel_max)
-        self._beyond = beyond(statistics.count) * statistics.channel_max
+        self._beyond = expected_excess(statistics.count) * statistics.channel_max
         self._unseen = UNSEEN / (UNSEEN + statistics.count)
         rows = []
         for step in STEPS:
@@ -63,7 +73,7 @@ class StaticNoise:
         self._table = torch.stack(rows).clamp(min=TINY).log()  # (steps, k)
 
     def __call__(self, step: Tensor) -> Tensor:
-        """(..., k) noise for the channels' steps (..., k); geometric means between tabulated ones."""
+        """Return the noise (..., k) for the channels' steps (..., k), interpolated geometrically in the table."""
         position = ((step / self._full).log2() - STEPS[0].log2()) * PER_OCTAVE
         position = position.clamp(0, len(STEPS) - 1.001)
         below = position.long()
@@ -73,13 +83,18 @@ class StaticNoise:
         return (low + share * (high - low)).exp()
 
     def best_scale(self, factor: Tensor, cost: Tensor) -> tuple[Tensor, float]:
-        """The static scale with the least error for inputs divided by `factor` (k,), and that error.
+        """Search the static scale with the smallest error for inputs divided by `factor`.
 
-        One more token in n exceeds the largest of n in a channel, so of evenly smoothed channels by the hundred a
-        scale that covers what calibration has seen clips one new row in ten. Hence some tokens beyond it count too.
+        With n calibration tokens, one new token in n exceeds the largest value of a channel. After smoothing, hundreds
+        of channels have similar ranges. A scale that just covers the calibrated values would then clip about one new
+        row in ten. So the search also counts some tokens with larger values.
 
         Args:
-            cost: (k,) of a squared error in each channel, before smoothing.
+            factor: (k,) smoothing factor.
+            cost: (k,) cost of a squared error in each channel, before smoothing.
+
+        Returns:
+            The scale, and its error.
         """
         covering = (self._full / factor).amax()
         scales = covering * torch.tensor(CLIPS)
@@ -90,9 +105,11 @@ class StaticNoise:
         return scales[best], float(errors[best])
 
 
-def beyond(count: int) -> float:
-    """What other texts bring, over a channel's largest value in `count` tokens: the best of what was tried on 1,024 and
-    4,096 tokens (1.4) and on 16,384 (1.25; `experiments/haq_search.md`)."""
+def expected_excess(count: int) -> float:
+    """Return the expected largest value on other texts, relative to the largest in `count` calibration tokens.
+
+    The values were fitted: 1.4 on 1,024 and 4,096 tokens, 1.25 on 16,384 (`experiments/haq_search.md`).
+    """
     return min(1.4, 1.25 * max(1.0, 16_384 / max(count, 1)) ** (1 / 12))
 
 
@@ -101,21 +118,29 @@ def _squared_error(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def solved_weight_error(scale: Tensor, cost: Tensor, conditional_variance: Tensor) -> float:
-    """What GPTQ leaves of the sum over rows of cost * dw H dw^T.
+    """Predict the error that GPTQ leaves: the sum over rows of cost * dw H dw^T.
 
-    Uniform rounding noise in each column, of variance scale^2 / 12, at the price that the column has once later ones
-    make up for it. Within 10 % of the measured error (`tests`).
+    Each column has uniform rounding noise of variance scale^2 / 12, weighted by its conditional variance. The
+    prediction is within 10 % of the measured error (`tests/quantizers`).
 
     Args:
         scale: (n,) row scales.
-        cost: (n,) of a squared error in each output.
-        conditional_variance: (k,) from `solver.Factor`; smoothing by s divides it by s^2.
+        cost: (n,) cost of a squared error in each output.
+        conditional_variance: (k,) from `gptq_solver.Factor`. Smoothing by s divides it by s^2.
     """
     return float(cost @ scale.square() / 12 * conditional_variance.sum())
 
 
-def sampled(statistics: InputStatistics, every: int = 1) -> tuple[Tensor, Tensor]:
-    """Every so many sampled rows (r, k), and the share of tokens (r,) that each stands for."""
+def sample_rows(statistics: InputStatistics, every: int = 1) -> tuple[Tensor, Tensor]:
+    """Return sampled rows of an input.
+
+    Args:
+        statistics: Statistics of the input, with sampled rows.
+        every: Use one in this many rows.
+
+    Returns:
+        The rows (r, k), and the share of all tokens (r,) that each represents.
+    """
     assert statistics.sample is not None
     assert statistics.sample_weight is not None
     weight = statistics.sample_weight[::every]

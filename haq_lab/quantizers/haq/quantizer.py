@@ -1,17 +1,17 @@
-"""HAQ: smoothed-Hessian quantization, joint W8A8 (arXiv 2508.07329), with the parts that the paper leaves open.
+"""The HAQ quantizer: smoothed-Hessian quantization to W8A8 (arXiv 2508.07329), and our own additions.
 
-With D = diag(s), the deployed layer computes Q(X D^-1) Q(W D)^T. Its error has two parts, and smoothing trades
-one for the other:
+With D = diag(s), the quantised layer computes Q(X D^-1) Q(W D)^T. Its error has two parts. Smoothing lowers one of
+them and raises the other:
 
     weights      tr(dW' H' dW'^T)      with H' = D^-1 H D^-1
-    activations  E ||dX' W'^T||^2      under the activation scheme in force
+    activations  E ||dX' W'^T||^2      under the activation scheme in use
 
-1. `adaptive`: each group takes the factor with the least sum of the two, predicted (`error_predictor.py`), each error
-   weighted by what it costs the model's predictions (`sensitivity`).
-2. `fold`: the down and output projections are smoothed too, through the rows of up and value projections.
-3. `scale_search`, `act_order`: the weights are solved under H' by GPTQ, with searched row scales.
-4. `asymmetric_calibration`: the weights are solved for the input that the quantised model sees (GPTAQ,
-   arXiv 2504.02692).
+1. `adaptive`: each group gets the factor with the smallest predicted sum of the two (`error_model.py`). Each error is
+   weighted by its effect on the model's predictions (`sensitivity`).
+2. `fold`: the inputs of the down and output projections are smoothed too. Their factors are folded into the rows of the
+   up and value projections.
+3. `scale_search`, `act_order`: GPTQ solves the weights with H', optionally with searched row scales.
+4. `asymmetric_calibration`: the weights are solved for the input of the quantised model (GPTAQ, arXiv 2504.02692).
 """
 
 from __future__ import annotations
@@ -30,30 +30,40 @@ from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solu
 from haq_lab.quantizers.gptq_solver import Factor, conditional_variance, factorize, solve
 from haq_lab.quantizers.grid import row_scale, searched_row_scale
 from haq_lab.quantizers.haq.error_model import ErrorPredictor
-from haq_lab.quantizers.haq.noise import StaticNoise, dynamic_noise, every_output_alike
-from haq_lab.quantizers.smoothing import Channels, factor_of
+from haq_lab.quantizers.haq.noise import StaticNoise, dynamic_noise, uniform_sensitivity
+from haq_lab.quantizers.smoothing import ChannelMap, smoothing_factor
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.threads import one_thread
 
 STRENGTHS = tuple(step / 16 for step in range(17))
-TRUST = 0.25  # of the correction for earlier layers: a regression on calibration text, shrunk as GPTQModel shrinks it
+CORRECTION_SHARE = 0.25  # share of the cross moment that is corrected; shrunk against overfitting, as in GPTQModel
 
 
 @dataclass(frozen=True)
 class HAQ(Quantizer):
-    """Args:
-    activations: As for every quantizer, or `auto`: static where it costs little, token-dynamic elsewhere.
-    adaptive: Choose each group's factor by its predicted error; else `smoothing_strength` everywhere.
-    smoothing_strength: The strength where `adaptive` is off.
-    fold: What smoothing is folded into: norms, value (for the output projection), up (for down).
-    scale_search: Choose each row's scale by its Hessian-weighted error, else max|w| / qmax.
-    act_order: Solve the columns by falling diag(H').
-    asymmetric_calibration: Solve for the quantised model's own input.
-    dampening_frac: Share of mean(diag H') added to the diagonal.
-    sensitivity: Windows of the calibration text from which it is measured how much the model's predictions depend
-        on each channel; 0: every output of a linear counts alike.
-    auto_limit: With `auto`, an input is static where that adds at most so much to the predicted KL divergence, in
-        nats a token. Experts have it together: each may add its share, by the tokens routed to it.
+    """HAQ, with every part that can be switched off.
+
+    Args:
+        activations: Activation scheme as for every quantizer, or `auto`: static for inputs where it adds little error,
+            token-dynamic for the others.
+        weight_bits: 8 or 4.
+        lm_head: Whether to quantise the LM head too.
+        adaptive: Whether to choose each group's factor by its predicted error. If false, `smoothing_strength` is used
+            for all groups.
+        smoothing_strength: Smoothing strength if `adaptive` is false.
+        fold: Modules that smoothing may be folded into: `norm`, `value` (for the output projection), `up` (for the down
+            projection).
+        scale_search: Whether to choose each row's scale by its Hessian-weighted error. If false, it is max|w| / qmax.
+        act_order: Whether to solve the columns in the order of falling diag(H').
+        asymmetric_calibration: Whether to solve the weights for the quantised model's own input.
+        dampening_frac: Dampening: the share of mean(diag H') that is added to the diagonal.
+        sensitivity: Number of calibration windows on which to measure how the model's predictions depend on each
+            channel. If 0, all outputs of a linear have the same weight.
+        auto_limit: With `auto`, an input is static if that adds at most this much to the predicted KL divergence, in
+            nats a token. Experts of a layer share the limit in proportion to the tokens routed to them.
+
+    Raises:
+        UserError: If `activations` is `auto` and `sensitivity` is 0.
     """
 
     activations: Literal["token", "tensor", "static", "auto"] = "token"  # type: ignore[assignment]
@@ -70,7 +80,8 @@ class HAQ(Quantizer):
     def __post_init__(self) -> None:
         if self.activations == "auto" and not self.sensitivity:
             raise UserError(
-                "quantizer.activations: auto weighs errors in nats, for which quantizer.sensitivity must not be 0"
+                "quantizer.activations: auto needs the sensitivity, but quantizer.sensitivity is 0. "
+                "Choose quantizer.sensitivity=8, or another activation scheme."
             )
 
     @property
@@ -82,7 +93,7 @@ class HAQ(Quantizer):
     # 1. and 2. Smoothing.
 
     def smoothing(
-        self, group: Group, family: Family, weight: Tensor, statistics: InputStatistics | None, channels: Channels
+        self, group: Group, family: Family, weight: Tensor, statistics: InputStatistics | None, channels: ChannelMap
     ) -> Smoothing | None:
         if group.kind not in self.fold:
             return None
@@ -93,36 +104,37 @@ class HAQ(Quantizer):
         predictor = self._predictor(weight, statistics)
         with one_thread():
             if self.activations != "auto":
-                return predictor.least(self.activations, candidates, channels)
-            static, token = (predictor.least(scheme, candidates, channels) for scheme in ("static", "token"))
-        affords = self._affords_static(predictor, statistics.share, static.factor, token.factor)
-        return static if affords else token
+                return predictor.choose(self.activations, candidates, channels)
+            static, token = (predictor.choose(scheme, candidates, channels) for scheme in ("static", "token"))
+        good_enough = self._static_is_good_enough(predictor, statistics.share, static.factor, token.factor)
+        return static if good_enough else token
 
     def _predictor(self, weight: Tensor, statistics: InputStatistics) -> ErrorPredictor:
         variance = conditional_variance(statistics.shrunk_hessian(), self.dampening_frac, self.act_order)
         return ErrorPredictor(weight, statistics, variance, self.weight_bits)
 
-    def _candidates(self, weight: Tensor, statistics: InputStatistics, channels: Channels) -> Iterator[Smoothing]:
-        """Factors to choose from: SmoothQuant's form, over what stands for a channel's size.
+    def _candidates(self, weight: Tensor, statistics: InputStatistics, channels: ChannelMap) -> Iterator[Smoothing]:
+        """Yield the smoothing factors to choose from, in SmoothQuant's form with several measures of a channel's size.
 
-        Its maximum covers outliers, its root mean square what most tokens lose; the geometric mean lies between.
+        The maximum represents outliers, and the root mean square represents typical tokens. Their geometric mean is
+        between the two.
         """
         assert statistics.hessian is not None
         weight_max = channels.shared_max(weight.abs().amax(dim=0))
         largest = channels.shared_max(statistics.channel_max)
         if not self.adaptive:
-            yield Smoothing(factor_of(largest, weight_max, self.smoothing_strength), self.smoothing_strength)
+            yield Smoothing(smoothing_factor(largest, weight_max, self.smoothing_strength), self.smoothing_strength)
             return
         typical = channels.shared_max(statistics.hessian.diagonal().sqrt())
         yield Smoothing(torch.ones_like(weight_max), 0.0)
         for size in (largest, (largest * typical).sqrt(), typical):
             for strength in STRENGTHS:
-                yield Smoothing(factor_of(size, weight_max, strength), strength)
+                yield Smoothing(smoothing_factor(size, weight_max, strength), strength)
 
     # Activations.
 
-    def _affords_static(self, predictor: ErrorPredictor, share: float, static: Tensor, token: Tensor) -> bool:
-        """Whether `auto` takes static scales, for the best factor (k,) under either scheme."""
+    def _static_is_good_enough(self, predictor: ErrorPredictor, share: float, static: Tensor, token: Tensor) -> bool:
+        """Return whether `auto` chooses static, given the best factors (k,) for static and for token-dynamic scales."""
         (as_static,), (as_token,) = predictor.errors("static", [static]), predictor.errors("token", [token])
         return as_static - as_token <= self.auto_limit * share
 
@@ -132,11 +144,11 @@ class HAQ(Quantizer):
         if scheme == "auto":
             predictor = self._predictor(weight, statistics)
             smoothed = torch.ones(weight.shape[1])
-            affords = self._affords_static(predictor, statistics.share, smoothed, smoothed)
-            scheme = "static" if affords else "token"
+            good_enough = self._static_is_good_enough(predictor, statistics.share, smoothed, smoothed)
+            scheme = "static" if good_enough else "token"
         if scheme != "static":
             return ActivationChoice(scheme)
-        cost = statistics.sensitivity or every_output_alike(weight)
+        cost = statistics.sensitivity or uniform_sensitivity(weight)
         scale, _ = StaticNoise(statistics).best_scale(torch.ones(weight.shape[1]), cost.channels)
         return ActivationChoice("static", scale)
 
@@ -147,13 +159,13 @@ class HAQ(Quantizer):
         assert statistics.hessian is not None
         hessian, target = statistics.shrunk_hessian(), weight
         if statistics.cross is not None:
-            # What the linear multiplies is x + e: the rounding noise e adds to H and not to the cross moment.
+            # The linear multiplies x + e. Its rounding noise e adds to H = E[x x^T], but not to E[x_fp x^T].
             if activation.scale is not None:
                 noise = torch.diag(StaticNoise(statistics)(activation.scale.expand(len(hessian))))
             else:
                 noise = torch.diag(dynamic_noise(statistics, per_row=activation.scheme == "token"))
             hessian = hessian + noise
-            target = self._corrected(weight, hessian, TRUST * statistics.cross - noise)
+            target = self._corrected(weight, hessian, CORRECTION_SHARE * statistics.cross - noise)
         factor = self._factor(hessian)
         if factor is None:
             return self._fallback(weight)
@@ -168,8 +180,10 @@ class HAQ(Quantizer):
         return factorize(hessian, self.dampening_frac, self.act_order)
 
     def _corrected(self, weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
-        """The weights that map what the quantised linear multiplies to the full-precision output, in the least
-        squares sense: W + W C (H + damp)^-1 with C = E[(x_fp - x) x^T]."""
+        """Return the weights (n, k) that best map the quantised linear's input to the full-precision output.
+
+        This is the least squares solution W + W C (H + dampening)^-1 with C = E[(x_fp - x) x^T].
+        """
         damped = hessian + torch.eye(len(hessian)) * self.dampening_frac * hessian.diagonal().mean()
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed or not torch.isfinite(cross).all():
