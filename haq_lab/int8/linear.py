@@ -39,7 +39,7 @@ class MergedLinear:
             member.weight_scale = self.weight_scale.split(self.rows)[place]
             if self.bias is not None:
                 member.bias = self.bias.split(self.rows)[place]
-            member.joint, member.place = self, place
+            member.merged, member.place = self, place
         self.hold(torch.cat([member.packed for member in members]))
 
     def hold(self, packed: Tensor) -> None:
@@ -79,8 +79,8 @@ def can_merge(members: Sequence[Int8Linear]) -> bool:
         and a.scheme == b.scheme
         and (a.bias is None) == (b.bias is None)
         and (a.input_scale is b.input_scale or (a.scheme == "static" and bool(a.input_scale == b.input_scale)))
-        and a.backend.joins(a.out_features)
-        and a.joint is None is b.joint
+        and a.backend.can_merge_rows(a.out_features)
+        and a.merged is None is b.merged
         for a, b in pairwise(members)
     )
 
@@ -128,7 +128,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("input_scale", input_scale)
         self.scheme: ActivationScheme = scheme
         self.backend = backend
-        self.joint: MergedLinear | None = None  # with those that read the same tensor, where they have been joined
+        self.merged: MergedLinear | None = None  # with those that read the same tensor, where they have been joined
         self.place = 0  # in the joint product
         self._held = False  # in a tensor that others hold too
 
@@ -172,8 +172,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """x (..., k) -> (..., n)."""
-        if self.joint is not None:
-            return self.joint.output(self.place, x)
+        if self.merged is not None:
+            return self.merged.output(self.place, x)
         return multiply(x, self)
 
     def product(self, qx: Tensor, row_scale: Tensor) -> Tensor:

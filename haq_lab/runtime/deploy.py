@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 def deploy(whole: nn.Module, model: LayeredModel, backend: Backend) -> nn.Module:
-    """Move an assembled model to the backend's device; join, fuse and stack its layers. In place; returns it."""
+    """Move an assembled model to the backend's device; merge, fuse and stack its layers. In place; returns it."""
     whole.to(backend.device)
     layers = list(whole.get_submodule(model.family.layers).children())
     for layer in layers:
-        join(layer, model.groups)
+        merge_linears(layer, model.groups)
         specify_swiglu(layer, backend)
         if model.family.moe is not None:
             make_router_native(layer, model.family.moe, backend)
@@ -51,7 +51,7 @@ def deploy(whole: nn.Module, model: LayeredModel, backend: Backend) -> nn.Module
     return whole
 
 
-def join(layer: nn.Module, groups: Iterable[Group]) -> None:
+def merge_linears(layer: nn.Module, groups: Iterable[Group]) -> None:
     """Join the linears of a decoder layer that read one tensor, by the family's groups, in place.
 
     Not those of experts: each reads the tokens that chose it.
@@ -88,7 +88,7 @@ def lay_side_by_side(layers: Iterable[nn.Module]) -> None:
     One linear after the other: a page of the new place is taken when it is written, so that little is held twice.
     """
     linears = [m for layer in layers for m in layer.modules() if isinstance(m, Int8Linear)]
-    holders = dict.fromkeys(linear.joint or linear for linear in linears if linear.packed.dtype == torch.uint8)
+    holders = dict.fromkeys(linear.merged or linear for linear in linears if linear.backend.native)
     if holders:
         sizes = [holder.packed.numel() for holder in holders]
         for holder, place in zip(holders, native.huge_pages(sum(sizes)).split(sizes), strict=True):

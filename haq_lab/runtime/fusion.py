@@ -28,13 +28,13 @@ from haq_lab.runtime.grouped_experts import GroupedExperts, can_group
 @torch.no_grad()
 def fuse(layer: nn.Module, groups: Iterable[Group], backend: Backend) -> None:
     """Replace what can be fused in a joined decoder layer, in place. Nothing on a backend without such kernels."""
-    if backend.fused is None:
+    if backend.fused_kernels is None:
         return
     for group in groups:
         if group.kind == "norm":
-            _fuse_norm(layer, group, backend, backend.fused)
+            _fuse_norm(layer, group, backend, backend.fused_kernels)
         elif group.kind == "up":
-            _fuse_mlp(layer, group, backend, backend.fused)
+            _fuse_mlp(layer, group, backend, backend.fused_kernels)
     for name, module in list(layer.named_modules()):
         if isinstance(module, Int8Experts) and can_group(module):
             layer.set_submodule(name, GroupedExperts.of(module))
@@ -144,10 +144,10 @@ def _fuse_mlp(layer: nn.Module, group: Group, backend: Backend, kernels: Kernels
     up: Any = layer.get_submodule(group.source)
     down: Any = layer.get_submodule(group.consumers[0])
     place = group.source.rpartition(".")[0]
-    gated = isinstance(up, Int8Linear) and up.joint is not None and len(up.joint.members) == 2 and up.place == 1
+    gated = isinstance(up, Int8Linear) and up.merged is not None and len(up.merged.members) == 2 and up.place == 1
     if gated and place and len(group.consumers) == 1 and _can_read(down):
         mlp = layer.get_submodule(place)
-        fused = GatedMlp(mlp, up.joint, down, kernels)
+        fused = GatedMlp(mlp, up.merged, down, kernels)
         if fused.reproduces(mlp, backend):
             layer.set_submodule(place, fused)
 

@@ -38,8 +38,8 @@ class GroupedExperts(Int8Experts):
         made = super().of(experts)
         made.swiglu = cast(Int8Experts, experts).swiglu
         parts = [projections(cast(Expert, expert)) for expert in made]
-        assert made.backend.fused is not None
-        made._kernels = made.backend.fused
+        assert made.backend.fused_kernels is not None
+        made._kernels = made.backend.fused_kernels
         made._gate_up = _side_by_side([part[:2] for part in parts])
         made._down = _side_by_side([part[2:] for part in parts])
         made._first = torch.arange(len(made) + 1, device=made.backend.device)

@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear, MergedLinear
 from haq_lab.models.architectures import Family, Group
 from haq_lab.models.experts import Expert
@@ -90,7 +89,7 @@ class LayerParts(ctypes.Structure):
             return None
         linears: list[Any] = []
         for given, made in zip(inputs, outputs, strict=False):
-            linears += [_joint(layer, given), layer.get_submodule(made.consumers[0])]
+            linears += [_merged(layer, given), layer.get_submodule(made.consumers[0])]
         sources = [group.source for group in inputs if group.source is not None]
         norms: list[Any] = [layer.get_submodule(name) for name in (*sources, *family.head_norms)]
         attention: Any = layer.get_submodule(inputs[0].consumers[0].rpartition(".")[0])
@@ -129,17 +128,16 @@ class LayerParts(ctypes.Structure):
         return self.kv_heads, self.head_dim, self.whole
 
 
-def _joint(layer: nn.Module, group: Group) -> MergedLinear | None:
+def _merged(layer: nn.Module, group: Group) -> MergedLinear | None:
     """The one joint product of a group's linears."""
-    joints = {getattr(layer.get_submodule(name), "joint", None) for name in group.consumers}
-    return joints.pop() if len(joints) == 1 else None
+    merged = {getattr(layer.get_submodule(name), "merged", None) for name in group.consumers}
+    return merged.pop() if len(merged) == 1 else None
 
 
 def _is_native(linear: Any) -> bool:
     return (
         isinstance(linear, Int8Linear | MergedLinear)
-        and isinstance(linear.backend, CpuBackend)
-        and linear.packed.dtype == torch.uint8
+        and linear.backend.native
         and linear.scheme != "tensor"
         and (linear.bias is None or linear.bias.dtype == torch.float32)
     )

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.cpu import bindings as native
-from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.runtime.equivalence import probe
 
 CLOSE = 1e-4  # weights whose float32 sums are in another order; below it which of two is the larger is open
@@ -58,7 +57,7 @@ class NativeRouter(nn.Module):
 def native_router(router: nn.Module, backend: Backend) -> NativeRouter | None:
     """What does the same as `router` on random rows; None where nothing does, or the kernels are not there."""
     weight: Any = getattr(router, "weight", None)
-    if not isinstance(backend, CpuBackend) or not native.available() or not _plain(weight):
+    if not backend.native or not _plain(weight):
         return None
     x = probe(weight.shape[1], backend.device)
     try:

@@ -28,8 +28,8 @@ def test_a_linear_and_joined_ones_give_the_bits_they_give_for_the_tensor(dtype):
         for got, expected in zip([member(rows) for member in members], wanted, strict=True):
             assert got.dtype == dtype
             assert torch.equal(got, expected)
-        joint = MergedLinear(members) if members[0].joint is None else members[0].joint
-    assert joint._input is None
+        merged = MergedLinear(members) if members[0].merged is None else members[0].merged
+    assert merged._input is None
     assert not torch.equal(members[0](quantized(2 * x, backend)), wanted[0])
 
 

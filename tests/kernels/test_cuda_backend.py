@@ -120,7 +120,7 @@ def test_products_alone_generate_the_references_bits(host: Kernels):
     model = LayeredModel(TinyModel("llama").folder())
     prompt = torch.randint(0, 257, (1, 9))
     backend = CudaBackend("cpu", host)
-    backend.fused = None
+    backend.fused_kernels = None
     for got, wanted in zip(
         logits_of(model, backend, prompt), logits_of(model, ReferenceBackend(), prompt), strict=True
     ):
@@ -167,7 +167,7 @@ def test_weights_and_a_deployed_model_lie_on_the_device(monkeypatch: pytest.Monk
         layer.mlp.experts = Int8Experts.of(layer.mlp.experts)
     whole = deploy(model.assemble([layer]), model, backend)
     assert all(tensor.is_meta for tensor in [*whole.parameters(), *whole.buffers()])
-    assert layer.self_attn.q_proj.joint.weight_scale.is_meta
+    assert layer.self_attn.q_proj.merged.weight_scale.is_meta
     held = [value for module in layer.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
     assert all(tensor.is_meta for tensor in held), "and what is no parameter"
     assert isinstance(layer.input_layernorm, QuantizedNorm)

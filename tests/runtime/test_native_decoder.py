@@ -16,7 +16,7 @@ from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.rtn import RTN
-from haq_lab.runtime.deploy import deploy, join
+from haq_lab.runtime.deploy import deploy, merge_linears
 from haq_lab.runtime.layer_parts import LayerParts, LinearParts
 from haq_lab.runtime.native_decoder import NativeStack, stacked
 
@@ -39,7 +39,7 @@ def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=
             layer.set_submodule(name, Int8Linear.rounded(module, backend))
     layer.input_layernorm.weight.uniform_(0.5, 1.5)
     groups = family_of(config).resolve(config)
-    join(layer, groups)
+    merge_linears(layer, groups)
     return layer, groups
 
 
@@ -131,8 +131,8 @@ def test_static_scales():
     for linear in layer.modules():
         if isinstance(linear, Int8Linear):
             linear.scheme, linear.input_scale = "static", torch.tensor(0.03)
-            if linear.joint is not None:
-                linear.joint.scheme, linear.joint.input_scale = "static", linear.input_scale
+            if linear.merged is not None:
+                linear.merged.scheme, linear.merged.input_scale = "static", linear.input_scale
     assert native_form(layer, groups) is not None
 
 

@@ -108,23 +108,27 @@ class CpuBackend(Backend):
 
     def __init__(self) -> None:
         if not native.available():
-            self._without = native.unavailable_reason()
+            self._why_not = native.unavailable_reason()
         else:
-            self._without = "" if native_is_exact(native.isa()) else f"our {native.isa()} kernels are not exact here"
-        self._native = not self._without
+            self._why_not = "" if native_is_exact(native.isa()) else f"our {native.isa()} kernels are not exact here"
+        self.native = not self._why_not
 
     @property
     def kernels(self) -> str:
-        return f"native {native.isa()}" if self._native else f"torch ({self._without})"
+        return f"native {native.isa()}" if self.native else f"torch ({self._why_not})"
+
+    @property
+    def why_not_native(self) -> str:
+        return self._why_not
 
     def pack(self, levels: Tensor) -> Tensor:
-        return native.pack(levels.contiguous()).data if self._native else levels
+        return native.pack(levels.contiguous()).data if self.native else levels
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
         return native.unpack(native.Packed(packed, rows, columns)) if packed.dtype == torch.uint8 else packed
 
-    def joins(self, rows: int) -> bool:
-        return not self._native or rows % native.PANEL == 0
+    def can_merge_rows(self, rows: int) -> bool:
+        return not self.native or rows % native.PANEL == 0
 
     def linear(self, x: Tensor, weights: PackedLinear, scheme: ActivationScheme, static_scale: Tensor | None) -> Tensor:
         packed, weight_scale, bias = weights
@@ -143,7 +147,7 @@ class CpuBackend(Backend):
         return y.to(x.dtype)
 
     def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self._native:
+        if not self.native:
             return super().quantize(x, scheme, static_scale)
         x = _taken(x)
         if scheme == "token":
@@ -157,7 +161,7 @@ class CpuBackend(Backend):
     def swiglu_quantize(
         self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if not self._native:
+        if not self.native:
             return super().swiglu_quantize(gate, up, scheme, static_scale)
         return self.quantize(native.silu_mul(torch.cat([gate, up], dim=1)), scheme, static_scale)
 

@@ -29,10 +29,11 @@ class CudaBackend(Backend):
     """
 
     name = "cuda"
+    uses_gpu = True
 
     def __init__(self, device: str = "cuda", kernels: Kernels | None = None, share: bool = False) -> None:
         self.device = _device(device) if share else lock_gpu(_device(device))
-        self.fused = self._kernels = kernels or cuda_device.kernels(self.device.index)
+        self.fused_kernels = self._kernels = kernels or cuda_device.kernels(self.device.index)
 
     @property
     def kernels(self) -> str:
