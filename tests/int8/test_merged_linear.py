@@ -13,7 +13,7 @@ from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear, MergedLinear, can_merge, parameter_count, weight_bytes
 from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.rtn import RTN
-from haq_lab.runtime.deploy import merge_linears, lay_side_by_side
+from haq_lab.runtime.deploy import merge_linears, move_to_huge_pages
 
 BACKENDS = [ReferenceBackend(), CpuBackend(), FakeBackend()]
 
@@ -112,7 +112,7 @@ def test_a_layer_of_every_family_keeps_its_bits(tiny, windows):
     wanted = tiny.run(layers[0], 0, hidden.clone())
     size = weight_bytes(layers[0])
     merge_linears(layers[0], tiny.groups)
-    lay_side_by_side(layers[:1])
+    move_to_huge_pages(layers[:1])
     merged = {m.merged for m in layers[0].modules() if isinstance(m, Int8Linear) and m.merged is not None}
     moe = tiny.family.moe is not None  # each expert reads tokens of its own, so only q/k/v are merged
     assert len(merged) == (1 if moe else {"llama": 2, "opt": 1}[tiny.config.model_type])

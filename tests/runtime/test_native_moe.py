@@ -17,7 +17,7 @@ from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import deploy
 from haq_lab.runtime.layer_parts import LayerParts, MoeParts
-from haq_lab.runtime.native_decoder import MoeStack, NativeStack, stack_of
+from haq_lab.runtime.native_decoder import MoeStack, NativeStack, make_stack
 from haq_lab.runtime.native_router import NativeRouter, native_router
 
 if not native.available():
@@ -119,7 +119,7 @@ def test_layers_in_one_call(architecture, activations, threads):
     parts = [LayerParts.of(layer, groups, family) for layer in layers]
     for part in parts:
         part.moe = MoeParts()
-    halves = stack_of(layers, parts, 0, block)
+    halves = make_stack(layers, parts, 0, block)
     assert type(halves) is MoeStack
     assert halves.reproduces_its_layers()
     hidden = torch.randn(1, 601, model.config.hidden_size)
@@ -135,18 +135,18 @@ def test_each_layer_is_reproduced_only_with_its_norms(architecture):
     model, layers = quantised(architecture)
     deploy(model.assemble(layers), model, CpuBackend())
     part = LayerParts.of(layers[0], model.groups, model.family)
-    assert stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    assert make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
     part.mlp.eps = 1.0
-    assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
     part.moe = MoeParts()
-    assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers(), "what the experts read is compared"
+    assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers(), "what the experts read is compared"
     part = LayerParts.of(layers[0], model.groups, model.family)
     part.moe, part.attention.eps = MoeParts(), 1.0
-    assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
     if model.family.head_norms:
         part = LayerParts.of(layers[0], model.groups, model.family)
         part.moe, part.keys.weight = MoeParts(), None
-        assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+        assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
 
 
 def test_other_experts_have_the_attention_half_alone():
