@@ -71,7 +71,7 @@ def test_state_goes_from_one_backend_to_another(others):
 
 
 def test_levels_of_another_shape_are_not_loaded():
-    with pytest.raises(ValueError, match=r"weight: \(7, 10\) torch.int8, expected \(6, 10\)"):
+    with pytest.raises(ValueError, match=r"weight: \(7, 10\) torch.int8 is not \(6, 10\)"):
         int8_linear(6).load_state_dict(int8_linear(7).state_dict())
 
 

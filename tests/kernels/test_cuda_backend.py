@@ -25,7 +25,7 @@ from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.apply import quantize_group
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.result_cache.store import Store
-from haq_lab.runtime import equivalence as probe
+from haq_lab.runtime import equivalence
 from haq_lab.runtime.deploy import deploy
 from haq_lab.runtime.fusion import GatedMlp, QuantizedNorm
 from haq_lab.runtime.grouped_experts import GroupedExperts
@@ -155,7 +155,7 @@ def test_weights_and_a_deployed_model_lie_on_the_device(monkeypatch: pytest.Monk
     """`meta` stands for a GPU: another device than the CPU, that any machine has. It has no numbers to try with."""
     for part in (QuantizedNorm, GatedMlp):
         monkeypatch.setattr(part, "reproduces", lambda *tried: True)
-    monkeypatch.setattr(probe, "alike", lambda *tried: True)
+    monkeypatch.setattr(equivalence, "nearly_equal", lambda *tried: True)
     model = LayeredModel(TinyModel(architecture).folder())
     idle = Kernels(lambda launch: None, architecture=80, multiprocessors=4, shared_limit=64 * 1024)
     backend = CudaBackend("meta", idle)
