@@ -99,7 +99,7 @@ def test_without_a_gpu_the_choice_is_refused():
 
 
 def test_a_device_that_is_none_is_told():
-    with pytest.raises(UserError, match=r"backend\.device: 'gpu0' is not a device; say cuda"):
+    with pytest.raises(UserError, match=r"backend\.device: 'gpu0' is not a device\. Choose cuda"):
         CudaBackend("gpu0")
 
 
