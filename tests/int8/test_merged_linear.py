@@ -1,4 +1,4 @@
-"""Joined linears give the bits they gave alone."""
+"""Merged linears are bit-identical to separate ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BACKENDS = [ReferenceBackend(), CpuBackend(), FakeBackend()]
 
 
 def linears(backend, rows=(64, 32, 40), scheme="token", bias=False):
-    """Three of one input; the last has rows that do not fill a panel."""
+    """Three linears with the same input. The rows of the last do not fill a panel."""
     scale = torch.tensor(0.02) if scheme == "static" else None
     return [
         Int8Linear(
@@ -37,7 +37,7 @@ def linears(backend, rows=(64, 32, 40), scheme="token", bias=False):
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scheme", ["token", "tensor", "static"])
-def test_outputs_keep_their_bits(backend, bias, scheme):
+def test_outputs_are_bit_identical(backend, bias, scheme):
     members = linears(backend, scheme=scheme, bias=bias)
     levels, size = [member.weight.clone() for member in members], weight_bytes(torch.nn.ModuleList(members))
     assert can_merge(members)
@@ -58,7 +58,7 @@ def test_outputs_keep_their_bits(backend, bias, scheme):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:2], ids=lambda backend: backend.name)
-def test_a_tensor_written_to_is_another_input(backend):
+def test_an_input_changed_in_place_is_computed_again(backend):
     members = linears(backend)
     apart = copy.deepcopy(members)
     MergedLinear(members)
@@ -82,7 +82,7 @@ def test_members_can_be_scaled_and_loaded(backend):
         assert torch.equal(member(x), source(x) / 2)
 
 
-def test_what_differs_is_not_joined():
+def test_linears_that_differ_cannot_be_merged():
     backend = ReferenceBackend()
     a, b, _ = linears(backend)
     assert not can_merge([a])
@@ -104,8 +104,8 @@ def test_rows_that_do_not_fill_a_panel_can_only_be_last():
     assert can_merge(members[::-1])
 
 
-def test_a_layer_of_every_family_keeps_its_bits(tiny, windows):
-    """The perplexity path: whole windows through the layer's own code."""
+def test_a_layer_of_every_family_is_bit_identical(tiny, windows):
+    """Whole windows run through the layer's own code, as for perplexity."""
     layers: list[torch.nn.Module] = []
     sequential_pass(tiny, RTN(), CpuBackend(), None, "fp", {}, lambda index, layer: layers.append(layer))
     hidden = tiny.embed(windows)

@@ -1,4 +1,4 @@
-"""What counts as the same but for float32's last places, and what does not."""
+"""Quantised matrices are nearly equal if they differ only by float32 rounding."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def changed(beside: int = 0, by: int = 1, scale: float = 1.0) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize("change", [{}, {"beside": 10}, {"scale": 1 + 5e-6}])
-def test_last_places_do_not_matter(change):
+def test_rounding_differences_are_accepted(change):
     assert nearly_equal(changed(**change), ROWS)
 
 
 @pytest.mark.parametrize("change", [{"beside": 1, "by": 2}, {"beside": 11}, {"scale": 1 + 2e-5}])
-def test_more_does(change):
+def test_larger_differences_are_rejected(change):
     assert not nearly_equal(changed(**change), ROWS)
 
 
-def test_rows_are_of_very_different_size():
+def test_probe_rows_have_very_different_magnitudes():
     sizes = make_probe(64, torch.device("cpu")).norm(dim=1)
     assert sizes[0] < 1e-2
     assert sizes[-1] > 1e2

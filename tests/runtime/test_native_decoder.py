@@ -1,4 +1,4 @@
-"""A decoder layer in one native call does what its own code does, up to float32 rounding."""
+"""The native decoder computes the same as the layers, up to float32 rounding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ isas = pytest.mark.parametrize("isa", native.isas())
 
 
 def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=None, **config):
-    """A quantised, joined layer. Weights are small, so that few values lie between two levels."""
+    """A quantised layer with merged linears. Its weights are small, so few values are halfway between two levels."""
     config = LlamaConfig(
         hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
         intermediate_size=inner, attn_implementation="sdpa", **config,
@@ -56,7 +56,7 @@ def inputs(tokens, head_dim, hidden):
 
 
 def agree(got, wanted, hidden):
-    """Most tokens to float32's last places; the others by the fall of a value to another level."""
+    """Most tokens agree up to float32 rounding. In others a value is rounded to the neighbouring level."""
     error = (got - wanted).norm(dim=-1) / (wanted - hidden).norm(dim=-1)
     assert error.median() < 1e-4
     assert error.max() < 0.05
@@ -91,7 +91,7 @@ def test_prompt_and_steps(isa, shape, threads):
         agree(torch.cat(parts, 1), wanted, hidden)
 
 
-def test_long_prompts_are_taken_in_parts():
+def test_long_prompts():
     layer, groups = llama_layer()
     fused = native_form(layer, groups)
     hidden, positions = inputs(700, 32, 96)
@@ -99,7 +99,7 @@ def test_long_prompts_are_taken_in_parts():
     agree(fused(hidden, position_embeddings=positions), wanted, hidden)
 
 
-def test_other_layers_stay_as_they_are():
+def test_a_layer_with_another_activation_is_not_native():
     layer, groups = llama_layer(hidden_act="gelu")
     assert native_form(layer, groups) is None, "the outputs are compared"
 
@@ -227,7 +227,7 @@ def test_static_scales():
 
 @pytest.fixture
 def pair():
-    """A tiny Llama quantised twice: as it is, and deployed."""
+    """A tiny quantised Llama, not deployed and deployed."""
     model = LayeredModel(TinyModel("llama", hidden=128).folder())
     wholes = []
     for _ in range(2):
@@ -246,7 +246,7 @@ def pair():
 
 
 def close(a, b):
-    """Logits of a two-layer model; levels that fall to another side are rare and small."""
+    """Check that logits of a two-layer model are close. Rounding to a neighbouring level is rare and small."""
     assert (a - b).norm() / a.norm() < 0.02
 
 
@@ -262,7 +262,7 @@ def test_generation_is_the_same(pair):
     assert b.cache.get_seq_length() == 64
 
 
-def test_batches_masks_and_later_parts_go_the_layers_own_way(pair):
+def test_batches_and_masks_run_through_the_original_layers(pair):
     plain, deployed = pair
     batch = torch.randint(0, 257, (3, 20))
     assert torch.equal(plain(batch, use_cache=False).logits, deployed(batch, use_cache=False).logits)

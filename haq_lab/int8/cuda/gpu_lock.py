@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from haq_lab.utils.console import errors, say
 
-_held: dict[str, FileLock] = {}  # the locks of this process, by the GPU's UUID
+_locks: dict[str, FileLock] = {}  # the locks of this process, by the GPU's UUID
 
 
 def lock_gpu(device: torch.device, wait: Callable[[float], None] = time.sleep) -> torch.device:
@@ -36,7 +36,7 @@ def lock_gpu(device: torch.device, wait: Callable[[float], None] = time.sleep) -
         return device
     wanted = range(count) if device.index is None else [device.index]
     names = {index: str(torch.cuda.get_device_properties(index).uuid) for index in wanted if index < count}
-    mine = [index for index, name in names.items() if name in _held]
+    mine = [index for index, name in names.items() if name in _locks]
     announced = False
     while names and not mine:
         mine = next(([index] for index, name in names.items() if _lock(name)), [])
@@ -57,5 +57,5 @@ def _lock(name: str) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return False
-    _held[name] = lock
+    _locks[name] = lock
     return True

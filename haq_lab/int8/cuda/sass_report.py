@@ -120,7 +120,7 @@ def count_instructions(cubin: bytes) -> dict[str, Counter[str]]:
     return {name: Counter(SASS.findall(body)) for name, body in SECTION.findall(text)}
 
 
-def logged(log: str) -> dict[str, Resources]:
+def resources_in_log(log: str) -> dict[str, Resources]:
     """Return each kernel's resources from the compiler's log."""
     return {
         name: Resources(int(registers), int(stack), int(shared or 0))
@@ -128,7 +128,7 @@ def logged(log: str) -> dict[str, Resources]:
     }
 
 
-def held(cubin: bytes, architecture: int) -> dict[str, Resources]:
+def resources_in_code(cubin: bytes, architecture: int) -> dict[str, Resources]:
     """Return each kernel's resources from the machine code. From sm_90 on, reserved shared memory is subtracted."""
     reserved = RESERVED if architecture >= 90 else 0
     return {
@@ -139,7 +139,7 @@ def held(cubin: bytes, architecture: int) -> dict[str, Resources]:
 
 def disagreements(compiled: Compiled, architecture: int) -> list[str]:
     """Return the kernels whose resources in the compiler's log differ from those in the machine code."""
-    log, code = logged(compiled.log), held(compiled.cubin, architecture)
+    log, code = resources_in_log(compiled.log), resources_in_code(compiled.cubin, architecture)
     return [
         f"{name}: {log.get(name)} in the log, {code.get(name)} in the code"
         for name in sorted({*log, *code})
