@@ -1,1 +1,1 @@
-"""INT8 arithmetic: one contract, several backends that agree bit for bit in int32."""
+"""Int8 arithmetic: its definition, int8 linears, and backends whose int32 sums are bit-identical."""

@@ -1,4 +1,7 @@
-"""What a backend is: how one int8 linear is held and computed. `reference` and `fake` are here, others beside it."""
+"""Define the `Backend` interface, which stores and computes int8 linears, and two simple backends.
+
+The `cpu` and `cuda` backends are in their own packages, `haq_lab.int8.cpu` and `haq_lab.int8.cuda`.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from haq_lab.int8.numerics import ActivationScheme, epilogue, quantize_activatio
 
 
 class PackedLinear(NamedTuple):
-    """An int8 linear as its backend multiplies with it.
+    """The tensors of one int8 linear, in the layout of its backend.
 
     Attributes:
-        packed: `Backend.pack` of the levels (n, k).
-        scale: Of the rows, float32 (n,).
-        bias: (n,) or None.
+        packed: Result of `Backend.pack` for the int8 levels (n, k).
+        scale: One weight scale per row, float32 (n,).
+        bias: (n,), or None.
     """
 
     packed: Tensor
@@ -25,7 +28,15 @@ class PackedLinear(NamedTuple):
 
 
 class PackedExpert(NamedTuple):
-    """An expert's linears, and how what `down` reads is quantised."""
+    """The three linears of one expert, and the activation scheme of its down projection.
+
+    Attributes:
+        gate: The gate projection.
+        up: The up projection.
+        down: The down projection.
+        scheme: Activation scheme of the down projection's input.
+        static_scale: Scalar scale of that input for the static scheme, else None.
+    """
 
     gate: PackedLinear
     up: PackedLinear
@@ -35,71 +46,124 @@ class PackedExpert(NamedTuple):
 
 
 class Backend:
-    """Quantise the rows, multiply in int8, scale.
+    """Base class of the backends, which quantise activations and multiply them with int8 weights.
 
-    A backend overrides what it does in its own way: `accumulate` or `product`, `quantize`, and `pack` with
-    `unpack` where it holds weights in a layout of its own. `linear` has its one signature here.
+    A subclass implements `accumulate`, or overrides `product`. It may override `quantize` for speed. If it stores
+    weights in its own layout, it overrides `pack` and `unpack`.
+
+    Other packages check the capabilities below. They never check a backend's class or name.
+
+    Attributes:
+        name: The backend's name in results and result keys.
+        exact: Whether products equal the reference backend bit for bit.
+        uses_gpu: Whether weights and products take GPU memory.
+        native: Whether packed weights have the layout of the kernels in kernels/cpu. If so, the native decoder and
+            the native router can run on them.
+        fused_kernels: Kernels that fuse norms and SwiGLU with quantization and that group experts, or None.
+        device: Where packed weights are stored and where a deployed model runs.
     """
 
     name: ClassVar[str]
-    device: torch.device = torch.device("cpu")  # where packed weights lie and a deployed model runs
-    fused: Any = None  # compute what stands before a product together with the quantizing, if there are such
+    exact: ClassVar[bool] = True
+    uses_gpu: ClassVar[bool] = False
+    native: bool = False
+    fused_kernels: Any = None
+    device: torch.device = torch.device("cpu")
 
     @property
     def kernels(self) -> str:
-        """What computes the products here, for the record of a run."""
+        """Name of the kernels that compute the products, for the run's record."""
         return "torch"
 
+    @property
+    def why_not_native(self) -> str:
+        """The reason why `native` is False, in plain words; empty if it is True."""
+        return "" if self.native else f"backend={self.name} does not use the native CPU kernels"
+
     def pack(self, levels: Tensor) -> Tensor:
-        """int8 levels (n, k) -> the tensor that `linear` multiplies with; done once for each linear."""
+        """Convert int8 levels (n, k) to this backend's weight layout. This is done once for each linear."""
         return levels
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
-        """The int8 levels (rows, columns) that were packed, exactly."""
+        """Return the exact int8 levels (rows, columns) of packed weights."""
         return packed
 
     def dequantize(self, packed: Tensor, weight_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        """The weights that packed levels stand for, (n, columns) of a 16-bit float `dtype`: each level times its row's
-        `weight_scale` (n,) in float32, then rounded."""
+        """Return the float weights of packed levels.
+
+        Args:
+            packed: The packed weights.
+            weight_scale: One scale per row, float32 (n,).
+            columns: k, the number of input features.
+            dtype: A 16-bit float type.
+
+        Returns:
+            (n, columns) of `dtype`. Each level is multiplied by its row's scale in float32 and then rounded.
+        """
         levels = self.unpack(packed, len(weight_scale), columns)
         return (levels.float() * weight_scale[:, None]).to(dtype)
 
-    def joins(self, rows: int) -> bool:
-        """Whether packed weights of so many rows, and others of the same k after them, are packed as one matrix."""
+    def can_merge_rows(self, rows: int) -> bool:
+        """Return whether packed weights with this many rows can be followed by another linear's in one matrix."""
         return True
 
     def linear(self, x: Tensor, weights: PackedLinear, scheme: ActivationScheme, static_scale: Tensor | None) -> Tensor:
-        """x (m, k) floating -> (m, n) of the same type."""
+        """Quantise x and compute the linear.
+
+        Args:
+            x: Activations (m, k), floating.
+            weights: The linear.
+            scheme: Activation scheme.
+            static_scale: Scalar scale for the static scheme, else None.
+
+        Returns:
+            (m, n) of x's type, on x's device.
+        """
         return self.product(*self.quantize(x, scheme, static_scale), weights, x.dtype).to(x.device)
 
     def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (m, k) floating -> int8 (m, k) and float32 scales, one a row, as `product` takes them."""
+        """Quantise activations (m, k) to int8 (m, k) and one float32 scale per row, in the form `product` takes."""
         return quantize_activations(x, scheme, static_scale)
 
     def swiglu_quantize(
         self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """silu(gate) * up of float32 (m, k), as `numerics.swiglu` has it to the bit, quantised as by `quantize`."""
+        """Compute silu(gate) * up of float32 (m, k) and quantise it.
+
+        The result is bit-identical to `numerics.swiglu` followed by `quantize`.
+        """
         return self.quantize(swiglu(gate, up), scheme, static_scale)
 
     def expert(self, qx: Tensor, row_scale: Tensor, weights: PackedExpert) -> Tensor:
-        """down(silu(gate(x)) * up(x)) in float32 of quantised rows; by `product` and `swiglu_quantize`, or with their
-        very bits."""
+        """Compute down(silu(gate(x)) * up(x)) of quantised rows in float32.
+
+        An override must be bit-identical to this code.
+        """
         inner = [self.product(qx, row_scale, linear, torch.float32) for linear in (weights.gate, weights.up)]
         quantized = self.swiglu_quantize(inner[0], inner[1], weights.scheme, weights.static_scale)
         return self.product(*quantized, weights.down, torch.float32)
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
-        """The quantised rows times the packed weights, scaled in float32: (m, n) of `dtype`."""
+        """Multiply quantised rows by packed weights and scale in float32.
+
+        Args:
+            qx: int8 (m, k).
+            row_scale: One float32 scale per row, as `quantize` returns them.
+            weights: The linear.
+            dtype: Type of the result.
+
+        Returns:
+            (m, n) of `dtype`.
+        """
         return epilogue(self.accumulate(qx, weights.packed), row_scale, weights.scale, weights.bias).to(dtype)
 
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
-        """int8 (m, k) times int8 levels (n, k) transposed -> int32 (m, n), exact."""
+        """Multiply int8 (m, k) by int8 levels (n, k) transposed. Returns the exact int32 sums (m, n)."""
         raise NotImplementedError
 
 
 class ReferenceBackend(Backend):
-    """Exact and simple: products of int8 values in float64, whose sums are exact up to 2^53."""
+    """A simple exact backend. It multiplies in float64, whose sums of int8 products are exact up to 2^53."""
 
     name = "reference"
 
@@ -108,9 +172,10 @@ class ReferenceBackend(Backend):
 
 
 class FakeBackend(Backend):
-    """The simulation others use: quantise, dequantise, multiply in float. No int8 arithmetic happens."""
+    """Simulated quantisation, as in many papers: quantise, dequantise, multiply in float. No int8 arithmetic."""
 
     name = "fake"
+    exact = False
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
         levels, scale, bias = weights

@@ -1,7 +1,10 @@
-"""Linears that read one tensor (q/k/v, gate/up) as one product: the input is quantised once and multiplied once.
+"""Define int8 linears, merged linears (q/k/v, gate/up) and quantised activations.
 
-Nothing changes but the speed: every output has the bits it had. The linears keep their places and names in the model;
-their tensors become views of the joint ones.
+    layer.q_proj = Int8Linear(levels, weight_scale, bias, "token", None, backend)
+    MergedLinear([layer.q_proj, layer.k_proj, layer.v_proj])
+
+Merging linears that read the same tensor changes only the speed: the input is quantised and multiplied once, and every
+output is bit-identical. The linears keep their names in the model. Their tensors become views of the merged tensors.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from haq_lab.int8.numerics import ActivationScheme, round_to_grid, scale_of
 
 
 class MergedLinear:
-    """The linears' rows on top of each other. The first to be called computes for all; the others take their part.
+    """Several linears with the same input, computed as one product.
+
+    The first member that is called with an input computes all outputs. The other members return their parts of it.
 
     Args:
-        members: Linears that `can_merge`, in the order in which they shall lie.
+        members: Linears for which `can_merge` is True, in the order of their rows.
     """
 
     def __init__(self, members: Sequence[Int8Linear]):
@@ -34,16 +39,16 @@ class MergedLinear:
         self.rows = [member.out_features for member in members]
         self.out_features, self.in_features = sum(self.rows), first.in_features
         self._input: tuple[Tensor | QuantizedRows, int] | None = None
-        self._left: dict[int, Tensor] = {}
+        self._outputs: dict[int, Tensor] = {}  # of the last input, not yet returned
         for place, member in enumerate(members):
             member.weight_scale = self.weight_scale.split(self.rows)[place]
             if self.bias is not None:
                 member.bias = self.bias.split(self.rows)[place]
-            member.joint, member.place = self, place
+            member.merged, member.place = self, place
         self.hold(torch.cat([member.packed for member in members]))
 
     def hold(self, packed: Tensor) -> None:
-        """Keep the packed weights in this tensor, of which the members get views."""
+        """Use `packed`, which has the same values, as storage of the weights. The members get views of it."""
         self.packed = packed
         parts = packed.split([len(member.packed) for member in self.members])
         for member, part in zip(self.members, parts, strict=True):
@@ -51,57 +56,74 @@ class MergedLinear:
 
     @property
     def weights(self) -> PackedLinear:
-        """As the backend takes it."""
+        """The linear's tensors, as `Backend.linear` and `Backend.product` take them."""
         return PackedLinear(self.packed, self.weight_scale, self.bias)
 
     def product(self, x: Tensor | QuantizedRows) -> Tensor:
-        """x (..., k) -> (..., all rows)."""
+        """Compute the outputs of all members, (..., sum of their rows), for x (..., k)."""
         return multiply(x, self)
 
     def output(self, place: int, x: Tensor | QuantizedRows) -> Tensor:
-        """Part `place` of the product for x (..., k): (..., n of that part), a view."""
-        written = 0 if isinstance(x, QuantizedRows) or x.is_inference() else x._version
-        given = (x, written)  # the very tensor, not written to since
-        same = self._input is not None and self._input[0] is x and self._input[1] == given[1]
-        if not same or place not in self._left:
-            self._input, self._left = given, dict(enumerate(self.product(x).split(self.rows, dim=-1)))
-        part = self._left.pop(place)
-        if not self._left:
-            self._input = None  # keep no activation alive longer than it is needed
+        """Return the output of one member.
+
+        Args:
+            place: The member's index.
+            x: The input, (..., k).
+
+        Returns:
+            (..., n of the member), a view of the whole product.
+        """
+        version = 0 if isinstance(x, QuantizedRows) or x.is_inference() else x._version
+        # The outputs can be reused only for the same tensor object, not changed in place since.
+        same = self._input is not None and self._input[0] is x and self._input[1] == version
+        if not same or place not in self._outputs:
+            self._input, self._outputs = (x, version), dict(enumerate(self.product(x).split(self.rows, dim=-1)))
+        part = self._outputs.pop(place)
+        if not self._outputs:
+            self._input = None  # so that the activation can be freed
         return part
 
 
 def can_merge(members: Sequence[Int8Linear]) -> bool:
-    """Whether the linears differ in nothing but their rows, and their backend packs such rows as one matrix."""
+    """Return whether linears can become one product.
+
+    They must have the same backend, input width and activation scheme, all or none must have a bias, and the backend
+    must be able to store their rows in one matrix.
+    """
     return len(members) > 1 and all(
         a.backend is b.backend
         and a.in_features == b.in_features
         and a.scheme == b.scheme
         and (a.bias is None) == (b.bias is None)
         and (a.input_scale is b.input_scale or (a.scheme == "static" and bool(a.input_scale == b.input_scale)))
-        and a.backend.joins(a.out_features)
-        and a.joint is None is b.joint
+        and a.backend.can_merge_rows(a.out_features)
+        and a.merged is None is b.merged
         for a, b in pairwise(members)
     )
 
 
-ROWS = 4096  # of a table, widened at a time
+ROWS = 4096  # rows of a weight matrix that are converted to float32 at a time
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b with int8 weights and int8 activations (`haq_lab.int8.numerics` has the contract).
+    """One linear layer with int8 weights and int8 activations, y = x W^T + b.
 
-    The weights are held once, as the backend packs them (`packed`). `weight` gives the int8 levels back, and the
-    state dict holds those, whatever the backend.
+    `haq_lab.int8.numerics` defines the arithmetic. The weights are stored once, in the backend's layout (`packed`).
+    The property `weight` and the state dict contain the int8 levels, whatever the backend.
 
     Args:
-        weight: int8 (n, k).
-        weight_scale: float32 (n,).
-        bias: (n,) or None.
-        scheme: How activations are quantised.
-        input_scale: float32 scalar, for the static scheme.
-        backend: What computes it.
-        copied: Whether the model holds the weights in float as well, so that they count once (a tied head).
+        weight: Quantised weights, int8 (n, k).
+        weight_scale: One scale per row, float32 (n,).
+        bias: (n,), or None.
+        scheme: Activation scheme.
+        input_scale: float32 scalar for the static scheme, else None.
+        backend: The backend that stores and computes it.
+        copied: Whether the model also has these weights in float, as with a tied head. `parameter_count` then
+            counts them once.
+
+    Attributes:
+        merged: The product that this linear is part of, or None.
+        place: The linear's index in that product.
     """
 
     packed: Tensor
@@ -128,56 +150,64 @@ class Int8Linear(nn.Module):
         self.register_buffer("input_scale", input_scale)
         self.scheme: ActivationScheme = scheme
         self.backend = backend
-        self.joint: MergedLinear | None = None  # with those that read the same tensor, where they have been joined
-        self.place = 0  # in the joint product
-        self._held = False  # in a tensor that others hold too
+        self.merged: MergedLinear | None = None
+        self.place = 0
+        self._is_view = False  # whether `packed` is a view of a larger tensor
 
     @property
     def weight(self) -> Tensor:
-        """The int8 levels (n, k): the held tensor itself where the backend does not pack, else a copy."""
+        """The int8 levels (n, k): `packed` itself if the backend does not change the layout, else a copy."""
         return self.backend.unpack(self.packed, self.out_features, self.in_features)
 
     @property
     def weights(self) -> PackedLinear:
-        """As the backend takes it."""
+        """The linear's tensors, as `Backend.linear` and `Backend.product` take them."""
         return PackedLinear(self.packed, self.weight_scale, self.bias)
 
     @classmethod
     def rounded(cls, linear: nn.Linear, backend: Backend, copied: bool = False) -> Int8Linear:
-        """A linear rounded to nearest, activations per token: for what lies outside the decoder layers."""
+        """Quantise a float linear outside the decoder layers, such as the head.
+
+        Weights are rounded to nearest with one scale per row. Activations get one scale per token.
+
+        Args:
+            linear: The float linear.
+            backend: The backend of the result.
+            copied: As for the class.
+        """
         weight = linear.weight.detach()
         scale = scale_of(weight.abs().amax(dim=1))
         levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        for rows, own, out in zip(weight.split(ROWS), scale.split(ROWS), levels.split(ROWS), strict=True):
-            out.copy_(round_to_grid(rows.float(), own[:, None]))
+        for rows, row_scale, out in zip(weight.split(ROWS), scale.split(ROWS), levels.split(ROWS), strict=True):
+            out.copy_(round_to_grid(rows.float(), row_scale[:, None]))
         bias = None if linear.bias is None else linear.bias.detach().float()
         return cls(levels, scale, bias, "token", None, backend, copied)
 
     def on(self, backend: Backend) -> Int8Linear:
-        """The same linear, held and computed by another backend."""
-        given = (self.weight, self.weight_scale, self.bias, self.input_scale)
-        levels, scale, bias, static = (None if tensor is None else tensor.to(backend.device) for tensor in given)
+        """Return a copy of this linear on another backend."""
+        tensors = (self.weight, self.weight_scale, self.bias, self.input_scale)
+        levels, scale, bias, static = (None if tensor is None else tensor.to(backend.device) for tensor in tensors)
         assert levels is not None
         assert scale is not None
         return Int8Linear(levels, scale, bias, self.scheme, static, backend)
 
     @property
     def input_quantization(self) -> tuple[ActivationScheme, float | None]:
-        """How it quantises its input: by scheme and static scale. Linears with the same can share what they read."""
+        """The activation scheme and the static scale. Linears with equal values can share one quantised input."""
         return self.scheme, None if self.input_scale is None else float(self.input_scale)
 
     def hold(self, packed: Tensor) -> None:
-        """Keep the packed weights in this tensor, which has the same values, from now on."""
-        self.packed, self._held = packed, True
+        """Use `packed`, a view with the same values, as storage of the weights."""
+        self.packed, self._is_view = packed, True
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        """x (..., k) -> (..., n)."""
-        if self.joint is not None:
-            return self.joint.output(self.place, x)
+        """Compute the linear for x (..., k). Returns (..., n)."""
+        if self.merged is not None:
+            return self.merged.output(self.place, x)
         return multiply(x, self)
 
     def product(self, qx: Tensor, row_scale: Tensor) -> Tensor:
-        """An input (m, k) that the backend has quantised already, with its row scales -> float32 (m, n)."""
+        """Compute float32 (m, n) for an input (m, k) that the backend has already quantised."""
         return self.backend.product(qx, row_scale, self.weights, torch.float32)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -185,15 +215,18 @@ class Int8Linear(nn.Module):
         destination[prefix + "weight"] = self.weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Raises KeyError without the weights, ValueError for levels of another shape or type."""
+        """Raise KeyError if the weights are missing, and ValueError if their shape or type is wrong."""
         levels: Tensor = state_dict[prefix + "weight"]
         shape = (self.out_features, self.in_features)
         if tuple(levels.shape) != shape or levels.dtype != torch.int8:
-            raise ValueError(f"{prefix}weight: {tuple(levels.shape)} {levels.dtype}, expected {shape} torch.int8")
+            raise ValueError(
+                f"{prefix}weight: {tuple(levels.shape)} {levels.dtype} is not {shape} torch.int8. "
+                "Load the state dict of the same model."
+            )
         packed = self.backend.pack(levels)
-        self.packed = self.packed.copy_(packed) if self._held else packed
-        rest = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
-        super()._load_from_state_dict(rest, prefix, *arguments)
+        self.packed = self.packed.copy_(packed) if self._is_view else packed
+        others = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
+        super()._load_from_state_dict(others, prefix, *arguments)
 
     def extra_repr(self) -> str:
         size = f"in={self.in_features}, out={self.out_features}"
@@ -201,14 +234,14 @@ class Int8Linear(nn.Module):
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes that a module's parameters and buffers really take, each storage counted once (ties, views)."""
+    """Return the bytes of a module's parameters and buffers. Tied tensors and views are counted once."""
     tensors = [*module.parameters(), *module.buffers()]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Entries of all weights, scales left out: what the model would hold at full precision."""
+    """Return the number of weights and biases, without scales. Tied tensors are counted once."""
     tensors = {
         tensor.data_ptr(): tensor.numel()
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
@@ -221,22 +254,22 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def to_float(linear: Int8Linear) -> Tensor:
-    """The weights it stands for, float32 (n, k)."""
+    """Return the dequantised weights, float32 (n, k)."""
     return linear.weight.to(torch.float32) * linear.weight_scale[:, None]
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedRows:
-    """Stands for a tensor (..., k) that was quantised where it was computed.
+    """Output of a fused norm or activation kernel that is already quantised and has no float copy.
 
-    It has that tensor's shape and type for code that asks for them, and no values: torch's functions and operators
-    refuse it with a TypeError, so that a reader which is no int8 linear does not go unnoticed.
+    It has the shape and type of the float tensor (..., k) for model code that reads them. Torch's functions and
+    operators raise TypeError for it, so only int8 linears can read it.
 
     Attributes:
         levels: int8 (m, k).
-        scale: Of the rows, float32 (m,) as the backend's `product` takes it.
-        shape: Of the tensor it stands for.
-        dtype: Of that tensor, and of what linears make of it.
+        scale: One scale per row, float32 (m,), as the backend's `product` takes it.
+        shape: Shape of the float tensor.
+        dtype: Type of the float tensor, and of the linears' outputs.
     """
 
     levels: Tensor
@@ -245,15 +278,15 @@ class QuantizedRows:
     dtype: torch.dtype
 
     def size(self) -> torch.Size:
-        """The shape, as tensors tell it."""
+        """Return the shape, like `Tensor.size`."""
         return self.shape
 
 
-def multiply(x: Tensor | QuantizedRows, by: Int8Linear | MergedLinear) -> Tensor:
-    """x (..., k) by an int8 linear, or by joined ones as one -> (..., n)."""
+def multiply(x: Tensor | QuantizedRows, linear: Int8Linear | MergedLinear) -> Tensor:
+    """Multiply x (..., k) by an int8 linear or merged linears. Returns (..., n)."""
     if isinstance(x, QuantizedRows):
-        y = by.backend.product(x.levels, x.scale, by.weights, x.dtype)
+        y = linear.backend.product(x.levels, x.scale, linear.weights, x.dtype)
     else:
         rows = x.reshape(-1, x.shape[-1])
-        y = by.backend.linear(rows, by.weights, by.scheme, by.input_scale)
+        y = linear.backend.linear(rows, linear.weights, linear.scheme, linear.input_scale)
     return y.view(*x.shape[:-1], y.shape[-1])

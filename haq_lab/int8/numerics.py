@@ -1,8 +1,9 @@
-"""The W8A8 contract, in plain torch. Every backend gives these values, bit for bit.
+"""Define the W8A8 arithmetic in plain torch. Every exact backend returns bit-identical values.
 
     y[m, n] = (sum_k qx[m, k] * qw[n, k]) * sx[m] * sw[n] + b[n]
 
-Symmetric int8 in [-127, 127], round half to even, exact int32 accumulation, epilogue in float32 in that order.
+Integers are symmetric, in [-127, 127], and rounded half to even. Sums are exact in int32. The epilogue multiplies and
+adds in float32, in the order above.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ EXP_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.166579589
 
 
 def scale_of(maximum: Tensor, qmax: int = QMAX) -> Tensor:
-    """The float32 scale that maps `maximum` (>= 0) to `qmax`; 1 where the maximum is zero (or its scale would be)."""
+    """Return the float32 scale that maps `maximum` (>= 0) to `qmax`. It is 1 if the quotient is zero."""
     scale = maximum.to(torch.float32) / qmax
     return torch.where(scale > 0, scale, 1.0)
 
 
 def round_to_grid(x: Tensor, scale: Tensor | float, qmax: int = QMAX) -> Tensor:
-    """Integer values clamp(round(x / scale), -qmax, qmax), still as floats."""
+    """Return clamp(round(x / scale), -qmax, qmax): integer values in a float tensor."""
     return torch.round(x / scale).clamp_(-qmax, qmax)
 
 
 def quantize_activations(x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of activations to int8.
+    """Quantise rows of activations to int8.
 
     Args:
-        x: (m, k), any floating type; computed in float32.
-        scheme: `token`: one scale a row; `tensor`: one for all rows; `static`: `static_scale`, known before.
-        static_scale: Scalar tensor, for `static`.
+        x: (m, k) of any floating type. The computation is in float32.
+        scheme: `token`: one scale per row. `tensor`: one scale for all rows. `static`: the scale from calibration.
+        static_scale: Scalar tensor for `static`, else None.
 
     Returns:
         int8 (m, k) and float32 scales (m, 1).
     """
     x = x.float()
     if scheme == "static":
-        assert static_scale is not None, "the static scheme needs the scale from calibration"
+        assert static_scale is not None, "The static scheme needs a scale from calibration."
         scale = static_scale.expand(x.shape[0], 1)
     elif scheme == "tensor":
         scale = scale_of(x.abs().amax()).expand(x.shape[0], 1) if x.numel() else x.new_ones(x.shape[0], 1)
@@ -52,10 +53,18 @@ def quantize_activations(x: Tensor, scheme: ActivationScheme, static_scale: Tens
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of float32 tensors of one shape, in operations that are the same to the bit on every device.
+    """Compute silu(gate) * up, bit-identical on every device.
 
-    exp is n ln 2 + r with Cephes' polynomial, each operation rounded on its own (kernels/numeric.cuh,
-    kernels/cpu/rows.h): within 2 units of the last place of torch's, and the bits do not depend on a math library.
+    The exponential splits its argument into n ln 2 + r and uses the polynomial of the Cephes library (`expf`). Each
+    operation is rounded separately, as in kernels/numeric.cuh and kernels/cpu/rows.h. The result is within 2 ulp of
+    torch's and does not depend on a math library.
+
+    Args:
+        gate: float32.
+        up: float32, of the same shape.
+
+    Returns:
+        float32, of the same shape.
     """
     x = (-gate).clamp(-87.0, 88.0)
     n = torch.round(x * EXP_LOG2_E)
@@ -68,6 +77,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def epilogue(accumulators: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """int32 (m, n) -> float32 (m, n): times the row scale (m, 1), times the column scale (n,), plus bias (n,)."""
+    """Scale int32 sums to float32.
+
+    Args:
+        accumulators: int32 (m, n).
+        row_scale: Activation scales, float32 (m, 1).
+        column_scale: Weight scales, float32 (n,).
+        bias: (n,), or None.
+
+    Returns:
+        float32 (m, n).
+    """
     y = accumulators.to(torch.float32).mul_(row_scale).mul_(column_scale)
     return y if bias is None else y.add_(bias)

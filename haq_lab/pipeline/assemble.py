@@ -20,6 +20,7 @@ from haq_lab.quantizers.pass_result import PassResult
 from haq_lab.result_cache.store import Store
 from haq_lab.runtime.deploy import deploy
 from haq_lab.tracking.run_folder import RunFolder
+from haq_lab.utils.console import say
 
 
 class Assembly:
@@ -48,7 +49,7 @@ class Assembly:
         calibration: Windows | None,
         store: Store,
     ):
-        self.experiment, self.model = experiment, model
+        self.experiment, self.model, self._folder = experiment, model, folder
         self.deploys = any(measure.deploys for measure in experiment.measures.values())
         self._layers: list[nn.Module] = []
         self._offload: OffloadSession | None = None
@@ -101,7 +102,7 @@ class Assembly:
         if offload is not None:
             tokens = None if calibration is None else calibration.tokens
             offload.find_profile(passed.routing, tokens, self.experiment.calibration.text)
-        whole = deploy(self.model.assemble(self._layers), self.model, self.experiment.backend)
+        whole = deploy(self.model.assemble(self._layers), self.model, self.experiment.backend, self._report)
         if offload is not None:  # now, as deploying moves the weights that are in memory
             offload.engage(self._layers)
         return whole
@@ -130,6 +131,11 @@ class Assembly:
         """The run's results are written: nothing is left to be resumed."""
         if self.writer is not None:
             self.writer.close()
+
+    def _report(self, line: str) -> None:
+        """Show a line and append it to the run's events."""
+        say(line)
+        self._folder.event("notice", text=line)
 
     def _keep(self, layer: nn.Module) -> None:
         if self._offload is not None:

@@ -117,7 +117,7 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
     if experiment.quantizer is not None and experiment.quantizer.lm_head:
         deployed += size.shell  # at most: the head alone, in int8
     on_gpu = 0.0
-    if experiment.backend.name == "cuda":
+    if experiment.backend.uses_gpu:
         on_gpu = (1 + FLOAT) * size.layer + deployed + (HALF * size.shell if _deploys(experiment) else 0)
         memory += _beside_gpu_bytes(experiment, size)
     else:

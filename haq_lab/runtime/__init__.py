@@ -1,1 +1,1 @@
-"""runtime."""
+"""Prepare quantised models to run."""

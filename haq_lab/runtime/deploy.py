@@ -1,18 +1,18 @@
-"""A quantised model made ready to run: what can be computed together is, and nothing is held twice.
+"""Prepare a quantised model to run: merge linears, fuse kernels and stack layers.
 
     whole = deploy(model.assemble(layers), model, backend)
 
-Linears that read one tensor become one product (`joint`), on every backend and without changing a bit. On a CPU with
-our kernels the weights lie side by side in memory, and the layers become one call (`decoder`). On a GPU norms and
-activations are fused with the quantizing that follows, and a layer's experts run together (`fused`).
+On every backend, linears that read the same tensor become one product, which is bit-identical (`MergedLinear`).
+On a CPU with the native kernels, weights move to contiguous memory and consecutive layers become one call
+(`native_decoder`). On a GPU, norms and activations are fused with the quantization after them, and a layer's experts
+run together (`fusion`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import cast
 
-import torch
 from torch import nn
 
 from haq_lab.int8.backend import Backend
@@ -21,40 +21,80 @@ from haq_lab.int8.linear import Int8Linear, MergedLinear, can_merge
 from haq_lab.models.architectures import Group, Moe
 from haq_lab.models.experts import Expert
 from haq_lab.models.int8_experts import Int8Experts
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.runtime.equivalence import is_silu
 from haq_lab.runtime.fusion import fuse
-from haq_lab.runtime.layer_parts import LayerParts
-from haq_lab.runtime.native_decoder import stack_of, stacked
+from haq_lab.runtime.layer_parts import LayerParts, UnsupportedLayerError
+from haq_lab.runtime.native_decoder import make_stack, stack_native_layers
 from haq_lab.runtime.native_router import native_router
 
-if TYPE_CHECKING:
-    from haq_lab.models.layerwise import LayeredModel
 
+def deploy(
+    whole: nn.Module, model: LayeredModel, backend: Backend, report: Callable[[str], None] | None = None
+) -> nn.Module:
+    """Move an assembled model to the backend's device and prepare it to run. The model is changed in place.
 
-def deploy(whole: nn.Module, model: LayeredModel, backend: Backend) -> nn.Module:
-    """Move an assembled model to the backend's device; join, fuse and stack its layers. In place; returns it."""
+    Args:
+        whole: The model, from `LayeredModel.assemble`.
+        model: Its description.
+        backend: The backend of its int8 linears.
+        report: Called at most once, with one line that says why the native decoder is not used for some layers.
+
+    Returns:
+        `whole`.
+    """
     whole.to(backend.device)
     layers = list(whole.get_submodule(model.family.layers).children())
     for layer in layers:
-        join(layer, model.groups)
+        merge_linears(layer, model.groups)
         specify_swiglu(layer, backend)
         if model.family.moe is not None:
             make_router_native(layer, model.family.moe, backend)
         fuse(layer, model.groups, backend)
-    lay_side_by_side(layers)
-    block = None if model.family.moe is None else model.family.moe.block
-    parts = []
-    for layer in layers:
-        part = LayerParts.of(layer, model.groups, model.family)
-        parts.append(part if part and stack_of([layer], [part], 0, block).reproduces_its_layers() else None)
-    whole.set_submodule(model.family.layers, nn.ModuleList(stacked(layers, parts, block)))
+    move_to_huge_pages(layers)
+    parts: list[LayerParts | None] = []
+    reasons: dict[int, str] = {}
+    for index, layer in enumerate(layers):
+        try:
+            parts.append(_native_parts(layer, model))
+        except UnsupportedLayerError as error:
+            parts.append(None)
+            reasons[index] = str(error)
+    if reasons and report is not None and not backend.uses_gpu:
+        report(_notice(reasons, len(layers), backend))
+    whole.set_submodule(model.family.layers, nn.ModuleList(stack_native_layers(layers, parts, _moe_block(model))))
     return whole
 
 
-def join(layer: nn.Module, groups: Iterable[Group]) -> None:
-    """Join the linears of a decoder layer that read one tensor, by the family's groups, in place.
+def _native_parts(layer: nn.Module, model: LayeredModel) -> LayerParts:
+    """Describe a layer to the native decoder. Raises UnsupportedLayerError if the decoder cannot reproduce it."""
+    parts = LayerParts.of(layer, model.groups, model.family)
+    if not make_stack([layer], [parts], 0, _moe_block(model)).reproduces_its_layers():
+        raise UnsupportedLayerError("the native kernels do not reproduce its output")
+    return parts
 
-    Not those of experts: each reads the tokens that chose it.
+
+def _moe_block(model: LayeredModel) -> str | None:
+    return None if model.family.moe is None else model.family.moe.block
+
+
+def _notice(reasons: Mapping[int, str], depth: int, backend: Backend) -> str:
+    """Say why the native decoder is not used, by the first layer's reason."""
+    if not backend.native:
+        return f"native decoder not used: {backend.why_not_native}"
+    first, reason = next(iter(reasons.items()))
+    which = "" if len(reasons) == depth else f" for {len(reasons)} of {depth} layers"
+    return f"native decoder not used{which}: layer {first}: {reason}"
+
+
+def merge_linears(layer: nn.Module, groups: Iterable[Group]) -> None:
+    """Merge the linears of a decoder layer that read the same tensor, in place.
+
+    Experts' linears are not merged, because each expert reads different tokens.
+
+    Args:
+        layer: The decoder layer.
+        groups: The family's groups, which say which linears read the same tensor.
     """
     for group in groups:
         members = [layer.get_submodule(name) for name in group.parts().get(None, ())]
@@ -64,9 +104,9 @@ def join(layer: nn.Module, groups: Iterable[Group]) -> None:
 
 
 def specify_swiglu(layer: nn.Module, backend: Backend) -> None:
-    """Let a layer's int8 experts have the backend's SwiGLU between their products, where that is their activation.
+    """Make int8 experts with a SiLU activation use the backend's SwiGLU.
 
-    Its bits are the same on every backend, and it is one with what stands around it: on a CPU a call an expert.
+    The backend's SwiGLU is bit-identical on every backend. On a CPU it allows one native call per expert.
     """
     for module in layer.modules():
         if isinstance(module, Int8Experts):
@@ -74,7 +114,7 @@ def specify_swiglu(layer: nn.Module, backend: Backend) -> None:
 
 
 def make_router_native(layer: nn.Module, moe: Moe, backend: Backend) -> None:
-    """Replace the router of int8 experts by our kernel, where the backend has it and it does the same."""
+    """Replace the router of int8 experts by the native router, if the backend has one that gives the same result."""
     if not isinstance(layer.get_submodule(moe.experts), Int8Experts):
         return
     router = native_router(layer.get_submodule(moe.router), backend)
@@ -82,14 +122,15 @@ def make_router_native(layer: nn.Module, moe: Moe, backend: Backend) -> None:
         layer.set_submodule(moe.router, router)
 
 
-def lay_side_by_side(layers: Iterable[nn.Module]) -> None:
-    """Move packed weights into one stretch of huge pages, in the order in which they are read.
+def move_to_huge_pages(layers: Iterable[nn.Module]) -> None:
+    """Move natively packed weights into one contiguous block of huge pages, in the order in which they are read.
 
-    One linear after the other: a page of the new place is taken when it is written, so that little is held twice.
+    Linears move one at a time. The system allocates a page when it is first written, so at most one linear is in
+    memory twice.
     """
     linears = [m for layer in layers for m in layer.modules() if isinstance(m, Int8Linear)]
-    holders = dict.fromkeys(linear.joint or linear for linear in linears if linear.packed.dtype == torch.uint8)
-    if holders:
-        sizes = [holder.packed.numel() for holder in holders]
-        for holder, place in zip(holders, native.huge_pages(sum(sizes)).split(sizes), strict=True):
-            holder.hold(place.view_as(holder.packed).copy_(holder.packed))
+    owners = dict.fromkeys(linear.merged or linear for linear in linears if linear.backend.native)
+    if owners:
+        sizes = [owner.packed.numel() for owner in owners]
+        for owner, block in zip(owners, native.huge_pages(sum(sizes)).split(sizes), strict=True):
+            owner.hold(block.view_as(owner.packed).copy_(owner.packed))

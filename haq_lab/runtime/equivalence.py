@@ -1,4 +1,4 @@
-"""Whether a fused kernel does what a module does: tried on random rows."""
+"""Check on random rows whether a fused kernel computes the same as a module."""
 
 from __future__ import annotations
 
@@ -10,25 +10,31 @@ from torch import Tensor
 from haq_lab.int8.backend import Backend
 
 ROWS, WIDTH = 16, 64
-CLOSE = 1e-5  # of a scale: a hundred of float32's last places, far less than another epsilon or activation changes
-RARE = 0.01  # share of levels that may lie beside their neighbour, where the last places decide
+# Largest relative error of a scale: about 100 ulp of float32, far less than another epsilon or activation changes.
+CLOSE = 1e-5
+RARE = 0.01  # largest share of levels that may differ by one, because of rounding in the last bits
 
 
-def probe(width: int, device: torch.device) -> Tensor:
-    """Random rows (16, width) of very different size: small ones show a norm's epsilon, large ones an activation."""
+def make_probe(width: int, device: torch.device) -> Tensor:
+    """Return random rows (16, width) of very different magnitude.
+
+    Small rows reveal another norm epsilon, and large rows reveal another activation.
+    """
     rows = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(0))
     return (rows * torch.logspace(-4, 2, ROWS)[:, None]).to(device)
 
 
-def alike(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
-    """Whether two quantised matrices, int8 (m, k) and m scales each, are one but for float32's last places."""
-    apart = (got[0].int() - wanted[0].int()).abs()
+def nearly_equal(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
+    """Return whether two quantised matrices, int8 (m, k) with m scales each, are equal up to float32 rounding."""
+    difference = (got[0].int() - wanted[0].int()).abs()
     scale, other = got[1].flatten(), wanted[1].flatten()
     near = ((scale - other).abs() <= CLOSE * other).all()
-    return bool(near and apart.max() <= 1 and apart.float().mean() <= RARE)
+    return bool(near and difference.max() <= 1 and difference.float().mean() <= RARE)
 
 
 def is_silu(act_fn: Callable[[Tensor], Tensor], backend: Backend) -> bool:
-    """Whether an activation, times another input, is what the backend's SwiGLU is."""
-    gate, up = probe(2 * WIDTH, backend.device).chunk(2, dim=1)
-    return alike(backend.swiglu_quantize(gate, up, "token", None), backend.quantize(act_fn(gate) * up, "token", None))
+    """Return whether `act_fn(gate) * up` equals the backend's SwiGLU."""
+    gate, up = make_probe(2 * WIDTH, backend.device).chunk(2, dim=1)
+    return nearly_equal(
+        backend.swiglu_quantize(gate, up, "token", None), backend.quantize(act_fn(gate) * up, "token", None)
+    )

@@ -1,11 +1,13 @@
-"""Norms and gated MLPs of a deployed model, each as one kernel with the quantizing that follows.
+"""Fuse norms and gated MLPs with the quantization that follows them, on a GPU.
 
     fuse(layer, model.groups, backend)
 
-Which norm is read by int8 linears alone, and which linears stand around an activation, follows from the family's
-groups. Whether the norm is an RMS or a layer norm, whether the activation is SiLU, is not asked of names but tried: a
-part that the kernels do not reproduce stays as it is. They differ from torch in float32's last places, so perplexity
-is measured on the layers as they were; this is for running the model.
+The family's groups say which norms are read by int8 linears only, and which linears surround an activation. The kind
+of norm and activation is not read from class names. Instead each kernel is compared with the module on random rows,
+and a module that differs is not replaced.
+
+The kernels differ from torch in the last bits of float32. Perplexity is therefore measured on the original layers,
+and fused layers are used to run the model.
 """
 
 from __future__ import annotations
@@ -21,33 +23,41 @@ from haq_lab.int8.cuda.kernels import K_MULTIPLE, Kernels
 from haq_lab.int8.linear import Int8Linear, MergedLinear, QuantizedRows
 from haq_lab.models.architectures import Group
 from haq_lab.models.int8_experts import Int8Experts
-from haq_lab.runtime.equivalence import alike, probe
+from haq_lab.runtime.equivalence import make_probe, nearly_equal
 from haq_lab.runtime.grouped_experts import GroupedExperts, can_group
 
 
 @torch.no_grad()
 def fuse(layer: nn.Module, groups: Iterable[Group], backend: Backend) -> None:
-    """Replace what can be fused in a joined decoder layer, in place. Nothing on a backend without such kernels."""
-    if backend.fused is None:
+    """Replace the norms, MLPs and experts of a decoder layer by fused ones, in place.
+
+    Nothing changes if the backend has no fused kernels.
+
+    Args:
+        layer: A decoder layer whose linears have been merged.
+        groups: The family's groups.
+        backend: The backend of its int8 linears.
+    """
+    if backend.fused_kernels is None:
         return
     for group in groups:
         if group.kind == "norm":
-            _fuse_norm(layer, group, backend, backend.fused)
+            _fuse_norm(layer, group, backend, backend.fused_kernels)
         elif group.kind == "up":
-            _fuse_mlp(layer, group, backend, backend.fused)
+            _fuse_mlp(layer, group, backend, backend.fused_kernels)
     for name, module in list(layer.named_modules()):
         if isinstance(module, Int8Experts) and can_group(module):
             layer.set_submodule(name, GroupedExperts.of(module))
 
 
 class QuantizedNorm(nn.Module):
-    """An RMS norm, or with a bias a layer norm, whose output comes quantised.
+    """A norm with quantised output: RMSNorm, or LayerNorm if there is a bias.
 
     Args:
-        norm: The norm that it stands for. Weight and bias are copied under their names: theirs may lie in a mapped
-            file, and there at an odd address.
-        kernels: What computes it.
-        scale: float32 (1,) for the static scheme; None for one scale a token.
+        norm: The norm to replace. Its weight and bias are copied, because those in a memory-mapped file may not be
+            aligned.
+        kernels: The fused kernels.
+        scale: float32 (1,) for the static scheme; None for one scale per token.
     """
 
     def __init__(self, norm: nn.Module, kernels: Kernels, scale: Tensor | None):
@@ -59,62 +69,66 @@ class QuantizedNorm(nn.Module):
         self._kernels, self._scale = kernels, scale
 
     def forward(self, x: Tensor) -> QuantizedRows:
-        """x (..., k) floating -> its norm, quantised."""
+        """Normalise and quantise x (..., k)."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        return QuantizedRows(*self.quantized(rows, self._scale), x.shape, x.dtype)
+        return QuantizedRows(*self.normalize(rows, self._scale), x.shape, x.dtype)
 
-    def quantized(self, rows: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rows (m, k) -> int8 (m, k) and float32 scales (m,)."""
+    def normalize(self, rows: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Normalise and quantise rows (m, k). Returns int8 (m, k) and float32 scales (m,)."""
         if self.bias is None:
             return self._kernels.rmsnorm_quantize(rows, self.weight, self.eps, scale)
         return self._kernels.layernorm_quantize(rows, self.weight, self.bias, self.eps, scale)
 
     def reproduces(self, norm: nn.Module, backend: Backend) -> bool:
-        """Whether `norm` and then the backend's quantizing give the same, on random rows."""
-        x = probe(len(self.weight), backend.device)
-        return alike(self.quantized(x, None), backend.quantize(norm(x), "token", None))
+        """Return whether `norm` followed by the backend's quantization gives the same result on random rows."""
+        x = make_probe(len(self.weight), backend.device)
+        return nearly_equal(self.normalize(x, None), backend.quantize(norm(x), "token", None))
 
 
 class GatedMlp(nn.Module):
-    """down(silu(gate(x)) * up(x)) as two products with one kernel between them.
+    """down(silu(gate(x)) * up(x)) as two products with one fused activation kernel between them.
 
     Args:
-        mlp: The module that it stands for, whose parts it keeps under their names.
-        gate_up: The joint product, gate first.
-        down: The last linear.
-        kernels: What computes the activation.
+        mlp: The module to replace. Its submodules keep their names.
+        gate_up: The merged gate and up projections, gate first.
+        down: The down projection.
+        kernels: The fused kernels.
     """
 
     def __init__(self, mlp: nn.Module, gate_up: MergedLinear, down: Int8Linear, kernels: Kernels):
         super().__init__()
         for name, part in mlp.named_children():
             self.add_module(name, part)
-        self._parts = gate_up, down  # a tuple, or `down` would be registered a second time
+        self._parts = gate_up, down  # in a tuple, so that `down` is not registered twice
         self._kernels, self._scale = kernels, static_scale(down)
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        """x (..., d) -> (..., d)."""
+        """Compute the MLP for x (..., d). Returns (..., d)."""
         down = self._parts[1]
-        output: Tensor = down(self.activated(x))
+        output: Tensor = down(self.activate(x))
         return output
 
-    def activated(self, x: Tensor | QuantizedRows) -> QuantizedRows:
-        """x (..., d) -> what the down projection reads, (..., f)."""
+    def activate(self, x: Tensor | QuantizedRows) -> QuantizedRows:
+        """Compute the quantised input (..., f) of the down projection for x (..., d)."""
         gate_up, down = self._parts
-        both = gate_up.product(x)
-        quantized = self._kernels.swiglu_quantize(both.view(-1, both.shape[-1]), self._scale)
-        return QuantizedRows(*quantized, torch.Size([*both.shape[:-1], down.in_features]), both.dtype)
+        product = gate_up.product(x)
+        quantized = self._kernels.swiglu_quantize(product.view(-1, product.shape[-1]), self._scale)
+        return QuantizedRows(*quantized, torch.Size([*product.shape[:-1], down.in_features]), product.dtype)
 
     def reproduces(self, mlp: nn.Module, backend: Backend) -> bool:
-        """Whether `mlp`, on random rows, gives its down projection the same to read and returns what comes of it."""
+        """Return whether the kernel gives the same result as `mlp` on random rows.
+
+        `mlp` must return its down projection's output unchanged, and that projection's input must be the kernel's.
+        """
         gate_up, down = self._parts
-        x, read = probe(gate_up.in_features, backend.device), []
-        hook = down.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        x, down_inputs = make_probe(gate_up.in_features, backend.device), []
+        hook = down.register_forward_pre_hook(lambda _, inputs: down_inputs.append(inputs[0]))
         output = mlp(x)
         hook.remove()
-        if len(read) != 1 or not torch.equal(output, down(read[0])):
+        if len(down_inputs) != 1 or not torch.equal(output, down(down_inputs[0])):
             return False
-        return alike(self._kernels.swiglu_quantize(gate_up.product(x)), backend.quantize(read[0], "token", None))
+        wanted = backend.quantize(down_inputs[0], "token", None)
+        return nearly_equal(self._kernels.swiglu_quantize(gate_up.product(x)), wanted)
 
 
 def _copy(parameter: Tensor) -> nn.Parameter:
@@ -122,12 +136,12 @@ def _copy(parameter: Tensor) -> nn.Parameter:
 
 
 def static_scale(linear: Int8Linear) -> Tensor | None:
-    """The static scale of its input as the kernels take it, float32 (1,); None for one scale a token."""
+    """Return the static scale of a linear's input, float32 (1,), or None if each token has its own scale."""
     return None if linear.input_scale is None else linear.input_scale.float().reshape(1)
 
 
 def _fuse_norm(layer: nn.Module, group: Group, backend: Backend, kernels: Kernels) -> None:
-    """Unless something else reads the norm, or its readers quantise it differently."""
+    """Fuse a norm if only int8 linears read it and all quantise it in the same way."""
     readers: list[Any] = [layer.get_submodule(name) for name in group.consumers]
     if group.source is None or group.float_consumers or not all(_can_read(reader) for reader in readers):
         return
@@ -139,19 +153,19 @@ def _fuse_norm(layer: nn.Module, group: Group, backend: Backend, kernels: Kernel
 
 
 def _fuse_mlp(layer: nn.Module, group: Group, backend: Backend, kernels: Kernels) -> None:
-    """Where up is joined with a gate before it, and the two and what reads them are a module."""
+    """Fuse an MLP if gate and up are merged in this order and one module contains them and the down projection."""
     assert group.source is not None
     up: Any = layer.get_submodule(group.source)
     down: Any = layer.get_submodule(group.consumers[0])
-    place = group.source.rpartition(".")[0]
-    gated = isinstance(up, Int8Linear) and up.joint is not None and len(up.joint.members) == 2 and up.place == 1
-    if gated and place and len(group.consumers) == 1 and _can_read(down):
-        mlp = layer.get_submodule(place)
-        fused = GatedMlp(mlp, up.joint, down, kernels)
+    name = group.source.rpartition(".")[0]
+    gated = isinstance(up, Int8Linear) and up.merged is not None and len(up.merged.members) == 2 and up.place == 1
+    if gated and name and len(group.consumers) == 1 and _can_read(down):
+        mlp = layer.get_submodule(name)
+        fused = GatedMlp(mlp, up.merged, down, kernels)
         if fused.reproduces(mlp, backend):
-            layer.set_submodule(place, fused)
+            layer.set_submodule(name, fused)
 
 
 def _can_read(linear: nn.Module) -> bool:
-    """Whether a linear takes rows that a kernel has quantised."""
+    """Return whether a linear can read `QuantizedRows`."""
     return isinstance(linear, Int8Linear) and linear.scheme != "tensor" and linear.in_features % K_MULTIPLE == 0

@@ -1,7 +1,7 @@
-"""The experts of a deployed layer without a loop: one launch a projection, and no question to the GPU.
+"""Run the experts of a deployed layer on a GPU with one launch per projection and no synchronisation.
 
-Which expert has which tokens is known on the device only. Asking for it, as the loop over experts does, stops the
-host until everything before is computed; here tokens are sorted and counted where they lie.
+Only the device knows which expert has which tokens. A loop over experts must ask the device, so the host waits until
+all earlier work is done. Here the tokens are sorted and counted on the device.
 """
 
 from __future__ import annotations
@@ -19,68 +19,80 @@ from haq_lab.models.int8_experts import Int8Experts, projections
 
 
 class GroupedExperts(Int8Experts):
-    """Int8 experts whose weights lie side by side. The linears keep their places; their tensors are views.
+    """Int8 experts whose weights are in one tensor per projection. The linears' tensors are views of it.
 
-    Where the activation is SiLU and all down projections quantise alike, it is one kernel with the quantizing; else
-    torch computes it. The result has the loop's bits either way.
+    If the activation is SiLU and all down projections quantise their input in the same way, activation and
+    quantization are one kernel. Otherwise torch computes the activation. Both are bit-identical to the loop.
     """
 
     _kernels: Kernels
     _gate_up: tuple[Tensor, Tensor]  # packed (E, 2 f, d), scales (E, 2 f)
     _down: tuple[Tensor, Tensor]
-    _first: Tensor  # 0 to E
-    _scales: Tensor | None  # (E,), of the down projections' input where it is static
-    _fused: bool
+    _first: Tensor  # the numbers 0 to E, to find where each expert's rows begin
+    _scales: Tensor | None  # (E,), static scales of the down projections' inputs; None for one scale per token
+    _fused: bool  # whether activation and quantization are one kernel
 
     @classmethod
     def of(cls, experts: Experts) -> Self:
-        """The same experts, which `can_group`."""
-        made = super().of(experts)
-        made.swiglu = cast(Int8Experts, experts).swiglu
-        parts = [projections(cast(Expert, expert)) for expert in made]
-        assert made.backend.fused is not None
-        made._kernels = made.backend.fused
-        made._gate_up = _side_by_side([part[:2] for part in parts])
-        made._down = _side_by_side([part[2:] for part in parts])
-        made._first = torch.arange(len(made) + 1, device=made.backend.device)
+        """Group experts for which `can_group` is True."""
+        grouped = super().of(experts)
+        grouped.swiglu = cast(Int8Experts, experts).swiglu
+        parts = [projections(cast(Expert, expert)) for expert in grouped]
+        assert grouped.backend.fused_kernels is not None
+        grouped._kernels = grouped.backend.fused_kernels
+        grouped._gate_up = _stack_weights([part[:2] for part in parts])
+        grouped._down = _stack_weights([part[2:] for part in parts])
+        grouped._first = torch.arange(len(grouped) + 1, device=grouped.backend.device)
         scales = [down.input_scale for _, _, down in parts if down.input_scale is not None]
-        made._scales = torch.stack(scales).float().to(made.backend.device) if scales else None
-        made._fused = made.swiglu and len({down.input_quantization for _, _, down in parts}) == 1
-        return made
+        grouped._scales = torch.stack(scales).float().to(grouped.backend.device) if scales else None
+        grouped._fused = grouped.swiglu and len({down.input_quantization for _, _, down in parts}) == 1
+        return grouped
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Hidden states (t, d), expert numbers (t, k) and gate weights (t, k) -> (t, d)."""
+        """Compute the weighted sum of each token's experts.
+
+        Args:
+            hidden: Hidden states (t, d).
+            chosen: Expert numbers (t, k).
+            weights: Gate weights (t, k).
+
+        Returns:
+            (t, d).
+        """
         levels, scale = self.backend.quantize(hidden, self.scheme, self.input_scale)
         flat = chosen.flatten()
-        pairs = flat.argsort(stable=True)  # of a token and one of its experts, by expert
-        owners, tokens = flat[pairs], pairs // chosen.shape[1]
-        # Where each expert's rows begin. Not `bincount`, which asks the device for the largest number.
-        offsets = torch.searchsorted(owners, self._first, out_int32=True)
-        both = self._grouped(levels[tokens], scale[tokens], offsets, self._gate_up)
+        pairs = flat.argsort(stable=True)  # pairs of a token and one of its experts, sorted by expert
+        experts, tokens = flat[pairs], pairs // chosen.shape[1]
+        # Where each expert's rows begin. `bincount` would synchronise, because it reads the largest number.
+        offsets = torch.searchsorted(experts, self._first, out_int32=True)
+        gate_up = self._multiply(levels[tokens], scale[tokens], offsets, self._gate_up)
         results = hidden.new_empty(len(flat), hidden.shape[1])
-        results[pairs] = self._grouped(*self._activated(both, owners), offsets, self._down).to(hidden.dtype)
+        results[pairs] = self._multiply(*self._activate(gate_up, experts), offsets, self._down).to(hidden.dtype)
         return combined(results.view(*chosen.shape, hidden.shape[1]), weights)
 
-    def _grouped(self, rows: Tensor, scale: Tensor, offsets: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:
-        """Quantised rows (m, k), sorted by expert, by the experts' weights (E, n, k) -> float32 (m, n)."""
-        packed, weight_scale = by
+    def _multiply(self, rows: Tensor, scale: Tensor, offsets: Tensor, experts: tuple[Tensor, Tensor]) -> Tensor:
+        """Multiply quantised rows (m, k), sorted by expert, by the experts' weights (E, n, k): float32 (m, n)."""
+        packed, weight_scale = experts
         return self._kernels.grouped(rows, packed, offsets, scale, weight_scale, None, torch.float32)
 
-    def _activated(self, both: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
-        """act(gate) * up of (m, 2 f), quantised for the down projections of the experts `owners` (m,)."""
+    def _activate(self, gate_up: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute act(gate) * up of (m, 2 f) and quantise it for the down projections of the rows' experts (m,)."""
         if self._fused:
-            return self._kernels.swiglu_quantize(both, None if self._scales is None else self._scales[:1])
-        gate, up = both.chunk(2, dim=1)
+            return self._kernels.swiglu_quantize(gate_up, None if self._scales is None else self._scales[:1])
+        gate, up = gate_up.chunk(2, dim=1)
         inner = swiglu(gate, up) if self.swiglu else cast(Expert, self[0]).act_fn(gate) * up
         if self._scales is None:
             return self.backend.quantize(inner, "token", None)
-        scale = self._scales[owners]
+        scale = self._scales[experts]
         return round_to_grid(inner, scale[:, None]).to(torch.int8), scale
 
 
 def can_group(experts: Int8Experts) -> bool:
-    """Whether all experts' weights are in memory (none offloaded), and each down projection's input can be quantised
-    for all rows at once: not with one scale for an expert's rows of the moment."""
+    """Return whether experts can be grouped.
+
+    All weights must be in memory, and the inputs of all down projections must be quantised for all rows at once. That
+    excludes the `tensor` scheme, whose scale depends on the rows of one expert.
+    """
     parts = [projections(cast(Expert, expert)) for expert in experts]
     downs = [down for _, _, down in parts]
     return (
@@ -91,17 +103,20 @@ def can_group(experts: Int8Experts) -> bool:
     )
 
 
-def _side_by_side(experts: list[tuple[Int8Linear, ...]]) -> tuple[Tensor, Tensor]:
-    """Each expert's linears on top of each other: packed weights (E, n, k), scales (E, n), of which they get views.
+def _stack_weights(experts: list[tuple[Int8Linear, ...]]) -> tuple[Tensor, Tensor]:
+    """Move the experts' linears into one tensor, of which they become views.
 
-    One linear after the other: what is held twice meanwhile is at most a projection of one layer.
+    Linears move one at a time, so at most one projection of the layer is in memory twice.
+
+    Returns:
+        Packed weights (E, n, k) and scales (E, n). An expert's linears follow each other along n.
     """
     rows = [linear.out_features for linear in experts[0]]
     first = experts[0][0]
     packed = first.packed.new_empty(len(experts), sum(rows), first.packed.shape[1])
     scales = first.weight_scale.new_empty(len(experts), sum(rows))
-    for linears, *own in zip(experts, packed, scales, strict=True):
-        for linear, part, scale in zip(linears, *(tensor.split(rows) for tensor in own), strict=True):
+    for linears, *targets in zip(experts, packed, scales, strict=True):
+        for linear, part, scale in zip(linears, *(tensor.split(rows) for tensor in targets), strict=True):
             linear.hold(part.copy_(linear.packed))
             linear.weight_scale = scale.copy_(linear.weight_scale)
     return packed, scales

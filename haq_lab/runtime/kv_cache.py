@@ -1,4 +1,4 @@
-"""Keys and values of decoder layers in the native kernels' layout, in the place of a layer of transformers' cache."""
+"""Store keys and values in the native kernels' layout, as one layer of a transformers cache."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ from haq_lab.int8.cpu.bindings import PANEL, huge_pages
 
 
 class KVCache(DynamicLayer):
-    """Room for positions that grows by doubling: a decode step copies nothing and allocates nothing.
+    """KV cache of the layers of one `NativeStack`.
 
-    `panels` (layers, heads, capacity / 32, head_dim, 32) are the keys and `rows` (layers, heads, capacity, head_dim up
-    to a multiple of 32) the values that kernels/cpu/decoder.h describes.
+    The capacity doubles when it is used up, so most decode steps copy and allocate nothing. kernels/cpu/decoder.h
+    describes the layout.
+
+    Args:
+        layers: Number of decoder layers.
+        heads: Key-value heads of a layer.
+        head_dim: Width of a head.
+
+    Attributes:
+        length: Number of positions stored.
+        capacity: Number of positions that fit.
+        panels: Keys, float32 (layers, heads, capacity / 32, head_dim, 32).
+        rows: Values, float32 (layers, heads, capacity, head_dim rounded up to a multiple of 32).
     """
 
     def __init__(self, layers: int, heads: int, head_dim: int):
@@ -26,23 +37,23 @@ class KVCache(DynamicLayer):
         self.rows = torch.empty(layers, heads, 0, -(-head_dim // PANEL) * PANEL)
 
     def reserve(self, more: int) -> None:
-        """Make room for `more` positions."""
+        """Enlarge the capacity so that `more` positions can be added."""
         needed = self.length + more
         if needed <= self.capacity:
             return
         capacity = max(-(-needed // PANEL) * PANEL, 2 * self.capacity, 8 * PANEL)
-        held = self.panels.shape[2]
+        filled = self.panels.shape[2]
         panels = _zeros(*self.panels.shape[:2], capacity // PANEL, *self.panels.shape[3:])
         rows = _zeros(*self.rows.shape[:2], capacity, self.rows.shape[-1])
-        panels[:, :, :held], rows[:, :, : self.capacity] = self.panels, self.rows
+        panels[:, :, :filled], rows[:, :, : self.capacity] = self.panels, self.rows
         self.panels, self.rows, self.capacity = panels, rows, capacity
 
     def get_seq_length(self) -> int:
-        """Positions held."""
+        """Return the number of positions stored."""
         return self.length
 
-    def plain(self) -> list[DynamicLayer]:
-        """The same keys and values as transformers' own kind of layers, for what the kernels do not do."""
+    def to_dynamic_layers(self) -> list[DynamicLayer]:
+        """Convert to transformers' own cache layers, one per decoder layer, for code that the kernels do not cover."""
         layers = []
         for panels, rows in zip(self.panels, self.rows, strict=True):
             layer = DynamicLayer()

@@ -1,4 +1,7 @@
-"""What a decoder layer is made of, as the native kernels need it: found by the family table, not by names."""
+"""Describe a decoder layer to the native kernels in C structures.
+
+The family table says which modules play which role, so module names are not guessed here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear, MergedLinear
 from haq_lab.models.architectures import Family, Group
 from haq_lab.models.experts import Expert
@@ -19,6 +21,10 @@ from haq_lab.runtime.native_router import NativeRouter, RouterParts
 _I64, _F32, _PTR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
+class UnsupportedLayerError(Exception):
+    """A decoder layer that the native decoder cannot compute. The message is the reason in plain words."""
+
+
 class LinearParts(ctypes.Structure):
     """`Linear` of kernels/cpu/decoder.h."""
 
@@ -26,11 +32,11 @@ class LinearParts(ctypes.Structure):
 
     @classmethod
     def of(cls, linear: Int8Linear | MergedLinear) -> LinearParts:
-        """Addresses of a linear's tensors, which must stay where they are."""
+        """Return the addresses of a linear's tensors. The tensors must not move afterwards."""
         bias = None if linear.bias is None else linear.bias.data_ptr()
-        static = 0.0 if linear.input_scale is None else float(linear.input_scale)
+        static_scale = 0.0 if linear.input_scale is None else float(linear.input_scale)
         shape = linear.out_features, linear.in_features
-        return cls(linear.packed.data_ptr(), linear.weight_scale.data_ptr(), bias, *shape, static)
+        return cls(linear.packed.data_ptr(), linear.weight_scale.data_ptr(), bias, *shape, static_scale)
 
 
 class NormParts(ctypes.Structure):
@@ -40,9 +46,9 @@ class NormParts(ctypes.Structure):
 
     @classmethod
     def of(cls, norm: nn.Module) -> NormParts:
-        """The address of a norm's weights, which must stay there."""
-        given: Any = norm
-        return cls(given.weight.data_ptr(), given.weight.numel(), given.variance_epsilon)
+        """Return the address of a norm's weights. The weights must not move afterwards."""
+        rms_norm: Any = norm
+        return cls(rms_norm.weight.data_ptr(), rms_norm.weight.numel(), rms_norm.variance_epsilon)
 
 
 class ExpertParts(ctypes.Structure):
@@ -58,19 +64,24 @@ class MoeParts(ctypes.Structure):
 
     @classmethod
     def of(cls, router: nn.Module, experts: nn.Module) -> MoeParts | None:
-        """Addresses of what must stay where it is; None where not all is in memory and computed by our kernels."""
+        """Return the addresses of a Mixture of Experts' tensors, which must not move afterwards.
+
+        Returns:
+            None if an expert is not in memory, or if the kernels cannot compute the router or an expert.
+        """
         if not isinstance(router, NativeRouter) or not isinstance(experts, Int8Experts) or not experts.swiglu:
             return None
         linears = [projections(cast(Expert, expert)) for expert in experts]
-        if not all(_is_native(linear) and linear.packed.numel() for three in linears for linear in three):
-            return None
-        table = (ExpertParts * len(linears))(*(ExpertParts(*map(LinearParts.of, three)) for three in linears))
+        for linear in (linear for expert in linears for linear in expert):
+            if _obstacle(linear) is not None or not linear.packed.numel():
+                return None
+        table = (ExpertParts * len(linears))(*(ExpertParts(*map(LinearParts.of, expert)) for expert in linears))
         scale = 0.0 if experts.input_scale is None else float(experts.input_scale)
         return cls(router.parts, table, scale)
 
 
 class LayerParts(ctypes.Structure):
-    """`Layer` of kernels/cpu/decoder.h. Where not all of a Mixture of Experts is native, its experts are null."""
+    """`Layer` of kernels/cpu/decoder.h. The experts are null if a Mixture of Experts is not fully native."""
 
     _fields_ = [
         *((name, _I64) for name in ("heads", "kv_heads", "head_dim")),
@@ -81,32 +92,25 @@ class LayerParts(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, layer: nn.Module, groups: Sequence[Group], family: Family) -> LayerParts | None:
-        """The parts of a joined layer; None where they are not all there, or not all computed by our kernels."""
-        inputs = [group for group in groups if group.kind == "norm" and group.source is not None]
-        halves = ("value", "up") if family.moe is None else ("value",)
-        outputs = [group for kind in halves for group in groups if group.kind == kind]
-        if len(inputs) != 2 or len(outputs) != len(halves):
-            return None
-        linears: list[Any] = []
-        for given, made in zip(inputs, outputs, strict=False):
-            linears += [_joint(layer, given), layer.get_submodule(made.consumers[0])]
-        sources = [group.source for group in inputs if group.source is not None]
-        norms: list[Any] = [layer.get_submodule(name) for name in (*sources, *family.head_norms)]
-        attention: Any = layer.get_submodule(inputs[0].consumers[0].rpartition(".")[0])
-        usable = (
-            all(map(_is_native, linears))
-            and all(hasattr(norm, "variance_epsilon") and norm.weight.dtype == torch.float32 for norm in norms)
-            and hasattr(attention, "scaling")
-            and getattr(attention, "sliding_window", None) is None
-        )
-        if not usable:
-            return None
-        heads = linears[1].in_features // attention.head_dim
-        kv_heads = (linears[0].out_features // attention.head_dim - heads) // 2
-        for norm, own in zip(norms[2:], (heads, kv_heads), strict=False):
-            if own * attention.head_dim % norm.weight.numel():
-                return None
+    def of(cls, layer: nn.Module, groups: Sequence[Group], family: Family) -> LayerParts:
+        """Describe a decoder layer whose linears have been merged.
+
+        Args:
+            layer: The decoder layer.
+            groups: The family's groups, with the experts' names written out.
+            family: The model's row of the family table.
+
+        Raises:
+            UnsupportedLayerError: A part of the layer is missing, or the kernels cannot compute it.
+        """
+        inputs, outputs = _find_groups(groups, family)
+        for name in (name for group in (*inputs[: len(outputs)], *outputs) for name in group.consumers):
+            _check_linear(layer, name)
+        norms = _find_norms(layer, inputs, family)
+        linears = _find_products(layer, inputs, outputs)
+        attention = _find_attention(layer, inputs[0])
+        heads, kv_heads = _count_heads(linears, attention.head_dim)
+        _check_head_norms(norms[2:], family.head_norms, (heads, kv_heads), attention.head_dim)
         moe = family.moe and MoeParts.of(*map(layer.get_submodule, (family.moe.router, family.moe.experts)))
         return cls(
             heads,
@@ -119,27 +123,88 @@ class LayerParts(ctypes.Structure):
         )
 
     @property
-    def whole(self) -> bool:
-        """Whether the MLP is here too."""
+    def includes_mlp(self) -> bool:
+        """Whether the kernels compute the MLP as well as the attention."""
         return bool(self.gate_up.packed or self.moe.experts)
 
     @property
-    def kind(self) -> tuple[int, int, bool]:
-        """Key-value heads, their width, and whether all is here: what layers of one stack have in common."""
-        return self.kv_heads, self.head_dim, self.whole
+    def stack_key(self) -> tuple[int, int, bool]:
+        """What all layers of one stack must share: key-value heads, head width, and whether the MLP is included."""
+        return self.kv_heads, self.head_dim, self.includes_mlp
 
 
-def _joint(layer: nn.Module, group: Group) -> MergedLinear | None:
-    """The one joint product of a group's linears."""
-    joints = {getattr(layer.get_submodule(name), "joint", None) for name in group.consumers}
-    return joints.pop() if len(joints) == 1 else None
+def _find_groups(groups: Sequence[Group], family: Family) -> tuple[list[Group], list[Group]]:
+    """Return the groups behind the two norms, and those of the output projections (attention, then a dense MLP)."""
+    inputs = [group for group in groups if group.kind == "norm" and group.source is not None]
+    kinds = ("value", "up") if family.moe is None else ("value",)
+    outputs = [group for kind in kinds for group in groups if group.kind == kind]
+    if len(inputs) != 2 or len(outputs) != len(kinds):
+        raise UnsupportedLayerError("it is not a norm and attention followed by a norm and an MLP")
+    return inputs, outputs
 
 
-def _is_native(linear: Any) -> bool:
-    return (
-        isinstance(linear, Int8Linear | MergedLinear)
-        and isinstance(linear.backend, CpuBackend)
-        and linear.packed.dtype == torch.uint8
-        and linear.scheme != "tensor"
-        and (linear.bias is None or linear.bias.dtype == torch.float32)
-    )
+def _check_linear(layer: nn.Module, name: str) -> None:
+    if (obstacle := _obstacle(layer.get_submodule(name))) is not None:
+        raise UnsupportedLayerError(f"{name} {obstacle}")
+
+
+def _obstacle(linear: Any) -> str | None:
+    """Return why the native kernels cannot compute a linear, or None if they can."""
+    if not isinstance(linear, Int8Linear):
+        return "is not an int8 linear"
+    if not linear.backend.native:
+        return f"is not in the native kernels' layout ({linear.backend.why_not_native})"
+    if linear.scheme == "tensor":
+        return "quantises its input with one scale per tensor"
+    if linear.bias is not None and linear.bias.dtype != torch.float32:
+        return f"has a bias of type {linear.bias.dtype}, not float32"
+    return None
+
+
+def _find_norms(layer: nn.Module, inputs: Sequence[Group], family: Family) -> list[nn.Module]:
+    """Return the norms before attention and MLP, then those of queries and keys if the family has them."""
+    norms: list[nn.Module] = []
+    for name in (*(group.source for group in inputs if group.source is not None), *family.head_norms):
+        norm: Any = layer.get_submodule(name)
+        if not hasattr(norm, "variance_epsilon"):
+            raise UnsupportedLayerError(f"{name} is not an RMSNorm")
+        if norm.weight.dtype != torch.float32:
+            raise UnsupportedLayerError(f"{name} has weights of type {norm.weight.dtype}, not float32")
+        norms.append(norm)
+    return norms
+
+
+def _find_products(layer: nn.Module, inputs: Sequence[Group], outputs: Sequence[Group]) -> list[Any]:
+    """Return the merged q/k/v, the attention's output projection, the merged gate/up and the down projection.
+
+    The last two are missing if the MLP is a Mixture of Experts.
+    """
+    products: list[Any] = []
+    for group, output in zip(inputs, outputs, strict=False):
+        merged = {cast(Int8Linear, layer.get_submodule(name)).merged for name in group.consumers}
+        if len(merged) != 1 or None in merged:
+            raise UnsupportedLayerError(f"{', '.join(group.consumers)} cannot be merged into one product")
+        products += [merged.pop(), layer.get_submodule(output.consumers[0])]
+    return products
+
+
+def _find_attention(layer: nn.Module, group: Group) -> Any:
+    name = group.consumers[0].rpartition(".")[0]
+    attention: Any = layer.get_submodule(name)
+    if not hasattr(attention, "scaling"):
+        raise UnsupportedLayerError(f"{name} has no attribute `scaling`")
+    if getattr(attention, "sliding_window", None) is not None:
+        raise UnsupportedLayerError(f"{name} has a sliding window")
+    return attention
+
+
+def _count_heads(linears: Sequence[Any], head_dim: int) -> tuple[int, int]:
+    """Return the numbers of query heads and of key-value heads."""
+    heads = linears[1].in_features // head_dim
+    return heads, (linears[0].out_features // head_dim - heads) // 2
+
+
+def _check_head_norms(norms: Sequence[Any], names: Sequence[str], heads: Sequence[int], head_dim: int) -> None:
+    for norm, name, count in zip(norms, names, heads, strict=False):
+        if count * head_dim % norm.weight.numel():
+            raise UnsupportedLayerError(f"{name} has {norm.weight.numel()} weights, which do not divide its heads")

@@ -1,15 +1,17 @@
-"""Decoder layers as one call of the native kernels: norms, products and attention without Python between them.
+"""Run decoder layers in one call of the native CPU kernels, with no Python between norms, products and attention.
 
     stack = NativeStack(layers, parts, first=0)
     hidden = stack(hidden, position_embeddings=(cos, sin), cache=cache)
 
-The int8 products are those of `Int8Linear`. What lies between them (norms, softmax, SiLU) is float32 and differs from
-torch's in the last places, so perplexity is measured on the layers as they were; this is for running the model.
-What a layer is made of follows from the family's groups. Whether it is really computed so - that the norm is an RMS
-norm, that positions are rotated - is not asked of names but tried: a layer that is not reproduced stays as it is.
+The int8 products are bit-identical to those of `Int8Linear`. Norms, softmax and SiLU are float32 and differ from
+torch's in the last bits. Perplexity is therefore measured on the original layers, and stacks are used to run the model.
 
-Layers with a Mixture of Experts are part of the call where all experts are in memory. Where an engine is to serve them,
-or their activation is not ours, each one's attention half is a call, and its MLP runs as it does alone (`MoeStack`).
+The family's groups say which modules a layer has. Whether the layer really computes RMSNorm, rotary positions and so
+on is not read from class names. Instead the stack's output is compared with the layer's on random tokens, and a layer
+that differs is not replaced.
+
+A Mixture of Experts is part of the call if all its experts are in memory and use SwiGLU. Otherwise only the attention
+half is native, and the router and experts run as modules (`MoeStack`).
 """
 
 from __future__ import annotations
@@ -28,20 +30,22 @@ from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.runtime.kv_cache import KVCache
 from haq_lab.runtime.layer_parts import LayerParts
 
-PROBE_TOKENS, PROBES = 40, 4  # tokens: more than a panel of keys
-TOLERANCE = 1e-4  # of what the layer adds to a token, for most tokens: where a value lies between two int8 levels,
-# the last place of a float32 decides to which side it falls, and a token is off by one level of one value.
+PROBE_TOKENS = 40  # more than one panel of 32 keys
+PROBES = 4
+# Largest median error, as a share of what the layer adds to a token. Single tokens may differ by more: if a value is
+# halfway between two int8 levels, the last bit of a float32 decides how it is rounded.
+TOLERANCE = 1e-4
 
 
 class NativeStack(nn.Module):
-    """Takes the place of decoder layers that follow one another, which it keeps for what the kernels do not do.
+    """Consecutive decoder layers that run as one native call.
 
-    One sequence at a time, causal, is done natively; batches and masks go the layers' own way.
+    One causal sequence at a time runs natively. Batches and attention masks run through the original layers.
 
     Args:
         layers: The decoder layers.
-        parts: What they are made of, with the same heads in all.
-        first: The first one's number in the model.
+        parts: Their descriptions for the kernels. All have the same heads.
+        first: Index of the first layer in the model.
     """
 
     def __init__(self, layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int):
@@ -61,67 +65,91 @@ class NativeStack(nn.Module):
         cache: Cache | None = None,
         **others: Any,
     ) -> Tensor:
-        """Hidden states (1, t, d) float32 -> the same; (b, t, d) and masks by the layers' own code."""
-        kept = self.new_cache() if cache is None else self._kept(cache)
-        native_case = attention_mask is None and hidden.shape[0] == 1 and hidden.dtype == torch.float32
-        native_case = native_case and not self._taken_over()
-        if native_case and position_embeddings is not None and kept is not None:
-            return self.step(hidden, *position_embeddings, kept)
-        if cache is not None and kept is not None:
-            cache.layers[self.first : self.first + len(self.layers)] = kept.plain()
+        """Run the layers.
+
+        Args:
+            hidden: Hidden states (b, t, d). Only b = 1 in float32 without a mask runs natively.
+            attention_mask: As transformers passes it to a decoder layer.
+            position_embeddings: Cosines and sines, each (1, t, head_dim).
+            cache: The model's KV cache, or None.
+            others: Further arguments for the original layers.
+
+        Returns:
+            Hidden states (b, t, d).
+        """
+        kv = self.new_cache() if cache is None else self._kv_in(cache)
+        can_run = attention_mask is None and hidden.shape[0] == 1 and hidden.dtype == torch.float32
+        can_run = can_run and not self._experts_replaced()
+        if can_run and position_embeddings is not None and kv is not None:
+            return self.step(hidden, *position_embeddings, kv)
+        if cache is not None and kv is not None:
+            cache.layers[self.first : self.first + len(self.layers)] = kv.to_dynamic_layers()
         arguments = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "cache": cache}
         for layer in self.layers:
             hidden = layer(hidden, **arguments, **others)
         return hidden
 
-    def _taken_over(self) -> bool:
-        """Whether an engine has put itself before experts that the native layers hold: their weights are gone."""
+    def _experts_replaced(self) -> bool:
+        """Return whether an offload engine replaced the experts' forward. Their weights are then no longer here."""
         return any("forward" in vars(experts) for experts in self._experts)
 
     def new_cache(self) -> KVCache:
-        """Empty keys and values."""
+        """Return an empty KV cache for these layers."""
         return KVCache(len(self.layers), self.kv_heads, self.head_dim)
 
-    def _kept(self, cache: Cache) -> KVCache | None:
-        """The stack's keys and values in the cache, put there if it is new; None if it holds another kind."""
+    def _kv_in(self, cache: Cache) -> KVCache | None:
+        """Return this stack's KVCache in a model's cache, added if the cache is new. None if it has another kind."""
         while len(cache.layers) < self.first + len(self.layers):
             cache.layers.append(DynamicLayer())
-        kept = cache.layers[self.first]
-        if type(kept) is DynamicLayer and kept.get_seq_length() == 0:
-            kept = cache.layers[self.first] = self.new_cache()
-        return kept if isinstance(kept, KVCache) else None
+        kv = cache.layers[self.first]
+        if type(kv) is DynamicLayer and kv.get_seq_length() == 0:
+            kv = cache.layers[self.first] = self.new_cache()
+        return kv if isinstance(kv, KVCache) else None
 
-    def step(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KVCache) -> Tensor:
-        """Hidden states (1, t, d) that follow those of `kept`, at positions (1, t, head_dim); `kept` grows by t."""
+    def step(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kv: KVCache) -> Tensor:
+        """Run the layers natively on the next tokens of a sequence.
+
+        Args:
+            hidden: Hidden states of t new tokens, (1, t, d) float32.
+            cosines: Of their rotary positions, (1, t, head_dim).
+            sines: Of their rotary positions, (1, t, head_dim).
+            kv: KV cache of the tokens before them. It grows by t.
+
+        Returns:
+            Hidden states (1, t, d).
+
+        Raises:
+            MemoryError: The kernels could not allocate their buffers.
+        """
         tokens = hidden.shape[1]
-        kept.reserve(tokens)
+        kv.reserve(tokens)
         out = hidden.clone(memory_format=torch.contiguous_format)
-        self._compute(out, cosines.contiguous(), sines.contiguous(), kept)
-        kept.length += tokens
+        self._compute(out, cosines.contiguous(), sines.contiguous(), kv)
+        kv.length += tokens
         return out
 
-    def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KVCache) -> None:
-        """The layers, in place; there is room for the tokens' keys and values."""
+    def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kv: KVCache) -> None:
+        """Run the layers on `hidden` in place. `kv` must have room for the tokens."""
         tokens = hidden.shape[1]
         failed = native.library().haq_decoder_layers(
             native.level(), torch.get_num_threads(), ctypes.byref(self._parts), len(self._parts),
             hidden.data_ptr(), tokens, cosines.data_ptr(), sines.data_ptr(),
-            kept.panels.data_ptr(), kept.rows.data_ptr(), kept.capacity, kept.length,
+            kv.panels.data_ptr(), kv.rows.data_ptr(), kv.capacity, kv.length,
         )  # fmt: skip
         if failed:
-            raise MemoryError(f"decoder layers over {tokens} tokens")
+            raise MemoryError(f"The native decoder has no memory for {tokens} tokens. Use a shorter prompt.")
 
     @torch.no_grad()
     def reproduces_its_layers(self) -> bool:
-        """Whether the tokens of a prompt, and one after it, come out as from the layers' own code."""
-        # Where an early token's key falls to another level, all later ones see it: hence several probes.
+        """Return whether the stack's output equals the layers' own, for a prompt and one token after it."""
+        # One rounding difference in an early key affects all later tokens, so one probe of several must agree.
         try:
             return any(bool(self._errors(seed).median() <= TOLERANCE) for seed in range(PROBES))
-        except (TypeError, RuntimeError, ValueError):  # they need other arguments: not this kind of layer
+        except (TypeError, RuntimeError, ValueError):  # the layer takes other arguments
             return False
 
     def _errors(self, seed: int) -> Tensor:
-        """By how much each of a few random tokens differs, as a share of what the layers' own code adds to it."""
+        """Return the error of each random token, as a share of what the original layers add to it."""
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.randn(1, PROBE_TOKENS, self.width, generator=generator)
         angles = torch.randn(1, PROBE_TOKENS, self.head_dim // 2, generator=generator).repeat(1, 1, 2)
@@ -129,92 +157,111 @@ class NativeStack(nn.Module):
         wanted = hidden.clone()
         for layer in self.layers:
             wanted = layer(wanted, position_embeddings=(cosines, sines), attention_mask=None)
-        kept, last = self.new_cache(), PROBE_TOKENS - 1
+        kv, last = self.new_cache(), PROBE_TOKENS - 1
         parts = (slice(last), slice(last, None))
-        got = torch.cat([self.step(hidden[:, p], cosines[:, p], sines[:, p], kept) for p in parts], dim=1)
+        got = torch.cat([self.step(hidden[:, p], cosines[:, p], sines[:, p], kv) for p in parts], dim=1)
         return (got - wanted).norm(dim=-1) / (wanted - hidden).norm(dim=-1)
 
 
 class MoeStack(NativeStack):
-    """A stack of Mixture-of-Experts layers: each one's attention half is a call, then its own router and experts run.
+    """Mixture-of-Experts layers whose attention half is native and whose router and experts run as modules.
 
     Args:
-        layers: As for a `NativeStack`.
-        parts: As for a `NativeStack`.
-        first: As for a `NativeStack`.
-        block: The name in a layer of what it has for an MLP.
+        layers: As for `NativeStack`.
+        parts: As for `NativeStack`.
+        first: As for `NativeStack`.
+        block: Name of the MoE block within a layer.
     """
 
     def __init__(self, layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int, block: str):
         super().__init__(layers, parts, first)
         self.block = block
 
-    def _taken_over(self) -> bool:
-        return False  # experts are called as modules, whoever serves them
+    def _experts_replaced(self) -> bool:
+        return False  # experts are called as modules, so an offload engine may replace them
 
-    def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kept: KVCache) -> None:
+    def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kv: KVCache) -> None:
         run, level, threads = native.library().haq_attention, native.level(), torch.get_num_threads()
         normed, tokens = torch.empty_like(hidden), hidden.shape[1]
-        parts, given, read = ctypes.byref(self._parts), hidden.data_ptr(), normed.data_ptr()
-        tables = cosines.data_ptr(), sines.data_ptr(), kept.panels.data_ptr(), kept.rows.data_ptr()
+        parts, addresses = ctypes.byref(self._parts), (hidden.data_ptr(), normed.data_ptr())
+        positions_and_kv = cosines.data_ptr(), sines.data_ptr(), kv.panels.data_ptr(), kv.rows.data_ptr()
         for index, layer in enumerate(self.layers):
-            if run(level, threads, parts, index, given, read, tokens, *tables, kept.capacity, kept.length):
-                raise MemoryError(f"attention over {tokens} tokens")
+            if run(level, threads, parts, index, *addresses, tokens, *positions_and_kv, kv.capacity, kv.length):
+                raise MemoryError(f"The native attention has no memory for {tokens} tokens. Use a shorter prompt.")
             hidden += layer.get_submodule(self.block)(normed)
 
     def _errors(self, seed: int) -> Tensor:
-        """Of the attention halves, with nothing added after them, and of what the MLPs read: not of the MLPs, which
-        are the same, and whose experts may not be in memory."""
-        with self._stand_ins() as notes:
+        """Return the errors of the attention outputs and of the MoE blocks' inputs, whichever is larger.
+
+        The blocks themselves are not run: they are the same modules, and their experts may not be in memory.
+        """
+        with self._recorded_blocks() as recorders:
             errors = super()._errors(seed)
-        for wanted, *got in (note.read for note in notes):
+        for wanted, *got in (recorder.inputs for recorder in recorders):
             error = (torch.cat(got, dim=1) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
             errors = torch.maximum(errors, error)
         return errors
 
     @contextmanager
-    def _stand_ins(self) -> Iterator[list[_Note]]:
-        """Within the block, notes take the MLPs' places."""
+    def _recorded_blocks(self) -> Iterator[list[_InputRecorder]]:
+        """Replace the MoE blocks by recorders within a `with` statement."""
         blocks = [layer.get_submodule(self.block) for layer in self.layers]
-        notes = [_Note() for _ in blocks]
+        recorders = [_InputRecorder() for _ in blocks]
         try:
-            for layer, note in zip(self.layers, notes, strict=True):
-                layer.set_submodule(self.block, note)
-            yield notes
+            for layer, recorder in zip(self.layers, recorders, strict=True):
+                layer.set_submodule(self.block, recorder)
+            yield recorders
         finally:
             for layer, block in zip(self.layers, blocks, strict=True):
                 layer.set_submodule(self.block, block)
 
 
-class _Note(nn.Module):
-    """Notes what it reads, and gives zeros."""
+class _InputRecorder(nn.Module):
+    """Records its inputs and returns zeros."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.read: list[Tensor] = []
+        self.inputs: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.read.append(x.clone())
+        self.inputs.append(x.clone())
         return torch.zeros_like(x)
 
 
-def stack_of(layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int, block: str | None) -> NativeStack:
-    """Layers of one kind as a stack; `block` is what those with a Mixture of Experts have for an MLP."""
-    if parts[0].whole:
+def make_stack(layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int, block: str | None) -> NativeStack:
+    """Make a stack of layers that have the same `stack_key`.
+
+    Args:
+        layers: The decoder layers.
+        parts: Their descriptions for the kernels.
+        first: Index of the first layer in the model.
+        block: Name of the MoE block within a layer; None for a dense model.
+    """
+    if parts[0].includes_mlp:
         return NativeStack(layers, parts, first)
-    assert block is not None, "a dense MLP is in every part"
+    assert block is not None, "the parts of a dense layer include its MLP"
     return MoeStack(layers, parts, first, block)
 
 
-def stacked(
+def stack_native_layers(
     layers: Sequence[nn.Module], parts: Sequence[LayerParts | None], block: str | None = None
 ) -> list[nn.Module]:
-    """The layers with every run of native ones, of the same kind, replaced by a stack."""
+    """Replace each run of consecutive native layers by a stack.
+
+    Args:
+        layers: All decoder layers of the model.
+        parts: Their descriptions for the kernels; None for a layer that is not native.
+        block: Name of the MoE block within a layer; None for a dense model.
+
+    Returns:
+        Stacks, and the unchanged layers that are not native, in the model's order.
+    """
     result: list[nn.Module] = []
     run: list[tuple[nn.Module, LayerParts]] = []
     for index, (layer, part) in enumerate(zip([*layers, None], [*parts, None], strict=True)):
-        if run and (part is None or part.kind != run[0][1].kind):
-            result.append(stack_of([one for one, _ in run], [its for _, its in run], index - len(run), block))
+        if run and (part is None or part.stack_key != run[0][1].stack_key):
+            run_layers, run_parts = zip(*run, strict=True)
+            result.append(make_stack(run_layers, run_parts, index - len(run), block))
             run = []
         if layer is not None and part is not None:
             run.append((layer, part))

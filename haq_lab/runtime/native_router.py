@@ -1,4 +1,4 @@
-"""A Mixture of Experts' router as a native kernel: softmax over all experts, and the largest of it."""
+"""Run the router of a Mixture of Experts in a native CPU kernel: softmax over all experts, then top-k."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.cpu import bindings as native
-from haq_lab.int8.cpu.backend import CpuBackend
-from haq_lab.runtime.equivalence import probe
+from haq_lab.runtime.equivalence import make_probe
 
-CLOSE = 1e-4  # weights whose float32 sums are in another order; below it which of two is the larger is open
+CLOSE = 1e-4  # tolerance of gate weights, whose float32 sums are added in another order
 
 
 class RouterParts(ctypes.Structure):
@@ -23,15 +22,14 @@ class RouterParts(ctypes.Structure):
 
 
 class NativeRouter(nn.Module):
-    """Takes a router's place, and its weight (experts, d), which must stay where it is.
+    """A router that is computed by the native kernel.
 
-    A layer that is computed in one native call uses the same kernel: whether its experts are then all in memory or
-    pass through an engine, each token has the same ones.
+    The native decoder uses the same kernel, so each token gets the same experts with and without offloading.
 
     Args:
-        weight: float32.
-        chosen: Experts of a token.
-        normalized: Whether a token's weights are made to sum to 1.
+        weight: The original router's weight, float32 (experts, d). It must not move afterwards.
+        chosen: Number of experts per token, k.
+        normalized: Whether the gate weights of a token are divided by their sum.
     """
 
     def __init__(self, weight: nn.Parameter, chosen: int, normalized: bool):
@@ -40,7 +38,17 @@ class NativeRouter(nn.Module):
         self.parts = RouterParts(weight.data_ptr(), weight.shape[0], chosen, normalized)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (..., d) float32 -> logits (t, experts), weights (t, k) and expert numbers (t, k) int64."""
+        """Route tokens.
+
+        Args:
+            hidden: Hidden states (..., d) of t tokens.
+
+        Returns:
+            Logits float32 (t, experts), gate weights float32 (t, k) and expert numbers int64 (t, k).
+
+        Raises:
+            MemoryError: The kernel could not allocate its buffers.
+        """
         rows = hidden.reshape(-1, self.weight.shape[1]).float().contiguous()
         logits = rows.new_empty(len(rows), self.parts.experts)
         weights = rows.new_empty(len(rows), self.parts.chosen)
@@ -50,29 +58,38 @@ class NativeRouter(nn.Module):
             logits.data_ptr(), weights.data_ptr(), chosen.data_ptr(),
         )  # fmt: skip
         if failed:
-            raise MemoryError(f"routing of {len(rows)} tokens")
+            raise MemoryError(f"The native router has no memory for {len(rows)} tokens. Use a shorter prompt.")
         return logits, weights, chosen
 
 
 @torch.no_grad()
 def native_router(router: nn.Module, backend: Backend) -> NativeRouter | None:
-    """What does the same as `router` on random rows; None where nothing does, or the kernels are not there."""
+    """Return a native router with the results of `router`, checked on random rows.
+
+    Args:
+        router: The model's router.
+        backend: The backend of the experts.
+
+    Returns:
+        None if the backend is not native, or if no native router gives the same results.
+    """
     weight: Any = getattr(router, "weight", None)
-    if not isinstance(backend, CpuBackend) or not native.available() or not _plain(weight):
+    if not backend.native or not _is_float32(weight):
         return None
-    x = probe(weight.shape[1], backend.device)
+    x = make_probe(weight.shape[1], backend.device)
     try:
         _, weights, chosen = router(x)
-    except (TypeError, ValueError, RuntimeError):  # no router of this kind
+    except (TypeError, ValueError, RuntimeError):  # it is called or answers differently
         return None
     for normalized in (True, False):
-        made = NativeRouter(weight, chosen.shape[1], normalized)
-        _, ours, numbers = made(x)
-        same = (numbers == chosen) | (weights < CLOSE)  # large rows leave all but one expert next to nothing
-        if same.all() and torch.allclose(ours, weights.float(), rtol=0, atol=CLOSE):
-            return made
+        candidate = NativeRouter(weight, chosen.shape[1], normalized)
+        _, native_weights, numbers = candidate(x)
+        # On large rows one expert gets nearly all weight, so the order of the others is undefined.
+        same = (numbers == chosen) | (weights < CLOSE)
+        if same.all() and torch.allclose(native_weights, weights.float(), rtol=0, atol=CLOSE):
+            return candidate
     return None
 
 
-def _plain(weight: Any) -> bool:
+def _is_float32(weight: Any) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dtype == torch.float32 and weight.is_contiguous()

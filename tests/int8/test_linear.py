@@ -1,4 +1,4 @@
-"""Int8Linear holds int8 for real, and memory is counted from storages."""
+"""Int8Linear stores int8 weights, and memory is counted from storages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_leading_dimensions_are_kept(scheme):
     assert linear(x[:, :0]).shape == (2, 0, 6)
 
 
-def test_is_close_to_the_linear_it_stands_for():
+def test_is_close_to_the_float_linear():
     linear = int8_linear()
     x = torch.randn(50, 10)
     expected = nn.functional.linear(x, to_float(linear), linear.bias)
@@ -61,7 +61,7 @@ def test_ties_and_views_count_once():
 
 
 @pytest.mark.parametrize("others", [ReferenceBackend, CpuBackend])
-def test_state_goes_from_one_backend_to_another(others):
+def test_a_state_dict_can_be_loaded_on_another_backend(others):
     linear, other = int8_linear(scheme="static"), int8_linear(scheme="static", backend=others())
     other.load_state_dict(linear.state_dict())
     x = torch.randn(3, 10)
@@ -71,13 +71,13 @@ def test_state_goes_from_one_backend_to_another(others):
 
 
 def test_levels_of_another_shape_are_not_loaded():
-    with pytest.raises(ValueError, match=r"weight: \(7, 10\) torch.int8, expected \(6, 10\)"):
+    with pytest.raises(ValueError, match=r"weight: \(7, 10\) torch.int8 is not \(6, 10\)"):
         int8_linear(6).load_state_dict(int8_linear(7).state_dict())
 
 
 @pytest.mark.parametrize("backend", [ReferenceBackend, CpuBackend])
 def test_a_factor_divides_the_row_scales(backend):
-    """Smoothing's fold into an int8 source (haq_lab/quantizers/smoothing.py) leaves the levels alone."""
+    """Folding a smoothing factor into an int8 source (haq_lab/quantizers/smoothing.py) does not change the levels."""
     linear = int8_linear(bias=False, backend=backend())
     x, factor = torch.randn(4, 10), torch.rand(6) + 0.5
     before = linear(x)

@@ -1,4 +1,4 @@
-"""The W8A8 contract itself."""
+"""The definition of the W8A8 arithmetic."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_scale_maps_the_maximum_to_127_and_is_never_zero(maximum):
 
 
 @given(matrices)
-def test_token_scheme_has_one_scale_a_row(values):
+def test_token_scheme_has_one_scale_per_row(values):
     x = torch.from_numpy(values)
     levels, scale = quantize_activations(x, "token", None)
     assert levels.dtype == torch.int8
@@ -81,7 +81,7 @@ def test_zeros_and_no_rows(scheme):
     assert scale.shape == (0, 1)
 
 
-def test_input_is_left_alone():
+def test_the_input_is_not_changed():
     x = torch.randn(4, 8)
     before = x.clone()
     for scheme in ("token", "tensor", "static"):
@@ -98,7 +98,7 @@ def test_epilogue_order_is_row_scale_then_column_scale_then_bias():
 
 
 @given(hnp.arrays(np.float32, (2, 7), elements=st.floats(-200, 200, width=32)))
-def test_swiglu_has_the_bits_of_the_kernels_and_is_silu(values):
+def test_swiglu_is_bit_identical_to_the_kernels_and_close_to_silu(values):
     gate, up = torch.from_numpy(values)
     got = swiglu(gate, up)
     assert torch.equal(got, torch.from_numpy(reference.swiglu(*values)))

@@ -1,4 +1,4 @@
-"""Rows that were quantised elsewhere: linears give the bits they give for the tensor, and nothing else reads them."""
+"""Linears give bit-identical results for QuantizedRows and for the float tensor. Other code cannot read them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def quantized(x: torch.Tensor, backend: ReferenceBackend) -> QuantizedRows:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_linear_and_joined_ones_give_the_bits_they_give_for_the_tensor(dtype):
+def test_outputs_are_bit_identical_to_those_for_the_float_tensor(dtype):
     backend = ReferenceBackend()
     members, x = [linear(rows, backend) for rows in (8, 5)], torch.randn(2, 3, 32, dtype=dtype)
     rows = quantized(x, backend)
@@ -28,12 +28,12 @@ def test_a_linear_and_joined_ones_give_the_bits_they_give_for_the_tensor(dtype):
         for got, expected in zip([member(rows) for member in members], wanted, strict=True):
             assert got.dtype == dtype
             assert torch.equal(got, expected)
-        joint = MergedLinear(members) if members[0].joint is None else members[0].joint
-    assert joint._input is None
+        merged = MergedLinear(members) if members[0].merged is None else members[0].merged
+    assert merged._input is None
     assert not torch.equal(members[0](quantized(2 * x, backend)), wanted[0])
 
 
-def test_it_has_the_tensors_shape_and_type():
+def test_it_has_the_float_tensors_shape_and_type():
     rows = quantized(torch.randn(2, 3, 32), ReferenceBackend())
     assert rows.shape == rows.size() == (2, 3, 32)
     assert rows.dtype == torch.float32
@@ -50,7 +50,7 @@ def test_it_has_the_tensors_shape_and_type():
         lambda x, rows: rows[0],
     ],
 )
-def test_any_other_reader_is_refused(read):
+def test_torch_functions_raise_type_error(read):
     x = torch.randn(3, 32)
     with pytest.raises(TypeError):
         read(x, quantized(x, ReferenceBackend()))

@@ -49,7 +49,7 @@ def test_every_kernel_compiles_to_the_right_code(module: str, major: int, archit
 def test_the_log_says_what_stands_in_the_code(major: int, architecture: int):
     for module in MODULES:
         result = compiled(module, architecture, major)
-        assert set(codegen.held(result.cubin, architecture)) == set(kernel_names(module))
+        assert set(codegen.resources_in_code(result.cubin, architecture)) == set(kernel_names(module))
         assert disagreements(result, architecture) == []
 
 
@@ -71,9 +71,9 @@ extern "C" __global__ void greedy(float* x, int at) {
 @pytest.mark.parametrize("architecture", [80, 120])
 def test_a_stack_and_shared_memory_are_seen_in_both(major: int, architecture: int):
     result = compiler(major).compile(GREEDY, architecture)
-    (seen,) = codegen.held(result.cubin, architecture).values()
+    (seen,) = codegen.resources_in_code(result.cubin, architecture).values()
     assert (seen.stack, seen.shared) == (256, 512)
-    assert codegen.logged(result.log) == {"greedy": seen}
+    assert codegen.resources_in_log(result.log) == {"greedy": seen}
 
 
 @needs("cuobjdump")

@@ -25,7 +25,7 @@ from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.apply import quantize_group
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.result_cache.store import Store
-from haq_lab.runtime import equivalence as probe
+from haq_lab.runtime import equivalence
 from haq_lab.runtime.deploy import deploy
 from haq_lab.runtime.fusion import GatedMlp, QuantizedNorm
 from haq_lab.runtime.grouped_experts import GroupedExperts
@@ -99,7 +99,7 @@ def test_without_a_gpu_the_choice_is_refused():
 
 
 def test_a_device_that_is_none_is_told():
-    with pytest.raises(UserError, match=r"backend\.device: 'gpu0' is not a device; say cuda"):
+    with pytest.raises(UserError, match=r"backend\.device: 'gpu0' is not a device\. Choose cuda"):
         CudaBackend("gpu0")
 
 
@@ -120,7 +120,7 @@ def test_products_alone_generate_the_references_bits(host: Kernels):
     model = LayeredModel(TinyModel("llama").folder())
     prompt = torch.randint(0, 257, (1, 9))
     backend = CudaBackend("cpu", host)
-    backend.fused = None
+    backend.fused_kernels = None
     for got, wanted in zip(
         logits_of(model, backend, prompt), logits_of(model, ReferenceBackend(), prompt), strict=True
     ):
@@ -155,7 +155,7 @@ def test_weights_and_a_deployed_model_lie_on_the_device(monkeypatch: pytest.Monk
     """`meta` stands for a GPU: another device than the CPU, that any machine has. It has no numbers to try with."""
     for part in (QuantizedNorm, GatedMlp):
         monkeypatch.setattr(part, "reproduces", lambda *tried: True)
-    monkeypatch.setattr(probe, "alike", lambda *tried: True)
+    monkeypatch.setattr(equivalence, "nearly_equal", lambda *tried: True)
     model = LayeredModel(TinyModel(architecture).folder())
     idle = Kernels(lambda launch: None, architecture=80, multiprocessors=4, shared_limit=64 * 1024)
     backend = CudaBackend("meta", idle)
@@ -167,7 +167,7 @@ def test_weights_and_a_deployed_model_lie_on_the_device(monkeypatch: pytest.Monk
         layer.mlp.experts = Int8Experts.of(layer.mlp.experts)
     whole = deploy(model.assemble([layer]), model, backend)
     assert all(tensor.is_meta for tensor in [*whole.parameters(), *whole.buffers()])
-    assert layer.self_attn.q_proj.joint.weight_scale.is_meta
+    assert layer.self_attn.q_proj.merged.weight_scale.is_meta
     held = [value for module in layer.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
     assert all(tensor.is_meta for tensor in held), "and what is no parameter"
     assert isinstance(layer.input_layernorm, QuantizedNorm)

@@ -18,7 +18,7 @@ from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.rtn import RTN
-from haq_lab.runtime.deploy import join, specify_swiglu
+from haq_lab.runtime.deploy import merge_linears, specify_swiglu
 from haq_lab.runtime.fusion import GatedMlp, QuantizedNorm, fuse
 from haq_lab.runtime.grouped_experts import GroupedExperts
 
@@ -60,7 +60,7 @@ def quantized_layer(architecture: str, backend: CudaBackend, scheme: str = "toke
 
 def joined_and_fused(model: LayeredModel, layer: nn.Module, backend: CudaBackend) -> dict[str, type[nn.Module]]:
     """What has been fused, by its place."""
-    join(layer, model.groups)
+    merge_linears(layer, model.groups)
     specify_swiglu(layer, backend)
     fuse(layer, model.groups, backend)
     kinds = (QuantizedNorm, GatedMlp, GroupedExperts)
@@ -234,7 +234,7 @@ def test_widths_that_are_no_multiple_of_16_stay(host: Kernels):
 
 def test_a_backend_without_such_kernels_fuses_nothing(host: Kernels):
     backend = CudaBackend("cpu", host)
-    backend.fused = None
+    backend.fused_kernels = None
     model, layer = quantized_layer("llama", backend)
     assert joined_and_fused(model, layer, backend) == {}
 

@@ -29,6 +29,15 @@ def test_calibration_text_is_read_for_offloading_only_where_no_trace_is_there(tm
     assert "calibration" not in _run(tmp_path / "given", *OFFLOADED, profile, *elsewhere)["protocol"]
 
 
+def test_a_run_without_the_native_decoder_says_so_once(tmp_path):
+    code, out, err = launch(*MIXTRAL, "backend=reference", f"hydra.run.dir={tmp_path}")
+    assert code == 0, err
+    notice = "native decoder not used: backend=reference does not use the native CPU kernels"
+    assert out.count("native decoder") == out.count(notice) == 1
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["text"] for event in events if event["event"] == "notice"] == [notice]
+
+
 def test_another_run_in_the_same_folder_leaves_no_table_of_the_first(tmp_path):
     assert any(name.startswith("offload.") for name in _run(tmp_path, *OFFLOADED)["metrics"])
     assert (tmp_path / "offload.csv").is_file()

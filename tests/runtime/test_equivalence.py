@@ -1,4 +1,4 @@
-"""What counts as the same but for float32's last places, and what does not."""
+"""Quantised matrices are nearly equal if they differ only by float32 rounding."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from haq_lab.int8.numerics import quantize_activations
-from haq_lab.runtime.equivalence import alike, probe
+from haq_lab.runtime.equivalence import make_probe, nearly_equal
 
-ROWS = quantize_activations(probe(64, torch.device("cpu")), "token", None)
+ROWS = quantize_activations(make_probe(64, torch.device("cpu")), "token", None)
 
 
 def changed(beside: int = 0, by: int = 1, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,17 +18,17 @@ def changed(beside: int = 0, by: int = 1, scale: float = 1.0) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize("change", [{}, {"beside": 10}, {"scale": 1 + 5e-6}])
-def test_last_places_do_not_matter(change):
-    assert alike(changed(**change), ROWS)
+def test_rounding_differences_are_accepted(change):
+    assert nearly_equal(changed(**change), ROWS)
 
 
 @pytest.mark.parametrize("change", [{"beside": 1, "by": 2}, {"beside": 11}, {"scale": 1 + 2e-5}])
-def test_more_does(change):
-    assert not alike(changed(**change), ROWS)
+def test_larger_differences_are_rejected(change):
+    assert not nearly_equal(changed(**change), ROWS)
 
 
-def test_rows_are_of_very_different_size():
-    sizes = probe(64, torch.device("cpu")).norm(dim=1)
+def test_probe_rows_have_very_different_magnitudes():
+    sizes = make_probe(64, torch.device("cpu")).norm(dim=1)
     assert sizes[0] < 1e-2
     assert sizes[-1] > 1e2
-    assert torch.equal(probe(64, torch.device("cpu")), probe(64, torch.device("cpu")))
+    assert torch.equal(make_probe(64, torch.device("cpu")), make_probe(64, torch.device("cpu")))

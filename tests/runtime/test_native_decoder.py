@@ -1,4 +1,4 @@
-"""A decoder layer in one native call does what its own code does, up to float32 rounding."""
+"""The native decoder computes the same as the layers, up to float32 rounding."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.rtn import RTN
-from haq_lab.runtime.deploy import deploy, join
-from haq_lab.runtime.layer_parts import LayerParts, LinearParts
-from haq_lab.runtime.native_decoder import NativeStack, stacked
+from haq_lab.runtime.deploy import deploy, merge_linears
+from haq_lab.runtime.layer_parts import LayerParts, LinearParts, UnsupportedLayerError
+from haq_lab.runtime.native_decoder import NativeStack, stack_native_layers
 
 if not native.available():
     pytest.skip(f"no CPU kernels here: {native.unavailable_reason()}", allow_module_level=True)
@@ -27,7 +27,7 @@ isas = pytest.mark.parametrize("isa", native.isas())
 
 
 def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=None, **config):
-    """A quantised, joined layer. Weights are small, so that few values lie between two levels."""
+    """A quantised layer with merged linears. Its weights are small, so few values are halfway between two levels."""
     config = LlamaConfig(
         hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
         intermediate_size=inner, attn_implementation="sdpa", **config,
@@ -39,16 +39,15 @@ def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=
             layer.set_submodule(name, Int8Linear.rounded(module, backend))
     layer.input_layernorm.weight.uniform_(0.5, 1.5)
     groups = family_of(config).resolve(config)
-    join(layer, groups)
+    merge_linears(layer, groups)
     return layer, groups
 
 
 def native_form(layer, groups):
-    """The layer as a stack of one, or None where it has no such form."""
-    family = family_of(LlamaConfig())
-    part = LayerParts.of(layer, groups, family)
-    stack = part and NativeStack([layer], [part], 0)
-    return stack if stack and stack.reproduces_its_layers() else None
+    """The layer as a stack of one, or None if the stack does not reproduce it."""
+    part = LayerParts.of(layer, groups, family_of(LlamaConfig()))
+    stack = NativeStack([layer], [part], 0)
+    return stack if stack.reproduces_its_layers() else None
 
 
 def inputs(tokens, head_dim, hidden):
@@ -57,7 +56,7 @@ def inputs(tokens, head_dim, hidden):
 
 
 def agree(got, wanted, hidden):
-    """Most tokens to float32's last places; the others by the fall of a value to another level."""
+    """Most tokens agree up to float32 rounding. In others a value is rounded to the neighbouring level."""
     error = (got - wanted).norm(dim=-1) / (wanted - hidden).norm(dim=-1)
     assert error.median() < 1e-4
     assert error.max() < 0.05
@@ -92,7 +91,7 @@ def test_prompt_and_steps(isa, shape, threads):
         agree(torch.cat(parts, 1), wanted, hidden)
 
 
-def test_long_prompts_are_taken_in_parts():
+def test_long_prompts():
     layer, groups = llama_layer()
     fused = native_form(layer, groups)
     hidden, positions = inputs(700, 32, 96)
@@ -100,22 +99,112 @@ def test_long_prompts_are_taken_in_parts():
     agree(fused(hidden, position_embeddings=positions), wanted, hidden)
 
 
-def test_other_layers_stay_as_they_are():
+def test_a_layer_with_another_activation_is_not_native():
     layer, groups = llama_layer(hidden_act="gelu")
-    assert native_form(layer, groups) is None, "found out by trying"
-    layer, groups = llama_layer(backend=ReferenceBackend())
-    assert native_form(layer, groups) is None
+    assert native_form(layer, groups) is None, "the outputs are compared"
+
+
+def reference_backend():
+    return llama_layer(backend=ReferenceBackend())
+
+
+def one_scale_per_tensor():
     layer, groups = llama_layer()
     layer.self_attn.o_proj.scheme = "tensor"
-    assert native_form(layer, groups) is None
+    return layer, groups
+
+
+def no_mlp_output():
     layer, groups = llama_layer()
-    assert native_form(layer, groups[:-1]) is None
+    return layer, groups[:-1]
+
+
+def float_linear():
+    layer, groups = llama_layer()
+    layer.mlp.down_proj = torch.nn.Linear(160, 96, bias=False)
+    return layer, groups
+
+
+def half_norm():
+    layer, groups = llama_layer()
+    layer.input_layernorm.to(torch.bfloat16)
+    return layer, groups
+
+
+def layer_norm():
+    layer, groups = llama_layer()
+    layer.input_layernorm = torch.nn.LayerNorm(96)
+    return layer, groups
+
+
+def separate_linears():
+    layer, groups = llama_layer()
+    layer.mlp.up_proj.merged = None
+    return layer, groups
+
+
+def sliding_window():
+    layer, groups = llama_layer()
+    layer.self_attn.sliding_window = 16
+    return layer, groups
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (reference_backend, r"self_attn.q_proj is not in the native .* \(backend=reference does not use"),
+        (one_scale_per_tensor, "self_attn.o_proj quantises its input with one scale per tensor"),
+        (no_mlp_output, "not a norm and attention followed by"),
+        (float_linear, "mlp.down_proj is not an int8 linear"),
+        (half_norm, "input_layernorm has weights of type torch.bfloat16, not float32"),
+        (layer_norm, "input_layernorm is not an RMSNorm"),
+        (separate_linears, "mlp.gate_proj, mlp.up_proj cannot be merged into one product"),
+        (sliding_window, "self_attn has a sliding window"),
+    ],
+)
+def test_a_layer_that_is_not_native_has_a_reason(make, reason):
+    layer, groups = make()
+    with pytest.raises(UnsupportedLayerError, match=reason):
+        LayerParts.of(layer, groups, family_of(LlamaConfig()))
+
+
+def norm_in_layer_1(layers):
+    layers[1].input_layernorm = torch.nn.LayerNorm(64)
+
+
+def gelu_in_all_layers(layers):
+    for layer in layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+
+
+@pytest.mark.parametrize(
+    ("change", "notice"),
+    [
+        (norm_in_layer_1, "native decoder not used for 1 of 2 layers: layer 1: input_layernorm is not an RMSNorm"),
+        (gelu_in_all_layers, "native decoder not used: layer 0: the native kernels do not reproduce its output"),
+        (lambda layers: None, None),
+    ],
+)
+def test_deploying_reports_why_layers_are_not_native(change, notice):
+    model, lines = LayeredModel(TinyModel("llama").folder()), []
+    layers: list[torch.nn.Module] = []
+    sequential_pass(model, RTN(), CpuBackend(), None, "fp", {}, lambda index, layer: layers.append(layer))
+    change(layers)
+    deploy(model.assemble(layers), model, CpuBackend(), lines.append)
+    assert lines == ([notice] if notice else [])
+
+
+def test_a_backend_that_is_not_native_is_reported():
+    model, lines = LayeredModel(TinyModel("llama").folder()), []
+    layers = [model.load_layer(index) for index in range(model.depth)]
+    deploy(model.assemble(layers), model, ReferenceBackend(), lines.append)
+    assert lines == ["native decoder not used: backend=reference does not use the native CPU kernels"]
 
 
 def test_runs_of_native_layers_are_stacked():
     layers = [torch.nn.Linear(1, 1) for _ in range(6)]
     one, other = (LayerParts(heads=4, kv_heads=heads, head_dim=32, gate_up=LinearParts(packed=1)) for heads in (2, 4))
-    result = stacked(layers, [one, one, None, one, other, other])
+    result = stack_native_layers(layers, [one, one, None, one, other, other])
     assert [[*stack.layers] if isinstance(stack, NativeStack) else stack for stack in result] == [
         layers[:2],
         layers[2],
@@ -123,7 +212,7 @@ def test_runs_of_native_layers_are_stacked():
         layers[4:],
     ]
     assert [stack.first for stack in result if isinstance(stack, NativeStack)] == [0, 3, 4]
-    assert stacked(layers, [None] * 6) == layers
+    assert stack_native_layers(layers, [None] * 6) == layers
 
 
 def test_static_scales():
@@ -131,14 +220,14 @@ def test_static_scales():
     for linear in layer.modules():
         if isinstance(linear, Int8Linear):
             linear.scheme, linear.input_scale = "static", torch.tensor(0.03)
-            if linear.joint is not None:
-                linear.joint.scheme, linear.joint.input_scale = "static", linear.input_scale
+            if linear.merged is not None:
+                linear.merged.scheme, linear.merged.input_scale = "static", linear.input_scale
     assert native_form(layer, groups) is not None
 
 
 @pytest.fixture
 def pair():
-    """A tiny Llama quantised twice: as it is, and deployed."""
+    """A tiny quantised Llama, not deployed and deployed."""
     model = LayeredModel(TinyModel("llama", hidden=128).folder())
     wholes = []
     for _ in range(2):
@@ -157,7 +246,7 @@ def pair():
 
 
 def close(a, b):
-    """Logits of a two-layer model; levels that fall to another side are rare and small."""
+    """Check that logits of a two-layer model are close. Rounding to a neighbouring level is rare and small."""
     assert (a - b).norm() / a.norm() < 0.02
 
 
@@ -173,7 +262,7 @@ def test_generation_is_the_same(pair):
     assert b.cache.get_seq_length() == 64
 
 
-def test_batches_masks_and_later_parts_go_the_layers_own_way(pair):
+def test_batches_and_masks_run_through_the_original_layers(pair):
     plain, deployed = pair
     batch = torch.randint(0, 257, (3, 20))
     assert torch.equal(plain(batch, use_cache=False).logits, deployed(batch, use_cache=False).logits)

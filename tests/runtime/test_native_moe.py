@@ -1,4 +1,4 @@
-"""A Mixture of Experts in native calls: bit for bit its parts one by one, and what the layers' own code does."""
+"""Native Mixture-of-Experts layers are bit-identical to their parts and close to the original layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from haq_lab.pipeline.sequential import sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import deploy
 from haq_lab.runtime.layer_parts import LayerParts, MoeParts
-from haq_lab.runtime.native_decoder import MoeStack, NativeStack, stack_of
+from haq_lab.runtime.native_decoder import MoeStack, NativeStack, make_stack
 from haq_lab.runtime.native_router import NativeRouter, native_router
 
 if not native.available():
@@ -30,7 +30,7 @@ architectures = pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe",
 @isas
 @settings(max_examples=15, deadline=None)
 @given(m=st.integers(0, 40), k=st.integers(1, 90), f=st.integers(1, 90), static=st.booleans(), seed=st.integers(0, 99))
-def test_an_expert_has_the_bits_of_its_parts(isa, m, k, f, static, seed):
+def test_an_expert_is_bit_identical_to_its_parts(isa, m, k, f, static, seed):
     generator = torch.Generator().manual_seed(seed)
     backend, x = CpuBackend(), 3 * torch.randn(m, k, generator=generator)
 
@@ -46,7 +46,7 @@ def test_an_expert_has_the_bits_of_its_parts(isa, m, k, f, static, seed):
         assert torch.equal(got, Backend.expert(backend, *rows, weights))
 
 
-def test_an_expert_of_other_sizes_is_refused():
+def test_an_expert_with_wrong_sizes_raises():
     data = native.pack(torch.ones(8, 8, dtype=torch.int8)).data
     ok, qx = torch.ones(8), torch.ones(2, 8, dtype=torch.int8)
     native.expert(qx, torch.ones(2), [data] * 3, [ok] * 3)
@@ -68,7 +68,7 @@ def quantised(architecture, activations="token"):
 
 @isas
 @architectures
-def test_the_router_is_the_models(isa, architecture):
+def test_the_native_router_equals_the_models(isa, architecture):
     model = LayeredModel(TinyModel(architecture).folder())
     router = model.load_layer(0).mlp.gate
     with native.forced_isa(isa):
@@ -80,7 +80,7 @@ def test_the_router_is_the_models(isa, architecture):
     assert [*made.state_dict()] == [*router.state_dict()]
 
 
-def test_other_routers_stay():
+def test_other_routers_are_not_replaced():
     model = LayeredModel(TinyModel("mixtral").folder())
     router = model.load_layer(0).mlp.gate
     assert native_router(torch.nn.Linear(64, 8), CpuBackend()) is None
@@ -91,7 +91,7 @@ def test_other_routers_stay():
     assert native_router(upside_down, CpuBackend()) is None
 
 
-def test_equals_and_nans_have_an_expert():
+def test_equal_and_nan_logits_are_routed():
     router = NativeRouter(torch.nn.Parameter(torch.zeros(5, 8), requires_grad=False), 3, True)
     _, weights, chosen = router(torch.ones(2, 8))
     assert chosen.tolist() == [[0, 1, 2]] * 2
@@ -119,7 +119,7 @@ def test_layers_in_one_call(architecture, activations, threads):
     parts = [LayerParts.of(layer, groups, family) for layer in layers]
     for part in parts:
         part.moe = MoeParts()
-    halves = stack_of(layers, parts, 0, block)
+    halves = make_stack(layers, parts, 0, block)
     assert type(halves) is MoeStack
     assert halves.reproduces_its_layers()
     hidden = torch.randn(1, 601, model.config.hidden_size)
@@ -135,21 +135,21 @@ def test_each_layer_is_reproduced_only_with_its_norms(architecture):
     model, layers = quantised(architecture)
     deploy(model.assemble(layers), model, CpuBackend())
     part = LayerParts.of(layers[0], model.groups, model.family)
-    assert stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    assert make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
     part.mlp.eps = 1.0
-    assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
     part.moe = MoeParts()
-    assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers(), "what the experts read is compared"
+    assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers(), "what the experts read is compared"
     part = LayerParts.of(layers[0], model.groups, model.family)
     part.moe, part.attention.eps = MoeParts(), 1.0
-    assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
     if model.family.head_norms:
         part = LayerParts.of(layers[0], model.groups, model.family)
         part.moe, part.keys.weight = MoeParts(), None
-        assert not stack_of([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+        assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
 
 
-def test_other_experts_have_the_attention_half_alone():
+def test_other_experts_run_as_modules_after_native_attention():
     model, layers = quantised("mixtral")
     for layer in layers:
         for expert in layer.mlp.experts:
@@ -162,7 +162,7 @@ def test_other_experts_have_the_attention_half_alone():
     assert ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median() < 0.02
 
 
-def test_experts_that_an_engine_takes_over_later_are_called_as_modules():
+def test_replaced_experts_are_called_as_modules():
     model, layers = quantised("mixtral")
     whole = deploy(model.assemble(layers), model, CpuBackend())
     called = []

@@ -1,1 +1,1 @@
-"""cpu."""
+"""Int8 products on the CPU."""

@@ -1,10 +1,11 @@
-"""`backend=cpu`: int8 products by our own kernels (`native`), else by the fastest exact path that torch has.
+"""Implement `backend=cpu`: int8 products by the native kernels, or by torch if those are not available.
 
-Our kernels need a compiler once, or a library built before, and are held against the reference at start-up.
-torch's paths are chosen between by measuring, for each shape. `torch._int_mm` is fast where the CPU has VNNI.
-Without it, it saturates pairs of products in silence, so each candidate is first held against the reference on
-extreme values. What always works: the product of int8 values in float32, exact as long as a partial sum stays
-below 2^24, hence columns in chunks of 1,040.
+The native kernels (kernels/cpu) are compiled at first use and compared with the reference backend at start-up.
+
+Without them, the fastest exact torch function is measured for each shape. `torch._int_mm` is fast on CPUs with VNNI.
+On other CPUs it silently saturates pairs of products, so each candidate is first compared with the reference on
+extreme values. Float32 products always work. Their sums are exact below 2^24, so columns are split into chunks of
+1,040.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.numerics import ActivationScheme, epilogue, scale_of
 
 Product = Callable[[Tensor, Tensor], Tensor]
-EXACT_IN_FLOAT32 = 2**24 // 127**2  # columns whose products sum exactly in a float32: 1,040
+EXACT_IN_FLOAT32 = 2**24 // 127**2  # 1,040 columns, whose products a float32 can sum exactly
 
 
 def _int_mm(qx: Tensor, qw: Tensor) -> Tensor:
-    return torch._int_mm(qx, qw.t())  # the view, not a copy: 2.5 x faster at one row
+    return torch._int_mm(qx, qw.t())  # a transposed view is 2.5 times faster than a copy for one row
 
 
 def _float_chunks(qx: Tensor, qw: Tensor) -> Tensor:
@@ -39,7 +40,14 @@ CANDIDATES: tuple[Product, ...] = (_int_mm, _float_chunks)
 
 
 def is_exact(product: Product, rows: int, outputs: int, columns: int) -> bool:
-    """Whether `product` equals the reference on random and on extreme values of this shape."""
+    """Return whether `product` equals the reference backend on random and extreme values of one shape.
+
+    Args:
+        product: Multiplies int8 (rows, columns) by int8 (outputs, columns) transposed, to int32 (rows, outputs).
+        rows: Rows of the activations.
+        outputs: Rows of the weights.
+        columns: Columns of both.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> Tensor:
@@ -52,7 +60,7 @@ def is_exact(product: Product, rows: int, outputs: int, columns: int) -> bool:
     reference = ReferenceBackend()
     try:
         return all(torch.equal(product(x, w), reference.accumulate(x, w)) for x, w in draws)
-    except RuntimeError:  # a shape this path does not take
+    except RuntimeError:  # the function does not support this shape
         return False
 
 
@@ -68,7 +76,7 @@ def _seconds(product: Product, qx: Tensor, qw: Tensor) -> float:
 
 @cache
 def fastest(rows: int, outputs: int, columns: int) -> Product:
-    """The fastest exact candidate for a shape; measured once in a process."""
+    """Return the fastest exact candidate for a shape. It is measured once per process."""
     exact = [product for product in CANDIDATES if is_exact(product, rows, outputs, min(columns, 64))]
     qx = torch.ones(rows, columns, dtype=torch.int8)
     qw = torch.ones(outputs, columns, dtype=torch.int8)
@@ -77,7 +85,10 @@ def fastest(rows: int, outputs: int, columns: int) -> Product:
 
 @cache
 def native_is_exact(isa: str) -> bool:
-    """Whether our kernels are there and equal the reference, in the sums and to the last bit of a linear."""
+    """Return whether the native kernels of one instruction set are bit-identical to the reference backend.
+
+    Both the int32 sums and a complete linear are compared.
+    """
     reference = ReferenceBackend()
     generator = torch.Generator().manual_seed(0)
     with native.forced_isa(isa):
@@ -92,39 +103,45 @@ def native_is_exact(isa: str) -> bool:
     return True
 
 
-def _taken(x: Tensor) -> Tensor:
-    """x as our kernels take it."""
+def _supported(x: Tensor) -> Tensor:
+    """Convert x to a type and layout that the native kernels support."""
     return (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
 
 
 class CpuBackend(Backend):
-    """Real int8 products on this CPU.
+    """Backend with int8 products on this CPU.
 
-    Weights that `pack` has put in our kernels' layout are uint8; where those kernels cannot be used they stay int8
-    levels, which torch multiplies. Both give the same bits.
+    If the native kernels are available and exact, `pack` returns uint8 tensors in their layout. Otherwise weights
+    stay int8 levels and torch multiplies them. Both are bit-identical.
     """
 
     name = "cpu"
 
     def __init__(self) -> None:
         if not native.available():
-            self._without = native.unavailable_reason()
+            self._why_not = native.unavailable_reason()
         else:
-            self._without = "" if native_is_exact(native.isa()) else f"our {native.isa()} kernels are not exact here"
-        self._native = not self._without
+            self._why_not = (
+                "" if native_is_exact(native.isa()) else f"the native {native.isa()} kernels are not exact on this CPU"
+            )
+        self.native = not self._why_not
 
     @property
     def kernels(self) -> str:
-        return f"native {native.isa()}" if self._native else f"torch ({self._without})"
+        return f"native {native.isa()}" if self.native else f"torch ({self._why_not})"
+
+    @property
+    def why_not_native(self) -> str:
+        return self._why_not
 
     def pack(self, levels: Tensor) -> Tensor:
-        return native.pack(levels.contiguous()).data if self._native else levels
+        return native.pack(levels.contiguous()).data if self.native else levels
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
         return native.unpack(native.Packed(packed, rows, columns)) if packed.dtype == torch.uint8 else packed
 
-    def joins(self, rows: int) -> bool:
-        return not self._native or rows % native.PANEL == 0
+    def can_merge_rows(self, rows: int) -> bool:
+        return not self.native or rows % native.PANEL == 0
 
     def linear(self, x: Tensor, weights: PackedLinear, scheme: ActivationScheme, static_scale: Tensor | None) -> Tensor:
         packed, weight_scale, bias = weights
@@ -134,7 +151,7 @@ class CpuBackend(Backend):
             static_scale = scale_of(x.float().abs().amax()) if x.numel() else None
         scale = None if scheme == "token" or static_scale is None else float(static_scale)
         y = native.linear(
-            _taken(x),
+            _supported(x),
             native.Packed(packed, len(weight_scale), x.shape[1]),
             weight_scale,
             None if bias is None else bias.float(),
@@ -143,28 +160,28 @@ class CpuBackend(Backend):
         return y.to(x.dtype)
 
     def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self._native:
+        if not self.native:
             return super().quantize(x, scheme, static_scale)
-        x = _taken(x)
+        x = _supported(x)
         if scheme == "token":
             levels, scale = native.quantize_rows(x)
             return levels, scale[:, None]
         if scheme == "tensor":
             static_scale = scale_of(x.float().abs().amax()) if x.numel() else x.new_ones(())
-        assert static_scale is not None, "the static scheme needs the scale from calibration"
+        assert static_scale is not None, "The static scheme needs a scale from calibration."
         return native.quantize_static(x, float(static_scale)), static_scale.float().expand(len(x), 1)
 
     def swiglu_quantize(
         self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if not self._native:
+        if not self.native:
             return super().swiglu_quantize(gate, up, scheme, static_scale)
         return self.quantize(native.silu_mul(torch.cat([gate, up], dim=1)), scheme, static_scale)
 
     def expert(self, qx: Tensor, row_scale: Tensor, weights: PackedExpert) -> Tensor:
         linears = weights.gate, weights.up, weights.down
-        plain = all(linear.packed.dtype == torch.uint8 and linear.bias is None for linear in linears)
-        if not plain or weights.scheme == "tensor":
+        all_native = all(linear.packed.dtype == torch.uint8 and linear.bias is None for linear in linears)
+        if not all_native or weights.scheme == "tensor":
             return super().expert(qx, row_scale, weights)
         packed, scales = [linear.packed for linear in linears], [linear.scale for linear in linears]
         scale = None if weights.static_scale is None else float(weights.static_scale)
@@ -181,5 +198,5 @@ class CpuBackend(Backend):
         rows = qx.shape[0]
         if rows == 0:
             return torch.zeros(0, levels.shape[0], dtype=torch.int32)
-        # One choice for all row counts of the same magnitude: experts see a different count each step.
+        # Row counts are rounded up to a power of two, because experts see a different count at each step.
         return fastest(1 << min(rows - 1, 511).bit_length(), *levels.shape)(qx, levels)

@@ -1,12 +1,12 @@
-"""INT8 products on the CPU by our own C++ kernels (`kernels/cpu`), on torch tensors and without copies.
+"""Call the native CPU kernels (kernels/cpu) on torch tensors, without copies.
 
     packed = native.pack(weight)                              # (N, K) int8, once
     y = native.linear(x, packed, weight_scale, bias, None)    # (M, K) float32 or bfloat16 -> (M, N)
 
-Quantisation of the rows, the exact int8 product and the epilogue `(acc * sx[m]) * sw[n] + b[n]` are one call.
-For q/k/v or gate/up, `pack([wq, wk, wv])` makes one matrix: the rows are quantised once and the outputs lie
-side by side. The instruction set is the best that the CPU has; `HAQ_LAB_ISA` or `forced_isa` asks for a lower
-one. All of them, and the reference backend, agree bit for bit.
+One call quantises the rows, computes the exact int8 product and applies the epilogue `(acc * sx[m]) * sw[n] + b[n]`.
+For q/k/v or gate/up, `pack([wq, wk, wv])` makes one matrix: the rows are quantised once and the outputs are
+concatenated. The best instruction set of the CPU is used. `HAQ_LAB_ISA` or `forced_isa` selects a lower one. All
+instruction sets and the reference backend are bit-identical.
 """
 
 import ctypes
@@ -22,7 +22,8 @@ from torch import Tensor
 from haq_lab.int8.cpu.build import BuildError, build
 from haq_lab.utils.errors import UserError, nearest
 
-PANEL, GROUP = 32, 4  # columns whose weights lie together, and consecutive k of each (kernels/cpu/kernels.h)
+# Output channels whose weights are stored together, and consecutive k of each (kernels/cpu/kernels.h).
+PANEL, GROUP = 32, 4
 _INT32, _INT8 = 0, 3
 _FLOAT_KINDS = {torch.float32: 1, torch.bfloat16: 2}
 _HALF_KINDS = {torch.bfloat16: 2, torch.float16: 4}
@@ -31,16 +32,22 @@ _forced: str | None = None
 
 @dataclass(frozen=True)
 class Packed:
-    """An int8 weight matrix (N, K) in the kernels' layout (kernels/cpu/kernels.h)."""
+    """An int8 weight matrix (N, K) in the kernels' layout (kernels/cpu/kernels.h).
 
-    data: Tensor  # uint8, opaque
+    Attributes:
+        data: The packed weights, uint8.
+        n: Rows N.
+        k: Columns K.
+    """
+
+    data: Tensor
     n: int
     k: int
 
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library and "", or None and why there is none."""
+    """Return the library and "", or None and the reason why it is not available."""
     try:
         lib = ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
@@ -68,20 +75,20 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def available() -> bool:
-    """Whether the kernels can be used here; the first call may build them (some seconds)."""
+    """Return whether the kernels can be used. The first call may compile them, which takes some seconds."""
     return _load()[0] is not None
 
 
 def unavailable_reason() -> str:
-    """Why `available()` is False; empty when it is True."""
+    """Return why `available()` is False, or an empty string if it is True."""
     return _load()[1]
 
 
 def library() -> ctypes.CDLL:
-    """The built kernels. Raises UserError where there are none."""
+    """Return the compiled kernels. Raises UserError if they are not available."""
     lib, reason = _load()
     if lib is None:
-        raise UserError(f"the native CPU backend is not available: {reason}")
+        raise UserError(f"The native CPU kernels are not available: {reason} Use backend=reference.")
     return lib
 
 
@@ -95,12 +102,12 @@ def _levels() -> dict[str, int]:
 
 
 def isas() -> tuple[str, ...]:
-    """The instruction sets usable on this CPU, slowest first."""
+    """Return the instruction sets that this CPU supports, slowest first."""
     return tuple(_levels())
 
 
 def isa() -> str:
-    """The instruction set in use: forced, else `HAQ_LAB_ISA` as it was at first use, else the best."""
+    """Return the instruction set in use: that of `forced_isa`, else `HAQ_LAB_ISA` at first use, else the best."""
     if _forced is not None:
         return _forced
     return next(name for name, level in _levels().items() if level == _default_level())
@@ -108,7 +115,14 @@ def isa() -> str:
 
 @contextmanager
 def forced_isa(name: str) -> Iterator[None]:
-    """Within the block, use this instruction set (for tests and measurements; not per thread)."""
+    """Use one instruction set within a `with` statement, in all threads. Meant for tests and measurements.
+
+    Args:
+        name: One of `isas()`.
+
+    Raises:
+        UserError: This CPU does not support it.
+    """
     global _forced
     _level_of(name, "forced_isa")
     before, _forced = _forced, name
@@ -120,8 +134,9 @@ def forced_isa(name: str) -> Iterator[None]:
 
 def _level_of(name: str, setting: str) -> int:
     if name not in _levels():
+        choices = ", ".join(isas())
         raise UserError(
-            f"{setting}: '{name}' is not one that this CPU can run: {', '.join(isas())}{nearest(name, isas())}"
+            f"{setting}: '{name}' is not supported by this CPU{nearest(name, isas())}. Choose one of {choices}."
         )
     return _levels()[name]
 
@@ -132,7 +147,7 @@ def _default_level() -> int:
 
 
 def level() -> int:
-    """The number of the instruction set in use, as the library takes it."""
+    """Return the library's number of the instruction set in use."""
     return _default_level() if _forced is None else _levels()[_forced]
 
 
@@ -140,35 +155,43 @@ def _check(tensor: Tensor, name: str, dtype: torch.dtype, *shape: int) -> None:
     if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or not tensor.is_cpu:
         raise ValueError(
             f"{name} must be a contiguous CPU tensor {dtype} {shape}, "
-            f"not {tensor.device.type} {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}"
+            f"not {tensor.device.type} {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}."
         )
 
 
 def _wrong_x(x: Tensor, k: int) -> ValueError:
     return ValueError(
         f"x must be a contiguous CPU tensor (..., {k}), float32 or bfloat16, "
-        f"not {x.device.type} {x.dtype} {tuple(x.shape)}, strides {x.stride()}"
+        f"not {x.device.type} {x.dtype} {tuple(x.shape)}, strides {x.stride()}."
     )
 
 
 def _check_x(x: Tensor, k: int) -> int:
-    """The number of rows of a float tensor (..., k)."""
+    """Check a float tensor (..., k) and return its number of rows."""
     if x.dtype not in _FLOAT_KINDS or x.ndim == 0 or x.shape[-1] != k or not x.is_contiguous() or not x.is_cpu:
         raise _wrong_x(x, k)
     return x.shape[:-1].numel()
 
 
 def _static_scale(scale: float | None) -> float:
-    """As the kernels take it: 0 stands for a scale per row. An infinite one or NaN is let through to the outputs."""
+    """Return the scale as the kernels take it: 0 means one scale per row. Infinity and NaN reach the outputs."""
     if scale is None:
         return 0.0
     if scale <= 0.0:
-        raise ValueError(f"activation scale must be positive, not {scale}")
+        raise ValueError(f"activation scale must be positive, not {scale}.")
     return scale
 
 
 def pack(weight: Tensor | Sequence[Tensor]) -> Packed:
-    """Pack int8 weights (N, K), or several of the same K as one matrix of all their rows."""
+    """Convert int8 weights to the kernels' layout.
+
+    Args:
+        weight: int8 (N, K), or several matrices of the same K, which are concatenated along N.
+
+    Raises:
+        UserError: The kernels are not available.
+        ValueError: A tensor is not a contiguous int8 CPU tensor.
+    """
     lib = library()
     parts = [weight] if isinstance(weight, Tensor) else list(weight)
     k = parts[0].shape[-1]
@@ -184,23 +207,32 @@ def pack(weight: Tensor | Sequence[Tensor]) -> Packed:
 
 
 def huge_pages(count: int) -> Tensor:
-    """So many bytes, in huge pages where the system has some to give."""
+    """Allocate `count` bytes as uint8, in huge pages if the system has any."""
     data = torch.empty(count, dtype=torch.uint8)
     library().haq_prefer_huge_pages(data.data_ptr(), count)
     return data
 
 
 def unpack(packed: Packed) -> Tensor:
-    """The int8 weights (N, K) that were packed, exactly."""
+    """Return the exact int8 weights (N, K) of a packed matrix."""
     groups = -(-packed.k // GROUP)
     rows = packed.data.view(-1, groups, PANEL, GROUP).permute(0, 2, 1, 3).reshape(-1, groups * GROUP)
     return (rows[: packed.n, : packed.k] ^ 128).view(torch.int8).contiguous()  # a byte holds w + 128
 
 
 class Linear:
-    """A packed product with its scales, checked once: what a decode step calls (some 4 us a call here).
+    """One int8 linear whose arguments are checked once, for fast calls in decoding (about 4 us of overhead).
 
-    Arguments as for `linear`. The tensors are kept alive and must not be resized or moved.
+    The tensors must not be resized or moved.
+
+    Args:
+        packed: The weights (N, K).
+        weight_scale: One scale per row, float32 (N,).
+        bias: float32 (N,), or None.
+        activation_scale: The static scale; None for one scale per row of x.
+
+    Raises:
+        ValueError: A tensor has another shape, type or layout, or the static scale is not positive.
     """
 
     def __init__(
@@ -214,7 +246,7 @@ class Linear:
         if bias is not None:
             _check(bias, "bias", torch.float32, packed.n)
         self.n, self.k = packed.n, packed.k
-        self._kept = (packed, weight_scale, bias)
+        self._tensors = (packed, weight_scale, bias)  # keeps their memory allocated
         self._weights = packed.data.data_ptr()
         self._scale = weight_scale.data_ptr()
         self._bias = None if bias is None else bias.data_ptr()
@@ -222,7 +254,19 @@ class Linear:
         self._run = library().haq_linear
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """`x (..., K) -> (..., N)` in x's type."""
+        """Compute the linear.
+
+        Args:
+            x: Contiguous (..., K), float32 or bfloat16.
+            out: Where to write the result; a new tensor if None.
+
+        Returns:
+            (..., N) in x's type.
+
+        Raises:
+            ValueError: x or `out` has another shape, type or layout.
+            MemoryError: The kernels could not allocate their buffers.
+        """
         shape, dtype = x.shape, x.dtype
         kind = _FLOAT_KINDS.get(dtype)
         if kind is None or not shape or shape[-1] != self.k or not x.is_contiguous() or not x.is_cpu:
@@ -237,7 +281,9 @@ class Linear:
             self._scale, self._bias, self._static_scale, out.data_ptr(), kind,
         )  # fmt: skip
         if failed:
-            raise MemoryError(f"int8 linear of {m} x {self.n} x {self.k}")
+            raise MemoryError(
+                f"An int8 linear of {m} x {self.n} x {self.k} has no memory for its buffers. Use fewer rows."
+            )
         return out
 
 
@@ -249,16 +295,28 @@ def linear(
     activation_scale: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`x (..., K) -> (..., N)` in x's type, float32 or bfloat16.
+    """Compute one int8 linear. For many calls with the same weights, create a `Linear` once.
 
-    `weight_scale` and `bias` are float32 (N,). Without `activation_scale` each row gets its own scale.
-    To call it often, make a `Linear` once.
+    Args:
+        x: Contiguous (..., K), float32 or bfloat16.
+        packed: The weights (N, K).
+        weight_scale: One scale per row, float32 (N,).
+        bias: float32 (N,), or None.
+        activation_scale: The static scale; None for one scale per row of x.
+        out: Where to write the result; a new tensor if None.
+
+    Returns:
+        (..., N) in x's type.
+
+    Raises:
+        ValueError: A tensor has another shape, type or layout, or the static scale is not positive.
+        MemoryError: The kernels could not allocate their buffers.
     """
     return Linear(packed, weight_scale, bias, activation_scale)(x, out)
 
 
 def accumulate(qx: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
-    """The exact sums: int8 `qx (M, K)` -> int32 (M, N)."""
+    """Multiply int8 `qx` (M, K) by packed weights (N, K) transposed. Returns the exact int32 sums (M, N)."""
     m = qx.shape[0]
     _check(qx, "qx", torch.int8, m, packed.k)
     if out is None:
@@ -270,17 +328,17 @@ def accumulate(qx: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
         packed.data.data_ptr(), packed.n, None, None, 0.0, out.data_ptr(), _INT32,
     )  # fmt: skip
     if failed:
-        raise MemoryError(f"int8 product of {m} x {packed.n} x {packed.k}")
+        raise MemoryError(f"An int8 product of {m} x {packed.n} x {packed.k} has no memory. Use fewer rows.")
     return out
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x (M, K)` -> int8 (M, K) and a float32 scale per row (M,); scale 1 where max|x| / 127 is 0."""
+    """Quantise x (M, K) to int8 (M, K) with one float32 scale per row (M,). The scale is 1 if max|x| / 127 is 0."""
     return _quantize(x, 0.0)
 
 
 def quantize_static(x: Tensor, scale: float) -> Tensor:
-    """`x (M, K)` -> int8 (M, K) under one given scale."""
+    """Quantise x (M, K) to int8 (M, K) with one given scale."""
     return _quantize(x, _static_scale(scale))[0]
 
 
@@ -303,13 +361,22 @@ def _quantize(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` of `gate_up (..., 2N)`, which holds gate | up as a packed gate/up product does.
+    """Compute silu(gate) * up.
 
-    In fp32 within a few units of the last place of torch's, and the very bits of the CUDA kernels' (numeric.cuh).
+    The result is within a few ulp of torch's and bit-identical to that of the CUDA kernels (kernels/numeric.cuh).
+
+    Args:
+        gate_up: (..., 2N), float32 or bfloat16: gate in the first N columns, up in the others.
+
+    Returns:
+        (..., N) in the same type.
+
+    Raises:
+        ValueError: The width is odd, or the type or layout is not supported.
     """
     m, n = _check_x(gate_up, gate_up.shape[-1]), gate_up.shape[-1] // 2
     if gate_up.shape[-1] % 2:
-        raise ValueError(f"gate_up must hold gate | up, so an even width, not {gate_up.shape[-1]}")
+        raise ValueError(f"gate_up must have an even number of columns, not {gate_up.shape[-1]}.")
     out = torch.empty((*gate_up.shape[:-1], n), dtype=gate_up.dtype)
     threads, kind = torch.get_num_threads(), _FLOAT_KINDS[gate_up.dtype]
     library().haq_silu_mul(level(), threads, gate_up.data_ptr(), kind, m, n, out.data_ptr())
@@ -323,11 +390,23 @@ def expert(
     scales: Sequence[Tensor],
     activation_scale: float | None = None,
 ) -> Tensor:
-    """`down(silu(gate(x)) * up(x))` of int8 `qx (M, K)` with float32 `row_scale (M,)` -> float32 (M, K).
+    """Compute one expert, down(silu(gate(x)) * up(x)).
 
-    `packed` are the data of gate and up (F, K) and of down (K, F), `scales` their float32 (F,), (F,) and (K,). What
-    down reads is quantised with `activation_scale`, or each row with its own. The bits are those of `accumulate` and
-    the epilogue, `silu_mul` and `linear` one after the other.
+    The result is bit-identical to `accumulate` with the epilogue, `silu_mul` and `linear` in this order.
+
+    Args:
+        qx: int8 (M, K).
+        row_scale: Its scales, float32 (M,).
+        packed: `Packed.data` of gate (F, K), up (F, K) and down (K, F).
+        scales: Their weight scales, float32 (F,), (F,) and (K,).
+        activation_scale: The static scale of down's input; None for one scale per row.
+
+    Returns:
+        float32 (M, K).
+
+    Raises:
+        ValueError: A tensor has another shape, type or layout.
+        MemoryError: The kernels could not allocate their buffers.
     """
     (m, k), f = qx.shape, len(scales[0])
     _check(qx, "qx", torch.int8, m, k)
@@ -335,7 +414,7 @@ def expert(
     for data, scale, (rows, columns) in zip(packed, scales, ((f, k), (f, k), (k, f)), strict=True):
         if data.numel() != -(-rows // PANEL) * PANEL * -(-columns // GROUP) * GROUP or len(scale) != rows:
             raise ValueError(
-                f"{data.numel()} packed bytes and {len(scale)} scales are not of weights {rows} x {columns}"
+                f"{data.numel()} packed bytes and {len(scale)} scales do not fit weights of {rows} x {columns}."
             )
     out = torch.empty((m, k), dtype=torch.float32)
     gate, up, down = ((data.data_ptr(), scale.data_ptr()) for data, scale in zip(packed, scales, strict=True))
@@ -344,19 +423,29 @@ def expert(
         *gate, *up, *down, _static_scale(activation_scale), out.data_ptr(),
     )  # fmt: skip
     if failed:
-        raise MemoryError(f"int8 expert of {m} x {k}, {f} wide")
+        raise MemoryError(f"An int8 expert of width {f} has no memory for {m} x {k} inputs. Use fewer rows.")
     return out
 
 
 def half_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """float32 `x (M, K)` times `weight (N, K)`, bfloat16 or float16 as it lies there, transposed: float32 (M, N).
+    """Multiply by 16-bit float weights without converting them in memory.
 
-    The weights widen exactly and sums are float32, in an order of their own. Made for few rows: time grows with M.
+    Sums are float32, in another order than torch's. The kernel is meant for few rows, because its time grows with M.
+
+    Args:
+        x: float32 (M, K).
+        weight: bfloat16 or float16 (N, K).
+
+    Returns:
+        float32 (M, N).
+
+    Raises:
+        ValueError: A tensor has another shape, type or layout.
     """
     m, (n, k) = x.shape[0], weight.shape
     _check(x, "x", torch.float32, m, k)
     if weight.dtype not in _HALF_KINDS:
-        raise ValueError(f"weight must be bfloat16 or float16, not {weight.dtype}")
+        raise ValueError(f"weight must be bfloat16 or float16, not {weight.dtype}.")
     _check(weight, "weight", weight.dtype, n, k)
     out = torch.empty((m, n), dtype=torch.float32)
     kind = _HALF_KINDS[weight.dtype]
@@ -367,5 +456,5 @@ def half_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def read_bytes(data: Tensor) -> int:
-    """Read a contiguous tensor once, as fast as the threads can, and return its checksum (for bandwidth)."""
+    """Read a contiguous tensor once with all threads and return its checksum, to measure memory bandwidth."""
     return library().haq_read(level(), torch.get_num_threads(), data.data_ptr(), data.nbytes)

@@ -1,7 +1,7 @@
-"""Build the CPU kernels in `kernels/cpu` into a shared library, once for each source, compiler and machine.
+"""Compile the CPU kernels in kernels/cpu to a shared library, once for each source, compiler and machine.
 
-The library is built at first use and kept in the cache folder (`haq_lab.utils.paths`). It is written aside and renamed
-under a lock, so that processes that start together build it once and none loads half a file.
+The library is compiled at first use and stored in the cache folder (`haq_lab.utils.paths`). It is written to a
+temporary folder and renamed under a lock. So concurrent processes compile it once and never load a partial file.
 """
 
 import hashlib
@@ -17,40 +17,47 @@ from filelock import FileLock
 
 from haq_lab.utils.paths import bundled, cache_folder
 
-# The epilogue's multiplications and additions must stay apart (one numerics for every backend), hence no
-# contraction into fused multiply-adds. Vector instructions are chosen function by function at run time.
+# No contraction to fused multiply-adds: each operation of the epilogue must be rounded separately, so that backends
+# are bit-identical. Vector instructions are selected per function at run time.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 
 
 class BuildError(Exception):
-    """The library could not be built; the message says why."""
+    """The library could not be compiled. The message says why."""
 
 
 def source_folder() -> Path:
-    """The CPU kernels' folder."""
+    """Return the folder of the CPU kernels. Raises BuildError if it is missing."""
     folder = bundled("kernels") / "cpu"
     if not (folder / "kernels.h").is_file():
-        raise BuildError(f"the kernel sources are not in {folder}")
+        raise BuildError(f"{folder} does not contain the kernel sources. Reinstall haq-lab.")
     return folder
 
 
 def compiler() -> list[str]:
-    """The C++ compiler's command: `$CXX`, else the first of c++, g++ and clang++ on the path."""
-    asked = shlex.split(os.environ.get("CXX", ""))
-    if asked:
-        if shutil.which(asked[0]) is None:
-            raise BuildError(f"no C++ compiler: CXX={asked[0]} is not on the path")
-        return asked
+    """Return the C++ compiler's command: `$CXX`, else the first of c++, g++ and clang++ on the path.
+
+    Raises:
+        BuildError: There is no compiler.
+    """
+    command = shlex.split(os.environ.get("CXX", ""))
+    if command:
+        if shutil.which(command[0]) is None:
+            raise BuildError(f"CXX: no C++ compiler {command[0]} is on the path. Install it or unset CXX.")
+        return command
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
-    raise BuildError("no C++ compiler: none of c++, g++, clang++ is on the path, and CXX is not set")
+    raise BuildError("There is no C++ compiler on the path. Install c++, g++ or clang++, or set CXX.")
 
 
 def build() -> Path:
-    """Path of the shared library, built if it is not in the cache. Raises BuildError.
+    """Return the path of the shared library and compile it if it is not in the cache.
 
-    Without a compiler, a library that was built from these very sources before will do.
+    Without a compiler, a cached library of the same sources is used.
+
+    Raises:
+        BuildError: There is no compiler, or it failed.
     """
     folder, cache = source_folder(), cache_folder() / "native"
     sources = sorted(folder.glob("*.cpp"))
@@ -70,16 +77,16 @@ def build() -> Path:
         with FileLock(f"{library}.lock"):
             if not library.is_file():
                 with tempfile.TemporaryDirectory(dir=cache) as aside:
-                    built = Path(aside) / library.name
-                    _compile([*command, *FLAGS, *map(str, sources), "-o", str(built)])
-                    built.replace(library)
+                    new = Path(aside) / library.name
+                    _compile([*command, *FLAGS, *map(str, sources), "-o", str(new)])
+                    new.replace(library)
     except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"the CPU kernels could not be built: {error}") from error
+        raise BuildError(f"The CPU kernels could not be compiled: {error}.") from error
     return library
 
 
 def _source_key(folder: Path) -> str:
-    """Of the sources, the flags and the machine."""
+    """Return a hash of the sources, the flags and the machine type."""
     key = hashlib.sha256("\0".join([platform.machine(), *FLAGS]).encode())
     for path in sorted([*folder.glob("*.cpp"), *folder.glob("*.h")]):
         key.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -1,1 +1,1 @@
-"""cuda."""
+"""Int8 kernels on NVIDIA GPUs."""

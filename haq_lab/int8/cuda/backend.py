@@ -1,4 +1,4 @@
-"""`backend=cuda`: the kernels of haq_lab.int8.cuda as a backend."""
+"""Implement `backend=cuda` with the kernels of haq_lab.int8.cuda."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from haq_lab.utils.errors import UserError
 
 
 class CudaBackend(Backend):
-    """Quantise, multiply and scale in two launches.
+    """Backend on an NVIDIA GPU. It quantises, multiplies and scales in two launches.
 
-    Weights lie on the device. An input from elsewhere is brought there and its output taken back: calibration and
-    evaluation, which hold one layer at a time, keep their hidden states on the CPU. In a deployed model nothing moves.
+    Weights are on the GPU. Calibration and evaluation keep hidden states on the CPU, so inputs are copied to the GPU
+    and outputs back. A deployed model is completely on the GPU and copies nothing.
 
     Args:
-        device: Such as `cuda` (torch's current one) or `cuda:1`.
-        kernels: The calls to use; those of the device if None.
-        share: Whether other processes may use the GPU at the same time; else `cuda` is the first that is free.
+        device: `cuda` for torch's current device, or a number such as `cuda:1`.
+        kernels: The kernels to use; those of the device if None.
+        share: Whether other processes may use the GPU at the same time. If False, the backend takes the first free
+            GPU and waits if there is none.
 
     Raises:
-        UserError: No GPU, no CuPy, or too old a GPU.
+        UserError: There is no GPU, the GPU is too old, or CuPy is not installed.
     """
 
     name = "cuda"
+    uses_gpu = True
 
     def __init__(self, device: str = "cuda", kernels: Kernels | None = None, share: bool = False) -> None:
         self.device = _device(device) if share else lock_gpu(_device(device))
-        self.fused = self._kernels = kernels or cuda_device.kernels(self.device.index)
+        self.fused_kernels = self._kernels = kernels or cuda_device.kernels(self.device.index)
 
     @property
     def kernels(self) -> str:
@@ -51,25 +53,25 @@ class CudaBackend(Backend):
         return self._kernels.accumulate(padded(qx), padded(levels))
 
     def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As the contract says, with columns added up to a multiple of 16."""
+        """Quantise as the base class does, with zero columns added up to a multiple of 16."""
         x = padded(x.to(self.device).contiguous())
         if scheme == "token":
             return self._kernels.quantize_rows(x)
-        # One scale for all rows: known from calibration, or the maximum of this tensor.
+        # One scale for all rows: from this tensor's maximum or from calibration.
         scale = scale_of(x.float().abs().amax()) if scheme == "tensor" else static_scale
-        assert scale is not None, "the static scheme needs the scale from calibration"
-        return self._kernels.quantize_static(x, self._given(scale))
+        assert scale is not None, "The static scheme needs a scale from calibration."
+        return self._kernels.quantize_static(x, self._as_kernel_scale(scale))
 
     def swiglu_quantize(
         self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if scheme == "tensor" or gate.shape[1] % K_MULTIPLE:
             return super().swiglu_quantize(gate, up, scheme, static_scale)
-        scale = None if static_scale is None else self._given(static_scale)
+        scale = None if static_scale is None else self._as_kernel_scale(static_scale)
         return self._kernels.swiglu_quantize(torch.cat([gate, up], dim=1), scale)
 
-    def _given(self, scale: Tensor) -> Tensor:
-        """One scale for all rows as the kernels take it."""
+    def _as_kernel_scale(self, scale: Tensor) -> Tensor:
+        """Convert one scale for all rows to float32 (1,) on the device."""
         return scale.to(self.device, torch.float32).reshape(1)
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
@@ -82,4 +84,6 @@ def _device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"backend.device: '{name}' is not a device; say cuda, or cuda:1 for the second GPU") from error
+        raise UserError(
+            f"backend.device: '{name}' is not a device. Choose cuda, or cuda:1 for the second GPU."
+        ) from error

@@ -1,4 +1,4 @@
-"""Runs launches on a GPU through CuPy, on torch's memory and torch's current stream."""
+"""Launch kernels on a GPU through CuPy, on torch's memory and current stream."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from haq_lab.int8.cuda.launch import Argument, Launch
 from haq_lab.int8.cuda.nvrtc import Compiler, cubin_file, default_compiler
 from haq_lab.utils.errors import UserError
 
-OLDEST = 75
-DEFAULT_SHARED = 48 * 1024  # more than this a kernel must be allowed explicitly
-INSTALL = "`pip install 'haq-lab[cuda13]'` (or cuda12, by your driver)"
+OLDEST = 75  # sm_75 (Turing), the first GPUs with int8 tensor cores
+DEFAULT_SHARED = 48 * 1024  # bytes of shared memory; a kernel must opt in to use more
+INSTALL = "`pip install 'haq-lab[cuda13]'` (or cuda12 for an older driver)"
 
 
 def marshal(args: tuple[Argument, ...]) -> tuple[np.generic, ...]:
-    """Arguments as the kernel's parameters lie in memory: addresses, int32 and float32."""
+    """Convert arguments to the types of the kernel's parameters: addresses, int32 and float32."""
 
     def one(value: Argument) -> np.generic:
         if value is None:
@@ -34,13 +34,13 @@ def marshal(args: tuple[Argument, ...]) -> tuple[np.generic, ...]:
 
 
 class CupyRunner:
-    """Loads each module once a device, from the compiled file on disk, and launches its kernels.
+    """Launches kernels on one device. Each module is loaded once from its compiled file on disk.
 
     Args:
         cupy: The imported package.
-        device: The CUDA device's index.
-        architecture: Of that device, such as 86.
-        compiler: Makes the compiled files.
+        device: Index of the CUDA device.
+        architecture: Compute capability of the device, such as 86 for 8.6.
+        compiler: Compiles modules that are not on disk.
     """
 
     def __init__(self, cupy: ModuleType, device: int, architecture: int, compiler: Compiler) -> None:
@@ -66,20 +66,27 @@ class CupyRunner:
 
 
 def check_architecture(architecture: int, name: str) -> None:
-    """Raise UserError for a GPU that lacks the int8 tensor-core instructions."""
+    """Raise UserError if a GPU has no int8 tensor cores."""
     if architecture < OLDEST:
         raise UserError(
-            f"backend=cuda needs compute capability 7.5 (Turing) or later; {name} has "
-            f"{architecture // 10}.{architecture % 10}. Use backend=cpu or backend=reference"
+            f"backend=cuda needs compute capability 7.5 (Turing) or later, but {name} has "
+            f"{architecture // 10}.{architecture % 10}. Choose backend=cpu or backend=reference."
         )
 
 
 def kernels(device: int | None) -> Kernels:
-    """The calls for one device. Raises UserError with one message where it can't work."""
+    """Return the kernels for one device.
+
+    Args:
+        device: Index of the CUDA device; None for torch's current one.
+
+    Raises:
+        UserError: There is no GPU, the GPU is too old, or CuPy or NVRTC is not installed.
+    """
     if not torch.cuda.is_available():
-        raise UserError("backend=cuda needs an NVIDIA GPU that torch can use, and finds none: use backend=cpu")
+        raise UserError("backend=cuda needs an NVIDIA GPU, and torch finds none. Choose backend=cpu.")
     if importlib.util.find_spec("cupy") is None:
-        raise UserError(f"backend=cuda needs CuPy, which is not installed: {INSTALL}")
+        raise UserError(f"backend=cuda needs CuPy, which is not installed. Run {INSTALL}.")
     import cupy
 
     index = torch.cuda.current_device() if device is None else device

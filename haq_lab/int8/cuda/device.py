@@ -1,4 +1,4 @@
-"""Return the CUDA kernels' calls for one device."""
+"""Create the CUDA kernels of a device once per process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from haq_lab.int8.cuda.kernels import Kernels
 
 @cache
 def kernels(device: int | None = None) -> Kernels:
-    """The calls for CUDA device `device`, torch's current one if None.
+    """Return the kernels of one CUDA device.
+
+    Args:
+        device: Index of the CUDA device; None for torch's current one.
 
     Raises:
-        UserError: No GPU, no CuPy, no NVRTC, or a GPU older than sm_75: one message that says which.
+        UserError: There is no GPU, the GPU is older than sm_75, or CuPy or NVRTC is not installed.
     """
     from haq_lab.int8.cuda import cupy_runner
 

@@ -1,12 +1,12 @@
-"""W8A8 on an NVIDIA GPU: what each call checks, allocates and launches.
+"""Check the arguments of the CUDA kernels, allocate their outputs and launch them.
 
-    gpu = haq_lab.int8.cuda.kernels()
+    gpu = haq_lab.int8.cuda.device.kernels()
     qx, sx = gpu.quantize_rows(x)                  # x (M, K) float16 -> int8 (M, K), float32 (M,)
     y = gpu.gemm(qx, qw, sx, sw, bias, x.dtype)    # qw (N, K) int8, sw (N,) -> (M, N)
 
-Tensors stay torch's: a kernel gets their addresses, nothing is copied, and it runs on torch's current stream.
-K must be a multiple of 16 and tensors contiguous. Another K is padded with zeros by the caller (`padded`): zeros add
-nothing to a sum of products nor to a row's maximum. Normalisations divide by K, so there K itself must fit.
+Kernels get the addresses of torch tensors, copy nothing, and run on torch's current stream. Tensors must be contiguous
+and K must be a multiple of 16. For another K the caller adds zero columns (`padded`), which change neither a sum of
+products nor a row's maximum. Norms divide by K, so their K must be a multiple of 16 without padding.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ from haq_lab.int8.cuda.launch import (
 )
 
 K_MULTIPLE = 16
-
-
-GEMV_ROWS = 8
+GEMV_ROWS = 8  # largest number of rows of `gemv`
 
 
 def padded(x: Tensor) -> Tensor:
-    """`x` (..., K) with zeros up to a K that is a multiple of 16; `x` itself where it is one."""
+    """Return x (..., K) with zero columns added up to a multiple of 16, or x itself if K is one."""
     missing = -x.shape[-1] % K_MULTIPLE
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}")
+        raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} is not {shape} {dtype}.")
     if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-        raise ValueError(f"{name} must be contiguous and aligned to 16 bytes")
+        raise ValueError(f"{name} must be contiguous and aligned to 16 bytes. Pass a copy.")
 
 
 def _check_k(k: int) -> None:
     if k % K_MULTIPLE or not 0 < k <= MAX_K:
-        raise ValueError(f"K = {k}: must be a multiple of {K_MULTIPLE} (see `padded`), at most {MAX_K}")
+        raise ValueError(f"K: {k} is not a multiple of {K_MULTIPLE} of at most {MAX_K}. Use `padded`.")
 
 
 def _type(dtype: torch.dtype) -> str:
     if dtype not in TYPE_NAMES:
-        raise ValueError(f"{dtype} is none of {', '.join(map(str, TYPE_NAMES))}")
+        raise ValueError(f"{dtype} is not supported. Choose one of {', '.join(map(str, TYPE_NAMES))}.")
     return TYPE_NAMES[dtype]
 
 
 class Kernels:
-    """The calls, for one device.
+    """The W8A8 kernels of one device.
+
+    All methods raise ValueError if a tensor has another shape, type or layout than documented.
 
     Args:
         run: Executes a launch.
-        architecture: Such as 86 for sm_86.
-        multiprocessors: Of the device; decides tiles and splits, never a result.
-        shared_limit: Bytes of shared memory that a block can have.
+        architecture: Compute capability of the device, such as 86 for 8.6.
+        multiprocessors: Their number on the device. It determines tiles and splits, and never changes a result.
+        shared_limit: Largest number of bytes of shared memory per block.
     """
 
     def __init__(self, run: Run, *, architecture: int, multiprocessors: int, shared_limit: int) -> None:
@@ -75,17 +75,27 @@ class Kernels:
         self._shared_limit = shared_limit
 
     def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Per token: x (M, K) floating -> int8 (M, K) and float32 scales (M,)."""
+        """Quantise x (M, K) with one scale per row. Returns int8 (M, K) and float32 scales (M,)."""
         return self._quantize("quantize", x.shape[0], x.shape[1], x, (x,), (), None)
 
     def quantize_static(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Per tensor: x (M, K) with the float32 scale (1,) from calibration -> int8 (M, K) and that scale (M,)."""
+        """Quantise x (M, K) with one float32 scale (1,). Returns int8 (M, K) and that scale for each row (M,)."""
         return self._quantize("quantize", x.shape[0], x.shape[1], x, (x,), (), scale)
 
     def rmsnorm_quantize(
         self, x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """RMSNorm with float32 `weight` (K,), then quantised; per token unless a static `scale` (1,) is given."""
+        """Apply RMSNorm and quantise.
+
+        Args:
+            x: (M, K), floating.
+            weight: float32 (K,).
+            eps: The norm's epsilon.
+            scale: Static scale, float32 (1,); None for one scale per row.
+
+        Returns:
+            int8 (M, K) and float32 scales (M,).
+        """
         _check("weight", weight, (x.shape[1],), torch.float32)
         extra = (weight, float(eps))
         return self._quantize("rmsnorm_quantize", x.shape[0], x.shape[1], x, (x, *extra), (), scale)
@@ -93,17 +103,25 @@ class Kernels:
     def layernorm_quantize(
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """LayerNorm with float32 `weight` and `bias` (K,), then quantised."""
+        """Apply LayerNorm and quantise. Like `rmsnorm_quantize`, with a float32 `bias` (K,)."""
         _check("weight", weight, (x.shape[1],), torch.float32)
         _check("bias", bias, (x.shape[1],), torch.float32)
         extra = (weight, bias, float(eps))
         return self._quantize("layernorm_quantize", x.shape[0], x.shape[1], x, (x, *extra), (), scale)
 
     def swiglu_quantize(self, gate_up: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """silu(gate) * up, then quantised: gate_up (M, 2 K), gate first, -> int8 (M, K) and scales (M,)."""
+        """Compute silu(gate) * up and quantise it.
+
+        Args:
+            gate_up: (M, 2 K): gate in the first K columns, up in the others.
+            scale: Static scale, float32 (1,); None for one scale per row.
+
+        Returns:
+            int8 (M, K) and float32 scales (M,).
+        """
         m, k = gate_up.shape[0], gate_up.shape[1] // 2
         if gate_up.shape[1] % 2:
-            raise ValueError("gate_up needs an even number of columns")
+            raise ValueError(f"gate_up: {gate_up.shape[1]} columns are not an even number.")
         halves = (gate_up[:, :k], gate_up[:, k:])
         return self._quantize("swiglu_quantize", m, k, gate_up, halves, (2 * k,), scale)
 
@@ -123,7 +141,7 @@ class Kernels:
             _check("scale", scale, (1,), torch.float32)
         q = torch.empty(m, k, dtype=torch.int8, device=x.device)
         scales = torch.empty(m, dtype=torch.float32, device=x.device)
-        # With a static scale and no norm the row is read once in any case.
+        # With a static scale and no norm, each row is read only once, so it is not staged in shared memory.
         once = scale is not None and kernel in ("quantize", "swiglu_quantize")
         staged = 0 if once else staged_groups(k, self._shared_limit)
         if m:
@@ -144,9 +162,21 @@ class Kernels:
         tile: Tile | None = None,
         split: int | None = None,
     ) -> Tensor:
-        """(qx . qw^T) * sx * sw + bias: int8 (M, K) and (N, K), float32 (M,), (N,), (N,) or None -> (M, N).
+        """Compute (qx . qw^T) * sx * sw + bias.
 
-        `tile` and `split` are chosen by the shape where not given; they never change a bit of the result.
+        Args:
+            qx: int8 (M, K).
+            qw: int8 (N, K).
+            sx: float32 (M,).
+            sw: float32 (N,).
+            bias: float32 (N,), or None.
+            out_dtype: Type of the result.
+            tile: Tile of a block; chosen by the shape if None. The result is bit-identical for every tile.
+            split: Parts into which K is split; chosen by the shape if None. The result is bit-identical for every
+                split.
+
+        Returns:
+            (M, N) of `out_dtype`.
         """
         m, n, _ = self._check_product(qx, qw, sx, sw, bias)
         name = _type(out_dtype)
@@ -165,7 +195,7 @@ class Kernels:
         return out
 
     def accumulate(self, qx: Tensor, qw: Tensor, *, tile: Tile | None = None, split: int | None = None) -> Tensor:
-        """The exact sums alone: int8 (M, K) and (N, K) -> int32 (M, N)."""
+        """Multiply int8 (M, K) by int8 (N, K) transposed. Returns the exact int32 sums (M, N)."""
         m, n, k = self._check_product(qx, qw, None, None, None)
         tile = tile or choose_tile(m, n, self._multiprocessors)
         split = split or choose_split(m, n, k, tile, self._multiprocessors)
@@ -196,10 +226,10 @@ class Kernels:
     def gemv(
         self, qx: Tensor, qw: Tensor, sx: Tensor, sw: Tensor, bias: Tensor | None, out_dtype: torch.dtype
     ) -> Tensor:
-        """As `gemm`, for at most eight rows: bound by reading the weights once."""
+        """Compute the same as `gemm` for at most eight rows. It is limited by the bandwidth of reading the weights."""
         m, n, k = self._check_product(qx, qw, sx, sw, bias)
         if m > GEMV_ROWS:
-            raise ValueError(f"gemv takes at most {GEMV_ROWS} rows, not {m}")
+            raise ValueError(f"gemv takes at most {GEMV_ROWS} rows, not {m}. Use gemm.")
         out = torch.empty(m, n, dtype=out_dtype, device=qx.device)
         if out.numel():
             rows = next(size for size in (1, 2, 4, 8) if size >= m)
@@ -219,18 +249,20 @@ class Kernels:
         *,
         tile: Tile | None = None,
     ) -> Tensor:
-        """Every expert's product in one launch.
+        """Compute the products of all experts in one launch.
 
         Args:
-            qx: int8 (T, K), tokens sorted by expert.
+            qx: Tokens sorted by expert, int8 (T, K).
             qw: int8 (E, N, K).
-            offsets: int32 (E + 1,) on the device: expert e has the rows offsets[e] .. offsets[e + 1], from 0 to T.
-            sx, sw, bias: float32 (T,), (E, N), and (E, N) or None.
+            offsets: int32 (E + 1,) on the device. Expert e has the rows from offsets[e] up to offsets[e + 1].
+            sx: float32 (T,).
+            sw: float32 (E, N).
+            bias: float32 (E, N), or None.
             out_dtype: A floating type.
-            tile: Chosen by the tokens an expert has on average where not given.
+            tile: Tile of a block; chosen by the average number of tokens per expert if None.
 
         Returns:
-            (T, N), rows in the order of qx.
+            (T, N) of `out_dtype`, with rows in the order of qx.
         """
         (t, k), (e, n, _) = qx.shape, qw.shape
         _check_k(k)
@@ -244,15 +276,15 @@ class Kernels:
         out = torch.empty(t, n, dtype=out_dtype, device=qx.device)
         if out.numel():
             tile = tile or TILES[2 if t <= 32 * e else 1 if t <= 128 * e else 0]
-            most = (t + min(e, t) * (tile.rows - 1)) // tile.rows  # every expert's last tile one row full
-            grid = (most, blocks(n, tile.columns), 1)
+            most_tiles = (t + min(e, t) * (tile.rows - 1)) // tile.rows  # if each expert's last tile has a single row
+            grid = (most_tiles, blocks(n, tile.columns), 1)
             args = (qx, qw, offsets, sx, sw, bias, out, e, n, k)
             name = f"grouped_{tile.name}_{_type(out_dtype)}"
             self._run(Launch("grouped", name, grid, tile.threads, tile.shared(self._architecture), args))
         return out
 
     def dequant(self, qw: Tensor, sw: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """int8 (N, K) and float32 (N,) -> float16 or bfloat16 (N, K)."""
+        """Dequantise int8 (N, K) with float32 scales (N,). Returns float16 or bfloat16 (N, K)."""
         n, k = qw.shape
         _check_k(k)
         _check("qw", qw, (n, k), torch.int8)

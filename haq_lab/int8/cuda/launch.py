@@ -1,7 +1,7 @@
-"""Kernel launches as plain data, and the choice of tiles: everything about a call that needs no GPU to decide.
+"""Define kernel launches as plain data, and choose their tiles. This module needs no GPU.
 
-A launch names its kernel, grid, shared memory and arguments; whoever executes it (a GPU through CuPy, the host layer,
-the PTX interpreter) takes the same object. So the tests run the launcher itself, on tensors in the CPU's memory.
+A launch names its kernel, grid, shared memory and arguments. CuPy runs it on a GPU, and the tests run the same object
+with a C++ host layer or a PTX interpreter on CPU tensors.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from haq_lab.int8.cuda.sources import module_source
 
 MODULES = ("quantize", "gemm", "gemv", "grouped", "dequant")
 TYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.int32: "i32"}
-STEP = 64  # bytes of K a step of the tiled product, as in kernels/tile.cuh
-MAX_K = (2**31 - 1) // 127**2  # 133,144: beyond it a sum of products could leave int32
+STEP = 64  # bytes of K per step of the tiled product, as in kernels/tile.cuh
+MAX_K = (2**31 - 1) // 127**2  # 133,144; the sums of a larger K could overflow int32
 
-Argument = Tensor | int | float | None  # a pointer, an int32, a float32, a null pointer
+Argument = Tensor | int | float | None  # passed as pointer, int32, float32 or null pointer
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Launch:
     """One kernel call.
 
     Attributes:
-        module: The source, `kernels/<module>.cu`.
-        kernel: Its name there.
-        grid: Blocks in x, y, z.
-        threads: Threads of a block.
-        shared: Bytes of dynamic shared memory.
-        args: In the kernel's order; tensors are passed as pointers.
+        module: Name of the source, `kernels/<module>.cu`.
+        kernel: Name of the kernel in it.
+        grid: Number of blocks in x, y and z.
+        threads: Threads per block.
+        shared: Bytes of dynamic shared memory per block.
+        args: Arguments in the kernel's order. Tensors are passed as pointers.
     """
 
     module: str
@@ -50,20 +50,29 @@ Run = Callable[[Launch], None]
 
 @dataclass(frozen=True)
 class Tile:
-    """A block's part of a product: `rows` x `columns`, as in kernels/tile.cuh."""
+    """The part of a product that one block computes, as in kernels/tile.cuh.
+
+    Attributes:
+        rows: Rows of the part.
+        columns: Columns of the part.
+        threads: Threads per block.
+        stages: Number of shared-memory buffers for cp.async.
+        min_blocks: Blocks that must fit on one multiprocessor at once.
+    """
 
     rows: int
     columns: int
     threads: int
     stages: int
-    min_blocks: int  # blocks a multiprocessor shall hold at once
+    min_blocks: int
 
     @property
     def name(self) -> str:
+        """The tile's part of a kernel's name, such as `64x64`."""
         return f"{self.rows}x{self.columns}"
 
     def shared(self, architecture: int) -> int:
-        """Bytes of shared memory: a ring of buffers, of two only where there is no cp.async (sm_75)."""
+        """Return the bytes of shared memory per block. sm_75 has no cp.async and uses only two buffers."""
         return (2 if architecture < 80 else self.stages) * (self.rows + self.columns) * STEP
 
 
@@ -74,33 +83,33 @@ TILES = (LARGE, MEDIUM, SMALL)
 
 
 def blocks(length: int, size: int) -> int:
-    """How many blocks of `size` cover `length`."""
+    """Return how many blocks of `size` cover `length`."""
     return -(-length // size)
 
 
 def choose_tile(m: int, n: int, multiprocessors: int) -> Tile:
-    """The largest tile that still gives every multiprocessor a block; few rows take the flat one."""
+    """Choose the largest tile that gives each multiprocessor a block, or the flat tile for at most 32 rows."""
     if m <= 32:
         return SMALL
     return LARGE if blocks(m, 128) * blocks(n, 128) >= multiprocessors else MEDIUM
 
 
 def choose_split(m: int, n: int, k: int, tile: Tile, multiprocessors: int) -> int:
-    """Parts of K, so that a small product fills the GPU; each keeps at least eight steps."""
+    """Choose into how many parts K is split, so that a small product fills the GPU. Each has at least eight steps."""
     tiles = blocks(m, tile.rows) * blocks(n, tile.columns)
     return max(1, min(tile.min_blocks * multiprocessors // max(1, tiles), k // (8 * STEP)))
 
 
 def k_part(k: int, split: int) -> int:
-    """Columns of K in each of `split` parts: whole steps."""
+    """Return the columns of each of `split` parts of K, a multiple of a step."""
     return blocks(blocks(k, STEP), split) * STEP
 
 
 def staged_groups(k: int, shared_limit: int) -> int:
-    """How many groups of eight columns of a row fit in shared memory (kernels/quantize.cu)."""
+    """Return how many groups of eight columns of a row fit in shared memory (kernels/quantize.cu)."""
     return min(k // 8, (shared_limit - 128) // 32)
 
 
 def kernel_names(module: str, folder: Path | None = None) -> list[str]:
-    """The kernels that `<module>.cu` defines, by its one-line instantiations."""
+    """Return the names of the kernels in `<module>.cu`, from its one-line instantiations."""
     return re.findall(r"^[A-Z_]+_KERNEL\((\w+),", module_source(module, folder), re.MULTILINE)

@@ -1,7 +1,7 @@
-"""NVRTC, NVIDIA's run-time compiler for CUDA C++: text in, machine code out. Needs no GPU and no driver.
+"""Compile CUDA C++ with NVRTC, NVIDIA's run-time compiler. This needs no GPU and no driver.
 
-Called through ctypes rather than CuPy's binding, for three things that one lacks: the architecture is given and not
-asked of a driver, the last byte of a cubin is kept, and several versions can be loaded side by side.
+NVRTC is called through ctypes, because CuPy's binding lacks three things: it asks the driver for the architecture, it
+cuts the last byte of a cubin, and it cannot load several versions.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import cache_folder
 
-# No fused multiply-add: each operation is rounded on its own, as the numerics contract says.
+# No fused multiply-add: each operation is rounded separately, as haq_lab.int8.numerics defines.
 OPTIONS = ("--std=c++17", "-fmad=false", "--ptxas-options=-v")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one compilation gives: the machine code, the PTX it was made from and the compiler's log."""
+    """Result of one compilation.
+
+    Attributes:
+        cubin: The machine code.
+        ptx: The PTX code that it was made from.
+        log: The compiler's log.
+    """
 
     cubin: bytes
     ptx: str
@@ -35,7 +41,14 @@ class Compiled:
 
 
 class Compiler:
-    """One loaded NVRTC library."""
+    """One loaded NVRTC library.
+
+    Args:
+        library: Path or name of the shared library.
+
+    Attributes:
+        version: Major and minor version.
+    """
 
     def __init__(self, library: Path | str) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -44,7 +57,7 @@ class Compiler:
         self.version = (major.value, minor.value)
 
     def architectures(self) -> list[int]:
-        """The architectures it compiles for, such as 80 for sm_80."""
+        """Return the architectures that it supports, such as 80 for sm_80."""
         count = ctypes.c_int()
         self._check(self._library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
         numbers = (ctypes.c_int * count.value)()
@@ -52,16 +65,21 @@ class Compiler:
         return list(numbers)
 
     def compile(self, source: str, architecture: int, name: str = "kernel.cu") -> Compiled:
-        """Compile `source` for one architecture.
+        """Compile a source for one architecture.
+
+        Args:
+            source: The CUDA C++ code.
+            architecture: Such as 80 for sm_80.
+            name: File name in the compiler's messages.
 
         Raises:
-            UserError: This version doesn't know the architecture.
-            RuntimeError: The source has an error; the message is the compiler's log.
+            UserError: This version does not support the architecture.
+            RuntimeError: The source has an error. The message is the compiler's log.
         """
         if architecture not in (known := self.architectures()):
             raise UserError(
                 f"NVRTC {self.version[0]}.{self.version[1]} compiles for sm_{known[0]} to sm_{known[-1]}, "
-                f"not for sm_{architecture}: install a newer one (`pip install -U 'haq-lab[cuda13]'`)"
+                f"not for sm_{architecture}. Run `pip install -U 'haq-lab[cuda13]'` for a newer version."
             )
         program = ctypes.c_void_p()
         created = self._library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
@@ -95,37 +113,51 @@ class Compiler:
 
 
 def installed_libraries() -> dict[int, Path]:
-    """The NVRTC libraries of NVIDIA's Python packages, by CUDA's major version."""
+    """Return the NVRTC libraries in NVIDIA's Python packages, by CUDA's major version."""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    found: dict[int, Path] = {}
+    libraries: dict[int, Path] = {}
     for path in sorted(library for folder in folders for library in folder.glob("*/lib/libnvrtc.so.*")):
         if match := re.fullmatch(r"libnvrtc\.so\.(\d+)", path.name):
-            found[int(match[1])] = path
-    return found
+            libraries[int(match[1])] = path
+    return libraries
 
 
 @cache
 def default_compiler(major: int | None = None) -> Compiler:
-    """The compiler a run uses: of CUDA `major` if that is installed, else the newest, else the system's.
+    """Return the compiler that a run uses.
+
+    Args:
+        major: Preferred major version of CUDA. Otherwise the newest installed one is used, then the system's.
 
     Raises:
-        UserError: There is none.
+        UserError: NVRTC is not installed.
     """
-    if found := installed_libraries():
-        return Compiler(found.get(major or max(found), found[max(found)]))
+    if libraries := installed_libraries():
+        newest = max(libraries)
+        return Compiler(libraries.get(major or newest, libraries[newest]))
     toolkit = Path(os.environ.get("CUDA_PATH", "/usr/local/cuda")) / "lib64" / "libnvrtc.so"
     library = str(toolkit) if toolkit.exists() else ctypes.util.find_library("nvrtc")
     if library is None:
-        raise UserError("backend=cuda needs NVRTC, which is not here: `pip install 'haq-lab[cuda13]'` (or cuda12)")
+        raise UserError(
+            "backend=cuda needs NVRTC, which is not installed. Run `pip install 'haq-lab[cuda13]'` (or cuda12)."
+        )
     return Compiler(library)
 
 
 def cubin_file(module: str, architecture: int, compiler: Compiler) -> Path:
-    """The compiled `kernels/<module>.cu` on disk, made on first use.
+    """Return the path of the compiled `kernels/<module>.cu`, and compile it on first use.
 
-    The name holds a digest of all that determines the code, so a changed source or compiler makes a new file, and one
-    of the content: a file that was damaged is not loaded but made again.
+    The file name contains a hash of everything that determines the code, so a changed source or compiler gets a new
+    file. It also contains a hash of the content, so a damaged file is compiled again.
+
+    Args:
+        module: Name of the source without its suffix, such as `gemm`.
+        architecture: Such as 80 for sm_80.
+        compiler: The compiler to use.
+
+    Raises:
+        UserError: The compiler does not support the architecture.
     """
     source = module_source(module)
     key = _digest(repr((compiler.version, architecture, OPTIONS, source)).encode())
@@ -133,7 +165,7 @@ def cubin_file(module: str, architecture: int, compiler: Compiler) -> Path:
     for path in folder.glob(f"{stem}.*.cubin"):
         if path.name == f"{stem}.{_digest(path.read_bytes())}.cubin":
             return path
-        path.unlink(missing_ok=True)  # another process may have found it damaged too
+        path.unlink(missing_ok=True)  # another process may have removed it already
     cubin = compiler.compile(source, architecture, f"{module}.cu").cubin
     path = folder / f"{stem}.{_digest(cubin)}.cubin"
     with atomic_file(path) as aside:

@@ -1,7 +1,7 @@
-"""The least time a call can take on a GPU: its operations at peak rate or its bytes at full bandwidth.
+"""Compute a lower bound for the time of a kernel call, with the roofline model (Williams et al., 2009).
 
-Operations and bytes are counted as the kernels' loops do them, padding of tiles included; the host layer counts what
-really ran, and the tests hold one against the other. Time is a bound, never a prediction.
+The bound is the larger of its operations at peak rate and its bytes at full bandwidth. Operations and bytes are those
+of the kernels' loops, including the padding of tiles. The tests compare them with the counts of the C++ host layer.
 
     hardware = load_hardware("rtx4090")
     least_seconds(gemm_work(512, 4096, 4096, LARGE), hardware)
@@ -18,12 +18,12 @@ from haq_lab.int8.cuda.launch import STEP, Tile, blocks, k_part
 
 @dataclass(frozen=True)
 class Work:
-    """What one call does.
+    """Operations and bytes of one call.
 
     Attributes:
-        multiplies: int8 multiply-adds executed, those on padding included.
-        copied: Bytes brought from global to shared memory, repeated reads included (most of them hit the L2 cache).
-        memory: Bytes that must cross to or from device memory at least once.
+        multiplies: int8 multiply-adds, including those on padding.
+        copied: Bytes copied from global to shared memory, including repeated reads. Most of these hit the L2 cache.
+        memory: Bytes that must be read from or written to device memory at least once.
     """
 
     multiplies: int
@@ -35,14 +35,29 @@ class Work:
 
 
 def least_seconds(work: Work, hardware: Hardware) -> float:
-    """The larger of the two bounds."""
+    """Return the lower bound in seconds.
+
+    Args:
+        work: Operations and bytes of the call.
+        hardware: Peak rate and bandwidth.
+    """
     return max(2 * work.multiplies / (hardware.int8_tops * 1e12), work.memory / (hardware.bandwidth_gbs * 1e9))
 
 
 def gemm_work(m: int, n: int, k: int, tile: Tile, *, split: int = 1, out_bytes: int = 2, bias: bool = False) -> Work:
-    """kernels/gemm.cu: every tile takes steps of 64 columns; each row of x is read once per tile column, and so on.
+    """Count the work of kernels/gemm.cu.
 
-    With split K the int32 sums are zeroed, added to (read and written) and read once more.
+    A tile reads K in steps of 64 columns. Each row of x is read once per tile column, and each row of weights once per
+    tile row. If K is split, the int32 sums are zeroed, added to (read and written) and read once more.
+
+    Args:
+        m: Rows of activations.
+        n: Rows of weights.
+        k: Columns of both.
+        tile: The tile of a block.
+        split: Parts into which K is split.
+        out_bytes: Bytes per output value.
+        bias: Whether there is a bias.
     """
     tiles_m, tiles_n = blocks(m, tile.rows), blocks(n, tile.columns)
     part = k_part(k, split)
@@ -57,14 +72,26 @@ def gemm_work(m: int, n: int, k: int, tile: Tile, *, split: int = 1, out_bytes: 
 
 
 def gemv_work(m: int, n: int, k: int, *, out_bytes: int = 2, bias: bool = False) -> Work:
-    """kernels/gemv.cu: pairs of columns times 1, 2, 4 or 8 rows; nothing goes through shared memory."""
+    """Count the work of kernels/gemv.cu: pairs of columns times 1, 2, 4 or 8 rows, without shared memory.
+
+    Arguments are those of `gemm_work`.
+    """
     rows = next(size for size in (1, 2, 4, 8) if size >= m)
     memory = m * k + n * k + 4 * (m + n) + (4 * n if bias else 0) + out_bytes * m * n
     return Work(multiplies=rows * 2 * blocks(n, 2) * k, copied=0, memory=memory)
 
 
 def grouped_work(counts: Sequence[int], n: int, k: int, tile: Tile, *, out_bytes: int = 2, bias: bool = False) -> Work:
-    """kernels/grouped.cu: a product for each expert that has tokens; the weights of the others are not read."""
+    """Count the work of kernels/grouped.cu. The weights of experts without tokens are not read.
+
+    Args:
+        counts: Tokens of each expert.
+        n: Rows of an expert's weights.
+        k: Columns of an expert's weights.
+        tile: The tile of a block.
+        out_bytes: Bytes per output value.
+        bias: Whether there is a bias.
+    """
     work = Work(0, 0, 4 * (len(counts) + 1))
     for count in counts:
         if count:
@@ -73,10 +100,18 @@ def grouped_work(counts: Sequence[int], n: int, k: int, tile: Tile, *, out_bytes
 
 
 def quantize_work(m: int, k: int, *, in_bytes: int = 2, inputs: int = 1, channels: int = 0) -> Work:
-    """kernels/quantize.cu: `inputs` rows in (two for SwiGLU), int8 and a scale out, `channels` float32 vectors (K,)."""
+    """Count the work of kernels/quantize.cu.
+
+    Args:
+        m: Rows.
+        k: Columns.
+        in_bytes: Bytes per input value.
+        inputs: Input values per output value: two for SwiGLU, else one.
+        channels: Number of float32 vectors (K,) that are read: a norm's weight and bias.
+    """
     return Work(0, 0, m * k * (in_bytes * inputs + 1) + 4 * m + 4 * k * channels)
 
 
 def dequant_work(n: int, k: int) -> Work:
-    """kernels/dequant.cu: int8 in, 16 bits out."""
+    """Count the work of kernels/dequant.cu: int8 (n, k) in, 16-bit values out."""
     return Work(0, 0, 3 * n * k + 4 * n)

@@ -1,10 +1,10 @@
-"""What the compiler made of the kernels: registers, spills, shared memory and the instructions that matter.
+"""Report the registers, spills, shared memory and important instructions of the compiled kernels.
 
     python -m haq_lab.int8.cuda.sass_report --write experiments/cuda_kernels.csv
 
-compiles every kernel for every architecture with every NVRTC installed, and writes one row each. What the compiler's
-log says of registers, stack and shared memory is compared with what stands in the machine code. Needs no GPU, but two
-of NVIDIA's tools (`nvidia-cuda-nvdisasm`, `nvidia-cuda-cuobjdump`, in the dev extra).
+compiles each kernel for each architecture with each installed NVRTC, and writes one row per combination. The registers,
+stack and shared memory in the compiler's log are compared with those in the machine code. This needs no GPU, but it
+needs `nvidia-cuda-nvdisasm` and `nvidia-cuda-cuobjdump` from the dev extra.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.errors import UserError
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-# Shared memory of a multiprocessor in KiB; a block takes one KiB more than it asks for, from sm_80 on.
+# Shared memory per multiprocessor in KiB. From sm_80 on, a block takes one KiB more than it requests.
 SHARED_KIB = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
-RESERVED = 1024  # that one KiB
-REGISTERS = 65536  # of a multiprocessor
+RESERVED = 1024  # bytes of shared memory that a block takes beyond its request
+REGISTERS = 65536  # per multiprocessor
 THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 NOTED = {
     "imma": "IMMA",  # int8 tensor cores
@@ -48,7 +48,7 @@ FUNCTION = re.compile(
 USAGE = re.compile(r"Function (\w+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 SECTION = re.compile(r"^//-+ \.text\.(\w+)\s+-+\n(.*?)(?=^//-+ \.|\Z)", re.DOTALL | re.MULTILINE)
 SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-# What the numerics contract or the address analysis forbids in PTX.
+# Instructions that PTX must not contain: they change the arithmetic, or hide which memory a pointer refers to.
 FORBIDDEN = {
     "approximate arithmetic": re.compile(r"\.approx|div\.full|\.ftz"),
     "fused multiply-add": re.compile(r"\bfma\.rn\.f32"),
@@ -59,7 +59,10 @@ FORBIDDEN = {
 
 @dataclass(frozen=True)
 class KernelCode:
-    """One kernel as compiled for one architecture. Counts are of instructions in the code, not of executions."""
+    """Resources and instruction counts of one kernel, compiled for one architecture.
+
+    Instructions are counted in the code, not as executed.
+    """
 
     kernel: str
     architecture: int
@@ -78,7 +81,13 @@ class KernelCode:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel takes: registers and bytes of stack of a thread, bytes of static shared memory of a block."""
+    """Resources of a kernel.
+
+    Attributes:
+        registers: Registers per thread.
+        stack: Bytes of stack per thread.
+        shared: Bytes of static shared memory per block.
+    """
 
     registers: int
     stack: int
@@ -86,7 +95,7 @@ class Resources:
 
 
 def tool(name: str) -> str | None:
-    """Path of `nvdisasm` or `cuobjdump`: on PATH or in NVIDIA's Python packages; None if absent."""
+    """Return the path of `nvdisasm` or `cuobjdump`, from PATH or NVIDIA's Python packages, or None."""
     if found := shutil.which(name):
         return found
     spec = importlib.util.find_spec("nvidia")
@@ -94,43 +103,43 @@ def tool(name: str) -> str | None:
     return next((str(path) for folder in folders for path in sorted(folder.glob(f"*/bin/{name}"))), None)
 
 
-def _told(name: str, option: str, cubin: bytes) -> str:
-    """What a tool says of machine code."""
+def _tool_output(name: str, option: str, cubin: bytes) -> str:
+    """Run a tool on machine code and return its output."""
     path = tool(name)
     if path is None:
-        raise UserError(f"needs {name}: `pip install nvidia-cuda-{name}`")
+        raise UserError(f"{name} is not installed. Run `pip install nvidia-cuda-{name}`.")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def instructions(cubin: bytes) -> dict[str, Counter[str]]:
-    """How often each machine instruction stands in each kernel."""
-    text = _told("nvdisasm", "-c", cubin)
+def count_instructions(cubin: bytes) -> dict[str, Counter[str]]:
+    """Count the machine instructions of each kernel."""
+    text = _tool_output("nvdisasm", "-c", cubin)
     return {name: Counter(SASS.findall(body)) for name, body in SECTION.findall(text)}
 
 
-def logged(log: str) -> dict[str, Resources]:
-    """What each kernel takes by the compiler's log."""
+def resources_in_log(log: str) -> dict[str, Resources]:
+    """Return each kernel's resources from the compiler's log."""
     return {
         name: Resources(int(registers), int(stack), int(shared or 0))
         for name, stack, _, _, registers, shared in FUNCTION.findall(log)
     }
 
 
-def held(cubin: bytes, architecture: int) -> dict[str, Resources]:
-    """What each kernel takes by the machine code, which from sm_90 on counts the reserved shared memory as well."""
+def resources_in_code(cubin: bytes, architecture: int) -> dict[str, Resources]:
+    """Return each kernel's resources from the machine code. From sm_90 on, reserved shared memory is subtracted."""
     reserved = RESERVED if architecture >= 90 else 0
     return {
         name: Resources(int(registers), int(stack), max(0, int(shared) - reserved))
-        for name, registers, stack, shared in USAGE.findall(_told("cuobjdump", "-res-usage", cubin))
+        for name, registers, stack, shared in USAGE.findall(_tool_output("cuobjdump", "-res-usage", cubin))
     }
 
 
 def disagreements(compiled: Compiled, architecture: int) -> list[str]:
-    """Kernels of which the compiler's log and the machine code say different things."""
-    log, code = logged(compiled.log), held(compiled.cubin, architecture)
+    """Return the kernels whose resources in the compiler's log differ from those in the machine code."""
+    log, code = resources_in_log(compiled.log), resources_in_code(compiled.cubin, architecture)
     return [
         f"{name}: {log.get(name)} in the log, {code.get(name)} in the code"
         for name in sorted({*log, *code})
@@ -139,7 +148,7 @@ def disagreements(compiled: Compiled, architecture: int) -> list[str]:
 
 
 def shared_bytes(kernel: str, architecture: int) -> int:
-    """Dynamic shared memory that the launcher asks for; for row kernels that of a row of 1,024 columns."""
+    """Return the dynamic shared memory that the launcher requests, in row kernels for 1,024 columns."""
     tile = next((tile for tile in TILES if f"_{tile.name}_" in kernel), None)
     if tile:
         return tile.shared(architecture)
@@ -147,8 +156,8 @@ def shared_bytes(kernel: str, architecture: int) -> int:
 
 
 def kernel_codes(compiled: Compiled, architecture: int, nvrtc: str) -> list[KernelCode]:
-    """One row for each kernel of a compiled module."""
-    opcodes, rows = instructions(compiled.cubin), []
+    """Return one row for each kernel of a compiled module."""
+    opcodes, rows = count_instructions(compiled.cubin), []
     for name, _, stores, loads, registers, _ in FUNCTION.findall(compiled.log):
         header = compiled.ptx[compiled.ptx.index(f".entry {name}(") :].split("{", 1)[0]
         limits = dict(re.findall(r"\.(maxntid|minnctapersm)\s+(\d+)", header))
@@ -173,24 +182,24 @@ def kernel_codes(compiled: Compiled, architecture: int, nvrtc: str) -> list[Kern
 
 
 def complaints(code: KernelCode) -> list[str]:
-    """What is worse than asked for: spills, an occupancy that can't be had, or a missing instruction."""
-    found = []
+    """Return what is wrong with a kernel: spills, too low occupancy, or a missing instruction."""
+    problems = []
     if code.spill_bytes:
-        found.append(f"{code.spill_bytes} bytes spilled")
+        problems.append(f"{code.spill_bytes} bytes spilled")
     warps = code.threads // 32
-    registers = -(-code.registers * 32 // 256) * 256 * warps * code.min_blocks  # given out in units of 256 a warp
+    registers = -(-code.registers * 32 // 256) * 256 * warps * code.min_blocks  # allocated in units of 256 per warp
     if registers > REGISTERS:
-        found.append(f"{code.registers} registers: fewer than {code.min_blocks} blocks fit")
+        problems.append(f"{code.registers} registers: fewer than {code.min_blocks} blocks fit")
     if code.threads * code.min_blocks > THREADS[code.architecture]:
-        found.append(f"{code.min_blocks} blocks of {code.threads} threads don't fit")
+        problems.append(f"{code.min_blocks} blocks of {code.threads} threads don't fit")
     reserved = RESERVED if code.architecture >= 80 else 0
     if (code.shared_bytes + reserved) * code.min_blocks > SHARED_KIB[code.architecture] * 1024:
-        found.append(f"{code.shared_bytes} bytes of shared memory: fewer than {code.min_blocks} blocks fit")
-    return found + [f"no {NOTED[column]}" for column in required(code) if not getattr(code, column)]
+        problems.append(f"{code.shared_bytes} bytes of shared memory: fewer than {code.min_blocks} blocks fit")
+    return problems + [f"no {NOTED[column]}" for column in required(code) if not getattr(code, column)]
 
 
 def required(code: KernelCode) -> list[str]:
-    """The instructions that make this kind of kernel fast."""
+    """Return the columns of the instructions that a fast kernel of this kind must use."""
     if code.kernel.startswith(("gemm_", "grouped_")):
         return ["imma", "ldsm", *(["ldgsts"] if code.architecture >= 80 else [])]
     if code.kernel.startswith("gemv_"):
@@ -199,12 +208,12 @@ def required(code: KernelCode) -> list[str]:
 
 
 def forbidden(ptx: str) -> list[str]:
-    """What the PTX has that it must not."""
+    """Return the forbidden instructions that the PTX contains."""
     return [f"{what}: {match[0]}" for what, pattern in FORBIDDEN.items() if (match := pattern.search(ptx))]
 
 
 def table(compilers: list[Compiler]) -> tuple[list[KernelCode], list[str]]:
-    """Every kernel, architecture and compiler; and where log and code disagree."""
+    """Compile all kernels. Returns the rows, and the differences between log and machine code."""
     rows, wrong = [], []
     for compiler in compilers:
         version = ".".join(map(str, compiler.version))
@@ -217,7 +226,7 @@ def table(compilers: list[Compiler]) -> tuple[list[KernelCode], list[str]]:
 
 
 def write(rows: list[KernelCode], path: Path) -> None:
-    """The table as CSV."""
+    """Write the rows as CSV."""
     with atomic_file(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(KernelCode.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
@@ -225,17 +234,20 @@ def write(rows: list[KernelCode], path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile every kernel and tabulate what came out.")
-    parser.add_argument("--write", type=Path, help="CSV file to write")
+    """Run the command. Returns 1 if a kernel has a problem, else 0."""
+    parser = argparse.ArgumentParser(
+        description="Compile all kernels and report their registers, spills and instructions."
+    )
+    parser.add_argument("--write", type=Path, help="Write the report to this CSV file.")
     arguments = parser.parse_args()
     rows, wrong = table([Compiler(path) for _, path in sorted(installed_libraries().items())])
     if arguments.write:
         write(rows, arguments.write)
-    bad = [(row, found) for row in rows if (found := complaints(row))]
-    for row, found in bad:
-        print(f"{row.kernel} sm_{row.architecture} NVRTC {row.nvrtc}: {'; '.join(found)}")
+    bad = [(row, problems) for row in rows if (problems := complaints(row))]
+    for row, problems in bad:
+        print(f"{row.kernel} sm_{row.architecture} NVRTC {row.nvrtc}: {'; '.join(problems)}")
     print(*wrong, sep="\n", end="\n" if wrong else "")
-    print(f"{len(rows)} kernels compiled, {len(bad)} worse than asked for, {len(wrong)} logged wrongly")
+    print(f"{len(rows)} kernels compiled, {len(bad)} with problems, {len(wrong)} whose log differs from the code")
     return 1 if bad or wrong or not rows else 0
 
 

@@ -1,6 +1,6 @@
-"""A CUDA source as one text: `kernels/<module>.cu` with the project's own headers put in.
+"""Read a CUDA source as one text, with the project's own headers included.
 
-One text, so that the compiler needs no include path and a cache key over the text covers the headers too.
+With one text the compiler needs no include path, and a hash of the text covers the headers.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ INCLUDE = re.compile(r'^#include "(?!host/)([\w./]+)"$', re.MULTILINE)
 
 
 def module_source(module: str, folder: Path | None = None) -> str:
-    """The text of `<module>.cu` with every header in the place of its first `#include`.
+    """Return the text of `<module>.cu`, with each header in place of its first `#include`.
 
     Args:
         module: Name of the source without its suffix, such as `gemm`.
-        folder: Where the sources are; the project's own if not given.
+        folder: Folder of the sources; the project's own if None.
     """
     folder = folder or bundled("kernels")
     seen: set[str] = set()

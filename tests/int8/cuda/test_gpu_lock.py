@@ -1,4 +1,4 @@
-"""GPUs are claimed by process, here on two that are made up."""
+"""Processes lock GPUs. The tests use two fake GPUs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def two_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"gpu-{index}"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(module, "_held", {})
+    monkeypatch.setattr(module, "_locks", {})
     yield
-    for lock in module._held.values():
+    for lock in module._locks.values():
         lock.release()
 
 
@@ -32,9 +32,9 @@ def test_a_process_keeps_its_gpu_and_others_take_another(capsys):
     assert lock_gpu(CUDA) == torch.device("cuda", 0)
 
     def other() -> None:
-        module._held.clear()
+        module._locks.clear()
         assert lock_gpu(CUDA) == torch.device("cuda", 1)
-        lock, waited = module._held.pop("gpu-1"), []  # what a third process would see
+        lock, waited = module._locks.pop("gpu-1"), []  # what a third process would see
 
         def later(seconds: float) -> None:
             waited.append(seconds)
@@ -46,11 +46,11 @@ def test_a_process_keeps_its_gpu_and_others_take_another(capsys):
     assert not killed(in_child(other))
 
 
-def test_a_gpu_that_is_named_is_waited_for():
+def test_a_named_gpu_is_waited_for():
     assert lock_gpu(torch.device("cuda", 1)) == torch.device("cuda", 1)
     assert lock_gpu(CUDA) == torch.device("cuda", 1), "the one that it has"
 
 
-def test_what_is_not_there_is_left_to_the_kernels():
+def test_a_device_that_does_not_exist_is_returned():
     assert lock_gpu(torch.device("cuda", 5)) == torch.device("cuda", 5)
     assert lock_gpu(torch.device("cpu")) == torch.device("cpu")
