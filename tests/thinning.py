@@ -1,8 +1,8 @@
-"""Thin parametrised tests to pairs of values, so that `make test` takes minutes.
+"""Thin the tests, so that `make test` takes minutes. `pytest --all` and `make test-all` run all of them, and CI does.
 
 A test with three or more parameters runs on a subset of its grid. The subset has every pair of values of two parameters
-that the whole grid has. Most faults need at most two settings to show (Kuhn et al., IEEE TSE 2004). `pytest --all` and
-`make test-all` run the whole grid.
+that the whole grid has. Most faults need at most two settings to show (Kuhn et al., IEEE TSE 2004).
+`pytest.mark.every(n)` keeps every n-th case of a long list. `pytest.mark.slow` leaves a test out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ def thin(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]
     by_test: dict[str, list[pytest.Item]] = {}
     for item in items:
         by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {item for group in by_test.values() for item in _cover([(item, _pairs(item)) for item in group])}
+    kept: set[pytest.Item] = set()
+    for group in by_test.values():
+        if (every := group[0].get_closest_marker("every")) is not None:
+            kept |= set(group[:: every.args[0]])
+        else:
+            kept |= set(_cover([(item, _pairs(item)) for item in group if item.get_closest_marker("slow") is None]))
     return [item for item in items if item in kept], [item for item in items if item not in kept]
 
 

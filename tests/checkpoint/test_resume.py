@@ -47,7 +47,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_again_and_again(uninterrupted, tmp_path, seed):
     draw = random.Random(seed)
     deaths = 0

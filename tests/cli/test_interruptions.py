@@ -1,6 +1,6 @@
 """Tries to break it: whatever happens to a run is told in one message, loses nothing, and the next start goes on.
 
-What belongs to one module is tried beside it: a damaged or half-written artefact (tests/result_cache), a killed checkpoint
+Faults of one module are tried beside it: a damaged or half-written result (tests/result_cache), a killed checkpoint
 (tests/checkpoint/test_resume.py), pickles (tests/models/test_sources.py).
 """
 

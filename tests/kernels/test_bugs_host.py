@@ -51,6 +51,7 @@ def test_the_true_source_passes(architecture: int, kernel: Kernel, tmp_path: Pat
     assert complaint(kernel, architecture, alone(kernel, tmp_path)) is None
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("architecture", "bug", "kernel"),
     [

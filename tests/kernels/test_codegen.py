@@ -33,6 +33,7 @@ def needs(tool: str) -> pytest.MarkDecorator:
 
 
 @needs("nvdisasm")
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("major", "architecture"), COMPILATIONS)
 @pytest.mark.parametrize("module", MODULES)
 def test_every_kernel_compiles_to_the_right_code(module: str, major: int, architecture: int):

@@ -40,6 +40,7 @@ def test_accumulate(host: Kernels, m, n, k, split, seed):
     check_product(host, m, n, k, torch.float32, bias=False, seed=seed, call="accumulate", tile=MEDIUM, split=split)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.order}-{s.copies}")
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile.name)
 def test_every_schedule_gives_the_same_bits(host: Kernels, host_runner: HostRunner, tile, schedule):

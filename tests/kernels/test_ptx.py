@@ -29,6 +29,7 @@ def test_there_is_a_check_for_every_kernel():
     assert sorted(CHECKS) == sorted(name for module in MODULES for name in kernel_names(module))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", CHECKS)
 def test_every_kernel_as_compiled_for_sm_80(name: str):
     CHECKS[name](launcher(PtxRunner(lambda module: programs(module, 80, NEWEST)), 80), "cpu")
@@ -42,6 +43,7 @@ def test_architectures_compilers_and_schedules(architecture: int, major: int, ke
     kernel.check(launcher(runner, architecture))
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(
     ("bug", "kernel"),
     [pytest.param(bug, kernel, id=f"{kernel.name}-{bug.name}") for bug in BUGS for kernel in bug.kernels],

@@ -66,9 +66,8 @@ def _lines(experiment, source):
 
 
 def test_a_local_folder_needs_no_hub(local, monkeypatch):
-    from tests.test_configs import _composed
-
     from haq_lab.config.build import build
+    from tests.config.test_build import _composed
 
     setting = ["+experiment=paper_mixtral", f"model.name={local}"]
     few = ["calibration.samples=1", "data.c4.windows=1", "data.wikitext2.windows=1"]
@@ -88,9 +87,8 @@ def test_a_local_folder_needs_no_hub(local, monkeypatch):
 
 @pytest.mark.parametrize(("budget", "resident"), [("50%", 8), ("4", 4 + 4), ("1GB", 1e9 / EXPERT)])
 def test_offloaded_experts_need_no_memory_but_their_budget(budget, resident, local):
-    from tests.test_configs import _composed
-
     from haq_lab.config.build import build
+    from tests.config.test_build import _composed
 
     setting = ["+experiment=paper_mixtral", f"model.name={local}", "measure=[memory]", "calibration.samples=1"]
     all_of_it = build(_composed(*setting))
@@ -101,9 +99,8 @@ def test_offloaded_experts_need_no_memory_but_their_budget(budget, resident, loc
 
 def _on_a_gpu(local, *more):
     """What a deployed model of two layers takes of RAM and of the GPU that computes it; of RAM if a CPU does."""
-    from tests.test_configs import _composed
-
     from haq_lab.config.build import build
+    from tests.config.test_build import _composed
 
     few = [f"model.name={local}", "measure=[memory]", "calibration.samples=1"]
     experiment = build(_composed("+experiment=paper_mixtral", *few, *more))
@@ -152,9 +149,8 @@ def test_what_is_deployed_on_a_gpu_is_in_its_memory_alone_if_it_is_quantised(loc
 
 
 def test_a_full_precision_baseline_keeps_no_layer(local):
-    from tests.test_configs import _composed
-
     from haq_lab.config.build import build
+    from tests.config.test_build import _composed
 
     few = ["data.c4.windows=1", "data.wikitext2.windows=1"]
     experiment = build(_composed("+experiment=paper_mixtral", f"model.name={local}", "quantizer=none", *few))

@@ -20,6 +20,7 @@ def streaming():
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not RESET.exists(), reason="the peak cannot be reset on this system")
 def test_the_same_layer_twelve_times_takes_what_it_takes_twice(streaming, tmp_path):
     rows = streaming.measure([2, 12], 256, 704, "rtn", limit_gb=None, folder=tmp_path)

@@ -302,6 +302,7 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch):
         native._default_level.__wrapped__()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(tmp_path, sanitizers):
     sources = sorted(native_build.source_folder().glob("*.cpp"))
