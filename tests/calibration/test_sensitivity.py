@@ -105,7 +105,7 @@ def test_it_is_the_same_twice(measured):
 
 
 def test_a_shared_input_counts_all_of_its_readers():
-    """q, k and v of the last layer read its first norm. Their sensitivity is the squared gradient at the norm's output."""
+    """q, k and v of the last layer read its first norm: theirs is the squared gradient at the norm's output."""
     model = LayeredModel(TinyModel("llama").folder())
     windows = torch.randint(0, 257, (3, 16), generator=torch.Generator().manual_seed(3))
     hidden = model.embed(windows)
