@@ -96,7 +96,7 @@ def test_what_was_unused_for_longest_goes_first(tmp_path):
     store = Store(tmp_path, 15_000)
     for number in range(3):
         store.put("stage", _key(number), _artefact(number))
-        os.utime(tmp_path / "stage" / f"{_key(number)}.json", (number, number))
+        os.utime(tmp_path / "stage" / f"{_key(number)}.json", (number + 1, number + 1))  # 0 would be no time
     assert _same(store.get("stage", _key(0)), _artefact())  # used now
     store.put("stage", _key(3), _artefact(3))
     left = {entry.data.stem for entry in entries(tmp_path)}
