@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from haq_lab.calibration.sensitivity import _draw_labels, measure_sensitivity
+from haq_lab.calibration.sensitivity import _differentiate_head, _draw_labels, measure_sensitivity
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
@@ -102,3 +102,27 @@ def test_it_is_repeatable(measured):
     for before, after in zip(found, again, strict=True):
         for site, known in before.items():
             assert torch.equal(known.channels, after[site].channels)
+
+
+def test_a_shared_input_counts_all_of_its_readers():
+    """q, k and v of the last layer read its first norm: theirs is the squared gradient at the norm's output."""
+    model = LayeredModel(TinyModel("llama").folder())
+    windows = torch.randint(0, 257, (3, 16), generator=torch.Generator().manual_seed(3))
+    hidden = model.embed(windows)
+    for index in range(model.depth - 1):
+        hidden = model.run(model.load_layer(index), index, hidden)
+    layer, last = model.load_layer(model.depth - 1), model.depth - 1
+    after = model.run(layer, last, hidden.clone())
+    _differentiate_head(model, after)
+    outputs = []
+
+    def keep(module, arguments, output):
+        output.retain_grad()
+        outputs.append(output)
+
+    layer.input_layernorm.register_forward_hook(keep)
+    with torch.enable_grad():
+        model.forward(layer, last, hidden.clone().requires_grad_()).backward(after)
+    wanted = outputs[0].grad.double().square().sum((0, 1)) / windows.numel()
+    found = measure_sensitivity(model, windows, HiddenStateBuffer())[-1]["self_attn.q_proj"]
+    torch.testing.assert_close(found.channels.double(), wanted, rtol=1e-4, atol=1e-12)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from haq_lab.calibration.dataset import Calibration, refuse_overlap, refuse_same_text
 from haq_lab.data import windows as module
+from haq_lab.data.text import fingerprint
 from haq_lab.data.windows import C4, C4New, PythonDocs, Text, TrainingText, Wikitext2
 from haq_lab.models.random_tiny import byte_tokenizer
 from haq_lab.utils.errors import UserError
@@ -164,3 +165,17 @@ def test_python_docs_calibrates_and_evaluates_side_by_side():
     calibration = Calibration(text="python_docs", samples=300, seqlen=256).load(TOKENIZER)
     refuse_overlap(calibration.tokens, {"python_docs": evaluation.tokens})
     assert "Python 3" in evaluation.protocol["source"]
+
+
+@pytest.mark.parametrize("spare", [1, 3, 500])
+def test_wikitext_calibrates_by_gptqs_crops(wikitext, spare):
+    """As published: "\\n\\n".join(traindata["text"]), then randint(0, tokens - seqlen - 1) for each crop."""
+    with wikitext.open() as stream:
+        text = "\n\n".join(stream.readlines())
+    ids = TOKENIZER(text)["input_ids"]
+    seqlen = len(ids) - spare
+    windows = Calibration(text="wikitext2", path=str(wikitext), samples=12, seqlen=seqlen, seed=7).load(TOKENIZER)
+    random.seed(7)
+    starts = [random.randint(0, len(ids) - seqlen - 1) for _ in range(12)]
+    assert windows.tokens.tolist() == [ids[start : start + seqlen] for start in starts]
+    assert windows.protocol["text_sha256"] == fingerprint(text)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from torch import Tensor, nn
 
 from haq_lab.measure.latency import Latency
@@ -63,3 +66,34 @@ def test_runs_for_at_least_the_seconds_asked(full):
     started = time.perf_counter()
     Latency(**{**QUICK, "seconds": 0.3, "iterations": 1, "warmup": 0})(full)
     assert time.perf_counter() - started >= 0.3
+
+
+class OneSecondAToken(nn.Module):
+    """A model that advances a clock by one second for each token of its input, and more with each decoded token."""
+
+    def __init__(self, clock: list[float]):
+        super().__init__()
+        self.clock, self.steps = clock, 0
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens: Tensor, cache, **options):
+        self.steps = 0 if cache is None else self.steps + 1
+        self.clock[0] += tokens.shape[1] + self.steps
+        return SimpleNamespace(logits=torch.zeros(1, tokens.shape[1], 5), cache=object())
+
+
+def test_the_figures_are_those_of_a_known_clock(full, monkeypatch):
+    """The prefill is the prompt's forward alone, percentiles are numpy's, and the table is in milliseconds."""
+    clock = [0.0]
+    monkeypatch.setattr("haq_lab.measure.latency.time.perf_counter", lambda: clock[0])
+    study = dataclasses.replace(full, whole=OneSecondAToken(clock), tables={})
+    metrics = Latency(prompt_tokens=7, decode_tokens=20, iterations=1, seconds=0, warmup=0)(study)
+    decoded = 1e3 * np.arange(2, 22)  # the n-th decoded token takes 1 + n seconds
+    assert metrics["latency.prefill_ms"] == 7e3
+    assert metrics["latency.decode_ms_per_token.mean"] == pytest.approx(decoded.mean())
+    assert metrics["latency.decode_ms_per_token.p50"] == pytest.approx(np.percentile(decoded, 50))
+    assert metrics["latency.decode_ms_per_token.p95"] == pytest.approx(np.percentile(decoded, 95))
+    assert metrics["latency.decode_ms_per_token.std"] == pytest.approx(decoded.std())
+    table = study.tables["latency"]
+    assert list(table.loc[table["phase"] == "prefill", "ms"]) == [7e3]
+    assert list(table.loc[table["phase"] == "decode", "ms"]) == pytest.approx(list(decoded))

@@ -172,3 +172,19 @@ def test_small_models_pass_without_a_word(tmp_path):
     assert "GB needed" not in outcome.out
     assert HubModel("no-such/model").config() is None
     assert not torch.is_grad_enabled()
+
+
+def test_the_hessians_are_counted(local):
+    """GPTQ holds a budget of Hessians and four square matrices of the widest input; RTN holds none."""
+    from haq_lab.calibration.calibrator import HESSIAN_BYTES
+    from haq_lab.config.build import build
+    from tests.config.test_build import _composed
+
+    few = [f"model.name={local}", "measure=[perplexity]", "data.c4.windows=1", "data.wikitext2.windows=1"]
+    few += ["calibration.samples=1", "calibration.seqlen=8"]
+    needed = {}
+    for quantizer in ("rtn", "gptq"):
+        experiment = build(_composed("+experiment=paper_mixtral", *few, f"quantizer={quantizer}"))
+        needed[quantizer] = _lines(experiment, cast(HubModel, experiment.model))["memory"].needed
+    calibration = 4 * 4096 * 8  # hidden states of the calibration tokens
+    assert needed["gptq"] - needed["rtn"] == pytest.approx(4 * 4 * 14336**2 + HESSIAN_BYTES + calibration)

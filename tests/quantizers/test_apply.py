@@ -12,7 +12,7 @@ from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear, to_float
 from haq_lab.quantizers.apply import quantize_group, smooth_group
-from haq_lab.quantizers.base import ActivationChoice
+from haq_lab.quantizers.base import COLUMNS, ActivationChoice, Solution, output_error
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothquant import SmoothQuant
@@ -111,3 +111,14 @@ def test_a_hessian_without_a_factor_falls_back_to_rounding(tiny):
     broken = InputStatistics(9, torch.ones(96), torch.full((96, 96), float("nan")), stands_in=True)
     (report,) = quantize_group(tiny.load_layer(0), 0, group, GPTQ(), broken, None, BACKEND)
     assert report.notes["fallback"] == "rtn"
+
+
+def test_the_output_error_is_the_trace_in_float64():
+    """tr(dW H dW^T) / n over all blocks of H, those off the diagonal too."""
+    k = 2 * COLUMNS + 44
+    x, weight = torch.randn(500, k) @ torch.randn(k, k), torch.randn(6, k)
+    hessian = x.t() @ x / len(x)
+    solution = Solution(torch.randint(-127, 128, (6, k), dtype=torch.int8), torch.rand(6) * 0.01)
+    difference = solution.levels.double() * solution.scale.double()[:, None] - weight.double()
+    wanted = torch.einsum("nk,kl,nl->", difference, hessian.double(), difference) / 6
+    assert output_error(weight, solution, hessian) == pytest.approx(float(wanted), rel=1e-4)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import InputStatistics
+from haq_lab.int8.numerics import quantize_activations
 from haq_lab.models.architectures import FAMILIES, Group
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
 from haq_lab.quantizers.gptq_solver import conditional_variance
@@ -156,3 +157,33 @@ def test_a_hessian_without_a_factor_falls_back_to_rounding_with_a_note():
     solution = HAQ().solve(weight, statistics, ActivationChoice("token"))
     assert solution.notes == {"fallback": "rtn"}
     assert torch.equal(solution.levels.float(), (weight / solution.scale[:, None]).round())
+
+
+def test_asymmetric_calibration_trusts_a_quarter_of_the_drift():
+    """Against the correction in float64: W + W (C/4 - N) (H + N + damp)^-1, N the noise of the rounded activations."""
+    weight, (statistics, x) = torch.randn(20, K), outliers(cross=True)
+    levels, scale = quantize_activations(x, "token", None)
+    noise = torch.diag((levels.double() * scale - x.double()).square().mean(0))
+    hessian = statistics.shrunk_hessian().double() + noise
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(K)
+    cross = statistics.cross.double() / 4 - noise
+    target = weight.double() + weight.double() @ cross @ torch.linalg.inv(damped)
+    solution = HAQ(asymmetric_calibration=True).solve(weight, statistics, ActivationChoice("token"))
+    wanted = HAQ().solve(
+        target.float(), replace(statistics, cross=None, hessian=hessian.float()), ActivationChoice("token")
+    )
+    torch.testing.assert_close(solution.scale, wanted.scale, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("scheme", ["token", "tensor"])
+def test_the_predicted_activation_error_is_that_of_the_smoothed_input(scheme):
+    """Half the sum over channels of the squared rounding error of x / s, times the cost after smoothing, in float64."""
+    weight, (statistics, x) = torch.randn(20, K), outliers()
+    predictor = ErrorPredictor(weight, statistics, None, 8)
+    factor = torch.logspace(-1, 1, K)
+    (got,) = predictor.errors(scheme, [factor])
+    smoothed = (x / factor).double()
+    scale = smoothed.abs().amax(1, keepdim=True) / 127 if scheme == "token" else smoothed.abs().max() / 127
+    error = ((smoothed / scale).round() * scale - smoothed).square().mean(0)
+    cost = (weight.double() * factor.double()).square().sum(0)
+    assert got == pytest.approx(float(error @ cost) / 2, rel=1e-3)

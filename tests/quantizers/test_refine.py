@@ -61,3 +61,19 @@ def test_channels_that_share_a_row_keep_one_factor():
     shared: Tensor = factor.view(-1, 3)
     assert torch.equal(shared, shared[:, :1].expand_as(shared))
     assert factor.unique().numel() > 1
+
+
+def test_it_is_adams_descent_of_the_error_with_a_pull_to_the_start():
+    """Against the same descent written plainly: log-error's gradient plus 0.01 times the distance from the start."""
+    predicted, start = error(), torch.zeros(K)
+    place, mean, square = start, torch.zeros(K), torch.zeros(K)
+    best, least = torch.ones(K), float("inf")
+    for step in range(1, 61):
+        value, gradient = predicted(place.exp())
+        if value < least:
+            best, least = place.exp(), value
+        gradient = gradient / value + 0.01 * (place - start)
+        mean, square = 0.8 * mean + 0.2 * gradient, 0.95 * square + 0.05 * gradient**2
+        unbiased, spread = mean / (1 - 0.8**step), (square / (1 - 0.95**step)).sqrt()
+        place = place - 0.05 * (1 - step / 60) * unbiased / (spread + 1e-8)
+    torch.testing.assert_close(refined(torch.ones(K), predicted, one_to_one()), best, rtol=1e-4, atol=1e-5)

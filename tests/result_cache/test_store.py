@@ -96,7 +96,7 @@ def test_the_least_recently_used_is_evicted_first(tmp_path):
     store = Store(tmp_path, 15_000)
     for number in range(3):
         store.put("stage", _key(number), _result(number))
-        os.utime(tmp_path / "stage" / f"{_key(number)}.json", (number, number))
+        os.utime(tmp_path / "stage" / f"{_key(number)}.json", (number + 1, number + 1))  # a time of 0 counts as missing
     assert _same(store.get("stage", _key(0)), _result())  # used now
     store.put("stage", _key(3), _result(3))
     left = {entry.data.stem for entry in entries(tmp_path)}

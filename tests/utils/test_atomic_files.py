@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -58,3 +59,37 @@ def test_folder_names_fit_and_differ(first, second):
         assert not set(name) & set("/\\\0\n ")
     if first != second and "default" not in (first, second):
         assert folder_name(first) != folder_name(second)
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[tuple[str, str]]:
+    """What is flushed to the disk and what is renamed, in order, by name."""
+    seen: list[tuple[str, str]] = []
+    flush, replace = os.fsync, Path.replace
+
+    def fsync(descriptor):
+        seen.append(("flush", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        flush(descriptor)
+
+    def renamed(path, target):
+        seen.append(("rename", path.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", renamed)
+    return seen
+
+
+def test_a_file_is_flushed_before_it_is_renamed(steps, tmp_path):
+    write_text(tmp_path / "a.txt", "x")
+    aside = f".a.txt.{os.getpid()}.part"
+    assert steps == [("flush", aside), ("rename", aside)]
+
+
+def test_every_file_of_a_folder_is_flushed_before_it_is_renamed(steps, tmp_path):
+    with atomic_folder(tmp_path / "made") as aside:
+        (aside / "deep").mkdir()
+        for name in ("one", "deep/two"):
+            (aside / name).write_text(name)
+    assert sorted(steps[:-1]) == [("flush", "one"), ("flush", "two")]
+    assert steps[-1] == ("rename", f".made.{os.getpid()}.part")

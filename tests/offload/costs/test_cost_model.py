@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.offload.costs.cost_model import Costs, PiecewiseLinear, Predictor, seconds
+from haq_lab.offload.costs.cost_model import EXACT_UP_TO, Costs, PiecewiseLinear, Predictor, seconds
 from haq_lab.offload.policies.placement import place
 from haq_lab.offload.policies.policy import make_policy
 from haq_lab.offload.simulate.simulator import Simulator
@@ -95,3 +95,17 @@ def test_metrics_are_labelled_simulated(make_trace):
     assert len(timeline.prompt_s) == 2
     assert len(timeline.token_s) == 30
     assert all(name.startswith("simulated.test.") for name in timeline.metrics("test"))
+
+
+def test_the_heaviest_fetched_expert_computes_first():
+    """Ten tokens arrive at 3 s and take 10 s; one token arrives meanwhile and takes 1 s."""
+    costs = Costs(PiecewiseLinear([1, 10], [1, 10]), flat(99.0), flat(3.0), flat(0), flat(0), expert_bytes=1)
+    assert seconds(costs, {}, {0: 1, 1: 10}, {}, "max") == 3 + 10 + 1
+
+
+def test_of_many_missing_experts_the_lightest_run_in_place():
+    missing = {expert: 1 + expert % 7 for expert in range(EXACT_UP_TO + 5)}
+    costs = Costs(flat(1.0), PiecewiseLinear([1, 7], [1, 70]), flat(5.0), flat(0), flat(0), expert_bytes=1)
+    in_place = Predictor(costs, "sum").decide({}, missing)
+    assert 0 < len(in_place) < len(missing)
+    assert max(missing[expert] for expert in in_place) <= min(missing[e] for e in missing if e not in in_place)

@@ -52,3 +52,12 @@ def test_a_machine_without_a_gpu_reads_from_its_disk():
     assert costs.slow(8) == pytest.approx(read + costs.fast(8))
     assert costs.fast(64) == pytest.approx(2 * 64 * MIXTRAL.expert / 0.2e12, rel=1e-3)
     assert costs.from_disk
+
+
+def test_a_fetch_reaches_82_percent_of_the_link():
+    """Pinned copies reach 80 to 85 % of PCIe's nominal rate."""
+    machine = hardware("rtx3060_12g")
+    costs = machine_costs(machine, MIXTRAL)
+    assert costs.fetch(costs.expert_bytes) == pytest.approx(
+        costs.expert_bytes / (0.82 * machine.link_gbs * 1e9) + 30e-6
+    )

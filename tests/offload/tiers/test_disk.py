@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from haq_lab.offload.tiers.arena import aligned
-from haq_lab.offload.tiers.disk import ALIGNMENT, PAGE, ExpertFileWriter, bind, layout, tensors_of
+from haq_lab.offload.tiers.disk import ALIGNMENT, PAGE, ExpertFileWriter, ReadError, bind, layout, tensors_of
 from haq_lab.utils.errors import UserError
 
 
@@ -87,3 +87,42 @@ def test_an_expert_laid_out_otherwise_is_refused(tmp_path):
         writer.add(layer_of(2, 8))
         with pytest.raises(UserError, match="expert 0 of layer 1 is not laid out like the others"):
             writer.add(layer_of(2, 9))
+
+
+def test_it_is_on_the_disk_before_it_is_read(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor, real=os.fsync: flushed.append(os.fstat(descriptor).st_size))
+    with ExpertFileWriter(tmp_path / "experts.bin") as writer:
+        writer.add(layer_of(2, 8))
+        store = writer.open()
+    assert flushed == [2 * store.blob_bytes], "all of it, once"
+    store.close()
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("short", [True, False])
+def test_a_read_that_fails_is_tried_again(tmp_path, monkeypatch, failures, short):
+    layer = layer_of(2, 8)
+    kept = {name: tensor.clone() for name, tensor in tensors_of(layer[1]).items()}
+    with ExpertFileWriter(tmp_path / "experts.bin") as writer:
+        writer.add(layer)
+        store = writer.open()
+    left = [failures]
+
+    def failing(descriptor, buffers, offset, real=os.preadv):
+        if left[0]:
+            left[0] -= 1
+            if short:
+                return 0
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    blob = aligned(store.blob_bytes)
+    store.read(0, 1, blob)
+    assert left == [0]
+    assert all(torch.equal(part.of(blob), kept[part.name]) for part in store.parts)
+    left[0] = 3
+    with pytest.raises(ReadError, match="expert 1 of layer 0"):
+        store.read(0, 1, blob)
+    store.close()
