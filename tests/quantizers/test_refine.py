@@ -76,4 +76,4 @@ def test_it_is_adams_descent_of_the_error_with_a_pull_to_the_start():
         mean, square = 0.8 * mean + 0.2 * gradient, 0.95 * square + 0.05 * gradient**2
         unbiased, spread = mean / (1 - 0.8**step), (square / (1 - 0.95**step)).sqrt()
         place = place - 0.05 * (1 - step / 60) * unbiased / (spread + 1e-8)
-    torch.testing.assert_close(refined(torch.ones(K), predicted, one_to_one()), best, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(refine(torch.ones(K), predicted, one_to_one()), best, rtol=1e-4, atol=1e-5)
