@@ -24,7 +24,7 @@ class Calibration:
 
     Args:
         text: Name of a registered text of the group `data`. Its training part is read.
-        path: Local file to read instead of the hub's copy.
+        path: Local file or folder to read instead of the hub's copy.
         samples: Number of windows.
         seqlen: Tokens in a window.
         seed: Seed of the random windows.
@@ -33,6 +33,7 @@ class Calibration:
         route: Tokens that calibrate the gate and up projections of a Mixture-of-Experts layer: those routed to the
             expert (`topk`), or `all`. The down projection always reads the routed tokens only.
         min_tokens: An expert with fewer tokens uses the statistics of the whole layer.
+        column: Field of JSON or parquet that holds the text.
 
     Raises:
         UserError: If there is no such text, or if `path` is given for a text that is not read from a file.
@@ -49,6 +50,7 @@ class Calibration:
     inputs: Literal["fp", "quantized"] = "quantized"
     route: Literal["topk", "all"] = "topk"
     min_tokens: Count = MIN_TOKENS
+    column: str = "text"
 
     @property
     def policy(self) -> CalibrationPolicy:
@@ -68,6 +70,12 @@ class Calibration:
     def _has_path(self) -> bool:
         return "path" in getattr(TEXTS[self.text], "__dataclass_fields__", {})
 
+    @property
+    def _place(self) -> dict[str, Any]:
+        """What the class of the text needs to find it."""
+        fields = getattr(TEXTS[self.text], "__dataclass_fields__", {})
+        return {name: getattr(self, name) for name in ("path", "column") if name in fields}
+
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
         """Draw the calibration windows.
 
@@ -77,7 +85,7 @@ class Calibration:
         Raises:
             UserError: If the text cannot be read or is shorter than one window.
         """
-        text = TEXTS[self.text](**({"path": self.path} if self._has_path else {})).training_text("calibration.path")
+        text = TEXTS[self.text](**self._place).training_text("calibration.path")
         if text.documents:
             tokens = random_crops(tokenizer, text.rows, self.samples, self.seqlen, self.seed, "calibration.seqlen")
         else:

@@ -61,14 +61,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _trace(given: argparse.Namespace) -> None:
     from haq_lab.config.build import model_option
-    from haq_lab.data.text import load_rows, python_docs
-    from haq_lab.data.windows import encode
+    from haq_lab.data.text import python_docs
+    from haq_lab.data.windows import encode, own_documents
     from haq_lab.models.layerwise import LayeredModel
     from haq_lab.routing.record import record_trace
 
     model = LayeredModel(model_option(given.model, given.set).folder())
     own = given.text == "python_docs"
-    text = python_docs(given.part) if own else "".join(load_rows("text", "test", given.text, "text"))
+    text = python_docs(given.part) if own else own_documents(given.text, "text").joined
     tokens = encode(model.tokenizer(), text)
     count = min(given.windows, len(tokens) // given.seqlen)
     if count < 1:

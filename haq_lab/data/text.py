@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from haq_lab.utils.errors import UserError, nearest, nearest_beside
+from haq_lab.data.text_files import read_documents
+from haq_lab.utils.errors import UserError
 from haq_lab.utils.hub import hub_answers
-from haq_lab.utils.paths import cache_folder
 
 Split = Literal["train", "validation", "test"]
-
-FORMATS = {".txt": "text", ".text": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -46,54 +43,32 @@ HUB = {
 }
 
 
-def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[str]:
+def load_rows(text: str, split: Split, path: str | None, setting: str, column: str = "text") -> list[str]:
     """Read the rows of a text from a local file or from the hub.
 
     Args:
         text: `wikitext2` or `c4`. Any name if there is a path.
         split: Split to read from the hub. A local file is read whole.
-        path: Plain text, or JSON lines or parquet with a field `text`. A line of plain text is one row and keeps its
-            newline, as in the hub's copy. If null, the hub is read.
+        path: File or folder (see `read_documents`). A line of a plain file is one row, as in the hub's copies. If null,
+            the hub is read.
         setting: The setting that gives `path`, for error messages.
+        column: Field of JSON or parquet that holds the text.
 
     Raises:
         UserError: If the file does not exist or cannot be read, or if the hub does not answer and there is no path.
     """
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    datasets.disable_progress_bars()
     if path is not None:
-        file = Path(path).expanduser()
-        if not file.is_file():
-            raise UserError(f"{setting}: there is no file '{file}'{nearest_beside(file) or '. Correct the path.'}")
-        if file.suffix not in FORMATS:
-            raise UserError(
-                f"{setting}: '{file}' has no known format. Choose a file that ends in {', '.join(FORMATS)}."
-            )
-        if FORMATS[file.suffix] == "text":  # not by `datasets`, which fails on invalid UTF-8
-            return file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        try:
-            rows = datasets.load_dataset(
-                FORMATS[file.suffix],
-                data_files=glob.escape(str(file)),
-                split="train",
-                cache_dir=str(cache_folder() / "datasets"),
-            )
-        except (DatasetGenerationError, OSError, ValueError) as error:
-            raise UserError(
-                f"{setting}: '{file}' cannot be read as {FORMATS[file.suffix]} ({error}). Check the file."
-            ) from error
-        if "text" not in rows.column_names:
-            fields = ", ".join(rows.column_names)
-            hint = nearest("text", rows.column_names) or "."
-            raise UserError(f"{setting}: '{file}' has no field 'text'. Rename one of its fields: {fields}{hint}")
-        documents = list(rows["text"])
-        if not all(isinstance(document, str) for document in documents):
-            raise UserError(f"{setting}: '{file}' has rows whose field 'text' is not a string. Remove or correct them.")
-        return documents
+        documents = read_documents(path, setting, column)
+        if not documents.plain:
+            return documents.texts
+        lines = [line for document in documents.texts for line in _lines(document)]
+        # The hub's copy of WikiText-2 has an empty row for each blank line of the raw file.
+        return [line if line.strip() else "" for line in lines] if text == "wikitext2" else lines
     if text not in HUB:
         raise UserError(f"{setting}: a file is needed. Name a plain text, JSON lines or parquet file.")
+    import datasets
+
+    datasets.disable_progress_bars()
     hub = HUB[text]
     files = None if hub.files is None else {split: hub.files[split]}
     try:
@@ -106,6 +81,11 @@ def load_rows(text: str, split: Split, path: str | None, setting: str) -> list[s
             f"local copy: {setting}=FILE (plain text, JSON lines or parquet). Without either, choose "
             "data=[python_docs] calibration=python_docs."
         ) from error
+
+
+def _lines(text: str) -> list[str]:
+    """Split a text at `\\n` only, and keep the newlines. `str.splitlines` also splits at form feeds and U+2028."""
+    return [line for line in re.split(r"(?<=\n)", text) if line]
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def _decode(content: bytes, file: Path, setting: str) -> str:
 def _json_rows(text: str, file: Path, setting: str, column: str) -> Iterator[str]:
     """Rows of JSON lines, or of one array of objects."""
     if text.lstrip().startswith("["):
-        rows = enumerate(_parsed(text, file, setting, 1))
+        rows: Iterator[tuple[int, Any]] = enumerate(_parsed(text, file, setting, 1), 1)
     else:
         lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
         rows = ((number, _parsed(line, file, setting, number)) for number, line in lines)

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from haq_lab.data.text import fingerprint, load_rows, python_docs
+from haq_lab.data.text_files import Documents, read_documents
+from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
@@ -85,6 +87,8 @@ def _cut(tokens: Tensor, seqlen: int, windows: int | None, setting: str) -> Tens
     if available == 0:
         raise _too_short(tokens, seqlen, setting)
     count = min(windows or available, available)
+    if windows is not None and count < windows:
+        say(f"{setting.rpartition('.')[0]}.windows: the text has {count} windows of {seqlen} tokens, not {windows}.")
     return tokens[: count * seqlen].view(count, seqlen)
 
 
@@ -117,7 +121,8 @@ class _FileOrHubText:
     """A text that is read from a local file or from the hub.
 
     Args:
-        path: Local file to read instead of the hub's copy.
+        path: Local file or folder to read instead of the hub's copy.
+        column: Field of JSON or parquet that holds the text.
         windows: Number of windows. If null, all are used.
         seqlen: Tokens in a window.
     """
@@ -125,6 +130,7 @@ class _FileOrHubText:
     path: str | None = None
     windows: Count | None = None
     seqlen: Length = 2048
+    column: str = "text"
 
     def _stamp(self, tokenizer: PreTrainedTokenizerBase, tokens: Tensor, text: str, **fields: Any) -> Windows:
         return _stamped(tokenizer, tokens, text, source=self.path or "hub", **fields)
@@ -143,21 +149,22 @@ class Wikitext2(_FileOrHubText):
     """WikiText-2 as GPTQ and SmoothQuant use it: rows joined by blank lines, consecutive windows.
 
     Args:
-        path: Local file to read instead of the hub's copy.
+        path: Local file or folder to read instead of the hub's copy.
+        column: Field of JSON or parquet that holds the text.
         windows: Number of windows. If null, all are used.
         seqlen: Tokens in a window.
     """
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
         """Return windows of the test split."""
-        text = "\n\n".join(load_rows("wikitext2", "test", self.path, "data.wikitext2.path"))
+        text = "\n\n".join(load_rows("wikitext2", "test", self.path, "data.wikitext2.path", self.column))
         tokens = _cut(encode(tokenizer, text), self.seqlen, self.windows, "data.wikitext2.seqlen")
         tables = self._published("wikitext2 perplexity of GPTQ, SmoothQuant and HAQ")
         return self._stamp(tokenizer, tokens, text, split="test", join="\\n\\n", comparable_with=tables)
 
     def training_text(self, setting: str) -> TrainingText:
         """Return the train split as one text. `setting` is what sets `path`, for error messages."""
-        return TrainingText(["\n\n".join(load_rows("wikitext2", "train", self.path, setting))])
+        return TrainingText(["\n\n".join(load_rows("wikitext2", "train", self.path, setting, self.column))])
 
 
 @register("c4")
@@ -166,14 +173,15 @@ class C4(_FileOrHubText):
     """C4 as in GPTQ's first protocol: 256 random crops of validation documents that are long enough, seed 0.
 
     Args:
-        path: Local file to read instead of the hub's copy.
+        path: Local file or folder to read instead of the hub's copy.
+        column: Field of JSON or parquet that holds the text.
         windows: Number of windows. If null, 256.
         seqlen: Tokens in a window.
     """
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
         """Return random crops of the validation split. They may overlap."""
-        documents = load_rows("c4", "validation", self.path, "data.c4.path")
+        documents = load_rows("c4", "validation", self.path, "data.c4.path", self.column)
         crops = random_crops(tokenizer, documents, self.windows or C4_CROPS, self.seqlen, 0, "data.c4.seqlen")
         tables = self._published("C4 perplexity of GPTQ and HAQ (random crops)")
         return self._stamp(
@@ -188,7 +196,7 @@ class C4(_FileOrHubText):
 
     def training_text(self, setting: str) -> TrainingText:
         """Return the documents of the train split. `setting` is what sets `path`, for error messages."""
-        return TrainingText(load_rows("c4", "train", self.path, setting), documents=True)
+        return TrainingText(load_rows("c4", "train", self.path, setting, self.column), documents=True)
 
 
 @register("c4_new")
@@ -197,14 +205,15 @@ class C4New(_FileOrHubText):
     """C4 as in GPTQ's second protocol: the first 1,100 validation documents joined by spaces, 256 windows.
 
     Args:
-        path: Local file to read instead of the hub's copy.
+        path: Local file or folder to read instead of the hub's copy.
+        column: Field of JSON or parquet that holds the text.
         windows: Number of windows, at most 256. If null, 256.
         seqlen: Tokens in a window.
     """
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
         """Return consecutive windows of the joined validation documents."""
-        text = " ".join(load_rows("c4", "validation", self.path, "data.c4_new.path")[:1100])
+        text = " ".join(load_rows("c4", "validation", self.path, "data.c4_new.path", self.column)[:1100])
         windows = min(self.windows or C4_CROPS, C4_CROPS)
         tokens = _cut(encode(tokenizer, text), self.seqlen, windows, "data.c4_new.seqlen")
         tables = self._published("c4-new perplexity of GPTQ")
@@ -219,29 +228,33 @@ class C4New(_FileOrHubText):
 
     def training_text(self, setting: str) -> TrainingText:
         """Return the documents of the train split, as `C4` does."""
-        return C4(path=self.path).training_text(setting)
+        return C4(path=self.path, column=self.column).training_text(setting)
 
 
 @register("text")
 @dataclass(frozen=True)
 class Text(_FileOrHubText):
-    """A file of the user's own. Its lines are joined as they are; rows of JSON lines or parquet by blank lines.
+    """A file of the user's own, or a folder of files.
+
+    A plain file is scored as it is. Several documents are joined by blank lines: rows of JSON and parquet, and files.
 
     Args:
-        path: The file: plain text, JSON lines or parquet.
+        path: The file, or a folder of files: plain text, JSON, JSON lines or parquet.
+        column: Field of JSON or parquet that holds the text.
         windows: Number of windows. If null, all are used.
         seqlen: Tokens in a window.
     """
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
         """Return consecutive windows of the whole file."""
-        text = own_text(self.path, "data.text.path")
+        documents = own_documents(self.path, "data.text.path", self.column)
+        text = documents.joined
         tokens = _cut(encode(tokenizer, text), self.seqlen, self.windows, "data.text.seqlen")
-        return self._stamp(tokenizer, tokens, text, split="whole file", join="as it is")
+        return self._stamp(tokenizer, tokens, text, split="whole file", join=documents.joining_rule)
 
     def training_text(self, setting: str) -> TrainingText:
         """Return the whole file. `setting` is what sets `path`, for error messages."""
-        return TrainingText([own_text(self.path, setting)])
+        return TrainingText([own_documents(self.path, setting, self.column).joined])
 
 
 @register("python_docs")
@@ -271,17 +284,19 @@ class PythonDocs:
         return TrainingText([python_docs("calibration")], source="python")
 
 
-def own_text(path: str | None, setting: str) -> str:
-    """Return the user's file as one text.
+def own_documents(path: str | None, setting: str, column: str = "text") -> Documents:
+    """Return the documents of the user's file or folder.
 
     Args:
         setting: The setting that gives `path`, for error messages.
+        column: Field of JSON or parquet that holds the text.
 
     Raises:
         UserError: If there is no path, or if the file cannot be read.
     """
-    rows = load_rows("text", "train", path, setting)
-    return "".join(rows) if rows and rows[0].endswith("\n") else "\n\n".join(rows)
+    if path is None:
+        raise UserError(f"{setting}: a file is needed. Name a plain text, JSON lines or parquet file.")
+    return read_documents(path, setting, column)
 
 
 def random_crops(

@@ -11,7 +11,7 @@ import pytest
 
 from haq_lab.calibration.dataset import OVERLAP_RUN, _hashes_of_runs
 from haq_lab.data.text import load_rows, python_docs
-from haq_lab.data.windows import encode, own_text
+from haq_lab.data.windows import encode, own_documents
 from haq_lab.models.random_tiny import byte_tokenizer
 from haq_lab.utils.errors import UserError
 
@@ -37,8 +37,8 @@ def test_every_format_gives_the_same_rows(suffix, tmp_path):
 
 
 def test_own_text_keeps_lines_and_separates_documents(tmp_path):
-    assert own_text(str(_write(tmp_path, ".txt")), "x") == "\n".join(ROWS) + "\n"
-    assert own_text(str(_write(tmp_path, ".jsonl")), "x") == "\n\n".join(ROWS)
+    assert own_documents(str(_write(tmp_path, ".txt")), "x").joined == "\n".join(ROWS) + "\n"
+    assert own_documents(str(_write(tmp_path, ".jsonl")), "x").joined == "\n\n".join(ROWS)
 
 
 def test_a_missing_file_names_the_setting_and_the_nearest(tmp_path):
@@ -47,20 +47,14 @@ def test_a_missing_file_names_the_setting_and_the_nearest(tmp_path):
         load_rows("text", "train", str(tmp_path / "tset.txt"), "data.text.path")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", "text\nx\n", "ends in .txt, .text, .jsonl"),
-        ("a.jsonl", '{"txt": "x"}\n', r"no field 'text'.*: txt .*did you mean 'txt'"),
-        ("b.jsonl", "{broken\n", "cannot be read as json"),
-        ("c.jsonl", '{"text": null}\n{"text": "x"}\n', "rows whose field 'text' is not a string"),
-        ("a.parquet", "no parquet", "cannot be read as parquet"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_explained(name, content, message, tmp_path):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        load_rows("text", "train", str(tmp_path / name), "calibration.path")
+def test_the_raw_file_of_wikitext_gives_the_rows_of_the_hub(tmp_path):
+    """The hub has an empty row for each blank line, which is " \\n" in wiki.test.raw."""
+    raw = " \n = Title = \n \n First paragraph . \n Second\u2028one . \n \n = = Part = = \n \n Third . \n"
+    path = tmp_path / "wiki.test.raw"
+    path.write_text(raw, encoding="utf-8")
+    hub = [f"{line}\n" if line.strip() else "" for line in raw.split("\n")[:-1]]
+    assert load_rows("wikitext2", "test", str(path), "x") == hub
+    assert load_rows("c4", "train", str(path), "x") == [f"{line}\n" for line in raw.split("\n")[:-1]]
 
 
 @pytest.mark.parametrize("text", ["wikitext2", "c4"])
@@ -90,7 +84,7 @@ def test_datasets_uses_only_its_cache_if_the_hub_does_not_answer(monkeypatch):
 
 def test_a_text_of_ones_own_needs_a_path():
     with pytest.raises(UserError, match=r"data\.text\.path: a file is needed"):
-        own_text(None, "data.text.path")
+        own_documents(None, "data.text.path")
 
 
 def test_the_parts_of_python_docs_share_no_run():

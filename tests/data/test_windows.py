@@ -41,7 +41,7 @@ def documents(tmp_path):
 def test_wikitext2_joins_rows_by_blank_lines_and_drops_the_tail(wikitext):
     windows = Wikitext2(path=str(wikitext), seqlen=100).load(TOKENIZER)
     with wikitext.open() as stream:  # as published: "\n\n".join(testdata["text"]), nsamples = numel // seqlen
-        ids = TOKENIZER("\n\n".join(stream.readlines()))["input_ids"]
+        ids = TOKENIZER("\n\n".join(line if line.strip() else "" for line in stream))["input_ids"]
     expected = [ids[i * 100 : (i + 1) * 100] for i in range(len(ids) // 100)]
     assert windows.tokens.tolist() == expected
     stamp = windows.protocol
@@ -171,7 +171,7 @@ def test_python_docs_calibrates_and_evaluates_side_by_side():
 def test_wikitext_calibrates_by_gptqs_crops(wikitext, spare):
     """As published: "\\n\\n".join(traindata["text"]), then randint(0, tokens - seqlen - 1) for each crop."""
     with wikitext.open() as stream:
-        text = "\n\n".join(stream.readlines())
+        text = "\n\n".join(line if line.strip() else "" for line in stream)
     ids = TOKENIZER(text)["input_ids"]
     seqlen = len(ids) - spare
     windows = Calibration(text="wikitext2", path=str(wikitext), samples=12, seqlen=seqlen, seed=7).load(TOKENIZER)
@@ -179,3 +179,23 @@ def test_wikitext_calibrates_by_gptqs_crops(wikitext, spare):
     starts = [random.randint(0, len(ids) - seqlen - 1) for _ in range(12)]
     assert windows.tokens.tolist() == [ids[start : start + seqlen] for start in starts]
     assert windows.protocol["text_sha256"] == fingerprint(text)
+
+
+def test_fewer_windows_than_requested_are_announced(wikitext, capsys):
+    windows = Wikitext2(path=str(wikitext), seqlen=100, windows=1000).load(TOKENIZER)
+    count = windows.protocol["windows"]
+    assert f"data.wikitext2.windows: the text has {count} windows of 100 tokens, not 1000." in capsys.readouterr().out
+
+
+def test_the_stamp_says_how_documents_are_joined(documents, wikitext):
+    load = {path: Text(path=str(path), seqlen=20).load(TOKENIZER).protocol["join"] for path in (documents[0], wikitext)}
+    assert load == {documents[0]: "documents joined by \\n\\n", wikitext: "as it is"}
+
+
+def test_another_column_holds_the_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"body": "some words " * 9, "text": number}) + "\n" for number in range(9)))
+    for load in (Text(path=str(path), seqlen=20, column="body"), C4(path=str(path), seqlen=20, column="body")):
+        assert load.load(TOKENIZER).tokens.shape[1] == 20
+    calibration = Calibration(text="text", path=str(path), samples=2, seqlen=20, column="body")
+    assert calibration.load(TOKENIZER).tokens.shape == (2, 20)
