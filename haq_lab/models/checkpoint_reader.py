@@ -1,74 +1,82 @@
-"""A checkpoint's tensors, by name, read from its safetensors files one decoder layer at a time."""
+"""Read a checkpoint's tensors by name from its safetensors files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from haq_lab.storage.weight_files import weight_files
 from haq_lab.utils.errors import UserError
+
+WIDE = (torch.float16, torch.bfloat16, torch.float32)  # types that are computed with as they are
 
 
 class Weights:
-    """The tensors of a checkpoint folder. Opening it reads only the headers."""
+    """The tensors of a checkpoint folder. Opening it reads only the headers.
+
+    Attributes:
+        unread: Weight files of the folder that transformers would not read either.
+
+    Raises:
+        UserError: The folder has no weights, or a file cannot be read.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        files = weight_files(folder)
+        self.unread = files.unread
         self._file_of: dict[str, Path] = {}
-        for path in _shards(folder):
+        for path in files.read:
             with _open(path) as shard:
                 self._file_of.update(dict.fromkeys(shard.keys(), path))
 
     def names(self) -> list[str]:
-        """The tensors' names, sorted."""
+        """Return the tensors' names, sorted."""
         return sorted(self._file_of)
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """Tensors by name, floating ones as `dtype` where one is given.
+        """Return tensors by name.
 
-        Raises `UserError` for a tensor that is missing, unreadable, or has NaN or infinite entries.
+        Args:
+            dtype: Type of the floating-point tensors that are returned. If None, 16 and 32 bits stay as stored.
+                Float8 and float64 become float32, as in transformers.
+
+        Raises:
+            UserError: A tensor is missing, cannot be read, is quantised, or has NaN or infinite entries.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self._file_of:
-                raise UserError(f"model: tensor '{name}' is missing from {self.folder}")
+                raise UserError(f"model: tensor '{name}' is missing from {self.folder}.")
             by_file.setdefault(self._file_of[name], []).append(name)
         tensors = {}
         for path, wanted in by_file.items():
             with _open(path) as shard:
                 for name in wanted:
-                    tensor = shard.get_tensor(name)
-                    if tensor.is_floating_point():
-                        if not torch.isfinite(tensor).all():
-                            raise UserError(f"model: tensor '{name}' in {path} has NaN or infinite entries")
-                        tensor = tensor.to(dtype or tensor.dtype)
-                    tensors[name] = tensor
+                    tensors[name] = _floating(shard.get_tensor(name), dtype, name, path)
         return tensors
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The files an index names, else all safetensors of the folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise UserError(f"model: '{index}' is not a readable index ({error})") from error
-        for name in names:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise UserError(f"model: {index} names '{name}', which lies outside the checkpoint")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise UserError(f"model: {index} names '{missing[0]}', which is not there")
-        return [folder / name for name in names]
-    return sorted(folder.glob("*.safetensors"))
+def _floating(tensor: torch.Tensor, dtype: torch.dtype | None, name: str, path: Path) -> torch.Tensor:
+    if name.endswith(".weight") and tensor.dtype in (torch.int8, torch.uint8):
+        raise UserError(
+            f"model: tensor '{name}' in {path} has type {str(tensor.dtype).removeprefix('torch.')}. Quantised weights "
+            "without a quantization_config cannot be read. Use a checkpoint with floating-point weights."
+        )
+    if not tensor.is_floating_point():
+        return tensor
+    if tensor.dtype not in WIDE:
+        tensor = tensor.to(torch.float32)
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"model: tensor '{name}' in {path} has NaN or infinite entries.")
+    return tensor.to(dtype or tensor.dtype)
 
 
 def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"model: '{path}' is not a readable safetensors file ({error})") from error
+        raise UserError(f"model: '{path}' is not a readable safetensors file ({error}).") from error

@@ -111,7 +111,11 @@ class LayeredModel:
         missing = sorted(set(result.missing_keys) - tied)
         if missing:
             raise UserError(f"model: {self.folder} lacks the tensors {', '.join(missing[:5])}")
-        shell.tie_weights()
+        with quiet_transformers():
+            shell.tie_weights(missing_keys=set(result.missing_keys))  # a head of its own in the file is not tied
+        embedding, head = shell.get_input_embeddings(), shell.get_output_embeddings()
+        if head is not None and head.weight is not embedding.weight:
+            shell.config.tie_word_embeddings = self.config.tie_word_embeddings = False
         hold_as_stored(shell, self.dtype)
         return shell.requires_grad_(False)
 

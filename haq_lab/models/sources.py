@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import pickle
+import shutil
 import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
@@ -13,12 +13,16 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from safetensors.torch import save_file
 
 from haq_lab.models.build_cache import build_once
 from haq_lab.models.random_tiny import build_tiny
-from haq_lab.utils.atomic_files import sha256_once
+from haq_lab.storage.weight_files import SUFFIXES, weight_files
+from haq_lab.utils.atomic_files import sha256_once, write_json
 from haq_lab.utils.errors import UserError, nearest_beside
 from haq_lab.utils.hub import hub_answers
+
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the tensors
 
 
 @runtime_checkable
@@ -83,18 +87,18 @@ class HubModel:
         folder = self.local or self._download()
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name: '{folder}' has no config.json; it is not a checkpoint folder")
-        if any(folder.glob("*.safetensors")):
+        files = weight_files(folder)
+        if not files.pickled:
             return folder
-        pickles = sorted(folder.glob("pytorch_model*.bin"))
-        if not pickles:
-            raise UserError(f"model.name: '{folder}' has no weights (*.safetensors)")
         if not self.allow_pickle:
             raise UserError(
-                f"model.name: '{self.name}' has only pickled weights ({pickles[0].name}), an unsafe format; "
-                "set model.allow_pickle=true to convert them to safetensors, or name a revision that has some"
+                f"model.name: '{self.name}' has only pickled weights ({files.read[0].name}), an unsafe format. "
+                "Set model.allow_pickle=true to convert them to safetensors, or name a revision that has safetensors."
             )
-        key = hashlib.sha256("".join(sha256_once(path) for path in pickles).encode()).hexdigest()[:16]
-        return build_once(f"{self.label}-{key}", lambda target: _convert_pickles(folder, pickles, target))
+        sources = [*files.read, *_kept_files(folder)]
+        hashes = "".join(f"{path.name}:{sha256_once(path)}\n" for path in sources)
+        key = hashlib.sha256(hashes.encode()).hexdigest()[:16]
+        return build_once(f"{self.label}-{key}", lambda target: _convert_pickles(folder, files.read, target))
 
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download
@@ -213,20 +217,43 @@ def _convert_gguf(path: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
 
 
+def _kept_files(folder: Path) -> list[Path]:
+    """The config and the tokenizer: files beside the weights that a conversion copies."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix not in SUFFIXES)
+    return [path for path in files if not path.name.endswith(".index.json") and not path.name.startswith(".")]
+
+
 def _convert_pickles(folder: Path, pickles: list[Path], target: Path) -> None:
-    import shutil
+    """Write the tensors of `pickles` as safetensors under the names that transformers reads."""
+    for path in _kept_files(folder):
+        shutil.copy(path, target)
+    names = [f"model-{part:05}-of-{len(pickles):05}.safetensors" for part in range(1, len(pickles) + 1)]
+    weight_map: dict[str, str] = {}
+    for path, name in zip(pickles, names if len(pickles) > 1 else ["model.safetensors"], strict=True):
+        tensors = {key: tensor.contiguous().clone() for key, tensor in _unpickled(path).items()}
+        save_file(tensors, target / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(pickles) > 1:
+        write_json(target / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
-    from safetensors.torch import save_file
 
-    for path in folder.iterdir():
-        if path.is_file() and path.suffix not in (".bin", ".msgpack", ".h5", ".ot"):
-            shutil.copy(path, target)
-    for path in pickles:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+def _unpickled(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle, which must be a flat dict of dense tensors, or a trainer's file that has one."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise almost any class on a damaged file
+        raise UserError(
+            f"model.name: '{path}' is damaged, or holds more than tensors ({type(error).__name__})."
+        ) from error
+    inner = [key for key in STATE_DICTS if isinstance(content, dict) and isinstance(content.get(key), dict)]
+    weights = content[inner[0]] if inner else content
+    if not isinstance(weights, dict) or not weights:
+        raise UserError(f"model.name: '{path}' holds a {type(weights).__name__}, not a dict of tensors.")
+    for key, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or not isinstance(key, str):
+            kind = f"a {tensor.layout} tensor" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
             raise UserError(
-                f"model.name: '{path}' is damaged, or holds more than tensors ({type(error).__name__})"
-            ) from error
-        tensors = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
-        save_file(tensors, target / f"{path.stem}.safetensors", metadata={"format": "pt"})
+                f"model.name: '{path}' holds {kind} under '{key}'. Save a flat dict of dense tensors: "
+                "torch.save(model.state_dict(), FILE)."
+            )
+    return dict(weights)

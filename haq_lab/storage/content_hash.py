@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from haq_lab.storage.weight_files import weight_files
 from haq_lab.utils.atomic_files import sha256_once
+from haq_lab.utils.errors import UserError
 
 
 def content_files(folder: Path) -> list[Path]:
-    """A checkpoint folder's weights and its config."""
-    return sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    """Return the weight files that would be read, and the config."""
+    try:
+        weights = weight_files(folder).read
+    except UserError:  # a quantised checkpoint, whose manifest names its files
+        weights = list(folder.glob("*.safetensors"))
+    return sorted([*weights, folder / "config.json"])
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the content files. The hub's cache names large files by it, which spares reading 93 GB."""
-    hashes = {}
-    for path in content_files(folder):
-        name = path.resolve().name
-        hashes[path.name] = name if re.fullmatch(r"[0-9a-f]{64}", name) else sha256_once(path)
-    return hashes
+    """Return the SHA-256 of each content file by its name. Names in the hub's cache are not trusted."""
+    return {path.name: sha256_once(path) for path in content_files(folder)}

@@ -122,7 +122,7 @@ def test_reads_sharded_checkpoints(tiny, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.load_layer(1).state_dict().items())
 
     index.write_text(json.dumps({"weight_map": {**where, "more": "part-2.safetensors"}}))
-    with pytest.raises(UserError, match=r"names 'part-2\.safetensors', which is not there"):
+    with pytest.raises(UserError, match=r"names 'part-2\.safetensors', which does not exist"):
         LayeredModel(tmp_path / "shards")
     index.write_text("{")
     with pytest.raises(UserError, match="not a readable index"):
@@ -231,3 +231,44 @@ def test_tokenizer(tiny, tmp_path):
     shutil.copy(tiny.folder / "model.safetensors", tmp_path)
     with pytest.raises(UserError, match="no usable tokenizer"):
         LayeredModel(tmp_path).tokenizer()
+
+
+def _changed(folder: Path, change) -> LayeredModel:
+    """A model whose tensors are those that `change` makes of a tiny Llama's."""
+    copied = Path(shutil.copytree(TinyModel("llama").folder(), folder / "changed"))
+    tensors = load_file(copied / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    return copied
+
+
+def test_a_head_in_the_file_is_used_even_if_config_ties_it(tmp_path, windows, logits_of):
+    """transformers ties only tensors that are equal, or of which one is missing."""
+    folder = _changed(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.randn(257, 64)}))
+    model = LayeredModel(folder)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers = [model.load_layer(index) for index in range(model.depth)]
+    assert not model.config.tie_word_embeddings
+    torch.testing.assert_close(logits_of(model, layers, windows), whole(windows).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_other_floating_types_are_widened_as_transformers_does(dtype, tmp_path, windows, logits_of):
+    def narrow(tensors):
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items() if "proj" in name})
+
+    folder = _changed(tmp_path, narrow)
+    model = LayeredModel(folder)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers = [model.load_layer(index) for index in range(model.depth)]
+    torch.testing.assert_close(logits_of(model, layers, windows), whole(windows).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_in_int8_are_refused_by_name(tmp_path):
+    def quantise(tensors):
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = (tensors[name] * 50).to(torch.int8)
+
+    model = LayeredModel(_changed(tmp_path, quantise))
+    with pytest.raises(UserError, match=r"tensor 'model\.layers\.1\.mlp\.up_proj\.weight' .* has type int8"):
+        model.load_layer(1)

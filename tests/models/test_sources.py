@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,8 @@ def pickled(tmp_path):
     names = list(tensors)
     for number, part in enumerate((names[::2], names[1::2]), start=1):
         torch.save({name: tensors[name] for name in part}, folder / f"pytorch_model-0000{number}-of-00002.bin")
+    where = {name: f"pytorch_model-0000{1 + place % 2}-of-00002.bin" for place, name in enumerate(names)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
 
 
@@ -77,6 +81,45 @@ def test_pickles_are_refused_unless_allowed(pickled, windows, logits_of):
     model, original = LayeredModel(converted), LayeredModel(TinyModel("llama").folder())
     layers = [[m.load_layer(index) for index in range(m.depth)] for m in (model, original)]
     assert torch.equal(logits_of(model, layers[0], windows), logits_of(original, layers[1], windows))
+
+
+def test_a_corrected_tokenizer_or_config_is_converted_again(pickled):
+    source = HubModel(str(pickled), allow_pickle=True)
+    first = source.folder()
+    config = json.loads((pickled / "config.json").read_text())
+    (pickled / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert source.folder() != first
+    assert json.loads((source.folder() / "config.json").read_text())["rms_norm_eps"] == 0.5
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
+def test_the_tensors_of_a_trainers_file_are_read(key, tmp_path):
+    folder = Path(shutil.copytree(TinyModel("llama").folder(), tmp_path / "trained"))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({"epoch": 3, key: tensors}, folder / "pytorch_model.bin")
+    read = load_file(HubModel(str(folder), allow_pickle=True).folder() / "model.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in read)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(2)], "holds a list, not a dict of tensors"),
+        ({}, "holds a dict, not a dict of tensors"),
+        ({"a": torch.ones(2), "step": 3}, "holds a int under 'step'.*Save a flat dict of dense tensors"),
+        ({"a": {"b": torch.ones(2)}}, "holds a dict under 'a'"),
+        ({"a": torch.ones(2, 2).to_sparse()}, r"holds a torch\.sparse_coo tensor under 'a'"),
+        ({3: torch.ones(2)}, r"holds a torch\.strided tensor under '3'"),
+    ],
+)
+def test_pickles_of_another_form_are_refused(content, message, tmp_path):
+    folder = Path(shutil.copytree(TinyModel("llama").folder(), tmp_path / "other"))
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=rf"^model\.name: .*pytorch_model\.bin' {message}"):
+        HubModel(str(folder), allow_pickle=True).folder()
 
 
 class Malicious:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from haq_lab.models.sources import TinyModel
-from haq_lab.models.weight_files import weight_files
+from haq_lab.storage.weight_files import weight_files
 from haq_lab.utils.errors import UserError
 
 
