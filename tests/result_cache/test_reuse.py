@@ -56,13 +56,15 @@ def _same(one: Path, other: Path) -> bool:
     metrics = []
     for folder in (one, other):
         results = json.loads((folder / "results.json").read_text())["metrics"]
-        differ = ("time.", "memory.peak")
-        metrics.append({name: value for name, value in results.items() if not name.startswith(differ)})
+        metrics.append(
+            {name: value for name, value in results.items() if not name.startswith(("time.", "memory.peak"))}
+        )
     tables = [{path.name: path.read_bytes() for path in folder.glob("*.csv")} for folder in (one, other)]
     routings = [load_file(folder / "routing.safetensors") for folder in (one, other) if "experts.csv" in tables[0]]
     routed = not routings or all(torch.equal(tensor, routings[1][name]) for name, tensor in routings[0].items())
-    paths = [folder / "ranges.safetensors" for folder in (one, other)]
-    ranges = [path.read_bytes() if path.exists() else None for path in paths]
+    ranges = [
+        path.read_bytes() if (path := folder / "ranges.safetensors").exists() else None for folder in (one, other)
+    ]
     return metrics[0] == metrics[1] and tables[0] == tables[1] and routed and ranges[0] == ranges[1]
 
 

@@ -84,7 +84,7 @@ def refine(factor: Tensor, error: DynamicError, channels: ChannelMap) -> Tensor:
     Args:
         factor: (k,) where the descent starts.
         error: The predicted error.
-        channels: ChannelMap that share a row of the source keep a common factor.
+        channels: Channels that share a row of the source keep a common factor.
 
     Returns:
         The factor (k,) with the smallest error on the way.
