@@ -48,7 +48,9 @@ def test_prefetching_needs_room():
 
 @pytest.mark.parametrize("rule", ["lrv", "belady"])
 def test_eviction_is_a_rule_that_an_engine_can_run(rule):
-    with pytest.raises(UserError, match=rf"offload\.eviction: '{rule}' is not one of none, lru, lfu, moe_infinity, haq"):
+    with pytest.raises(
+        UserError, match=rf"offload\.eviction: '{rule}' is not one of none, lru, lfu, moe_infinity, haq"
+    ):
         Offload(eviction=rule)
 
 
