@@ -30,7 +30,7 @@ from haq_lab.int8.linear import parameter_count, weight_bytes
 from haq_lab.offload.costs.measured import measure_costs
 from haq_lab.offload.costs.model_shape import Shape
 from haq_lab.offload.policies.path_model import fit_path_model
-from haq_lab.offload.settings import FLOAT
+from haq_lab.offload.session import FLOAT
 from haq_lab.routing.trace import Trace
 from haq_lab.runtime.deploy import deploy
 from haq_lab.utils.plotting import save

@@ -1,9 +1,10 @@
-"""Offloading within one run: experts leave memory as their layer is finished, an engine serves them afterwards."""
+"""Offload the experts of one run: write each finished layer's experts to the slow tier, then build the engine."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,17 @@ from torch import Tensor, nn
 from haq_lab.hardware.spec import Hardware
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.models.layerwise import LayeredModel
+from haq_lab.offload.costs.cost_model import Costs, Predictor
+from haq_lab.offload.costs.from_spec import machine_costs
+from haq_lab.offload.costs.measured import measure_costs
 from haq_lab.offload.costs.model_shape import Shape
+from haq_lab.offload.engine.cost_feedback import CostFeedback
 from haq_lab.offload.engine.engine import Engine
-from haq_lab.offload.settings import Offload, experts_of, refuse_dense
+from haq_lab.offload.policies.placement import place
+from haq_lab.offload.policies.policy import Policy, make_policy
+from haq_lab.offload.policies.prefetch import NextGate, NextOnPath, Prefetch
+from haq_lab.offload.settings import Offload
+from haq_lab.offload.simulate.simulator import Simulator, Timeline
 from haq_lab.offload.tiers.base import SlowTier
 from haq_lab.offload.tiers.conversion import ConvertedTier
 from haq_lab.offload.tiers.cuda_streams import Streams
@@ -25,19 +34,38 @@ from haq_lab.offload.tiers.writer import TierWriter
 from haq_lab.result_cache.store import Store
 from haq_lab.routing.cached import routing_trace
 from haq_lab.routing.choices import Routing
+from haq_lab.routing.statistics import Residency
+from haq_lab.routing.trace import Trace
 from haq_lab.utils.atomic_files import named
+from haq_lab.utils.errors import UserError
+
+FLOAT = 4  # bytes of a number in the KV cache and the workspace
 
 
 class OffloadSession:
-    """Args:
-    settings: The run's `offload`; a dense model is refused.
-    hardware: The run's; what the predictor decides for.
-    folder: Where the slow tier lies while the run lasts, if it is a file.
-    store: Where a trace is kept that has to be recorded.
-    streams: Of the device that computes; a CPU's if None.
+    """The offloading of one run, from its first finished layer to its metrics.
+
+    Args:
+        settings: The run's settings of `offload`.
+        hardware: The machine whose costs the predictor uses and that is simulated. If None, this machine's costs are
+            measured and nothing is simulated.
+        model: The model. It must have experts.
+        folder: Folder for the file of the slow tier, if the slow tier is a file.
+        store: Result cache for the routing trace, if one has to be recorded.
+        streams: CUDA streams of the device that computes. If None, the CPU computes.
 
     Raises:
-        UserError: The model is dense, or the profile that the settings name does not fit it.
+        UserError: The model has no experts, or `offload.profile` does not fit it.
+
+    Example:
+        session = OffloadSession(settings, None, model, folder, store)
+        for layer in layers:
+            session.add(layer)                     # its experts leave memory
+        session.find_profile(None, windows, "python_docs")
+        session.engage(layers)                     # the engine serves the experts from now on
+        model.assemble(layers)(tokens)
+        session.metrics()
+        session.close()
     """
 
     def __init__(
@@ -49,83 +77,223 @@ class OffloadSession:
         store: Store,
         streams: Streams | None = None,
     ):
-        refuse_dense(model)
-        self.settings, self.hardware, self.model, self.stages = settings, hardware, model, store
-        self._profile = settings.trace(model)
+        _require_experts(model)
+        self.settings, self.hardware, self.model, self.store = settings, hardware, model, store
+        self._profile = _open_profile(settings, model)
         self.path = folder / "experts.bin"
         self._streams = streams or Streams()
-        self._writer = self._slow_tier()
+        self._writer = self._make_writer()
         self._tier: SlowTier | None = None
         self.engine: Engine | None = None
 
-    def _slow_tier(self) -> TierWriter:
-        """A file, or beside a device with memory of its own the host's; with the CPU at work there, if it is to be."""
+    def _make_writer(self) -> TierWriter:
+        """Return the writer of the slow tier: host memory if the device has its own memory, else a file."""
         if not self._streams.apart:
             return ExpertFileWriter(self.path).__enter__()
-        beside = None if self.settings.on_miss == "fetch" else CpuBackend()
-        return HostWriter(self.model.depth, self._streams, beside)
+        cpu = None if self.settings.on_miss == "fetch" else CpuBackend()  # runs missing experts in the slow tier
+        return HostWriter(self.model.depth, self._streams, cpu)
 
     def add(self, layer: nn.Module) -> None:
-        """The next layer in its final form: its experts go to the slow tier."""
-        experts, formats = experts_of(layer, self.model), self.settings.formats
+        """Write a layer's experts to the slow tier.
+
+        Args:
+            layer: The next decoder layer, in its final form.
+        """
+        experts, formats = _experts_of(layer, self.model), self.settings.formats
         formats.prepare(experts)
         with named(self.path):
             self._writer.add(experts)
-        self._as_made = experts
+        self._last_experts = experts
         if formats.narrow is not None:
             assert self.model.family.moe is not None
             layer.set_submodule(self.model.family.moe.experts, half_experts(experts, formats.narrow))
 
     def find_profile(self, routing: Routing | None, calibration: Tensor | None, text: str) -> None:
-        """See to the trace to place and predict by, where the settings name none: before the model is deployed, as
-        recording one runs it where it is read.
+        """Get the routing trace for placement and prediction, unless `offload.profile` names one.
+
+        Call it before the model is deployed, because recording a trace runs the model layer by layer.
 
         Args:
-            routing: What the calibration pass recorded, if it did.
-            calibration: Else token windows (n, t) to record a trace on.
-            text: What they are of.
+            routing: The router's choices in the calibration pass, if they were recorded.
+            calibration: (n, t) token windows to record a trace on. Needed if there is no other source.
+            text: Name of the calibration text.
         """
         if self._profile is None and routing is not None:
-            told = routing.trace(self.model.folder.name, text)
-            self._profile = replace(told, decode=np.ones_like(told.decode))  # token by token, as it will be decoded
+            trace = routing.trace(self.model.folder.name, text)
+            self._profile = replace(trace, decode=np.ones_like(trace.decode))  # the engine decodes token by token
         if self._profile is None:
             assert calibration is not None
-            self._profile = routing_trace(self.stages, self.model, calibration, text)
+            self._profile = routing_trace(self.store, self.model, calibration, text)
 
     def engage(self, layers: list[nn.Module]) -> None:
-        """All layers are there, and deployed: build the engine."""
-        assert self._profile is not None, "find_profile comes first"
+        """Build the engine and attach it to the layers.
+
+        Args:
+            layers: All decoder layers, deployed.
+
+        Raises:
+            UserError: The budget leaves no slot for an expert.
+        """
+        assert self._profile is not None, "call find_profile first"
         tier: SlowTier = self._writer.open()
         self._tier = tier
-        conversion = self.settings.formats.conversion(self._as_made, tier.parts) or self._writer.relayout(self._as_made)
+        conversion = self.settings.formats.conversion(self._last_experts, tier.parts)
+        conversion = conversion or self._writer.relayout(self._last_experts)
         if conversion is not None:
             tier = ConvertedTier(tier, conversion, self._streams.device)
-        self.engine = self.settings.engage(self.model, layers, tier, self._profile, self.hardware, self._streams)
-        self._start = self.engine.policy.resident.copy()
+        self.engine = build_engine(self.settings, self.model, layers, tier, self._profile, self.hardware, self._streams)
+        self._placed = self.engine.policy.resident.copy()
 
     def metrics(self) -> dict[str, float]:
-        """What the engine has counted, by full names."""
+        """Return the engine's metrics by name, or nothing if there is no engine."""
         return {} if self.engine is None else self.engine.stats()
 
     def simulated(self, label: str) -> dict[str, float]:
-        """The same steps on the run's hardware, as `simulated.<label>.` metrics; none where none is named."""
+        """Simulate the decoded steps on the run's hardware.
+
+        Args:
+            label: Name of the hardware in the metrics.
+
+        Returns:
+            Metrics that begin with `simulated.<label>.`. Empty without hardware or without decoded tokens.
+        """
         if self.engine is None or self.hardware is None or not self.engine.heard.decoded:
             return {}
         assert self._profile is not None
-        shape = Shape.of(self.model.config, self.model.experts, self.model.int8_head is not None)
-        timeline = self.settings.simulate(self.engine, self._start, self._profile, self.hardware, shape)
+        shape = _shape_of(self.model)
+        timeline = simulate_engine(self.settings, self.engine, self._placed, self._profile, self.hardware, shape)
         return timeline.metrics(label)
 
     def table(self) -> pd.DataFrame:
-        """The same by layer, with the residents."""
+        """Return the engine's counts, one row a layer, with the number of resident experts."""
         return pd.DataFrame([] if self.engine is None else self.engine.table())
 
     def close(self) -> None:
-        """Stop the engine and remove the slow tier."""
+        """Stop the engine and delete the slow tier."""
         if self.engine is not None:
             self.engine.close()
-        elif self._tier is not None:  # the settings were refused
+        elif self._tier is not None:  # building the engine failed
             self._streams.drain()
             self._tier.close()
         self._writer.__exit__()
         self.path.unlink(missing_ok=True)
+
+
+def build_engine(
+    settings: Offload,
+    model: LayeredModel,
+    layers: list[nn.Module],
+    tier: SlowTier,
+    profile: Trace,
+    hardware: Hardware | None,
+    streams: Streams | None = None,
+) -> Engine:
+    """Build the engine and attach it to the layers.
+
+    Args:
+        settings: The run's settings of `offload`.
+        model: The model that the layers belong to.
+        layers: Decoder layers in their final form.
+        tier: Slow tier that holds their experts.
+        profile: Calibration trace of this model.
+        hardware: The machine whose costs the predictor uses. If None, this machine's costs are measured.
+        streams: CUDA streams of the device that computes. If None, the CPU computes.
+
+    Returns:
+        The engine, with the placed experts in the fast tier.
+
+    Raises:
+        UserError: The budget leaves no slot for an expert.
+    """
+    moe, shape = model.family.moe, _shape_of(model)
+    assert moe is not None
+    reserved = FLOAT * (shape.kv_per_token + shape.work_per_token) * settings.kv_tokens + tier.room_bytes
+    experts = shape.layers * shape.experts
+    slots = settings.parsed_budget.slots(experts, tier.blob_bytes, settings.spare, reserved)
+    costs, observer = None, None
+    if settings.on_miss == "predict":
+        if hardware is None:
+            costs = measure_costs(layers[0], moe, tier, model, streams)
+        else:
+            costs = machine_costs(hardware, shape, *settings.formats.pair)
+        if costs.from_disk:  # a GPU's costs are not corrected, because the host's clock does not time its kernels
+            observer = CostFeedback(costs, settings.objective, shape.layers)
+    policy = build_policy(settings, place(settings.placement, profile, slots, settings.seed), profile, costs)
+    prefetch: Prefetch | None = None
+    if settings.prefetch == "next_gate":
+        prefetch = NextGate([layer.get_submodule(moe.router) for layer in layers])
+    elif settings.prefetch == "path":
+        prefetch = NextOnPath(profile)
+    guesses = min(profile.k, settings.spare - 1) if prefetch is not None else 0
+    engine = Engine(tier, policy, settings.spare, prefetch, guesses, observer, streams)
+    engine.attach(layers, moe)
+    return engine
+
+
+def build_policy(settings: Offload, resident: Residency, profile: Trace, costs: Costs | None) -> Policy:
+    """Build the policy that the settings describe.
+
+    Args:
+        settings: The run's settings of `offload`.
+        resident: (layers, E) bool, the experts that are resident at the start.
+        profile: Calibration trace of the model.
+        costs: Costs for the predictor. Needed for `on_miss=predict` only.
+
+    Returns:
+        The policy, before its first visit.
+    """
+    policy = make_policy(settings.eviction, resident, profile, settings.scope)
+    if settings.on_miss == "cpu":
+        policy.decide = lambda present, missing: list(missing)
+    elif settings.on_miss == "predict":
+        assert costs is not None
+        policy.decide = Predictor(costs, settings.objective).decide
+    return policy
+
+
+def simulate_engine(
+    settings: Offload, engine: Engine, resident: Residency, profile: Trace, hardware: Hardware, shape: Shape
+) -> Timeline:
+    """Simulate an engine's recorded steps on another machine, with the same routing and prefetch guesses.
+
+    Args:
+        settings: The run's settings of `offload`.
+        engine: The engine, after at least one whole step.
+        resident: (layers, E) bool, the experts that were resident before the first step.
+        profile: Calibration trace of the model.
+        hardware: The machine to simulate.
+        shape: Sizes of the model.
+
+    Returns:
+        The simulated times.
+    """
+    costs = machine_costs(hardware, shape, *settings.formats.pair)
+    policy = build_policy(settings, resident, profile, costs)
+    prefetch = engine.heard.prefetch() if engine.prefetch is not None else None
+    return Simulator(costs, policy, prefetch, engine.guesses, settings.spare).run(engine.heard.trace())
+
+
+def _require_experts(model: LayeredModel) -> None:
+    if model.family.moe is None:
+        raise UserError(f"offload: a '{model.config.model_type}' has no experts to offload. Choose offload=none.")
+
+
+def _open_profile(settings: Offload, model: LayeredModel) -> Trace | None:
+    """Open the trace that `offload.profile` names, if it names one."""
+    if settings.profile is None:
+        return None
+    try:
+        profile = Trace.open(Path(settings.profile).expanduser())
+        profile.must_be_of(model.depth, model.family.experts(model.config))
+    except UserError as error:
+        raise UserError(f"offload.profile: {error}") from error
+    return profile
+
+
+def _experts_of(layer: nn.Module, model: LayeredModel) -> nn.ModuleList:
+    assert model.family.moe is not None
+    return cast(nn.ModuleList, layer.get_submodule(model.family.moe.experts))
+
+
+def _shape_of(model: LayeredModel) -> Shape:
+    return Shape.of(model.config, model.experts, model.int8_head is not None)

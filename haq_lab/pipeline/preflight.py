@@ -20,7 +20,6 @@ from haq_lab.calibration.calibrator import HESSIAN_BYTES
 from haq_lab.config.build import Experiment
 from haq_lab.models.architectures import family_of
 from haq_lab.models.sources import HubModel
-from haq_lab.offload.budget import Budget
 from haq_lab.storage.hidden_state_buffer import RAM_BYTES
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
@@ -150,7 +149,7 @@ def _deployed_bytes(experiment: Experiment, size: Size) -> float:
         return float(stored * size.depth * size.layer)
     narrow = offload.formats.narrow
     expert, total = (narrow.itemsize if narrow else stored) * size.expert, size.depth * size.experts
-    budget = Budget.parse(offload.budget)
+    budget = offload.parsed_budget
     if budget.bytes is not None:
         tier = float(budget.bytes)
     else:

@@ -171,7 +171,7 @@ def test_a_killed_run_leaves_no_results_and_runs_again(tiny_run, tmp_path, cache
         ("+backend.device=cuda", "backend.device: there is no such setting"),
         ("tracking=onlin", "tracking: 'onlin' is not one of .*did you mean 'online'"),
         ("calibration.route=foo", "calibration.route: 'foo' is not one of topk, all"),
-        ("offload=lru", "offload: a 'llama' has no experts to offload; add offload=none"),
+        ("offload=lru", "offload: a 'llama' has no experts to offload. Choose offload=none"),
         ("quantizer=null", "not null"),
         ("quantizer=", "quantizer: '' is not one of"),
         ("data=[wikitext2", "input"),

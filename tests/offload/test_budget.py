@@ -44,3 +44,16 @@ def test_a_unit_misspelt_is_told_the_nearest():
 def test_prefetching_needs_room():
     with pytest.raises(UserError, match="at least 2 spare"):
         Offload(prefetch="path", spare=1)
+
+
+@pytest.mark.parametrize("rule", ["lrv", "belady"])
+def test_eviction_is_a_rule_that_an_engine_can_run(rule):
+    with pytest.raises(
+        UserError, match=rf"offload\.eviction: '{rule}' is not one of none, lru, lfu, moe_infinity, haq"
+    ):
+        Offload(eviction=rule)
+
+
+def test_a_misspelt_eviction_rule_gets_a_hint():
+    with pytest.raises(UserError, match="did you mean 'lru'"):
+        Offload(eviction="lrv")

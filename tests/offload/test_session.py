@@ -17,7 +17,7 @@ from haq_lab.offload.costs.from_spec import machine_costs
 from haq_lab.offload.costs.measured import TOKENS, UNKNOWN, measure_costs
 from haq_lab.offload.costs.model_shape import Shape
 from haq_lab.offload.policies.placement import place
-from haq_lab.offload.session import OffloadSession
+from haq_lab.offload.session import OffloadSession, simulate_engine
 from haq_lab.offload.settings import Offload
 from haq_lab.offload.tiers.disk import ExpertFileWriter, tensors_of
 from haq_lab.offload.tiers.half_experts import ExpertLinear
@@ -102,7 +102,8 @@ def test_the_settings_say_what_experts_compute_in(model, tmp_path):
     assert engine.policy.slots == 4 - 2
     start = place("frequency", session._profile, engine.policy.slots)
     by_format = [
-        settings.simulate(engine, start, session._profile, card, shape).metrics("card") for settings in (LRU, halves)
+        simulate_engine(settings, engine, start, session._profile, card, shape).metrics("card")
+        for settings in (LRU, halves)
     ]
     name = "simulated.card.latency.decode_ms_per_token.mean"
     assert by_format[0][name] < by_format[1][name], "converting takes time, and floats are read"
@@ -117,7 +118,7 @@ def test_a_head_in_int8_costs_what_it_is(tmp_path, monkeypatch):
         shapes.append(shape)
         return machine_costs(hardware, shape, *formats)
 
-    monkeypatch.setattr("haq_lab.offload.settings.machine_costs", costs)
+    monkeypatch.setattr("haq_lab.offload.session.machine_costs", costs)
     card = hardware("rtx3060_12g")
     session = OffloadSession(replace(LRU, on_miss="predict"), card, model, tmp_path, Store())
     layers = finished(model, session.add)
@@ -192,6 +193,6 @@ def test_only_int8_experts_run_on_the_cpu_beside_a_gpu(miss):
     for device, quantized in (("cpu", False), ("cuda", True)):
         Offload(on_miss=miss).must_suit(torch.device(device), quantized)
     with pytest.raises(
-        UserError, match=rf"offload\.on_miss: '{miss}' runs experts on the CPU.*say offload\.on_miss=fetch"
+        UserError, match=rf"offload\.on_miss: '{miss}' runs experts on the CPU.*Choose offload\.on_miss=fetch"
     ):
         Offload(on_miss=miss).must_suit(torch.device("cuda"), False)

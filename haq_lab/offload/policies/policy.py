@@ -10,23 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from haq_lab.offload.policies import eviction as cache
-from haq_lab.offload.policies.belady import belady
-from haq_lab.offload.policies.haq import haq_eviction
-from haq_lab.offload.policies.lfu import lfu
-from haq_lab.offload.policies.lru import lru
-from haq_lab.offload.policies.moe_infinity import moe_infinity
-from haq_lab.offload.policies.path_model import PathModel, fit_path_model
+from haq_lab.offload.policies.eviction_rules import EVICTION_RULES
+from haq_lab.offload.policies.path_model import PathModel
 from haq_lab.routing.statistics import Residency
 from haq_lab.routing.trace import Trace
 from haq_lab.utils.errors import invalid
 
-EvictionRule = Literal["none", "lru", "lfu", "moe_infinity", "haq", "belady"]
 Scope = Literal["layer", "global"]
 
 
@@ -159,31 +154,29 @@ class Policy:
 
 
 def make_policy(
-    rule: EvictionRule,
+    rule: str,
     resident: Residency,
     profile: Trace,
     scope: Scope = "global",
     path_model: PathModel | None = None,
 ) -> Policy:
-    """A policy by the name of its cache rule.
+    """Make the policy of an eviction rule.
 
     Args:
-        rule: `belady` takes for `profile` the very trace that it will be replayed on.
-        profile: Calibration trace.
-        path_model: For `haq`; None fits one on the profile.
+        rule: A name in `EVICTION_RULES`.
+        resident: (layers, E) bool, the experts that are resident at the start.
+        profile: Calibration trace. For `belady`, the trace that will be replayed.
+        scope: `layer` if an expert may evict only experts of its own layer, `global` if any.
+        path_model: For `haq`. If None, one is fitted on the profile.
+
+    Returns:
+        The policy, before its first visit.
+
+    Raises:
+        UserError: There is no such rule.
     """
-    shape = resident.shape
-    match rule:
-        case "none":
-            return Policy(lru(*shape), resident, scope, admits=False)
-        case "lru":
-            return Policy(lru(*shape), resident, scope)
-        case "lfu":
-            return Policy(lfu(*shape), resident, scope)
-        case "moe_infinity":
-            return Policy(moe_infinity(profile), resident, scope)
-        case "haq":
-            return Policy(haq_eviction(path_model or fit_path_model(profile)), resident, scope, selective=True)
-        case "belady":
-            return Policy(belady(profile), resident, scope, selective=True)
-    raise invalid("offload.eviction", rule, get_args(EvictionRule))
+    if rule not in EVICTION_RULES:
+        raise invalid("offload.eviction", rule, EVICTION_RULES)
+    row = EVICTION_RULES[rule]
+    state = row.make_state((resident.shape[0], resident.shape[1]), profile, path_model)
+    return Policy(state, resident, scope, row.selective, row.admits)

@@ -52,7 +52,7 @@ def plan(
     }
     for (host, device), (rule, share), cache in product(FORMATS, placed, CACHES):
         costs = machine_costs(hardware, shape, host, device)
-        policy = make_policy(cache, placed[rule, share], profile, "global", model)  # type: ignore[arg-type]
+        policy = make_policy(cache, placed[rule, share], profile, "global", model)
         policy.decide = Predictor(costs).decide
         metrics = Simulator(costs, policy).run(test, tokens).metrics("plan")
         memory = fixed_bytes(shape, device, context) + policy.slots * shape.expert * BYTES[device]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from haq_lab.offload.policies.eviction_rules import EVICTION_RULES
 from haq_lab.offload.policies.path_model import fit_path_model
 from haq_lab.offload.policies.placement import place
-from haq_lab.offload.policies.policy import EvictionRule, Scope, make_policy
+from haq_lab.offload.policies.policy import Scope, make_policy
 from haq_lab.routing.trace import Trace
 from haq_lab.utils.errors import UserError
 
@@ -19,7 +20,7 @@ class Contender:
     """A policy as it is known: cache rule, placement, scope."""
 
     name: str
-    rule: EvictionRule
+    rule: str
     placement: str
     scope: Scope
 
@@ -65,7 +66,7 @@ def hit_rates(
         slots = round(budget * total)
         placed = {rule: place(rule, profile, slots) for rule in {one.placement for one in CONTENDERS}}
         for one in CONTENDERS:
-            known = test if one.rule == "belady" else profile
+            known = test if EVICTION_RULES[one.rule].offline else profile
             policy = make_policy(one.rule, placed[one.placement], known, one.scope, model)
             rates = policy.replay(test)
             row = {"policy": one.name, "budget": budget, "slots": slots, "pairs": rates.pairs, "experts": rates.experts}

@@ -134,4 +134,4 @@ def test_zero_slots_and_unknown_names_are_mistakes(make_trace):
     with pytest.raises(UserError, match="did you mean 'frequency'"):
         place("frequencies", trace, 4)
     with pytest.raises(UserError, match="did you mean 'lru'"):
-        make_policy("lrv", place("uniform", trace, 4), trace)  # type: ignore[arg-type]
+        make_policy("lrv", place("uniform", trace, 4), trace)
