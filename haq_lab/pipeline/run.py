@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from haq_lab.calibration.dataset import refuse_overlap, refuse_same_text
+from haq_lab.calibration.dataset import check_overlap
 from haq_lab.checkpoint.model import open_model
 from haq_lab.config.build import Experiment, build, effective, refuse_idle
 from haq_lab.config.help import is_user_error
@@ -157,8 +157,7 @@ def _texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windo
     if experiment.quantizer is not None and experiment.quantizer.needs.inputs:
         _refuse_too_long("calibration.seqlen", experiment.calibration.seqlen, model)
         calibration = experiment.calibration.load(tokenizer)
-        refuse_same_text(calibration, evaluation)
-        refuse_overlap(calibration.tokens, {name: windows.tokens for name, windows in evaluation.items()})
+        check_overlap(calibration, evaluation, experiment.calibration.overlap)
     return evaluation, calibration
 
 
