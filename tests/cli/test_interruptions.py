@@ -1,7 +1,7 @@
 """Tries to break it: whatever happens to a run is told in one message, loses nothing, and the next start goes on.
 
-What belongs to one module is tried beside it: a damaged or half-written artefact (tests/result_cache), a killed checkpoint
-(tests/checkpoint/test_resume.py), pickles (tests/models/test_sources.py).
+What belongs to one module is tested beside it: a damaged or half-written artefact (tests/result_cache), a killed
+checkpoint (tests/checkpoint/test_resume.py), pickles (tests/models/test_sources.py).
 """
 
 from __future__ import annotations
