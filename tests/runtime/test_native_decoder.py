@@ -14,7 +14,7 @@ from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_by
 from haq_lab.models.architectures import family_of
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import deploy, merge_linears
 from haq_lab.runtime.layer_parts import LayerParts, LinearParts, UnsupportedLayerError
@@ -233,7 +233,8 @@ def pair():
     for _ in range(2):
         layers: list[torch.nn.Module] = []
         sequential_pass(
-            model, RTN(), CpuBackend(), None, "fp", {}, lambda index, layer, layers=layers: layers.append(layer)
+            PassInputs(model, RTN(), CpuBackend(), None, "fp", {}),
+            lambda index, layer, layers=layers: layers.append(layer),
         )
         wholes.append(model.assemble(layers))
     size = weight_bytes(wholes[1]), parameter_count(wholes[1])

@@ -13,7 +13,7 @@ from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import deploy
 from haq_lab.runtime.layer_parts import LayerParts, MoeParts
@@ -62,7 +62,9 @@ def quantised(architecture, activations="token"):
     windows = torch.randint(0, 257, (2, 16)) if activations == "static" else None
     layers: list[torch.nn.Module] = []
     quantizer, policy = RTN(activations=activations), CalibrationPolicy()
-    sequential_pass(model, quantizer, CpuBackend(), windows, policy, {}, lambda index, layer: layers.append(layer))
+    sequential_pass(
+        PassInputs(model, quantizer, CpuBackend(), windows, policy, {}), lambda index, layer: layers.append(layer)
+    )
     return model, layers
 
 
