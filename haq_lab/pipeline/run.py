@@ -52,7 +52,7 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
         "overrides": list(hydra.overrides.task),
         "sweep": str(hydra.sweep.dir) if hydra.mode.name == "MULTIRUN" else None,
         **{
-            group: choices.get(group)
+            group: _chosen(group, choices, hydra.overrides.task)
             for group in ("experiment", "quantizer", "backend", "offload", "hardware", "calibration")
         },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -106,6 +106,15 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     return results
 
 
+def _chosen(group: str, choices: dict[str, str], overrides: list[str]) -> str | None:
+    """Return a group's option, or the class that the user names by `GROUP._target_=MODULE.CLASS`."""
+    for override in reversed(overrides):
+        name, _, target = override.lstrip("+").partition("=")
+        if name == f"{group}._target_" and target not in ("", "null"):
+            return target.rpartition(".")[2]
+    return choices.get(group)
+
+
 def _load_model(experiment: Experiment, folder: RunFolder, progress: Progress) -> LayeredModel:
     """Open the model without its layers. The pass loads these one by one."""
     progress.stage(f"model {experiment.model.label}")
@@ -113,6 +122,10 @@ def _load_model(experiment: Experiment, folder: RunFolder, progress: Progress) -
     if experiment.quantizer is not None and experiment.quantizer.lm_head:
         model.quantize_head(experiment.backend)
     folder.event("loaded", model=str(model.folder), depth=model.depth)
+    if not model.quantized and (unread := model.weights.unread):
+        names = [path.name for path in unread]
+        say(f"model: weight files that transformers does not read are ignored: {', '.join(names)}")
+        folder.event("unread_weight_files", names=names)
     return model
 
 
