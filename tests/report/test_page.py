@@ -195,7 +195,7 @@ def test_the_head_counts_only_what_is_known(studied, tmp_path):
     shutil.copytree(studied / "dense", tmp_path / "dense")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.yaml").write_text("force: false\n")
-    facts = dict((what, count) for count, what in _facts(collect(tmp_path)))
+    facts = {what: count for count, what in _facts(collect(tmp_path))}
     assert facts["unfinished"] == 1
     assert facts["quantizers"] == "rtn, smoothquant"
 
