@@ -21,6 +21,7 @@ from haq_lab.measure.memory import reset_peaks
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
 from haq_lab.pipeline.cached_pass import CachedPass
+from haq_lab.pipeline.input_hashes import changed_inputs, input_hashes
 from haq_lab.pipeline.preflight import preflight
 from haq_lab.pipeline.record import write_record
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
@@ -55,15 +56,18 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
             group: _chosen(group, choices, hydra.overrides.task)
             for group in ("experiment", "quantizer", "backend", "offload", "hardware", "calibration")
         },
+        "inputs": [f"{setting} {digest}" for setting, digest in input_hashes(plain).items()],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **machine(),
     }
     if (done := folder.finished()) is not None and not config.force:
-        say(f"already finished: {folder.path} (force=true runs it again)")
-        show_results(done, folder.path)
-        return _search_metric(config.search_metric, done["metrics"])
+        if not (changed := changed_inputs(done["run"].get("inputs", []), plain)):
+            say(f"already finished: {folder.path} (force=true runs it again)")
+            show_results(done, folder.path)
+            return _search_metric(config.search_metric, done["metrics"])
+        say(f"changed since: {', '.join(changed)}; running again: {folder.path}")
     try:
         refuse_idle(config, hydra.overrides.task, sweep=facts["sweep"] is not None)
         experiment = build(config)
