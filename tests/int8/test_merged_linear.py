@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from haq_lab.int8.backend import FakeBackend, ReferenceBackend
-from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear, MergedLinear, can_merge, parameter_count, weight_bytes
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
@@ -97,7 +97,7 @@ def test_linears_that_differ_cannot_be_merged():
     assert not can_merge([a, b])
 
 
-@pytest.mark.skipif(not native.available(), reason="no CPU kernels here")
+@pytest.mark.skipif(not library.available(), reason="no CPU kernels here")
 def test_rows_that_do_not_fill_a_panel_can_only_be_last():
     members = linears(CpuBackend(), rows=(40, 64))
     assert not can_merge(members)
