@@ -19,7 +19,7 @@ REFERENCE, CPU = ReferenceBackend(), CpuBackend()
 
 def cpu_without_native() -> CpuBackend:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "available", lambda: False)
+        patch.setattr(library, "available", lambda: False)
         return CpuBackend()
 
 
