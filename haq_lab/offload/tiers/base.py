@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from haq_lab.offload.tiers.disk import Part
-
-if TYPE_CHECKING:
-    pass
 
 
 class SlowTier(Protocol):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from haq_lab.offload.tiers.conversion import Relayout
 from haq_lab.offload.tiers.base import SlowTier
+from haq_lab.offload.tiers.conversion import Relayout
 
 
 class TierWriter(Protocol):
