@@ -70,7 +70,7 @@ class Apart(Streams):
         device: Where the arena lies.
     """
 
-    apart = True
+    separate_memory = True
 
     def __init__(self, device: str):
         self.device = torch.device(device)
@@ -85,10 +85,10 @@ class Apart(Streams):
     def drain(self) -> None:
         self.drained = self.copies
 
-    def lock(self, memory: Tensor) -> None:
+    def pin(self, memory: Tensor) -> None:
         self.locked.append(memory.nbytes)
 
-    def unlock(self, memory: Tensor) -> None:
+    def unpin(self, memory: Tensor) -> None:
         assert self.drained == self.copies, "copies may read from it still"
         self.locked.remove(memory.nbytes)
 

@@ -147,7 +147,7 @@ def _deployed_bytes(experiment: Experiment, size: Size) -> float:
     stored = _stored(experiment)
     if (offload := experiment.offload) is None:
         return float(stored * size.depth * size.layer)
-    narrow = offload.formats.narrow
+    narrow = offload.formats.fast_tier_dtype
     expert, total = (narrow.itemsize if narrow else stored) * size.expert, size.depth * size.experts
     budget = offload.parsed_budget
     if budget.bytes is not None:

@@ -42,7 +42,7 @@ def test_a_run_reports_what_its_engine_did(tmp_path, options):
 
 def test_a_run_on_a_gpu_keeps_its_experts_in_locked_memory(tmp_path, monkeypatch):
     streams = Apart("cpu")
-    monkeypatch.setattr("haq_lab.pipeline.assemble.streams_of", lambda device: streams)
+    monkeypatch.setattr("haq_lab.pipeline.assemble.make_streams", lambda device: streams)
     done = launch(*SMALL, "quantizer=rtn", "offload=lru", f"hydra.run.dir={tmp_path}")
     assert done.code == 0, done.err
     moved = json.loads((tmp_path / "results.json").read_text())["metrics"]["offload.bytes_moved"]

@@ -16,8 +16,8 @@ import torch
 from haq_lab.hardware.spec import Hardware
 from haq_lab.int8.backend import PackedLinear
 from haq_lab.int8.cpu.backend import CpuBackend
-from haq_lab.offload.tiers.arena import aligned
-from haq_lab.offload.tiers.disk import past_the_cache
+from haq_lab.offload.tiers.arena import page_aligned
+from haq_lab.offload.tiers.disk import open_direct
 
 SIZE = 64 * 2**20  # bytes copied and read: more than any cache near the cores
 
@@ -35,7 +35,7 @@ def measure_machine(scratch: Path) -> Hardware:
     rows, columns = (torch.randint(-127, 128, (size, K), dtype=torch.int8) for size in (ROWS, K))
     weights, row_scale = PackedLinear(backend.pack(columns), torch.ones(K)), torch.ones(ROWS, 1)
     multiply = _least(lambda: backend.product(rows, row_scale, weights, torch.float32))
-    source, target = torch.ones(SIZE, dtype=torch.uint8), aligned(SIZE)
+    source, target = torch.ones(SIZE, dtype=torch.uint8), page_aligned(SIZE)
     copy = _least(lambda: target.copy_(source))
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         read = _least(_reader(Path(folder) / "bytes", target))
@@ -57,7 +57,7 @@ def _reader(path: Path, target: torch.Tensor) -> Callable[[], Any]:
     view = memoryview(cast(Any, target.numpy()))
 
     def read() -> None:
-        with open(path, "rb", buffering=0, opener=lambda name, _: past_the_cache(name)) as stream:
+        with open(path, "rb", buffering=0, opener=lambda name, _: open_direct(name)) as stream:
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             stream.readinto(view)

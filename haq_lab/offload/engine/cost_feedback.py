@@ -48,7 +48,7 @@ class CostFeedback:
         self._run: tuple[bool, int] | None = None
         self._placed: list[tuple[int, float]] = []  # tokens and seconds of the experts run in place
 
-    def chosen(self, layer: int, tokens: int) -> None:
+    def on_routing(self, layer: int, tokens: int) -> None:
         """A layer has chosen, for so many tokens."""
         now, decoded = self._clock(), self._decodes
         self._decodes, self._rest = tokens == 1, None
@@ -60,19 +60,19 @@ class CostFeedback:
             elif decoded:
                 self.costs.outside.observe(1, max(now - self._finished - self.costs.rest(1), 0.0))
 
-    def decides(self) -> None:
+    def on_guesses_dropped(self) -> None:
         """No wrong guess is in the way any more."""
         self._decides = self._clock()
 
-    def expects(self, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]) -> None:
+    def predict(self, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]) -> None:
         """Experts {number: tokens} are there, will be fetched, and run in place."""
         self._step[0] += seconds(self.costs, hits, fetched, placed, self.objective)
 
-    def asks(self) -> float:
+    def on_request(self) -> float:
         """A fetch is asked for; the time, for `begins`."""
         return self._clock()
 
-    def issued(self, count: int) -> None:
+    def on_requests_sent(self, count: int) -> None:
         """So many fetches have been asked for."""
         self._issued = self._clock()
         took = self._issued - self._decides
@@ -81,7 +81,7 @@ class CostFeedback:
         elif self._rest is not None:
             self._rest += took
 
-    def begins(self, asked: float) -> None:
+    def on_fetch_start(self, asked: float) -> None:
         """A fetch that was `asked` for then begins. As the next one, called by the thread that fetches."""
         self._begun = self._clock()
         if asked < self._fetched:
@@ -89,18 +89,18 @@ class CostFeedback:
         elif self._decodes:
             self.costs.begin.observe(1, self._begun - asked)
 
-    def fetched(self, size: int) -> float:
+    def on_fetch_end(self, size: int) -> float:
         """It is over, of so many bytes; the time, for `starts`."""
         self._fetched = self._clock()
         if self._decodes:
             self.costs.fetch.observe(size, self._fetched - self._begun)
         return self._fetched
 
-    def waits(self) -> None:
+    def on_wait(self) -> None:
         """The engine wants an expert that is not at hand."""
         self._waiting = self._close()
 
-    def starts(self, tokens: int, in_place: bool, fetched: float | None = None) -> None:
+    def on_expert_start(self, tokens: int, in_place: bool, fetched: float | None = None) -> None:
         """An expert runs for so many tokens, where its weights lie or in the fast tier.
 
         Args:
@@ -110,11 +110,11 @@ class CostFeedback:
         if self._decodes and fetched is not None:
             self.costs.take.observe(1, self._running - max(self._waiting, fetched))
 
-    def computed(self) -> None:
+    def on_experts_end(self) -> None:
         """The layer's experts are done."""
         self._computed = self._close()
 
-    def finished(self, layer: int) -> None:
+    def on_cleanup_end(self, layer: int) -> None:
         """What they left behind is cleared up."""
         now = self._clock()
         for tokens, took in self._placed:

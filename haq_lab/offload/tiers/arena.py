@@ -11,7 +11,7 @@ from haq_lab.utils.errors import UserError
 Key = tuple[int, int]  # (layer, expert)
 
 
-def aligned(size: int, device: torch.device | None = None) -> Tensor:
+def page_aligned(size: int, device: torch.device | None = None) -> Tensor:
     """Memory (size,) uint8 that begins a page, as a store's blobs do; on the CPU where no device is named."""
     memory = torch.empty(size + PAGE, dtype=torch.uint8, device=device)
     return memory[-memory.data_ptr() % PAGE :][:size]
@@ -35,13 +35,13 @@ class Arena:
     def __init__(self, slots: int, blob_bytes: int, device: torch.device | None = None):
         self.blob_bytes = blob_bytes
         try:
-            self._memory = aligned(slots * blob_bytes, device)
+            self._memory = page_aligned(slots * blob_bytes, device)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"offload.budget: {slots} experts (the spare slots' included) of {blob_bytes:,} bytes do not fit into "
                 f"the memory of {device}; give it less"
             ) from error
-        self.where: dict[Key, int] = {}
+        self.slot_of: dict[Key, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._slots = slots
 
@@ -57,19 +57,19 @@ class Arena:
 
     def blob(self, key: Key) -> Tensor:
         """The memory (bytes,) uint8 of an expert's slot."""
-        first = self.where[key] * self.blob_bytes
+        first = self.slot_of[key] * self.blob_bytes
         return self._memory[first : first + self.blob_bytes]
 
     def take(self, key: Key) -> None:
         """Give the expert a free slot."""
-        assert key not in self.where, f"{key} has a slot already"
-        self.where[key] = self._free.pop()
+        assert key not in self.slot_of, f"{key} has a slot already"
+        self.slot_of[key] = self._free.pop()
 
     def release(self, key: Key) -> None:
         """Free the expert's slot."""
-        self._free.append(self.where.pop(key))
+        self._free.append(self.slot_of.pop(key))
 
     def check(self) -> None:
         """Assert that every slot holds one expert or none."""
-        held = sorted([*self.where.values(), *self._free])
+        held = sorted([*self.slot_of.values(), *self._free])
         assert held == list(range(self._slots)), "a slot is lost or held twice"

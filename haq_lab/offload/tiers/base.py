@@ -17,13 +17,13 @@ class SlowTier(Protocol):
         parts: How a blob is laid out, the same for all.
         blob_bytes: Its size.
         moved_bytes: What is read for it.
-        room_bytes: What reading takes in the fast tier besides.
+        staging_bytes: What reading takes in the fast tier besides.
     """
 
     parts: list[Part]
     blob_bytes: int
     moved_bytes: int
-    room_bytes: int
+    staging_bytes: int
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
         """An expert's bytes into `blob` (blob_bytes,) uint8, in the order of the calling thread's stream.
@@ -33,11 +33,11 @@ class SlowTier(Protocol):
         """
         ...
 
-    def in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
+    def use_in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
         """`expert` as it runs where its weights lie; `leave` it afterwards."""
         ...
 
-    def leave(self, experts: Sequence[nn.Module]) -> None:
+    def end_use(self, experts: Sequence[nn.Module]) -> None:
         """These have run in place."""
         ...
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
 from haq_lab.models.experts import PROJECTIONS
-from haq_lab.offload.tiers.arena import aligned
+from haq_lab.offload.tiers.arena import page_aligned
 from haq_lab.offload.tiers.base import SlowTier
 from haq_lab.offload.tiers.disk import Part, layout
 
 Sizes = dict[str, tuple[int, int]]  # of an expert's linears: outputs and inputs
 
 
-def sizes_of(experts: nn.ModuleList) -> Sizes:
+def linear_sizes(experts: nn.ModuleList) -> Sizes:
     """Of a layer's experts, which are all alike."""
     linears: dict[str, Any] = {name: experts[0].get_submodule(name) for name in PROJECTIONS}
     return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
@@ -122,22 +122,22 @@ class ConvertedTier:
 
     def __init__(self, tier: SlowTier, conversion: Conversion, device: torch.device):
         self.parts, self.blob_bytes = conversion.parts, conversion.blob_bytes
-        self.moved_bytes, self.room_bytes = tier.moved_bytes, tier.blob_bytes
+        self.moved_bytes, self.staging_bytes = tier.moved_bytes, tier.blob_bytes
         self._tier, self._conversion = tier, conversion
-        self._arrived = aligned(tier.blob_bytes, device)  # one is enough: reads follow each other in one stream
+        self._arrived = page_aligned(tier.blob_bytes, device)  # one is enough: reads follow each other in one stream
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
         """As a `SlowTier`'s."""
         self._tier.read(layer, expert, self._arrived)
         self._conversion(self._arrived, blob)
 
-    def in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
+    def use_in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
         """As a `SlowTier`'s: where its weights lie, an expert is as it was before it is converted."""
-        return self._tier.in_place(layer, number, expert)
+        return self._tier.use_in_place(layer, number, expert)
 
-    def leave(self, experts: Sequence[nn.Module]) -> None:
+    def end_use(self, experts: Sequence[nn.Module]) -> None:
         """As a `SlowTier`'s."""
-        self._tier.leave(experts)
+        self._tier.end_use(experts)
 
     def close(self) -> None:
         """Close the tier beneath."""

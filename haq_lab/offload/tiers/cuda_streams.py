@@ -30,11 +30,11 @@ class Streams:
 
     Attributes:
         device: Where experts are computed.
-        apart: Whether its memory is another than the host's, so that experts are copied over from there.
+        separate_memory: Whether its memory is another than the host's, so that experts are copied over from there.
     """
 
     device = torch.device("cpu")
-    apart = False
+    separate_memory = False
 
     def mark(self) -> Mark:
         """This moment of the calling thread's stream."""
@@ -55,14 +55,14 @@ class Streams:
     def drain(self) -> None:
         """Return when all copies are done."""
 
-    def lock(self, memory: Tensor) -> None:
+    def pin(self, memory: Tensor) -> None:
         """Keep host memory where it is, so that the device copies from it by itself.
 
         Raises:
             UserError: The system does not let so much be locked.
         """
 
-    def unlock(self, memory: Tensor) -> None:
+    def unpin(self, memory: Tensor) -> None:
         """Undo `lock`; nothing may be copying from it."""
 
 
@@ -74,7 +74,7 @@ class CudaStreams(Streams):
     torch's allocator need not be told of the other stream (`Tensor.record_stream`).
     """
 
-    apart = True
+    separate_memory = True
 
     def __init__(self, device: torch.device):
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
@@ -101,7 +101,7 @@ class CudaStreams(Streams):
     def drain(self) -> None:
         self._copies.synchronize()
 
-    def lock(self, memory: Tensor) -> None:
+    def pin(self, memory: Tensor) -> None:
         # Not torch's pinned allocator: it rounds up to a power of two (pytorch issue 95823).
         with torch.cuda.device(self.device):
             failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE))
@@ -111,11 +111,11 @@ class CudaStreams(Streams):
                 f"{failed}): free memory, raise `ulimit -l`, or use backend=cpu, which keeps them on disk"
             )
 
-    def unlock(self, memory: Tensor) -> None:
+    def unpin(self, memory: Tensor) -> None:
         with torch.cuda.device(self.device):
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
 
 
-def streams_of(device: torch.device) -> Streams:
+def make_streams(device: torch.device) -> Streams:
     """Those of a backend's device."""
     return CudaStreams(device) if device.type == "cuda" else Streams()

@@ -47,7 +47,7 @@ class ReadError(UserError):
     """An expert could not be read."""
 
 
-def tensors_of(expert: nn.Module) -> dict[str, Tensor]:
+def expert_tensors(expert: nn.Module) -> dict[str, Tensor]:
     """An expert's weights by name. A static input scale stays with the module: all experts' input is quantised by
     it before any of them is chosen."""
     tensors = dict(expert.named_parameters()) | dict(expert.named_buffers())
@@ -66,10 +66,10 @@ class ExpertFile:
         self.path = path
         self.parts = parts
         self.blob_bytes = self.moved_bytes = blob_bytes
-        self.room_bytes = 0
+        self.staging_bytes = 0
         self.experts = experts
         self._file = os.open(path, os.O_RDONLY)
-        self._direct = past_the_cache(path)
+        self._direct = open_direct(path)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         self._pages = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)  # writable as torch wants it, never written
         self._map = torch.frombuffer(self._pages, dtype=torch.uint8)
@@ -106,13 +106,13 @@ class ExpertFile:
             done += got
         return done
 
-    def in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
+    def use_in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
         """The expert on the file itself: computing with it reads the slow tier."""
         offset = (layer * self.experts + number) * self.blob_bytes
         bind(expert, self.parts, self._map[offset : offset + self.blob_bytes])
         return expert
 
-    def leave(self, experts: Sequence[nn.Module]) -> None:
+    def end_use(self, experts: Sequence[nn.Module]) -> None:
         """These have run in place: what was read for them leaves memory."""
         for expert in experts:
             bind(expert, self.parts, None)
@@ -129,7 +129,7 @@ class ExpertFile:
         os.close(self._direct)
 
 
-def past_the_cache(path: str | Path) -> int:
+def open_direct(path: str | Path) -> int:
     """The file, opened so that reads go past the page cache, if its file system can."""
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -157,7 +157,7 @@ class Packer:
             UserError: Experts differ in their tensors' shapes or types.
         """
         for number, expert in enumerate(experts):
-            tensors = tensors_of(expert)
+            tensors = expert_tensors(expert)
             parts, size = layout(tensors)
             self.parts, self.size = self.parts or parts, self.size or size
             if parts != self.parts:
@@ -171,7 +171,7 @@ class Packer:
 
 
 class ExpertFileWriter:
-    """Writes a store a layer at a time: `add` each layer's experts, then `open` the store."""
+    """Writes a expert_file a layer at a time: `add` each layer's experts, then `open` the expert_file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -198,21 +198,21 @@ class ExpertFileWriter:
         """None is needed: the file and the arena hold experts alike."""
 
     def open(self) -> ExpertFile:
-        """The finished store, none of it in the page cache."""
+        """The finished expert_file, none of it in the page cache."""
         self._stream.flush()
         os.fsync(self._stream.fileno())  # the cache keeps what is not on the disk yet
-        store = ExpertFile(self.path, self._packer.parts, self._packer.size, self._packer.experts)
-        store.drop_cache()
-        return store
+        expert_file = ExpertFile(self.path, self._packer.parts, self._packer.size, self._packer.experts)
+        expert_file.drop_cache()
+        return expert_file
 
 
 def bind(expert: nn.Module, parts: list[Part], blob: Tensor | None) -> None:
     """Let an expert's modules use the tensors in a blob; None takes them away, so that no stale use goes unnoticed."""
     for part in parts:
-        put(expert, part.name, torch.empty(0, dtype=part.dtype) if blob is None else part.of(blob))
+        set_tensor(expert, part.name, torch.empty(0, dtype=part.dtype) if blob is None else part.of(blob))
 
 
-def put(expert: nn.Module, name: str, tensor: Tensor) -> None:
+def set_tensor(expert: nn.Module, name: str, tensor: Tensor) -> None:
     """Let an expert's module use a tensor as its parameter or buffer `name`."""
     linear, _, own = name.rpartition(".")
     module = expert.get_submodule(linear)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from haq_lab.models.int8_experts import Int8Experts
-from haq_lab.offload.tiers.conversion import Cast, Conversion, Dequantize, sizes_of
+from haq_lab.offload.tiers.conversion import Cast, Conversion, Dequantize, linear_sizes
 from haq_lab.offload.tiers.disk import Part
 from haq_lab.utils.errors import UserError
 
@@ -50,7 +50,7 @@ class Formats:
         return self.host, self.host if self.device == "int8" else self.device
 
     @property
-    def narrow(self) -> torch.dtype | None:
+    def fast_tier_dtype(self) -> torch.dtype | None:
         """The type of the weights in the fast tier, where it is a narrower one than the model's."""
         if self.device == "fp16":
             return torch.float16
@@ -73,7 +73,7 @@ class Formats:
             return None
         if not isinstance(experts, Int8Experts):
             return Cast(parts, torch.float16)
-        return Dequantize(parts, sizes_of(experts), experts.backend, torch.float16)
+        return Dequantize(parts, linear_sizes(experts), experts.backend, torch.float16)
 
 
 Format = Literal["int8", "fp16", "bf16"]

@@ -18,10 +18,10 @@ from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.experts import Expert
 from haq_lab.models.int8_experts import Int8Experts
-from haq_lab.offload.tiers.arena import aligned
-from haq_lab.offload.tiers.conversion import Relayout, sizes_of
+from haq_lab.offload.tiers.arena import page_aligned
+from haq_lab.offload.tiers.conversion import Relayout, linear_sizes
 from haq_lab.offload.tiers.cuda_streams import Streams
-from haq_lab.offload.tiers.disk import Packer, Part, bind, layout, tensors_of
+from haq_lab.offload.tiers.disk import Packer, Part, bind, expert_tensors, layout
 from haq_lab.utils.errors import UserError
 
 
@@ -46,7 +46,7 @@ class HostTier:
     ):
         self.parts = parts
         self.blob_bytes = self.moved_bytes = blob_bytes
-        self.room_bytes = 0
+        self.staging_bytes = 0
         self._blocks, self._streams, self._twins = blocks, streams, twins
         for layer, experts in enumerate(twins):
             for number, twin in enumerate(experts):
@@ -60,17 +60,17 @@ class HostTier:
         """Ask for an expert's bytes in `blob` (blob_bytes,) uint8: on a GPU they come in the current stream's order."""
         blob.copy_(self._blob(layer, expert), non_blocking=True)
 
-    def in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
+    def use_in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
         """Its twin, which computes on the CPU."""
         return self._twins[layer][number]
 
-    def leave(self, experts: Sequence[nn.Module]) -> None:
+    def end_use(self, experts: Sequence[nn.Module]) -> None:
         """Nothing: twins keep their weights."""
 
     def close(self) -> None:
         """Give the memory up; all copies must be done."""
         while self._blocks:
-            self._streams.unlock(self._blocks.pop())
+            self._streams.unpin(self._blocks.pop())
 
 
 class HostWriter:
@@ -94,7 +94,7 @@ class HostWriter:
 
     def __exit__(self, *error: object) -> None:
         while self._blocks:  # those that no tier has taken over
-            self._streams.unlock(self._blocks.pop())
+            self._streams.unpin(self._blocks.pop())
 
     def add(self, experts: nn.ModuleList) -> None:
         """The next layer's experts: into the tier, and out of where they were.
@@ -109,9 +109,9 @@ class HostWriter:
         for number, blob in enumerate(self._packer.pack(experts)):
             if number == 0:
                 self._must_fit(len(experts) * len(blob))
-                block = aligned(len(experts) * len(blob))
+                block = page_aligned(len(experts) * len(blob))
             block[number * len(blob) : (number + 1) * len(blob)] = blob
-        self._streams.lock(block)
+        self._streams.pin(block)
         self._blocks.append(block)
 
     def _moved(self, experts: nn.ModuleList, backend: Backend) -> nn.ModuleList:
@@ -119,7 +119,7 @@ class HostWriter:
         twins = nn.ModuleList(
             cast(Expert, expert).with_linears(lambda linear: cast(Int8Linear, linear).on(backend)) for expert in experts
         )
-        self._device_parts, _ = layout(tensors_of(experts[0]))
+        self._device_parts, _ = layout(expert_tensors(experts[0]))
         for expert in experts:
             bind(expert, self._device_parts, None)
         return twins
@@ -147,7 +147,7 @@ class HostWriter:
         deployed = cast(Int8Experts, experts)
         if not deployed.swiglu:
             raise UserError("offload.on_miss: beside a GPU, experts run on the CPU only where their activation is SiLU")
-        return Relayout(self._packer.parts, self._device_parts, sizes_of(experts), self._beside, deployed.backend)
+        return Relayout(self._packer.parts, self._device_parts, linear_sizes(experts), self._beside, deployed.backend)
 
     def open(self) -> HostTier:
         """The finished tier."""

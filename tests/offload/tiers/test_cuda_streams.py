@@ -18,7 +18,7 @@ from two_tiers import TwoTiers
 
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.offload.engine.engine import Engine
-from haq_lab.offload.tiers.cuda_streams import CudaStreams, Streams, streams_of
+from haq_lab.offload.tiers.cuda_streams import CudaStreams, Streams, make_streams
 from haq_lab.utils.errors import UserError
 
 
@@ -128,7 +128,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.fixture
 def streams(cuda: FakeCuda) -> CudaStreams:
     """A GPU's, with memory that this machine has."""
-    made = streams_of(torch.device("cuda"))
+    made = make_streams(torch.device("cuda"))
     assert isinstance(made, CudaStreams)
     assert made.device == torch.device("cuda", 0)
     made.device = torch.device("cpu")
@@ -146,7 +146,7 @@ def watch(engine: Engine, cuda: FakeCuda, patch: pytest.MonkeyPatch) -> list[int
     """Let the engine's copies wait and its experts count; how many copies there were."""
     used: dict[int, int] = {}  # when a slot's last expert began
     copied = [0]
-    computes, reads = engine.expert, engine.store.read
+    computes, reads = engine.expert, engine.slow_tier.read
 
     def expert(layer: int, number: int) -> None:
         computes(layer, number)
@@ -161,7 +161,7 @@ def watch(engine: Engine, cuda: FakeCuda, patch: pytest.MonkeyPatch) -> list[int
         copied[0] += 1
 
     patch.setattr(engine, "expert", expert)
-    patch.setattr(engine.store, "read", read)
+    patch.setattr(engine.slow_tier, "read", read)
     return copied
 
 
@@ -203,17 +203,17 @@ def test_memory_that_cannot_be_locked_is_told(cuda, streams):
     memory = torch.zeros(4096, dtype=torch.uint8)
     cuda.refuses = 2
     with pytest.raises(UserError, match=r"4,096 bytes .* could not be page-locked \(CUDA error 2\).*backend=cpu"):
-        streams.lock(memory)
+        streams.pin(memory)
     cuda.refuses = 0
-    streams.lock(memory)
+    streams.pin(memory)
     assert cuda.locked == {memory.data_ptr(): 4096}
-    streams.unlock(memory)
+    streams.unpin(memory)
     assert not cuda.locked
 
 
 def test_a_cpus_marks_are_times():
-    streams = streams_of(torch.device("cpu"))
-    assert not streams.apart
+    streams = make_streams(torch.device("cpu"))
+    assert not streams.separate_memory
     begin = streams.mark()
     with streams.copying(begin):
         end = streams.mark()

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from haq_lab.offload.tiers.arena import aligned
-from haq_lab.offload.tiers.disk import ALIGNMENT, PAGE, ExpertFileWriter, ReadError, bind, layout, tensors_of
+from haq_lab.offload.tiers.arena import page_aligned
+from haq_lab.offload.tiers.disk import ALIGNMENT, PAGE, ExpertFileWriter, ReadError, bind, expert_tensors, layout
 from haq_lab.utils.errors import UserError
 
 
@@ -58,28 +58,28 @@ def test_what_is_written_is_read_or_used_in_place_and_does_not_stay(tmp_path, mo
     if not direct:
         without_direct_reads(monkeypatch)
     layers = [layer_of(4, 700, seed) for seed in range(3)]
-    kept = [[{name: t.clone() for name, t in tensors_of(expert).items()} for expert in layer] for layer in layers]
+    kept = [[{name: t.clone() for name, t in expert_tensors(expert).items()} for expert in layer] for layer in layers]
     with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         for layer in layers:
             writer.add(layer)
         assert all(tensor.numel() == 0 for layer in layers for tensor in layer.parameters()), "gone from memory"
-        store = writer.open()
-    blob = aligned(store.blob_bytes)
+        expert_file = writer.open()
+    blob = page_aligned(expert_file.blob_bytes)
     for layer, expert in ((2, 3), (0, 0), (1, 2)):
-        store.read(layer, expert, blob)
+        expert_file.read(layer, expert, blob)
         module = layers[layer][expert]
         for use in ("read", "in place"):
             if use == "read":
-                bind(module, store.parts, blob)
+                bind(module, expert_file.parts, blob)
             else:
-                assert store.in_place(layer, expert, module) is module
-            for name, tensor in tensors_of(module).items():
+                assert expert_file.use_in_place(layer, expert, module) is module
+            for name, tensor in expert_tensors(module).items():
                 assert torch.equal(tensor, kept[layer][expert][name])
-        assert mapped_bytes(store.path) > 0
-        store.leave([module])
-        assert mapped_bytes(store.path) == 0
-        assert not any(tensor.numel() for tensor in tensors_of(module).values())
-    store.close()
+        assert mapped_bytes(expert_file.path) > 0
+        expert_file.end_use([module])
+        assert mapped_bytes(expert_file.path) == 0
+        assert not any(tensor.numel() for tensor in expert_tensors(module).values())
+    expert_file.close()
 
 
 def test_an_expert_laid_out_otherwise_is_refused(tmp_path):
@@ -94,19 +94,19 @@ def test_it_is_on_the_disk_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor, real=os.fsync: flushed.append(os.fstat(descriptor).st_size))
     with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         writer.add(layer_of(2, 8))
-        store = writer.open()
-    assert flushed == [2 * store.blob_bytes], "all of it, once"
-    store.close()
+        expert_file = writer.open()
+    assert flushed == [2 * expert_file.blob_bytes], "all of it, once"
+    expert_file.close()
 
 
 @pytest.mark.parametrize("failures", [1, 2])
 @pytest.mark.parametrize("short", [True, False])
 def test_a_read_that_fails_is_tried_again(tmp_path, monkeypatch, failures, short):
     layer = layer_of(2, 8)
-    kept = {name: tensor.clone() for name, tensor in tensors_of(layer[1]).items()}
+    kept = {name: tensor.clone() for name, tensor in expert_tensors(layer[1]).items()}
     with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         writer.add(layer)
-        store = writer.open()
+        expert_file = writer.open()
     left = [failures]
 
     def failing(descriptor, buffers, offset, real=os.preadv):
@@ -118,11 +118,11 @@ def test_a_read_that_fails_is_tried_again(tmp_path, monkeypatch, failures, short
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", failing)
-    blob = aligned(store.blob_bytes)
-    store.read(0, 1, blob)
+    blob = page_aligned(expert_file.blob_bytes)
+    expert_file.read(0, 1, blob)
     assert left == [0]
-    assert all(torch.equal(part.of(blob), kept[part.name]) for part in store.parts)
+    assert all(torch.equal(part.of(blob), kept[part.name]) for part in expert_file.parts)
     left[0] = 3
     with pytest.raises(ReadError, match="expert 1 of layer 0"):
-        store.read(0, 1, blob)
-    store.close()
+        expert_file.read(0, 1, blob)
+    expert_file.close()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from two_tiers import DEVICES, TwoTiers, backend_on
 
 from haq_lab.offload.policies.policy import make_policy
-from haq_lab.offload.tiers.cuda_streams import Streams, streams_of
-from haq_lab.offload.tiers.disk import bind, tensors_of
+from haq_lab.offload.tiers.cuda_streams import Streams, make_streams
+from haq_lab.offload.tiers.disk import bind, expert_tensors
 from haq_lab.offload.tiers.pinned_host import HostWriter
 from haq_lab.utils.errors import UserError
 
@@ -29,12 +29,12 @@ def placed(request: pytest.FixtureRequest) -> Iterator[TwoTiers]:
     torch.set_num_threads(1)
     with torch.no_grad():
         backend = backend_on(request.param)
-        yield TwoTiers(backend, streams_of(backend.device))
+        yield TwoTiers(backend, make_streams(backend.device))
 
 
 def late(placed: TwoTiers) -> None:
     """Keep the current stream at work for a while; a CPU has none."""
-    if placed.streams.apart:
+    if placed.streams.separate_memory:
         torch.cuda._sleep(LONG)
 
 
@@ -53,8 +53,8 @@ def test_no_budget_or_policy_changes_a_bit(placed: TwoTiers, rule, slots, scope,
         engine.check()
         held = {tensor.device for tensor in [*whole.parameters(), *whole.buffers()] if tensor.numel()}
         assert held == {placed.streams.device}
-        assert all(engine.arena.blob(key).device == placed.streams.device for key in engine.arena.where)
-        assert engine.stats()["offload.fast_tier_bytes"] == (engine.policy.slots + spare) * engine.store.blob_bytes
+        assert all(engine.arena.blob(key).device == placed.streams.device for key in engine.arena.slot_of)
+        assert engine.stats()["offload.fast_tier_bytes"] == (engine.policy.slots + spare) * engine.slow_tier.blob_bytes
     finally:
         engine.close()
 
@@ -65,7 +65,7 @@ def test_hits_and_misses_are_the_policys(placed: TwoTiers, rule):
     start = engine.policy.resident.copy()
     placed.generate(whole)
     replayed = make_policy(rule, start, placed.profile, "global", placed.path_model)
-    rates, stats = replayed.replay(engine.heard.trace()), engine.stats()
+    rates, stats = replayed.replay(engine.recorder.trace()), engine.stats()
     engine.close()
     np.testing.assert_array_equal(replayed.resident, engine.policy.resident)
     assert rates.pairs == pytest.approx(stats["offload.hit_rate_pairs"])
@@ -78,7 +78,7 @@ def test_hits_and_misses_are_the_policys(placed: TwoTiers, rule):
 def test_neither_stream_overtakes_the_other(placed: TwoTiers, slow, monkeypatch):
     """One slot and one to pass through: each copy overwrites what may still compute, each expert waits for its own."""
     engine, whole = placed.engine("lru", slots=1, spare=1)
-    owner: Any = engine if slow == "computing" else engine.store
+    owner: Any = engine if slow == "computing" else engine.slow_tier
     real = owner.expert if slow == "computing" else owner.read
 
     def slowly(*arguments: Any) -> None:
@@ -95,9 +95,9 @@ def test_neither_stream_overtakes_the_other(placed: TwoTiers, slow, monkeypatch)
 
 def test_memory_is_locked_until_the_tier_is_closed(placed: TwoTiers):
     engine, _ = placed.engine()
-    tier: Any = engine.store
+    tier: Any = engine.slow_tier
     blocks: list[Tensor] = list(tier._blocks)
-    assert [block.is_pinned() for block in blocks] == [placed.streams.apart] * placed.depth
+    assert [block.is_pinned() for block in blocks] == [placed.streams.separate_memory] * placed.depth
     engine.close()
     assert not any(block.is_pinned() for block in blocks)
     assert not tier._blocks
@@ -109,12 +109,12 @@ class Locks(Streams):
     def __init__(self) -> None:
         self.held: list[int] = []
 
-    def lock(self, memory: Tensor) -> None:
+    def pin(self, memory: Tensor) -> None:
         if len(self.held) == 2:
             raise UserError("no more")
         self.held.append(memory.data_ptr())
 
-    def unlock(self, memory: Tensor) -> None:
+    def unpin(self, memory: Tensor) -> None:
         self.held.remove(memory.data_ptr())
 
 
@@ -125,7 +125,7 @@ def experts(seed: int) -> nn.ModuleList:
 
 def test_what_is_added_is_read():
     layers, streams = [experts(0), experts(1)], Locks()
-    kept = [[{name: t.clone() for name, t in tensors_of(one).items()} for one in layer] for layer in layers]
+    kept = [[{name: t.clone() for name, t in expert_tensors(one).items()} for one in layer] for layer in layers]
     with HostWriter(2, streams) as writer:
         for layer in layers:
             writer.add(layer)
@@ -136,7 +136,9 @@ def test_what_is_added_is_read():
     for index, number in ((1, 3), (0, 0), (1, 2)):
         tier.read(index, number, blob)
         bind(layers[index][number], tier.parts, blob)
-        assert all(torch.equal(t, kept[index][number][name]) for name, t in tensors_of(layers[index][number]).items())
+        assert all(
+            torch.equal(t, kept[index][number][name]) for name, t in expert_tensors(layers[index][number]).items()
+        )
     tier.close()
     assert streams.held == []
 
