@@ -76,7 +76,10 @@ def test_a_sweep_over_options_takes_settings_that_one_of_them_has_no_use_for(tmp
         (["offload=lru", "offload.budget=1%"], "no slot"),
         (["offload=lru", "offload.budget=0"], "offload.budget: '0' leaves no slot"),
         (["offload=lru", "offload.profile=no.trace"], "offload.profile: trace: there is no file 'no.trace'"),
-        (["quantizer=rtn", "offload=lru", "offload.host_format=bf16"], "offload.host_format: 'bf16' is for experts"),
+        (
+            ["quantizer=rtn", "offload=lru", "offload.host_format=bf16"],
+            "offload.host_format: 'bf16' does not work with quantised experts",
+        ),
         (
             ["offload=fiddler", "offload.device_format=fp16"],
             "offload.on_miss: 'predict' does not work with offload.device_format=fp16",

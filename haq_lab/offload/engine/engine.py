@@ -300,9 +300,8 @@ class Engine:
         """Assert the invariants that hold between two layers."""
         self.arena.check()
         residents = {(int(layer), int(one)) for layer, one in zip(*np.nonzero(self.policy.resident), strict=True)}
-        assert residents | set(self._guessed) == set(self.arena.slot_of), (
-            "the resident experts are not those that have a slot"
-        )
+        expected = residents | set(self._guessed)
+        assert expected == set(self.arena.slot_of), "the resident experts are not those that have a slot"
 
     def close(self) -> None:
         """Stop the reading thread and close the slow tier."""

@@ -81,9 +81,7 @@ def case(request, tmp_path_factory) -> Case:
         return Case(tmp_path_factory.mktemp("experts"), RTN() if request.param == "int8" else None)
 
 
-def engine_for(
-    case, expert_file, layers, rule="lru", slots=6, placement="frequency", scope="global", spare=2, prefetch=None
-):
+def engine_for(case, tier, layers, rule="lru", slots=6, placement="frequency", scope="global", spare=2, prefetch=None):
     policy = make_policy(rule, place(placement, case.profile, slots), case.profile, scope, case.path_model)
     guess = {None: None, "path": NextOnPath(case.profile), "gate": NextGate([layer.mlp.gate for layer in layers])}
     engine = Engine(tier, policy, spare, guess[prefetch], guesses=min(2, spare - 1) if prefetch else 0)

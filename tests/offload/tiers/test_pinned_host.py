@@ -156,7 +156,7 @@ def test_what_cannot_be_locked_leaves_nothing_locked():
 def test_too_little_memory_is_told_at_the_first_layer(monkeypatch):
     writer = HostWriter(8, Streams())
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * 4 * 4096 - 1}))
-    with pytest.raises(UserError, match="131,072 bytes of them are to come, and 131,071 free: use backend=cpu"):
+    with pytest.raises(UserError, match=r"need 131,072 bytes .* but 131,071 bytes are free\. Choose backend=cpu"):
         writer.add(experts(0))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * 4 * 4096}))
     writer.add(experts(0))
