@@ -1,4 +1,4 @@
-"""Hardware by name, this machine included: `local` is what `python -m haq_lab.offload profile` measured here."""
+"""Measure this machine for the hardware profile `local`, which `python -m haq_lab.offload profile` saves."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.offload.tiers.arena import page_aligned
 from haq_lab.offload.tiers.disk import open_direct
 
-SIZE = 64 * 2**20  # bytes copied and read: more than any cache near the cores
+SIZE = 64 * 2**20  # bytes to copy and read, more than the CPU caches hold
 
 
-ROWS, K = 512, 2048  # of the int8 product
+ROWS, K = 512, 2048  # sizes of the int8 matrix product
 
 
 def measure_machine(scratch: Path) -> Hardware:
-    """This machine as a profile: the CPU is the device, the disk is behind the link.
+    """Measure this machine. The CPU is the device, and the disk is the slow tier.
 
     Args:
-        scratch: A folder on the disk that would hold the slow tier.
+        scratch: Folder on the disk that would hold the slow tier.
+
+    Returns:
+        The measured hardware profile.
     """
     backend = CpuBackend()
     rows, columns = (torch.randint(-127, 128, (size, K), dtype=torch.int8) for size in (ROWS, K))
     weights, row_scale = PackedLinear(backend.pack(columns), torch.ones(K)), torch.ones(ROWS, 1)
-    multiply = _least(lambda: backend.product(rows, row_scale, weights, torch.float32))
+    multiply = _shortest_seconds(lambda: backend.product(rows, row_scale, weights, torch.float32))
     source, target = torch.ones(SIZE, dtype=torch.uint8), page_aligned(SIZE)
-    copy = _least(lambda: target.copy_(source))
+    copy = _shortest_seconds(lambda: target.copy_(source))
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        read = _least(_reader(Path(folder) / "bytes", target))
+        read = _shortest_seconds(_reader(Path(folder) / "bytes", target))
     stamp = time.strftime("%Y-%m-%d")
     return Hardware(
         name=f"this machine ({platform.machine()}, {os.cpu_count()} cores)",
@@ -65,8 +68,8 @@ def _reader(path: Path, target: torch.Tensor) -> Callable[[], Any]:
     return read
 
 
-def _least(run: Callable[[], Any]) -> float:
-    """The shortest of a few runs, in seconds."""
+def _shortest_seconds(run: Callable[[], Any]) -> float:
+    """Return the shortest time of five runs, in seconds."""
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
