@@ -36,7 +36,7 @@ from haq_lab.routing.cached import routing_trace
 from haq_lab.routing.choices import Routing
 from haq_lab.routing.statistics import Residency
 from haq_lab.routing.trace import Trace
-from haq_lab.utils.atomic_files import named
+from haq_lab.utils.atomic_files import naming_path
 from haq_lab.utils.errors import UserError
 
 FLOAT = 4  # bytes of a number in the KV cache and the workspace
@@ -101,7 +101,7 @@ class OffloadSession:
         """
         experts, formats = _experts_of(layer, self.model), self.settings.formats
         formats.prepare(experts)
-        with named(self.path):
+        with naming_path(self.path):
             self._writer.add(experts)
         self._last_experts = experts
         if formats.fast_tier_dtype is not None:

@@ -71,7 +71,7 @@ def _usual_names(variant: str | None) -> list[str]:
 
 
 def _named_by_config(folder: Path) -> str | None:
-    """The file that config.json names, if it lies in the folder."""
+    """Return the file that config.json names, or None."""
     try:
         name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
     except (OSError, ValueError, RecursionError, AttributeError):
@@ -83,7 +83,7 @@ def _named_by_config(folder: Path) -> str | None:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names, sorted."""
+    """Return the files that an index names, sorted."""
     try:
         names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         for name in names:
