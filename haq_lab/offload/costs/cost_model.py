@@ -168,10 +168,10 @@ class Predictor:
         else:
             splits = [tuple(heaviest[:count]) for count in range(len(missing) + 1)]
 
-        def price(fetched: tuple[int, ...]) -> float:
+        def predicted_seconds(fetched: tuple[int, ...]) -> float:
             moved = {expert: missing[expert] for expert in fetched}
             left = {expert: missing[expert] for expert in missing if expert not in moved}
             return seconds(self.costs, resident, moved, left, self.objective)
 
-        best = min(splits, key=price)
+        best = min(splits, key=predicted_seconds)
         return [expert for expert in missing if expert not in best]

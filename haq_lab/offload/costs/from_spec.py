@@ -13,20 +13,10 @@ from haq_lab.offload.costs.model_shape import Shape
 from haq_lab.offload.tiers.formats import Format
 
 BYTES = {"int8": 1, "fp16": 2, "bf16": 2}
-
-
 LINK_REACHED = 0.82  # share of the link that pinned copies reach: 80-85 % (a rule of thumb without a source)
-
-
 REACHED = 0.6  # share of peak operations and bandwidth (a rule of thumb without a source)
-
-
 LAUNCH = 30e-6  # seconds to launch an expert's kernels
-
-
 HOST_OPERATIONS_PER_BYTE = 16.0  # int8 operations per byte of host memory bandwidth, for AVX2 desktops
-
-
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 

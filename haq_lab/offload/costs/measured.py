@@ -80,8 +80,8 @@ def measure_costs(
         set_tensor(experts[0], name, tensor)
     rest, outside, issue, begin, take = (PiecewiseLinear([1], [UNKNOWN]) for _ in range(5))
     fast_curve, slow_curve, fetch_curve = (PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch))
-    first = fast_curve, slow_curve, fetch_curve, rest, outside
-    return Costs(*first, moved, issue, begin, take, from_disk=not streams.separate_memory)
+    curves = fast_curve, slow_curve, fetch_curve, rest, outside
+    return Costs(*curves, moved, issue, begin, take, from_disk=not streams.separate_memory)
 
 
 @contextmanager

@@ -20,8 +20,6 @@ from haq_lab.offload.tiers.arena import page_aligned
 from haq_lab.offload.tiers.disk import open_direct
 
 SIZE = 64 * 2**20  # bytes to copy and read, more than the CPU caches hold
-
-
 ROWS, K = 512, 2048  # sizes of the int8 matrix product
 
 

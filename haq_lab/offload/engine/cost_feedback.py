@@ -49,7 +49,7 @@ class CostFeedback:
         self._started_at = self._waiting_since = 0.0
         self._fetch_started_at = self._fetch_ended_at = 0.0
         self._run: tuple[bool, int] | None = None
-        self._placed: list[tuple[int, float]] = []  # tokens and seconds of experts that ran in place
+        self._in_place: list[tuple[int, float]] = []  # tokens and seconds of experts that ran in place
 
     def on_routing(self, layer: int, tokens: int) -> None:
         """Report that the router of a layer has chosen experts for `tokens` tokens."""
@@ -67,15 +67,15 @@ class CostFeedback:
         """Report that the wrong guesses have been dropped."""
         self._decided_at = self._clock()
 
-    def predict(self, hits: dict[int, int], fetched: dict[int, int], placed: dict[int, int]) -> None:
+    def predict(self, hits: dict[int, int], fetched: dict[int, int], in_place: dict[int, int]) -> None:
         """Add the predicted seconds of a layer's experts, given as {expert: tokens}.
 
         Args:
             hits: Experts in the fast tier.
             fetched: Experts that will be fetched.
-            placed: Experts that will run in place.
+            in_place: Experts that will run in place.
         """
-        self._token_seconds[0] += seconds(self.costs, hits, fetched, placed, self.objective)
+        self._token_seconds[0] += seconds(self.costs, hits, fetched, in_place, self.objective)
 
     def on_request(self) -> float:
         """Report that a fetch is requested. Returns the time, for `on_fetch_start`."""
@@ -84,23 +84,23 @@ class CostFeedback:
     def on_requests_sent(self, count: int) -> None:
         """Report that all fetches of the layer, `count` of them, have been requested."""
         self._issued_at = self._clock()
-        took = self._issued_at - self._decided_at
+        elapsed = self._issued_at - self._decided_at
         if self._decoding and count:
-            self.costs.issue.observe(count, took)
+            self.costs.issue.observe(count, elapsed)
         elif self._rest is not None:
-            self._rest += took
+            self._rest += elapsed
 
-    def on_fetch_start(self, asked: float) -> None:
+    def on_fetch_start(self, requested_at: float) -> None:
         """Report that a fetch starts. The reading thread calls this and `on_fetch_end`.
 
         Args:
-            asked: Time of its request.
+            requested_at: Time of its request.
         """
         self._fetch_started_at = self._clock()
-        if asked < self._fetch_ended_at:
+        if requested_at < self._fetch_ended_at:
             self._fetch_started_at = self._fetch_ended_at
         elif self._decoding:
-            self.costs.begin.observe(1, self._fetch_started_at - asked)
+            self.costs.begin.observe(1, self._fetch_started_at - requested_at)
 
     def on_fetch_end(self, size: int) -> float:
         """Report the end of a fetch of `size` bytes. Returns the time, for `on_expert_start`."""
@@ -132,10 +132,10 @@ class CostFeedback:
     def on_cleanup_end(self, layer: int) -> None:
         """Report that the engine has cleaned up after the layer."""
         now = self._clock()
-        for tokens, took in self._placed:
-            self.costs.slow.observe(tokens, took + (now - self._computed_at) / len(self._placed))
-        self._finished_at = now if self._placed else self._computed_at
-        self._placed = []
+        for tokens, elapsed in self._in_place:
+            self.costs.slow.observe(tokens, elapsed + (now - self._computed_at) / len(self._in_place))
+        self._finished_at = now if self._in_place else self._computed_at
+        self._in_place = []
         self._token_seconds[1] += self._finished_at - self._decided_at
         if layer == self._last_layer and self._decoding:
             self.predicted.append(self._token_seconds[0])
@@ -159,7 +159,7 @@ class CostFeedback:
         if self._run is not None and self._decoding:
             in_place, tokens = self._run
             if in_place:
-                self._placed.append((tokens, now - self._started_at))
+                self._in_place.append((tokens, now - self._started_at))
             else:
                 self.costs.fast.observe(tokens, now - self._started_at)
         self._run = None

@@ -107,10 +107,10 @@ class Engine:
             experts = cast(nn.ModuleList, layer.get_submodule(moe.experts))
             self.transfer.attach(experts)
             _intercept(self, index, experts)
-        placed = [(int(index), int(number)) for index, number in zip(*np.nonzero(self.policy.resident), strict=True)]
-        for key in placed:
+        initial = [(int(layer), int(number)) for layer, number in zip(*np.nonzero(self.policy.resident), strict=True)]
+        for key in initial:
             self.transfer.fetch(key)
-        for key in placed:
+        for key in initial:
             self.transfer.take_over(key)
 
     def begin(self, layer: int, hidden: Tensor, chosen: Tensor) -> list[int]:
@@ -139,13 +139,12 @@ class Engine:
         self.counters.visit(layer, counts, visit.missing)
         self._step = _Step()
         if self.feedback is not None:
-            self._report(layer, counts, visit)
+            self._predict(layer, counts, visit)
         for number in visit.missing:
             key = (layer, number)
             if number in visit.in_place and key not in self._guessed:
-                self._step.in_place[key] = self.slow_tier.use_in_place(
-                    layer, number, self.transfer.layers[layer][number]
-                )
+                module = self.transfer.layers[layer][number]
+                self._step.in_place[key] = self.slow_tier.use_in_place(layer, number, module)
                 continue
             if number in visit.replaces:
                 self._evict(visit.replaces[number])
@@ -158,19 +157,19 @@ class Engine:
                 self._step.waiting.append(key)
         # Admitted experts first: each has a free slot. The others share the spare slots.
         self._step.waiting.sort(key=lambda key: key in self._step.passing)
-        asked = len(self._step.waiting)
-        self._issue()
+        requested = len(self._step.waiting)
+        self._fetch_waiting()
         guesses: list[int] = []
         if self.prefetch is not None and layer + 1 < len(self.transfer.layers):
             guesses = self.prefetch.guess(layer, hidden, chosen, self.guesses)
-            self._guess(layer, guesses)
+            self._prefetch(layer, guesses)
         self.recorder.record(layer, chosen, guesses)
         self._counts = counts
         if self.feedback is not None:
-            self.feedback.on_requests_sent(asked + len(self._guessed))
-        return sorted(visit.wanted, key=partial(self._turn, layer, visit))
+            self.feedback.on_requests_sent(requested + len(self._guessed))
+        return sorted(visit.wanted, key=partial(self._run_order, layer, visit))
 
-    def _turn(self, layer: int, visit: Visit, number: int) -> int:
+    def _run_order(self, layer: int, visit: Visit, number: int) -> int:
         """Return the sort key of an expert: resident, then in place, then being read, then without a slot."""
         key = (layer, number)
         if number not in visit.missing:
@@ -191,8 +190,8 @@ class Engine:
         """
         key = (layer, number)
         if key in self._step.waiting:
-            self._release_passed()
-            self._issue()
+            self._free_spare_slots()
+            self._fetch_waiting()
         fetched = None
         if self.transfer.coming(key):
             try:
@@ -228,7 +227,7 @@ class Engine:
         if self.feedback is not None:
             self.feedback.on_cleanup_end(layer)
 
-    def _issue(self) -> None:
+    def _fetch_waiting(self) -> None:
         while self._step.waiting and self.arena.free:
             self.transfer.fetch(self._step.waiting.pop(0))
 
@@ -236,7 +235,7 @@ class Engine:
         if key in self.arena.slot_of:  # after a failed read it has no slot
             self.transfer.remove(key)
 
-    def _release_passed(self) -> None:
+    def _free_spare_slots(self) -> None:
         """Free slots of experts in spare slots that have run. If there are none, drop one prefetched expert."""
         if self.arena.free:
             return
@@ -246,7 +245,7 @@ class Engine:
             self._step.passing.discard(key)
             self.transfer.remove(key)
 
-    def _guess(self, layer: int, numbers: list[int]) -> None:
+    def _prefetch(self, layer: int, numbers: list[int]) -> None:
         for number in numbers:
             key = (layer + 1, number)
             if key in self.arena.slot_of or not self.arena.free or self._step.waiting:
@@ -260,17 +259,18 @@ class Engine:
             self._guessed.pop(key)
             self.transfer.remove(key)
 
-    def _report(self, layer: int, counts: NDArray[np.int64], visit: Visit) -> None:
+    def _predict(self, layer: int, counts: NDArray[np.int64], visit: Visit) -> None:
         """Give the cost feedback the experts that this layer needs, by how they are served."""
         assert self.feedback is not None
 
-        def of(numbers: list[int]) -> dict[int, int]:
+        def with_tokens(numbers: list[int]) -> dict[int, int]:
             return {number: int(counts[number]) for number in numbers}
 
-        hits = of([one for one in visit.wanted if one not in visit.missing or (layer, one) in self._guessed])
-        placed = of([one for one in visit.in_place if (layer, one) not in self._guessed])
-        fetched = of([one for one in visit.missing if one not in placed and (layer, one) not in self._guessed])
-        self.feedback.predict(hits, fetched, placed)
+        prefetched = {number for at, number in self._guessed if at == layer}
+        hits = [number for number in visit.wanted if number not in visit.missing or number in prefetched]
+        in_place = [number for number in visit.in_place if number not in prefetched]
+        fetched = [number for number in visit.missing if number not in in_place and number not in prefetched]
+        self.feedback.predict(with_tokens(hits), with_tokens(fetched), with_tokens(in_place))
 
     def stats(self) -> dict[str, float]:
         """Return the metrics by their full names.
@@ -299,7 +299,7 @@ class Engine:
     def check(self) -> None:
         """Assert the invariants that hold between two layers."""
         self.arena.check()
-        residents = {(int(layer), int(one)) for layer, one in zip(*np.nonzero(self.policy.resident), strict=True)}
+        residents = {(int(layer), int(number)) for layer, number in zip(*np.nonzero(self.policy.resident), strict=True)}
         expected = residents | set(self._guessed)
         assert expected == set(self.arena.slot_of), "the resident experts are not those that have a slot"
 
@@ -313,13 +313,13 @@ def _intercept(engine: Engine, layer: int, experts: nn.ModuleList) -> None:
     """Wrap a layer's experts: the engine starts and ends the layer and provides each expert."""
     forward: Callable[..., Tensor] = experts.forward
 
-    def visited(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def forward_with_engine(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         module: Any = experts
-        known = chosen.cpu()  # on a GPU the host waits for the router here, and nowhere else in the layer
-        module.order, module.beside = engine.begin(layer, hidden, known), engine.beside
+        on_cpu = chosen.cpu()  # on a GPU the host waits for the router here, and nowhere else in the layer
+        module.order, module.beside = engine.begin(layer, hidden, on_cpu), engine.beside
         try:
-            return forward(hidden, known, weights)
+            return forward(hidden, on_cpu, weights)
         finally:
             engine.end(layer)
 
-    cast(Any, experts).forward, cast(Any, experts).expert = visited, partial(engine.expert, layer)
+    cast(Any, experts).forward, cast(Any, experts).expert = forward_with_engine, partial(engine.expert, layer)

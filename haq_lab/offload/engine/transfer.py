@@ -57,22 +57,22 @@ class Transfer:
         """Request an expert and return at once. There must be a free slot."""
         self.arena.take(key)
         self.counters.read[key[0]] += 1
-        asked = 0.0 if self.feedback is None else self.feedback.on_request()
+        requested_at = 0.0 if self.feedback is None else self.feedback.on_request()
         computed = self.streams.mark()  # includes the last use of the slot
-        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key), asked, computed)
+        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key), requested_at, computed)
 
-    def _read(self, key: Key, blob: Tensor, asked: float, computed: Mark) -> tuple[float, Mark]:
+    def _read(self, key: Key, blob: Tensor, requested_at: float, computed: Mark) -> tuple[float, Mark]:
         """Read an expert after all computing that was submitted before the request.
 
         Returns:
             End of the read as seconds of the feedback's clock, and as a mark of the copy stream.
         """
         if self.feedback is not None:
-            self.feedback.on_fetch_start(asked)
+            self.feedback.on_fetch_start(requested_at)
         with self.streams.copying(computed):
             self.slow_tier.read(*key, blob)
-            there = self.streams.mark()
-        return 0.0 if self.feedback is None else self.feedback.on_fetch_end(self.slow_tier.moved_bytes), there
+            copied = self.streams.mark()
+        return 0.0 if self.feedback is None else self.feedback.on_fetch_end(self.slow_tier.moved_bytes), copied
 
     def take_over(self, key: Key) -> float:
         """Wait until a requested expert is read, and bind its weights.
@@ -84,11 +84,11 @@ class Transfer:
             ReadError: The expert could not be read. Its slot is free again.
         """
         try:
-            fetched, there = self._reads.pop(key).result()
+            fetched, copied = self._reads.pop(key).result()
         except ReadError:
             self.arena.release(key)
             raise
-        self.streams.wait(there)
+        self.streams.wait(copied)
         self.bind(key, self.arena.blob(key))
         return fetched
 

@@ -14,9 +14,8 @@ from haq_lab.offload.tiers.disk import Part
 from haq_lab.utils.errors import UserError
 
 HostFormat = Literal["int8", "bf16"]
-
-
 DeviceFormat = Literal["int8", "fp16"]
+Format = Literal["int8", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,3 @@ class Formats:
         if not isinstance(experts, Int8Experts):
             return Cast(parts, torch.float16)
         return Dequantize(parts, linear_sizes(experts), experts.backend, torch.float16)
-
-
-Format = Literal["int8", "fp16", "bf16"]
