@@ -1,4 +1,4 @@
-"""Hardware profiles: the cited ones are whole, this machine's is measured and kept, mistakes name the nearest."""
+"""Test that published profiles are complete, this machine's can be saved and loaded, and errors suggest a name."""
 
 from __future__ import annotations
 

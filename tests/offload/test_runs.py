@@ -6,7 +6,7 @@ import json
 
 import pytest
 from launching import launch
-from two_tiers import ON_A_GPU, Apart
+from two_tiers import ON_A_GPU, SeparateMemoryStreams
 
 from haq_lab.cli.offload import main
 from haq_lab.routing.trace import Trace
@@ -41,7 +41,7 @@ def test_a_run_reports_what_its_engine_did(tmp_path, options):
 
 
 def test_a_run_on_a_gpu_keeps_its_experts_in_locked_memory(tmp_path, monkeypatch):
-    streams = Apart("cpu")
+    streams = SeparateMemoryStreams("cpu")
     monkeypatch.setattr("haq_lab.pipeline.assemble.make_streams", lambda device: streams)
     done = launch(*SMALL, "quantizer=rtn", "offload=lru", f"hydra.run.dir={tmp_path}")
     assert done.code == 0, done.err

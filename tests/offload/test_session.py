@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from two_tiers import Apart, finished
+from two_tiers import SeparateMemoryStreams, finished
 
 from haq_lab.hardware.local import hardware
 from haq_lab.int8.cpu.backend import CpuBackend
@@ -72,7 +72,7 @@ def test_a_session_serves_counts_and_simulates(model, tmp_path, settings, machin
 
 def test_beside_a_device_with_its_own_memory_experts_lie_in_the_hosts(model, tmp_path):
     expected = decoded(model.assemble(finished(model)))
-    streams = Apart("cpu")
+    streams = SeparateMemoryStreams("cpu")
     session = OffloadSession(LRU, None, model, tmp_path, Store(), streams)
     layers = finished(model, session.add)
     assert not list(tmp_path.iterdir()), "no file"
@@ -132,7 +132,7 @@ def test_a_head_in_int8_costs_what_it_is(tmp_path, monkeypatch):
 
 def test_the_arena_lies_on_the_device_and_the_slow_tier_does_not(model, tmp_path):
     """`meta` stands for a GPU: another device than the CPU, that any machine has."""
-    session = OffloadSession(LRU, None, model, tmp_path, Store(), Apart("meta"))
+    session = OffloadSession(LRU, None, model, tmp_path, Store(), SeparateMemoryStreams("meta"))
     layers = finished(model, session.add)
     session.find_profile(None, WINDOWS, "random")
     session.engage(layers)
@@ -148,7 +148,7 @@ def test_the_arena_lies_on_the_device_and_the_slow_tier_does_not(model, tmp_path
 @pytest.mark.parametrize("finish", [False, True])
 def test_what_is_locked_is_given_up_without_an_engine(model, tmp_path, finish):
     """Where a pass ends early, and where the budget turns out to leave no slot."""
-    streams = Apart("cpu")
+    streams = SeparateMemoryStreams("cpu")
     session = OffloadSession(replace(LRU, budget="1kB"), None, model, tmp_path, Store(), streams)
     layers = finished(model, session.add if finish else lambda layer: None)
     if finish:

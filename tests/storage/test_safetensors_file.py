@@ -1,4 +1,4 @@
-"""The file format: safetensors that its own library reads, an expert as one range of bytes, damage named."""
+"""Test the file format: the safetensors library can read it, an expert is contiguous, and damage is reported."""
 
 from __future__ import annotations
 

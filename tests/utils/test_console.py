@@ -1,4 +1,4 @@
-"""What a run prints: every figure with its unit."""
+"""Test that every printed metric has its unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the hub answers is asked once, and never where the environment forbids it."""
+"""Test that the hub is asked once, and never if the environment forbids it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_it_is_asked_once(monkeypatch, answers):
     assert session.asked == 1
 
 
-def test_it_is_not_asked_where_the_environment_says_so(monkeypatch):
+def test_it_is_not_asked_if_the_environment_forbids_it(monkeypatch):
     session = Session(answers=True)
     monkeypatch.setattr(huggingface_hub, "get_session", session)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

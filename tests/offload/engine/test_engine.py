@@ -1,4 +1,4 @@
-"""Bytes that move change no output: any budget, policy and prefetch gives the all-resident model's bits."""
+"""Test that moving experts never changes the output: any budget, policy and prefetch gives the same bits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROMPT = torch.randint(0, 257, (1, 12), generator=torch.Generator().manual_seed(
 
 
 class Case:
-    """A tiny Mixtral, quantised or not, its expert_file, and what it says with all experts in memory."""
+    """A tiny Mixtral, quantised or not, its expert file, and its logits with all experts in memory."""
 
     def __init__(self, folder: Path, quantizer: RTN | None):
         self.model = LayeredModel(TinyModel("mixtral", layers=3).folder())
@@ -50,7 +50,7 @@ class Case:
                 writer.add(layer.mlp.experts)
             writer.open().close()
         layers = self.layers()
-        if quantizer is None:  # float products depend on where in memory a matrix begins, so: all resident, same places
+        if quantizer is None:  # float products depend on the address of a matrix, so use the same arena
             engine_for(self, self.open(), layers, "none", 24)
         self.expected = generate(self.model.assemble(layers))
 
@@ -65,7 +65,7 @@ class Case:
 
 
 def generate(whole, steps=5):
-    """Logits of a prompt and of tokens decoded after it."""
+    """Return the logits of a prompt and of the tokens decoded after it."""
     tokens, cache, logits = PROMPT, None, []
     for _ in range(steps):
         output = whole(tokens, cache=cache, use_cache=True)
@@ -117,7 +117,7 @@ def test_no_budget_or_policy_changes_a_bit(case, rule, slots, placement, scope, 
 
 @pytest.mark.parametrize("rule", ["lru", "moe_infinity", "haq"])
 def test_the_engine_counts_what_a_replay_does(case, rule):
-    """One policy, two clocks: the routing that an engine met, two sequences of it, replayed."""
+    """Replaying the recorded routing gives the same hits and residents as the engine."""
     layers = case.layers()
     engine = engine_for(case, case.open(), layers, rule, slots=8)
     replayed = make_policy(rule, engine.policy.resident, case.profile, "global", case.path_model)
@@ -130,11 +130,11 @@ def test_the_engine_counts_what_a_replay_does(case, rule):
     engine.close()
     np.testing.assert_array_equal(replayed.resident, engine.policy.resident)
     assert rates.pairs == pytest.approx(engine.stats()["offload.hit_rate_pairs"])
-    if rule == "moe_infinity":  # it matches what a sequence chose so far, the second one's alone
+    if rule == "moe_infinity":  # it matches the choices of the current sequence, so only of the second
         np.testing.assert_array_equal(engine.policy.state.current, replayed.state.current)
 
 
-def test_the_weights_have_left_memory(case):
+def test_the_weights_are_freed(case):
     layers = case.layers()
     engine = engine_for(case, case.open(), layers, slots=3)
     held = sum(t.nbytes for layer in layers for expert in layer.mlp.experts for t in expert_tensors(expert).values())
@@ -142,8 +142,8 @@ def test_the_weights_have_left_memory(case):
     assert held <= 3 * engine.slow_tier.blob_bytes
 
 
-def test_what_happens_corrects_what_is_taken_to_be(case):
-    """Every cost is of a thousand seconds to begin with, and tells the truth after a few tokens."""
+def test_measurements_correct_wrong_costs(case):
+    """All costs start at 1000 seconds and are realistic after a few tokens."""
     layers, expert_file = case.layers(), case.open()
     curves = [PiecewiseLinear([1, 2], [1000.0, 1000.0]) for _ in range(8)]
     costs = Costs(*curves[:5], expert_file.blob_bytes, *curves[5:], from_disk=True)
@@ -154,11 +154,11 @@ def test_what_happens_corrects_what_is_taken_to_be(case):
     assert torch.equal(generate(case.model.assemble(layers)), case.expected)
     engine.close()
     assert all(curve(1) < 10 for curve in curves)
-    assert engine.stats()["predictor.mape"] > 1, "issuing the first fetches was taken to last for hours"
+    assert engine.stats()["predictor.mape"] > 1, "the first fetches were predicted to take hours"
 
 
 class Flaky:
-    """A read that fails: the first so many times, shortly or with an error."""
+    """Makes the first reads fail, by a short read or an error."""
 
     def __init__(self, expert_file, times, short):
         self.expert_file, self.times, self.short, self.real = expert_file, times, short, expert_file._pread
@@ -193,7 +193,7 @@ def test_a_read_that_keeps_failing_names_the_expert_and_leaves_the_arena_whole(c
         generate(whole)
     flaky.times = 0
     engine.arena.check()
-    assert torch.equal(generate(whole), case.expected), "it goes on once the disk answers again"
+    assert torch.equal(generate(whole), case.expected), "it continues after the disk works again"
     engine.check()
     engine.close()
 

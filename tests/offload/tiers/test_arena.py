@@ -1,4 +1,4 @@
-"""The arena never hands out a slot twice or loses one, and slots lie where kernels want them."""
+"""Test that the arena never loses a slot or assigns it twice, and that slots are page aligned."""
 
 from __future__ import annotations
 

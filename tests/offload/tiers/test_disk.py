@@ -1,4 +1,4 @@
-"""The slow tier: what is written is read, nothing of it stays in memory, and a layer laid out otherwise is refused."""
+"""Test the expert file: reads return what was written, nothing stays in memory, and a different layout is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layer_of(experts: int, width: int, seed: int = 0) -> nn.ModuleList:
 
 
 def mapped_bytes(path: Path) -> int:
-    """How much of a mapped file is in this process's memory."""
+    """Return how many bytes of a mapped file are in this process's memory."""
     maps = Path("/proc/self/smaps").read_text()
     sizes = re.findall(rf"{re.escape(str(path))}\n(?:.*\n)*?Rss:\s+(\d+) kB", maps)
     return 1024 * sum(map(int, sizes))
@@ -43,7 +43,7 @@ def test_parts_are_aligned_and_apart(shapes):
 
 
 def without_direct_reads(monkeypatch) -> None:
-    """As on a file system that knows none."""
+    """Simulate a file system without direct reads."""
 
     def refusing(path, flags, *more, real=os.open):
         if flags & os.O_DIRECT:
@@ -54,7 +54,7 @@ def without_direct_reads(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_what_is_written_is_read_or_used_in_place_and_does_not_stay(tmp_path, monkeypatch, direct):
+def test_written_experts_are_read_or_used_in_place_and_leave_memory(tmp_path, monkeypatch, direct):
     if not direct:
         without_direct_reads(monkeypatch)
     layers = [layer_of(4, 700, seed) for seed in range(3)]
@@ -82,14 +82,14 @@ def test_what_is_written_is_read_or_used_in_place_and_does_not_stay(tmp_path, mo
     expert_file.close()
 
 
-def test_an_expert_laid_out_otherwise_is_refused(tmp_path):
+def test_an_expert_with_another_layout_is_refused(tmp_path):
     with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         writer.add(layer_of(2, 8))
         with pytest.raises(UserError, match="expert 0 of layer 1 is not laid out like the others"):
             writer.add(layer_of(2, 9))
 
 
-def test_it_is_on_the_disk_before_it_is_read(tmp_path, monkeypatch):
+def test_the_file_is_flushed_before_it_is_read(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda descriptor, real=os.fsync: flushed.append(os.fstat(descriptor).st_size))
     with ExpertFileWriter(tmp_path / "experts.bin") as writer:

@@ -1,4 +1,4 @@
-"""Experts in other formats on the two tiers: the same output at any budget, and the numbers that the format says."""
+"""Test experts in different formats on the two tiers: the output is the same for any budget."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Experts in the host's memory, computed on a device: on a CPU without locks and streams, and with `pytest -m gpu` the
-very same tests on a GPU with both."""
+"""Test experts in host memory that run on a device.
+
+On a CPU there is no pinned memory and there are no streams. `pytest -m gpu` runs the same tests on a GPU with both.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from haq_lab.offload.tiers.disk import bind, expert_tensors
 from haq_lab.offload.tiers.pinned_host import HostWriter
 from haq_lab.utils.errors import UserError
 
-LONG = 20_000_000  # a GPU's clock cycles, some 10 ms: many times what an expert of the tiny model takes
+LONG = 20_000_000  # GPU clock cycles, about 10 ms: much longer than an expert of the tiny model
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -33,7 +35,7 @@ def placed(request: pytest.FixtureRequest) -> Iterator[TwoTiers]:
 
 
 def late(placed: TwoTiers) -> None:
-    """Keep the current stream at work for a while; a CPU has none."""
+    """Keep the current stream busy for a while. A CPU has none."""
     if placed.streams.separate_memory:
         torch.cuda._sleep(LONG)
 
@@ -76,7 +78,7 @@ def test_hits_and_misses_are_the_policys(placed: TwoTiers, rule):
 
 @pytest.mark.parametrize("slow", ["computing", "copying"])
 def test_neither_stream_overtakes_the_other(placed: TwoTiers, slow, monkeypatch):
-    """One slot and one to pass through: each copy overwrites what may still compute, each expert waits for its own."""
+    """With one slot and one spare slot, copies must wait for computing and experts for their copies."""
     engine, whole = placed.engine("lru", slots=1, spare=1)
     owner: Any = engine if slow == "computing" else engine.slow_tier
     real = owner.expert if slow == "computing" else owner.read
@@ -93,7 +95,7 @@ def test_neither_stream_overtakes_the_other(placed: TwoTiers, slow, monkeypatch)
     engine.close()
 
 
-def test_memory_is_locked_until_the_tier_is_closed(placed: TwoTiers):
+def test_memory_is_pinned_until_the_tier_is_closed(placed: TwoTiers):
     engine, _ = placed.engine()
     tier: Any = engine.slow_tier
     blocks: list[Tensor] = list(tier._blocks)
@@ -103,8 +105,8 @@ def test_memory_is_locked_until_the_tier_is_closed(placed: TwoTiers):
     assert not tier._blocks
 
 
-class Locks(Streams):
-    """Counts what is locked; the third block cannot be."""
+class CountingStreams(Streams):
+    """Fake streams that count pinned blocks. The third block cannot be pinned."""
 
     def __init__(self) -> None:
         self.held: list[int] = []
@@ -123,8 +125,8 @@ def experts(seed: int) -> nn.ModuleList:
     return nn.ModuleList(nn.Sequential(nn.Linear(20, 3), nn.Linear(3, 20)) for _ in range(4))
 
 
-def test_what_is_added_is_read():
-    layers, streams = [experts(0), experts(1)], Locks()
+def test_added_experts_can_be_read():
+    layers, streams = [experts(0), experts(1)], CountingStreams()
     kept = [[{name: t.clone() for name, t in expert_tensors(one).items()} for one in layer] for layer in layers]
     with HostWriter(2, streams) as writer:
         for layer in layers:
@@ -143,8 +145,8 @@ def test_what_is_added_is_read():
     assert streams.held == []
 
 
-def test_what_cannot_be_locked_leaves_nothing_locked():
-    streams = Locks()
+def test_a_failed_pin_leaves_nothing_pinned():
+    streams = CountingStreams()
     with HostWriter(3, streams) as writer:
         writer.add(experts(0))
         writer.add(experts(1))
@@ -153,7 +155,7 @@ def test_what_cannot_be_locked_leaves_nothing_locked():
     assert streams.held == []
 
 
-def test_too_little_memory_is_told_at_the_first_layer(monkeypatch):
+def test_too_little_memory_raises_at_the_first_layer(monkeypatch):
     writer = HostWriter(8, Streams())
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * 4 * 4096 - 1}))
     with pytest.raises(UserError, match=r"need 131,072 bytes .* but 131,071 bytes are free\. Choose backend=cpu"):
