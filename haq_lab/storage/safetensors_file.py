@@ -56,7 +56,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     Returns:
         The file's description for the manifest.
     """
-    order = _in_order(tensors)
+    order = _file_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in order:
@@ -64,22 +64,22 @@ def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         assert start % tensors[name].itemsize == 0, f"{name} would not be aligned"
         shape = list(tensors[name].shape)
         header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    whole = hashlib.sha256()
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
+    file_hash = hashlib.sha256()
     hashes = {}
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
-        for chunk in (struct.pack("<Q", len(head)), head):
+        for chunk in (struct.pack("<Q", len(header_bytes)), header_bytes):
             stream.write(chunk)
-            whole.update(chunk)
+            file_hash.update(chunk)
         for name in order:
             data = _bytes(tensors[name])
             stream.write(data)
-            whole.update(data)
+            file_hash.update(data)
             hashes[name] = hashlib.sha256(data).hexdigest()
         stream.flush()
         size = stream.tell()
-    return Shard(path.name, size, whole.hexdigest(), hashes)
+    return Shard(path.name, size, file_hash.hexdigest(), hashes)
 
 
 def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -103,7 +103,7 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
             f"checkpoint: {path} has {path.stat().st_size} bytes, not {shard.bytes}. "
             "It is truncated or changed. Write the checkpoint again."
         )
-    header, start = header_of(path)
+    header, start = read_shard_header(path)
     metadata = header.pop("__metadata__", {})
     for name in sorted({*header} ^ {*shard.tensors}):
         raise UserError(
@@ -132,17 +132,17 @@ def byte_range(path: Path, names: Iterable[str]) -> tuple[int, int]:
     Raises:
         UserError: A tensor does not exist, or the tensors are not contiguous.
     """
-    header, start = header_of(path)
+    header, start = read_shard_header(path)
     wanted = set(names)
     if missing := wanted - set(header):
         raise UserError(f"checkpoint: {path} has no tensor '{min(missing)}'.")
     ranges = sorted(header[name]["data_offsets"] for name in wanted)
     if any(before[1] != after[0] for before, after in pairwise(ranges)):
-        raise UserError(f"checkpoint: {path}: the tensors of {min(wanted)} and others do not lie side by side.")
+        raise UserError(f"checkpoint: {path}: the tensors {min(wanted)} to {max(wanted)} are not contiguous.")
     return start + ranges[0][0], start + ranges[-1][1]
 
 
-def header_of(path: Path) -> tuple[dict[str, Any], int]:
+def read_shard_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return a file's header and the offset of its first tensor.
 
     Raises:
@@ -159,7 +159,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
 
-def _in_order(tensors: dict[str, Tensor]) -> list[str]:
+def _file_order(tensors: dict[str, Tensor]) -> list[str]:
     """Sort tensors by expert, and wide types before narrow ones, so that all are aligned."""
 
     def key(name: str) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 The order of preference is that of `transformers.modeling_utils._get_resolved_checkpoint_files`: the file that
 config.json names as `transformers_weights`, `model.safetensors`, its index, `pytorch_model.bin`, its index. Full names
-are compared, so a backup or an older step beside the weights is never read.
+are compared, so a backup or an older step in the same folder is never read.
 """
 
 from __future__ import annotations
@@ -89,16 +89,19 @@ def _shards(index: Path) -> list[Path]:
         for name in names:
             _refuse_outside(index, name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"model: '{index}' is not a readable index ({type(error).__name__}: {error}).") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"model: '{index}' is not a readable index ({reason}). Download it again.") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise UserError(f"model: {index} names '{missing[0]}', which does not exist.")
+        raise UserError(f"model: {index} names '{missing[0]}', which does not exist. Download the model again.")
     return [index.parent / name for name in names]
 
 
 def _refuse_outside(source: Path, name: object) -> None:
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"model: {source} names '{name}', which lies outside the folder.")
+        raise UserError(
+            f"model: {source} names '{name}', which lies outside the folder. Move the file into the folder."
+        )
 
 
 def _unread(folder: Path, read: list[Path]) -> list[Path]:

@@ -111,7 +111,9 @@ class ExpertFile:
                 os.posix_fadvise(self._direct, offset, self.blob_bytes, os.POSIX_FADV_DONTNEED)
                 return
             problem = f"{done} of {self.blob_bytes} bytes"
-        raise ReadError(f"offload: expert {expert} of layer {layer} could not be read from {self.path} ({problem}).")
+        raise ReadError(
+            f"offload: expert {expert} of layer {layer} could not be read from {self.path} ({problem}). Check the disk."
+        )
 
     def _pread(self, view: memoryview, offset: int) -> int:
         """Read until the view is full or the file ends, and return the number of bytes."""
@@ -178,7 +180,10 @@ class Packer:
             parts, size = layout(tensors)
             self.parts, self.size = self.parts or parts, self.size or size
             if parts != self.parts:
-                raise UserError(f"offload: expert {number} of layer {self._layers} is not laid out like the others.")
+                raise UserError(
+                    f"offload: expert {number} of layer {self._layers} has other tensor shapes or types than the "
+                    "experts before it, so the model cannot be offloaded. Choose offload=none."
+                )
             blob = torch.zeros(size, dtype=torch.uint8)
             for part in parts:
                 part.of(blob).copy_(tensors[part.name])
@@ -264,10 +269,10 @@ def layout(tensors: dict[str, Tensor]) -> tuple[list[Part], int]:
     parts, end = [], 0
     for name, tensor in tensors.items():
         parts.append(Part(name, end, tensor.dtype, tuple(tensor.shape)))
-        end = _up(end + tensor.nbytes, ALIGNMENT)
-    return parts, _up(end, PAGE)
+        end = _round_up(end + tensor.nbytes, ALIGNMENT)
+    return parts, _round_up(end, PAGE)
 
 
-def _up(size: int, multiple: int) -> int:
+def _round_up(size: int, multiple: int) -> int:
     """Round `size` up to a multiple."""
     return -(-size // multiple) * multiple
