@@ -105,6 +105,6 @@ def _refuse_outside(source: Path, name: object) -> None:
 
 
 def _unread(folder: Path, read: list[Path]) -> list[Path]:
-    """Files of the folder that look like weights and are not read."""
+    """Return the files of the folder that look like weights and are not read."""
     files = (path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.is_file())
     return [path for path in files if path not in read and path.name not in NOT_WEIGHTS]
