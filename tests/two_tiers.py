@@ -29,7 +29,7 @@ from haq_lab.offload.tiers.conversion import ConvertedTier
 from haq_lab.offload.tiers.cuda_streams import Mark, Streams
 from haq_lab.offload.tiers.pinned_host import HostTier, HostWriter
 from haq_lab.offload.tiers.writer import TierWriter
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.base import Quantizer
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.routing.record import record_trace
@@ -59,7 +59,7 @@ def finished(
         add(layer)
         layers.append(layer)
 
-    sequential_pass(model, quantizer, backend or CpuBackend(), None, CalibrationPolicy(), {}, keep)
+    sequential_pass(PassInputs(model, quantizer, backend or CpuBackend(), None, CalibrationPolicy(), {}), keep)
     return layers
 
 

@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.build import build, compiler
 
 # (N, K) of SmolLM2-135M (q and o; k and v; gate and up; down; head) and Mixtral (w1; w2); then q/k/v and
@@ -40,7 +41,7 @@ def machine() -> str:
 
 def vector_isas() -> list[str]:
     """The instruction sets of this CPU without the plain one."""
-    return [isa for isa in native.isas() if isa != "scalar"]
+    return [isa for isa in library.isas() if isa != "scalar"]
 
 
 def times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
@@ -59,7 +60,7 @@ def at(isa: str, call: Callable[[], object]) -> Callable[[], object]:
     """The call with this instruction set."""
 
     def run() -> None:
-        with native.forced_isa(isa):
+        with library.forced_isa(isa):
             call()
 
     return run
@@ -101,8 +102,8 @@ def prefill(n: int, k: int, m: int, repeats: int) -> dict:
         "int_mm_exact_here": exact,
         "gops": {name: round(2e-9 * m * n * k / t, 1) for name, t in best.items()},
         "accumulate_over_int_mm": round(best["int_mm"] / best["accumulate"], 3),
-        "linear_over_torch_int8": round(best["torch_int8"] / best[native.isa()], 3),
-        "linear_over_fp32": {i: round(best["fp32"] / best[i], 2) for i in native.isas() if i in best},
+        "linear_over_torch_int8": round(best["torch_int8"] / best[library.isa()], 3),
+        "linear_over_fp32": {i: round(best["fp32"] / best[i], 2) for i in library.isas() if i in best},
         "spread": round(max(median / least for least, median in took.values()), 2),
     }
 
@@ -119,8 +120,8 @@ def decode(driver: Path, n: int, k: int, pool: int, repeats: int) -> dict:
     """Bytes of weights a second over the read bandwidth, at M = 1 to 4."""
     shares: dict[str, dict[str, float]] = {}
     for isa in vector_isas():
-        with native.forced_isa(isa):
-            command = map(str, [driver, build(), native.level(), n, k, pool, repeats])
+        with library.forced_isa(isa):
+            command = map(str, [driver, build(), library.level(), n, k, pool, repeats])
         rates = json.loads(subprocess.run([*command], check=True, capture_output=True).stdout)
         read = rates.pop("read")
         shares[isa] = {m: round(rate / read, 3) for m, rate in rates.items()}
@@ -167,7 +168,7 @@ def main() -> None:
     result: dict = {
         "machine": machine(),
         "threads": arguments.threads,
-        "isas": native.isas(),
+        "isas": library.isas(),
         "torch": torch.__version__,
     }
     if arguments.only != "decode":

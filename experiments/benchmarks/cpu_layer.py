@@ -19,6 +19,7 @@ from cpu_gemm import machine, vector_isas
 from model_speed import clock, model, since, whole
 
 from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.native_decoder import NativeStack
@@ -43,7 +44,7 @@ def main() -> None:
     layer_seconds: list[tuple[float, float]] = []
     for turn in range(arguments.rounds + 1):
         reader = readers[turn % len(readers)]
-        with native.forced_isa(reader):
+        with library.forced_isa(reader):
             start = clock()
             native.read_bytes(data)
             read = since(start)
@@ -62,7 +63,7 @@ def main() -> None:
     share = {name: r / s for name, r, s in zip(("wall", "cpu"), fastest, layer, strict=True)}
     result = {
         "machine": machine(),
-        "isa": native.isa(),
+        "isa": library.isa(),
         "threads": arguments.threads,
         "context": arguments.context,
         "layers": layers,

@@ -22,7 +22,7 @@ from cpu_gemm import machine
 from model_speed import Seconds, model, one_round, ratios, whole
 
 from haq_lab.data.windows import PythonDocs
-from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.rtn import RTN
 
@@ -66,7 +66,7 @@ def main() -> None:
             one_round(form, prompt, arguments.tokens, seconds[name] if turn else Seconds())  # the first warms up
     result = {
         "machine": machine(),
-        "isa": native.isa() if native.available() else None,
+        "isa": library.isa() if library.available() else None,
         "threads": arguments.threads,
         "torch": torch.__version__,
         "model": smol.folder.name,

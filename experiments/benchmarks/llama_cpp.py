@@ -118,7 +118,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from cpu_gemm import machine
     from model_speed import Seconds, model, one_round, ratios, whole
 
-    from haq_lab.int8.cpu import bindings as native
+    from haq_lab.int8.cpu import library
     from haq_lab.quantizers.rtn import RTN
 
     torch.set_num_threads(arguments.threads)
@@ -149,7 +149,7 @@ def compare(arguments: argparse.Namespace) -> None:
             server.stdin.close()
     result = {
         "machine": machine(),
-        "isa": native.isa() if native.available() else None,
+        "isa": library.isa() if library.available() else None,
         "llama_cpp_python": REQUIREMENT.partition("==")[2],
         "threads": arguments.threads,
         "prompt": arguments.prompt,

@@ -17,7 +17,7 @@ from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.half_linear import HalfLinear
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import WheelModel
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.base import Quantizer
 from haq_lab.runtime.deploy import deploy
 from haq_lab.zoo.upcycle import UpcycledModel
@@ -61,7 +61,9 @@ def whole(
     """The assembled model, its head held in a type of its own. The quantizer does not matter to the speed."""
     layers: list[nn.Module] = []
     backend = CpuBackend()
-    sequential_pass(model, quantizer, backend, None, CalibrationPolicy(), {}, lambda index, layer: layers.append(layer))
+    sequential_pass(
+        PassInputs(model, quantizer, backend, None, CalibrationPolicy(), {}), lambda index, layer: layers.append(layer)
+    )
     assembled: Any = model.assemble(layers)
     if head == torch.int8:
         assembled.lm_head = Int8Linear.rounded(assembled.lm_head, backend)

@@ -173,14 +173,18 @@ def against_accelerate(bench: Bench, folder: Path, costs: Costs, scratch: Path) 
     from accelerate import infer_auto_device_map
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     configuration = "haq", "two_stage", "global", 0.25, "next gate"
     limits = {"cpu": bench.engaged(*configuration, costs=costs).arena.bytes, "disk": 10**12}
     placed = infer_auto_device_map(empty, limits, no_split_module_classes=["MixtralDecoderLayer"], dtype=torch.bfloat16)
     whole = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map=placed, offload_folder=str(scratch / "accelerate")
+        folder,
+        dtype=torch.bfloat16,
+        device_map=placed,
+        offload_folder=str(scratch / "accelerate"),
+        trust_remote_code=False,
     )
     files = [*folder.glob("*.safetensors"), *(scratch / "accelerate").glob("*")]
     found: dict[str, float] = {}

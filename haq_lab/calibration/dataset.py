@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from haq_lab.calibration.statistics import MIN_TOKENS, CalibrationPolicy
 from haq_lab.data.text import fingerprint
 from haq_lab.data.windows import TEXTS, Count, Length, Windows, encode, random_crops, random_windows
+from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError, invalid
 
 OVERLAP_RUN = 128  # tokens in a row that two different texts do not share by chance, even if a token is one byte
+Overlap = Literal["refuse", "warn"]
 ADVICE = "A model must not be evaluated on its calibration text: choose another text or path."
 
 
@@ -34,6 +36,7 @@ class Calibration:
             expert (`topk`), or `all`. The down projection always reads the routed tokens only.
         min_tokens: An expert with fewer tokens uses the statistics of the whole layer.
         column: Field of JSON or parquet that holds the text.
+        overlap: What happens if the text shares runs of 128 tokens with an evaluation text: `refuse` or `warn`.
 
     Raises:
         UserError: If there is no such text, or if `path` is given for a text that is not read from a file.
@@ -51,6 +54,7 @@ class Calibration:
     route: Literal["topk", "all"] = "topk"
     min_tokens: Count = MIN_TOKENS
     column: str = "text"
+    overlap: Overlap = "refuse"
 
     @property
     def policy(self) -> CalibrationPolicy:
@@ -109,34 +113,45 @@ def _hashes_of_runs(windows: Tensor, length: int) -> np.ndarray:
     return np.unique(rows @ powers)
 
 
-def refuse_overlap(calibration: Tensor, evaluation: dict[str, Tensor]) -> None:
-    """Raise an error if calibration and evaluation windows share a run of 128 tokens.
+def overlap_share(calibration: Tensor, evaluation: Tensor) -> tuple[float, int]:
+    """Return the share of the evaluation text's runs of tokens that the calibration windows contain.
 
-    If the windows are shorter than 128 tokens, the run is one whole window. Evaluation windows are joined first,
-    because most protocols cut them from one text without gaps.
+    A run has 128 tokens, or fewer if the windows are shorter. Evaluation windows are joined first, because most
+    protocols cut them from one text without gaps.
 
     Args:
         calibration: Token windows (n, t).
-        evaluation: Token windows (m, u) of each text of the group `data`.
+        evaluation: Token windows (m, u).
 
-    Raises:
-        UserError: If there is such a run.
+    Returns:
+        The share (0: no run is shared), and the length of a run.
     """
-    for name, windows in evaluation.items():
-        row = windows.reshape(1, -1)
-        length = min(OVERLAP_RUN, calibration.shape[1], row.shape[1])
-        if len(np.intersect1d(_hashes_of_runs(calibration, length), _hashes_of_runs(row, length))):
-            raise UserError(
-                f"calibration: its text overlaps data.{name}: both have the same {length} tokens in a row. {ADVICE}"
-            )
+    row = evaluation.reshape(1, -1)
+    length = min(OVERLAP_RUN, calibration.shape[1], row.shape[1])
+    runs = _hashes_of_runs(row, length)
+    return len(np.intersect1d(_hashes_of_runs(calibration, length), runs)) / len(runs), length
 
 
-def refuse_same_text(calibration: Windows, evaluation: dict[str, Windows]) -> None:
-    """Raise an error if both read the same text, even if their windows do not overlap.
+def check_overlap(calibration: Windows, evaluation: dict[str, Windows], overlap: Overlap = "refuse") -> None:
+    """Raise an error if a model would be evaluated on its calibration text.
+
+    Args:
+        calibration: The calibration windows.
+        evaluation: The evaluation windows of each text of the group `data`. With `warn`, the stamp of a text that
+            shares runs gets `calibration_overlap`, the share.
+        overlap: What happens if some runs of tokens are shared, such as boilerplate: `refuse`, or `warn` and go on.
 
     Raises:
-        UserError: If the calibration text is the same as one of the evaluation texts.
+        UserError: Both read the same text, or they share a run of 128 tokens and `overlap` is `refuse`.
     """
     for name, windows in evaluation.items():
         if calibration.protocol["text_sha256"] == windows.protocol["text_sha256"]:
             raise UserError(f"calibration: it reads the same text as data.{name}. {ADVICE}")
+        share, length = overlap_share(calibration.tokens, windows.tokens)
+        if not share:
+            continue
+        found = f"its text overlaps data.{name}: {share:.2%} of the runs of {length} tokens in a row are in both"
+        if overlap == "refuse":
+            raise UserError(f"calibration: {found}. {ADVICE} For shared boilerplate set calibration.overlap=warn.")
+        say(f"calibration: {found}.")
+        windows.protocol["calibration_overlap"] = share

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 
 NATIVE_ROWS = 16  # up to so many our kernel, which widens in registers, is the faster one
 BLOCK_BYTES = 16 << 20  # of the table, widened at a time
@@ -53,7 +54,7 @@ class _Widened(torch.autograd.Function):
 
 def _native_takes(x: Tensor, table: Tensor) -> bool:
     half = table.dtype in (torch.bfloat16, torch.float16)
-    return x.is_cpu and table.is_cpu and half and x.dtype == torch.float32 and native.available()
+    return x.is_cpu and table.is_cpu and half and x.dtype == torch.float32 and library.available()
 
 
 def _blocks(table: Tensor, dtype: torch.dtype) -> list[slice]:

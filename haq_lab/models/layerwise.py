@@ -84,7 +84,9 @@ class LayeredModel:
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers
         with quiet_transformers():
-            return AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+            return AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
 
     def _find_layer_class(self) -> type[nn.Module]:
         with torch.device("meta"):

@@ -64,7 +64,9 @@ def build_tiny(folder: Path, architecture: str, layers: int, hidden: int, seed: 
     """Write a random checkpoint with its tokenizer into `folder`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(_config(architecture, layers, hidden), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            _config(architecture, layers, hidden), dtype=torch.float32, trust_remote_code=False
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "norm" in name and name.endswith("weight"):

@@ -72,7 +72,9 @@ class HubModel:
         try:
             offline = self.local is None and not hub_is_reachable()
             place = self.local or self.name
-            return AutoConfig.from_pretrained(place, revision=self.revision, local_files_only=offline)
+            return AutoConfig.from_pretrained(
+                place, revision=self.revision, local_files_only=offline, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError):
             return None if self.architecture is None else CONFIG_MAPPING[self.architecture]()
 
@@ -206,6 +208,7 @@ def _convert_gguf(path: Path, target: Path) -> None:
                 gguf_file=path.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
+                trust_remote_code=False,
             )
         except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
             raise UserError(
@@ -214,7 +217,7 @@ def _convert_gguf(path: Path, target: Path) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(target)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(target)
 
 
 def _kept_files(folder: Path) -> list[Path]:

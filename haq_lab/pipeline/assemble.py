@@ -1,4 +1,4 @@
-"""From the layers that a pass finishes to the whole model that is measured."""
+"""Assemble the model to measure from the layers that a pass finishes."""
 
 from __future__ import annotations
 
@@ -24,20 +24,29 @@ from haq_lab.utils.console import say
 
 
 class Assembly:
-    """Layers are kept in memory where a measure deploys the model, or written to a checkpoint and then read back.
+    """Collects finished layers in memory, or writes them to a checkpoint and reads them back.
 
-    Where experts are offloaded, they leave memory layer by layer.
+    It keeps no layer if no measure needs the whole model. With offloading, the experts leave memory layer by layer.
 
-        with Assembly(experiment, model, folder, evaluation, calibration, store) as assembly:
-            passed = sequential_pass(..., assembly.add, assembly.writer)
-            whole = assembly.finish(passed, calibration)
+    Args:
+        experiment: The run's settings.
+        model: The model that the pass quantises.
+        folder: The run folder.
+        evaluation: Evaluation windows by dataset.
+        calibration: Calibration windows, or None.
+        store: The result cache.
 
     Attributes:
-        model: What the layers belong to: the checkpoint, once it is written.
-        writer: The checkpoint in the making, if one is asked for.
+        model: The model that the layers belong to. After `finish`, this is the checkpoint if the run writes one.
+        writer: The writer of the checkpoint, or None if the run writes none.
 
     Raises:
-        UserError: The checkpoint's folder cannot be written to, or a dense model is to be offloaded.
+        UserError: The checkpoint folder is not writable, or offloading is set for a model without experts.
+
+    Example:
+        >>> with Assembly(experiment, model, folder, evaluation, calibration, store) as assembly:
+        ...     passed = sequential_pass(inputs, on_layer, assembly.writer)  # `on_layer` calls `assembly.add`
+        ...     whole = assembly.finish(passed, calibration)
     """
 
     def __init__(
@@ -54,81 +63,89 @@ class Assembly:
         self._layers: list[nn.Module] = []
         self._offload: OffloadSession | None = None
         self.writer: CheckpointWriter | None = None
-        with ExitStack() as held:
+        with ExitStack() as resources:
             if experiment.offload is not None:
                 streams = make_streams(experiment.backend.device)
                 self._offload = OffloadSession(
                     experiment.offload, experiment.hardware, model, folder.path, store, streams
                 )
-                held.callback(self._offload.close)
+                resources.callback(self._offload.close)
             if experiment.checkpoint is not None:
                 text = None if calibration is None else calibration.protocol
                 origin = provenance(model.folder, experiment.model.label, folder.config, text)
                 stamps = {name: windows.protocol for name, windows in evaluation.items()}
                 force = bool(folder.config["force"])
                 self.writer = CheckpointWriter(experiment.checkpoint, model, origin, stamps, force)
-                held.callback(self.writer.release)
-            self._held = held.pop_all()
+                resources.callback(self.writer.release)
+            self._resources = resources.pop_all()
 
     def __enter__(self) -> Assembly:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._held.close()
+        self._resources.close()
 
     @property
     def resumed(self) -> int:
-        """How many layers an earlier run had done."""
+        """Number of layers that an earlier run finished."""
         return 0 if self.writer is None else self.writer.resumed
 
     def add(self, layer: nn.Module) -> None:
-        """The next layer in its final form."""
+        """Add the next finished layer."""
         if self.deploys and self.writer is None:
-            self._keep(layer)
+            self._add_to_memory(layer)
 
     def needs_trace(self, passed: PassResult) -> bool:
-        """Whether `finish` needs calibration windows, to see which experts they choose."""
+        """Return whether `finish` needs calibration windows to record which experts they choose."""
         offload = self.experiment.offload
         return offload is not None and self.deploys and passed.routing is None and offload.profile is None
 
     def finish(self, passed: PassResult, calibration: Windows | None) -> nn.Module:
-        """All layers are done: the whole model, ready to run where a measure deploys it, else without layers."""
+        """Return the whole model, after the last layer.
+
+        Args:
+            passed: The result of the pass.
+            calibration: Calibration windows, or None. See `needs_trace`.
+
+        Returns:
+            The model, ready to run. It has no layers if no measure needs it.
+        """
         if self.writer is not None:
             self.writer.finish()
             self.model = QuantizedModel(self.writer.folder, self.experiment.backend)
             for index in range(self.model.depth if self.deploys else 0):
-                self._keep(self.model.load_layer(index))
+                self._add_to_memory(self.model.load_layer(index))
         offload = self._offload if self._layers else None
         if offload is not None:
             tokens = None if calibration is None else calibration.tokens
             offload.find_profile(passed.routing, tokens, self.experiment.calibration.text)
         whole = deploy(self.model.assemble(self._layers), self.model, self.experiment.backend, self._report)
-        if offload is not None:  # now, as deploying moves the weights that are in memory
+        if offload is not None:  # after `deploy`, which moves the weights that are in memory
             offload.engage(self._layers)
         return whole
 
     def metrics(self) -> dict[str, float]:
-        """What offloading and the checkpoint have counted, by full names."""
+        """Return the metrics of offloading and of the checkpoint, by their full names."""
         metrics = {} if self._offload is None else self._offload.metrics()
         if isinstance(self.model, QuantizedModel):
             metrics["memory.checkpoint_bytes"] = self.model.manifest.bytes
         return metrics
 
     def simulated(self, hardware: str) -> dict[str, float]:
-        """What the run's decoding would take on the hardware that it names; none where none is named."""
+        """Return the simulated decoding time on `hardware`. Empty without offloading."""
         return {} if self._offload is None else self._offload.simulated(hardware)
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`offload`: what the engine has counted, by layer."""
+        """Return the table `offload`: the counts of the offloading engine by layer."""
         return {} if self._offload is None else {"offload": self._offload.table()}
 
     def facts(self) -> dict[str, Any]:
-        """Where the checkpoint is, and from which layer on this run made it."""
+        """Return the checkpoint folder, and the first layer that this run wrote."""
         writer = self.writer
         return {} if writer is None else {"checkpoint": str(writer.folder), "resumed_from_layer": writer.resumed}
 
     def recorded(self) -> None:
-        """The run's results are written: nothing is left to be resumed."""
+        """Close the checkpoint. The run's results are written, so there is nothing to resume."""
         if self.writer is not None:
             self.writer.close()
 
@@ -137,7 +154,7 @@ class Assembly:
         say(line)
         self._folder.event("notice", text=line)
 
-    def _keep(self, layer: nn.Module) -> None:
+    def _add_to_memory(self, layer: nn.Module) -> None:
         if self._offload is not None:
             self._offload.add(layer)
         self._layers.append(layer)

@@ -1,4 +1,7 @@
-"""The full-precision model's hidden states after its last layer: what every quantised model is held against."""
+"""Share the full-precision model's last hidden states between runs through the result cache.
+
+Every quantised model is compared with these hidden states.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,31 @@ from haq_lab.result_cache.keys import about, key_of, of_text
 from haq_lab.result_cache.store import Artifact, Store
 
 STAGE = "baseline"
-PIECE = 256 << 20  # bytes of hidden states in one artefact: reading them back must not take the memory of all
+PIECE = 256 << 20  # bytes of hidden states in one artefact, so that reading does not need memory for all of them
 
 
 def find_baseline(store: Store, model: LayeredModel, windows: Tensor, hidden: Tensor) -> bool:
-    """Put them where the embedded windows (n, t) were, `hidden` (n, t, d); False, and no change, where they are not
-    all there."""
+    """Replace embedded windows by the stored hidden states after the last layer.
+
+    Args:
+        windows: Token windows (n, t).
+        hidden: The embedded windows (n, t, d), replaced in place.
+
+    Returns:
+        Whether all hidden states were stored. If not, `hidden` is unchanged.
+    """
     if store.folder is None:
         return False
     for key, piece in _pieces(model, windows, hidden):
-        if (found := store.get(STAGE, key)) is None:
-            model.embed(windows, lambda *shape, dtype: hidden)  # what earlier pieces were written to
+        if (artifact := store.get(STAGE, key)) is None:
+            model.embed(windows, lambda *shape, dtype: hidden)  # restores what earlier pieces overwrote
             return False
-        piece.copy_(found.tensors["hidden"])
+        piece.copy_(artifact.tensors["hidden"])
     return True
 
 
-def keep_baseline(store: Store, model: LayeredModel, windows: Tensor, hidden: Tensor) -> None:
-    """Keep them."""
+def store_baseline(store: Store, model: LayeredModel, windows: Tensor, hidden: Tensor) -> None:
+    """Store the hidden states (n, t, d) of token windows (n, t) after the last layer, if the cache has space."""
     if store.folder is None or not store.has_room(STAGE, hidden.nbytes):
         return
     for key, piece in _pieces(model, windows, hidden):

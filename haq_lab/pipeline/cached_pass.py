@@ -1,7 +1,8 @@
-"""A quantised model, and what was measured on it: runs that differ in offloading or in what they time share both.
+"""Share quantised layers and their measurements between runs through the result cache.
 
-Only what comes out of settings and tokens is kept: latency and memory are measured by every run. Classes of the
-user's own, whose code may read anything, are always run.
+Runs that differ only in offloading or in what they time share both. The cache holds only results that follow from
+settings and tokens. Every run measures latency and memory itself. The cache ignores classes from outside `haq_lab`,
+because their code may read anything.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ from haq_lab.routing.choices import Routing
 from haq_lab.utils.errors import UserError
 
 LAYERS, PASS, MEASURED = "quantized", "pass", "measurement"
-RANGES = "ranges|"  # before the names of their tensors
+RANGES = "ranges|"  # prefix of the tensor names of channel ranges
 CODE = ("haq_lab.pipeline.sequential", "haq_lab.checkpoint.layer_tensors")
 
 
 class CachedPass:
-    """Both stages of one run.
+    """The pass and the measurements of one run in the result cache.
 
     Args:
+        store: The result cache.
+        experiment: The run's settings.
+        model: The model that the run quantises.
         calibration: Token windows (n, t), or None.
         evaluation: Token windows (n, t) by dataset.
-        deploys: Whether the layers are wanted, or the measurements alone.
+        deploys: Whether the run needs the layers. If not, it needs only the measurements.
     """
 
     def __init__(
@@ -49,26 +53,26 @@ class CachedPass:
     ):
         self.store, self.experiment, self.model, self.deploys = store, experiment, model, deploys
         self.evaluation = evaluation
-        ours = all(map(_ours, (experiment.quantizer, experiment.backend)))
+        builtin = all(map(_is_builtin, (experiment.quantizer, experiment.backend)))
         self._depends: dict[str, Any] | None = None
-        if store.folder is not None and ours and experiment.checkpoint is None and not model.quantized:
+        if store.folder is not None and builtin and experiment.checkpoint is None and not model.quantized:
             self._depends = self._dependencies(calibration)
         self._about = f"{experiment.model.label}, {type(experiment.quantizer).__name__}"
 
     def _dependencies(self, calibration: Tensor | None) -> dict[str, Any]:
-        seen: dict[str, Any] = {"calibration": None}
+        statistics: dict[str, Any] = {"calibration": None}
         if calibration is not None:
-            seen = {"calibration": tokens_hash(calibration), "policy": asdict(self.experiment.calibration.policy)}
+            statistics = {"calibration": tokens_hash(calibration), "policy": asdict(self.experiment.calibration.policy)}
         quantizer, backend = _settings(self.experiment.quantizer), self.experiment.backend
-        return seen | {
+        return statistics | {
             "model": model_hash(self.model.folder),
             "quantizer": quantizer,
             "backend": [backend.name, backend.device.type],
         }
 
     def find(self) -> PassResult | None:
-        """What the pass of an earlier run left, without hidden states; None where something is missing that this run
-        would ask of it."""
+        """Return the stored result of an equal pass, without hidden states. Return None if anything that this run
+        needs is missing."""
         if self._depends is None or (found := self.store.get(PASS, self._key(PASS))) is None:
             return None
         needed = [measure for measure in self.experiment.measures.values() if measure.evaluates]
@@ -89,25 +93,31 @@ class CachedPass:
         return passed
 
     def layers(self) -> Iterator[nn.Module]:
-        """After `find`: the layers, one by one; none where the run does not want them."""
+        """Yield the stored layers one by one, after `find`. Yield none if the run does not need them.
+
+        Raises:
+            UserError: Another process has just removed a layer from the result cache.
+        """
         for index in range(self.model.depth if self.deploys else 0):
             found = self._layer(index)
             if found is None:
-                raise UserError(f"result_cache: layer {index} has just gone from {self.store.folder}; run it again")
+                raise UserError(
+                    f"result_cache: layer {index} was just removed from {self.store.folder}. Start the run again."
+                )
             yield int8_layer(
                 self.model, index, found.tensors, found.facts, self.experiment.backend, str(self.store.folder)
             )
 
-    def keep_layer(self, index: int, layer: nn.Module) -> None:
-        """A layer in its final form."""
+    def store_layer(self, index: int, layer: nn.Module) -> None:
+        """Store a finished layer, if the cache has space."""
         if self._depends is None or not self.deploys or self.experiment.quantizer is None:
             return
         tensors, schemes = layer_content(layer)
         if self.store.has_room(LAYERS, sum(tensor.nbytes for tensor in tensors.values()) * self.model.depth):
             self.store.put(LAYERS, self._key(LAYERS, layer=index), Artifact(tensors, schemes), self._about)
 
-    def keep(self, passed: PassResult) -> None:
-        """The pass is done."""
+    def store_pass(self, passed: PassResult) -> None:
+        """Store the result of the pass, without hidden states."""
         if self._depends is None or self.experiment.quantizer is None:
             return
         facts: dict[str, Any] = {"reports": [asdict(report) for report in passed.reports], "routing": None}
@@ -119,19 +129,19 @@ class CachedPass:
         self.store.put(PASS, self._key(PASS), Artifact(tensors, facts), self._about)
 
     def measured(self, measure: Measure, study: Study) -> dict[str, float]:
-        """A measure's metrics: those of an earlier run, where they follow from settings and tokens alone."""
+        """Return a measure's metrics, from the cache if they follow from settings and tokens alone."""
         if (found := self._measurement(measure)) is not None:
             return found.facts
         metrics = measure(study)
-        if self._keeps(measure):
+        if self._cacheable(measure):
             self.store.put(MEASURED, self._measurement_key(measure), Artifact(facts=metrics), self._about)
         return metrics
 
-    def _keeps(self, measure: Measure) -> bool:
-        return self._depends is not None and measure.evaluates and not measure.deploys and _ours(measure)
+    def _cacheable(self, measure: Measure) -> bool:
+        return self._depends is not None and measure.evaluates and not measure.deploys and _is_builtin(measure)
 
     def _measurement(self, measure: Measure) -> Artifact | None:
-        return self.store.get(MEASURED, self._measurement_key(measure)) if self._keeps(measure) else None
+        return self.store.get(MEASURED, self._measurement_key(measure)) if self._cacheable(measure) else None
 
     def _measurement_key(self, measure: Measure) -> str:
         texts = {name: tokens_hash(tokens) for name, tokens in self.evaluation.items()}
@@ -148,9 +158,9 @@ class CachedPass:
 
 
 def _settings(thing: Any) -> Any:
-    """A quantizer's or a measure's class and settings, as JSON can hold them."""
+    """Return the class and the settings of a quantizer or a measure for JSON."""
     return None if thing is None else [type(thing).__qualname__, asdict(thing)]
 
 
-def _ours(thing: object) -> bool:
+def _is_builtin(thing: object) -> bool:
     return thing is None or type(thing).__module__.startswith("haq_lab.")

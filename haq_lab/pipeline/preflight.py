@@ -95,7 +95,7 @@ def measure_size(config: Any) -> Size:
         bare = copy.deepcopy(config)
         bare.num_hidden_layers = layers
         with torch.device("meta"), quiet_transformers():
-            model = AutoModelForCausalLM.from_config(bare)
+            model = AutoModelForCausalLM.from_config(bare, trust_remote_code=False)
         counts.append(sum(parameter.numel() for parameter in model.parameters()))
     widest = max(parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1)
     each = 0

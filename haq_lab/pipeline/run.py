@@ -1,4 +1,4 @@
-"""One run, stage by stage: load, calibrate and quantise in one pass, measure, record."""
+"""Run one experiment: load, calibrate and quantise in one pass, measure, record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from haq_lab.calibration.dataset import refuse_overlap, refuse_same_text
+from haq_lab.calibration.dataset import check_overlap
 from haq_lab.checkpoint.model import open_model
 from haq_lab.config.build import Experiment, build, effective, refuse_idle
 from haq_lab.config.help import is_user_error
@@ -21,9 +21,11 @@ from haq_lab.measure.memory import reset_peaks
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
 from haq_lab.pipeline.cached_pass import CachedPass
+from haq_lab.pipeline.input_hashes import changed_inputs, input_hashes
 from haq_lab.pipeline.preflight import preflight
 from haq_lab.pipeline.record import write_record
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
+from haq_lab.quantizers.pass_result import PassResult
 from haq_lab.tracking.run_folder import RunFolder
 from haq_lab.utils.console import Progress, say, show_results
 from haq_lab.utils.environment import machine
@@ -31,31 +33,41 @@ from haq_lab.utils.errors import UserError, invalid
 
 
 def run(config: DictConfig, hydra: DictConfig) -> float | None:
-    """Run one composed config in Hydra's output folder, unless a finished run of it is there.
+    """Run one composed config in Hydra's output folder, unless the folder holds a finished run of this config.
+
+    Args:
+        config: The composed config.
+        hydra: Hydra's own config, which names the output folder and the overrides.
 
     Returns:
-        The metric that `search_metric` names, for a search; None where it names none.
+        The metric that `search_metric` names, or None if it names none.
+
+    Raises:
+        UserError: A setting is not valid, or the run does not fit this machine.
     """
     config = effective(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     folder = RunFolder(Path(hydra.runtime.output_dir), plain)
-    label = dict(hydra.runtime.choices)
+    choices = dict(hydra.runtime.choices)
     facts = {
         "overrides": list(hydra.overrides.task),
         "sweep": str(hydra.sweep.dir) if hydra.mode.name == "MULTIRUN" else None,
         **{
-            group: label.get(group)
+            group: _chosen(group, choices, hydra.overrides.task)
             for group in ("experiment", "quantizer", "backend", "offload", "hardware", "calibration")
         },
+        "inputs": [f"{setting} {digest}" for setting, digest in input_hashes(plain).items()],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **machine(),
     }
     if (done := folder.finished()) is not None and not config.force:
-        say(f"already finished: {folder.path} (force=true runs it again)")
-        show_results(done, folder.path)
-        return _search_metric(config.search_metric, done["metrics"])
+        if not (changed := changed_inputs(done["run"].get("inputs", []), plain)):
+            say(f"already finished: {folder.path} (force=true runs it again)")
+            show_results(done, folder.path)
+            return _search_metric(config.search_metric, done["metrics"])
+        say(f"changed since: {', '.join(changed)}; running again: {folder.path}")
     try:
         refuse_idle(config, hydra.overrides.task, sweep=facts["sweep"] is not None)
         experiment = build(config)
@@ -71,72 +83,104 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
 
 @torch.no_grad()
 def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
-    """The method section."""
+    """Load, quantise and evaluate, measure and record. Return the content of `results.json`."""
     reset_peaks()
     preflight(experiment, facts["overrides"])
     with Progress() as progress:
-        # 1. The model's shell and the texts.
-        progress.stage(f"model {experiment.model.label}")
-        model = open_model(experiment.model, experiment.backend)
-        if experiment.quantizer is not None and experiment.quantizer.lm_head:
-            model.quantize_head(experiment.backend)
-        evaluation, calibration = _texts(experiment, model)
-        tokens = {name: windows.tokens for name, windows in evaluation.items()}
-        folder.event("loaded", model=str(model.folder), depth=model.depth)
+        model = _load_model(experiment, folder, progress)
+        evaluation, calibration = _load_texts(experiment, model)
         store = experiment.result_cache.open()
-
         with Assembly(experiment, model, folder, evaluation, calibration, store) as assembly:
-            calibrated = None if calibration is None else calibration.tokens
-            stages = CachedPass(store, experiment, model, calibrated, tokens, assembly.deploys)
-
-            # 2. One pass through the weights: calibrate, smooth, quantise, evaluate. Or what another run's pass left.
-            progress.layers(model.depth, "quantise" if experiment.quantizer else "evaluate", assembly.resumed)
-
-            def finished(index: int, layer: nn.Module) -> None:
-                stages.keep_layer(index, layer)
-                assembly.add(layer)
-                folder.event("layer", index=index)
-                progress.layer_done()
-
-            if (passed := stages.find()) is not None:
-                for layer in stages.layers():
-                    assembly.add(layer)
-                    progress.layer_done()
-            else:
-                passed = sequential_pass(
-                    model,
-                    experiment.quantizer,
-                    experiment.backend,
-                    calibrated,
-                    experiment.calibration.policy,
-                    tokens,
-                    finished,
-                    assembly.writer,
-                    store,
-                )
-                stages.keep(passed)
-
-            # 3. Measurements on the model as deployed.
+            inputs = _pass_inputs(experiment, model, evaluation, calibration)
+            cached = CachedPass(store, experiment, model, inputs.calibration, inputs.evaluation, assembly.deploys)
+            passed = _quantise_and_evaluate(inputs, cached, assembly, folder, progress)
             progress.stage("assemble")
             if calibration is None and assembly.needs_trace(passed):
                 calibration = experiment.calibration.load(model.tokenizer())
             whole = assembly.finish(passed, calibration)
-            study = Study(assembly.model, tokens, passed, whole, progress.stage)
-            metrics: dict[str, float] = {}
-            for measure in experiment.measures.values():
-                metrics |= stages.measured(measure, study)
+            study = Study(assembly.model, inputs.evaluation, passed, whole, progress.stage)
+            metrics = _measure(experiment, study, cached)
             metrics |= assembly.metrics() | assembly.simulated(facts["hardware"])
-            metrics |= {f"time.stages_{what}_s": spent for what, spent in store.clock.seconds.items()}
-
-    # 4. The record.
-    protocol: dict[str, Any] = {name: windows.protocol for name, windows in evaluation.items()}
-    if calibration is not None:
-        protocol["calibration"] = calibration.protocol
+            metrics |= {f"time.stages_{action}_s": seconds for action, seconds in store.clock.seconds.items()}
     facts |= assembly.facts() | {"reused": [f"{count} x {stage}" for stage, count in store.reused.items()]}
+    protocol = _protocol(evaluation, calibration)
     results = write_record(experiment, folder, facts, protocol, passed, metrics, study.tables | assembly.tables())
     assembly.recorded()
     show_results(results, folder.path)
     return results
+
+
+def _chosen(group: str, choices: dict[str, str], overrides: list[str]) -> str | None:
+    """Return a group's option, or the class that the user names by `GROUP._target_=MODULE.CLASS`."""
+    for override in reversed(overrides):
+        name, _, target = override.lstrip("+").partition("=")
+        if name == f"{group}._target_" and target not in ("", "null"):
+            return target.rpartition(".")[2]
+    return choices.get(group)
+
+
+def _load_model(experiment: Experiment, folder: RunFolder, progress: Progress) -> LayeredModel:
+    """Open the model without its layers. The pass loads these one by one."""
+    progress.stage(f"model {experiment.model.label}")
+    model = open_model(experiment.model, experiment.backend)
+    if experiment.quantizer is not None and experiment.quantizer.lm_head:
+        model.quantize_head(experiment.backend)
+    folder.event("loaded", model=str(model.folder), depth=model.depth)
+    if not model.quantized and (unread := model.weights.unread):
+        names = [path.name for path in unread]
+        say(f"model: weight files that transformers does not read are ignored: {', '.join(names)}")
+        folder.event("unread_weight_files", names=names)
+    return model
+
+
+def _pass_inputs(
+    experiment: Experiment, model: LayeredModel, evaluation: dict[str, Windows], calibration: Windows | None
+) -> PassInputs:
+    return PassInputs(
+        model,
+        experiment.quantizer,
+        experiment.backend,
+        None if calibration is None else calibration.tokens,
+        experiment.calibration.policy,
+        {name: windows.tokens for name, windows in evaluation.items()},
+    )
+
+
+def _quantise_and_evaluate(
+    inputs: PassInputs, cached: CachedPass, assembly: Assembly, folder: RunFolder, progress: Progress
+) -> PassResult:
+    """Calibrate, smooth, quantise and evaluate in one pass, or read an earlier run's pass from the result cache."""
+    progress.layers(inputs.model.depth, "quantise" if inputs.quantizer else "evaluate", assembly.resumed)
+
+    def on_layer(index: int, layer: nn.Module) -> None:
+        cached.store_layer(index, layer)
+        assembly.add(layer)
+        folder.event("layer", index=index)
+        progress.layer_done()
+
+    if (passed := cached.find()) is not None:
+        for layer in cached.layers():
+            assembly.add(layer)
+            progress.layer_done()
+        return passed
+    passed = sequential_pass(inputs, on_layer, assembly.writer, cached.store)
+    cached.store_pass(passed)
+    return passed
+
+
+def _measure(experiment: Experiment, study: Study, cached: CachedPass) -> dict[str, float]:
+    """Run all measures on the deployed model."""
+    metrics: dict[str, float] = {}
+    for measure in experiment.measures.values():
+        metrics |= cached.measured(measure, study)
+    return metrics
+
+
+def _protocol(evaluation: dict[str, Windows], calibration: Windows | None) -> dict[str, Any]:
+    protocol: dict[str, Any] = {name: windows.protocol for name, windows in evaluation.items()}
+    if calibration is not None:
+        protocol["calibration"] = calibration.protocol
+    return protocol
 
 
 def _search_metric(name: str | None, metrics: dict[str, float]) -> float | None:
@@ -145,8 +189,8 @@ def _search_metric(name: str | None, metrics: dict[str, float]) -> float | None:
     return None if name is None else metrics[name]
 
 
-def _texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windows], Windows | None]:
-    """Evaluation windows by dataset, and calibration windows where the quantizer needs any; they don't overlap."""
+def _load_texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windows], Windows | None]:
+    """Load evaluation windows by dataset, and calibration windows if the quantizer needs them. Refuse an overlap."""
     tokenizer = model.tokenizer()
     evaluation = {}
     if any(measure.evaluates for measure in experiment.measures.values()):
@@ -157,11 +201,10 @@ def _texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windo
     if experiment.quantizer is not None and experiment.quantizer.needs.inputs:
         _refuse_too_long("calibration.seqlen", experiment.calibration.seqlen, model)
         calibration = experiment.calibration.load(tokenizer)
-        refuse_same_text(calibration, evaluation)
-        refuse_overlap(calibration.tokens, {name: windows.tokens for name, windows in evaluation.items()})
+        check_overlap(calibration, evaluation, experiment.calibration.overlap)
     return evaluation, calibration
 
 
 def _refuse_too_long(setting: str, seqlen: int, model: LayeredModel) -> None:
-    if seqlen > model.max_tokens:
-        raise UserError(f"{setting}: {seqlen} is more than the model's {model.max_tokens} positions")
+    if seqlen > (limit := model.max_tokens):
+        raise UserError(f"{setting}: {seqlen} is more than the model's {limit} positions. Choose at most {limit}.")

@@ -1,14 +1,15 @@
-"""One pass through the weights: calibrate, smooth, quantise and evaluate, a decoder layer at a time.
+"""Calibrate, smooth, quantise and evaluate a model in one pass, one decoder layer at a time.
 
-Each layer is read once. While it is there, the calibration tokens and the evaluation tokens go through it, the
-latter three times: as it is, smoothed, and quantised. So the three perplexities of a model that does not fit
-in memory are all measured, none is quoted.
+The pass reads each layer once. It runs the calibration windows through the layer once and the evaluation windows up
+to three times: with the original, the smoothed and the quantised weights. So it measures all three perplexities, even
+of a model that does not fit in memory.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -32,66 +33,92 @@ from haq_lab.utils.malloc import release_memory
 from haq_lab.utils.timer import Stopwatch
 
 
+@dataclass(frozen=True)
+class PassInputs:
+    """Inputs of `sequential_pass`: the model, the method and the texts.
+
+    Attributes:
+        model: The model to quantise.
+        quantizer: The method. If None, the model is only evaluated as it is.
+        backend: The backend that computes the int8 products.
+        calibration: Token windows (n, t), or None if the quantizer needs none.
+        policy: How the pass gathers the calibration statistics.
+        evaluation: Token windows (n, t) by dataset.
+    """
+
+    model: LayeredModel
+    quantizer: Quantizer | None
+    backend: Backend
+    calibration: Tensor | None = None
+    policy: CalibrationPolicy = field(default_factory=CalibrationPolicy)
+    evaluation: dict[str, Tensor] = field(default_factory=dict)
+
+
 @torch.no_grad()
 def sequential_pass(
-    model: LayeredModel,
-    quantizer: Quantizer | None,
-    backend: Backend,
-    calibration: Tensor | None,
-    policy: CalibrationPolicy,
-    evaluation: dict[str, Tensor],
-    finished: Callable[[int, nn.Module], None],
-    keeper: LayerStore | None = None,
+    inputs: PassInputs,
+    on_layer: Callable[[int, nn.Module], None],
+    checkpoint: LayerStore | None = None,
     store: Store | None = None,
 ) -> PassResult:
-    """Quantise `model` and carry the evaluation windows through it.
+    """Quantise a model layer by layer and run the evaluation windows through it.
 
     Args:
-        quantizer: None leaves the model at full precision; only the level `fp` is then evaluated.
-        calibration: Token windows (n, t), or None where the quantizer needs none.
-        policy: How the statistics are gathered.
-        evaluation: Token windows (n, t) by dataset.
-        finished: Called with each layer once it is in its final form; the pass keeps none of them.
-        keeper: Where a killed pass goes on from; `finished` is not called for layers that were done before.
-        store: Stages of the full-precision model that other runs have computed, and where this one's go.
+        inputs: The model, the method and the texts.
+        on_layer: Called with the index and the module of each finished layer. The pass itself keeps no layer.
+        checkpoint: Saves the state after each layer, so that a killed pass can resume. `on_layer` is not called for
+            layers that an earlier pass finished.
+        store: The result cache for intermediate results of the full-precision model.
+
+    Returns:
+        Hidden states (n, t, d) by dataset and level, a report for each linear, channel ranges, the routing of the
+        calibration tokens (MoE models) and the seconds of each stage.
+
+    Example:
+        >>> layers = []
+        >>> inputs = PassInputs(model, RTN(), CpuBackend(), evaluation={"text": windows})
+        >>> result = sequential_pass(inputs, lambda index, layer: layers.append(layer))
     """
-    store, spool, clock = store or Store(), HiddenStateBuffer(), Stopwatch()
-    at: dict[str, int] = {}
-    texts = Evaluation(model, evaluation, quantizer is not None, spool, store, at)
-    result = PassResult(texts.hidden, stopwatch=clock)
+    model, quantizer, backend = inputs.model, inputs.quantizer, inputs.backend
+    store, buffer, clock = store or Store(), HiddenStateBuffer(), Stopwatch()
+    next_layer: dict[str, int] = {}
+    evaluation = Evaluation(model, inputs.evaluation, quantizer is not None, buffer, store, next_layer)
+    result = PassResult(evaluation.hidden, stopwatch=clock)
     calibrator = None
     if quantizer is not None:
-        calibrator = Calibrator(model, quantizer.needs, calibration, policy, clock, spool, store, at)
+        calibrator = Calibrator(
+            model, quantizer.needs, inputs.calibration, inputs.policy, clock, buffer, store, next_layer
+        )
         result.routing = calibrator.routing
 
     def evaluate(level: Level, layer: nn.Module, index: int) -> None:
         with clock.stage("evaluate"):
-            texts.advance(level, layer, index)
+            evaluation.advance(level, layer, index)
 
-    state = PassState(_hidden(result, calibrator), result, at)
-    done = 0 if keeper is None else keeper.restore(state)
-    for index in range(done, model.depth):
+    state = PassState(_hidden_states(result, calibrator), result, next_layer)
+    first = 0 if checkpoint is None else checkpoint.restore(state)
+    for index in range(first, model.depth):
         with clock.stage("load"):
             layer = model.load_layer(index)
-        evaluate(texts.first, layer, index)
+        evaluate(evaluation.first, layer, index)
         if quantizer is not None:
             assert calibrator is not None
-            smoothed = _sharing(layer) if evaluation else None  # it keeps the float weights
+            smoothed = _copy_sharing_weights(layer) if inputs.evaluation else None  # for the level `smoothed`
             states = [layer] if smoothed is None else [layer, smoothed]
             result.reports += _quantize_layer(model, states, index, quantizer, backend, calibrator, result.ranges)
             del states
-            spool.release()
+            buffer.release()
             if smoothed is not None:
                 evaluate("smoothed", smoothed, index)
                 evaluate("quantized", layer, index)
             del smoothed
-        if keeper is not None:
+        if checkpoint is not None:
             with clock.stage("write"):
-                keeper.keep(index, layer, state)
-        finished(index, layer)
-        del layer  # or it would stay while the next one is read
+                checkpoint.keep(index, layer, state)
+        on_layer(index, layer)
+        del layer  # so that two layers are never in memory at the same time
         release_memory()
-    texts.keep()
+    evaluation.store_baselines()
     return result
 
 
@@ -104,7 +131,7 @@ def _quantize_layer(
     calibrator: Calibrator,
     ranges: Ranges,
 ) -> list[LinearReport]:
-    """Smooth all states of a layer and quantise the first, group by group."""
+    """Smooth every copy of a layer and quantise the first copy, group by group."""
     reports: list[LinearReport] = []
     layer, clock = states[0], calibrator.clock
     calibrator.enter(layer, index)
@@ -127,8 +154,8 @@ def _quantize_layer(
     return reports
 
 
-def _hidden(result: PassResult, calibrator: Calibrator | None) -> dict[str, Tensor]:
-    """All hidden states of a pass, by names that stay the same from one start to the next."""
+def _hidden_states(result: PassResult, calibrator: Calibrator | None) -> dict[str, Tensor]:
+    """Return all hidden states of a pass by name. A resumed pass uses the same names."""
     hidden = {f"{name}/{level}": own for name, levels in result.hidden.items() for level, own in levels.items()}
     if calibrator is not None:
         calibrated = {CALIBRATION: calibrator.hidden, "/calibration_fp": calibrator.hidden_fp}
@@ -136,7 +163,7 @@ def _hidden(result: PassResult, calibrator: Calibrator | None) -> dict[str, Tens
     return hidden
 
 
-def _sharing(layer: nn.Module) -> nn.Module:
-    """A copy of the modules on the very same weights: a second set of a layer's would be gigabytes."""
+def _copy_sharing_weights(layer: nn.Module) -> nn.Module:
+    """Copy a layer's modules but share its weights, because a second set would take gigabytes."""
     tensors = [*layer.parameters(), *layer.buffers()]
     return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})

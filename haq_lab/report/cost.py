@@ -30,7 +30,7 @@ def latency(found: Collection) -> Chart | str:
             box = {"orientation": "h", "boxpoints": "outliers", "boxmean": True, "hoverinfo": "x+name"}
             marker = {"color": colour, "size": 4}
             figure.add_box(x=values, y=[broken(run["label"])] * len(values), name=run["label"], marker=marker, **box)
-        figure.update_yaxes(autorange="reversed")
+        figure.update_yaxes(autorange="reversed", type="category")  # a name such as 5GB is not a number
         variants[f"{model}, {phase}"] = axes(figure, "ms a token" if phase == "decode" else "ms", "")
     caption = (
         "Boxes: quartiles and median, dashed the mean; points beyond 1.5 times the quartiles' distance stand alone."

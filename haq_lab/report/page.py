@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from haq_lab.report import cost, quality, routing, tables
@@ -90,7 +91,7 @@ def _facts(found: Collection) -> list[tuple[Any, str]]:
         ("quantizer", "quantizer", "quantizers"),
         ("offload", "offload policy", "offload policies"),
     ):
-        names = [str(name) for name in found.runs.get(column, []) if name not in ("", "none", None)]
+        names = [str(name) for name in found.runs.get(column, []) if pd.notna(name) and name not in ("", "none")]
         if names := list(dict.fromkeys(names)):
             facts.append((", ".join(names), many if len(names) > 1 else one))
     return facts

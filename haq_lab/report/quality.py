@@ -26,7 +26,7 @@ def perplexity(found: Collection) -> Chart | str:
     variants = {}
     columns = [name for name in map(str, found.finished) if name.startswith("change_percent.")]
     for (model, runs), column in product(found.by_model(), columns):
-        runs = runs[runs[column].notna() & (runs["quantizer"] != "none")]
+        runs = runs[runs[column].notna() & runs["quantized"]]
         if not runs.empty:
             dataset = column.partition(".")[2]
             variants[f"{model}, {dataset}"] = _bars(runs, dataset)
@@ -46,7 +46,7 @@ def _bars(runs: pd.DataFrame, dataset: str) -> go.Figure:
         customdata=runs[["label", f"perplexity.{dataset}", f"perplexity_fp.{dataset}"]],
         hovertemplate="%{customdata[0]}<br>%{customdata[1]:.4f}, full precision %{customdata[2]:.4f}<extra></extra>",
     )
-    figure.update_yaxes(autorange="reversed")
+    figure.update_yaxes(autorange="reversed", type="category")  # a name such as 5GB is not a number
     return axes(figure, "over full precision, %", "")
 
 

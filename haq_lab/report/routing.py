@@ -46,7 +46,7 @@ def hit_rates(found: Collection) -> Chart | str:
     """Hit rate over the budget: replays of traces under every policy with Belady's bound, and what runs measured."""
     variants = {f"replay: {study}": _curves(table) for study, table in found.by_study("hit_rates")}
     for model, runs in found.by_model():
-        if not (measured := _measured(runs)).empty:
+        if not (measured := _measured(runs, found.tables.get("experts"))).empty:
             variants[f"measured in runs: {model}"] = _curves(measured)
     if not variants:
         return "no replay (python -m haq_lab.offload replay ... --out DIR below the folder), no run with offload=..."
@@ -57,15 +57,28 @@ def hit_rates(found: Collection) -> Chart | str:
     return Chart("Hit rate by budget", caption, variants)
 
 
-def _measured(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs' own hit rates by policy, where the budget is a share of all experts; means of runs that share both."""
+def _measured(runs: pd.DataFrame, experts: pd.DataFrame | None) -> pd.DataFrame:
+    """Return the hit rates of runs by policy and share of resident experts. Runs that share both are averaged."""
     if HIT_RATE not in runs:
         return pd.DataFrame()
-    budget = runs["config.offload.budget"].astype(str)
-    runs = runs[runs[HIT_RATE].notna() & budget.str.endswith("%")]
-    share = budget[runs.index].str.rstrip("%").astype(float) / 100
+    runs = runs[runs[HIT_RATE].notna()]
+    share = _resident_share(runs, experts)
+    runs, share = runs[share.notna()], share.dropna()
     rates = pd.DataFrame({"policy": runs["offload"], "budget": share, "pairs": runs[HIT_RATE]})
     return rates.groupby(["policy", "budget"], as_index=False).mean()
+
+
+def _resident_share(runs: pd.DataFrame, experts: pd.DataFrame | None) -> pd.Series:
+    """Return the share of experts that stay resident: the budget in percent, else the slots over the experts' number.
+
+    The number is that of rows in `experts.csv`, or it follows from a run of the same model with a budget in percent.
+    """
+    budget = runs["config.offload.budget"].astype(str)
+    percent = pd.to_numeric(budget.where(budget.str.endswith("%")).str.rstrip("%"), errors="coerce") / 100
+    slots = runs["offload.slots"] if "offload.slots" in runs else pd.Series(np.nan, runs.index)
+    counted = runs["name"].map({} if experts is None else experts.groupby("run").size()).astype(float)
+    total = counted.fillna((slots / percent).max())
+    return percent.fillna(slots / total)
 
 
 def _curves(table: pd.DataFrame) -> go.Figure:

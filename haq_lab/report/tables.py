@@ -66,8 +66,7 @@ def result_tables(found: Collection) -> list[Table]:
 
 def _result_table(runs: pd.DataFrame, title: str) -> Table:
     measured = columns([str(name) for name in runs if runs[name].notna().any()])
-    baseline = runs[runs["quantizer"] == "none"]
-    contenders = runs[runs["quantizer"] != "none"]
+    baseline, contenders = runs[~runs["quantized"]], runs[runs["quantized"]]
     best = {name: _best(contenders[name], metric) for name, metric in measured.items()}
     rows = []
     for _, run in runs.iterrows():
@@ -77,18 +76,22 @@ def _result_table(runs: pd.DataFrame, title: str) -> Table:
             if pd.isna(value):
                 row.append(Cell(""))
                 continue
-            is_best = run["quantizer"] != "none" and value == best[name]
-            row.append(Cell(metric.text(value), is_best, _difference(name, run, baseline)))
+            shown = metric.text(value)
+            is_best = bool(run["quantized"]) and shown == best[name]
+            row.append(Cell(shown, is_best, _difference(name, run, baseline)))
         rows.append(row)
     return Table(title, ["run", *(metric.label for metric in measured.values())], rows, len(measured), NOTE)
 
 
-def _best(values: pd.Series, metric: Metric) -> float | None:
-    """The best value; None where neither way is better, or all are alike."""
+def _best(values: pd.Series, metric: Metric) -> str | None:
+    """Return the best value as it is shown, so that values that look alike are all marked.
+
+    None if neither direction is better, or if all values look alike.
+    """
     values = values.dropna()
-    if not metric.better or values.nunique() < 2:
+    if not metric.better or values.map(metric.text).nunique() < 2:
         return None
-    return float(values.min() if metric.better == "less" else values.max())
+    return metric.text(values.min() if metric.better == "less" else values.max())
 
 
 def _difference(name: str, run: pd.Series, baseline: pd.DataFrame) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -47,9 +48,12 @@ def comparison_figure(runs: pd.DataFrame, path: Path) -> Path:
     figure = Figure(figsize=(widest + 4 * max(len(columns), 1), 1.5 + 0.4 * len(runs)), layout="constrained")
     panels = figure.subplots(1, max(len(columns), 1), squeeze=False, sharey=True)[0]
     for panel, column in zip(panels, columns, strict=False):
-        values = runs[column].fillna(0)
-        bars = panel.barh(runs["name"], values, color="#4c72b0")
-        panel.bar_label(bars, labels=[f"{value:+.2f} %" for value in values], padding=3)
+        values = runs[column].to_numpy(float)
+        places = range(len(runs))  # not names, since runs with one name would share a bar
+        bars = panel.barh(places, np.nan_to_num(values), color="#4c72b0")
+        labels = ["not evaluated" if np.isnan(value) else f"{value:+.2f} %" for value in values]
+        panel.bar_label(bars, labels=labels, padding=3)
+        panel.set_yticks(places, runs["name"])
         panel.set(xlabel="perplexity over full precision, %", title=column.partition(".")[2])
         panel.margins(x=0.25)
         panel.invert_yaxis()

@@ -6,6 +6,7 @@ runs = haq_lab.results.load("runs")   # a DataFrame, a row a run, failed and unf
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 from rich.table import Table
 
 from haq_lab.results.metric_labels import SHOWN
+from haq_lab.results.model_names import distinct_names
 from haq_lab.results.old_names import SETTINGS
 from haq_lab.results.published import figures_of
 from haq_lab.tracking.run_folder import ARCHIVE, read_results
@@ -32,13 +34,15 @@ MEASURED = (  # beside perplexity
 
 
 def load(*folders: str | Path) -> pd.DataFrame:
-    """Every run below `folders`, a row each.
+    """Return all runs below `folders` as a table, one row a run, in the order of their start.
 
-    Columns: `folder`, `name` (what it differs in), `status` (finished, failed, unfinished), `error`, what the
-    run was (`model`, `quantizer`, ...), its settings as `config.<name>`, its metrics by their names, and for
-    each dataset `change_percent.<dataset>`, the perplexity's distance from full precision, and
-    `comparable.<dataset>`, the published tables that it can stand beside; `saved_percent.memory`, of the
-    weights against the whole model in fp16. In the order in which they were started.
+    Columns:
+        `folder`, `name` (what tells the run from others), `status` (finished, failed or unfinished), `error`;
+        what was run (`model`, `quantizer`, ...) and whether its model is `quantized`;
+        the settings as `config.<name>`, and the metrics by their names;
+        `change_percent.<dataset>`, the distance of the perplexity from full precision;
+        `comparable.<dataset>`, the published tables that the perplexity is comparable with;
+        `saved_percent.memory`, of the weights against the whole model in fp16.
 
     Raises:
         UserError: A folder does not exist.
@@ -48,7 +52,10 @@ def load(*folders: str | Path) -> pd.DataFrame:
         if not folder.is_dir():
             raise UserError(f"there is no folder '{folder}'{nearest_beside(folder)}")
         found |= {run.resolve(): run for run in sorted(_run_folders(folder))}
-    rows = sorted(map(_row, found.values()), key=lambda row: row.get("started") or "unknown")  # which comes last
+    rows = sorted(map(_row, found.values()), key=lambda row: _start_time(row.get("started")))
+    known = [row for row in rows if row.get("model")]
+    for row, model in zip(known, distinct_names([(row["model"], row.pop("_model")) for row in known]), strict=True):
+        row["model"] = model
     for row, name in zip(rows, short_names(rows), strict=True):
         row["name"] = name
     runs = pd.DataFrame(rows, columns=None if rows else ["folder", "name", "status", "error"])
@@ -79,6 +86,9 @@ def _row(folder: Path) -> dict[str, Any]:
     row["error"] = (failure or {}).get("error", {}).get("message") if not results else None
     row |= {name: value for name, value in record.get("run", {}).items() if not isinstance(value, list)}
     row |= {f"config.{SETTINGS.get(name, name)}": value for name, value in _flat(record.get("config", {}))}
+    row["quantized"] = _is_quantized(row)
+    if row.get("model"):
+        row["_model"] = record.get("config", {}).get("model") or {}
     metrics = record.get("metrics", {})
     row |= metrics
     for name, value in metrics.items():
@@ -88,6 +98,21 @@ def _row(folder: Path) -> dict[str, Any]:
     for text, stamp in record.get("protocol", {}).items():
         row[f"comparable.{text}"] = "; ".join(stamp.get("comparable_with", []))
     return row
+
+
+def _start_time(started: Any) -> datetime:
+    """When a run started. A run without a time comes last."""
+    try:
+        time = datetime.fromisoformat(str(started))
+    except ValueError:
+        return datetime.max.replace(tzinfo=UTC)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _is_quantized(row: dict[str, Any]) -> bool:
+    """Whether a run's model was quantised, by the run or before it (model=quantized)."""
+    chosen = row.get("quantizer") or "none"
+    return chosen != "none" or str(row.get("config.model._target_", "")).endswith(".QuantizedCheckpoint")
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.runtime.kv_cache import KVCache
 from haq_lab.runtime.layer_parts import LayerParts
@@ -131,8 +131,8 @@ class NativeStack(nn.Module):
     def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kv: KVCache) -> None:
         """Run the layers on `hidden` in place. `kv` must have room for the tokens."""
         tokens = hidden.shape[1]
-        failed = native.library().haq_decoder_layers(
-            native.level(), torch.get_num_threads(), ctypes.byref(self._parts), len(self._parts),
+        failed = library.library().haq_decoder_layers(
+            library.level(), torch.get_num_threads(), ctypes.byref(self._parts), len(self._parts),
             hidden.data_ptr(), tokens, cosines.data_ptr(), sines.data_ptr(),
             kv.panels.data_ptr(), kv.rows.data_ptr(), kv.capacity, kv.length,
         )  # fmt: skip
@@ -181,7 +181,7 @@ class MoeStack(NativeStack):
         return False  # experts are called as modules, so an offload engine may replace them
 
     def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kv: KVCache) -> None:
-        run, level, threads = native.library().haq_attention, native.level(), torch.get_num_threads()
+        run, level, threads = library.library().haq_attention, library.level(), torch.get_num_threads()
         normed, tokens = torch.empty_like(hidden), hidden.shape[1]
         parts, addresses = ctypes.byref(self._parts), (hidden.data_ptr(), normed.data_ptr())
         positions_and_kv = cosines.data_ptr(), sines.data_ptr(), kv.panels.data_ptr(), kv.rows.data_ptr()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.runtime.equivalence import make_probe
 
 CLOSE = 1e-4  # tolerance of gate weights, whose float32 sums are added in another order
@@ -53,8 +53,8 @@ class NativeRouter(nn.Module):
         logits = rows.new_empty(len(rows), self.parts.experts)
         weights = rows.new_empty(len(rows), self.parts.chosen)
         chosen = torch.empty(weights.shape, dtype=torch.int64)
-        failed = native.library().haq_route(
-            native.level(), torch.get_num_threads(), ctypes.byref(self.parts), rows.data_ptr(), *rows.shape,
+        failed = library.library().haq_route(
+            library.level(), torch.get_num_threads(), ctypes.byref(self.parts), rows.data_ptr(), *rows.shape,
             logits.data_ptr(), weights.data_ptr(), chosen.data_ptr(),
         )  # fmt: skip
         if failed:

@@ -21,7 +21,7 @@ from haq_lab.int8.linear import Int8Linear, to_float
 from haq_lab.models.experts import Experts
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.utils.errors import UserError
 
@@ -36,7 +36,9 @@ def written(architecture, windows, tmp_path):
         model = LayeredModel(TinyModel(architecture).folder())
         writer = CheckpointWriter(tmp_path / "checkpoint", model, {}, {}, force=False)
         sequential_pass(
-            model, quantizer, ReferenceBackend(), windows.flip(0), CalibrationPolicy(), {}, lambda *_: None, writer
+            PassInputs(model, quantizer, ReferenceBackend(), windows.flip(0), CalibrationPolicy(), {}),
+            lambda *_: None,
+            writer,
         )
         writer.finish()
         writer.close()

@@ -14,7 +14,7 @@ from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.measure.memory import RESET
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 
 SHARE = 1.15  # of the file's bytes, that the peak may lie above the process before
@@ -42,7 +42,9 @@ print(peak_rss() - before)
 def _write(folder: Path, hidden: int, layers: int) -> Path:
     model = LayeredModel(TinyModel("mixtral", layers=layers, hidden=hidden).folder())
     writer = CheckpointWriter(folder, model, {}, {}, force=False)
-    sequential_pass(model, RTN(), ReferenceBackend(), None, CalibrationPolicy(), {}, lambda *_: None, writer)
+    sequential_pass(
+        PassInputs(model, RTN(), ReferenceBackend(), None, CalibrationPolicy(), {}), lambda *_: None, writer
+    )
     writer.finish()
     writer.close()
     return folder

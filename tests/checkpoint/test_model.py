@@ -18,7 +18,7 @@ from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.utils.errors import UserError
 
@@ -45,12 +45,7 @@ def test_logits_are_bit_equal(architecture, activations, windows, logits_of, tmp
     layers = []
     writer = CheckpointWriter(tmp_path / "checkpoint", model, {}, {}, force=False)
     sequential_pass(
-        model,
-        HAQ(activations=activations),
-        ReferenceBackend(),
-        windows.flip(0),
-        CalibrationPolicy(),
-        {},
+        PassInputs(model, HAQ(activations=activations), ReferenceBackend(), windows.flip(0), CalibrationPolicy(), {}),
         lambda index, layer: layers.append(layer),
         writer,
     )

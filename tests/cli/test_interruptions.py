@@ -204,7 +204,7 @@ def test_weights_outside_the_checkpoint_are_not_read(tmp_path):
         (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
         outcome = launch(*TINY, "model=hf", f"model.name={tmp_path / 'model'}", f"hydra.run.dir={tmp_path / 'run'}")
         assert outcome.code == 2
-        assert f"names '{name}', which lies outside the checkpoint" in outcome.err
+        assert f"names '{name}', which lies outside the folder" in outcome.err
 
 
 @pytest.mark.parametrize("part", ["files", "shards"])
@@ -221,7 +221,7 @@ def test_a_manifest_names_nothing_outside_its_folder(part, tmp_path):
     for command in ([*plain, *quantized], again):
         outcome = launch(*command, f"hydra.run.dir={tmp_path / 'other'}")
         assert outcome.code == 2
-        assert "names '../private.txt', which lies outside the checkpoint" in outcome.err
+        assert "names '../private.txt', which lies outside the folder" in outcome.err
     assert (tmp_path / "private.txt").read_text() == "precious"
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from haq_lab.calibration.dataset import Calibration, refuse_overlap, refuse_same_text
+from haq_lab.calibration.dataset import Calibration, check_overlap
 from haq_lab.data import windows as module
 from haq_lab.data.text import fingerprint
-from haq_lab.data.windows import C4, C4New, PythonDocs, Text, TrainingText, Wikitext2
+from haq_lab.data.windows import C4, C4New, PythonDocs, Text, TrainingText, Wikitext2, Windows
 from haq_lab.models.random_tiny import byte_tokenizer
 from haq_lab.utils.errors import UserError
 
@@ -141,29 +142,44 @@ def test_calibration_refuses_an_unknown_text():
 def test_calibration_text_may_not_evaluate(documents, wikitext):
     path, _ = documents
     evaluation = {"c4": C4(path=str(path), seqlen=50).load(TOKENIZER)}
-    tokens = {name: windows.tokens for name, windows in evaluation.items()}
     same = Calibration(text="c4", path=str(path), samples=20, seqlen=50).load(TOKENIZER)
     other = Calibration(text="text", path=str(wikitext), samples=20, seqlen=50).load(TOKENIZER)
-    with pytest.raises(UserError, match=r"overlaps data\.c4.*choose another text"):
-        refuse_overlap(same.tokens, tokens)
-    with pytest.raises(UserError, match=r"the same text as data\.c4.*choose another text"):
-        refuse_same_text(same, evaluation)
-    refuse_overlap(other.tokens, tokens)
-    refuse_same_text(other, evaluation)
+    for overlap in ("refuse", "warn"):
+        with pytest.raises(UserError, match=r"the same text as data\.c4.*choose another text"):
+            check_overlap(same, evaluation, overlap)
+    elsewhere = replace(same, protocol=same.protocol | {"text_sha256": "of a part"})
+    with pytest.raises(
+        UserError, match=r"overlaps data\.c4: .*% of the runs of 50 tokens in a row.*calibration\.overlap"
+    ):
+        check_overlap(elsewhere, evaluation)
+    check_overlap(other, evaluation)
+    assert "calibration_overlap" not in evaluation["c4"].protocol
+
+
+def test_shared_boilerplate_can_be_allowed_and_is_stamped(capsys):
+    """Half of the evaluation's runs of 128 tokens are in the calibration windows: counted by hand."""
+    row = torch.arange(2000)
+    evaluation = {"text": Windows(row[:1000].reshape(1, -1), {"text_sha256": "a"})}
+    calibration = Windows(row[None, 436:2000], {"text_sha256": "b"})
+    shared, runs = 1000 - 436 - 127, 1000 - 127
+    check_overlap(calibration, evaluation, "warn")
+    assert evaluation["text"].protocol["calibration_overlap"] == pytest.approx(shared / runs)
+    assert f"{shared / runs:.2%} of the runs of 128 tokens in a row are in both" in capsys.readouterr().out
 
 
 def test_short_crops_at_any_offset_are_found(wikitext):
     """Crops that start between the evaluation windows' starts overlap all the same."""
-    evaluation = Text(path=str(wikitext), seqlen=64).load(TOKENIZER).tokens
-    row = evaluation.reshape(-1)
+    evaluation = Text(path=str(wikitext), seqlen=64).load(TOKENIZER)
+    row = evaluation.tokens.reshape(-1)
+    calibration = Windows(row[None, 37 : 37 + 64], {"text_sha256": "of a part"})
     with pytest.raises(UserError, match="64 tokens in a row"):
-        refuse_overlap(row[None, 37 : 37 + 64], {"text": evaluation})
+        check_overlap(calibration, {"text": evaluation})
 
 
 def test_python_docs_calibrates_and_evaluates_side_by_side():
     evaluation = PythonDocs(windows=None, seqlen=256).load(TOKENIZER)
     calibration = Calibration(text="python_docs", samples=300, seqlen=256).load(TOKENIZER)
-    refuse_overlap(calibration.tokens, {"python_docs": evaluation.tokens})
+    check_overlap(calibration, {"python_docs": evaluation})
     assert "Python 3" in evaluation.protocol["source"]
 
 

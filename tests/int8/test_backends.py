@@ -11,6 +11,7 @@ from torch import Tensor
 from haq_lab.int8.backend import Backend, FakeBackend, PackedLinear, ReferenceBackend
 from haq_lab.int8.cpu import backend as cpu
 from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.backend import CpuBackend, fastest, is_exact
 
 REFERENCE, CPU = ReferenceBackend(), CpuBackend()
@@ -23,7 +24,7 @@ def cpu_without_native() -> CpuBackend:
 
 
 CPUS = {"native": CPU, "torch": cpu_without_native()}
-ISAS = native.isas() if native.available() else ()
+ISAS = library.isas() if library.available() else ()
 
 
 def levels(seed: int, rows: int, columns: int) -> Tensor:
@@ -121,7 +122,7 @@ def test_linear_is_bit_identical_to_the_definition_on_every_backend(seed, rows, 
     for real in CPUS.values():
         assert torch.equal(reference, by(real))
     for isa in ISAS:
-        with native.forced_isa(isa):
+        with library.forced_isa(isa):
             assert torch.equal(reference, by(CPU))
     torch.testing.assert_close(fake, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
 
@@ -179,9 +180,9 @@ def test_all_backends_quantise_bit_identically(seed, rows, columns, scheme):
 def test_kernels_names_what_computes(monkeypatch):
     assert REFERENCE.kernels == "torch"
     if ISAS:
-        assert CpuBackend().kernels == f"native {native.isa()}"
-    monkeypatch.setattr(native, "available", lambda: False)
-    monkeypatch.setattr(native, "unavailable_reason", lambda: "no C++ compiler")
+        assert CpuBackend().kernels == f"native {library.isa()}"
+    monkeypatch.setattr(library, "available", lambda: False)
+    monkeypatch.setattr(library, "unavailable_reason", lambda: "no C++ compiler")
     assert CpuBackend().kernels == "torch (no C++ compiler)"
 
 

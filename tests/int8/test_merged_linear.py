@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from haq_lab.int8.backend import FakeBackend, ReferenceBackend
-from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear, MergedLinear, can_merge, parameter_count, weight_bytes
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import merge_linears, move_to_huge_pages
 
@@ -97,7 +97,7 @@ def test_linears_that_differ_cannot_be_merged():
     assert not can_merge([a, b])
 
 
-@pytest.mark.skipif(not native.available(), reason="no CPU kernels here")
+@pytest.mark.skipif(not library.available(), reason="no CPU kernels here")
 def test_rows_that_do_not_fill_a_panel_can_only_be_last():
     members = linears(CpuBackend(), rows=(40, 64))
     assert not can_merge(members)
@@ -107,7 +107,7 @@ def test_rows_that_do_not_fill_a_panel_can_only_be_last():
 def test_a_layer_of_every_family_is_bit_identical(tiny, windows):
     """Whole windows run through the layer's own code, as for perplexity."""
     layers: list[torch.nn.Module] = []
-    sequential_pass(tiny, RTN(), CpuBackend(), None, "fp", {}, lambda index, layer: layers.append(layer))
+    sequential_pass(PassInputs(tiny, RTN(), CpuBackend(), None, "fp", {}), lambda index, layer: layers.append(layer))
     hidden = tiny.embed(windows)
     wanted = tiny.run(layers[0], 0, hidden.clone())
     size = weight_bytes(layers[0])

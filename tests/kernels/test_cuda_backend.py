@@ -21,7 +21,7 @@ from haq_lab.offload.costs import measured as measured_costs
 from haq_lab.offload.session import OffloadSession
 from haq_lab.offload.settings import Offload
 from haq_lab.offload.tiers.cuda_streams import Streams
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.apply import quantize_group
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.result_cache.store import Store
@@ -107,7 +107,8 @@ def logits_of(model: LayeredModel, backend: Backend, prompt: torch.Tensor) -> tu
     """Of the deployed model's prompt and next token, and of the pass."""
     layers: list[torch.nn.Module] = []
     passed = sequential_pass(
-        model, RTN(), backend, prompt, "quantized", {"text": prompt}, lambda index, layer: layers.append(layer)
+        PassInputs(model, RTN(), backend, prompt, "quantized", {"text": prompt}),
+        lambda index, layer: layers.append(layer),
     )
     whole = deploy(model.assemble(layers), model, backend)
     output = whole(prompt, use_cache=True)
@@ -233,7 +234,7 @@ def test_a_session_decides_by_measured_costs_where_experts_run(host: Kernels, tm
                 session.add(layer)
             layers.append(layer)
 
-        sequential_pass(model, RTN(), backend, None, CalibrationPolicy(), {}, finished)
+        sequential_pass(PassInputs(model, RTN(), backend, None, CalibrationPolicy(), {}), finished)
         if session is not None:
             session.find_profile(None, windows, "random")
         whole = deploy(model.assemble(layers), model, backend)

@@ -16,7 +16,7 @@ from haq_lab.int8.cuda.kernels import Kernels
 from haq_lab.int8.linear import Int8Linear, MergedLinear, QuantizedRows, parameter_count, weight_bytes
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import merge_linears, specify_swiglu
 from haq_lab.runtime.fusion import GatedMlp, QuantizedNorm, fuse
@@ -53,7 +53,8 @@ def quantized_layer(architecture: str, backend: CudaBackend, scheme: str = "toke
     layers: list[nn.Module] = []
     quantizer = RTN(activations=scheme)  # type: ignore[arg-type]
     sequential_pass(
-        model, quantizer, backend, calibration, CalibrationPolicy(), {}, lambda index, layer: layers.append(layer)
+        PassInputs(model, quantizer, backend, calibration, CalibrationPolicy(), {}),
+        lambda index, layer: layers.append(layer),
     )
     return model, layers[0]
 

@@ -6,7 +6,7 @@ import pytest
 
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.measure.base import Study
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 
 
@@ -14,7 +14,8 @@ def study_of(model, quantizer, windows) -> Study:
     layers: list = []
     evaluation = {"text": windows}
     passed = sequential_pass(
-        model, quantizer, ReferenceBackend(), windows, "fp", evaluation, lambda index, layer: layers.append(layer)
+        PassInputs(model, quantizer, ReferenceBackend(), windows, "fp", evaluation),
+        lambda index, layer: layers.append(layer),
     )
     return Study(model, evaluation, passed, model.assemble(layers), lambda stage: None)
 

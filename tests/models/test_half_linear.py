@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.models import half_linear as narrow_linear
 from haq_lab.models.half_linear import HalfLinear
 
@@ -24,7 +24,7 @@ def narrow_linear_of(dtype: torch.dtype) -> HalfLinear:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("rows", [1, 3, narrow_linear.NATIVE_ROWS, narrow_linear.NATIVE_ROWS + 1])
 def test_products_and_gradients_are_those_of_the_widened_table(dtype, rows, has_native, monkeypatch):
-    monkeypatch.setattr(native, "available", lambda: has_native)
+    monkeypatch.setattr(library, "available", lambda: has_native)
     monkeypatch.setattr(narrow_linear, "BLOCK_BYTES", 4 * 48 * 64)  # 64 rows at a time, 8 in the last block
     narrow = narrow_linear_of(dtype)
     x = torch.randn(rows, 48)
@@ -53,7 +53,7 @@ class Sizes(TorchDispatchMode):
 @native_or_not
 @pytest.mark.parametrize("rows", [1, 40])
 def test_the_whole_table_is_never_widened(has_native, rows, monkeypatch):
-    monkeypatch.setattr(native, "available", lambda: has_native)
+    monkeypatch.setattr(library, "available", lambda: has_native)
     monkeypatch.setattr(narrow_linear, "BLOCK_BYTES", 4 * 48 * 64)
     narrow, x = narrow_linear_of(torch.bfloat16), torch.randn(rows, 48, requires_grad=True)
     with Sizes() as sizes, torch.enable_grad():

@@ -12,7 +12,7 @@ from haq_lab.calibration.statistics import MIN_TOKENS, CalibrationPolicy
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.int8_experts import Int8Experts
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothquant import SmoothQuant
@@ -31,12 +31,7 @@ def pass_through(model, quantizer, windows, inputs="fp"):
     layers: dict[int, nn.Module] = {}
     calibration = windows.flip(0).flip(1)
     result = sequential_pass(
-        model,
-        quantizer,
-        ReferenceBackend(),
-        calibration,
-        CalibrationPolicy(inputs),
-        {"text": windows},
+        PassInputs(model, quantizer, ReferenceBackend(), calibration, CalibrationPolicy(inputs), {"text": windows}),
         layers.__setitem__,
     )
     assert list(layers) == list(range(model.depth))
@@ -86,7 +81,8 @@ def test_propagating_the_quantised_model_gives_other_statistics(tiny, windows):
 def test_nothing_to_evaluate_still_quantises(tiny, windows):
     layers: list[nn.Module] = []
     result = sequential_pass(
-        tiny, RTN(), ReferenceBackend(), None, CalibrationPolicy(), {}, lambda index, layer: layers.append(layer)
+        PassInputs(tiny, RTN(), ReferenceBackend(), None, CalibrationPolicy(), {}),
+        lambda index, layer: layers.append(layer),
     )
     assert result.hidden == {}
     assert len(layers) == tiny.depth
@@ -129,7 +125,8 @@ def test_nothing_keeps_a_layers_weights_once_it_is_finished(tiny, windows, name)
     evaluation = {"text": windows}
     policy = CalibrationPolicy()
     sequential_pass(
-        tiny, QUANTIZERS[name], ReferenceBackend(), calibration, policy, evaluation, lambda index, layer: None
+        PassInputs(tiny, QUANTIZERS[name], ReferenceBackend(), calibration, policy, evaluation),
+        lambda index, layer: None,
     )
     assert len(loaded) > 10
 

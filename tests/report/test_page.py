@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
@@ -16,9 +17,11 @@ from haq_lab.report import cost
 from haq_lab.report.chart import looks
 from haq_lab.report.collect import collect
 from haq_lab.report.latex import escaped
-from haq_lab.report.page import CHARTS, page
-from haq_lab.report.tables import Cell, published_table, result_tables
+from haq_lab.report.page import CHARTS, _facts, page
+from haq_lab.report.routing import _measured
+from haq_lab.report.tables import Cell, _best, published_table, result_tables
 from haq_lab.results import load as results
+from haq_lab.results.metric_labels import Metric
 from haq_lab.tracking.run_folder import RunFolder
 
 
@@ -186,3 +189,35 @@ def test_mistakes(where, message, tmp_path: Path, capsys):
         command.main([str(tmp_path / where), "-o", str(tmp_path / "report.html")])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_head_counts_only_what_is_known(studied, tmp_path):
+    shutil.copytree(studied / "dense", tmp_path / "dense")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.yaml").write_text("force: false\n")
+    facts = {what: count for count, what in _facts(collect(tmp_path))}
+    assert facts["unfinished"] == 1
+    assert facts["quantizers"] == "rtn, smoothquant"
+
+
+def test_budgets_in_experts_and_bytes_are_on_the_hit_rate_curve():
+    """16 experts: half of them by percent, 4 by number, 12 by what fits into 5GB."""
+    runs = pd.DataFrame(
+        {
+            "name": ["a", "b", "c"],
+            "offload": ["lru", "lru", "haq"],
+            "config.offload.budget": ["50%", "4", "5GB"],
+            "offload.slots": [8.0, 4.0, 12.0],
+            "offload.hit_rate_pairs": [0.5, 0.3, 0.8],
+        }
+    )
+    for experts in (None, pd.DataFrame({"run": ["a", "b", "c"] * 16})):
+        measured = _measured(runs, experts).set_index("policy")
+        assert sorted(measured.loc["lru", "budget"]) == [0.25, 0.5]
+        assert measured.loc["haq", "budget"] == 0.75
+
+
+def test_values_that_look_alike_are_all_the_best():
+    metric = Metric("MB", "{:.1f}", 1, "less")
+    assert _best(pd.Series([1.04, 1.01, 3.0]), metric) == "1.0"
+    assert _best(pd.Series([1.04, 1.01]), metric) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from haq_lab.results.figures import layer_figure, mean_over_experts
+from haq_lab.results.figures import comparison_figure, layer_figure, mean_over_experts
 
 
 def _layers(error: float | None) -> pd.DataFrame:
@@ -32,3 +32,15 @@ def test_experts_are_one_kind():
 
 def test_a_run_without_errors_has_its_figure(tmp_path):
     assert layer_figure(_layers(None), tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_one_name_have_bars_of_their_own_and_missing_texts_are_named(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("haq_lab.results.figures.save", lambda figure, path: drawn.append(figure) or path)
+    runs = pd.DataFrame({"name": ["same", "same", "other"], "change_percent.c4": [1.0, 2.0, None]})
+    comparison_figure(runs, tmp_path / "a.png")
+    (panel,) = drawn[0].axes
+    assert [round(bar.get_width(), 3) for bar in panel.patches] == [1, 2, 0]
+    assert len({bar.get_y() for bar in panel.patches}) == 3
+    assert [text.get_text() for text in panel.texts] == ["+1.00 %", "+2.00 %", "not evaluated"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["same", "same", "other"]

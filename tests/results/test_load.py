@@ -105,3 +105,42 @@ def test_an_empty_folder_is_no_mistake(tmp_path, capsys):
     main([str(tmp_path)])
     assert "no runs below" in capsys.readouterr().out
     assert list(results.load(tmp_path)) == ["folder", "name", "status", "error"]
+
+
+def _finished(folder, model, quantizer, metrics, config=None, **facts):
+    run = RunFolder(folder, config or {})
+    run.begin("a: 1\n")
+    overrides = [f"quantizer={quantizer}"]
+    run.finish({"model": model, "quantizer": quantizer, "overrides": overrides, **facts}, {}, metrics)
+
+
+def test_two_models_of_one_label_are_two_models(tmp_path):
+    for where in ("a", "b"):
+        config = {"model": {"name": f"/models/{where}/final"}}
+        _finished(tmp_path / where, "final", "rtn", {"perplexity.text": 3.0}, config)
+    assert sorted(results.load(tmp_path)["model"]) == ["a/final", "b/final"]
+
+
+def test_runs_are_in_the_order_of_their_start_in_any_time_zone(tmp_path):
+    starts = {
+        "third": "2026-01-01T12:00:00+0000",
+        "first": "2026-01-01T12:30:00+0200",
+        "second": "2026-01-01T11:00:00Z",
+    }
+    for name, started in starts.items():
+        _finished(tmp_path / name, "m", "rtn", {}, started=started)
+    _finished(tmp_path / "unknown", "m", "rtn", {})
+    names = [folder.rpartition("/")[2] for folder in results.load(tmp_path)["folder"]]
+    assert names == ["first", "second", "third", "unknown"]
+
+
+def test_a_checkpoint_counts_as_quantised(tmp_path):
+    _finished(tmp_path / "fp", "m", "none", {})
+    config = {"model": {"_target_": "haq_lab.checkpoint.model.QuantizedCheckpoint", "path": "x"}}
+    _finished(tmp_path / "checkpoint", "x", "none", {}, config)
+    _finished(tmp_path / "haq", "m", "haq", {})
+    assert results.load(tmp_path).set_index("folder")["quantized"].to_dict() == {
+        str(tmp_path / "fp"): False,
+        str(tmp_path / "checkpoint"): True,
+        str(tmp_path / "haq"): True,
+    }

@@ -9,21 +9,22 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_bytes
 from haq_lab.models.architectures import family_of
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import deploy, merge_linears
 from haq_lab.runtime.layer_parts import LayerParts, LinearParts, UnsupportedLayerError
 from haq_lab.runtime.native_decoder import NativeStack, stack_native_layers
 
-if not native.available():
-    pytest.skip(f"no CPU kernels here: {native.unavailable_reason()}", allow_module_level=True)
+if not library.available():
+    pytest.skip(f"no CPU kernels here: {library.unavailable_reason()}", allow_module_level=True)
 
-isas = pytest.mark.parametrize("isa", native.isas())
+isas = pytest.mark.parametrize("isa", library.isas())
 
 
 def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=None, **config):
@@ -82,7 +83,7 @@ def test_prompt_and_steps(isa, shape, threads):
     hidden, (cosines, sines) = inputs(200, fused.head_dim, shape.get("hidden", 96))
     wanted = layer(hidden.clone(), position_embeddings=(cosines, sines), attention_mask=None)
     torch.set_num_threads(threads)
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         agree(fused(hidden, position_embeddings=(cosines, sines)), wanted, hidden)
         kept, parts = fused.new_cache(), []
         for part in (slice(0, 1), slice(1, 190), *(slice(i, i + 1) for i in range(190, 200))):
@@ -188,7 +189,8 @@ def gelu_in_all_layers(layers):
 def test_deploying_reports_why_layers_are_not_native(change, notice):
     model, lines = LayeredModel(TinyModel("llama").folder()), []
     layers: list[torch.nn.Module] = []
-    sequential_pass(model, RTN(), CpuBackend(), None, "fp", {}, lambda index, layer: layers.append(layer))
+    inputs = PassInputs(model, RTN(), CpuBackend(), None, "fp", {})
+    sequential_pass(inputs, lambda index, layer: layers.append(layer))
     change(layers)
     deploy(model.assemble(layers), model, CpuBackend(), lines.append)
     assert lines == ([notice] if notice else [])
@@ -233,7 +235,8 @@ def pair():
     for _ in range(2):
         layers: list[torch.nn.Module] = []
         sequential_pass(
-            model, RTN(), CpuBackend(), None, "fp", {}, lambda index, layer, layers=layers: layers.append(layer)
+            PassInputs(model, RTN(), CpuBackend(), None, "fp", {}),
+            lambda index, layer, layers=layers: layers.append(layer),
         )
         wholes.append(model.assemble(layers))
     size = weight_bytes(wholes[1]), parameter_count(wholes[1])

@@ -10,20 +10,21 @@ from hypothesis import strategies as st
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.backend import Backend, PackedExpert, PackedLinear
 from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import deploy
 from haq_lab.runtime.layer_parts import LayerParts, MoeParts
 from haq_lab.runtime.native_decoder import MoeStack, NativeStack, make_stack
 from haq_lab.runtime.native_router import NativeRouter, native_router
 
-if not native.available():
-    pytest.skip(f"no CPU kernels here: {native.unavailable_reason()}", allow_module_level=True)
+if not library.available():
+    pytest.skip(f"no CPU kernels here: {library.unavailable_reason()}", allow_module_level=True)
 
-isas = pytest.mark.parametrize("isa", native.isas())
+isas = pytest.mark.parametrize("isa", library.isas())
 architectures = pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "olmoe"])
 
 
@@ -40,7 +41,7 @@ def test_an_expert_is_bit_identical_to_its_parts(isa, m, k, f, static, seed):
 
     down_reads = ("static", torch.tensor(0.02)) if static else ("token", None)
     weights = PackedExpert(linear(f, k), linear(f, k), linear(k, f), *down_reads)
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         rows = backend.quantize(x, "token", None)
         got = backend.expert(*rows, weights)
         assert torch.equal(got, Backend.expert(backend, *rows, weights))
@@ -62,7 +63,9 @@ def quantised(architecture, activations="token"):
     windows = torch.randint(0, 257, (2, 16)) if activations == "static" else None
     layers: list[torch.nn.Module] = []
     quantizer, policy = RTN(activations=activations), CalibrationPolicy()
-    sequential_pass(model, quantizer, CpuBackend(), windows, policy, {}, lambda index, layer: layers.append(layer))
+    sequential_pass(
+        PassInputs(model, quantizer, CpuBackend(), windows, policy, {}), lambda index, layer: layers.append(layer)
+    )
     return model, layers
 
 
@@ -71,7 +74,7 @@ def quantised(architecture, activations="token"):
 def test_the_native_router_equals_the_models(isa, architecture):
     model = LayeredModel(TinyModel(architecture).folder())
     router = model.load_layer(0).mlp.gate
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         made = native_router(router, CpuBackend())
         assert made is not None
         x = torch.randn(200, model.config.hidden_size)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from haq_lab.int8.backend import Backend, PackedExpert, PackedLinear, ReferenceBackend
 from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu import library
 from haq_lab.int8.numerics import ActivationScheme, epilogue, scale_of
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -91,7 +92,7 @@ def native_is_exact(isa: str) -> bool:
     """
     reference = ReferenceBackend()
     generator = torch.Generator().manual_seed(0)
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         for rows, outputs, columns in ((1, 33, 70), (7, 64, 2100), (40, 100, 576)):
             if not is_exact(lambda qx, qw: native.accumulate(qx, native.pack(qw)), rows, outputs, columns):
                 return False
@@ -118,17 +119,19 @@ class CpuBackend(Backend):
     name = "cpu"
 
     def __init__(self) -> None:
-        if not native.available():
-            self._why_not = native.unavailable_reason()
+        if not library.available():
+            self._why_not = library.unavailable_reason()
         else:
             self._why_not = (
-                "" if native_is_exact(native.isa()) else f"the native {native.isa()} kernels are not exact on this CPU"
+                ""
+                if native_is_exact(library.isa())
+                else f"the native {library.isa()} kernels are not exact on this CPU"
             )
         self.native = not self._why_not
 
     @property
     def kernels(self) -> str:
-        return f"native {native.isa()}" if self.native else f"torch ({self._why_not})"
+        return f"native {library.isa()}" if self.native else f"torch ({self._why_not})"
 
     @property
     def why_not_native(self) -> str:

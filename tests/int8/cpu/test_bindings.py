@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import build as native_build
+from haq_lab.int8.cpu import library
 from haq_lab.utils.errors import UserError
 from tests.kernels.reference import swiglu
 
-if not native.available():
-    pytest.skip(f"no CPU kernels here: {native.unavailable_reason()}", allow_module_level=True)
+if not library.available():
+    pytest.skip(f"no CPU kernels here: {library.unavailable_reason()}", allow_module_level=True)
 
-ISAS = native.isas()
+ISAS = library.isas()
 isas = pytest.mark.parametrize("isa", ISAS)
 # Depths around groups of 4 and chunks of 32 and 64; widths around panels of 32; rows around tiles of 4, 6, 14
 # and twice 16. Depths of several steps of 640 are in the tests of extremes and threads.
@@ -84,7 +85,7 @@ def test_accumulate_is_exact(isa, shape, seed):
     m, n, k = shape
     rng = np.random.default_rng(seed)
     qx, qw = int8s(rng, m, k, low=-128), int8s(rng, n, k, low=-128)
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         same(native.accumulate(torch.from_numpy(qx), native.pack(torch.from_numpy(qw))), exact(qx, qw))
 
 
@@ -95,7 +96,7 @@ def test_accumulate_is_exact(isa, shape, seed):
 def test_extremes_do_not_saturate(isa, depth, rows, left, right):
     qx = torch.full((rows, depth), left, dtype=torch.int8)
     qw = torch.full((33, depth), right, dtype=torch.int8)
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         acc = native.accumulate(qx, native.pack(qw))
     assert acc.dtype == torch.int32
     assert (acc == left * right * depth).all()
@@ -106,7 +107,7 @@ def test_extremes_do_not_saturate(isa, depth, rows, left, right):
 @given(st.integers(0, 9), st.integers(1, 200), seeds)
 def test_quantization_is_bit_identical_to_torch(isa, m, k, seed):
     x = values(np.random.default_rng(seed), m, k)
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         q, scale = native.quantize_rows(torch.from_numpy(x))
         wanted_q, wanted_scale = quantized(x)
         same(q, wanted_q)
@@ -120,7 +121,7 @@ def test_quantization_is_bit_identical_to_torch(isa, m, k, seed):
 def test_quotients_beside_a_half_are_divided(isa):
     """All neighbours of every tie, for scales whose inverse is inexact: where multiplying would go wrong."""
     halves = np.arange(-126.5, 127, dtype=np.float64)
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         for scale in np.float32([0.1, 0.3, 1 / 3, 0.7, 1.1, 3e-38, 1e-39, 2e36]):
             tie = (halves * np.float64(scale)).astype(np.float32)
             x = np.stack([tie, np.nextafter(tie, np.float32(np.inf)), np.nextafter(tie, np.float32(-np.inf))])
@@ -141,7 +142,7 @@ def test_linear_is_bit_identical_to_the_definition(isa, dtype, shape, seed, with
     bias = rng.standard_normal(n).astype(np.float32) if with_bias else None
     qx, row_scale = quantized(x.float().numpy(), activation_scale)
     wanted = torch.from_numpy(epilogue(exact(qx, qw), row_scale, column_scale, bias)).to(dtype)
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         linear = native.Linear(
             native.pack(torch.from_numpy(qw)),
             torch.from_numpy(column_scale),
@@ -161,7 +162,7 @@ def test_threads_change_nothing(isa, rows, depth):
     qx, qw = torch.from_numpy(int8s(rng, rows, depth)), torch.from_numpy(int8s(rng, 900, depth))
     before = torch.get_num_threads()
     try:
-        with native.forced_isa(isa):
+        with library.forced_isa(isa):
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
                 same(native.accumulate(qx, native.pack(qw)), exact(qx.numpy(), qw.numpy()))
@@ -186,7 +187,7 @@ def test_several_weights_are_one_product():
 def test_nan_reaches_the_output(isa):
     x = torch.ones(2, 70)
     x[1, 66] = float("nan")
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         y = native.linear(x, native.pack(torch.ones(5, 70, dtype=torch.int8)), torch.ones(5))
     assert y[0].isfinite().all()
     assert y[1].isnan().all()
@@ -197,7 +198,7 @@ def test_nan_reaches_the_output(isa):
 def test_silu_mul(isa, dtype):
     x = torch.linspace(-100, 100, 3 * 2 * 333).reshape(3, -1).to(dtype)
     gate, up = x.double().chunk(2, dim=-1)
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         got = native.silu_mul(x)
     wanted = torch.nn.functional.silu(gate) * up
     tolerance = 1e-6 if dtype == torch.float32 else 4e-3
@@ -210,7 +211,7 @@ def test_silu_mul(isa, dtype):
 def test_silu_mul_is_bit_identical_to_the_cuda_kernels(isa, width, seed):
     gate, up = np.random.default_rng(seed).normal(0, 20, (2, 3, width)).astype(np.float32)
     gate[0, ::7] *= 10  # beyond where exp is clipped
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         got = native.silu_mul(torch.from_numpy(np.concatenate([gate, up], axis=1)))
     assert torch.equal(got, torch.from_numpy(swiglu(gate, up)))
 
@@ -225,7 +226,7 @@ def test_half_linear(isa, dtype, shape, seed):
     x, weight = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator).to(dtype)
     weight[:, ::5] = torch.finfo(dtype).smallest_normal / 4  # denormal numbers widen too
     weight[:, ::7] *= -1000
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         got = native.half_linear(x, weight)
     bound = 1e-7 * (k + 20) * (x.abs().double() @ weight.abs().double().t())
     assert ((got - x.double() @ weight.double().t()).abs() <= bound + 1e-38).all()
@@ -234,7 +235,7 @@ def test_half_linear(isa, dtype, shape, seed):
 @isas
 def test_read_bytes_reads_all(isa):
     data = torch.ones(5 << 17, dtype=torch.uint8)
-    with native.forced_isa(isa):
+    with library.forced_isa(isa):
         assert native.read_bytes(data) == (5 << 17) // 8 * 0x0101010101010101 % 2**64
 
 
@@ -259,18 +260,18 @@ def test_wrong_arguments_raise():
         native.linear(torch.ones(2, 8), packed, scale, None, 0.0)
     with pytest.raises(ValueError, match="weight must be"):
         native.pack(torch.ones(4, 8))
-    with pytest.raises(UserError, match="did you mean 'scalar'"), native.forced_isa("scaler"):
+    with pytest.raises(UserError, match="did you mean 'scalar'"), library.forced_isa("scaler"):
         pass
 
 
 def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    library, reason = native._load.__wrapped__()
-    assert library is None
+    loaded, reason = library._load.__wrapped__()
+    assert loaded is None
     assert reason.startswith("There is no C++ compiler on the path. Install c++, g++ or clang++")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert native._load.__wrapped__()[1].startswith("CXX: no C++ compiler no-such-compiler is on the path")
+    assert library._load.__wrapped__()[1].startswith("CXX: no C++ compiler no-such-compiler is on the path")
 
 
 def test_a_failed_build_leaves_nothing_behind(monkeypatch, tmp_path):
@@ -296,10 +297,10 @@ def test_the_library_is_built_once(monkeypatch, tmp_path):
 
 def test_the_environment_chooses_the_instruction_set(monkeypatch):
     monkeypatch.setenv("HAQ_LAB_ISA", "scalar")
-    assert native._default_level.__wrapped__() == 0
+    assert library._default_level.__wrapped__() == 0
     monkeypatch.setenv("HAQ_LAB_ISA", "avx3")
     with pytest.raises(UserError, match=r"HAQ_LAB_ISA: 'avx3' is not supported by this CPU.*\. Choose one of scalar"):
-        native._default_level.__wrapped__()
+        library._default_level.__wrapped__()
 
 
 @pytest.mark.slow

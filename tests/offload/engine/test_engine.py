@@ -26,7 +26,7 @@ from haq_lab.offload.policies.policy import make_policy
 from haq_lab.offload.policies.prefetch import NextGate, NextOnPath
 from haq_lab.offload.tiers.cuda_streams import Streams
 from haq_lab.offload.tiers.disk import ExpertFile, ExpertFileWriter, ReadError, expert_tensors, layout
-from haq_lab.pipeline.sequential import sequential_pass
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.routing.record import record_trace
 
@@ -57,7 +57,7 @@ class Case:
     def layers(self) -> list:
         layers: list = []
         keep = lambda index, layer: layers.append(layer)  # noqa: E731
-        sequential_pass(self.model, self.quantizer, CpuBackend(), None, CalibrationPolicy(), {}, keep)
+        sequential_pass(PassInputs(self.model, self.quantizer, CpuBackend(), None, CalibrationPolicy(), {}), keep)
         return layers
 
     def open(self) -> ExpertFile:
