@@ -1,4 +1,4 @@
-"""A small model in int8 whose experts lie in the host's memory and compute on a device."""
+"""A small int8 model whose experts are in host memory and run on a device."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
 
 
 def backend_on(device: str) -> Backend:
-    """That of one of `DEVICES`."""
+    """Return the backend of one of `DEVICES`."""
     return CpuBackend() if device == "cpu" else CudaBackend(share=True)
 
 
@@ -52,7 +52,7 @@ def finished(
     quantizer: Quantizer | None = NEAREST,
     backend: Backend | None = None,
 ) -> list[Any]:
-    """The model's layers as a pass finishes them, on a CPU if no backend is given; `add` is given each."""
+    """Run a pass over the model and return its final layers. `add` is called with each layer."""
     layers: list[Any] = []
 
     def keep(index: int, layer: nn.Module) -> None:
@@ -63,14 +63,14 @@ def finished(
     return layers
 
 
-class Apart(Streams):
-    """Of a device whose memory is another than the host's; it counts copies and notes what is locked.
+class SeparateMemoryStreams(Streams):
+    """Fake streams of a device with separate memory. They count copies and record pinned memory.
 
     Args:
-        device: Where the arena lies.
+        device: Device of the arena.
     """
 
-    apart = True
+    separate_memory = True
 
     def __init__(self, device: str):
         self.device = torch.device(device)
@@ -85,24 +85,26 @@ class Apart(Streams):
     def drain(self) -> None:
         self.drained = self.copies
 
-    def lock(self, memory: Tensor) -> None:
+    def pin(self, memory: Tensor) -> None:
         self.locked.append(memory.nbytes)
 
-    def unlock(self, memory: Tensor) -> None:
-        assert self.drained == self.copies, "copies may read from it still"
+    def unpin(self, memory: Tensor) -> None:
+        assert self.drained == self.copies, "copies from it may still be running"
         self.locked.remove(memory.nbytes)
 
 
 class TwoTiers:
-    """Args:
-    backend: Computes, on its device.
-    streams: Of that device.
-    folder: Of the model; a tiny Mixtral of three layers and 24 experts if None.
-    steps: The prompt, and tokens decoded after it.
+    """Builds engines for a small model, and knows the expected output.
+
+    Args:
+        backend: Backend that computes.
+        streams: Streams of its device.
+        folder: Folder of the model. None is a tiny Mixtral of three layers and 24 experts.
+        steps: Number of decoding steps after the prompt, the prompt included.
 
     Attributes:
-        depth: Layers of the model.
-        expected: Logits with all experts on the device, no engine.
+        depth: Number of layers of the model.
+        expected: Logits with all experts on the device and without an engine.
     """
 
     def __init__(self, backend: Backend, streams: Streams, folder: Path | None = None, steps: int = 5):
@@ -117,11 +119,11 @@ class TwoTiers:
 
     @cached_property
     def path_model(self) -> PathModel:
-        """Of the rule `haq`."""
+        """Path model for the rule `haq`."""
         return fit_path_model(self.profile, steps=50)
 
     def tier(self, layers: list[Any]) -> HostTier:
-        """The layers' experts, out of them and in the host's memory."""
+        """Move the layers' experts to host memory."""
         with HostWriter(self.depth, self.streams) as writer:
             for layer in layers:
                 writer.add(layer.mlp.experts)
@@ -137,8 +139,10 @@ class TwoTiers:
         decide: Decide | None = None,
         writer: TierWriter | None = None,
     ) -> tuple[Engine, nn.Module]:
-        """An engine at work in a whole model, which is new each time: deploying moves its weights. With `decide`, the
-        missing experts that it names run on the CPU. The slow tier is `writer`'s, or in the host's memory."""
+        """Return an engine and its model, which is built anew because deploying moves the weights.
+
+        `decide` names the missing experts that run on the CPU. The slow tier is that of `writer`, or in host memory.
+        """
         model = self._model()
         layers = self._layers(model)
         writer = writer or HostWriter(self.depth, self.streams, None if decide is None else CpuBackend())
@@ -159,7 +163,7 @@ class TwoTiers:
         return engine, whole
 
     def generate(self, whole: nn.Module) -> Tensor:
-        """Logits of a prompt and of tokens decoded after it."""
+        """Return the logits of a prompt and of the tokens decoded after it."""
         tokens, cache, logits = self.prompt.to(self.backend.device), None, []
         for _ in range(self.steps):
             output = whole(tokens, cache=cache, use_cache=True)

@@ -154,14 +154,14 @@ class Bench:
             self.clock.go()
 
         seconds = decode(self.whole, self.prompt, self.text, meanwhile)
-        engine.mover.stop()
+        engine.transfer.stop()
         return seconds, engine
 
     def simulated(self, *configuration: Any, engine: Engine, costs: Costs) -> list[float]:
         """The same steps on the virtual clock."""
-        prefetch = engine.heard.prefetch() if engine.prefetch is not None else None
+        prefetch = engine.recorder.prefetch() if engine.prefetch is not None else None
         policy = self.policy(configuration, costs)
-        return Simulator(costs, policy, prefetch, engine.guesses, SPARE).run(engine.heard.trace()).token_s
+        return Simulator(costs, policy, prefetch, engine.guesses, SPARE).run(engine.recorder.trace()).token_s
 
 
 def against_accelerate(bench: Bench, folder: Path, costs: Costs, scratch: Path) -> dict[str, float]:
@@ -198,7 +198,7 @@ def against_accelerate(bench: Bench, folder: Path, costs: Costs, scratch: Path) 
                 drop(files)
 
         theirs = decode(whole, bench.prompt, bench.text[:, :8], before)
-        engine.mover.stop()
+        engine.transfer.stop()
         ms, own_ms = (1e3 * float(np.median(seconds)) for seconds in (theirs, ours.seconds))
         found |= {f"accelerate_{state}_ms": ms, f"beside_{state}_ms": own_ms, f"times_faster_{state}": ms / own_ms}
     return found
@@ -241,7 +241,7 @@ def main() -> None:
             seconds, engine = bench.measured(
                 *configuration, costs=own, before=InStep(other.whole, other.prompt, other.text, other.clock)
             )
-            reference.mover.stop()
+            reference.transfer.stop()
             simulated = bench.simulated(*configuration, engine=engine, costs=costs)
             row: dict[str, Any] = {
                 "configuration": " ".join(map(str, configuration)),

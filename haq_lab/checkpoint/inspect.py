@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from haq_lab.checkpoint.manifest import FILE, Manifest
-from haq_lab.storage.safetensors_file import header_of, read_shard
+from haq_lab.storage.safetensors_file import read_shard, read_shard_header
 from haq_lab.utils.atomic_files import sha256
 from haq_lab.utils.errors import UserError
 
@@ -22,7 +22,7 @@ def summary(folder: Path) -> tuple[Table, dict[str, Any]]:
     manifest = Manifest.read(folder)
     kinds: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     for shard in manifest.shards.values():
-        header, _ = header_of(folder / shard.file)
+        header, _ = read_shard_header(folder / shard.file)
         schemes = json.loads(header.pop("__metadata__", {}).get("schemes", "{}"))
         for name, entry in header.items():
             scheme = schemes.get(name.rpartition(".")[0], "") if name.endswith(".weight") else ""

@@ -23,7 +23,7 @@ from haq_lab.cli.sweep_failures import JobFailed, Watch, forget, new_failures
 from haq_lab.config.help import explain, help_text, is_user_error
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import bundled, folder_name
-from haq_lab.utils.threads import wait_briefly
+from haq_lab.utils.threads import limit_thread_spinning
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 NO_TRIAL = "No trials are completed yet"  # what optuna says then
@@ -83,7 +83,7 @@ def main() -> None:
     # `experiment=NAME` is no default, so Hydra wants a plus there; both spellings are welcome.
     sys.argv[1:] = [re.sub(r"^experiment=", "+experiment=", argument) for argument in sys.argv[1:]]
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))  # Hydra's come first
-    wait_briefly()
+    limit_thread_spinning()
     _failures.clear()
     forget()
     _process = os.getpid()

@@ -11,7 +11,7 @@ from typing import Literal
 
 from haq_lab.data.text_files import read_documents
 from haq_lab.utils.errors import UserError
-from haq_lab.utils.hub import hub_answers
+from haq_lab.utils.hub import hub_is_reachable
 
 Split = Literal["train", "validation", "test"]
 
@@ -95,7 +95,7 @@ def _hub_or_its_cache() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if not hub_answers():
+    if not hub_is_reachable():
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
         yield

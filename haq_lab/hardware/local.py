@@ -1,4 +1,4 @@
-"""Load and save this machine's own figures, the profile `local`."""
+"""Load and save this machine's measured profile, `local`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,19 @@ from haq_lab.utils.paths import cache_folder
 
 
 def local_path() -> Path:
-    """Where this machine's profile is kept."""
+    """Return the path of this machine's profile."""
     return cache_folder() / "hardware" / "local.yaml"
 
 
 def hardware(name: str) -> Hardware:
-    """A profile by name. Raises `UserError` for an unknown one, or for `local` before it was measured."""
+    """Load a hardware profile.
+
+    Args:
+        name: Name of a file in `conf/hardware`, or `local` for this machine.
+
+    Raises:
+        UserError: The name is unknown, or `local` has not been measured yet.
+    """
     if name in cited_hardware():
         return load_hardware(name)
     if name != "local":
@@ -28,17 +35,28 @@ def hardware(name: str) -> Hardware:
 
 
 def local() -> Hardware:
-    """This machine's profile. Raises `UserError` before it was measured."""
-    again = "run: python -m haq_lab.offload profile"
+    """Load this machine's profile.
+
+    Raises:
+        UserError: It has not been measured yet, or its file is damaged.
+    """
+    again = "Run `python -m haq_lab.offload profile`."
     if not local_path().is_file():
-        raise UserError(f"hardware: 'local' has not been measured yet; {again}")
+        raise UserError(f"hardware: 'local' has not been measured yet. {again}")
     try:
         return Hardware(**yaml.safe_load(local_path().read_text(encoding="utf-8")) | {"from_disk": True})
     except (TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"hardware: '{local_path()}' is no hardware profile ({error}); {again}") from error
+        raise UserError(f"hardware: '{local_path()}' is not a hardware profile ({error}). {again}") from error
 
 
 def save_local(profile: Hardware) -> Path:
-    """Keep it as `local`."""
+    """Save a profile as `local`.
+
+    Args:
+        profile: Measured profile of this machine.
+
+    Returns:
+        The path of the file.
+    """
     write_text(local_path(), yaml.safe_dump(asdict(profile), sort_keys=False))
     return local_path()

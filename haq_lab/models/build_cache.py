@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from haq_lab.utils.atomic_files import atomic_folder, sha256, sha256_once, write_json
+from haq_lab.utils.atomic_files import atomic_folder, cached_sha256, sha256, write_json
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import cache_folder
@@ -51,5 +51,5 @@ def _refuse_changed(folder: Path) -> None:
         record = {RECORD: None}
     for name, made in record.items():
         path = folder / name
-        if not path.is_file() or sha256_once(path) != made:
+        if not path.is_file() or cached_sha256(path) != made:
             raise UserError(f"model: '{path}' is not as it was made; remove {folder}, and it is made again")

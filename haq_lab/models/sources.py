@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from haq_lab.models.build_cache import build_once
 from haq_lab.models.random_tiny import build_tiny
 from haq_lab.storage.weight_files import SUFFIXES, weight_files
-from haq_lab.utils.atomic_files import sha256_once, write_json
+from haq_lab.utils.atomic_files import cached_sha256, write_json
 from haq_lab.utils.errors import UserError, nearest_beside
-from haq_lab.utils.hub import hub_answers
+from haq_lab.utils.hub import hub_is_reachable
 
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the tensors
 
@@ -70,7 +70,7 @@ class HubModel:
         from transformers import CONFIG_MAPPING, AutoConfig
 
         try:
-            offline = self.local is None and not hub_answers()
+            offline = self.local is None and not hub_is_reachable()
             place = self.local or self.name
             return AutoConfig.from_pretrained(
                 place, revision=self.revision, local_files_only=offline, trust_remote_code=False
@@ -98,7 +98,7 @@ class HubModel:
                 "Set model.allow_pickle=true to convert them to safetensors, or name a revision that has safetensors."
             )
         sources = [*files.read, *_kept_files(folder)]
-        hashes = "".join(f"{path.name}:{sha256_once(path)}\n" for path in sources)
+        hashes = "".join(f"{path.name}:{cached_sha256(path)}\n" for path in sources)
         key = hashlib.sha256(hashes.encode()).hexdigest()[:16]
         return build_once(f"{self.label}-{key}", lambda target: _convert_pickles(folder, files.read, target))
 
@@ -139,7 +139,7 @@ class GgufModel:
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise UserError(f"model.path: '{path}' is not a GGUF file")
-        return build_once(f"{path.stem}-{sha256_once(path)[:16]}", lambda target: _convert_gguf(path, target))
+        return build_once(f"{path.stem}-{cached_sha256(path)[:16]}", lambda target: _convert_gguf(path, target))
 
 
 @dataclass(frozen=True)

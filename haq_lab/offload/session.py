@@ -36,7 +36,7 @@ from haq_lab.routing.cached import routing_trace
 from haq_lab.routing.choices import Routing
 from haq_lab.routing.statistics import Residency
 from haq_lab.routing.trace import Trace
-from haq_lab.utils.atomic_files import named
+from haq_lab.utils.atomic_files import naming_path
 from haq_lab.utils.errors import UserError
 
 FLOAT = 4  # bytes of a number in the KV cache and the workspace
@@ -88,7 +88,7 @@ class OffloadSession:
 
     def _make_writer(self) -> TierWriter:
         """Return the writer of the slow tier: host memory if the device has its own memory, else a file."""
-        if not self._streams.apart:
+        if not self._streams.separate_memory:
             return ExpertFileWriter(self.path).__enter__()
         cpu = None if self.settings.on_miss == "fetch" else CpuBackend()  # runs missing experts in the slow tier
         return HostWriter(self.model.depth, self._streams, cpu)
@@ -101,12 +101,12 @@ class OffloadSession:
         """
         experts, formats = _experts_of(layer, self.model), self.settings.formats
         formats.prepare(experts)
-        with named(self.path):
+        with naming_path(self.path):
             self._writer.add(experts)
         self._last_experts = experts
-        if formats.narrow is not None:
+        if formats.fast_tier_dtype is not None:
             assert self.model.family.moe is not None
-            layer.set_submodule(self.model.family.moe.experts, half_experts(experts, formats.narrow))
+            layer.set_submodule(self.model.family.moe.experts, half_experts(experts, formats.fast_tier_dtype))
 
     def find_profile(self, routing: Routing | None, calibration: Tensor | None, text: str) -> None:
         """Get the routing trace for placement and prediction, unless `offload.profile` names one.
@@ -157,7 +157,7 @@ class OffloadSession:
         Returns:
             Metrics that begin with `simulated.<label>.`. Empty without hardware or without decoded tokens.
         """
-        if self.engine is None or self.hardware is None or not self.engine.heard.decoded:
+        if self.engine is None or self.hardware is None or not self.engine.recorder.decoded:
             return {}
         assert self._profile is not None
         shape = _shape_of(self.model)
@@ -207,7 +207,7 @@ def build_engine(
     """
     moe, shape = model.family.moe, _shape_of(model)
     assert moe is not None
-    reserved = FLOAT * (shape.kv_per_token + shape.work_per_token) * settings.kv_tokens + tier.room_bytes
+    reserved = FLOAT * (shape.kv_per_token + shape.work_per_token) * settings.kv_tokens + tier.staging_bytes
     experts = shape.layers * shape.experts
     slots = settings.parsed_budget.slots(experts, tier.blob_bytes, settings.spare, reserved)
     costs, observer = None, None
@@ -269,8 +269,8 @@ def simulate_engine(
     """
     costs = machine_costs(hardware, shape, *settings.formats.pair)
     policy = build_policy(settings, resident, profile, costs)
-    prefetch = engine.heard.prefetch() if engine.prefetch is not None else None
-    return Simulator(costs, policy, prefetch, engine.guesses, settings.spare).run(engine.heard.trace())
+    prefetch = engine.recorder.prefetch() if engine.prefetch is not None else None
+    return Simulator(costs, policy, prefetch, engine.guesses, settings.spare).run(engine.recorder.trace())
 
 
 def _require_experts(model: LayeredModel) -> None:

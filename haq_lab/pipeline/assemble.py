@@ -15,7 +15,7 @@ from haq_lab.config.build import Experiment
 from haq_lab.data.windows import Windows
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.offload.session import OffloadSession
-from haq_lab.offload.tiers.cuda_streams import streams_of
+from haq_lab.offload.tiers.cuda_streams import make_streams
 from haq_lab.quantizers.pass_result import PassResult
 from haq_lab.result_cache.store import Store
 from haq_lab.runtime.deploy import deploy
@@ -65,7 +65,7 @@ class Assembly:
         self.writer: CheckpointWriter | None = None
         with ExitStack() as resources:
             if experiment.offload is not None:
-                streams = streams_of(experiment.backend.device)
+                streams = make_streams(experiment.backend.device)
                 self._offload = OffloadSession(
                     experiment.offload, experiment.hardware, model, folder.path, store, streams
                 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from haq_lab.storage.weight_files import SUFFIXES, weight_files
-from haq_lab.utils.atomic_files import sha256_once
+from haq_lab.utils.atomic_files import cached_sha256
 from haq_lab.utils.errors import UserError
 
 
@@ -53,12 +53,12 @@ def _places(config: dict[str, Any]) -> Iterator[tuple[str, Path]]:
 
 def _hash(place: Path) -> str:
     if place.is_file():
-        return sha256_once(place)
+        return cached_sha256(place)
     try:
         weights = weight_files(place).read
     except UserError:  # a folder of texts, or a checkpoint whose files have other names
         weights = [path for path in place.glob("*") if path.suffix in SUFFIXES]
     others = [path for path in place.rglob("*") if path.suffix not in SUFFIXES and path.is_file()]
     files = sorted({*weights, *others})
-    lines = "".join(f"{path.relative_to(place)} {sha256_once(path)}\n" for path in files)
+    lines = "".join(f"{path.relative_to(place)} {cached_sha256(path)}\n" for path in files)
     return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()

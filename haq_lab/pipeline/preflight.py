@@ -23,7 +23,7 @@ from haq_lab.models.sources import HubModel
 from haq_lab.storage.hidden_state_buffer import RAM_BYTES
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
-from haq_lab.utils.hub import hub_answers
+from haq_lab.utils.hub import hub_is_reachable
 from haq_lab.utils.paths import cache_folder
 from haq_lab.utils.transformers_logging import quiet_transformers
 
@@ -126,7 +126,7 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
         Need("GPU memory", on_gpu, torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0),
     ]
     missing = 0.0 if source.local else max(0.0, HALF * size.total - source.cached_bytes())
-    if missing > 0.01 * HALF * size.total and not hub_answers():
+    if missing > 0.01 * HALF * size.total and not hub_is_reachable():
         needs.append(Need("the hub (it does not answer)", missing, 0, "model.name=FOLDER takes a local copy"))
     disk = [(Path(constants.HF_HUB_CACHE), missing), (cache_folder(), max(0.0, hidden - RAM_BYTES))]
     if experiment.checkpoint is not None:
@@ -147,7 +147,7 @@ def _deployed_bytes(experiment: Experiment, size: Size) -> float:
     stored = _stored(experiment)
     if (offload := experiment.offload) is None:
         return float(stored * size.depth * size.layer)
-    narrow = offload.formats.narrow
+    narrow = offload.formats.fast_tier_dtype
     expert, total = (narrow.itemsize if narrow else stored) * size.expert, size.depth * size.experts
     budget = offload.parsed_budget
     if budget.bytes is not None:

@@ -10,7 +10,7 @@ import pandas as pd
 from haq_lab.report.collect import Collection
 from haq_lab.results.metric_labels import Metric, columns
 from haq_lab.results.published import beside, figures_of
-from haq_lab.utils.console import change
+from haq_lab.utils.console import format_change
 
 PROVENANCE = ("started", "python", "torch", "cpu", "threads", "checkpoint", "folder")
 STAMP = (
@@ -106,7 +106,7 @@ def _difference(name: str, run: pd.Series, baseline: pd.DataFrame) -> str:
         reference = baseline[name].mean() if name in baseline else None
     if reference is None or pd.isna(reference) or not reference or run[name] == reference:
         return ""
-    return change(run[name], reference)
+    return format_change(run[name], reference)
 
 
 def published_table(found: Collection) -> Table | None:

@@ -1,1 +1,1 @@
-"""storage."""
+"""Read and write weight files and tensor buffers."""

@@ -1,7 +1,7 @@
-"""Room for hidden states: in RAM while there is enough, beyond it in files that are mapped into memory.
+"""Allocate hidden states in RAM up to a limit, and beyond it in memory-mapped files.
 
-The calibration and evaluation tokens go through the model layer by layer, so their hidden states are all that
-stays between two layers. Of 128 windows of 2,048 tokens at Mixtral's width that is 4.3 GB in float32, a level.
+The sequential pipeline runs all calibration and evaluation tokens through one layer before the next. Their hidden
+states are all that is kept between two layers: 4.3 GB in float32 for 128 windows of 2,048 tokens at Mixtral's width.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ RAM_BYTES = 2 << 30
 
 
 class HiddenStateBuffer:
-    """Hands out tensors; those past `limit` bytes in all lie in unnamed files, gone once they are let go.
+    """Allocates tensors. Tensors beyond the limit lie in unnamed temporary files, which disappear when they are freed.
 
     Args:
-        limit: Bytes that are kept in RAM.
-        folder: Where the files go, the cache folder by default: `/tmp` is often RAM itself.
+        limit: Bytes to allocate in RAM. None is 2 GiB.
+        folder: Folder for the files. None is the cache folder, because `/tmp` is often RAM.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None):
@@ -35,7 +35,15 @@ class HiddenStateBuffer:
         self._maps: list[mmap.mmap] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor to be written to. Raises `UserError` where the disk has no room for it."""
+        """Allocate a tensor without initialising it.
+
+        Args:
+            shape: Shape of the tensor.
+            dtype: Type of the tensor.
+
+        Raises:
+            UserError: The disk is full.
+        """
         size = math.prod(shape) * dtype.itemsize
         if size <= self._left or size == 0:
             self._left -= size
@@ -44,18 +52,22 @@ class HiddenStateBuffer:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
-                os.posix_fallocate(file.fileno(), 0, size)  # writing to a mapped hole on a full disk kills the process
+                # Reserve the space now, because writing to a mapped file on a full disk kills the process.
+                os.posix_fallocate(file.fileno(), 0, size)
                 mapped = mmap.mmap(file.fileno(), size)
         except OSError as error:
-            raise UserError(f"{folder}: no room for {size / 1e9:.1f} GB of hidden states ({error})") from error
+            raise UserError(
+                f"{folder}: no room for {size / 1e9:.1f} GB of hidden states ({error}). "
+                "Free disk space or set HAQ_LAB_CACHE to a folder on another disk."
+            ) from error
         self._maps.append(mapped)
         return torch.frombuffer(mapped, dtype=dtype).view(shape)
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A copy of `tensor` in this spool."""
+        """Return a copy of `tensor` in this buffer."""
         return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
     def release(self) -> None:
-        """Let the mapped files' pages leave this process's memory; the system writes them out when it must."""
+        """Drop the pages of the mapped files from memory. Their contents stay in the files."""
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)

@@ -1,8 +1,8 @@
-"""One safetensors file of a quantised checkpoint, its tensors in an order of our own.
+"""Write and read the safetensors files of a quantised checkpoint.
 
-The format leaves the order open; its library sorts by dtype and cannot be told otherwise, hence the writer here.
-Each expert's tensors (the scales of its gate, up and down projection, then their levels) lie side by side, so that
-an offloading engine can read an expert as one range of bytes: `byte_range` says which.
+The tensors of each expert are contiguous (the scales of its three projections, then their weights), so that one read
+loads an expert. `byte_range` returns its position. The safetensors library sorts tensors by type, so this module has
+its own writer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Shard:
-    """A file as the manifest has it: its size in bytes, its SHA-256, and that of every tensor's bytes."""
+    """A file as the manifest describes it.
+
+    Attributes:
+        file: Name of the file.
+        bytes: Size of the file.
+        sha256: SHA-256 of the file.
+        tensors: SHA-256 of each tensor's bytes by its name.
+    """
 
     file: str
     bytes: int
@@ -39,8 +46,17 @@ class Shard:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Shard:
-    """Write `path` whole or not at all. The same tensors give the same bytes."""
-    order = _in_order(tensors)
+    """Write a file atomically. The same tensors always give the same bytes.
+
+    Args:
+        path: The file to write.
+        tensors: Tensors by name.
+        metadata: Text values for the file's header.
+
+    Returns:
+        The file's description for the manifest.
+    """
+    order = _file_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in order:
@@ -48,39 +64,51 @@ def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         assert start % tensors[name].itemsize == 0, f"{name} would not be aligned"
         shape = list(tensors[name].shape)
         header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    whole = hashlib.sha256()
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
+    file_hash = hashlib.sha256()
     hashes = {}
-    with atomic_file(path) as aside, aside.open("wb") as stream:
-        for chunk in (struct.pack("<Q", len(head)), head):
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        for chunk in (struct.pack("<Q", len(header_bytes)), header_bytes):
             stream.write(chunk)
-            whole.update(chunk)
+            file_hash.update(chunk)
         for name in order:
             data = _bytes(tensors[name])
             stream.write(data)
-            whole.update(data)
+            file_hash.update(data)
             hashes[name] = hashlib.sha256(data).hexdigest()
         stream.flush()
         size = stream.tell()
-    return Shard(path.name, size, whole.hexdigest(), hashes)
+    return Shard(path.name, size, file_hash.hexdigest(), hashes)
 
 
 def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A shard's tensors, each checked against its hash, and its metadata.
+    """Read a file, and check each tensor against its hash.
+
+    Args:
+        folder: Folder of the checkpoint.
+        shard: The file's description in the manifest.
+
+    Returns:
+        The tensors by name, and the metadata.
 
     Raises:
-        UserError: Names the file, and the tensor where one is to blame.
+        UserError: The file is missing, truncated, damaged or not the file of the manifest.
     """
     path = folder / shard.file
     if not path.is_file():
-        raise UserError(f"checkpoint: {path} is missing")
+        raise UserError(f"checkpoint: {path} is missing. Copy the whole checkpoint folder.")
     if path.stat().st_size != shard.bytes:
-        raise UserError(f"checkpoint: {path} has {path.stat().st_size} bytes, not {shard.bytes}: truncated or changed")
-    header, start = header_of(path)
+        raise UserError(
+            f"checkpoint: {path} has {path.stat().st_size} bytes, not {shard.bytes}. "
+            "It is truncated or changed. Write the checkpoint again."
+        )
+    header, start = read_shard_header(path)
     metadata = header.pop("__metadata__", {})
     for name in sorted({*header} ^ {*shard.tensors}):
-        raise UserError(f"checkpoint: {path}: tensor '{name}' is not where the manifest has it; was a file renamed?")
+        raise UserError(
+            f"checkpoint: {path}: tensor '{name}' does not match the manifest. Check whether a file was renamed."
+        )
     tensors = {}
     with path.open("rb") as stream:
         for name, entry in header.items():
@@ -89,33 +117,41 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
             data = torch.empty(end - begin, dtype=torch.uint8)
             stream.readinto(_bytes(data))
             if hashlib.sha256(_bytes(data)).hexdigest() != shard.tensors[name]:
-                raise UserError(f"checkpoint: {path}: tensor '{name}' does not match its hash; the file is damaged")
+                raise UserError(f"checkpoint: {path}: tensor '{name}' does not match its hash. The file is damaged.")
             tensors[name] = data.view(_TYPES[entry["dtype"]]).view(entry["shape"])
     return tensors, metadata
 
 
 def byte_range(path: Path, names: Iterable[str]) -> tuple[int, int]:
-    """Where in the file the named tensors lie, first byte and end; together they fill it without a gap.
+    """Return the first byte and the end of a contiguous group of tensors.
+
+    Args:
+        path: The file.
+        names: Names of the tensors.
 
     Raises:
-        UserError: They don't lie side by side, or are not there.
+        UserError: A tensor does not exist, or the tensors are not contiguous.
     """
-    header, start = header_of(path)
+    header, start = read_shard_header(path)
     wanted = set(names)
     if missing := wanted - set(header):
-        raise UserError(f"checkpoint: {path} has no tensor '{min(missing)}'")
+        raise UserError(f"checkpoint: {path} has no tensor '{min(missing)}'.")
     ranges = sorted(header[name]["data_offsets"] for name in wanted)
     if any(before[1] != after[0] for before, after in pairwise(ranges)):
-        raise UserError(f"checkpoint: {path}: the tensors of {min(wanted)} and others do not lie side by side")
+        raise UserError(f"checkpoint: {path}: the tensors {min(wanted)} to {max(wanted)} are not contiguous.")
     return start + ranges[0][0], start + ranges[-1][1]
 
 
-def header_of(path: Path) -> tuple[dict[str, Any], int]:
-    """A shard's header, and where the tensors' bytes begin. Raises `UserError` for what is none."""
+def read_shard_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return a file's header and the offset of its first tensor.
+
+    Raises:
+        UserError: The file is not a readable safetensors file.
+    """
     try:
         return read_header(path)
     except ValueError as error:
-        raise UserError(f"checkpoint: {path} is not a readable safetensors file ({error})") from error
+        raise UserError(f"checkpoint: {path} is not a readable safetensors file ({error}).") from error
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -123,8 +159,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
 
-def _in_order(tensors: dict[str, Tensor]) -> list[str]:
-    """Wide numbers before narrow ones, which keeps them aligned; within an expert too, one expert after the other."""
+def _file_order(tensors: dict[str, Tensor]) -> list[str]:
+    """Sort tensors by expert, and wide types before narrow ones, so that all are aligned."""
 
     def key(name: str) -> tuple[int, int]:
         expert = expert_of(name)

@@ -1,4 +1,4 @@
-"""The header of a safetensors file by itself: the library gives tensors, and does not tell where they lie."""
+"""Read the header of a safetensors file. The safetensors library does not report the byte offsets of tensors."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import struct
 from pathlib import Path
 from typing import Any
 
-ITEM_BYTES = {"BOOL": 1, "I8": 1, "U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}  # of the types that we write
+ITEM_BYTES = {"BOOL": 1, "I8": 1, "U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}  # types that this project writes
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """A file's header (https://huggingface.co/docs/safetensors), and where the tensors' bytes begin.
+    """Return a file's header and the offset of its first tensor (https://huggingface.co/docs/safetensors).
+
+    Args:
+        path: The file.
 
     Raises:
-        ValueError: It is none, is cut off, or has a tensor of another size than its shape.
+        ValueError: There is no valid header, or a tensor's size does not match its shape.
     """
     try:
         with path.open("rb") as stream:
@@ -27,7 +30,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             if name != "__metadata__":
                 size = math.prod(entry["shape"]) * ITEM_BYTES[entry["dtype"]]
                 if entry["data_offsets"][1] - entry["data_offsets"][0] != size:
-                    raise ValueError(f"'{name}' has another size than its shape")
+                    raise ValueError(f"the size of '{name}' does not match its shape")
     except (struct.error, KeyError, TypeError, AttributeError) as error:
         raise ValueError(str(error)) from error
     return header, 8 + length

@@ -1,4 +1,4 @@
-"""Read an expert's number from the name of a tensor or module."""
+"""Parse the names of tensors and modules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import re
 
 
 def expert_of(name: str) -> int | None:
-    """The expert in whose part of the layer a module is; None where it is in none."""
-    found = re.search(r"\.experts\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    """Return the index of the expert that a tensor or module belongs to, or None."""
+    match = re.search(r"\.experts\.(\d+)\.", name)
+    return int(match[1]) if match else None

@@ -2,7 +2,7 @@
 
 The order of preference is that of `transformers.modeling_utils._get_resolved_checkpoint_files`: the file that
 config.json names as `transformers_weights`, `model.safetensors`, its index, `pytorch_model.bin`, its index. Full names
-are compared, so a backup or an older step beside the weights is never read.
+are compared, so a backup or an older step in the same folder is never read.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _usual_names(variant: str | None) -> list[str]:
 
 
 def _named_by_config(folder: Path) -> str | None:
-    """The file that config.json names, if it lies in the folder."""
+    """Return the file that config.json names, or None."""
     try:
         name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("transformers_weights")
     except (OSError, ValueError, RecursionError, AttributeError):
@@ -83,25 +83,28 @@ def _named_by_config(folder: Path) -> str | None:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names, sorted."""
+    """Return the files that an index names, sorted."""
     try:
         names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         for name in names:
             _refuse_outside(index, name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"model: '{index}' is not a readable index ({type(error).__name__}: {error}).") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"model: '{index}' is not a readable index ({reason}). Download it again.") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise UserError(f"model: {index} names '{missing[0]}', which does not exist.")
+        raise UserError(f"model: {index} names '{missing[0]}', which does not exist. Download the model again.")
     return [index.parent / name for name in names]
 
 
 def _refuse_outside(source: Path, name: object) -> None:
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UserError(f"model: {source} names '{name}', which lies outside the folder.")
+        raise UserError(
+            f"model: {source} names '{name}', which lies outside the folder. Move the file into the folder."
+        )
 
 
 def _unread(folder: Path, read: list[Path]) -> list[Path]:
-    """Files of the folder that look like weights and are not read."""
+    """Return the files of the folder that look like weights and are not read."""
     files = (path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.is_file())
     return [path for path in files if path not in read and path.name not in NOT_WEIGHTS]

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from haq_lab.utils.atomic_files import named, write_json, write_text
+from haq_lab.utils.atomic_files import naming_path, write_json, write_text
 from haq_lab.utils.errors import UserError
 
 SCHEMA = 1
@@ -82,7 +82,7 @@ class RunFolder:
         """Append a line to `events.jsonl`."""
         line = json.dumps({"time": round(time.time(), 3), "event": name, **facts})
         path = self.path / "events.jsonl"
-        with named(path), path.open("a", encoding="utf-8") as stream:
+        with naming_path(path), path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def finish(self, run: dict[str, Any], protocol: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:

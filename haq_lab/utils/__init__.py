@@ -1,1 +1,1 @@
-"""utils."""
+"""Small helpers that every package may import."""

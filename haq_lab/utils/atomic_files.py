@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written aside, flushed to the disk, renamed."""
+"""Write files and folders atomically: to a temporary path that is flushed to disk and then renamed."""
 
 from __future__ import annotations
 
@@ -18,21 +18,35 @@ from safetensors import SafetensorError
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed."""
+    """Yield a temporary path beside `path`. On success it replaces `path`; on failure it is removed.
+
+    Args:
+        path: The file to write. Its folder is created if necessary.
+
+    Example:
+        >>> with atomic_file(path) as temporary:  # doctest: +SKIP
+        ...     temporary.write_text("complete or absent")
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with named(path):
-            yield aside
-            _flush(aside)
-            aside.replace(path)
+        with naming_path(path):
+            yield temporary
+            _flush(temporary)
+            temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Let a disk's error within the block say where: a failing write does not, and safetensors raises its own kind."""
+def naming_path(path: Path) -> Iterator[None]:
+    """Make sure that disk errors within the block name the path.
+
+    A failed write does not report the file. safetensors raises an error type of its own, which becomes an OSError here.
+
+    Args:
+        path: File or folder that the block writes.
+    """
     try:
         yield
     except SafetensorError as error:
@@ -53,43 +67,47 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder: yields an empty folder that becomes `folder` once it is complete."""
+    """Yield an empty temporary folder. On success it replaces `folder`; on failure it is removed.
+
+    Args:
+        folder: The folder to write.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        with named(folder):
-            yield aside
-            for path in aside.rglob("*"):
+        with naming_path(folder):
+            yield temporary
+            for path in temporary.rglob("*"):
                 if path.is_file():
                     _flush(path)
             if folder.exists():
                 shutil.rmtree(folder)
-            aside.replace(folder)
+            temporary.replace(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically."""
-    with atomic_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON to `path` atomically. NaN and infinities are refused."""
+    """Write `content` as indented JSON to `path` atomically. Raises ValueError for NaN and infinity."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
+    """Return the SHA-256 of a file as hexadecimal text."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sha256_once(path: Path) -> str:
-    """The same, of a file that is asked for again and again: it is read anew only when its size or time changes."""
+def cached_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, and read the file again only if its size or modification time has changed."""
     stat = path.stat()
     return _sha256_of(path.resolve(), stat.st_size, stat.st_mtime_ns)
 

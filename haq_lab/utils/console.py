@@ -1,4 +1,4 @@
-"""What a run shows while it works and when it is done."""
+"""Print progress, tables and results to the terminal."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from rich.table import Column, Table
 
 
 def plain(**settings: Any) -> Console:
-    """A console that shows texts as they are; `quantizer.fold=[norm]` is no markup."""
+    """Return a console without markup, so that text such as `quantizer.fold=[norm]` is printed unchanged."""
     return Console(highlight=False, markup=False, **settings)
 
 
 console, errors = plain(), plain(stderr=True)
-FILE_WIDTH = 200  # columns, where there is no terminal to be narrower
+FILE_WIDTH = 200  # columns, if the output is not a terminal
 
 
 def say(line: str, on: Console = console) -> None:
-    """One plain line, never wrapped."""
+    """Print one line without wrapping."""
     on.print(line, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:
-    """As wide as the terminal; into a file or a pipe wide enough to cut no name."""
+    """Print a table as wide as the terminal. In a file or pipe it is wide enough to show all names."""
     wide = console if console.is_terminal else plain(file=console.file, width=FILE_WIDTH)
     wide.print(table)
 
 
 class Progress:
-    """A bar over the layers, and a line for what comes before and after."""
+    """A progress bar over the layers, and a line for each stage before and after them."""
 
     def __init__(self) -> None:
         self._bars = Bars(
@@ -54,25 +54,36 @@ class Progress:
         self._bars.stop()
 
     def stage(self, name: str) -> None:
-        """A stage without a known length."""
+        """Show a stage of unknown length."""
         self._bars.update(self._task, description=name)
 
     def layers(self, depth: int, name: str, done: int = 0) -> None:
-        """The pass over the layers begins, at layer `done`."""
+        """Start the progress bar over the layers.
+
+        Args:
+            depth: Number of layers.
+            name: Description of the pass.
+            done: Number of layers that are already done.
+        """
         self._bars.reset(self._task, total=depth, completed=done, description=name)
 
     def layer_done(self) -> None:
-        """One more layer."""
+        """Advance the bar by one layer."""
         self._bars.advance(self._task)
 
 
-def change(value: float, baseline: float) -> str:
-    """`+0.40 %`: how far a value is from its baseline."""
+def format_change(value: float, baseline: float) -> str:
+    """Format the relative change of a value from its baseline, such as `+0.40 %`."""
     return f"{(value / baseline - 1) * 100:+.2f} %"
 
 
 def show_results(results: dict[str, Any], folder: Path) -> None:
-    """A finished run's figures as a table, and where they are."""
+    """Print a table of the metrics of a finished run, and its folder.
+
+    Args:
+        results: Contents of the run's results file.
+        folder: The run's folder.
+    """
     metrics, run = results["metrics"], results["run"]
     title = f"{run['model']}  {run['quantizer']}"
     table = Table(Column("metric", overflow="fold"), "value", title=title, title_justify="left")
@@ -82,14 +93,14 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
         note = ""
         dataset = name.partition(".")[2]
         if name.startswith("perplexity.") and (fp := metrics.get(f"perplexity_fp.{dataset}")):
-            note = f"  ({change(value, fp)})"
-        table.add_row(name, readable(name, value) + note)
+            note = f"  ({format_change(value, fp)})"
+        table.add_row(name, format_metric(name, value) + note)
     print_table(table)
     say(f"run folder: {folder}")
 
 
-def readable(name: str, value: float) -> str:
-    """A metric's value with its unit."""
+def format_metric(name: str, value: float) -> str:
+    """Format a metric's value with its unit."""
     if "bytes" in name.rpartition(".")[2].split("_"):  # `weights_bytes`, `bytes_moved`
         return f"{value / 1e6:,.1f} MB"
     if name.startswith(("perplexity", "latency")):

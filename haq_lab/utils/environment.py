@@ -11,7 +11,7 @@ import transformers
 
 
 def versions() -> dict[str, str]:
-    """Of what computes, and of what writes the files."""
+    """Return the versions of Python and of the libraries that compute results and write files."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -21,5 +21,5 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the last bits of floating-point sums depend on."""
+    """Return the CPU capability and thread count. The last bits of floating-point sums depend on them."""
     return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}

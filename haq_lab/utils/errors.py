@@ -1,6 +1,6 @@
-"""A user's mistake, told as one clear message: the setting, its value, what is allowed, the nearest match.
+"""Define the error that users can correct, and build its message: the setting, its value, and what is allowed.
 
-Code raises `UserError`; the command line (`cli.py`) prints it and exits with code 2, without a stack trace.
+The command line (`cli/`) prints a `UserError` without a stack trace and exits with code 2.
 """
 
 from __future__ import annotations
@@ -11,23 +11,38 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the setting and what would be valid."""
+    """An error that the user can correct. The message names the setting and what to do."""
 
 
 def nearest(value: object, allowed: Iterable[object]) -> str:
-    """A hint such as ` (did you mean 'token'?)`, or an empty string where nothing is near."""
+    """Return a hint such as ` (did you mean 'token'?)`, or an empty string if no allowed value is similar.
+
+    Args:
+        value: What the user wrote.
+        allowed: Values to choose from.
+    """
     names = [str(item) for item in allowed]
     matches = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
 
 
 def nearest_beside(path: Path) -> str:
-    """The hint for a file or folder that is not there: what lies beside it."""
+    """Return the same hint for a file or folder that does not exist, from the names in its parent folder."""
     return nearest(path.name, [item.name for item in path.parent.glob("*")]) if path.parent.is_dir() else ""
 
 
 def invalid(setting: str, value: object, allowed: Iterable[object]) -> UserError:
-    """The error for a setting whose value is none of `allowed`."""
+    """Return the error for a setting whose value is not allowed.
+
+    Args:
+        setting: Full name of the setting.
+        value: Its value.
+        allowed: Allowed values.
+
+    Example:
+        >>> str(invalid("quantizer.activations", "tokn", ["token", "tensor"]))
+        "quantizer.activations: 'tokn' is not one of token, tensor (did you mean 'token'?)"
+    """
     allowed = list(allowed)
     choices = ", ".join(str(item) for item in allowed)
-    return UserError(f"{setting}: '{value}' is not one of {choices}{nearest(value, allowed)}")
+    return UserError(f"{setting}: '{value}' is not one of {choices}{nearest(value, allowed) or '.'}")

@@ -1,4 +1,7 @@
-"""Whether the Hugging Face hub can be asked: without a network its clients would try for half a minute."""
+"""Check whether the Hugging Face hub can be reached.
+
+Without a network its clients would retry for half a minute.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ import functools
 
 
 @functools.cache
-def hub_answers() -> bool:
-    """Looked at once a process; False too where the user's environment says that the hub is not to be asked."""
+def hub_is_reachable() -> bool:
+    """Return whether the hub can be reached. Checks once per process.
+
+    It returns False without a request if the environment sets `HF_HUB_OFFLINE`.
+    """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # of whatever the client is built on
+    except Exception:  # the type depends on the client's HTTP library
         return False
     return True

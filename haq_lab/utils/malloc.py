@@ -1,4 +1,4 @@
-"""The C library's heap between layers."""
+"""Return freed memory from the C library's heap to the operating system."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from functools import cache
 
 @cache
 def _trim() -> Callable[[int], int] | None:
-    """glibc's `malloc_trim`; other C libraries have none."""
+    """Return glibc's `malloc_trim`, or None with another C library."""
     try:
         return getattr(ctypes.CDLL(None), "malloc_trim", None)
-    except (OSError, TypeError):  # no library of the process's own to ask
+    except (OSError, TypeError):  # the process has no loadable C library
         return None
 
 
 def release_memory() -> None:
-    """Return to the system the pages that freed tensors left behind.
+    """Return memory of freed tensors to the operating system.
 
-    Tensors of up to 32 MB lie in the heap, and a layer's holes do not fit the next one's: without this a process
-    grows with the number of layers that it has seen, though it holds one at a time.
+    Tensors of up to 32 MB live in the heap, and the gaps that one layer leaves do not fit the next layer's tensors.
+    Without this call the process would grow with every layer, although it holds only one at a time.
     """
     if (trim := _trim()) is not None:
         trim(0)

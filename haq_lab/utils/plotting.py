@@ -1,4 +1,4 @@
-"""Save figures whole or not at all."""
+"""Save figures atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FORMATS = ("png", "svg", "pdf")
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure in the format of its ending, aside first."""
-    with atomic_file(path) as aside:
-        figure.savefig(aside, format=path.suffix.lstrip("."), dpi=150)
+    """Write a figure atomically, in the format of its file extension, and return the path."""
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip("."), dpi=150)
     return path

@@ -1,4 +1,4 @@
-"""How torch's threads share the machine."""
+"""Configure torch's threads."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def wait_briefly() -> None:
-    """Before torch loads: a thread that waits for the others spins for microseconds, then sleeps.
+def limit_thread_spinning() -> None:
+    """Limit how long waiting OpenMP threads spin before they sleep. Call it before torch is imported.
 
-    By default it spins for milliseconds, and two threads beside any other busy process collapse.
+    By default they spin for milliseconds. That is very slow if another process uses the same cores.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within the block torch computes on one thread: many small operations take longer to share out than to do."""
+    """Let torch compute on one thread within the block, which is faster for many small operations."""
     import torch
 
     threads = torch.get_num_threads()

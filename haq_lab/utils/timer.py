@@ -1,4 +1,4 @@
-"""Seconds by stage, summed over layers."""
+"""Measure wall time by stage."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """`with clock.stage("calibrate"): ...` adds the block's time; `clock.seconds` has the sums."""
+    """Adds up the wall time of each stage.
+
+    Attributes:
+        seconds: Seconds by stage.
+
+    Example:
+        >>> clock = Stopwatch()
+        >>> with clock.stage("calibrate"):
+        ...     pass
+        >>> list(clock.seconds)
+        ['calibrate']
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the block's wall time to `name`."""
+        """Add the block's wall time to the stage `name`."""
         start = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Other libraries' progress bars and advice, kept out of ours."""
+"""Silence the progress bars and warnings of transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def quiet_transformers() -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
-    plain = getattr(gguf, "tqdm", None)  # this module's bars ask no setting
+    plain = getattr(gguf, "tqdm", None)  # the bars of this module ignore the setting
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -97,7 +97,7 @@ def _swap(folder):
 
 DAMAGE = {
     r"layer-00001\.safetensors is missing": lambda folder: (folder / "layer-00001.safetensors").unlink(),
-    r"layer-00000\.safetensors: tensor '.*layers\.\d\..*' is not where": _swap,
+    r"layer-00000\.safetensors: tensor '.*layers\.\d\..*' does not match the manifest": _swap,
     r"rest\.safetensors .* truncated": lambda folder: (folder / "rest.safetensors").write_bytes(b"1234"),
     r"config\.json does not match": lambda folder: (folder / "config.json").write_text("{}"),
     r"tokenizer\.json is missing": lambda folder: (folder / "tokenizer.json").unlink(),

@@ -73,7 +73,7 @@ def test_datasets_uses_only_its_cache_if_the_hub_does_not_answer(monkeypatch):
     import datasets
 
     offline = []
-    monkeypatch.setattr("haq_lab.data.text.hub_answers", lambda: False)
+    monkeypatch.setattr("haq_lab.data.text.hub_is_reachable", lambda: False)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: offline.append(datasets.config.HF_HUB_OFFLINE) or {})
     before = datasets.config.HF_HUB_OFFLINE
     with pytest.raises(UserError):

@@ -1,4 +1,4 @@
-"""Hardware profiles: the cited ones are whole, this machine's is measured and kept, mistakes name the nearest."""
+"""Test that published profiles are complete, this machine's can be saved and loaded, and errors suggest a name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_this_machine_is_measured_kept_and_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path / "cache"))
     for name, size in (("SIZE", 2**16), ("ROWS", 8), ("K", 64)):
         monkeypatch.setattr(profiles, name, size)
-    with pytest.raises(UserError, match="has not been measured yet; run: python -m"):
+    with pytest.raises(UserError, match=r"has not been measured yet\. Run `python -m"):
         hardware("local")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -34,7 +34,7 @@ def test_this_machine_is_measured_kept_and_found(tmp_path, monkeypatch):
     save_local(profile)
     assert hardware("local") == profile
     local_path().write_text("bandwidth: 3")
-    with pytest.raises(UserError, match="is no hardware profile"):
+    with pytest.raises(UserError, match="is not a hardware profile"):
         hardware("local")
 
 

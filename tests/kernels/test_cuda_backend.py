@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
-from two_tiers import Apart, TwoTiers
+from two_tiers import SeparateMemoryStreams, TwoTiers
 
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.backend import Backend, PackedLinear, ReferenceBackend
@@ -190,7 +190,7 @@ def test_offloaded_experts_keep_the_padded_layout(host: Kernels, odd: Path):
     """Of slots for three of eight experts, on the host layer in place of a GPU."""
     placed = TwoTiers(CudaBackend("cpu", host), Streams(), odd, steps=2)
     engine, whole = placed.engine("lru", slots=1, prefetch="gate")
-    shapes = {part.name: part.shape for part in engine.store.parts}
+    shapes = {part.name: part.shape for part in engine.slow_tier.parts}
     assert (shapes["gate_proj.packed"], shapes["down_proj.packed"]) == ((56, 48), (40, 64))
     assert_same_bits(placed.generate(whole), placed.expected)
     assert engine.counters.read.sum() > 8, "experts have come and gone"
@@ -200,7 +200,7 @@ def test_offloaded_experts_keep_the_padded_layout(host: Kernels, odd: Path):
 @pytest.mark.parametrize("rule", ["none", "lru"])
 def test_experts_run_on_the_device_or_beside_it_and_no_bit_tells(host: Kernels, rule: str):
     """Grouped and fused with all of them on the device; by twos beside it, on the CPU, and fetched and packed anew."""
-    placed = TwoTiers(CudaBackend("cpu", host), Apart("cpu"), steps=3)
+    placed = TwoTiers(CudaBackend("cpu", host), SeparateMemoryStreams("cpu"), steps=3)
     ran: list[int] = []
 
     def decide(present: dict[int, int], missing: dict[int, int]) -> list[int]:
@@ -213,7 +213,7 @@ def test_experts_run_on_the_device_or_beside_it_and_no_bit_tells(host: Kernels, 
     engine.check()
     assert ran
     assert engine.counters.read.sum() > 4, "others were fetched"
-    assert {part.shape for part in engine.store.parts if part.name == "gate_proj.packed"} == {(96, 64)}
+    assert {part.shape for part in engine.slow_tier.parts if part.name == "gate_proj.packed"} == {(96, 64)}
     engine.close()
     whole_offload, other = placed.engine(rule, slots=4)
     assert_same_bits(placed.generate(other), placed.expected)
@@ -227,7 +227,7 @@ def test_a_session_decides_by_measured_costs_where_experts_run(host: Kernels, tm
     windows = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
     for offload in (None, Offload(budget="30%", spare=2, eviction="lru", on_miss="predict")):
         model, layers = LayeredModel(TinyModel("mixtral").folder()), []
-        session = offload and OffloadSession(offload, None, model, tmp_path, Store(), Apart("cpu"))
+        session = offload and OffloadSession(offload, None, model, tmp_path, Store(), SeparateMemoryStreams("cpu"))
 
         def finished(index: int, layer: torch.nn.Module, session=session, layers=layers) -> None:
             if session is not None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from launching import launch
-from two_tiers import ON_A_GPU, Apart
+from two_tiers import ON_A_GPU, SeparateMemoryStreams
 
 from haq_lab.cli.offload import main
 from haq_lab.routing.trace import Trace
@@ -41,8 +41,8 @@ def test_a_run_reports_what_its_engine_did(tmp_path, options):
 
 
 def test_a_run_on_a_gpu_keeps_its_experts_in_locked_memory(tmp_path, monkeypatch):
-    streams = Apart("cpu")
-    monkeypatch.setattr("haq_lab.pipeline.assemble.streams_of", lambda device: streams)
+    streams = SeparateMemoryStreams("cpu")
+    monkeypatch.setattr("haq_lab.pipeline.assemble.make_streams", lambda device: streams)
     done = launch(*SMALL, "quantizer=rtn", "offload=lru", f"hydra.run.dir={tmp_path}")
     assert done.code == 0, done.err
     moved = json.loads((tmp_path / "results.json").read_text())["metrics"]["offload.bytes_moved"]
@@ -76,7 +76,10 @@ def test_a_sweep_over_options_takes_settings_that_one_of_them_has_no_use_for(tmp
         (["offload=lru", "offload.budget=1%"], "no slot"),
         (["offload=lru", "offload.budget=0"], "offload.budget: '0' leaves no slot"),
         (["offload=lru", "offload.profile=no.trace"], "offload.profile: trace: there is no file 'no.trace'"),
-        (["quantizer=rtn", "offload=lru", "offload.host_format=bf16"], "offload.host_format: 'bf16' is for experts"),
+        (
+            ["quantizer=rtn", "offload=lru", "offload.host_format=bf16"],
+            "'bf16' does not work with quantised",
+        ),
         (
             ["offload=fiddler", "offload.device_format=fp16"],
             "offload.on_miss: 'predict' does not work with offload.device_format=fp16",

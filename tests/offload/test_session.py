@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from two_tiers import Apart, finished
+from two_tiers import SeparateMemoryStreams, finished
 
 from haq_lab.hardware.local import hardware
 from haq_lab.int8.cpu.backend import CpuBackend
@@ -19,7 +19,7 @@ from haq_lab.offload.costs.model_shape import Shape
 from haq_lab.offload.policies.placement import place
 from haq_lab.offload.session import OffloadSession, simulate_engine
 from haq_lab.offload.settings import Offload
-from haq_lab.offload.tiers.disk import ExpertFileWriter, tensors_of
+from haq_lab.offload.tiers.disk import ExpertFileWriter, expert_tensors
 from haq_lab.offload.tiers.half_experts import ExpertLinear
 from haq_lab.result_cache.store import Store
 from haq_lab.routing.record import record_trace
@@ -72,15 +72,15 @@ def test_a_session_serves_counts_and_simulates(model, tmp_path, settings, machin
 
 def test_beside_a_device_with_its_own_memory_experts_lie_in_the_hosts(model, tmp_path):
     expected = decoded(model.assemble(finished(model)))
-    streams = Apart("cpu")
+    streams = SeparateMemoryStreams("cpu")
     session = OffloadSession(LRU, None, model, tmp_path, Store(), streams)
     layers = finished(model, session.add)
     assert not list(tmp_path.iterdir()), "no file"
     session.find_profile(None, WINDOWS, "random")
     session.engage(layers)
-    assert streams.locked == [8 * session.engine.store.blob_bytes] * 2
+    assert streams.locked == [8 * session.engine.slow_tier.blob_bytes] * 2
     assert torch.equal(decoded(model.assemble(layers)), expected)
-    assert session.metrics()["offload.bytes_moved"] == streams.copies * session.engine.store.blob_bytes
+    assert session.metrics()["offload.bytes_moved"] == streams.copies * session.engine.slow_tier.blob_bytes
     assert streams.copies > session.engine.policy.slots
     session.close()
     assert streams.locked == []
@@ -98,7 +98,7 @@ def test_the_settings_say_what_experts_compute_in(model, tmp_path):
     decoded(model.assemble(layers))
     engine = session.engine
     assert isinstance(layers[1].mlp.experts[7].down_proj, ExpertLinear)
-    assert (engine.store.moved_bytes, engine.store.blob_bytes) == (moved, slot)
+    assert (engine.slow_tier.moved_bytes, engine.slow_tier.blob_bytes) == (moved, slot)
     assert engine.policy.slots == 4 - 2
     start = place("frequency", session._profile, engine.policy.slots)
     by_format = [
@@ -132,15 +132,15 @@ def test_a_head_in_int8_costs_what_it_is(tmp_path, monkeypatch):
 
 def test_the_arena_lies_on_the_device_and_the_slow_tier_does_not(model, tmp_path):
     """`meta` stands for a GPU: another device than the CPU, that any machine has."""
-    session = OffloadSession(LRU, None, model, tmp_path, Store(), Apart("meta"))
+    session = OffloadSession(LRU, None, model, tmp_path, Store(), SeparateMemoryStreams("meta"))
     layers = finished(model, session.add)
     session.find_profile(None, WINDOWS, "random")
     session.engage(layers)
-    held = {t.device.type for layer in layers for t in tensors_of(layer.mlp.experts).values() if t.numel()}
+    held = {t.device.type for layer in layers for t in expert_tensors(layer.mlp.experts).values() if t.numel()}
     assert held == {"meta"}
-    assert session.engine.mover.streams.copies == session.engine.policy.slots
-    blob = torch.zeros(session.engine.store.blob_bytes, dtype=torch.uint8)
-    session.engine.store.read(0, 0, blob)
+    assert session.engine.transfer.streams.copies == session.engine.policy.slots
+    blob = torch.zeros(session.engine.slow_tier.blob_bytes, dtype=torch.uint8)
+    session.engine.slow_tier.read(0, 0, blob)
     assert blob.any()
     session.close()
 
@@ -148,7 +148,7 @@ def test_the_arena_lies_on_the_device_and_the_slow_tier_does_not(model, tmp_path
 @pytest.mark.parametrize("finish", [False, True])
 def test_what_is_locked_is_given_up_without_an_engine(model, tmp_path, finish):
     """Where a pass ends early, and where the budget turns out to leave no slot."""
-    streams = Apart("cpu")
+    streams = SeparateMemoryStreams("cpu")
     session = OffloadSession(replace(LRU, budget="1kB"), None, model, tmp_path, Store(), streams)
     layers = finished(model, session.add if finish else lambda layer: None)
     if finish:
@@ -176,14 +176,14 @@ def test_costs_are_measured_and_leave_the_layer_as_it_was(model, tmp_path):
         for layer in finished(model):
             writer.add(layer.mlp.experts)
         store = writer.open()
-    before = {name: tensor.clone() for name, tensor in tensors_of(layers[0].mlp.experts[0]).items()}
+    before = {name: tensor.clone() for name, tensor in expert_tensors(layers[0].mlp.experts[0]).items()}
     costs = measure_costs(layers[0], model.family.moe, store, model)
     assert costs.expert_bytes == store.blob_bytes
     assert costs.from_disk
     assert list(costs.fast.sizes) == list(costs.slow.sizes) == list(TOKENS)
     assert min(*costs.fast.seconds, *costs.slow.seconds, *costs.fetch.seconds) > 0
     assert costs.rest(1) == costs.outside(1) == costs.issue(1) == UNKNOWN
-    after = tensors_of(layers[0].mlp.experts[0])
+    after = expert_tensors(layers[0].mlp.experts[0])
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     store.close()
 

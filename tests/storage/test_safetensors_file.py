@@ -1,4 +1,4 @@
-"""The file format: safetensors that its own library reads, an expert as one range of bytes, damage named."""
+"""Test the file format: the safetensors library can read it, an expert is contiguous, and damage is reported."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_an_expert_is_one_range_of_bytes(tensors, tmp_path):
         start, end = byte_range(path, names)
         assert end - start == sum(tensors[name].nbytes for name in names)
         assert tensors[names[0]].numpy().tobytes() in content[start:end]
-    with pytest.raises(UserError, match="do not lie side by side"):
+    with pytest.raises(UserError, match="are not contiguous"):
         byte_range(path, [name for name in tensors if ".experts.1." not in name])
     with pytest.raises(UserError, match="no tensor 'absent'"):
         byte_range(path, ["absent"])

@@ -1,4 +1,4 @@
-"""Files and folders are whole or absent; folder names are unique and fit the disk."""
+"""Test that files and folders are complete or absent, and that folder names are unique and short enough."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What a run prints: every figure with its unit."""
+"""Test that every printed metric has its unit."""
 
 from __future__ import annotations
 
 import pytest
 
-from haq_lab.utils.console import readable, show_results
+from haq_lab.utils.console import format_metric, show_results
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from haq_lab.utils.console import readable, show_results
     ],
 )
 def test_a_metric_has_its_unit(metric, value, text):
-    assert readable(metric, value) == text
+    assert format_metric(metric, value) == text
 
 
 def test_no_name_is_cut_where_nothing_limits_the_width(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Whether the hub answers is asked once, and never where the environment forbids it."""
+"""Test that the hub is asked once, and never if the environment forbids it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from haq_lab.utils.hub import hub_answers
+from haq_lab.utils.hub import hub_is_reachable
 
 
 class Session:
@@ -25,22 +25,22 @@ class Session:
 @pytest.fixture(autouse=True)
 def anew(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub_answers.cache_clear()
+    hub_is_reachable.cache_clear()
     yield
-    hub_answers.cache_clear()
+    hub_is_reachable.cache_clear()
 
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_it_is_asked_once(monkeypatch, answers):
     session = Session(answers)
     monkeypatch.setattr(huggingface_hub, "get_session", session)
-    assert [hub_answers(), hub_answers()] == [answers, answers]
+    assert [hub_is_reachable(), hub_is_reachable()] == [answers, answers]
     assert session.asked == 1
 
 
-def test_it_is_not_asked_where_the_environment_says_so(monkeypatch):
+def test_it_is_not_asked_if_the_environment_forbids_it(monkeypatch):
     session = Session(answers=True)
     monkeypatch.setattr(huggingface_hub, "get_session", session)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert not hub_answers()
+    assert not hub_is_reachable()
     assert session.asked == 0

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""Test that freed memory is returned to the system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from haq_lab.utils import malloc as heap
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no malloc_trim in this C library")
-def test_holes_between_tensors_are_given_back():
+def test_gaps_between_tensors_are_returned():
     process = psutil.Process()
     torch.ones(8 << 20, dtype=torch.uint8)  # from here on blocks of this size lie in the heap
     blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(128)]

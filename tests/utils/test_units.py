@@ -1,4 +1,4 @@
-"""Sizes as settings write them."""
+"""Test the parsing of sizes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""costs."""
+"""Predict how long experts take to run and to fetch."""

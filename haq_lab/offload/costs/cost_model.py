@@ -1,9 +1,9 @@
-"""The latency predictor: what an expert costs to run, here or there, and to fetch; and where each one should run.
+"""Predict what it costs to run an expert in either tier or to fetch it, and decide where each missing expert runs.
 
-Costs are piecewise linear, fitted on micro-benchmarks (`measured_costs.py`) or taken from a machine's figures
-(`machine_costs.py`). A running engine corrects them by what everything takes (`observer.py`). The objective is the sum
-of all costs (Fiddler's code) or when the last of the fast device, the link and the CPU is done, which work at the same
-time (Fiddler's comment; arXiv 2402.07033).
+Costs are piecewise linear. They are fitted to micro-benchmarks (`measured.py`) or derived from a machine's
+specification (`from_spec.py`). A running engine corrects them by its measurements (`engine/cost_feedback.py`). The
+objective is one of two. `sum` adds all costs, as the code of Fiddler does. `max` takes the time until the fast device,
+the link and the CPU are all done, because they work at the same time (arXiv 2402.07033).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Literal
 import numpy as np
 
 Objective = Literal["sum", "max"]
-EXACT_UP_TO = 12  # missing experts whose every split is tried; beyond, only splits by the number of tokens
-MEMORY = 0.998  # of a correction that the next measurement leaves, once there were many
+EXACT_UP_TO = 12  # missing experts up to which every split is tried
+MEMORY = 0.998  # least weight of the old correction in a moving average
 
 
 @dataclass
 class PiecewiseLinear:
-    """Seconds as a function of a size: straight lines between measured points, the last one going on.
+    """Seconds as a piecewise linear function of a size. Beyond the last point the last line continues.
 
     Attributes:
-        sizes: Rising.
-        seconds: At these sizes.
-        correction: What the curve is multiplied by; moves with `observe`.
-        observed: Measurements that it has moved by.
+        sizes: Sizes of the points, ascending.
+        seconds: Seconds at these sizes.
+        correction: Factor that the curve is multiplied by. `observe` changes it.
+        observed: Number of measurements so far.
     """
 
     sizes: Sequence[float]
@@ -37,7 +37,7 @@ class PiecewiseLinear:
     observed: int = field(default=0)
 
     def __call__(self, size: float) -> float:
-        """Seconds for a size; 0 for none."""
+        """Return the seconds for a size, and 0 for sizes up to 0."""
         if size <= 0:
             return 0.0
         return self.correction * self._curve(size)
@@ -49,8 +49,15 @@ class PiecewiseLinear:
         return float(y1 + (y1 - y0) / (x1 - x0) * (size - x1))
 
     def observe(self, size: float, seconds: float) -> None:
-        """Move towards a measurement: the mean of all so far, later of the latest. A curve of no seconds has nothing to
-        correct."""
+        """Correct the curve by a measurement.
+
+        The correction is the mean ratio of all measurements, and an exponential moving average once there are many. A
+        curve that predicts 0 seconds is not corrected.
+
+        Args:
+            size: Size that was measured.
+            seconds: Measured seconds.
+        """
         if predicted := self._curve(size):
             self.observed += 1
             weight = max(1 / self.observed, 1 - MEMORY)
@@ -58,7 +65,11 @@ class PiecewiseLinear:
 
     @classmethod
     def fitted(cls, samples: Sequence[tuple[float, float]]) -> PiecewiseLinear:
-        """The median at each size of (size, seconds) samples, made not to fall."""
+        """Fit a non-decreasing curve through the median at each size.
+
+        Args:
+            samples: (size, seconds) pairs.
+        """
         sizes = sorted({size for size, _ in samples})
         medians = [float(np.median([seconds for at, seconds in samples if at == size])) for size in sizes]
         return cls(sizes, np.maximum.accumulate(medians).tolist())
@@ -66,19 +77,19 @@ class PiecewiseLinear:
 
 @dataclass
 class Costs:
-    """Seconds of everything that a layer's experts can need.
+    """Seconds of all the work that a layer's experts can need.
 
     Attributes:
         fast: One expert on the fast device, by tokens.
-        slow: One expert where its weights lie in the slow tier, by tokens.
-        fetch: One expert's bytes into the fast tier, by bytes.
-        rest: Everything else of a layer (attention, norms, router), by tokens.
-        outside: What lies outside the layers (embedding, head), by tokens.
-        expert_bytes: Of one expert, as it is moved.
-        issue: What asking for fetches keeps the fast device from its work, by experts asked for.
-        begin: What a fetch takes to get under way where no other is, by fetches: waking up who fetches.
-        take: What taking over an expert that has come does, by experts: waking up, giving its module the weights.
-        from_disk: There is no GPU: the slow tier is the disk, and what runs in place runs on the fast device too.
+        slow: One expert in the slow tier, by tokens.
+        fetch: Moving one expert to the fast tier, by bytes.
+        rest: The other parts of a layer (attention, norms, router), by tokens.
+        outside: The parts outside the layers (embedding, head), by tokens.
+        expert_bytes: Bytes that are moved for one expert.
+        issue: Requesting fetches, which delays the fast device, by number of fetches.
+        begin: Waking the reading thread if it is idle, by number of fetches.
+        take: Taking over fetched experts (waking up, binding the weights), by number of experts.
+        from_disk: Whether the slow tier is a disk, so there is no GPU and experts in place run on the fast device too.
     """
 
     fast: PiecewiseLinear
@@ -96,10 +107,18 @@ class Costs:
 def seconds(
     costs: Costs, resident: dict[int, int], fetched: dict[int, int], in_place: dict[int, int], by: Objective
 ) -> float:
-    """Predicted seconds of a layer's experts, given as {expert: tokens}, under an objective.
+    """Predict the seconds of a layer's experts, given as {expert: tokens}.
 
-    `max`: the link works beside the fast device, which runs the resident experts first and a fetched one when it is
-    there, heaviest first; beside both works the CPU, if it is not the fast device itself.
+    With the objective `max`, the link fetches while the fast device computes. The fast device runs the resident experts
+    first, then each fetched expert when it has arrived, the one with most tokens first. The CPU works at the same time,
+    unless it is the fast device.
+
+    Args:
+        costs: Costs of the machine.
+        resident: Experts in the fast tier.
+        fetched: Experts to fetch.
+        in_place: Experts that run in the slow tier.
+        by: Objective.
     """
     begin = costs.issue(len(fetched)) + sum(costs.fast(tokens) for tokens in resident.values())
     fetch, slow = costs.fetch(costs.expert_bytes), sum(costs.slow(tokens) for tokens in in_place.values())
@@ -119,27 +138,40 @@ def seconds(
 
 @dataclass
 class Predictor:
-    """Decides which missing experts run in place; its `decide` is what a policy calls."""
+    """Decides which missing experts run in place. A policy calls its `decide`.
+
+    Attributes:
+        costs: Costs of the machine. They may be corrected while it is in use.
+        objective: Objective to minimise.
+    """
 
     costs: Costs
     objective: Objective = "max"
 
     def decide(self, resident: dict[int, int], missing: dict[int, int]) -> list[int]:
-        """The missing experts to run in place, given {expert: tokens}: the split with the least predicted time.
+        """Choose the missing experts that run in place, so that the predicted time is minimal.
 
-        Exact up to `EXACT_UP_TO` missing experts. Beyond, the splits are those that fetch the experts with most
-        tokens, however many: a fetch costs the same for all, computing in place grows with the tokens.
+        The search is exhaustive for up to `EXACT_UP_TO` missing experts. Beyond that it only considers fetching the n
+        experts with most tokens, for every n. This is a good choice because fetching costs the same for all experts,
+        and computing in place grows with the tokens.
+
+        Args:
+            resident: {expert: tokens} of the experts in the fast tier.
+            missing: {expert: tokens} of the missing experts.
+
+        Returns:
+            The missing experts to run in place. The others are to be fetched.
         """
         heaviest = sorted(missing, key=lambda expert: (-missing[expert], expert))
         if len(missing) <= EXACT_UP_TO:
-            splits = [kept for count in range(len(missing) + 1) for kept in combinations(heaviest, count)]
+            splits = [split for count in range(len(missing) + 1) for split in combinations(heaviest, count)]
         else:
             splits = [tuple(heaviest[:count]) for count in range(len(missing) + 1)]
 
-        def price(fetched: tuple[int, ...]) -> float:
+        def predicted_seconds(fetched: tuple[int, ...]) -> float:
             moved = {expert: missing[expert] for expert in fetched}
             left = {expert: missing[expert] for expert in missing if expert not in moved}
             return seconds(self.costs, resident, moved, left, self.objective)
 
-        best = min(splits, key=price)
+        best = min(splits, key=predicted_seconds)
         return [expert for expert in missing if expert not in best]

@@ -1,9 +1,8 @@
-"""What experts cost on a machine, from its figures in conf/hardware (`hardware.py`): for planning and simulating
-without having it. In a run on this machine they are timed instead (`measured_costs.py`).
+"""Derive the costs of experts from a machine's specification (`conf/hardware`), without the machine itself.
 
-Each cost is the larger of the operations at peak rate and the bytes at full bandwidth, times what is reached of
-them in practice, plus a launch. These are bounds made plausible, no measurements: whatever follows from them is
-labelled simulated.
+A run on this machine measures the costs instead (`measured.py`). Each cost is the larger of operations at peak rate and
+bytes at full bandwidth, divided by the share that is reached in practice, plus a kernel launch. These are estimates and
+not measurements, so all results that follow from them are labelled as simulated.
 """
 
 from __future__ import annotations
@@ -14,37 +13,33 @@ from haq_lab.offload.costs.model_shape import Shape
 from haq_lab.offload.tiers.formats import Format
 
 BYTES = {"int8": 1, "fp16": 2, "bf16": 2}
-
-
-LINK_REACHED = 0.82  # pinned copies reach 80-85 % of the link (a rule of thumb, unsourced)
-
-
-REACHED = 0.6  # of peak operations and bandwidth (a rule of thumb, unsourced)
-
-
-LAUNCH = 30e-6  # seconds for an expert's few kernels
-
-
-HOST_OPERATIONS_PER_BYTE = 16.0  # int8 operations a second over bytes a second of a host's memory: AVX2 desktops
-
-
+LINK_REACHED = 0.82  # share of the link that pinned copies reach: 80-85 % (a rule of thumb without a source)
+REACHED = 0.6  # share of peak operations and bandwidth (a rule of thumb without a source)
+LAUNCH = 30e-6  # seconds to launch an expert's kernels
+HOST_OPERATIONS_PER_BYTE = 16.0  # int8 operations per byte of host memory bandwidth, for AVX2 desktops
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 def machine_costs(hardware: Hardware, shape: Shape, host: Format = "int8", device: Format = "int8") -> Costs:
-    """The costs of a model on a machine whose experts lie in the slow tier as `host` and run as `device`.
+    """Return the costs of a model on a machine.
 
-    Where the two differ, a fetch includes the conversion on the device (dequantization on load). Where a GPU shares
-    the host's memory, there is no link, and a fetch is a copy within it. Where there is no GPU, the slow tier is the
-    disk, an expert in place is read and computed, and the figures are what was reached.
+    If the two formats differ, a fetch includes the conversion on the device (dequantization on load). If a GPU shares
+    the host's memory, a fetch is a copy in that memory. If there is no GPU, the slow tier is the disk. An expert in
+    place is then read and computed, and the figures are used as they are, because they were measured.
+
+    Args:
+        hardware: Specification of the machine.
+        shape: Sizes of the model.
+        host: Format of the experts in the slow tier.
+        device: Format of the experts in the fast tier.
     """
     reached, link_reached = (1.0, 1.0) if hardware.from_disk else (REACHED, LINK_REACHED)
     operations = hardware.int8_tops * 1e12 * (1.0 if device == "int8" else 0.5) * reached
     bandwidth = hardware.bandwidth_gbs * 1e9 * reached
 
     def on_device(weights: int, width: int) -> PiecewiseLinear:
-        least = [max(2 * n * weights / operations, width * weights / bandwidth) + LAUNCH for n in TOKENS]
-        return PiecewiseLinear(TOKENS, least)
+        estimates = [max(2 * n * weights / operations, width * weights / bandwidth) + LAUNCH for n in TOKENS]
+        return PiecewiseLinear(TOKENS, estimates)
 
     fast = on_device(shape.expert, BYTES[device])
     moved = shape.expert * BYTES[host]

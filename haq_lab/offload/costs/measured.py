@@ -1,5 +1,7 @@
-"""Micro-benchmarks of this machine: what its experts cost to run and to read. The engine's predictor decides by
-them, and the simulator is held against the engine with them."""
+"""Measure what it costs to run and to fetch experts on this machine.
+
+The predictor uses these costs, and tests compare the simulator with the engine by them.
+"""
 
 from __future__ import annotations
 
@@ -15,45 +17,51 @@ from torch import nn
 from haq_lab.models.architectures import Moe
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.offload.costs.cost_model import Costs, PiecewiseLinear
-from haq_lab.offload.tiers.arena import aligned
+from haq_lab.offload.tiers.arena import page_aligned
 from haq_lab.offload.tiers.base import SlowTier
 from haq_lab.offload.tiers.cuda_streams import Streams
-from haq_lab.offload.tiers.disk import bind, put, tensors_of
+from haq_lab.offload.tiers.disk import bind, expert_tensors, set_tensor
 
 TOKENS = (1, 4, 16, 64)
 REPEATS = 7
 READS = 40
-UNKNOWN = 1e-4  # seconds of what only a running engine can tell, until it has (`observer.py`)
+UNKNOWN = 1e-4  # seconds, until a running engine corrects them (`engine/cost_feedback.py`)
 
 
 def measure_costs(
-    layer: nn.Module, moe: Moe, store: SlowTier, model: LayeredModel, streams: Streams | None = None
+    layer: nn.Module, moe: Moe, slow_tier: SlowTier, model: LayeredModel, streams: Streams | None = None
 ) -> Costs:
-    """The costs of a model's experts here, on its two tiers. Takes about a second.
+    """Measure the costs of a model's experts on its two tiers. Takes about a second.
 
     Args:
-        layer: A decoder layer whose experts are in the store or in memory.
-        streams: Of the device that computes; a CPU's if None.
+        layer: First decoder layer, with its experts in the slow tier or in memory.
+        moe: Description of the family's MoE block.
+        slow_tier: Slow tier that holds the experts.
+        model: The model that the layer belongs to.
+        streams: Streams of the device that computes. If None, the CPU computes.
+
+    Returns:
+        The costs. Costs that only a running engine can measure are set to `UNKNOWN`.
     """
     streams = streams or Streams()
     experts: Any = layer.get_submodule(moe.experts)
-    blob = aligned(store.blob_bytes, streams.device)
+    blob = page_aligned(slow_tier.blob_bytes, streams.device)
 
     def read(number: int) -> None:
         with streams.copying(streams.mark()):
-            store.read(0, number, blob)
+            slow_tier.read(0, number, blob)
         streams.drain()
 
-    moved = store.moved_bytes
-    fetch = [(moved, _once(partial(read, index % len(experts)))) for index in range(READS)]
-    held = {name: tensor.detach() for name, tensor in tensors_of(experts[0]).items()}
+    moved = slow_tier.moved_bytes
+    fetch = [(moved, _seconds_of(partial(read, index % len(experts)))) for index in range(READS)]
+    own_weights = {name: tensor.detach() for name, tensor in expert_tensors(experts[0]).items()}
     read(0)
     fast, slow = [], []
     for tokens in TOKENS:
         hidden = torch.randn(tokens, model.config.hidden_size).to(streams.device)
         chosen = torch.zeros(tokens, 1, dtype=torch.long, device=streams.device)
         run = partial(experts, hidden, chosen, torch.ones(tokens, 1, device=streams.device))
-        bind(experts[0], store.parts, blob)
+        bind(experts[0], slow_tier.parts, blob)
         run()
         for _ in range(REPEATS):
             begin = streams.mark()
@@ -61,24 +69,24 @@ def measure_costs(
             fast.append((tokens, streams.seconds(begin, streams.mark())))
 
         def in_place(run: Callable[[], Any] = run) -> None:
-            expert = store.in_place(0, 0, experts[0])
-            with _taken_for(experts, expert, streams.apart):
+            expert = slow_tier.use_in_place(0, 0, experts[0])
+            with _replaced_by(experts, expert, streams.separate_memory):
                 run()
 
         for _ in range(3):
-            store.leave([])
-            slow.append((tokens, _once(in_place)))
-    for name, tensor in held.items():
-        put(experts[0], name, tensor)
+            slow_tier.end_use([])
+            slow.append((tokens, _seconds_of(in_place)))
+    for name, tensor in own_weights.items():
+        set_tensor(experts[0], name, tensor)
     rest, outside, issue, begin, take = (PiecewiseLinear([1], [UNKNOWN]) for _ in range(5))
     fast_curve, slow_curve, fetch_curve = (PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch))
-    first = fast_curve, slow_curve, fetch_curve, rest, outside
-    return Costs(*first, moved, issue, begin, take, from_disk=not streams.apart)
+    curves = fast_curve, slow_curve, fetch_curve, rest, outside
+    return Costs(*curves, moved, issue, begin, take, from_disk=not streams.separate_memory)
 
 
 @contextmanager
-def _taken_for(experts: Any, expert: nn.Module, beside: bool) -> Iterator[None]:
-    """Within the block, whichever expert is asked for is this one, on the host beside a GPU where `beside`."""
+def _replaced_by(experts: Any, expert: nn.Module, beside: bool) -> Iterator[None]:
+    """Make `experts` return this expert for every index within the block."""
     experts.expert, experts.beside = lambda number: expert, beside
     try:
         yield
@@ -87,7 +95,7 @@ def _taken_for(experts: Any, expert: nn.Module, beside: bool) -> Iterator[None]:
         experts.beside = False
 
 
-def _once(run: Callable[[], Any]) -> float:
+def _seconds_of(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

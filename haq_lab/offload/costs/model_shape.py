@@ -1,4 +1,4 @@
-"""A Mixture-of-Experts model by its sizes: what costs, budgets and plans need to know of it."""
+"""Describe a Mixture-of-Experts model by its sizes, for costs, budgets and plans."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A Mixture-of-Experts model by its sizes.
+    """Sizes of a Mixture-of-Experts model.
 
     Attributes:
-        layers: Decoder layers, all with experts.
-        experts: In a layer.
-        k: Experts that a token chooses.
+        layers: Number of decoder layers. All have experts.
+        experts: Number of experts per layer.
+        k: Number of experts that each token chooses.
         expert: Weights of one expert.
-        rest: Weights of one layer outside the experts.
-        outside: Weights outside the layers that a token reads: the head. The embedding has as many.
-        kv_per_token: Numbers in the key-value cache, all layers.
-        work_per_token: Numbers that a layer at work holds beside it: the stream and its norm, queries, keys, values and
-            what attention makes of them, and the gate, up and down products of the k experts chosen.
-        head_bytes: Of each weight of the head: 2, or 1 where it is in int8 (`quantizer.lm_head`).
-        tied: The head is the embedding, as long as both are in 16 bits.
+        rest: Weights of one layer without its experts.
+        outside: Weights of the head. The embedding has as many.
+        kv_per_token: Numbers in the KV cache per token, over all layers.
+        work_per_token: Numbers per token that a running layer holds: hidden states and their norm, queries, keys,
+            values, attention output, and the outputs of gate, up and down projection of the k chosen experts.
+        head_bytes: Bytes per weight of the head: 2, or 1 if it is int8 (`quantizer.lm_head`).
+        tied: Whether the head shares the embedding's tensor. It does so only if both have 16 bits.
     """
 
     layers: int
@@ -38,13 +38,19 @@ class Shape:
 
     @property
     def tables_bytes(self) -> int:
-        """Of the embedding, in 16 bits, and of the head where that is another tensor."""
+        """Bytes of the embedding (16 bits), and of the head if it is a separate tensor."""
         shared = self.tied and self.head_bytes == 2
         return (2 if shared else 2 + self.head_bytes) * self.outside
 
     @classmethod
     def of(cls, config: Any, experts: int, int8_head: bool = False) -> Shape:
-        """From a transformers config, and whether the head is in int8."""
+        """Return the sizes of a model.
+
+        Args:
+            config: A transformers config.
+            experts: Number of experts per layer.
+            int8_head: Whether the head is int8.
+        """
         hidden, layers = config.hidden_size, config.num_hidden_layers
         inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""Hardware by name, this machine included: `local` is what `python -m haq_lab.offload profile` measured here."""
+"""Measure this machine for the hardware profile `local`, which `python -m haq_lab.offload profile` saves."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ import torch
 from haq_lab.hardware.spec import Hardware
 from haq_lab.int8.backend import PackedLinear
 from haq_lab.int8.cpu.backend import CpuBackend
-from haq_lab.offload.tiers.arena import aligned
-from haq_lab.offload.tiers.disk import past_the_cache
+from haq_lab.offload.tiers.arena import page_aligned
+from haq_lab.offload.tiers.disk import open_direct
 
-SIZE = 64 * 2**20  # bytes copied and read: more than any cache near the cores
-
-
-ROWS, K = 512, 2048  # of the int8 product
+SIZE = 64 * 2**20  # bytes to copy and read, more than the CPU caches hold
+ROWS, K = 512, 2048  # sizes of the int8 matrix product
 
 
 def measure_machine(scratch: Path) -> Hardware:
-    """This machine as a profile: the CPU is the device, the disk is behind the link.
+    """Measure this machine. The CPU is the device, and the disk is the slow tier.
 
     Args:
-        scratch: A folder on the disk that would hold the slow tier.
+        scratch: Folder on the disk that would hold the slow tier.
+
+    Returns:
+        The measured hardware profile.
     """
     backend = CpuBackend()
     rows, columns = (torch.randint(-127, 128, (size, K), dtype=torch.int8) for size in (ROWS, K))
     weights, row_scale = PackedLinear(backend.pack(columns), torch.ones(K)), torch.ones(ROWS, 1)
-    multiply = _least(lambda: backend.product(rows, row_scale, weights, torch.float32))
-    source, target = torch.ones(SIZE, dtype=torch.uint8), aligned(SIZE)
-    copy = _least(lambda: target.copy_(source))
+    multiply = _shortest_seconds(lambda: backend.product(rows, row_scale, weights, torch.float32))
+    source, target = torch.ones(SIZE, dtype=torch.uint8), page_aligned(SIZE)
+    copy = _shortest_seconds(lambda: target.copy_(source))
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        read = _least(_reader(Path(folder) / "bytes", target))
+        read = _shortest_seconds(_reader(Path(folder) / "bytes", target))
     stamp = time.strftime("%Y-%m-%d")
     return Hardware(
         name=f"this machine ({platform.machine()}, {os.cpu_count()} cores)",
@@ -57,7 +58,7 @@ def _reader(path: Path, target: torch.Tensor) -> Callable[[], Any]:
     view = memoryview(cast(Any, target.numpy()))
 
     def read() -> None:
-        with open(path, "rb", buffering=0, opener=lambda name, _: past_the_cache(name)) as stream:
+        with open(path, "rb", buffering=0, opener=lambda name, _: open_direct(name)) as stream:
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             stream.readinto(view)
@@ -65,8 +66,8 @@ def _reader(path: Path, target: torch.Tensor) -> Callable[[], Any]:
     return read
 
 
-def _least(run: Callable[[], Any]) -> float:
-    """The shortest of a few runs, in seconds."""
+def _shortest_seconds(run: Callable[[], Any]) -> float:
+    """Return the shortest time of five runs, in seconds."""
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

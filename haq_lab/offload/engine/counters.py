@@ -1,4 +1,4 @@
-"""What an engine counts as it runs, a layer each: hits, misses, bytes moved, guesses."""
+"""Count hits, misses, bytes moved and prefetches of an engine, per layer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from numpy.typing import NDArray
 
 
 class Counters:
-    """Args:
-        layers: Of the model.
-        blob_bytes: Of one expert, as it is moved.
+    """Counts per layer what an engine does.
 
-    Attributes (layers,):
-        read: Experts fetched, guesses among them.
-        guessed, guesses_used: Experts read ahead, and those of them that were wanted.
-        waited: Seconds.
+    Args:
+        layers: Number of layers of the model.
+        blob_bytes: Bytes that are moved for one expert.
+
+    Attributes:
+        read: (layers,) experts fetched, prefetched ones included.
+        guessed: (layers,) experts prefetched.
+        guesses_used: (layers,) prefetched experts that were then needed.
+        waited: (layers,) seconds that computing waited for experts.
     """
 
     def __init__(self, layers: int, blob_bytes: int):
@@ -26,14 +29,20 @@ class Counters:
         self.waited = np.zeros(layers)
 
     def visit(self, layer: int, counts: NDArray[np.int64], missing: list[int]) -> None:
-        """A layer wants experts for `counts` (E,) tokens each, of which these are missing."""
+        """Count the hits and misses of one layer in one step.
+
+        Args:
+            layer: Index of the layer.
+            counts: (E,) tokens per expert.
+            missing: Experts that are needed and not resident.
+        """
         self._pairs[layer] += counts.sum()
         self._pair_hits[layer] += counts.sum() - counts[missing].sum()
         self._experts[layer] += np.count_nonzero(counts)
         self._expert_hits[layer] += np.count_nonzero(counts) - len(missing)
 
     def metrics(self) -> dict[str, float]:
-        """By their full names; no hit rates where no expert was asked for."""
+        """Return the metrics by their full names. Hit rates are left out if nothing was counted."""
         metrics = {}
         if self._pairs.any():
             metrics["offload.hit_rate_pairs"] = float(self._pair_hits.sum() / self._pairs.sum())
@@ -44,11 +53,11 @@ class Counters:
         return metrics
 
     def prefetch_accuracy(self) -> float:
-        """The share of guesses that were wanted."""
+        """Return the share of prefetched experts that were needed."""
         return float(self.guesses_used.sum() / max(self.guessed.sum(), 1))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer."""
+        """Return one row per layer, as a dict."""
         return [
             {
                 "hits": int(self._pair_hits[layer]),

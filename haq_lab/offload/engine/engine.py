@@ -1,14 +1,9 @@
-"""The engine: a model whose experts live on two tiers, computing exactly what it would with all of them in memory.
+"""Serve a model's experts from two tiers, without a change in its output.
 
-The fast tier is an arena in the memory of the device that computes: a GPU's, with the slow tier in the host's memory
-(`host_tier.py`), or RAM, with the slow tier a file (`store.py`). A policy says which experts stay. A thread reads
-missing experts while the layer's resident ones compute; a missing expert that the policy does not admit, and every
-prefetched one, passes through a few spare slots of the same arena.
-
-    engine = Engine(store, policy, spare=2)
-    engine.attach(layers, family.moe)
-    ... the model runs ...
-    engine.stats()
+The fast tier is an arena of slots in the memory of the device that computes. The slow tier is pinned host memory for a
+GPU (`tiers/pinned_host.py`) and a file for a CPU (`tiers/disk.py`). A policy decides which experts are resident in the
+fast tier. A thread reads missing experts while the resident ones of the layer compute. Spare slots take prefetched
+experts and missing experts that the policy does not admit.
 """
 
 from __future__ import annotations
@@ -38,8 +33,13 @@ from haq_lab.offload.tiers.disk import ReadError
 
 @dataclass
 class _Step:
-    """A layer's visit in progress: missing experts without a slot yet, those that run in the slow tier (as they are
-    there), and those that pass through a spare slot."""
+    """State of the layer that is running.
+
+    Attributes:
+        waiting: Missing experts that have no slot yet.
+        in_place: Experts that run in the slow tier, as modules bound to their weights there.
+        passing: Experts that use a spare slot and are dropped after the layer.
+    """
 
     waiting: list[Key] = field(default_factory=list)
     in_place: dict[Key, nn.Module] = field(default_factory=dict)
@@ -47,82 +47,104 @@ class _Step:
 
 
 class Engine:
-    """Args:
-    store: The slow tier.
-    policy: Which experts are resident.
-    spare: Slots beside the policy's, for experts that pass through and for guesses; at least 1, 2 to overlap.
-    prefetch: Guesses the next layer's experts.
-    guesses: At most so many experts are read ahead.
-    observer: Told when everything happens, by the host's clock: for a CPU.
-    streams: Of the device that computes; a CPU's if None.
+    """Moves experts between two tiers while a model runs.
+
+    Args:
+        slow_tier: Slow tier that holds all experts.
+        policy: Policy that decides which experts are resident.
+        spare: Slots in addition to the policy's, for prefetched and not admitted experts. At least 1; 2 or more let
+            reads overlap with computing.
+        prefetch: Predictor of the next layer's experts. None disables prefetching.
+        guesses: Maximum number of experts to prefetch per layer. Less than `spare`.
+        feedback: Corrects the cost model by the host's clock. Use it on a CPU only.
+        streams: Streams of the device that computes. If None, the CPU computes.
 
     Attributes:
-        heard: What the layers chose, and what was guessed.
+        recorder: Records the routing decisions and prefetch guesses.
+        counters: Counts hits, misses and bytes moved per layer.
+
+    Example:
+        >>> engine = Engine(slow_tier, policy, spare=2)  # doctest: +SKIP
+        >>> engine.attach(layers, family.moe)  # doctest: +SKIP
+        >>> model.assemble(layers)(tokens)  # doctest: +SKIP
+        >>> engine.stats()  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        store: SlowTier,
+        slow_tier: SlowTier,
         policy: Policy,
         spare: int = 2,
         prefetch: Prefetch | None = None,
         guesses: int = 0,
-        observer: CostFeedback | None = None,
+        feedback: CostFeedback | None = None,
         streams: Streams | None = None,
     ):
         layers, self.experts = policy.resident.shape
-        assert 0 <= guesses < spare, "a missing expert needs a spare slot"
-        self.store, self.policy, self.prefetch, self.guesses = store, policy, prefetch, guesses
-        self.observer, self.heard = observer, Recorder(layers, self.experts)
-        self.counters = Counters(layers, store.moved_bytes)
-        self.mover = Transfer(store, policy.slots + spare, self.counters, observer, streams or Streams())
-        self.arena = self.mover.arena
-        self._guessed: dict[Key, None] = {}  # read ahead for the coming layer
+        assert 0 <= guesses < spare, "guesses must be less than spare, because a missing expert needs a spare slot"
+        self.slow_tier, self.policy, self.prefetch, self.guesses = slow_tier, policy, prefetch, guesses
+        self.feedback, self.recorder = feedback, Recorder(layers, self.experts)
+        self.counters = Counters(layers, slow_tier.moved_bytes)
+        self.transfer = Transfer(slow_tier, policy.slots + spare, self.counters, feedback, streams or Streams())
+        self.arena = self.transfer.arena
+        self._guessed: dict[Key, None] = {}  # prefetched for the next layer, in order
         self._step = _Step()
-        self._counts = np.zeros(self.experts, np.int64)  # tokens of the layer at work, by expert
-
-    # Putting it in place.
+        self._counts = np.zeros(self.experts, np.int64)  # tokens per expert in the current layer
 
     def attach(self, layers: list[nn.Module], moe: Moe) -> None:
-        """Take the layers' experts over: their weights leave memory, and the placed ones come in from the store."""
+        """Route the layers' experts through the engine, and load the experts that are resident at the start.
+
+        The experts' own weights are freed.
+
+        Args:
+            layers: All decoder layers.
+            moe: Description of the family's MoE block.
+
+        Raises:
+            ReadError: An expert could not be read.
+        """
         for index, layer in enumerate(layers):
             experts = cast(nn.ModuleList, layer.get_submodule(moe.experts))
-            self.mover.attach(experts)
+            self.transfer.attach(experts)
             _intercept(self, index, experts)
-        placed = [(int(index), int(number)) for index, number in zip(*np.nonzero(self.policy.resident), strict=True)]
-        for key in placed:
-            self.mover.fetch(key)
-        for key in placed:
-            self.mover.take_over(key)
-
-    # One layer's visit.
+        initial = [(int(layer), int(number)) for layer, number in zip(*np.nonzero(self.policy.resident), strict=True)]
+        for key in initial:
+            self.transfer.fetch(key)
+        for key in initial:
+            self.transfer.take_over(key)
 
     def begin(self, layer: int, hidden: Tensor, chosen: Tensor) -> list[int]:
-        """The layer's router has chosen (t, k) experts, known on the CPU, for hidden states (t, d).
+        """Start a layer: evict, fetch and prefetch experts according to the router's choice.
 
-        More than one token at once is a prompt, or an evaluation's window: a sequence begins.
+        Several tokens at once are a prompt or an evaluation window, so a new sequence begins.
+
+        Args:
+            layer: Index of the layer.
+            hidden: (t, d) hidden states that enter the MoE block.
+            chosen: (t, k) chosen experts, on the CPU.
 
         Returns:
-            The experts in the order in which they should run: those in memory first.
+            The chosen experts in the order in which they should run, resident ones first.
         """
         counts = torch.bincount(chosen.flatten(), minlength=self.experts).numpy()
-        self.mover.settle()
-        if self.observer is not None:
-            self.observer.chosen(layer, len(chosen))
+        self.transfer.settle()
+        if self.feedback is not None:
+            self.feedback.on_routing(layer, len(chosen))
         self._drop_wrong_guesses(layer, counts)
-        if self.observer is not None:
-            self.observer.decides()
+        if self.feedback is not None:
+            self.feedback.on_guesses_dropped()
         if layer == 0 and len(chosen) > 1:
             self.policy.begin()
         visit = self.policy.visit(layer, counts, len(chosen))
         self.counters.visit(layer, counts, visit.missing)
         self._step = _Step()
-        if self.observer is not None:
-            self._report(layer, counts, visit)
+        if self.feedback is not None:
+            self._predict(layer, counts, visit)
         for number in visit.missing:
             key = (layer, number)
             if number in visit.in_place and key not in self._guessed:
-                self._step.in_place[key] = self.store.in_place(layer, number, self.mover.layers[layer][number])
+                module = self.transfer.layers[layer][number]
+                self._step.in_place[key] = self.slow_tier.use_in_place(layer, number, module)
                 continue
             if number in visit.replaces:
                 self._evict(visit.replaces[number])
@@ -133,136 +155,142 @@ class Engine:
                 self.counters.guesses_used[layer] += 1
             else:
                 self._step.waiting.append(key)
-        # Admitted experts have a slot for certain, the ones passing through take turns.
+        # Admitted experts first: each has a free slot. The others share the spare slots.
         self._step.waiting.sort(key=lambda key: key in self._step.passing)
-        asked = len(self._step.waiting)
-        self._issue()
+        requested = len(self._step.waiting)
+        self._fetch_waiting()
         guesses: list[int] = []
-        if self.prefetch is not None and layer + 1 < len(self.mover.layers):
+        if self.prefetch is not None and layer + 1 < len(self.transfer.layers):
             guesses = self.prefetch.guess(layer, hidden, chosen, self.guesses)
-            self._guess(layer, guesses)
-        self.heard.note(layer, chosen, guesses)
+            self._prefetch(layer, guesses)
+        self.recorder.record(layer, chosen, guesses)
         self._counts = counts
-        if self.observer is not None:
-            self.observer.issued(asked + len(self._guessed))
-        return sorted(visit.wanted, key=partial(self._turn, layer, visit))
+        if self.feedback is not None:
+            self.feedback.on_requests_sent(requested + len(self._guessed))
+        return sorted(visit.wanted, key=partial(self._run_order, layer, visit))
 
-    def _turn(self, layer: int, visit: Visit, number: int) -> int:
-        """Those in memory first, then those in place while others are read, then these, then those without a slot."""
+    def _run_order(self, layer: int, visit: Visit, number: int) -> int:
+        """Return the sort key of an expert: resident, then in place, then being read, then without a slot."""
         key = (layer, number)
         if number not in visit.missing:
             return 0
         if key in self._step.in_place:
             return 1
-        return 2 if key in self.arena.where else 3
+        return 2 if key in self.arena.slot_of else 3
 
     def expert(self, layer: int, number: int) -> nn.Module:
-        """The expert, its weights in memory; waits for them where they are not.
+        """Return an expert with its weights bound, and wait for them if necessary.
+
+        Args:
+            layer: Index of the layer.
+            number: Index of the expert.
 
         Raises:
-            ReadError: They could not be read. The expert is then not resident, and the engine can go on.
+            ReadError: The weights could not be read. The expert is then not resident, and the engine can go on.
         """
         key = (layer, number)
         if key in self._step.waiting:
-            self._release_passed()
-            self._issue()
+            self._free_spare_slots()
+            self._fetch_waiting()
         fetched = None
-        if self.mover.coming(key):
+        if self.transfer.coming(key):
             try:
-                fetched = self.mover.wait(key)
+                fetched = self.transfer.wait(key)
             except ReadError:
                 self.policy.resident[key] = False
                 self._step.passing.discard(key)
                 raise
-        if self.observer is not None:
-            self.observer.starts(int(self._counts[number]), key in self._step.in_place, fetched)
-        return self._step.in_place.get(key, self.mover.layers[layer][number])
+        if self.feedback is not None:
+            self.feedback.on_expert_start(int(self._counts[number]), key in self._step.in_place, fetched)
+        return self._step.in_place.get(key, self.transfer.layers[layer][number])
 
     @property
     def beside(self) -> bool:
-        """Whether some of the visit's experts run beside the device that runs the others."""
-        return self.mover.streams.apart and bool(self._step.in_place)
+        """Whether some experts of the current layer run on the CPU while the GPU runs the others."""
+        return self.transfer.streams.separate_memory and bool(self._step.in_place)
 
     def end(self, layer: int) -> None:
-        """The layer is done: spare slots are free again."""
-        if self.observer is not None:
-            self.observer.computed()
+        """Finish a layer: free the spare slots.
+
+        Args:
+            layer: Index of the layer.
+        """
+        if self.feedback is not None:
+            self.feedback.on_experts_end()
         if self._step.in_place:
-            self.store.leave(list(self._step.in_place.values()))
-        for key in self._step.waiting:  # only where a read failed: what was admitted has not come
+            self.slow_tier.end_use(list(self._step.in_place.values()))
+        for key in self._step.waiting:  # not empty only if a read failed, so these were never loaded
             self.policy.resident[key] = False
-        for key in [key for key in self._step.passing if key in self.arena.where]:
-            self.mover.remove(key)
+        for key in [key for key in self._step.passing if key in self.arena.slot_of]:
+            self.transfer.remove(key)
         self._step = _Step()
-        if self.observer is not None:
-            self.observer.finished(layer)
+        if self.feedback is not None:
+            self.feedback.on_cleanup_end(layer)
 
-    # Moving experts.
-
-    def _issue(self) -> None:
+    def _fetch_waiting(self) -> None:
         while self._step.waiting and self.arena.free:
-            self.mover.fetch(self._step.waiting.pop(0))
+            self.transfer.fetch(self._step.waiting.pop(0))
 
     def _evict(self, key: Key) -> None:
-        if key in self.arena.where:  # a failed read may have left it without
-            self.mover.remove(key)
+        if key in self.arena.slot_of:  # after a failed read it has no slot
+            self.transfer.remove(key)
 
-    def _release_passed(self) -> None:
-        """Make room: of the experts that pass through, those that have been computed are done with."""
+    def _free_spare_slots(self) -> None:
+        """Free slots of experts in spare slots that have run. If there are none, drop one prefetched expert."""
         if self.arena.free:
             return
-        done = [key for key in self._step.passing if key in self.arena.where and not self.mover.coming(key)]
+        done = [key for key in self._step.passing if key in self.arena.slot_of and not self.transfer.coming(key)]
         for key in done or list(self._guessed)[:1]:
             self._guessed.pop(key, None)
             self._step.passing.discard(key)
-            self.mover.remove(key)
+            self.transfer.remove(key)
 
-    # Guesses.
-
-    def _guess(self, layer: int, numbers: list[int]) -> None:
+    def _prefetch(self, layer: int, numbers: list[int]) -> None:
         for number in numbers:
             key = (layer + 1, number)
-            if key in self.arena.where or not self.arena.free or self._step.waiting:
+            if key in self.arena.slot_of or not self.arena.free or self._step.waiting:
                 continue
-            self.mover.fetch(key)
+            self.transfer.fetch(key)
             self._guessed[key] = None
             self.counters.guessed[layer + 1] += 1
 
     def _drop_wrong_guesses(self, layer: int, counts: NDArray[np.int64]) -> None:
         for key in [key for key in self._guessed if key[0] != layer or counts[key[1]] == 0]:
             self._guessed.pop(key)
-            self.mover.remove(key)
+            self.transfer.remove(key)
 
-    # Looking in.
+    def _predict(self, layer: int, counts: NDArray[np.int64], visit: Visit) -> None:
+        """Give the cost feedback the experts that this layer needs, by how they are served."""
+        assert self.feedback is not None
 
-    def _report(self, layer: int, counts: NDArray[np.int64], visit: Visit) -> None:
-        """Tell the observer what a visit needs."""
-        assert self.observer is not None
-
-        def of(numbers: list[int]) -> dict[int, int]:
+        def with_tokens(numbers: list[int]) -> dict[int, int]:
             return {number: int(counts[number]) for number in numbers}
 
-        hits = of([one for one in visit.wanted if one not in visit.missing or (layer, one) in self._guessed])
-        placed = of([one for one in visit.in_place if (layer, one) not in self._guessed])
-        fetched = of([one for one in visit.missing if one not in placed and (layer, one) not in self._guessed])
-        self.observer.expects(hits, fetched, placed)
+        prefetched = {number for at, number in self._guessed if at == layer}
+        hits = [number for number in visit.wanted if number not in visit.missing or number in prefetched]
+        in_place = [number for number in visit.in_place if number not in prefetched]
+        fetched = [number for number in visit.missing if number not in in_place and number not in prefetched]
+        self.feedback.predict(with_tokens(hits), with_tokens(fetched), with_tokens(in_place))
 
     def stats(self) -> dict[str, float]:
-        """Metrics by their full names; no hit rates where no expert was asked for."""
-        self.mover.settle()
+        """Return the metrics by their full names.
+
+        The hit rates are left out if no layer has run.
+        """
+        self.transfer.settle()
         stats = self.counters.metrics() | {
             "offload.fast_tier_bytes": float(self.arena.bytes),
             "offload.slots": float(self.policy.slots),
         }
-        if self.observer is not None and self.observer.measured:
-            stats["predictor.mape"] = self.observer.mape()
+        if self.feedback is not None and self.feedback.measured:
+            stats["predictor.mape"] = self.feedback.mape()
         if self.prefetch is not None:
             stats["offload.prefetch_accuracy"] = self.counters.prefetch_accuracy()
         return stats
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each layer: residents, hits, misses, bytes, prefetches."""
-        self.mover.settle()
+        """Return one row per layer: resident experts, hits, misses, bytes moved and prefetches."""
+        self.transfer.settle()
         return [
             {"layer": layer, "resident": " ".join(map(str, np.flatnonzero(resident)))} | row
             for layer, (resident, row) in enumerate(zip(self.policy.resident, self.counters.rows(), strict=True))
@@ -271,26 +299,27 @@ class Engine:
     def check(self) -> None:
         """Assert the invariants that hold between two layers."""
         self.arena.check()
-        residents = {(int(layer), int(one)) for layer, one in zip(*np.nonzero(self.policy.resident), strict=True)}
-        assert residents | set(self._guessed) == set(self.arena.where), "residents and slots differ"
+        residents = {(int(layer), int(number)) for layer, number in zip(*np.nonzero(self.policy.resident), strict=True)}
+        expected = residents | set(self._guessed)
+        assert expected == set(self.arena.slot_of), "the resident experts are not those that have a slot"
 
     def close(self) -> None:
-        """Stop reading and close the slow tier."""
-        self.mover.stop()
-        self.store.close()
+        """Stop the reading thread and close the slow tier."""
+        self.transfer.stop()
+        self.slow_tier.close()
 
 
 def _intercept(engine: Engine, layer: int, experts: nn.ModuleList) -> None:
-    """Route a layer's experts through the engine: its visit before they run, and each one's weights before it does."""
+    """Wrap a layer's experts: the engine starts and ends the layer and provides each expert."""
     forward: Callable[..., Tensor] = experts.forward
 
-    def visited(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def forward_with_engine(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         module: Any = experts
-        known = chosen.cpu()  # on a GPU, the one wait for the router in a visit
-        module.order, module.beside = engine.begin(layer, hidden, known), engine.beside
+        on_cpu = chosen.cpu()  # on a GPU the host waits for the router here, and nowhere else in the layer
+        module.order, module.beside = engine.begin(layer, hidden, on_cpu), engine.beside
         try:
-            return forward(hidden, known, weights)
+            return forward(hidden, on_cpu, weights)
         finally:
             engine.end(layer)
 
-    cast(Any, experts).forward, cast(Any, experts).expert = visited, partial(engine.expert, layer)
+    cast(Any, experts).forward, cast(Any, experts).expert = forward_with_engine, partial(engine.expert, layer)

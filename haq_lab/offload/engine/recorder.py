@@ -11,29 +11,42 @@ from haq_lab.routing.trace import Trace
 
 
 class Recorder:
-    """What an engine has heard: the layers' choices, step by step, and the guesses that it made.
+    """Records the routing decisions and prefetch guesses of an engine.
 
     Args:
-        layers, experts: Of the model.
+        layers: Number of layers of the model.
+        experts: Number of experts per layer.
     """
 
     def __init__(self, layers: int, experts: int):
         self.layers, self.experts = layers, experts
         self._steps: list[list[tuple[NDArray[np.uint8], list[int]]]] = []
 
-    def note(self, layer: int, chosen: Tensor, guesses: list[int]) -> None:
-        """`layer` has chosen (t, k) experts; `guesses` are of the next layer."""
+    def record(self, layer: int, chosen: Tensor, guesses: list[int]) -> None:
+        """Record one layer of one step.
+
+        Args:
+            layer: Index of the layer. Layer 0 starts a step.
+            chosen: (t, k) chosen experts, on the CPU.
+            guesses: Experts of the next layer that the prefetch predicted.
+        """
         if layer == 0:
             self._steps.append([])
         self._steps[-1].append((chosen.numpy().astype(np.uint8), guesses))
 
     @property
     def decoded(self) -> int:
-        """Tokens decoded."""
+        """Number of decoded tokens."""
         return sum(len(step) == self.layers and len(step[0][0]) == 1 for step in self._steps)
 
     def trace(self, model: str = "") -> Trace:
-        """Its routing: a step of several tokens is a prompt and begins a sequence. At least one step must be whole."""
+        """Return the routing of all complete steps. There must be at least one.
+
+        A step of several tokens is a prompt and starts a sequence.
+
+        Args:
+            model: Name of the model, for the trace.
+        """
         steps = [step for step in self._steps if len(step) == self.layers]
         experts = [np.stack([chosen for chosen, _ in step], 1) for step in steps]  # each (t, layers, k)
         lengths = np.array([len(step) for step in experts])
@@ -44,5 +57,5 @@ class Recorder:
         return Trace(whole, np.ones(whole.shape, np.float16), decode, starts, self.experts, model, "as it ran")
 
     def prefetch(self) -> Remembered:
-        """The guesses again, in the order in which they were made."""
+        """Return a prefetch that repeats the recorded guesses in order."""
         return Remembered([[guesses for _, guesses in step] for step in self._steps if len(step) == self.layers])

@@ -1,4 +1,4 @@
-"""Experts on the move: out of the slow tier into slots of the arena, read by a thread of its own, and out of them."""
+"""Read experts from the slow tier into arena slots with a background thread, and remove them again."""
 
 from __future__ import annotations
 
@@ -15,87 +15,98 @@ from haq_lab.offload.tiers.disk import ReadError, bind
 
 
 class Transfer:
-    """Args:
-    store: The slow tier.
-    slots: Of the arena.
-    counters: Of reads, and of how long computing waited for them.
-    observer: Told of asking, reading and waiting.
-    streams: Of the device that computes.
+    """Moves experts into and out of the fast tier.
+
+    Args:
+        slow_tier: Slow tier that holds all experts.
+        slots: Number of slots of the fast tier.
+        counters: Counts the reads and the seconds that computing waits for them.
+        feedback: Measures requests, reads and waits. None disables it.
+        streams: Streams of the device that computes.
 
     Attributes:
         arena: The fast tier.
-        layers: Each layer's experts, as far as they are attached.
+        layers: Expert modules of each attached layer.
     """
 
     def __init__(
-        self, store: SlowTier, slots: int, counters: Counters, observer: CostFeedback | None, streams: Streams
+        self, slow_tier: SlowTier, slots: int, counters: Counters, feedback: CostFeedback | None, streams: Streams
     ):
-        self.store, self.counters, self.observer, self.streams = store, counters, observer, streams
-        self.arena = Arena(slots, store.blob_bytes, streams.device)
+        self.slow_tier, self.counters, self.feedback, self.streams = slow_tier, counters, feedback, streams
+        self.arena = Arena(slots, slow_tier.blob_bytes, streams.device)
         self.layers: list[nn.ModuleList] = []
         self._reader = ThreadPoolExecutor(1, "expert-reader")
         self._reads: dict[Key, Future[tuple[float, Mark]]] = {}
-        self._waits: list[tuple[int, Mark, Mark]] = []  # of computing for experts, by layer, not counted yet
+        self._waits: list[tuple[int, Mark, Mark]] = []  # layer, begin and end; not yet in the counters
 
     def attach(self, experts: nn.ModuleList) -> None:
-        """The next layer's experts: their weights leave memory."""
+        """Register the next layer's experts and free their weights."""
         self.layers.append(experts)
         for number in range(len(experts)):
             self.bind((len(self.layers) - 1, number), None)
 
     def bind(self, key: Key, blob: Tensor | None) -> None:
-        """Let an expert use the weights in a blob; None takes them away."""
-        bind(self.layers[key[0]][key[1]], self.store.parts, blob)
+        """Point an expert's parameters at a blob. None removes its weights."""
+        bind(self.layers[key[0]][key[1]], self.slow_tier.parts, blob)
 
     def coming(self, key: Key) -> bool:
-        """Whether an expert is being read, or there and not taken over yet."""
+        """Return whether an expert has been requested and not taken over yet."""
         return key in self._reads
 
     def fetch(self, key: Key) -> None:
-        """Ask for an expert; there must be a free slot. Returns at once."""
+        """Request an expert and return at once. There must be a free slot."""
         self.arena.take(key)
         self.counters.read[key[0]] += 1
-        asked = 0.0 if self.observer is None else self.observer.asks()
-        computed = self.streams.mark()  # the slot's last expert among it
-        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key), asked, computed)
+        requested_at = 0.0 if self.feedback is None else self.feedback.on_request()
+        computed = self.streams.mark()  # includes the last use of the slot
+        self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key), requested_at, computed)
 
-    def _read(self, key: Key, blob: Tensor, asked: float, computed: Mark) -> tuple[float, Mark]:
-        """Read an expert once what had been asked for is computed; when that was over, by the observer's clock and by
-        the stream's."""
-        if self.observer is not None:
-            self.observer.begins(asked)
+    def _read(self, key: Key, blob: Tensor, requested_at: float, computed: Mark) -> tuple[float, Mark]:
+        """Read an expert after all computing that was submitted before the request.
+
+        Returns:
+            End of the read as seconds of the feedback's clock, and as a mark of the copy stream.
+        """
+        if self.feedback is not None:
+            self.feedback.on_fetch_start(requested_at)
         with self.streams.copying(computed):
-            self.store.read(*key, blob)
-            there = self.streams.mark()
-        return 0.0 if self.observer is None else self.observer.fetched(self.store.moved_bytes), there
+            self.slow_tier.read(*key, blob)
+            copied = self.streams.mark()
+        return 0.0 if self.feedback is None else self.feedback.on_fetch_end(self.slow_tier.moved_bytes), copied
 
     def take_over(self, key: Key) -> float:
-        """Let a coming expert be used, after its copy; when it was read, by the observer's clock.
+        """Wait until a requested expert is read, and bind its weights.
+
+        Returns:
+            End of the read in seconds of the feedback's clock.
 
         Raises:
-            ReadError: It could not be read; its slot is free again.
+            ReadError: The expert could not be read. Its slot is free again.
         """
         try:
-            fetched, there = self._reads.pop(key).result()
+            fetched, copied = self._reads.pop(key).result()
         except ReadError:
             self.arena.release(key)
             raise
-        self.streams.wait(there)
+        self.streams.wait(copied)
         self.bind(key, self.arena.blob(key))
         return fetched
 
     def wait(self, key: Key) -> float:
-        """The same where computing stands still for it, which counts."""
-        if self.observer is not None:
-            self.observer.waits()
+        """Do the same as `take_over`, and count the time as waiting."""
+        if self.feedback is not None:
+            self.feedback.on_wait()
         start = self.streams.mark()
         fetched = self.take_over(key)
         self._waits.append((key[0], start, self.streams.mark()))
         return fetched
 
     def remove(self, key: Key) -> None:
-        """Out of the arena: a read that has not begun is called off, one that is under way ends first (on a GPU it is
-        then under way on the stream for copies, as the slot's next one will be after it)."""
+        """Free an expert's slot.
+
+        A read that has not started is cancelled. A read in progress is completed first. On a GPU its copy may still be
+        running; the next copy into the slot follows it on the same stream.
+        """
         if read := self._reads.pop(key, None):
             if read.cancel():
                 self.counters.read[key[0]] -= 1
@@ -106,12 +117,12 @@ class Transfer:
         self.arena.release(key)
 
     def settle(self) -> None:
-        """Count how long computing has waited."""
+        """Add the finished waits to the counters."""
         for layer, begin, end in self._waits:
             self.counters.waited[layer] += self.streams.seconds(begin, end)
         self._waits.clear()
 
     def stop(self) -> None:
-        """End the reading thread, once all copies are done; the slow tier stays."""
+        """Stop the reading thread after all copies are done. The slow tier stays open."""
         self._reader.shutdown()
         self.streams.drain()

@@ -1,49 +1,61 @@
-"""What the engine asks of the slow tier: a file (`store.py`) or, for a GPU, the host's memory (`host_tier.py`)."""
+"""Define the interface of a slow tier: a file (`disk.py`) or pinned host memory (`pinned_host.py`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from haq_lab.offload.tiers.disk import Part
 
-if TYPE_CHECKING:
-    pass
-
 
 class SlowTier(Protocol):
-    """All experts, each one contiguous blob.
+    """Storage of all experts. Each expert is one contiguous blob.
 
     Attributes:
-        parts: How a blob is laid out, the same for all.
-        blob_bytes: Its size.
-        moved_bytes: What is read for it.
-        room_bytes: What reading takes in the fast tier besides.
+        parts: Layout of a blob in the fast tier, the same for all experts.
+        blob_bytes: Size of a blob in the fast tier.
+        moved_bytes: Bytes that are moved to fetch one expert.
+        staging_bytes: Extra memory on the device that fetching needs.
     """
 
     parts: list[Part]
     blob_bytes: int
     moved_bytes: int
-    room_bytes: int
+    staging_bytes: int
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
-        """An expert's bytes into `blob` (blob_bytes,) uint8, in the order of the calling thread's stream.
+        """Copy an expert into the fast tier, in the order of the calling thread's stream.
+
+        Args:
+            layer: Index of the layer.
+            expert: Index of the expert.
+            blob: (blob_bytes,) uint8, overwritten.
 
         Raises:
-            ReadError: They could not be had.
+            ReadError: The expert could not be read.
         """
         ...
 
-    def in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
-        """`expert` as it runs where its weights lie; `leave` it afterwards."""
+    def use_in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
+        """Return a module that computes an expert with its weights in the slow tier. Call `end_use` afterwards.
+
+        Args:
+            layer: Index of the layer.
+            number: Index of the expert.
+            expert: Module of the expert. It may be bound to the weights and returned.
+        """
         ...
 
-    def leave(self, experts: Sequence[nn.Module]) -> None:
-        """These have run in place."""
+    def end_use(self, experts: Sequence[nn.Module]) -> None:
+        """Free what running in place has loaded.
+
+        Args:
+            experts: Modules that `use_in_place` returned.
+        """
         ...
 
     def close(self) -> None:
-        """Give up what it holds."""
+        """Close the file or free the memory."""
         ...

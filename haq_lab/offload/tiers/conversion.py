@@ -1,10 +1,10 @@
-"""What an expert's bytes become on their way to the fast tier, where the two tiers hold it in different formats.
+"""Convert experts on their way to the fast tier, if the two tiers hold them in different formats.
 
     tier = ConvertedTier(tier, Dequantize(tier.parts, sizes, backend, torch.float16), device)
 
-The bytes are moved as they lie in the slow tier and converted where they arrive, in the order of the copies: on a GPU
-beside what it computes. `Dequantize` is the paper's dequantization on load (arXiv 2508.07329): the link carries int8.
-`Relayout` lets the host hold experts in the layout that its own CPU multiplies with.
+An expert is copied in the format of the slow tier and converted on the device, on the stream of the copies.
+`Dequantize` is dequantization on load (arXiv 2508.07329), so the link carries int8. `Relayout` lets host memory hold
+experts in the layout of the CPU's kernels, so that the CPU can run them too.
 """
 
 from __future__ import annotations
@@ -17,41 +17,48 @@ from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
 from haq_lab.models.experts import PROJECTIONS
-from haq_lab.offload.tiers.arena import aligned
+from haq_lab.offload.tiers.arena import page_aligned
 from haq_lab.offload.tiers.base import SlowTier
 from haq_lab.offload.tiers.disk import Part, layout
 
-Sizes = dict[str, tuple[int, int]]  # of an expert's linears: outputs and inputs
+Sizes = dict[str, tuple[int, int]]  # (outputs, inputs) of each linear of an expert
 
 
-def sizes_of(experts: nn.ModuleList) -> Sizes:
-    """Of a layer's experts, which are all alike."""
+def linear_sizes(experts: nn.ModuleList) -> Sizes:
+    """Return the output and input size of each linear of an expert. All experts of a layer are alike."""
     linears: dict[str, Any] = {name: experts[0].get_submodule(name) for name in PROJECTIONS}
     return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
 
 class Conversion(Protocol):
-    """Attributes:
-    parts: How a converted blob is laid out.
-    blob_bytes: Its size.
+    """Converts blobs of the slow tier into blobs of the fast tier.
+
+    Attributes:
+        parts: Layout of a converted blob.
+        blob_bytes: Size of a converted blob.
     """
 
     parts: list[Part]
     blob_bytes: int
 
     def __call__(self, source: Tensor, target: Tensor) -> None:
-        """Convert a blob of the slow tier into one of the fast tier, both (bytes,) uint8 on the same device."""
+        """Convert one blob.
+
+        Args:
+            source: Blob of the slow tier, (bytes,) uint8 on the device.
+            target: Blob of the fast tier, (blob_bytes,) uint8 on the same device. It is overwritten.
+        """
         ...
 
 
 class Dequantize:
-    """int8 levels times row scales -> 16-bit floats.
+    """Converts int8 weights with one scale per row to 16-bit floats.
 
     Args:
-        source: How a blob of the slow tier is laid out.
-        sizes: Of the expert's linears.
-        backend: Who packed the levels.
-        dtype: Of the fast tier's weights.
+        source: Layout of a blob of the slow tier.
+        sizes: Output and input size of each linear.
+        backend: Backend that packed the weights.
+        dtype: Type of the weights in the fast tier.
     """
 
     def __init__(self, source: list[Part], sizes: Sizes, backend: Backend, dtype: torch.dtype):
@@ -63,17 +70,19 @@ class Dequantize:
 
     def __call__(self, source: Tensor, target: Tensor) -> None:
         for part, (name, size) in zip(self.parts, self._sizes.items(), strict=True):
-            packed, scale = (self._source[f"{name}.{own}"].of(source) for own in ("packed", "weight_scale"))
+            packed, scale = (self._source[f"{name}.{tensor}"].of(source) for tensor in ("packed", "weight_scale"))
             part.of(target).copy_(self._backend.dequantize(packed, scale, size[1], self._dtype))
 
 
 class Relayout:
-    """int8 weights as one backend packs them -> as another does, both of whom may compute the expert.
+    """Repacks int8 weights from one backend's layout to another's.
 
     Args:
-        source: How a blob of the slow tier is laid out, packed by `packer`.
-        target: How one of the fast tier is, packed by `backend`.
-        sizes: Of the expert's linears.
+        source: Layout of a blob of the slow tier, packed by `packer`.
+        target: Layout of a blob of the fast tier, packed by `backend`.
+        sizes: Output and input size of each linear.
+        packer: Backend that packed the slow tier.
+        backend: Backend that runs the experts in the fast tier.
     """
 
     def __init__(self, source: list[Part], target: list[Part], sizes: Sizes, packer: Backend, backend: Backend):
@@ -86,18 +95,18 @@ class Relayout:
     def __call__(self, source: Tensor, target: Tensor) -> None:
         for part in self.parts:
             tensor = self._source[part.name].of(source)
-            linear, _, own = part.name.rpartition(".")
-            if own == "packed":
+            linear, _, name = part.name.rpartition(".")
+            if name == "packed":
                 tensor = self._backend.pack(self._packer.unpack(tensor, *self._sizes[linear]))
             part.of(target).copy_(tensor)
 
 
 class Cast:
-    """Floats -> floats of another type.
+    """Converts floats to another float type.
 
     Args:
-        source: How a blob of the slow tier is laid out.
-        dtype: Of the fast tier's weights.
+        source: Layout of a blob of the slow tier.
+        dtype: Type of the weights in the fast tier.
     """
 
     def __init__(self, source: list[Part], dtype: torch.dtype):
@@ -107,38 +116,38 @@ class Cast:
         )
 
     def __call__(self, source: Tensor, target: Tensor) -> None:
-        for here, there in zip(self._source, self.parts, strict=True):
-            there.of(target).copy_(here.of(source))
+        for source_part, target_part in zip(self._source, self.parts, strict=True):
+            target_part.of(target).copy_(source_part.of(source))
 
 
 class ConvertedTier:
-    """A slow tier whose experts are converted as they are read.
+    """A slow tier whose experts are converted after they are read.
 
     Args:
-        tier: The slow tier as it is.
-        conversion: Of its blobs.
-        device: Where they arrive.
+        tier: The slow tier without conversion.
+        conversion: Conversion of its blobs.
+        device: Device of the fast tier.
     """
 
     def __init__(self, tier: SlowTier, conversion: Conversion, device: torch.device):
         self.parts, self.blob_bytes = conversion.parts, conversion.blob_bytes
-        self.moved_bytes, self.room_bytes = tier.moved_bytes, tier.blob_bytes
+        self.moved_bytes, self.staging_bytes = tier.moved_bytes, tier.blob_bytes
         self._tier, self._conversion = tier, conversion
-        self._arrived = aligned(tier.blob_bytes, device)  # one is enough: reads follow each other in one stream
+        self._staging = page_aligned(tier.blob_bytes, device)  # one is enough, because all reads use one stream
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
-        """As a `SlowTier`'s."""
-        self._tier.read(layer, expert, self._arrived)
-        self._conversion(self._arrived, blob)
+        """Read and convert an expert, as `SlowTier.read`."""
+        self._tier.read(layer, expert, self._staging)
+        self._conversion(self._staging, blob)
 
-    def in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
-        """As a `SlowTier`'s: where its weights lie, an expert is as it was before it is converted."""
-        return self._tier.in_place(layer, number, expert)
+    def use_in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
+        """Return the expert in the format of the slow tier, as `SlowTier.use_in_place`."""
+        return self._tier.use_in_place(layer, number, expert)
 
-    def leave(self, experts: Sequence[nn.Module]) -> None:
-        """As a `SlowTier`'s."""
-        self._tier.leave(experts)
+    def end_use(self, experts: Sequence[nn.Module]) -> None:
+        """Free what running in place has loaded."""
+        self._tier.end_use(experts)
 
     def close(self) -> None:
-        """Close the tier beneath."""
+        """Close the tier below."""
         self._tier.close()

@@ -1,11 +1,11 @@
-"""The order between copying experts and computing with them, on a device that does both at once.
+"""Order copies of experts and computing on a device that does both at the same time.
 
-Computing goes on on one stream of the device, copies on another. A `mark` is a moment of a stream: whoever waits for
-it goes on only when all that was asked of that stream before is done. The engine marks two kinds: what has been
-computed so far, for which a copy waits before it overwrites a slot, and the end of a copy, for which computing waits
-before it reads the slot. The host itself waits for neither.
+A GPU computes on one stream and copies on another. A `mark` is a point in a stream (a CUDA event). To wait for a mark
+means that later work starts only after all work before the mark is done. The engine needs two kinds of marks. A copy
+waits for earlier computing before it overwrites a slot. Computing waits for the end of a copy before it reads the slot.
+The host waits for neither.
 
-On a CPU both are done when the call returns, and a mark is the time. The CUDA calls are all here.
+On a CPU each call returns when its work is done, so a mark is the time. This module makes all CUDA calls of the engine.
 """
 
 from __future__ import annotations
@@ -22,59 +22,61 @@ from haq_lab.utils.errors import UserError
 
 Mark = Any  # seconds on a CPU, an event on a GPU
 
-PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every context
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every CUDA context
 
 
 class Streams:
-    """A CPU's: what has been asked for has been done.
+    """The streams of a CPU: work is done when its call returns.
 
     Attributes:
-        device: Where experts are computed.
-        apart: Whether its memory is another than the host's, so that experts are copied over from there.
+        device: Device that runs the experts.
+        separate_memory: Whether the device's memory is separate from the host's, so that experts are copied to it.
     """
 
     device = torch.device("cpu")
-    apart = False
+    separate_memory = False
 
     def mark(self) -> Mark:
-        """This moment of the calling thread's stream."""
+        """Return a mark at the current point of the calling thread's stream."""
         return time.perf_counter()
 
     def wait(self, mark: Mark) -> None:
-        """Let what the calling thread asks for from now on begin after a mark. Returns at once."""
+        """Let later work of the calling thread's stream start after a mark. Returns at once."""
 
     @contextmanager
     def copying(self, after: Mark) -> Iterator[None]:
-        """What the calling thread asks for in here is done on the stream for copies, after a mark."""
+        """Run work of the block on the copy stream, after a mark."""
         yield
 
     def seconds(self, begin: Mark, end: Mark) -> float:
-        """Between two marks of the stream that computes, once it has got there."""
+        """Return the seconds between two marks of the compute stream. Waits for the second one."""
         return end - begin
 
     def drain(self) -> None:
-        """Return when all copies are done."""
+        """Wait until all copies are done."""
 
-    def lock(self, memory: Tensor) -> None:
-        """Keep host memory where it is, so that the device copies from it by itself.
+    def pin(self, memory: Tensor) -> None:
+        """Pin host memory, so that the device can copy from it asynchronously.
+
+        Args:
+            memory: CPU tensor.
 
         Raises:
-            UserError: The system does not let so much be locked.
+            UserError: The system does not allow that much pinned memory.
         """
 
-    def unlock(self, memory: Tensor) -> None:
-        """Undo `lock`; nothing may be copying from it."""
+    def unpin(self, memory: Tensor) -> None:
+        """Undo `pin`. No copy from the memory may be running."""
 
 
 class CudaStreams(Streams):
-    """A GPU's: torch's current stream computes, one of our own copies.
+    """The streams of a GPU: torch's current stream computes, and a second stream copies.
 
-    That one does not wait for the default stream by itself (torch makes it non-blocking), so that both orders are
-    the events' alone. The arena lies in the compute stream's memory and outlives the engine's copies (`drain`), so
-    torch's allocator need not be told of the other stream (`Tensor.record_stream`).
+    torch creates the copy stream as non-blocking, so it does not wait for the default stream. Only the marks define the
+    order. The engine drains the copies before it frees the arena, so `Tensor.record_stream` is not needed.
     """
 
-    apart = True
+    separate_memory = True
 
     def __init__(self, device: torch.device):
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
@@ -90,7 +92,7 @@ class CudaStreams(Streams):
 
     @contextmanager
     def copying(self, after: Mark) -> Iterator[None]:
-        with torch.cuda.stream(self._copies):  # for the calling thread alone
+        with torch.cuda.stream(self._copies):  # affects the calling thread only
             self._copies.wait_event(after)
             yield
 
@@ -101,21 +103,25 @@ class CudaStreams(Streams):
     def drain(self) -> None:
         self._copies.synchronize()
 
-    def lock(self, memory: Tensor) -> None:
-        # Not torch's pinned allocator: it rounds up to a power of two (pytorch issue 95823).
+    def pin(self, memory: Tensor) -> None:
+        # torch's pinned allocator would round the size up to a power of two (pytorch issue 95823).
         with torch.cuda.device(self.device):
             failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE))
         if failed:
             raise UserError(
                 f"offload: {memory.nbytes:,} bytes of host memory for experts could not be page-locked (CUDA error "
-                f"{failed}): free memory, raise `ulimit -l`, or use backend=cpu, which keeps them on disk"
+                f"{failed}). Free memory, raise `ulimit -l`, or choose backend=cpu, which keeps the experts on disk."
             )
 
-    def unlock(self, memory: Tensor) -> None:
+    def unpin(self, memory: Tensor) -> None:
         with torch.cuda.device(self.device):
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
 
 
-def streams_of(device: torch.device) -> Streams:
-    """Those of a backend's device."""
+def make_streams(device: torch.device) -> Streams:
+    """Return the streams of a device.
+
+    Args:
+        device: Device of the backend.
+    """
     return CudaStreams(device) if device.type == "cuda" else Streams()

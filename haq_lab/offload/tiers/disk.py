@@ -1,9 +1,8 @@
-"""The slow tier of a CPU: a file of experts, each one contiguous range of bytes, read with one call.
+"""Store all experts in one file: the slow tier of a CPU. One call reads one expert.
 
-Experts are written as their modules hold them, in the backend's own weight layout: what is read can be computed
-with as it lies. Reads go past the operating system's cache of pages, straight into the fast tier: bytes move from the
-disk each time (otherwise the "slow tier" would be RAM), and no processor copies them. Where a file system cannot do
-that, and after a use in place, the pages are dropped from the cache.
+Each expert is stored in the backend's weight layout, so it can be used without conversion. Reads bypass the operating
+system's page cache; otherwise the slow tier would be RAM. If the file system does not support that, or after an expert
+ran in place, the pages are dropped from the cache.
 """
 
 from __future__ import annotations
@@ -22,15 +21,22 @@ from torch import Tensor, nn
 
 from haq_lab.utils.errors import UserError
 
-ALIGNMENT = 64  # of every tensor in a blob: a cache line, and what the kernels' vector loads want
-PAGE = 4096  # of every blob, in the file and in memory: what a read past the page cache wants
+ALIGNMENT = 64  # bytes, of each tensor in a blob: a cache line, as the kernels' vector loads require
+PAGE = 4096  # bytes, alignment of blobs in the file and in memory, as direct reads require
 ATTEMPTS = 3
-PAUSE = 0.01  # seconds before the second attempt, twice as long before the third
+PAUSE = 0.01  # seconds before the second attempt; doubled before the third
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of an expert: `linear.name`, where it lies in the blob, its type and shape."""
+    """The position, type and shape of one tensor in an expert's blob.
+
+    Attributes:
+        name: Name of the tensor in the expert, such as `gate_proj.weight`.
+        offset: First byte in the blob.
+        dtype: Type of the tensor.
+        shape: Shape of the tensor.
+    """
 
     name: str
     offset: int
@@ -38,7 +44,7 @@ class Part:
     shape: tuple[int, ...]
 
     def of(self, blob: Tensor) -> Tensor:
-        """The tensor as a view of a blob (bytes,) uint8."""
+        """Return the tensor as a view of a blob, (bytes,) uint8."""
         size = math.prod(self.shape) * self.dtype.itemsize
         return blob[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
@@ -47,9 +53,12 @@ class ReadError(UserError):
     """An expert could not be read."""
 
 
-def tensors_of(expert: nn.Module) -> dict[str, Tensor]:
-    """An expert's weights by name. A static input scale stays with the module: all experts' input is quantised by
-    it before any of them is chosen."""
+def expert_tensors(expert: nn.Module) -> dict[str, Tensor]:
+    """Return an expert's weights by name.
+
+    A static input scale is left out and stays with the module, because the input is quantised before the router chooses
+    experts.
+    """
     tensors = dict(expert.named_parameters()) | dict(expert.named_buffers())
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(".input_scale")}
 
@@ -57,30 +66,35 @@ def tensors_of(expert: nn.Module) -> dict[str, Tensor]:
 class ExpertFile:
     """The experts of all layers in one file.
 
-    Attributes:
-        parts: How an expert's blob is laid out, the same for all.
-        blob_bytes: Its size.
+    Args:
+        path: The file.
+        parts: Layout of an expert's blob, the same for all experts.
+        blob_bytes: Size of a blob.
+        experts: Number of experts per layer.
     """
 
     def __init__(self, path: Path, parts: list[Part], blob_bytes: int, experts: int):
         self.path = path
         self.parts = parts
         self.blob_bytes = self.moved_bytes = blob_bytes
-        self.room_bytes = 0
+        self.staging_bytes = 0
         self.experts = experts
         self._file = os.open(path, os.O_RDONLY)
-        self._direct = past_the_cache(path)
+        self._direct = open_direct(path)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
-        self._pages = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)  # writable as torch wants it, never written
+        self._pages = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)  # torch requires a writable buffer
         self._map = torch.frombuffer(self._pages, dtype=torch.uint8)
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
-        """An expert's bytes into `blob` (blob_bytes,) uint8, at the beginning of a page.
+        """Read an expert. A failed or short read is repeated up to `ATTEMPTS` times in total.
 
-        A failed or short read is tried again.
+        Args:
+            layer: Index of the layer.
+            expert: Index of the expert.
+            blob: (blob_bytes,) uint8 that starts at a page boundary. It is overwritten.
 
         Raises:
-            ReadError: It failed `ATTEMPTS` times; the message names the expert.
+            ReadError: All attempts failed.
         """
         view = memoryview(cast(Any, blob.numpy()))
         offset = (layer * self.experts + expert) * self.blob_bytes
@@ -97,30 +111,32 @@ class ExpertFile:
                 os.posix_fadvise(self._direct, offset, self.blob_bytes, os.POSIX_FADV_DONTNEED)
                 return
             problem = f"{done} of {self.blob_bytes} bytes"
-        raise ReadError(f"offload: expert {expert} of layer {layer} could not be read from {self.path}: {problem}")
+        raise ReadError(
+            f"offload: expert {expert} of layer {layer} could not be read from {self.path} ({problem}). Check the disk."
+        )
 
     def _pread(self, view: memoryview, offset: int) -> int:
-        """Bytes read, all there are to be had."""
+        """Read until the view is full or the file ends, and return the number of bytes."""
         done = 0
         while done < len(view) and (got := os.preadv(self._direct, [view[done:]], offset + done)):
             done += got
         return done
 
-    def in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
-        """The expert on the file itself: computing with it reads the slow tier."""
+    def use_in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
+        """Bind the expert to the mapped file, so that computing with it reads from the disk."""
         offset = (layer * self.experts + number) * self.blob_bytes
         bind(expert, self.parts, self._map[offset : offset + self.blob_bytes])
         return expert
 
-    def leave(self, experts: Sequence[nn.Module]) -> None:
-        """These have run in place: what was read for them leaves memory."""
+    def end_use(self, experts: Sequence[nn.Module]) -> None:
+        """Unbind the experts that ran in place, and drop their pages from memory."""
         for expert in experts:
             bind(expert, self.parts, None)
         self.drop_cache()
 
     def drop_cache(self) -> None:
-        """Take all the file's pages out of memory: what is mapped and was read ahead of it, too."""
-        self._pages.madvise(mmap.MADV_DONTNEED)  # first, since the cache keeps what is mapped
+        """Drop all of the file's pages from memory, mapped and read-ahead ones included."""
+        self._pages.madvise(mmap.MADV_DONTNEED)  # first, because the cache keeps mapped pages
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
@@ -129,8 +145,8 @@ class ExpertFile:
         os.close(self._direct)
 
 
-def past_the_cache(path: str | Path) -> int:
-    """The file, opened so that reads go past the page cache, if its file system can."""
+def open_direct(path: str | Path) -> int:
+    """Open a file for reads that bypass the page cache, if the file system supports it."""
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:
@@ -138,12 +154,12 @@ def past_the_cache(path: str | Path) -> int:
 
 
 class Packer:
-    """Lays experts out as blobs, all in the same way.
+    """Packs experts into blobs of equal layout.
 
     Attributes:
-        parts: How a blob is laid out; known from the first expert on.
+        parts: Layout of a blob. Empty before the first expert.
         size: Bytes of a blob.
-        experts: In a layer.
+        experts: Number of experts per layer.
     """
 
     def __init__(self) -> None:
@@ -151,17 +167,23 @@ class Packer:
         self.size = self.experts = self._layers = 0
 
     def pack(self, experts: nn.ModuleList) -> Iterator[Tensor]:
-        """The next layer's experts, a blob (size,) uint8 each; an expert's weights leave memory after its blob.
+        """Yield a blob, (size,) uint8, for each expert of the next layer, and free the expert's weights.
+
+        Args:
+            experts: Experts of the layer.
 
         Raises:
-            UserError: Experts differ in their tensors' shapes or types.
+            UserError: The experts differ in the shapes or types of their tensors.
         """
         for number, expert in enumerate(experts):
-            tensors = tensors_of(expert)
+            tensors = expert_tensors(expert)
             parts, size = layout(tensors)
             self.parts, self.size = self.parts or parts, self.size or size
             if parts != self.parts:
-                raise UserError(f"offload: expert {number} of layer {self._layers} is not laid out like the others")
+                raise UserError(
+                    f"offload: expert {number} of layer {self._layers} has other tensor shapes or types than the "
+                    "experts before it, so the model cannot be offloaded. Choose offload=none."
+                )
             blob = torch.zeros(size, dtype=torch.uint8)
             for part in parts:
                 part.of(blob).copy_(tensors[part.name])
@@ -171,7 +193,17 @@ class Packer:
 
 
 class ExpertFileWriter:
-    """Writes a store a layer at a time: `add` each layer's experts, then `open` the store."""
+    """Writes an expert file one layer at a time.
+
+    Args:
+        path: The file to write.
+
+    Example:
+        >>> with ExpertFileWriter(path) as writer:  # doctest: +SKIP
+        ...     for layer in layers:
+        ...         writer.add(layer.mlp.experts)
+        ...     expert_file = writer.open()
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -186,50 +218,61 @@ class ExpertFileWriter:
         self._stream.close()
 
     def add(self, experts: nn.ModuleList) -> None:
-        """The next layer's experts: into the file, and out of memory.
+        """Write the next layer's experts and free their weights.
+
+        Args:
+            experts: Experts of the layer.
 
         Raises:
-            UserError: Experts differ in their tensors' shapes or types.
+            UserError: The experts differ in the shapes or types of their tensors.
         """
         for blob in self._packer.pack(experts):
             self._stream.write(memoryview(cast(Any, blob.numpy())))
 
     def relayout(self, experts: nn.ModuleList) -> None:
-        """None is needed: the file and the arena hold experts alike."""
+        """Return None: the file and the arena use the same layout."""
 
     def open(self) -> ExpertFile:
-        """The finished store, none of it in the page cache."""
+        """Return the complete file, with none of its pages in the page cache."""
         self._stream.flush()
-        os.fsync(self._stream.fileno())  # the cache keeps what is not on the disk yet
-        store = ExpertFile(self.path, self._packer.parts, self._packer.size, self._packer.experts)
-        store.drop_cache()
-        return store
+        os.fsync(self._stream.fileno())  # the page cache cannot drop pages that are not on the disk yet
+        expert_file = ExpertFile(self.path, self._packer.parts, self._packer.size, self._packer.experts)
+        expert_file.drop_cache()
+        return expert_file
 
 
 def bind(expert: nn.Module, parts: list[Part], blob: Tensor | None) -> None:
-    """Let an expert's modules use the tensors in a blob; None takes them away, so that no stale use goes unnoticed."""
+    """Point an expert's parameters and buffers at a blob. None replaces them by empty tensors, so stale use fails."""
     for part in parts:
-        put(expert, part.name, torch.empty(0, dtype=part.dtype) if blob is None else part.of(blob))
+        set_tensor(expert, part.name, torch.empty(0, dtype=part.dtype) if blob is None else part.of(blob))
 
 
-def put(expert: nn.Module, name: str, tensor: Tensor) -> None:
-    """Let an expert's module use a tensor as its parameter or buffer `name`."""
-    linear, _, own = name.rpartition(".")
+def set_tensor(expert: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set the parameter or buffer `name` of an expert's module."""
+    linear, _, tensor_name = name.rpartition(".")
     module = expert.get_submodule(linear)
-    if own in module._parameters:
-        cast(nn.Parameter, module._parameters[own]).data = tensor
+    if tensor_name in module._parameters:
+        cast(nn.Parameter, module._parameters[tensor_name]).data = tensor
     else:
-        module._buffers[own] = tensor
+        module._buffers[tensor_name] = tensor
 
 
 def layout(tensors: dict[str, Tensor]) -> tuple[list[Part], int]:
-    """Where each tensor lies in a blob, and the blob's size: whole pages."""
+    """Compute the layout of a blob.
+
+    Args:
+        tensors: Tensors of one expert by name.
+
+    Returns:
+        One part per tensor, and the blob's size, a multiple of the page size.
+    """
     parts, end = [], 0
     for name, tensor in tensors.items():
         parts.append(Part(name, end, tensor.dtype, tuple(tensor.shape)))
-        end = _up(end + tensor.nbytes, ALIGNMENT)
-    return parts, _up(end, PAGE)
+        end = _round_up(end + tensor.nbytes, ALIGNMENT)
+    return parts, _round_up(end, PAGE)
 
 
-def _up(size: int, multiple: int) -> int:
+def _round_up(size: int, multiple: int) -> int:
+    """Round `size` up to a multiple."""
     return -(-size // multiple) * multiple

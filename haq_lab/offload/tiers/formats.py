@@ -1,4 +1,4 @@
-"""`offload.host_format` and `offload.device_format`: in what numbers experts lie in the slow and in the fast tier."""
+"""Define `offload.host_format` and `offload.device_format`, the number formats of the slow and the fast tier."""
 
 from __future__ import annotations
 
@@ -9,33 +9,43 @@ import torch
 from torch import nn
 
 from haq_lab.models.int8_experts import Int8Experts
-from haq_lab.offload.tiers.conversion import Cast, Conversion, Dequantize, sizes_of
+from haq_lab.offload.tiers.conversion import Cast, Conversion, Dequantize, linear_sizes
 from haq_lab.offload.tiers.disk import Part
 from haq_lab.utils.errors import UserError
 
 HostFormat = Literal["int8", "bf16"]
-
-
 DeviceFormat = Literal["int8", "fp16"]
+Format = Literal["int8", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
 class Formats:
-    """Args:
-    host: `int8`: as the quantizer made them (without one in float32); `bf16`: of an unquantised model, exact where
-        its checkpoint is in bfloat16.
-    device: `int8`: as in the slow tier; `fp16`: converted as they are loaded.
+    """Number formats of the experts in the two tiers.
+
+    Args:
+        host: Format of the slow tier. `int8` keeps what the quantizer produced (float32 without a quantizer). `bf16` is
+            for an unquantised model; it is exact if the checkpoint is in bfloat16.
+        device: Format of the fast tier. `int8` keeps the format of the slow tier. `fp16` converts experts when they are
+            fetched.
     """
 
     host: HostFormat
     device: DeviceFormat
 
     def must_suit(self, quantized: bool, miss: str) -> None:
-        """Raise `UserError` where the formats don't go with the quantizer, or with what is done about a miss."""
+        """Check that the formats fit the quantizer and `offload.on_miss`.
+
+        Args:
+            quantized: Whether the experts are quantised.
+            miss: The setting `offload.on_miss`.
+
+        Raises:
+            UserError: They do not fit.
+        """
         if self.host == "bf16" and quantized:
             raise UserError(
-                "offload.host_format: 'bf16' is for experts that nothing has quantised (quantizer=none); others lie "
-                "in the slow tier as int8"
+                "offload.host_format: 'bf16' does not work with quantised experts. "
+                "Choose offload.host_format=int8 or quantizer=none."
             )
         if self.device == "fp16" and miss != "fetch":
             raise UserError(
@@ -46,34 +56,31 @@ class Formats:
 
     @property
     def pair(self) -> tuple[Format, Format]:
-        """The numbers in the slow and in the fast tier, as costs are counted by them."""
+        """Formats of the slow and the fast tier, as the cost model counts them."""
         return self.host, self.host if self.device == "int8" else self.device
 
     @property
-    def narrow(self) -> torch.dtype | None:
-        """The type of the weights in the fast tier, where it is a narrower one than the model's."""
+    def fast_tier_dtype(self) -> torch.dtype | None:
+        """Float type of the weights in the fast tier if it is narrower than the model's, else None."""
         if self.device == "fp16":
             return torch.float16
         return torch.bfloat16 if self.host == "bf16" else None
 
     def prepare(self, experts: nn.ModuleList) -> None:
-        """Make a layer's experts what the slow tier is to hold, in place."""
+        """Convert a layer's experts in place to the format of the slow tier."""
         if self.host == "bf16":
             for weight in experts.parameters():
                 weight.data = weight.data.to(torch.bfloat16)
 
     def conversion(self, experts: nn.ModuleList, parts: list[Part]) -> Conversion | None:
-        """From the slow tier's format to the fast one's; None where it is the same.
+        """Return the conversion from the slow tier's format to the fast tier's, or None if they are equal.
 
         Args:
-            experts: A layer's, with or without their weights.
-            parts: How the slow tier lays an expert out.
+            experts: Experts of one layer, with or without their weights.
+            parts: Layout of a blob of the slow tier.
         """
         if self.device == "int8":
             return None
         if not isinstance(experts, Int8Experts):
             return Cast(parts, torch.float16)
-        return Dequantize(parts, sizes_of(experts), experts.backend, torch.float16)
-
-
-Format = Literal["int8", "fp16", "bf16"]
+        return Dequantize(parts, linear_sizes(experts), experts.backend, torch.float16)

@@ -1,4 +1,4 @@
-"""Experts in 16-bit floats: how they run where the fast tier does not hold them in int8."""
+"""Run experts with 16-bit float weights, if the fast tier does not hold int8."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from haq_lab.models.half_linear import HalfLinear
 
 
 class ExpertLinear(HalfLinear):
-    """On a GPU the products are of 16-bit numbers, which it has units for, and the sums float32."""
+    """A linear with 16-bit weights. A GPU multiplies 16-bit numbers and sums in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., k) -> (..., n) in x's type."""
+        """Return the output (..., n) for x (..., k), in x's type."""
         if x.is_cuda:
             return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
         return super().forward(x)
 
 
 def half_experts(experts: nn.ModuleList, dtype: torch.dtype) -> Experts:
-    """The same experts with weights of `dtype`, which they do not have yet: an engine gives them theirs."""
+    """Return the experts with linears of 16-bit floats. Their weights are empty until an engine binds them.
+
+    Args:
+        experts: Experts of one layer.
+        dtype: Type of the weights.
+    """
 
     def narrow(linear: nn.Module) -> nn.Module:
         shell = nn.Linear(cast(int, linear.in_features), cast(int, linear.out_features), bias=False, device="meta")

@@ -1,31 +1,38 @@
-"""The protocol of an object that fills a slow tier."""
+"""Define the interface of an object that writes a slow tier."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from haq_lab.offload.tiers.conversion import Relayout
 from haq_lab.offload.tiers.base import SlowTier
+from haq_lab.offload.tiers.conversion import Relayout
 
 
 class TierWriter(Protocol):
-    """Fills a slow tier, a layer at a time."""
+    """Writes a slow tier one layer at a time."""
 
     def add(self, experts: nn.ModuleList) -> None:
-        """The next layer's experts: into the tier, and out of memory."""
+        """Write the next layer's experts and free their weights.
+
+        Raises:
+            UserError: The experts differ in their layout, or do not fit.
+        """
         ...
 
     def open(self) -> SlowTier:
-        """The finished tier."""
+        """Return the complete slow tier."""
         ...
 
     def relayout(self, experts: nn.ModuleList) -> Relayout | None:
-        """What brings one of a layer's `experts` from the tier's layout to the device's; None where they are one."""
+        """Return the conversion from the slow tier's layout to the device's, or None if they are equal.
+
+        Args:
+            experts: Experts of one deployed layer.
+        """
         ...
 
     def __exit__(self, *error: object) -> None:
-        """Let go of what no tier has taken over."""
+        """Free what no tier has taken over."""
         ...

@@ -1,4 +1,4 @@
-"""The predictor's choice against every other; the simulator against a timeline worked out by hand."""
+"""Test the predictor's choice against all others, and the simulator against a timeline computed by hand."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_decision_is_the_best_of_all(tokens, fast, slow, fetch, objective):
     assert price(in_place) == pytest.approx(min(map(price, every)))
 
 
-def test_what_is_predicted_to_overlap_by_hand():
+def test_overlap_against_a_calculation_by_hand():
     """A resident at 2 s a token hides a fetch of 3 s; the second one is waited for; the CPU takes longer than both."""
     costs = Costs(PiecewiseLinear([1, 2], [2, 4]), flat(9.0), flat(3.0), flat(0), flat(0), expert_bytes=1)
     assert seconds(costs, {0: 2}, {1: 1}, {}, "max") == 4 + 2

@@ -1,4 +1,4 @@
-"""Costs from a machine's figures: never below what peak rate and bandwidth allow, and in the order that sizes have."""
+"""Test that derived costs respect peak rate and bandwidth, and grow with the sizes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_wider_formats_cost_more():
 
 
 def test_a_machine_without_a_gpu_reads_from_its_disk():
-    """Its figures are reached ones, and an expert in place is read and computed."""
+    """Its figures are measured ones, and an expert in place is read and computed."""
     costs = machine_costs(Hardware("here", 0.2, 10.0, 16.0, 1.5, 10.0, "by hand", from_disk=True), MIXTRAL)
     read = costs.expert_bytes / 1.5e9
     assert costs.fetch(costs.expert_bytes) == pytest.approx(read, rel=1e-3)

@@ -1,4 +1,4 @@
-"""Bytes that move change no output: any budget, policy and prefetch gives the all-resident model's bits."""
+"""Test that moving experts never changes the output: any budget, policy and prefetch gives the same bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from haq_lab.offload.policies.placement import PLACEMENTS, place
 from haq_lab.offload.policies.policy import make_policy
 from haq_lab.offload.policies.prefetch import NextGate, NextOnPath
 from haq_lab.offload.tiers.cuda_streams import Streams
-from haq_lab.offload.tiers.disk import ExpertFile, ExpertFileWriter, ReadError, layout, tensors_of
+from haq_lab.offload.tiers.disk import ExpertFile, ExpertFileWriter, ReadError, expert_tensors, layout
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.routing.record import record_trace
@@ -34,7 +34,7 @@ PROMPT = torch.randint(0, 257, (1, 12), generator=torch.Generator().manual_seed(
 
 
 class Case:
-    """A tiny Mixtral, quantised or not, its store, and what it says with all experts in memory."""
+    """A tiny Mixtral, quantised or not, its expert file, and its logits with all experts in memory."""
 
     def __init__(self, folder: Path, quantizer: RTN | None):
         self.model = LayeredModel(TinyModel("mixtral", layers=3).folder())
@@ -44,13 +44,13 @@ class Case:
         self.quantizer = quantizer
         self.path = folder / f"experts-{quantizer is not None}.bin"
         layers = self.layers()
-        self.parts, self.size = layout(tensors_of(layers[0].mlp.experts[0]))
+        self.parts, self.size = layout(expert_tensors(layers[0].mlp.experts[0]))
         with ExpertFileWriter(self.path) as writer:
             for layer in layers:
                 writer.add(layer.mlp.experts)
             writer.open().close()
         layers = self.layers()
-        if quantizer is None:  # float products depend on where in memory a matrix begins, so: all resident, same places
+        if quantizer is None:  # float products depend on the address of a matrix, so use the same arena
             engine_for(self, self.open(), layers, "none", 24)
         self.expected = generate(self.model.assemble(layers))
 
@@ -65,7 +65,7 @@ class Case:
 
 
 def generate(whole, steps=5):
-    """Logits of a prompt and of tokens decoded after it."""
+    """Return the logits of a prompt and of the tokens decoded after it."""
     tokens, cache, logits = PROMPT, None, []
     for _ in range(steps):
         output = whole(tokens, cache=cache, use_cache=True)
@@ -78,13 +78,13 @@ def generate(whole, steps=5):
 def case(request, tmp_path_factory) -> Case:
     torch.set_num_threads(1)
     with torch.no_grad():
-        return Case(tmp_path_factory.mktemp("store"), RTN() if request.param == "int8" else None)
+        return Case(tmp_path_factory.mktemp("experts"), RTN() if request.param == "int8" else None)
 
 
-def engine_for(case, store, layers, rule="lru", slots=6, placement="frequency", scope="global", spare=2, prefetch=None):
+def engine_for(case, tier, layers, rule="lru", slots=6, placement="frequency", scope="global", spare=2, prefetch=None):
     policy = make_policy(rule, place(placement, case.profile, slots), case.profile, scope, case.path_model)
     guess = {None: None, "path": NextOnPath(case.profile), "gate": NextGate([layer.mlp.gate for layer in layers])}
-    engine = Engine(store, policy, spare, guess[prefetch], guesses=min(2, spare - 1) if prefetch else 0)
+    engine = Engine(tier, policy, spare, guess[prefetch], guesses=min(2, spare - 1) if prefetch else 0)
     engine.attach(layers, case.model.family.moe)
     return engine
 
@@ -108,7 +108,7 @@ def test_no_budget_or_policy_changes_a_bit(case, rule, slots, placement, scope, 
         assert torch.equal(generate(case.model.assemble(layers)), case.expected)
         engine.check()
         stats = engine.stats()
-        assert stats["offload.fast_tier_bytes"] == (engine.policy.slots + spare) * engine.store.blob_bytes
+        assert stats["offload.fast_tier_bytes"] == (engine.policy.slots + spare) * engine.slow_tier.blob_bytes
         assert 0 <= stats["offload.hit_rate_pairs"] <= 1
         assert sum(row["misses"] for row in engine.table()) > 0 or slots > 12
     finally:
@@ -117,52 +117,52 @@ def test_no_budget_or_policy_changes_a_bit(case, rule, slots, placement, scope, 
 
 @pytest.mark.parametrize("rule", ["lru", "moe_infinity", "haq"])
 def test_the_engine_counts_what_a_replay_does(case, rule):
-    """One policy, two clocks: the routing that an engine met, two sequences of it, replayed."""
+    """Replaying the recorded routing gives the same hits and residents as the engine."""
     layers = case.layers()
     engine = engine_for(case, case.open(), layers, rule, slots=8)
     replayed = make_policy(rule, engine.policy.resident, case.profile, "global", case.path_model)
     whole = case.model.assemble(layers)
     generate(whole), generate(whole)
-    trace = engine.heard.trace()
+    trace = engine.recorder.trace()
     assert trace.starts.tolist() == [0, trace.tokens // 2]
     assert trace.decode.tolist() == 2 * ([False] * PROMPT.shape[1] + [True] * 4)
     rates = replayed.replay(trace)
     engine.close()
     np.testing.assert_array_equal(replayed.resident, engine.policy.resident)
     assert rates.pairs == pytest.approx(engine.stats()["offload.hit_rate_pairs"])
-    if rule == "moe_infinity":  # it matches what a sequence chose so far, the second one's alone
+    if rule == "moe_infinity":  # it matches the choices of the current sequence, so only of the second
         np.testing.assert_array_equal(engine.policy.state.current, replayed.state.current)
 
 
-def test_the_weights_have_left_memory(case):
+def test_the_weights_are_freed(case):
     layers = case.layers()
     engine = engine_for(case, case.open(), layers, slots=3)
-    held = sum(t.nbytes for layer in layers for expert in layer.mlp.experts for t in tensors_of(expert).values())
+    held = sum(t.nbytes for layer in layers for expert in layer.mlp.experts for t in expert_tensors(expert).values())
     engine.close()
-    assert held <= 3 * engine.store.blob_bytes
+    assert held <= 3 * engine.slow_tier.blob_bytes
 
 
-def test_what_happens_corrects_what_is_taken_to_be(case):
-    """Every cost is of a thousand seconds to begin with, and tells the truth after a few tokens."""
-    layers, store = case.layers(), case.open()
+def test_measurements_correct_wrong_costs(case):
+    """All costs start at 1000 seconds and are realistic after a few tokens."""
+    layers, expert_file = case.layers(), case.open()
     curves = [PiecewiseLinear([1, 2], [1000.0, 1000.0]) for _ in range(8)]
-    costs = Costs(*curves[:5], store.blob_bytes, *curves[5:], from_disk=True)
+    costs = Costs(*curves[:5], expert_file.blob_bytes, *curves[5:], from_disk=True)
     policy = make_policy("none", place("frequency", case.profile, 6), case.profile)
     policy.decide = lambda resident, missing: list(missing)[:1]
-    engine = Engine(store, policy, observer=CostFeedback(costs, "sum", 3))
+    engine = Engine(expert_file, policy, feedback=CostFeedback(costs, "sum", 3))
     engine.attach(layers, case.model.family.moe)
     assert torch.equal(generate(case.model.assemble(layers)), case.expected)
     engine.close()
     assert all(curve(1) < 10 for curve in curves)
-    assert engine.stats()["predictor.mape"] > 1, "issuing the first fetches was taken to last for hours"
+    assert engine.stats()["predictor.mape"] > 1, "the first fetches were predicted to take hours"
 
 
 class Flaky:
-    """A read that fails: the first so many times, shortly or with an error."""
+    """Makes the first reads fail, by a short read or an error."""
 
-    def __init__(self, store, times, short):
-        self.store, self.times, self.short, self.real = store, times, short, store._pread
-        store._pread = self
+    def __init__(self, expert_file, times, short):
+        self.expert_file, self.times, self.short, self.real = expert_file, times, short, expert_file._pread
+        expert_file._pread = self
 
     def __call__(self, view, offset):
         if self.times:
@@ -175,9 +175,9 @@ class Flaky:
 
 @pytest.mark.parametrize("short", [True, False])
 def test_a_read_that_fails_twice_is_tried_again(case, short):
-    layers, store = case.layers(), case.open()
-    engine = engine_for(case, store, layers)
-    Flaky(store, 2, short)
+    layers, expert_file = case.layers(), case.open()
+    engine = engine_for(case, expert_file, layers)
+    Flaky(expert_file, 2, short)
     assert torch.equal(generate(case.model.assemble(layers)), case.expected)
     engine.close()
 
@@ -185,15 +185,15 @@ def test_a_read_that_fails_twice_is_tried_again(case, short):
 @pytest.mark.parametrize("prefetch", [None, "gate"])
 @pytest.mark.parametrize("rule", ["none", "lru"])
 def test_a_read_that_keeps_failing_names_the_expert_and_leaves_the_arena_whole(case, rule, prefetch):
-    layers, store = case.layers(), case.open()
-    engine = engine_for(case, store, layers, rule, slots=8, prefetch=prefetch)
-    flaky = Flaky(store, 10**6, short=False)
+    layers, expert_file = case.layers(), case.open()
+    engine = engine_for(case, expert_file, layers, rule, slots=8, prefetch=prefetch)
+    flaky = Flaky(expert_file, 10**6, short=False)
     whole = case.model.assemble(layers)
     with pytest.raises(ReadError, match=r"expert \d of layer \d could not be read"):
         generate(whole)
     flaky.times = 0
     engine.arena.check()
-    assert torch.equal(generate(whole), case.expected), "it goes on once the disk answers again"
+    assert torch.equal(generate(whole), case.expected), "it continues after the disk works again"
     engine.check()
     engine.close()
 

@@ -1,11 +1,11 @@
-"""The arena never hands out a slot twice or loses one, and slots lie where kernels want them."""
+"""Test that the arena never loses a slot or assigns it twice, and that slots are page aligned."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.offload.tiers.arena import Arena, aligned
+from haq_lab.offload.tiers.arena import Arena, page_aligned
 from haq_lab.offload.tiers.disk import PAGE
 
 
@@ -14,14 +14,14 @@ def test_slots_are_neither_lost_nor_held_twice(keys):
     """A key that has a slot gives it back, another takes one if there is one."""
     arena = Arena(3, 2 * PAGE)
     for key in keys:
-        if key in arena.where:
+        if key in arena.slot_of:
             arena.release(key)
         elif arena.free:
             arena.take(key)
             arena.blob(key).fill_(16 * key[0] + key[1])
         arena.check()
-        assert arena.free + len(arena.where) == 3
-        for held in arena.where:
+        assert arena.free + len(arena.slot_of) == 3
+        for held in arena.slot_of:
             assert (arena.blob(held) == 16 * held[0] + held[1]).all(), "nobody wrote over it"
             assert arena.blob(held).data_ptr() % PAGE == 0
     assert arena.bytes == 3 * 2 * PAGE
@@ -29,5 +29,5 @@ def test_slots_are_neither_lost_nor_held_twice(keys):
 
 @given(st.integers(1, 1000))
 def test_memory_is_aligned(size):
-    assert aligned(size).data_ptr() % PAGE == 0
-    assert aligned(size).shape == (size,)
+    assert page_aligned(size).data_ptr() % PAGE == 0
+    assert page_aligned(size).shape == (size,)

@@ -1,7 +1,7 @@
-"""The CUDA calls, against a model of what torch documents of them: whatever the order leaves open goes wrong here.
+"""Test the order of CUDA calls with a fake `torch.cuda` that makes every missing dependency fail.
 
-Computing happens at once, as on a CPU. Copies happen as late as they may: when computing waits for their event, or the
-host for their stream. And a copy must have been told to come after the last expert that computed in its slot.
+Computing happens at once, as on a CPU. A copy happens as late as possible: when computing waits for its event or the
+host waits for its stream. A copy must also wait for the last expert that used its slot.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from two_tiers import TwoTiers
 
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.offload.engine.engine import Engine
-from haq_lab.offload.tiers.cuda_streams import CudaStreams, Streams, streams_of
+from haq_lab.offload.tiers.cuda_streams import CudaStreams, Streams, make_streams
 from haq_lab.utils.errors import UserError
 
 
 class FakeStream:
-    """Attributes:
-    asked: How many pieces of work so far.
-    after: Work of another stream that has to be done before what comes next.
+    """A fake CUDA stream.
+
+    Attributes:
+        asked: Number of operations so far.
+        after: Operations of another stream that must be done before the next one.
     """
 
     def __init__(self, device: Any = None) -> None:
@@ -42,7 +44,7 @@ class FakeStream:
         event.stream.run(event.at)
 
     def run(self, until: int) -> None:
-        """Do what is pending, up to the so-manieth piece of work."""
+        """Run the pending operations up to number `until`."""
         while self._pending and self.asked - len(self._pending) < until:
             self._pending.pop(0)()
 
@@ -55,7 +57,7 @@ class FakeStream:
 
 
 class FakeEvent:
-    """A moment of a stream."""
+    """A fake CUDA event: a point in a stream."""
 
     def __init__(self, enable_timing: bool) -> None:
         self.timed = enable_timing
@@ -74,7 +76,7 @@ class FakeEvent:
 
 
 class FakeCuda:
-    """torch.cuda as far as `CudaStreams` calls it; the current stream is the calling thread's own."""
+    """Replaces what `CudaStreams` uses of torch.cuda. Each thread has its own current stream."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.compute, self.locked = FakeStream(), dict[int, int]()
@@ -127,12 +129,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 @pytest.fixture
 def streams(cuda: FakeCuda) -> CudaStreams:
-    """A GPU's, with memory that this machine has."""
-    made = streams_of(torch.device("cuda"))
-    assert isinstance(made, CudaStreams)
-    assert made.device == torch.device("cuda", 0)
-    made.device = torch.device("cpu")
-    return made
+    """CUDA streams whose memory is on the CPU."""
+    cuda_streams = make_streams(torch.device("cuda"))
+    assert isinstance(cuda_streams, CudaStreams)
+    assert cuda_streams.device == torch.device("cuda", 0)
+    cuda_streams.device = torch.device("cpu")
+    return cuda_streams
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +145,10 @@ def expected() -> TwoTiers:
 
 
 def watch(engine: Engine, cuda: FakeCuda, patch: pytest.MonkeyPatch) -> list[int]:
-    """Let the engine's copies wait and its experts count; how many copies there were."""
-    used: dict[int, int] = {}  # when a slot's last expert began
+    """Delay the engine's copies and count its experts. Returns the number of copies in a list."""
+    used: dict[int, int] = {}  # operation of the last expert by slot
     copied = [0]
-    computes, reads = engine.expert, engine.store.read
+    computes, reads = engine.expert, engine.slow_tier.read
 
     def expert(layer: int, number: int) -> None:
         computes(layer, number)
@@ -161,7 +163,7 @@ def watch(engine: Engine, cuda: FakeCuda, patch: pytest.MonkeyPatch) -> list[int
         copied[0] += 1
 
     patch.setattr(engine, "expert", expert)
-    patch.setattr(engine.store, "read", read)
+    patch.setattr(engine.slow_tier, "read", read)
     return copied
 
 
@@ -176,14 +178,14 @@ def test_no_copy_and_no_expert_comes_too_early(expected, cuda, streams, monkeypa
     assert engine.stats()["offload.waited_s"] % 0.5 == 0, "from events"
     assert engine.stats()["offload.waited_s"] > 0
     assert len(cuda.locked) == expected.depth
-    streams._copies.ask(lambda: None)  # as of a guess that nobody waited for
+    streams._copies.ask(lambda: None)  # as after an unused prefetch
     engine.close()
-    assert streams._copies.idle, "memory is given up when copies are done"
+    assert streams._copies.idle, "memory is freed after the copies are done"
     assert not cuda.locked
 
 
 def test_copies_are_ordered_by_events_alone(cuda, streams):
-    """A copy waits for what was marked, computing for the copy; the stream's turn ends with the block."""
+    """A copy waits for its mark, and computing waits for the copy. After the block the stream is the former one."""
     cuda.compute.ask()
     computed = streams.mark()
     cuda.compute.ask()
@@ -199,21 +201,21 @@ def test_copies_are_ordered_by_events_alone(cuda, streams):
     assert streams.seconds(streams.mark(), streams.mark()) == 0.5
 
 
-def test_memory_that_cannot_be_locked_is_told(cuda, streams):
+def test_memory_that_cannot_be_pinned_raises(cuda, streams):
     memory = torch.zeros(4096, dtype=torch.uint8)
     cuda.refuses = 2
     with pytest.raises(UserError, match=r"4,096 bytes .* could not be page-locked \(CUDA error 2\).*backend=cpu"):
-        streams.lock(memory)
+        streams.pin(memory)
     cuda.refuses = 0
-    streams.lock(memory)
+    streams.pin(memory)
     assert cuda.locked == {memory.data_ptr(): 4096}
-    streams.unlock(memory)
+    streams.unpin(memory)
     assert not cuda.locked
 
 
 def test_a_cpus_marks_are_times():
-    streams = streams_of(torch.device("cpu"))
-    assert not streams.apart
+    streams = make_streams(torch.device("cpu"))
+    assert not streams.separate_memory
     begin = streams.mark()
     with streams.copying(begin):
         end = streams.mark()

@@ -1,4 +1,4 @@
-"""The slow tier: what is written is read, nothing of it stays in memory, and a layer laid out otherwise is refused."""
+"""Test the expert file: reads return what was written, nothing stays in memory, and a different layout is refused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from haq_lab.offload.tiers.arena import aligned
-from haq_lab.offload.tiers.disk import ALIGNMENT, PAGE, ExpertFileWriter, ReadError, bind, layout, tensors_of
+from haq_lab.offload.tiers.arena import page_aligned
+from haq_lab.offload.tiers.disk import ALIGNMENT, PAGE, ExpertFileWriter, ReadError, bind, expert_tensors, layout
 from haq_lab.utils.errors import UserError
 
 
@@ -24,7 +24,7 @@ def layer_of(experts: int, width: int, seed: int = 0) -> nn.ModuleList:
 
 
 def mapped_bytes(path: Path) -> int:
-    """How much of a mapped file is in this process's memory."""
+    """Return how many bytes of a mapped file are in this process's memory."""
     maps = Path("/proc/self/smaps").read_text()
     sizes = re.findall(rf"{re.escape(str(path))}\n(?:.*\n)*?Rss:\s+(\d+) kB", maps)
     return 1024 * sum(map(int, sizes))
@@ -43,7 +43,7 @@ def test_parts_are_aligned_and_apart(shapes):
 
 
 def without_direct_reads(monkeypatch) -> None:
-    """As on a file system that knows none."""
+    """Simulate a file system without direct reads."""
 
     def refusing(path, flags, *more, real=os.open):
         if flags & os.O_DIRECT:
@@ -54,59 +54,59 @@ def without_direct_reads(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_what_is_written_is_read_or_used_in_place_and_does_not_stay(tmp_path, monkeypatch, direct):
+def test_written_experts_are_read_or_used_in_place_and_leave_memory(tmp_path, monkeypatch, direct):
     if not direct:
         without_direct_reads(monkeypatch)
     layers = [layer_of(4, 700, seed) for seed in range(3)]
-    kept = [[{name: t.clone() for name, t in tensors_of(expert).items()} for expert in layer] for layer in layers]
+    kept = [[{name: t.clone() for name, t in expert_tensors(expert).items()} for expert in layer] for layer in layers]
     with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         for layer in layers:
             writer.add(layer)
         assert all(tensor.numel() == 0 for layer in layers for tensor in layer.parameters()), "gone from memory"
-        store = writer.open()
-    blob = aligned(store.blob_bytes)
+        expert_file = writer.open()
+    blob = page_aligned(expert_file.blob_bytes)
     for layer, expert in ((2, 3), (0, 0), (1, 2)):
-        store.read(layer, expert, blob)
+        expert_file.read(layer, expert, blob)
         module = layers[layer][expert]
         for use in ("read", "in place"):
             if use == "read":
-                bind(module, store.parts, blob)
+                bind(module, expert_file.parts, blob)
             else:
-                assert store.in_place(layer, expert, module) is module
-            for name, tensor in tensors_of(module).items():
+                assert expert_file.use_in_place(layer, expert, module) is module
+            for name, tensor in expert_tensors(module).items():
                 assert torch.equal(tensor, kept[layer][expert][name])
-        assert mapped_bytes(store.path) > 0
-        store.leave([module])
-        assert mapped_bytes(store.path) == 0
-        assert not any(tensor.numel() for tensor in tensors_of(module).values())
-    store.close()
+        assert mapped_bytes(expert_file.path) > 0
+        expert_file.end_use([module])
+        assert mapped_bytes(expert_file.path) == 0
+        assert not any(tensor.numel() for tensor in expert_tensors(module).values())
+    expert_file.close()
 
 
-def test_an_expert_laid_out_otherwise_is_refused(tmp_path):
+def test_an_expert_with_another_layout_is_refused(tmp_path):
     with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         writer.add(layer_of(2, 8))
-        with pytest.raises(UserError, match="expert 0 of layer 1 is not laid out like the others"):
+        with pytest.raises(UserError, match="expert 0 of layer 1 has other tensor shapes or types"):
             writer.add(layer_of(2, 9))
 
 
-def test_it_is_on_the_disk_before_it_is_read(tmp_path, monkeypatch):
+def test_the_file_is_flushed_before_it_is_read(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda descriptor, real=os.fsync: flushed.append(os.fstat(descriptor).st_size))
     with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         writer.add(layer_of(2, 8))
-        store = writer.open()
-    assert flushed == [2 * store.blob_bytes], "all of it, once"
-    store.close()
+        expert_file = writer.open()
+    assert flushed == [2 * expert_file.blob_bytes], "all of it, once"
+    expert_file.close()
 
 
 @pytest.mark.parametrize("failures", [1, 2])
 @pytest.mark.parametrize("short", [True, False])
 def test_a_read_that_fails_is_tried_again(tmp_path, monkeypatch, failures, short):
     layer = layer_of(2, 8)
-    kept = {name: tensor.clone() for name, tensor in tensors_of(layer[1]).items()}
+    kept = {name: tensor.clone() for name, tensor in expert_tensors(layer[1]).items()}
     with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         writer.add(layer)
-        store = writer.open()
+        expert_file = writer.open()
     left = [failures]
 
     def failing(descriptor, buffers, offset, real=os.preadv):
@@ -118,11 +118,11 @@ def test_a_read_that_fails_is_tried_again(tmp_path, monkeypatch, failures, short
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", failing)
-    blob = aligned(store.blob_bytes)
-    store.read(0, 1, blob)
+    blob = page_aligned(expert_file.blob_bytes)
+    expert_file.read(0, 1, blob)
     assert left == [0]
-    assert all(torch.equal(part.of(blob), kept[part.name]) for part in store.parts)
+    assert all(torch.equal(part.of(blob), kept[part.name]) for part in expert_file.parts)
     left[0] = 3
     with pytest.raises(ReadError, match="expert 1 of layer 0"):
-        store.read(0, 1, blob)
-    store.close()
+        expert_file.read(0, 1, blob)
+    expert_file.close()

@@ -1,4 +1,4 @@
-"""Experts in other formats on the two tiers: the same output at any budget, and the numbers that the format says."""
+"""Test experts in different formats on the two tiers: the output is the same for any budget."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_output_is_that_of_the_formats_weights_whatever_the_budget(model, tm
 @pytest.mark.parametrize(
     ("formats", "quantized", "miss", "message"),
     [
-        (Formats("bf16", "int8"), True, "fetch", r"offload\.host_format: 'bf16' is for experts that nothing"),
+        (Formats("bf16", "int8"), True, "fetch", r"offload\.host_format: 'bf16' does not work with quantised experts"),
         (
             Formats("int8", "fp16"),
             True,

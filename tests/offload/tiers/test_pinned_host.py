@@ -1,5 +1,7 @@
-"""Experts in the host's memory, computed on a device: on a CPU without locks and streams, and with `pytest -m gpu` the
-very same tests on a GPU with both."""
+"""Test experts in host memory that run on a device.
+
+On a CPU there is no pinned memory and there are no streams. `pytest -m gpu` runs the same tests on a GPU with both.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ from torch import Tensor, nn
 from two_tiers import DEVICES, TwoTiers, backend_on
 
 from haq_lab.offload.policies.policy import make_policy
-from haq_lab.offload.tiers.cuda_streams import Streams, streams_of
-from haq_lab.offload.tiers.disk import bind, tensors_of
+from haq_lab.offload.tiers.cuda_streams import Streams, make_streams
+from haq_lab.offload.tiers.disk import bind, expert_tensors
 from haq_lab.offload.tiers.pinned_host import HostWriter
 from haq_lab.utils.errors import UserError
 
-LONG = 20_000_000  # a GPU's clock cycles, some 10 ms: many times what an expert of the tiny model takes
+LONG = 20_000_000  # GPU clock cycles, about 10 ms: much longer than an expert of the tiny model
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -29,12 +31,12 @@ def placed(request: pytest.FixtureRequest) -> Iterator[TwoTiers]:
     torch.set_num_threads(1)
     with torch.no_grad():
         backend = backend_on(request.param)
-        yield TwoTiers(backend, streams_of(backend.device))
+        yield TwoTiers(backend, make_streams(backend.device))
 
 
 def late(placed: TwoTiers) -> None:
-    """Keep the current stream at work for a while; a CPU has none."""
-    if placed.streams.apart:
+    """Keep the current stream busy for a while. A CPU has none."""
+    if placed.streams.separate_memory:
         torch.cuda._sleep(LONG)
 
 
@@ -53,8 +55,8 @@ def test_no_budget_or_policy_changes_a_bit(placed: TwoTiers, rule, slots, scope,
         engine.check()
         held = {tensor.device for tensor in [*whole.parameters(), *whole.buffers()] if tensor.numel()}
         assert held == {placed.streams.device}
-        assert all(engine.arena.blob(key).device == placed.streams.device for key in engine.arena.where)
-        assert engine.stats()["offload.fast_tier_bytes"] == (engine.policy.slots + spare) * engine.store.blob_bytes
+        assert all(engine.arena.blob(key).device == placed.streams.device for key in engine.arena.slot_of)
+        assert engine.stats()["offload.fast_tier_bytes"] == (engine.policy.slots + spare) * engine.slow_tier.blob_bytes
     finally:
         engine.close()
 
@@ -65,7 +67,7 @@ def test_hits_and_misses_are_the_policys(placed: TwoTiers, rule):
     start = engine.policy.resident.copy()
     placed.generate(whole)
     replayed = make_policy(rule, start, placed.profile, "global", placed.path_model)
-    rates, stats = replayed.replay(engine.heard.trace()), engine.stats()
+    rates, stats = replayed.replay(engine.recorder.trace()), engine.stats()
     engine.close()
     np.testing.assert_array_equal(replayed.resident, engine.policy.resident)
     assert rates.pairs == pytest.approx(stats["offload.hit_rate_pairs"])
@@ -76,9 +78,9 @@ def test_hits_and_misses_are_the_policys(placed: TwoTiers, rule):
 
 @pytest.mark.parametrize("slow", ["computing", "copying"])
 def test_neither_stream_overtakes_the_other(placed: TwoTiers, slow, monkeypatch):
-    """One slot and one to pass through: each copy overwrites what may still compute, each expert waits for its own."""
+    """With one slot and one spare slot, copies must wait for computing and experts for their copies."""
     engine, whole = placed.engine("lru", slots=1, spare=1)
-    owner: Any = engine if slow == "computing" else engine.store
+    owner: Any = engine if slow == "computing" else engine.slow_tier
     real = owner.expert if slow == "computing" else owner.read
 
     def slowly(*arguments: Any) -> None:
@@ -93,28 +95,28 @@ def test_neither_stream_overtakes_the_other(placed: TwoTiers, slow, monkeypatch)
     engine.close()
 
 
-def test_memory_is_locked_until_the_tier_is_closed(placed: TwoTiers):
+def test_memory_is_pinned_until_the_tier_is_closed(placed: TwoTiers):
     engine, _ = placed.engine()
-    tier: Any = engine.store
+    tier: Any = engine.slow_tier
     blocks: list[Tensor] = list(tier._blocks)
-    assert [block.is_pinned() for block in blocks] == [placed.streams.apart] * placed.depth
+    assert [block.is_pinned() for block in blocks] == [placed.streams.separate_memory] * placed.depth
     engine.close()
     assert not any(block.is_pinned() for block in blocks)
     assert not tier._blocks
 
 
-class Locks(Streams):
-    """Counts what is locked; the third block cannot be."""
+class CountingStreams(Streams):
+    """Fake streams that count pinned blocks. The third block cannot be pinned."""
 
     def __init__(self) -> None:
         self.held: list[int] = []
 
-    def lock(self, memory: Tensor) -> None:
+    def pin(self, memory: Tensor) -> None:
         if len(self.held) == 2:
             raise UserError("no more")
         self.held.append(memory.data_ptr())
 
-    def unlock(self, memory: Tensor) -> None:
+    def unpin(self, memory: Tensor) -> None:
         self.held.remove(memory.data_ptr())
 
 
@@ -123,9 +125,9 @@ def experts(seed: int) -> nn.ModuleList:
     return nn.ModuleList(nn.Sequential(nn.Linear(20, 3), nn.Linear(3, 20)) for _ in range(4))
 
 
-def test_what_is_added_is_read():
-    layers, streams = [experts(0), experts(1)], Locks()
-    kept = [[{name: t.clone() for name, t in tensors_of(one).items()} for one in layer] for layer in layers]
+def test_added_experts_can_be_read():
+    layers, streams = [experts(0), experts(1)], CountingStreams()
+    kept = [[{name: t.clone() for name, t in expert_tensors(one).items()} for one in layer] for layer in layers]
     with HostWriter(2, streams) as writer:
         for layer in layers:
             writer.add(layer)
@@ -136,13 +138,15 @@ def test_what_is_added_is_read():
     for index, number in ((1, 3), (0, 0), (1, 2)):
         tier.read(index, number, blob)
         bind(layers[index][number], tier.parts, blob)
-        assert all(torch.equal(t, kept[index][number][name]) for name, t in tensors_of(layers[index][number]).items())
+        assert all(
+            torch.equal(t, kept[index][number][name]) for name, t in expert_tensors(layers[index][number]).items()
+        )
     tier.close()
     assert streams.held == []
 
 
-def test_what_cannot_be_locked_leaves_nothing_locked():
-    streams = Locks()
+def test_a_failed_pin_leaves_nothing_pinned():
+    streams = CountingStreams()
     with HostWriter(3, streams) as writer:
         writer.add(experts(0))
         writer.add(experts(1))
@@ -151,10 +155,10 @@ def test_what_cannot_be_locked_leaves_nothing_locked():
     assert streams.held == []
 
 
-def test_too_little_memory_is_told_at_the_first_layer(monkeypatch):
+def test_too_little_memory_raises_at_the_first_layer(monkeypatch):
     writer = HostWriter(8, Streams())
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * 4 * 4096 - 1}))
-    with pytest.raises(UserError, match="131,072 bytes of them are to come, and 131,071 free: use backend=cpu"):
+    with pytest.raises(UserError, match=r"need 131,072 bytes .* but 131,071 bytes are free\. Choose backend=cpu"):
         writer.add(experts(0))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 8 * 4 * 4096}))
     writer.add(experts(0))
