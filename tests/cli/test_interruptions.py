@@ -283,5 +283,5 @@ def test_no_network(tmp_path):
     )
     assert told.returncode == 2, told.stderr
     assert "Traceback" not in told.stderr
-    assert "model.name: 'facebook/opt-125m' is no local folder, and the hub did not give it" in told.stderr
+    assert "model.name: 'facebook/opt-125m' is not a local folder and could not be downloaded" in told.stderr
     assert sorted(load(tmp_path)["status"]) == ["failed", "finished"]

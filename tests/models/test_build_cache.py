@@ -48,7 +48,7 @@ def test_it_is_made_once(made):
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_refused_until_it_is_made_again(made, name):
     CHANGES[name](made / name)
-    with pytest.raises(UserError, match=rf"{name}' is not as it was made; remove {made}, and it is made again"):
+    with pytest.raises(UserError, match=rf"{name}' was changed after it was built. Remove {made} to build it again"):
         build_once("model", _never)
     for path in made.iterdir():
         path.unlink()

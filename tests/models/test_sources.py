@@ -59,7 +59,7 @@ def test_local_folder_is_taken_as_it_is(tiny):
 
 
 def test_hub_name_that_is_not_there():
-    with pytest.raises(UserError, match=r"model\.name: 'no-such/model' is no local folder"):
+    with pytest.raises(UserError, match=r"model\.name: 'no-such/model' is not a local folder"):
         HubModel("no-such/model").folder()
 
 
@@ -106,12 +106,12 @@ def test_the_tensors_of_a_trainers_file_are_read(key, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.ones(2)], "holds a list, not a dict of tensors"),
-        ({}, "holds a dict, not a dict of tensors"),
-        ({"a": torch.ones(2), "step": 3}, "holds a int under 'step'.*Save a flat dict of dense tensors"),
-        ({"a": {"b": torch.ones(2)}}, "holds a dict under 'a'"),
-        ({"a": torch.ones(2, 2).to_sparse()}, r"holds a torch\.sparse_coo tensor under 'a'"),
-        ({3: torch.ones(2)}, r"holds a torch\.strided tensor under '3'"),
+        ([torch.ones(2)], "contains a list, not a dict of tensors"),
+        ({}, "contains a dict, not a dict of tensors"),
+        ({"a": torch.ones(2), "step": 3}, "contains a int under 'step'.*Save a flat dict of dense tensors"),
+        ({"a": {"b": torch.ones(2)}}, "contains a dict under 'a'"),
+        ({"a": torch.ones(2, 2).to_sparse()}, r"contains a torch\.sparse_coo tensor under 'a'"),
+        ({3: torch.ones(2)}, r"contains a torch\.strided tensor under '3'"),
     ],
 )
 def test_pickles_of_another_form_are_refused(content, message, tmp_path):
@@ -135,7 +135,7 @@ def test_damaged_or_malicious_pickles(pickled, content, cache, capsys):
     else:
         path.write_bytes(content)
     before = set((cache / "models").iterdir())
-    with pytest.raises(UserError, match="damaged, or holds more than tensors"):
+    with pytest.raises(UserError, match="damaged or contains more than tensors"):
         HubModel(str(pickled), allow_pickle=True).folder()
     assert "code ran" not in capsys.readouterr().out
     left = set((cache / "models").iterdir()) - before
