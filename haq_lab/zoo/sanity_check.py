@@ -1,4 +1,4 @@
-"""What can be said about a model that was made here: perplexity by transformers' own code, and how it routes."""
+"""Measure a built model with transformers alone: its perplexity and its routing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ WINDOWS, SEQLEN = 4, 1024
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Args:
-    perplexity: On Python's reference texts, 4 windows of at most 1,024 tokens.
-    shares: By layer and expert, the share of tokens whose first choice it is (empty for a dense model).
-    repeats: By layer, how often a token's first choice is the previous token's.
+class ModelCheck:
+    """Perplexity and routing of a model on four windows of at most 1,024 tokens of Python's reference texts.
+
+    Attributes:
+        perplexity: Perplexity.
+        shares: For each layer and expert, the share of tokens that rank the expert first. Empty for a dense model.
+        repeats: For each layer, the share of tokens that rank the same expert first as the previous token. Empty for
+            a dense model.
     """
 
     perplexity: float
@@ -30,19 +33,26 @@ class Facts:
     repeats: list[float]
 
     def lines(self, name: str) -> list[str]:
-        """For people."""
-        told = [f"{name}: perplexity {self.perplexity:.4f}"]
+        """Return the results as lines of text that begin with `name`."""
+        lines = [f"{name}: perplexity {self.perplexity:.4f}"]
         if self.shares:
             low, high = min(map(min, self.shares)), max(map(max, self.shares))
-            told.append(f"{name}: an expert is a token's first choice in {low:.1%} to {high:.1%} of cases")
+            lines.append(f"{name}: each expert is the first choice of {low:.1%} to {high:.1%} of the tokens of a layer")
             low, high = min(self.repeats), max(self.repeats)
-            told.append(f"{name}: the previous token's first choice again in {low:.1%} to {high:.1%} (by layer)")
-        return told
+            lines.append(
+                f"{name}: {low:.1%} to {high:.1%} of the tokens of a layer repeat the previous token's first choice"
+            )
+        return lines
 
 
 @torch.no_grad()
-def whole_model_facts(folder: Path, dtype: torch.dtype) -> Facts:
-    """Facts of a checkpoint with its weights rounded to `dtype`, computed in float32, the whole model in memory."""
+def check_model(folder: Path, dtype: torch.dtype) -> ModelCheck:
+    """Measure perplexity and routing of a checkpoint. The whole model is in memory.
+
+    Args:
+        folder: Checkpoint folder of a dense model or a Mixtral.
+        dtype: Type to which the weights are rounded. The computation is in float32.
+    """
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).float().eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -59,8 +69,8 @@ def whole_model_facts(folder: Path, dtype: torch.dtype) -> Facts:
             choices.append(torch.stack([layer.argmax(-1) for layer in output.router_logits]))
     perplexity = math.exp(nll / (len(windows) * (seqlen - 1)))
     if not sparse:
-        return Facts(perplexity, [], [])
+        return ModelCheck(perplexity, [], [])
     first = torch.stack(choices, dim=1)  # (layers, windows, t)
     shares = F.one_hot(first.flatten(1), model.config.num_local_experts).float().mean(1)
     repeats = (first[..., 1:] == first[..., :-1]).float().mean((1, 2))
-    return Facts(perplexity, shares.tolist(), repeats.tolist())
+    return ModelCheck(perplexity, shares.tolist(), repeats.tolist())

@@ -120,7 +120,7 @@ def test_the_command(written, tmp_path, capsys):
     assert (code, "match their hashes" in text) == (0, True)
     assert run("export", folder, tmp_path / "export")[0] == 0
     code, text = run("export", folder, tmp_path / "export")
-    assert (code, "there already" in text) == (2, True)
+    assert (code, "already exists" in text) == (2, True)
     with (folder / "layer-00000.safetensors").open("r+b") as stream:
         stream.seek(-1, 2)
         stream.write(b"\x01")

@@ -77,7 +77,7 @@ def test_provenance_and_dtype(written):
 def test_other_loaders_refuse_it(written):
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(written / "checkpoint")
-    with pytest.raises(UserError, match="quantised already, by haq_lab"):
+    with pytest.raises(UserError, match="already quantised by haq_lab"):
         LayeredModel(written / "checkpoint")
 
 
@@ -106,7 +106,7 @@ DAMAGE = {
     r"rest\.safetensors .* truncated": lambda folder: (folder / "rest.safetensors").write_bytes(b"1234"),
     r"config\.json does not match": lambda folder: (folder / "config.json").write_text("{}"),
     r"tokenizer\.json is missing": lambda folder: (folder / "tokenizer.json").unlink(),
-    r"is no checkpoint of haq_lab": lambda folder: (folder / "manifest.json").unlink(),
+    r"is not a haq_lab checkpoint": lambda folder: (folder / "manifest.json").unlink(),
     r"manifest\.json is not a readable manifest": lambda folder: (folder / "manifest.json").write_text("{"),
     r"there is no folder": lambda folder: shutil.rmtree(folder),
 }
@@ -132,5 +132,5 @@ def test_a_flipped_bit_names_file_and_tensor(checkpoint):
 def test_a_manifest_names_plain_files_alone(name, tmp_path):
     content = {"format": "haq_lab", "version": 1, "shards": [], "files": {name: "0" * 64}}
     (tmp_path / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"names '{name}', which lies outside the checkpoint"):
+    with pytest.raises(UserError, match=f"names '{name}', which is outside the checkpoint"):
         Manifest.read(tmp_path)

@@ -94,4 +94,4 @@ def test_a_folder_that_holds_something_is_left_alone(uninterrupted, tmp_path):
     assert "is not empty" in outcome.err
     outcome = launch(*_arguments(uninterrupted), f"hydra.run.dir={tmp_path / 'other'}")
     assert outcome.code == 2
-    assert "holds a finished checkpoint" in outcome.err
+    assert "contains a finished checkpoint" in outcome.err

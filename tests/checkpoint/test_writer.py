@@ -20,9 +20,9 @@ def _write(folder, at, *more):
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("file", "checkpoint.dir: '.*file' cannot be made: "),
-        ("file/below", "checkpoint.dir: '.*below' cannot be made: Not a directory at "),
-        ("/proc/nowhere", "checkpoint.dir: '/proc/nowhere' cannot be made: "),
+        ("file", "checkpoint.dir: '.*file' cannot be created: "),
+        ("file/below", "checkpoint.dir: '.*below' cannot be created: Not a directory at "),
+        ("/proc/nowhere", "checkpoint.dir: '/proc/nowhere' cannot be created: "),
         ("", "checkpoint.dir: '' is not valid; name a folder, or null"),
         ("none/../full", "checkpoint.dir: '.*full' is not empty"),
     ],

@@ -79,7 +79,7 @@ def test_it_is_read_a_layer_at_a_time_like_any_checkpoint(pair, windows, logits_
 
 
 def test_what_cannot_be_upcycled(tmp_path):
-    with pytest.raises(UserError, match="a 'opt' like this one cannot be turned into a Mixtral"):
+    with pytest.raises(UserError, match="architecture 'opt' cannot be turned into a Mixtral"):
         upcycle(TinyModel("opt").folder(), tmp_path, experts=4, active=2, seed=0, text=TEXT)
     with pytest.raises(UserError, match=r"model\.active: 9 is more than the 8"):
         UpcycledModel(TinyModel("llama"), experts=8, active=9)
@@ -100,7 +100,7 @@ def test_the_check_finds_a_model_that_is_not_the_dense_one(monkeypatch):
     save_file(tensors | {name: 2 * tensors[name]}, shard, metadata={"format": "pt"})
     (folder / RECORD).unlink()  # else the change itself is refused
     try:
-        with pytest.raises(UserError, match="remove the folder and build it again"):
+        with pytest.raises(UserError, match="Remove the folder and build it again"):
             source.check()
     finally:
         shutil.rmtree(folder)
