@@ -24,6 +24,7 @@ from torch import Tensor
 from haq_lab.checkpoint.manifest import layer_file
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.models.architectures import Moe
 from haq_lab.storage.hf_shard_writer import ShardWriter
 from haq_lab.storage.safetensors_file import read_shard
 from haq_lab.utils.atomic_files import atomic_folder, write_json
@@ -71,7 +72,7 @@ def export(folder: Path, target: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         provenance = config["quantization_config"]["provenance"]
         names = {name: model.family.checkpoint_name(f"{name}.").rstrip(".") for name in schemes}
-        config["quantization_config"] = _quantization(schemes, names, packed) | {"haq_lab": provenance}
+        config["quantization_config"] = _quantization(schemes, names, model.family.moe) | {"haq_lab": provenance}
         write_json(aside / "config.json", config)
 
 
@@ -101,7 +102,7 @@ def pack(levels: Tensor) -> Tensor:
     return levels.view(torch.uint8).bitwise_xor(128).view(torch.int32)
 
 
-def _quantization(schemes: dict[str, str], names: dict[str, str], packed: bool) -> dict[str, Any]:
+def _quantization(schemes: dict[str, str], names: dict[str, str], moe: Moe | None) -> dict[str, Any]:
     """Return the `quantization_config`, with one group of linears for each activation scheme."""
     groups: dict[str, dict[str, Any]] = {
         scheme: {
@@ -111,14 +112,15 @@ def _quantization(schemes: dict[str, str], names: dict[str, str], packed: bool) 
         }
         for scheme, own in _by_scheme(schemes).items()
     }
-    if packed:
+    if moe is not None:
         groups = {"all": {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": None}}
+    router = (Moe.router if moe is None else moe.router).rpartition(".")[2]  # matches nothing in a dense model
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized" if packed else "int-quantized",
+        "format": "int-quantized" if moe is None else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", r"re:.*\.gate$"],
+        "ignore": ["lm_head", rf"re:.*\.{router}$"],
     }
 
 

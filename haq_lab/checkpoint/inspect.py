@@ -6,6 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,10 @@ def find_problems(folder: Path) -> Iterator[str]:
     """
     manifest = Manifest.read(folder)
     for file in manifest.files:
-        if problem := _problem(lambda file=file: manifest.check_file(folder, file)):
+        if problem := _problem(partial(manifest.check_file, folder, file)):
             yield problem
     for shard in manifest.shards.values():
-        if problem := _problem(lambda shard=shard: read_shard(folder, shard)):
+        if problem := _problem(partial(read_shard, folder, shard)):
             yield problem
         elif sha256(folder / shard.file) != shard.sha256:
             yield f"checkpoint: {folder / shard.file} does not match its hash. Write the checkpoint again."

@@ -19,6 +19,7 @@ from haq_lab.storage.tensor_names import expert_of
 from haq_lab.utils.errors import UserError, nearest
 
 FoldKind = Literal["norm", "value", "up"]
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # names of an expert's linears in our modules
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,49 @@ class Group:
 
 @dataclass(frozen=True)
 class Moe:
-    """Names of the router, the experts and their config fields in an MoE architecture.
+    """The router and the experts of an MoE architecture: their module names and their config fields.
 
     The router returns logits (t, E), gate weights (t, k) and expert indices (t, k). The experts are called with the
-    hidden states (t, d), the indices and the weights. `haq_lab.models.experts` splits fused experts.
+    hidden states (t, d), the indices and the weights. `haq_lab.models.experts` splits fused experts. An expert's
+    linears are named `PROJECTIONS`.
 
     Attributes:
-        count: Config field with the number of experts in a layer.
+        count_field: Config field with the number of experts in a layer.
+        active_field: Config field with the number of active experts for each token, k.
+        width_field: Config field with an expert's intermediate size.
+        normalized_field: Config field that says whether a token's k gate weights are divided by their sum. None if
+            they always are.
         router: Name of the router.
         experts: Name of the module list of the experts.
     """
 
-    count: str
+    count_field: str
+    active_field: str = "num_experts_per_tok"
+    width_field: str = "intermediate_size"
+    normalized_field: str | None = None
     router: str = "mlp.gate"
     experts: str = "mlp.experts"
+
+    def count(self, config: Any) -> int:
+        """Return the number of experts in a layer."""
+        return getattr(config, self.count_field)
+
+    def active(self, config: Any) -> int:
+        """Return the number of active experts for each token, k."""
+        return getattr(config, self.active_field)
+
+    def width(self, config: Any) -> int:
+        """Return the intermediate size of an expert."""
+        return getattr(config, self.width_field)
+
+    def is_normalized(self, config: Any) -> bool:
+        """Return whether the k gate weights of a token are divided by their sum."""
+        return self.normalized_field is None or bool(getattr(config, self.normalized_field))
+
+    def linears(self, expert: int | str) -> tuple[str, str, str]:
+        """Return the names of an expert's gate, up and down projections."""
+        gate, up, down = (f"{self.experts}.{expert}.{name}" for name in PROJECTIONS)
+        return gate, up, down
 
     @property
     def block(self) -> str:
@@ -120,7 +150,7 @@ class Family:
 
     def experts(self, config: Any) -> int:
         """Return the number of experts in a layer, or 0 for a dense model."""
-        return 0 if self.moe is None else getattr(config, self.moe.count)
+        return 0 if self.moe is None else self.moe.count(config)
 
     def resolve(self, config: Any) -> tuple[Group, ...]:
         """Return the groups of one decoder layer with the placeholder `{e}` replaced by expert indices.
@@ -179,16 +209,22 @@ _RELU_MLP = Group("up", "fc1", ("fc2",))
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
-_EXPERT_INPUTS = ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj")
+def _moe_groups(moe: Moe) -> tuple[Group, ...]:
+    gate, up, down = moe.linears("{e}")
+    return (
+        *_attention("input_layernorm", "o_proj"),
+        Group("norm", "post_attention_layernorm", (gate, up), float_consumers=(moe.router,)),
+        Group("up", up, (down,)),
+    )
 
 
-_MOE_MLP = (
-    Group("norm", "post_attention_layernorm", _EXPERT_INPUTS, float_consumers=("mlp.gate",)),
-    Group("up", "mlp.experts.{e}.up_proj", ("mlp.experts.{e}.down_proj",)),
-)
+_MIXTRAL = Moe("num_local_experts")
 
 
-_MOE_GROUPS = (*_attention("input_layernorm", "o_proj"), *_MOE_MLP)
+_QWEN3_MOE = Moe("num_experts", width_field="moe_intermediate_size", normalized_field="norm_topk_prob")
+
+
+_OLMOE = Moe("num_experts", normalized_field="norm_topk_prob")
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -221,9 +257,9 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "mixtral",
         "model.layers",
-        _MOE_GROUPS,
+        _moe_groups(_MIXTRAL),
         smoothquant_strength=0.8,
-        moe=Moe("num_local_experts"),
+        moe=_MIXTRAL,
         renamed=(
             (".block_sparse_moe.", ".mlp."),
             (".w1.", ".gate_proj."),
@@ -235,22 +271,22 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "qwen3_moe",
         "model.layers",
-        _MOE_GROUPS,
+        _moe_groups(_QWEN3_MOE),
         smoothquant_strength=0.8,
         applies=lambda config: (
             not config.mlp_only_layers and config.decoder_sparse_step == 1
         ),  # every layer must be an MoE layer
-        moe=Moe("num_experts"),
+        moe=_QWEN3_MOE,
         head_norms=_HEAD_NORMS,
     ),
     # With clip_qkv, values are clipped, so a factor cannot be folded through them.
     Family(
         "olmoe",
         "model.layers",
-        _MOE_GROUPS,
+        _moe_groups(_OLMOE),
         smoothquant_strength=0.8,
         applies=lambda config: config.clip_qkv is None,
-        moe=Moe("num_experts"),
+        moe=_OLMOE,
         head_norms=_HEAD_NORMS,
     ),
 )

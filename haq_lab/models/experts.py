@@ -14,8 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-FUSED = ("gate_up_proj", "down_proj")
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+from haq_lab.models.architectures import PROJECTIONS, Moe
+
+FUSED = ("gate_up_proj", "down_proj")  # names of the fused weights in transformers
 
 
 class Expert(nn.Module):
@@ -133,23 +134,23 @@ def combine(results: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-def split_fused(tensors: dict[str, Tensor], experts: str) -> dict[str, Tensor]:
+def split_fused(tensors: dict[str, Tensor], moe: Moe) -> dict[str, Tensor]:
     """Return a layer's tensors with fused expert weights replaced by views for each expert.
 
     Most checkpoints store each expert separately. This handles those that store them fused, as transformers does.
 
     Args:
         tensors: The layer's tensors by name.
-        experts: Name of the experts' module.
+        moe: The names of the experts and their linears.
     """
-    gate_up, down = (tensors.get(f"{experts}.{name}") for name in FUSED)
+    gate_up, down = (tensors.get(f"{moe.experts}.{name}") for name in FUSED)
     if gate_up is None or down is None:
         return tensors
     split = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in FUSED}
     for number, (both, out) in enumerate(zip(gate_up, down, strict=True)):
         gate, up = both.chunk(2)
-        own = {"gate_proj": gate, "up_proj": up, "down_proj": out}
-        split |= {f"{experts}.{number}.{name}.weight": tensor for name, tensor in own.items()}
+        weights = zip(moe.linears(number), (gate, up, out), strict=True)
+        split |= {f"{name}.weight": tensor for name, tensor in weights}
     return split
 
 

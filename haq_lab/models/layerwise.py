@@ -198,7 +198,7 @@ class LayeredModel:
         }
         tensors = {names[name]: tensor for name, tensor in self.weights.read(names, self.dtype).items()}
         if self.family.moe is not None:
-            tensors = split_fused(tensors, self.family.moe.experts)
+            tensors = split_fused(tensors, self.family.moe)
         try:
             layer.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:

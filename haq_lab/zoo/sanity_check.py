@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from haq_lab.data.windows import PythonDocs
+from haq_lab.models.architectures import family_of
 from haq_lab.utils.transformers_logging import quiet_transformers
 
 WINDOWS, SEQLEN = 4, 1024
@@ -58,19 +59,19 @@ def check_model(folder: Path, dtype: torch.dtype) -> ModelCheck:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     seqlen = min(SEQLEN, model.config.max_position_embeddings)
     windows = PythonDocs(WINDOWS, seqlen).load(tokenizer).tokens
-    sparse = hasattr(model.config, "num_local_experts")
-    options = {"output_router_logits": True} if sparse else {}
+    experts = family_of(model.config).experts(model.config)
+    options = {"output_router_logits": True} if experts else {}
     nll = 0.0
     choices: list[Tensor] = []
     for window in windows:
         output = model(window[None], use_cache=False, **options)
         nll += float(F.cross_entropy(output.logits[0, :-1], window[1:], reduction="sum"))
-        if sparse:
+        if experts:
             choices.append(torch.stack([layer.argmax(-1) for layer in output.router_logits]))
     perplexity = math.exp(nll / (len(windows) * (seqlen - 1)))
-    if not sparse:
+    if not experts:
         return ModelCheck(perplexity, [], [])
     first = torch.stack(choices, dim=1)  # (layers, windows, t)
-    shares = F.one_hot(first.flatten(1), model.config.num_local_experts).float().mean(1)
+    shares = F.one_hot(first.flatten(1), experts).float().mean(1)
     repeats = (first[..., 1:] == first[..., :-1]).float().mean((1, 2))
     return ModelCheck(perplexity, shares.tolist(), repeats.tolist())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from transformers import MixtralConfig, PreTrainedConfig
 from haq_lab.calibration.dataset import Calibration
 from haq_lab.calibration.hooks import record_inputs
 from haq_lab.data.text import fingerprint, python_docs
-from haq_lab.models.architectures import family_of
+from haq_lab.models.architectures import PROJECTIONS, Moe, family_of
 from haq_lab.models.build_cache import build_once
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
@@ -35,7 +35,7 @@ from haq_lab.zoo.kmeans import kmeans
 from haq_lab.zoo.sanity_check import check_model
 
 STORED = torch.bfloat16
-MLP_INPUT = "mlp.gate_proj"
+MLP_INPUT = f"mlp.{PROJECTIONS[0]}"
 FIRST_CHOICE = 0.5  # mean gate probability of a token's first expert, so that the second still matters
 SAME_PERPLEXITY = 1e-4  # relative tolerance; float32 sums in another order differ by about 1e-6
 TEXT = Calibration("python_docs", samples=32, seqlen=512)
@@ -123,7 +123,7 @@ def upcycle(dense: Path, target: Path, experts: int, active: int, seed: int, tex
             layer = _round(model.load_layer(index))
             received = record_inputs(model, layer, index, hidden, [MLP_INPUT])[MLP_INPUT]
             router = _stored(router_rows(received, experts, seed))
-            tensors, prefix = _sparse_layer(layer, router), f"{family.layers}.{index}."
+            tensors, prefix = _sparse_layer(layer, router, cast(Moe, family.moe)), f"{family.layers}.{index}."
             writer.add({family.checkpoint_name(prefix + name): tensor for name, tensor in tensors.items()})
             progress.layer_done()
     writer.finish()
@@ -179,13 +179,15 @@ def _mixtral_config(dense: PreTrainedConfig, experts: int, active: int) -> Mixtr
     return config
 
 
-def _sparse_layer(layer: torch.nn.Module, router: Tensor) -> dict[str, Tensor]:
+def _sparse_layer(layer: torch.nn.Module, router: Tensor, moe: Moe) -> dict[str, Tensor]:
     """Return the tensors of an MoE layer: the router, the dense layer's tensors, and its MLP once for each expert."""
-    tensors = {"mlp.gate.weight": router}
+    tensors = {f"{moe.router}.weight": router}
     for name, tensor in layer.state_dict().items():
         if name.startswith("mlp."):
             part = name.removeprefix("mlp.")
-            tensors |= dict.fromkeys((f"mlp.experts.{expert}.{part}" for expert in range(len(router))), _stored(tensor))
+            tensors |= dict.fromkeys(
+                (f"{moe.experts}.{expert}.{part}" for expert in range(len(router))), _stored(tensor)
+            )
         else:
             tensors[name] = _stored(tensor)
     return tensors

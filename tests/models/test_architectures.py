@@ -39,6 +39,21 @@ def test_every_expert_has_its_projections_in_groups(config):
     assert {expert_of(name) for name in names} == {None, *range(count)}
 
 
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (MixtralConfig(intermediate_size=96), (8, 2, 96, True)),
+        (Qwen3MoeConfig(intermediate_size=96, moe_intermediate_size=32, norm_topk_prob=True), (128, 8, 32, True)),
+        (OlmoeConfig(intermediate_size=96), (64, 8, 96, False)),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_moe_reads_its_sizes_from_the_config(config, sizes):
+    moe = family_of(config).moe
+    assert (moe.count(config), moe.active(config), moe.width(config), moe.is_normalized(config)) == sizes
+    assert moe.linears(3) == tuple(f"mlp.experts.3.{name}_proj" for name in ("gate", "up", "down"))
+
+
 def test_dense_families_have_no_experts():
     family = family_of(OPTConfig())
     assert family.experts(OPTConfig()) == 0
