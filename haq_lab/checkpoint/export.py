@@ -60,7 +60,7 @@ def export(folder: Path, target: Path) -> None:
     schemes: dict[str, str] = {}
     with atomic_folder(target) as aside:
         writer = ShardWriter(aside, model.depth + 1)
-        writer.add(model.outside())
+        writer.add(model.read_outer_tensors())
         for index in range(model.depth):
             tensors, metadata = read_shard(folder, model.manifest.shard(folder, layer_file(index)))
             layer_schemes: dict[str, str] = json.loads(metadata["schemes"])

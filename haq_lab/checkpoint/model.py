@@ -65,7 +65,7 @@ class QuantizedModel(LayeredModel):
         if has_int8_head(folder):
             self.quantize_head(backend)
 
-    def outside(self) -> dict[str, Tensor]:
+    def read_outer_tensors(self) -> dict[str, Tensor]:
         return read_shard(self.folder, self.manifest.shard(self.folder, REST))[0]
 
     def load_layer(self, index: int) -> nn.Module:

@@ -124,7 +124,7 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Write the tensors outside the layers, the tokenizer, the config, and last the manifest."""
-        rest = {name: to_storable(tensor) for name, tensor in self.model.outside().items()}
+        rest = {name: to_storable(tensor) for name, tensor in self.model.read_outer_tensors().items()}
         shards = {shard.file: shard for shard in [write_shard(self.folder / REST, rest, {}), *self.shards]}
         self.model.tokenizer().save_pretrained(self.folder)
         config = json.loads(self.model.config.to_json_string())

@@ -59,12 +59,12 @@ class Group:
         """Return the module whose input hook sees the shared input of all tokens, whatever the routing."""
         return self.float_consumers[0] if self.float_consumers else self.consumers[0]
 
-    def parts(self) -> dict[int | None, tuple[str, ...]]:
+    def consumers_by_expert(self) -> dict[int | None, tuple[str, ...]]:
         """Return the consumers by expert index. The key None has those outside the experts."""
-        parts: dict[int | None, tuple[str, ...]] = {}
+        by_expert: dict[int | None, tuple[str, ...]] = {}
         for name in self.consumers:
-            parts[expert_of(name)] = (*parts.get(expert_of(name), ()), name)
-        return parts
+            by_expert[expert_of(name)] = (*parts.get(expert_of(name), ()), name)
+        return by_expert
 
     def for_expert(self, number: int) -> Group:
         """Return the group with the placeholder `{e}` replaced by an expert index."""
@@ -298,7 +298,7 @@ def family_of(config: Any) -> Family:
     Raises:
         UserError: No row describes the config. A guess could silently leave layers unquantised.
     """
-    refuse_unknown(config.model_type)
+    check_model_type(config.model_type)
     for family in FAMILIES:
         if family.model_type == config.model_type and family.applies(config):
             return family
@@ -308,7 +308,7 @@ def family_of(config: Any) -> Family:
     )
 
 
-def refuse_unknown(model_type: object) -> None:
+def check_model_type(model_type: object) -> None:
     """Raise UserError if no row of `FAMILIES` has this model type."""
     known = sorted({family.model_type for family in FAMILIES})
     if model_type not in known:

@@ -28,7 +28,7 @@ from transformers.initialization import no_init_weights
 
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.architectures import Family, family_of, refuse_unknown
+from haq_lab.models.architectures import Family, check_model_type, family_of
 from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
@@ -101,7 +101,7 @@ class LayeredModel:
 
     # The shell is the model without its layers.
 
-    def _bare(self, layers: int) -> PreTrainedModel:
+    def _empty_model(self, layers: int) -> PreTrainedModel:
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers
         with quiet_transformers():
@@ -109,11 +109,11 @@ class LayeredModel:
 
     def _find_layer_class(self) -> type[nn.Module]:
         with torch.device("meta"):
-            return type(self._bare(1).get_submodule(f"{self.family.layers}.0"))
+            return type(self._empty_model(1).get_submodule(f"{self.family.layers}.0"))
 
     def _build_shell(self) -> PreTrainedModel:
         with no_init_weights():  # memory pages that are never written are never allocated
-            shell = self._bare(0).eval()
+            shell = self._empty_model(0).eval()
         self.config._attn_implementation = shell.config._attn_implementation
         shell.config.num_hidden_layers = self.depth
         self.recorders = [_Recorder() for _ in range(self.depth)]
@@ -122,7 +122,7 @@ class LayeredModel:
         tensors = {
             # Cloned, because the tensor may be a view of a memory-mapped file.
             name: tensor.clone() if name in tables else tensor.to(self.dtype)
-            for name, tensor in self.outside().items()
+            for name, tensor in self.read_outer_tensors().items()
         }
         try:
             result = shell.load_state_dict(tensors, strict=False, assign=True)
@@ -140,7 +140,7 @@ class LayeredModel:
         keep_stored_type(shell, self.dtype)
         return shell.requires_grad_(False)
 
-    def outside(self) -> dict[str, Tensor]:
+    def read_outer_tensors(self) -> dict[str, Tensor]:
         """Return the tensors outside the layers as stored, with their names in our modules."""
         names = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
         return {self._module_name(name): tensor for name, tensor in self.weights.read(names).items()}
@@ -272,7 +272,7 @@ class LayeredModel:
         parent: nn.Module = whole
         *path, name = self.family.layers.split(".")
         for part in path:
-            child = _shallow(parent.get_submodule(part))
+            child = _shallow_copy(parent.get_submodule(part))
             parent._modules[part] = child
             parent = child
         parent._modules[name] = nn.ModuleList(layers)
@@ -280,7 +280,7 @@ class LayeredModel:
 
     def _with_int8_head(self) -> PreTrainedModel:
         """Return a shallow copy of the shell with the int8 head if there is one."""
-        twin = _shallow(self.shell)
+        twin = _shallow_copy(self.shell)
         if self.int8_head is not None:
             twin.set_output_embeddings(self.int8_head)
         return twin
@@ -291,7 +291,7 @@ class LayeredModel:
         return self.config.max_position_embeddings
 
 
-def _shallow(module: M) -> M:
+def _shallow_copy(module: M) -> M:
     """Return a copy that shares parameters and children. Replacing a child does not change the original."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
@@ -301,7 +301,7 @@ def _shallow(module: M) -> M:
 def _read_config(folder: Path, quantized: bool) -> Any:
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        refuse_unknown(fields.get("model_type"))
+        check_model_type(fields.get("model_type"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if "quantization_config" in fields:
             if not quantized:

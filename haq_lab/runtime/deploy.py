@@ -97,7 +97,7 @@ def merge_linears(layer: nn.Module, groups: Iterable[Group]) -> None:
         groups: The family's groups, which say which linears read the same tensor.
     """
     for group in groups:
-        members = [layer.get_submodule(name) for name in group.parts().get(None, ())]
+        members = [layer.get_submodule(name) for name in group.consumers_by_expert().get(None, ())]
         linears = [member for member in members if isinstance(member, Int8Linear)]
         if linears and len(linears) == len(members) and can_merge(linears):
             MergedLinear(linears)

@@ -115,7 +115,7 @@ def upcycle(dense: Path, target: Path, experts: int, active: int, seed: int, tex
     windows = Calibration(text.text, text.path, text.samples, text.seqlen, seed).load(model.tokenizer()).tokens
     _round(model.shell)
     family, writer = family_of(config), ShardWriter(target, model.depth + 1)
-    writer.add({name: _stored(tensor) for name, tensor in model.outside().items()})
+    writer.add({name: _stored(tensor) for name, tensor in model.read_outer_tensors().items()})
     hidden = model.embed(windows)
     with Progress() as progress:
         progress.layers(model.depth, "upcycle")

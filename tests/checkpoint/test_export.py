@@ -1,4 +1,4 @@
-"""transformers' own loader reads the export: no tensor missing or left over, our weights bit for bit."""
+"""transformers loads the export without missing or unexpected tensors, and the weights are bit-identical."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ compressed_tensors = pytest.importorskip("compressed_tensors")
 
 @pytest.fixture
 def written(architecture, windows, tmp_path):
-    """A function that quantises a tiny model and writes its checkpoint."""
+    """Return a function that quantises a tiny model and writes its checkpoint."""
 
     def write(quantizer):
         model = LayeredModel(TinyModel(architecture).folder())
@@ -52,7 +52,7 @@ def _read(folder, windows):
 
 
 def _dequantized(model, layer):
-    """The same layer with our weights in float arithmetic."""
+    """Return the same layer with our weights in float arithmetic."""
     for name, module in list(layer.named_modules()):
         if isinstance(module, Int8Linear):
             linear = nn.Linear(module.weight.shape[1], module.weight.shape[0], bias=module.bias is not None)
@@ -88,7 +88,7 @@ def test_transformers_reads_it(written, windows, logits_of, tmp_path, activation
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("architecture", ["llama"])
-def test_linears_may_differ_in_scheme(written, windows, tmp_path):
+def test_linears_may_have_different_schemes(written, windows, tmp_path):
     folder = written(HAQ(activations="auto", auto_limit=3e-3))  # linears of this random model lie on both sides of it
     export(folder, tmp_path / "export")
     config = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]
@@ -96,7 +96,7 @@ def test_linears_may_differ_in_scheme(written, windows, tmp_path):
     _read(tmp_path / "export", windows)
 
 
-def test_packing_is_compressed_tensors_own():
+def test_packing_equals_compressed_tensors():
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     levels = torch.randint(-127, 128, (6, 32)).to(torch.int8)
