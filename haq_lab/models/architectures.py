@@ -63,7 +63,7 @@ class Group:
         """Return the consumers by expert index. The key None has those outside the experts."""
         by_expert: dict[int | None, tuple[str, ...]] = {}
         for name in self.consumers:
-            by_expert[expert_of(name)] = (*parts.get(expert_of(name), ()), name)
+            by_expert[expert_of(name)] = (*by_expert.get(expert_of(name), ()), name)
         return by_expert
 
     def for_expert(self, number: int) -> Group:
