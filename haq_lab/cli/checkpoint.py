@@ -22,18 +22,19 @@ def main() -> None:
         prog="python -m haq_lab.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     actions = parser.add_subparsers(dest="action", required=True)
-    for name, description in (
-        ("inspect", "list the tensors and the provenance"),
-        ("verify", "verify the hash of every tensor and file"),
-        ("export", "write the checkpoint in the compressed-tensors format"),
+    for name, run, description in (
+        ("inspect", _inspect, "list the tensors and the provenance"),
+        ("verify", _verify, "verify the hash of every tensor and file"),
+        ("export", _export, "write the checkpoint in the compressed-tensors format"),
     ):
         action = actions.add_parser(name, help=description)
         action.add_argument("folder", type=Path, help="folder of the checkpoint")
+        action.set_defaults(run=run)
         if name == "export":
             action.add_argument("target", type=Path, help="folder to create for the export")
     arguments = parser.parse_args()
     with report_user_errors("haq_lab"):
-        sys.exit(globals()[f"_{arguments.action}"](arguments))
+        sys.exit(arguments.run(arguments))
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
