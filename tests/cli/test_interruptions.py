@@ -221,7 +221,7 @@ def test_a_manifest_names_nothing_outside_its_folder(part, tmp_path):
     for command in ([*plain, *quantized], again):
         outcome = launch(*command, f"hydra.run.dir={tmp_path / 'other'}")
         assert outcome.code == 2
-        assert "names '../private.txt', which lies outside the checkpoint" in outcome.err
+        assert "names '../private.txt', which is outside the checkpoint" in outcome.err
     assert (tmp_path / "private.txt").read_text() == "precious"
 
 
