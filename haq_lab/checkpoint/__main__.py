@@ -1,9 +1,9 @@
-"""Inspect, verify or export a quantised checkpoint: `python -m haq_lab.checkpoint`.
+"""Run `python -m haq_lab.checkpoint`, which inspects, verifies or exports a quantised checkpoint.
 
-`haq_lab.cli.checkpoint` is the command.
+The command is implemented in `haq_lab.cli.checkpoint`.
 """
 
 import runpy
 
-# Run by name: a package does not import the command line, which lies above it.
+# Run by name, because packages do not import haq_lab.cli.
 runpy.run_module("haq_lab.cli.checkpoint", run_name="__main__")

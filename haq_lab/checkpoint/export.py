@@ -1,12 +1,15 @@
-"""Export to compressed-tensors (https://github.com/vllm-project/compressed-tensors), which transformers and vLLM read.
+"""Export a checkpoint in the compressed-tensors format, which transformers and vLLM read.
 
-Dense models become `int-quantized`, weights and activations. Mixtures of Experts become `pack-quantized` with 8
-bits, weights only: transformers fuses experts, finds only packed ones, and has no place there for an activation
-scheme. Tensors have the names that the architecture's hub checkpoints use.
+Format: https://github.com/vllm-project/compressed-tensors
 
-How near the export comes, read by transformers (tested): its weights are ours bit for bit, so its logits are
-those of our weights in float arithmetic, to 1e-5. With activations quantised too, static scales give our logits
-to 1 %; dynamic ones don't as nearly, as compressed-tensors takes max / 127.5 for a row's scale where we take max / 127.
+Dense models are exported as `int-quantized`, with int8 weights and activations. MoE models are exported as
+`pack-quantized`, with 8-bit weights only. transformers loads only packed experts and fuses them, and its fused
+experts have no activation scheme. Tensors have the names of the architecture's hub checkpoints.
+
+The tests compare the export, loaded by transformers, with our model. The weights are identical. With weight-only
+quantisation, the logits agree with our weights in float arithmetic to 1e-5. With static activation scales, they agree
+with our logits to 1 %. Dynamic scales agree less, because compressed-tensors divides a row's maximum by 127.5 and we
+divide it by 127.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 from haq_lab.checkpoint.manifest import layer_file
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.models.architectures import Moe
 from haq_lab.storage.hf_shard_writer import ShardWriter
 from haq_lab.storage.safetensors_file import read_shard
 from haq_lab.utils.atomic_files import atomic_folder, write_json
@@ -35,39 +39,44 @@ ACTIVATIONS = {
 
 
 def export(folder: Path, target: Path) -> None:
-    """Write the checkpoint in `folder` to the new folder `target`, one layer in memory at a time.
+    """Export the checkpoint in `folder` to the new folder `target`, with one layer in memory at a time.
+
+    Args:
+        folder: A checkpoint that `checkpoint.dir` has written.
+        target: Folder to create.
 
     Raises:
-        UserError: The checkpoint is damaged or has an int8 head, or `target` is there already.
+        UserError: The checkpoint is damaged or has an int8 head, or `target` already exists.
     """
     if target.exists():
-        raise UserError(f"export: '{target}' is there already; name a new folder")
+        raise UserError(f"export: '{target}' already exists. Choose a new folder.")
     model = QuantizedModel(folder, ReferenceBackend())
     if model.int8_head is not None:
         raise UserError(
-            f"export: the head of '{folder}' is in int8, which is not exported: use quantizer.lm_head=false"
+            f"export: the head of '{folder}' is quantised, which the export does not support. "
+            "Quantise the model with quantizer.lm_head=false."
         )
     packed = model.family.moe is not None
     schemes: dict[str, str] = {}
     with atomic_folder(target) as aside:
         writer = ShardWriter(aside, model.depth + 1)
-        writer.add(model.outside())
+        writer.add(model.read_outer_tensors())
         for index in range(model.depth):
             tensors, metadata = read_shard(folder, model.manifest.shard(folder, layer_file(index)))
-            own: dict[str, str] = json.loads(metadata["schemes"])
-            schemes |= own
-            converted = _layer(tensors, own, packed)
+            layer_schemes: dict[str, str] = json.loads(metadata["schemes"])
+            schemes |= layer_schemes
+            converted = _convert_layer(tensors, layer_schemes, packed)
             writer.add({model.family.checkpoint_name(name): tensor for name, tensor in converted.items()})
         writer.finish()
         model.tokenizer().save_pretrained(aside)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        origin = config["quantization_config"]["provenance"]
+        provenance = config["quantization_config"]["provenance"]
         names = {name: model.family.checkpoint_name(f"{name}.").rstrip(".") for name in schemes}
-        config["quantization_config"] = _quantization(schemes, names, packed) | {"haq_lab": origin}
+        config["quantization_config"] = _quantization(schemes, names, model.family.moe) | {"haq_lab": provenance}
         write_json(aside / "config.json", config)
 
 
-def _layer(tensors: dict[str, Tensor], schemes: dict[str, str], packed: bool) -> dict[str, Tensor]:
+def _convert_layer(tensors: dict[str, Tensor], schemes: dict[str, str], packed: bool) -> dict[str, Tensor]:
     converted = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
@@ -85,13 +94,16 @@ def _layer(tensors: dict[str, Tensor], schemes: dict[str, str], packed: bool) ->
 
 
 def pack(levels: Tensor) -> Tensor:
-    """int8 (n, k) -> int32 (n, k / 4): four levels, each plus 128, in a word, the first one lowest."""
-    assert levels.shape[1] % 4 == 0, f"{levels.shape[1]} columns don't fill 32-bit words"
+    """Pack int8 weights (n, k) into int32 words (n, k / 4), as compressed-tensors' `pack_to_int32` does.
+
+    A word has four levels, each plus 128. The first one is in the lowest byte.
+    """
+    assert levels.shape[1] % 4 == 0, f"{levels.shape[1]} columns are not a multiple of 4"
     return levels.view(torch.uint8).bitwise_xor(128).view(torch.int32)
 
 
-def _quantization(schemes: dict[str, str], names: dict[str, str], packed: bool) -> dict[str, Any]:
-    """`quantization_config`: a group for each activation scheme, with its linears by name."""
+def _quantization(schemes: dict[str, str], names: dict[str, str], moe: Moe | None) -> dict[str, Any]:
+    """Return the `quantization_config`, with one group of linears for each activation scheme."""
     groups: dict[str, dict[str, Any]] = {
         scheme: {
             "targets": ["Linear"] if len({*schemes.values()}) == 1 else [names[name] for name in own],
@@ -100,14 +112,15 @@ def _quantization(schemes: dict[str, str], names: dict[str, str], packed: bool) 
         }
         for scheme, own in _by_scheme(schemes).items()
     }
-    if packed:
+    if moe is not None:
         groups = {"all": {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": None}}
+    router = (Moe.router if moe is None else moe.router).rpartition(".")[2]  # matches nothing in a dense model
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized" if packed else "int-quantized",
+        "format": "int-quantized" if moe is None else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", r"re:.*\.gate$"],
+        "ignore": ["lm_head", rf"re:.*\.{router}$"],
     }
 
 

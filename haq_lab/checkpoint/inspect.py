@@ -1,11 +1,12 @@
-"""What is in a quantised checkpoint, and whether all of it is as it was written."""
+"""Summarise and verify quantised checkpoints."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from haq_lab.utils.atomic_files import sha256
 from haq_lab.utils.errors import UserError
 
 
-def summary(folder: Path) -> tuple[Table, dict[str, Any]]:
-    """A table of the tensors by kind, and the provenance."""
+def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
+    """Return a table of the checkpoint's tensors by kind, and its provenance.
+
+    Raises:
+        UserError: `folder` is not a complete checkpoint.
+    """
     manifest = Manifest.read(folder)
     kinds: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     for shard in manifest.shards.values():
@@ -47,24 +52,30 @@ def summary(folder: Path) -> tuple[Table, dict[str, Any]]:
     return table, config["quantization_config"]["provenance"]
 
 
-def problems(folder: Path) -> Iterator[str]:
-    """Whatever is wrong with a checkpoint: every tensor and every file against its hash, files that are not its own."""
+def find_problems(folder: Path) -> Iterator[str]:
+    """Yield a message for each damaged, missing or superfluous file of a checkpoint.
+
+    Every tensor and every file is compared with its hash in the manifest.
+
+    Raises:
+        UserError: `folder` is not a complete checkpoint.
+    """
     manifest = Manifest.read(folder)
     for file in manifest.files:
-        if problem := _problem(lambda file=file: manifest.check_file(folder, file)):
+        if problem := _problem(partial(manifest.check_file, folder, file)):
             yield problem
     for shard in manifest.shards.values():
-        if problem := _problem(lambda shard=shard: read_shard(folder, shard)):
+        if problem := _problem(partial(read_shard, folder, shard)):
             yield problem
         elif sha256(folder / shard.file) != shard.sha256:
-            yield f"checkpoint: {folder / shard.file} does not match its hash"
+            yield f"checkpoint: {folder / shard.file} does not match its hash. Write the checkpoint again."
     known = {FILE, *manifest.files, *manifest.shards}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in known:
-            yield f"checkpoint: {path} is no part of the checkpoint"
+            yield f"checkpoint: {path} does not belong to the checkpoint. Remove it."
 
 
-def _problem(check: Any) -> str | None:
+def _problem(check: Callable[[], object]) -> str | None:
     try:
         check()
     except UserError as error:

@@ -1,4 +1,8 @@
-"""A quantised checkpoint as a model that is read a layer at a time: bytes go straight into int8 modules."""
+"""Load quantised checkpoints layer by layer into int8 modules.
+
+model = QuantizedModel(Path("checkpoints/opt"), ReferenceBackend())
+layer = model.load_layer(0)
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,10 @@ from haq_lab.utils.errors import UserError
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A checkpoint that `checkpoint.dir=DIR` wrote.
+    """A checkpoint that was written with `checkpoint.dir=DIR`.
 
     Args:
-        path: Its folder.
+        path: Folder of the checkpoint.
     """
 
     path: str
@@ -38,12 +42,16 @@ class QuantizedCheckpoint:
 
 
 class QuantizedModel(LayeredModel):
-    """The layers of a quantised checkpoint, computing on `backend`.
+    """A quantised checkpoint that is read layer by layer.
 
-    No weight is ever held at full precision. Every tensor is checked against its hash as it is read.
+    Weights are never converted to full precision. Every tensor is checked against its hash when it is read.
+
+    Args:
+        folder: The checkpoint folder.
+        backend: Backend that computes the int8 linears.
 
     Raises:
-        UserError: A file is missing, damaged, renamed or not ours; the message names it, and the tensor.
+        UserError: A file is missing, damaged or renamed. The message names the file and the tensor.
     """
 
     quantized = True
@@ -57,17 +65,24 @@ class QuantizedModel(LayeredModel):
         if has_int8_head(folder):
             self.quantize_head(backend)
 
-    def outside(self) -> dict[str, Tensor]:
+    def read_outer_tensors(self) -> dict[str, Tensor]:
         return read_shard(self.folder, self.manifest.shard(self.folder, REST))[0]
 
     def load_layer(self, index: int) -> nn.Module:
-        """Decoder layer `index` in int8."""
+        """Return decoder layer `index` in int8.
+
+        Raises:
+            UserError: The layer's file is damaged or does not fit the config.
+        """
         file = layer_file(index)
         stored, metadata = read_shard(self.folder, self.manifest.shard(self.folder, file))
         prefix = f"{self.family.layers}.{index}."
         for name in stored:
             if not name.startswith(prefix):
-                raise UserError(f"checkpoint: {self.folder / file}: tensor '{name}' is not of layer {index}")
+                raise UserError(
+                    f"checkpoint: {self.folder / file}: tensor '{name}' does not belong to layer {index}. "
+                    "Write the checkpoint again."
+                )
         tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
         schemes = {name.removeprefix(prefix): scheme for name, scheme in json.loads(metadata["schemes"]).items()}
         return int8_layer(self, index, tensors, schemes, self.backend, str(self.folder / file))
@@ -83,7 +98,15 @@ def has_int8_head(folder: Path) -> bool:
 
 
 def open_model(source: ModelSource, backend: Backend) -> LayeredModel:
-    """The model of a source: one that was quantised here, or one that is to be."""
+    """Open the model of a source for reading layer by layer.
+
+    Args:
+        source: A model source. A `QuantizedCheckpoint` gives int8 layers, any other source gives float layers.
+        backend: Backend of int8 layers. It is not used for float layers.
+
+    Raises:
+        UserError: The source or its folder is not usable.
+    """
     if isinstance(source, QuantizedCheckpoint):
         return QuantizedModel(source.folder(), backend)
     return LayeredModel(source.folder())

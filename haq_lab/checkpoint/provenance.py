@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: enough to make it again, and to tell whether half of one may be gone on with."""
+"""Record the provenance of a checkpoint, which allows to reproduce it and to decide whether a run may resume it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 from haq_lab.storage.content_hash import file_hashes
 from haq_lab.utils.environment import machine, versions
 
-SETTINGS = ("model", "quantizer", "calibration", "backend")  # groups that decide a checkpoint's bytes
+SETTINGS = ("model", "quantizer", "calibration", "backend")  # groups of settings that determine a checkpoint's bytes
 
 
 def provenance(folder: Path, label: str, config: dict[str, Any], calibration: dict[str, Any] | None) -> dict[str, Any]:
-    """A run's provenance, without times or places, so that the same run gives the same bytes.
+    """Return a run's provenance. It has no times or paths, so equal runs give equal bytes.
 
     Args:
-        folder: The model's.
-        config: The run's, resolved.
-        calibration: The calibration text's stamp: source, hash, seed.
+        folder: The model's folder.
+        label: The model's short name.
+        config: The run's resolved settings.
+        calibration: Source, hash and seed of the calibration text. None if the run has no calibration.
     """
     return {
         "model": {"label": label, "revision": _revision(folder), "files": file_hashes(folder)},
@@ -31,7 +32,7 @@ def provenance(folder: Path, label: str, config: dict[str, Any], calibration: di
 
 
 def differences(ours: Any, theirs: Any, name: str = "") -> Iterable[str]:
-    """Names of the entries in which two nested dicts differ."""
+    """Yield the dotted names of the entries in which two nested dicts differ."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted({*ours, *theirs}):
             yield from differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
@@ -40,5 +41,5 @@ def differences(ours: Any, theirs: Any, name: str = "") -> Iterable[str]:
 
 
 def _revision(folder: Path) -> str | None:
-    """The commit, where the folder is a snapshot in the hub's cache."""
+    """Return the commit hash if the folder is a snapshot in the hub's cache, otherwise None."""
     return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None

@@ -1,7 +1,7 @@
-"""What a pass must keep between two layers to go on after a kill: hidden states, reports, routing, ranges.
+"""Save and restore the state of a quantization pass after each layer: hidden states, reports, routing and ranges.
 
-The states of layer i lie in `work/state-<i>`. They are written beside and renamed, and only then are those of
-layer i - 1 removed: whenever the process dies, one whole set is there, and never a half-advanced one.
+The state after layer i is in `work/state-<i>`. It is written to a temporary folder, which is then renamed. Only then
+is the state of layer i - 1 removed. So there is always one complete state, whenever the process is killed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ RECORD = "state.json"
 
 
 def save_state(work: Path, index: int, state: PassState, shards: list[Shard]) -> None:
-    """Keep what the pass has after layer `index`."""
+    """Save the state of the pass after layer `index` and remove older states.
+
+    Args:
+        work: Folder `work/` of the checkpoint.
+        index: Index of the last finished layer.
+        state: State of the pass.
+        shards: Shards of the finished layers.
+    """
     result = state.result
     record: dict[str, Any] = {
         "shards": [asdict(shard) for shard in shards],
@@ -37,7 +44,7 @@ def save_state(work: Path, index: int, state: PassState, shards: list[Shard]) ->
     }
     with atomic_folder(work / f"state-{index:05}") as aside:
         for number, tensor in enumerate([*state.hidden.values(), *_routing(result)]):
-            # Not NumPy's tofile: it does not say that the disk is full.
+            # NumPy's tofile does not report a full disk.
             (aside / f"{number}.bin").write_bytes(_bytes(tensor).numpy().data)
         result.ranges.save(aside / ranges.FILE)
         write_json(aside / RECORD, record)
@@ -46,13 +53,24 @@ def save_state(work: Path, index: int, state: PassState, shards: list[Shard]) ->
 
 
 def layers_done(work: Path) -> int:
-    """How many layers a pass had finished that was kept here."""
+    """Return the number of layers that were finished when the newest state was saved."""
     states = _states(work)
     return int(states[-1].name.rpartition("-")[2]) + 1 if states else 0
 
 
 def restore_state(work: Path, state: PassState) -> list[Shard]:
-    """Bring a fresh pass to where the last one was kept; returns the shards of the layers that are done."""
+    """Restore the newest saved state into a new pass.
+
+    Args:
+        work: Folder `work/` of the checkpoint.
+        state: State of a pass before its first layer. It is changed in place.
+
+    Returns:
+        The shards of the finished layers. Empty if no state was saved.
+
+    Raises:
+        UserError: A file of the state is missing or has the wrong size.
+    """
     done = layers_done(work)
     if not done:
         return []
@@ -71,7 +89,7 @@ def restore_state(work: Path, state: PassState) -> list[Shard]:
     for number, tensor in enumerate(targets):
         path = newest / f"{number}.bin"
         if not path.is_file() or path.stat().st_size != tensor.nbytes:
-            raise UserError(f"checkpoint: {path} is not what this run needs; remove {work} to begin again")
+            raise UserError(f"checkpoint: {path} is missing or has the wrong size. Remove {work} to start again.")
         _bytes(tensor).copy_(torch.from_file(str(path), shared=False, size=tensor.nbytes, dtype=torch.uint8))
     return [Shard(**shard) for shard in record["shards"]]
 

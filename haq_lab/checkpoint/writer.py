@@ -1,6 +1,6 @@
-"""Write a quantised checkpoint while the pass goes on, and go on with one that was killed.
+"""Write a quantised checkpoint during the quantization pass, and resume an interrupted one.
 
-checkpoint.dir=DIR
+The setting `checkpoint.dir=DIR` turns it on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import nn
 
-from haq_lab.checkpoint.layer_tensors import layer_content, storable
+from haq_lab.checkpoint.layer_tensors import layer_content, to_storable
 from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, WORK, Manifest, layer_file
 from haq_lab.checkpoint.provenance import differences
 from haq_lab.checkpoint.resume_state import layers_done, restore_state, save_state
@@ -23,21 +23,24 @@ from haq_lab.storage.safetensors_file import Shard, write_shard
 from haq_lab.utils.atomic_files import sha256, write_json
 from haq_lab.utils.errors import UserError
 
-METHOD = "haq_lab"  # a quantization method that no other loader knows, so none takes int8 levels for weights
+METHOD = "haq_lab"  # unknown to other loaders, so none of them reads int8 levels as float weights
 
 
 class CheckpointWriter:
-    """A checkpoint in the making; the pass's `LayerStore`. `resumed` says how many layers an earlier run had done.
+    """Writes a quantised checkpoint layer by layer. It is the `LayerStore` of the quantization pass.
 
     Args:
-        folder: Where it goes: absent, empty, or one that the same run began.
+        folder: Target folder. It must be absent or empty, or contain an unfinished checkpoint of the same run.
         model: The model that is quantised.
-        provenance: Where the checkpoint comes from.
-        evaluation: Stamps of the evaluation texts, whose hidden states are kept too.
-        force: Begin again, whichever checkpoint is there.
+        provenance: Provenance of the checkpoint (`haq_lab.checkpoint.provenance`).
+        evaluation: Source and hash of each evaluation text, because their hidden states are saved too.
+        force: Start again and overwrite a checkpoint in `folder`.
+
+    Attributes:
+        resumed: Number of layers that an earlier run has finished.
 
     Raises:
-        UserError: The folder holds something else, or another run is writing there.
+        UserError: The folder has other content, cannot be created, or another run is writing to it.
     """
 
     def __init__(
@@ -52,32 +55,36 @@ class CheckpointWriter:
 
     def _begin(self, identity: dict[str, Any], force: bool) -> None:
         record = self.work / IDENTITY
-        began = record.is_file()
-        if not began:
-            self._refuse_what_is_there(force)
+        resuming = record.is_file()
+        if not resuming:
+            self._refuse_other_content(force)
         try:
             self.work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             where = f" at '{error.filename}'" if error.filename else ""
-            raise UserError(f"checkpoint.dir: '{self.folder}' cannot be made: {error.strerror}{where}") from error
+            raise UserError(
+                f"checkpoint.dir: '{self.folder}' cannot be created: {error.strerror}{where}. Choose another folder."
+            ) from error
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"checkpoint.dir: another run is writing to '{self.folder}'") from None
-        for left in [*self.folder.glob(".*.part"), *self.work.glob(".*.part")]:  # what a killed run wrote aside
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            raise UserError(
+                f"checkpoint.dir: another run is writing to '{self.folder}'. Wait for it or choose another folder."
+            ) from None
+        for partial in [*self.folder.glob(".*.part"), *self.work.glob(".*.part")]:  # temporary files of a killed run
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         if force:
             self._clear()
-        elif began and (others := list(differences(identity, json.loads(record.read_text(encoding="utf-8"))))):
+        elif resuming and (others := list(differences(identity, json.loads(record.read_text(encoding="utf-8"))))):
             self.release()
             raise UserError(
-                f"checkpoint.dir: '{self.folder}' was begun by a run that differs in {', '.join(others[:5])}; "
-                "choose another folder, or set force=true to begin again"
+                f"checkpoint.dir: '{self.folder}' was begun by a run that differs in {', '.join(others[:5])}. "
+                "Choose another folder, or set force=true to start again."
             )
         write_json(record, identity)
 
     def _clear(self) -> None:
-        """Remove what an earlier run wrote, which another model's would not overwrite all of."""
+        """Remove the files of an earlier run. A model with fewer layers would not overwrite all of them."""
         if (self.folder / FILE).is_file():
             manifest = Manifest.read(self.folder, "checkpoint.dir")
             (self.folder / FILE).unlink()
@@ -88,40 +95,40 @@ class CheckpointWriter:
         for state in self.work.glob("state-*"):
             shutil.rmtree(state)
 
-    def _refuse_what_is_there(self, force: bool) -> None:
-        """What is not of our making is left alone, `force` or not: all of `work/` is removed in the end."""
+    def _refuse_other_content(self, force: bool) -> None:
+        """Raise UserError if the folder has other content. `force` overwrites a checkpoint, but no other files."""
         if (self.folder / FILE).is_file():
             Manifest.read(self.folder, "checkpoint.dir")
             if not force:
                 raise UserError(
-                    f"checkpoint.dir: '{self.folder}' holds a finished checkpoint (model=quantized model.path="
-                    f"{self.folder} runs it); choose another folder, or set force=true to write it again"
+                    f"checkpoint.dir: '{self.folder}' contains a finished checkpoint. Choose another folder, set "
+                    f"force=true to write it again, or run it with model=quantized model.path={self.folder}."
                 )
-        elif self.folder.is_dir() and any(item != self.work or _used(item) for item in self.folder.iterdir()):
-            raise UserError(f"checkpoint.dir: '{self.folder}' is not empty; choose another folder")
+        elif self.folder.is_dir() and any(item != self.work or _has_content(item) for item in self.folder.iterdir()):
+            raise UserError(f"checkpoint.dir: '{self.folder}' is not empty. Choose another folder.")
 
     def restore(self, state: PassState) -> int:
-        """See `haq_lab.quantizers.pass_result.LayerStore`."""
+        """Restore the state of an interrupted run and return the number of finished layers (`LayerStore.restore`)."""
         self.shards = restore_state(self.work, state)
         return self.resumed
 
     def keep(self, index: int, layer: nn.Module, state: PassState) -> None:
-        """Write a layer's shard, then the state after it."""
+        """Write the shard of a layer, then save the state of the pass (`LayerStore.keep`)."""
         prefix = f"{self.model.family.layers}.{index}."
-        own, schemes = layer_content(layer)
-        tensors = {prefix + name: tensor for name, tensor in own.items()}
-        named = json.dumps({prefix + name: scheme for name, scheme in schemes.items()})
-        shard = write_shard(self.folder / layer_file(index), tensors, {"schemes": named})
+        content, schemes = layer_content(layer)
+        tensors = {prefix + name: tensor for name, tensor in content.items()}
+        schemes_json = json.dumps({prefix + name: scheme for name, scheme in schemes.items()})
+        shard = write_shard(self.folder / layer_file(index), tensors, {"schemes": schemes_json})
         self.shards.append(shard)
         save_state(self.work, index, state, self.shards)
 
     def finish(self) -> None:
-        """Write what lies outside the layers, the tokenizer, the config, and the manifest last."""
-        rest = {name: storable(tensor) for name, tensor in self.model.outside().items()}
+        """Write the tensors outside the layers, the tokenizer, the config, and last the manifest."""
+        rest = {name: to_storable(tensor) for name, tensor in self.model.read_outer_tensors().items()}
         shards = {shard.file: shard for shard in [write_shard(self.folder / REST, rest, {}), *self.shards]}
         self.model.tokenizer().save_pretrained(self.folder)
         config = json.loads(self.model.config.to_json_string())
-        head = self.model.int8_head is not None  # made again on reading: it follows from the float one
+        head = self.model.int8_head is not None  # not stored: loading quantises the float head again
         config["quantization_config"] = {"quant_method": METHOD, "int8_head": head, "provenance": self.provenance}
         write_json(self.folder / "config.json", config)
         others = (path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
@@ -129,14 +136,14 @@ class CheckpointWriter:
         Manifest(shards, files).write(self.folder)
 
     def close(self) -> None:
-        """Remove the hidden states: nothing is left to be resumed."""
+        """Remove the saved states. The finished checkpoint does not need them."""
         shutil.rmtree(self.work)
 
     def release(self) -> None:
-        """Let others write there."""
+        """Release the lock on the folder."""
         self._lock.release()
 
 
-def _used(folder: Path) -> bool:
-    """Whether more is there than a start leaves that was killed at once: a lock, and what was written aside."""
+def _has_content(folder: Path) -> bool:
+    """Return whether `work/` has more than the lock and temporary files of a run that was killed at its start."""
     return not folder.is_dir() or any(not item.name.startswith(".") for item in folder.iterdir())

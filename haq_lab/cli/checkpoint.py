@@ -1,4 +1,4 @@
-"""Quantised checkpoints: what is in one, whether it is whole, and export for other tools.
+"""Inspect, verify or export a quantised checkpoint.
 
 python -m haq_lab.checkpoint inspect DIR
 python -m haq_lab.checkpoint verify DIR
@@ -17,43 +17,44 @@ from haq_lab.utils.console import errors, print_table, say
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 a mistake, or a checkpoint that is not as it was written."""
+    """Run the command. Exit with code 0 on success and 2 if the input is wrong or the checkpoint is damaged."""
     parser = argparse.ArgumentParser(
         prog="python -m haq_lab.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     actions = parser.add_subparsers(dest="action", required=True)
-    for name, what in (
-        ("inspect", "list its tensors and where it comes from"),
-        ("verify", "check every tensor and file against its hash"),
-        ("export", "write it in compressed-tensors' format"),
+    for name, run, description in (
+        ("inspect", _inspect, "list the tensors and the provenance"),
+        ("verify", _verify, "verify the hash of every tensor and file"),
+        ("export", _export, "write the checkpoint in the compressed-tensors format"),
     ):
-        action = actions.add_parser(name, help=what)
-        action.add_argument("folder", type=Path, help="the checkpoint")
+        action = actions.add_parser(name, help=description)
+        action.add_argument("folder", type=Path, help="folder of the checkpoint")
+        action.set_defaults(run=run)
         if name == "export":
-            action.add_argument("target", type=Path, help="a new folder")
+            action.add_argument("target", type=Path, help="folder to create for the export")
     arguments = parser.parse_args()
     with report_user_errors("haq_lab"):
-        sys.exit(globals()[f"_{arguments.action}"](arguments))
+        sys.exit(arguments.run(arguments))
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from haq_lab.checkpoint.inspect import summary
+    from haq_lab.checkpoint.inspect import summarize
 
-    table, origin = summary(arguments.folder)
+    table, provenance = summarize(arguments.folder)
     print_table(table)
-    say(json.dumps(origin, indent=2))
+    say(json.dumps(provenance, indent=2))
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from haq_lab.checkpoint.inspect import problems
+    from haq_lab.checkpoint.inspect import find_problems
 
-    found = list(problems(arguments.folder))
-    for problem in found:
+    all_problems = list(find_problems(arguments.folder))
+    for problem in all_problems:
         say(f"haq_lab: {problem}", on=errors)
-    if not found:
-        say(f"{arguments.folder}: every tensor and file is as it was written")
-    return 2 if found else 0
+    if not all_problems:
+        say(f"{arguments.folder}: all tensors and files match their hashes")
+    return 2 if all_problems else 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`python -m haq_lab.models build NAME`: make a model that is made here, and show that it is what it should be."""
+"""Build a model and check it: `python -m haq_lab.models build NAME`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from haq_lab.utils.console import say
 
 
 def main() -> None:
-    """Parse the command line, build, print."""
+    """Run the command. Exit with code 2 if the input is wrong."""
     parser = argparse.ArgumentParser(prog="python -m haq_lab.models", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
-    build = actions.add_parser("build", help="make a model and check it")
-    build.add_argument("name", help="an option of the group `model`")
-    build.add_argument("settings", nargs="*", help="model.SETTING=VALUE")
+    build = actions.add_parser("build", help="build a model, check it and print its folder")
+    build.add_argument("name", help="option of the group `model`, e.g. tiny_llama")
+    build.add_argument("settings", nargs="*", help="settings of the model as model.SETTING=VALUE")
     arguments = parser.parse_args()
     with report_user_errors("haq_lab"):
         _build(arguments.name, arguments.settings)

@@ -1,1 +1,1 @@
-"""Models: where they come from, what their layers are called, and how they are read a layer at a time."""
+"""Find models, describe their architectures and load them layer by layer."""

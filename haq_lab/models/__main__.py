@@ -1,6 +1,6 @@
-"""Build a model that the project makes itself: `python -m haq_lab.models`. `haq_lab.cli.models` is the command."""
+"""Run `python -m haq_lab.models`, which builds a model. The command is implemented in `haq_lab.cli.models`."""
 
 import runpy
 
-# Run by name: a package does not import the command line, which lies above it.
+# Run by name, because packages do not import haq_lab.cli.
 runpy.run_module("haq_lab.cli.models", run_name="__main__")

@@ -1,9 +1,12 @@
-"""The family table: the one place that knows an architecture.
+"""Describe the supported architectures in one table, `FAMILIES`.
 
-For each one it says where the decoder layers are, which module's output feeds which linears (so what a
-smoothing factor can be folded into), and where the experts are. A new architecture is one more row.
+A row names the decoder layers, the linears that share an input, the module into which a smoothing factor can be
+folded, and the experts. To add an architecture, add a row.
 
-Names are relative to a decoder layer; `{e}` stands for an expert's number.
+Module names are relative to a decoder layer. `{e}` is a placeholder for the expert index.
+
+    family = family_of(model.config)
+    groups = family.resolve(model.config)
 """
 
 from __future__ import annotations
@@ -16,21 +19,24 @@ from haq_lab.storage.tensor_names import expert_of
 from haq_lab.utils.errors import UserError, nearest
 
 FoldKind = Literal["norm", "value", "up"]
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # names of an expert's linears in our modules
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that read one tensor, and the module whose output that tensor is.
+    """Linears that share an input, and the module that computes this input (the source).
 
-    Dividing the source's output channels by s and multiplying the consumers' columns by s leaves the
-    function as it is. The kind says how: a `norm` (weight and bias), the `value` projection (through the
-    attention heads, s shared by the query heads of one key-value head), or the `up` projection (rows; the
-    activation between is a product or positively homogeneous, so the factor passes through).
+    The layer's output does not change if the source's output channels are divided by s and the consumers' weight
+    columns are multiplied by s. SmoothQuant (arXiv 2211.10438) and AWQ (arXiv 2306.00978) use this.
 
-    `source` is None where nothing can be folded: the group is then only a shared input.
-
-    `float_consumers` read the tensor too, so their columns take the factor, but they stay in full precision:
-    the router of a Mixture-of-Experts layer.
+    Attributes:
+        kind: How s is folded into the source. `norm` scales weight and bias. `value` scales the rows of the value
+            projection, and the query heads of one key-value head share s. `up` scales the rows of the up projection.
+            The activation between is a product or positively homogeneous, so it does not change the factor.
+        source: Name of the source. None if nothing can be folded into it. The group then only shares an input.
+        consumers: Names of the quantised linears.
+        float_consumers: Names of the linears that share the input but stay in full precision, such as the router of
+            an MoE layer. Their columns are multiplied by s too.
     """
 
     kind: FoldKind
@@ -40,47 +46,81 @@ class Group:
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """All that read the tensor."""
+        """Return the names of all linears that share the input."""
         return self.consumers + self.float_consumers
 
     @property
     def expert(self) -> int | None:
-        """The expert that the tensor lies within; None for one that every token has."""
+        """Return the index of the expert that contains the source, or None if it is outside the experts."""
         return None if self.source is None else expert_of(self.source)
 
     @property
     def site(self) -> str:
-        """The module at whose input the tensor is seen, whatever the routing."""
+        """Return the module whose input hook sees the shared input of all tokens, whatever the routing."""
         return self.float_consumers[0] if self.float_consumers else self.consumers[0]
 
-    def parts(self) -> dict[int | None, tuple[str, ...]]:
-        """The consumers by the expert that they belong to; None for those of no expert."""
-        parts: dict[int | None, tuple[str, ...]] = {}
+    def consumers_by_expert(self) -> dict[int | None, tuple[str, ...]]:
+        """Return the consumers by expert index. The key None has those outside the experts."""
+        by_expert: dict[int | None, tuple[str, ...]] = {}
         for name in self.consumers:
-            parts[expert_of(name)] = (*parts.get(expert_of(name), ()), name)
-        return parts
+            by_expert[expert_of(name)] = (*by_expert.get(expert_of(name), ()), name)
+        return by_expert
 
     def for_expert(self, number: int) -> Group:
-        """The group with an expert's number written in."""
+        """Return the group with the placeholder `{e}` replaced by an expert index."""
         source = self.source and self.source.format(e=number)
         return replace(self, source=source, consumers=tuple(name.format(e=number) for name in self.consumers))
 
 
 @dataclass(frozen=True)
 class Moe:
-    """Where a decoder layer has its router and its experts, and under which name the config counts them.
+    """The router and the experts of an MoE architecture: their module names and their config fields.
 
-    The router returns (logits, gate weights (t, k), expert numbers (t, k)); the experts are called with the
-    hidden states (t, d), the numbers and the weights. `haq_lab.models.experts` unfuses them.
+    The router returns logits (t, E), gate weights (t, k) and expert indices (t, k). The experts are called with the
+    hidden states (t, d), the indices and the weights. `haq_lab.models.experts` splits fused experts. An expert's
+    linears are named `PROJECTIONS`.
+
+    Attributes:
+        count_field: Config field with the number of experts in a layer.
+        active_field: Config field with the number of active experts for each token, k.
+        width_field: Config field with an expert's intermediate size.
+        normalized_field: Config field that says whether a token's k gate weights are divided by their sum. None if
+            they always are.
+        router: Name of the router.
+        experts: Name of the module list of the experts.
     """
 
-    count: str
+    count_field: str
+    active_field: str = "num_experts_per_tok"
+    width_field: str = "intermediate_size"
+    normalized_field: str | None = None
     router: str = "mlp.gate"
     experts: str = "mlp.experts"
 
+    def count(self, config: Any) -> int:
+        """Return the number of experts in a layer."""
+        return getattr(config, self.count_field)
+
+    def active(self, config: Any) -> int:
+        """Return the number of active experts for each token, k."""
+        return getattr(config, self.active_field)
+
+    def width(self, config: Any) -> int:
+        """Return the intermediate size of an expert."""
+        return getattr(config, self.width_field)
+
+    def is_normalized(self, config: Any) -> bool:
+        """Return whether the k gate weights of a token are divided by their sum."""
+        return self.normalized_field is None or bool(getattr(config, self.normalized_field))
+
+    def linears(self, expert: int | str) -> tuple[str, str, str]:
+        """Return the names of an expert's gate, up and down projections."""
+        gate, up, down = (f"{self.experts}.{expert}.{name}" for name in PROJECTIONS)
+        return gate, up, down
+
     @property
     def block(self) -> str:
-        """The module of both, which the layer calls with its hidden states (b, t, d)."""
+        """Return the name of the MoE block, which contains both. The layer calls it with hidden states (b, t, d)."""
         return self.router.rpartition(".")[0]
 
 
@@ -89,10 +129,14 @@ class Family:
     """One architecture.
 
     Attributes:
-        smoothquant_strength: The alpha that SmoothQuant's authors published for it.
-        moe: Where the experts are; None for a dense model.
-        head_norms: The norms of queries and of keys between their projections and the rotation; none in most.
-        renamed: Parts of tensors' names, as checkpoints write them and as our modules have them.
+        model_type: The `model_type` of the transformers config.
+        layers: Name of the list of decoder layers in the model.
+        groups: The linears of a layer, grouped by shared input.
+        smoothquant_strength: The migration strength alpha that SmoothQuant's authors published for it.
+        applies: Returns whether the row describes a config of this model type.
+        moe: Names of the router and the experts. None for a dense model.
+        head_norms: Names of the query and key norms between projection and rotary embedding. Empty for most models.
+        renamed: Pairs of name parts: the part in checkpoints, and the part in our modules.
     """
 
     model_type: str
@@ -105,13 +149,17 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def experts(self, config: Any) -> int:
-        """How many experts a layer has; 0 for a dense model."""
-        return 0 if self.moe is None else getattr(config, self.moe.count)
+        """Return the number of experts in a layer, or 0 for a dense model."""
+        return 0 if self.moe is None else self.moe.count(config)
 
     def resolve(self, config: Any) -> tuple[Group, ...]:
-        """The groups of one decoder layer, with the experts' names written out.
+        """Return the groups of one decoder layer with the placeholder `{e}` replaced by expert indices.
 
-        A group whose source is within an expert becomes one for each; elsewhere all experts' linears share it.
+        If the source of a group is inside an expert, each expert gets its own group. Otherwise one group has the
+        linears of all experts.
+
+        Args:
+            config: The model's transformers config.
         """
         count = self.experts(config)
         groups: list[Group] = []
@@ -121,18 +169,18 @@ class Family:
             else:
                 shared = [name for name in group.consumers if "{e}" in name]
                 others = [name for name in group.consumers if "{e}" not in name]
-                written = [name.format(e=number) for number in range(count) for name in shared]
-                groups.append(replace(group, consumers=(*others, *written)))
+                expanded = [name.format(e=number) for number in range(count) for name in shared]
+                groups.append(replace(group, consumers=(*others, *expanded)))
         return tuple(groups)
 
     def module_name(self, tensor: str) -> str:
-        """A checkpoint's name for a tensor -> the name that it has in our modules."""
+        """Return the name in our modules of a tensor that is named as in a checkpoint."""
         for theirs, ours in self.renamed:
             tensor = tensor.replace(theirs, ours)
         return tensor
 
     def checkpoint_name(self, tensor: str) -> str:
-        """The name in our modules -> the one that checkpoints of this architecture use."""
+        """Return the name in checkpoints of a tensor that is named as in our modules."""
         for theirs, ours in self.renamed:
             tensor = tensor.replace(ours, theirs)
         return tensor
@@ -161,16 +209,22 @@ _RELU_MLP = Group("up", "fc1", ("fc2",))
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
-_EXPERT_INPUTS = ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj")
+def _moe_groups(moe: Moe) -> tuple[Group, ...]:
+    gate, up, down = moe.linears("{e}")
+    return (
+        *_attention("input_layernorm", "o_proj"),
+        Group("norm", "post_attention_layernorm", (gate, up), float_consumers=(moe.router,)),
+        Group("up", up, (down,)),
+    )
 
 
-_MOE_MLP = (
-    Group("norm", "post_attention_layernorm", _EXPERT_INPUTS, float_consumers=("mlp.gate",)),
-    Group("up", "mlp.experts.{e}.up_proj", ("mlp.experts.{e}.down_proj",)),
-)
+_MIXTRAL = Moe("num_local_experts")
 
 
-_MOE_GROUPS = (*_attention("input_layernorm", "o_proj"), *_MOE_MLP)
+_QWEN3_MOE = Moe("num_experts", width_field="moe_intermediate_size", normalized_field="norm_topk_prob")
+
+
+_OLMOE = Moe("num_experts", normalized_field="norm_topk_prob")
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -189,8 +243,8 @@ FAMILIES: tuple[Family, ...] = (
             and config.activation_function == "relu"
         ),
     ),
-    # OPT-350M normalises after the residual sum: its norms also feed the residual, so none can be folded. Nor can
-    # norms without weights.
+    # OPT-350M normalises after the residual sum. Its norms also feed the residual, so nothing can be folded into
+    # them. Norms without weights cannot take a factor either.
     Family(
         "opt",
         "model.decoder.layers",
@@ -203,9 +257,9 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "mixtral",
         "model.layers",
-        _MOE_GROUPS,
+        _moe_groups(_MIXTRAL),
         smoothquant_strength=0.8,
-        moe=Moe("num_local_experts"),
+        moe=_MIXTRAL,
         renamed=(
             (".block_sparse_moe.", ".mlp."),
             (".w1.", ".gate_proj."),
@@ -213,51 +267,52 @@ FAMILIES: tuple[Family, ...] = (
             (".w2.", ".down_proj."),
         ),
     ),
-    # Of the next two SmoothQuant's authors published no strength: Mixtral's stands in.
+    # SmoothQuant's authors published no strength for the next two, so they use Mixtral's.
     Family(
         "qwen3_moe",
         "model.layers",
-        _MOE_GROUPS,
+        _moe_groups(_QWEN3_MOE),
         smoothquant_strength=0.8,
         applies=lambda config: (
             not config.mlp_only_layers and config.decoder_sparse_step == 1
-        ),  # no dense layers between
-        moe=Moe("num_experts"),
+        ),  # every layer must be an MoE layer
+        moe=_QWEN3_MOE,
         head_norms=_HEAD_NORMS,
     ),
-    # Clipped values don't let a factor pass.
+    # With clip_qkv, values are clipped, so a factor cannot be folded through them.
     Family(
         "olmoe",
         "model.layers",
-        _MOE_GROUPS,
+        _moe_groups(_OLMOE),
         smoothquant_strength=0.8,
         applies=lambda config: config.clip_qkv is None,
-        moe=Moe("num_experts"),
+        moe=_OLMOE,
         head_norms=_HEAD_NORMS,
     ),
 )
 
 
 def family_of(config: Any) -> Family:
-    """The first row that fits a transformers config.
+    """Return the first row of `FAMILIES` that describes a transformers config.
 
-    Raises `UserError` where the table has none: quantizing by guesswork would skip layers in silence.
+    Raises:
+        UserError: No row describes the config. A guess could silently leave layers unquantised.
     """
-    refuse_unknown(config.model_type)
+    check_model_type(config.model_type)
     for family in FAMILIES:
         if family.model_type == config.model_type and family.applies(config):
             return family
     raise UserError(
-        f"model: this variant of '{config.model_type}' is not in the family table (haq_lab/models/architectures.py); "
-        "its rows say which ones are"
+        f"model: this variant of '{config.model_type}' is not in the family table. "
+        "Choose a variant that haq_lab/models/architectures.py lists, or add a row there."
     )
 
 
-def refuse_unknown(model_type: object) -> None:
-    """Raise `UserError` unless the table has an architecture of this name."""
+def check_model_type(model_type: object) -> None:
+    """Raise UserError if no row of `FAMILIES` has this model type."""
     known = sorted({family.model_type for family in FAMILIES})
     if model_type not in known:
         raise UserError(
-            f"model: architecture '{model_type}' is not in the family table (haq_lab/models/architectures.py), "
-            f"which has {', '.join(known)}{nearest(model_type, known)}"
+            f"model: architecture '{model_type}' is not in the family table (haq_lab/models/architectures.py). "
+            f"Choose one of {', '.join(known)}, or add a row there{nearest(model_type, known)}."
         )

@@ -1,4 +1,4 @@
-"""Models that are made here: made once, kept in the cache folder, and refused where they are no longer as made."""
+"""Build converted and generated models once, store them in the cache folder and verify them before each use."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import cache_folder
 
-RECORD = "sha256.json"  # of every other file in the folder
+RECORD = "sha256.json"  # hashes of all other files in the folder
 
 
 def build_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cache folder `name`, made under a lock if it is not there yet.
+    """Return the cache folder `name`. Build it first, under a lock, if it does not exist.
+
+    Args:
+        name: Name of the folder below `models/` in the cache folder. It must identify the content.
+        make: Writes the model's files into the folder that it receives.
 
     Raises:
-        UserError: It was changed since, by a disk or by somebody.
+        UserError: A file of the folder is missing or was changed after the build.
     """
     models = cache_folder() / "models"
     folder = models / name
-    if not folder.is_dir():  # else whole, as it was renamed; and a cache that cannot be written to will do
+    if not folder.is_dir():  # an existing folder is complete, and then a read-only cache suffices
         models.mkdir(parents=True, exist_ok=True)
         with FileLock(models / f".{name}.lock"):
             if not folder.is_dir():
-                say(f"preparing {name}, once; it is kept in {models}")
+                say(f"preparing {name} (only once, stored in {models})")
                 with atomic_folder(folder) as aside:
                     make(aside)
                     _record(aside)
@@ -42,14 +46,14 @@ def _record(folder: Path) -> None:
 
 
 def _refuse_changed(folder: Path) -> None:
-    """Against the record; a model that an earlier version has made has none."""
+    """Raise UserError if a file differs from its recorded hash. Models of earlier versions have no record."""
     if not (folder / RECORD).is_file():
         return
     try:
         record = dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         record = {RECORD: None}
-    for name, made in record.items():
+    for name, recorded in record.items():
         path = folder / name
-        if not path.is_file() or cached_sha256(path) != made:
-            raise UserError(f"model: '{path}' is not as it was made; remove {folder}, and it is made again")
+        if not path.is_file() or cached_sha256(path) != recorded:
+            raise UserError(f"model: '{path}' was changed after it was built. Remove {folder} to build it again.")

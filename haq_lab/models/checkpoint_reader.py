@@ -11,14 +11,14 @@ from safetensors import SafetensorError, safe_open
 from haq_lab.storage.weight_files import weight_files
 from haq_lab.utils.errors import UserError
 
-WIDE = (torch.float16, torch.bfloat16, torch.float32)  # types that are computed with as they are
+WIDE = (torch.float16, torch.bfloat16, torch.float32)  # types that are not converted
 
 
 class Weights:
     """The tensors of a checkpoint folder. Opening it reads only the headers.
 
     Attributes:
-        unread: Weight files of the folder that transformers would not read either.
+        unread: Weight files of the folder that are not read. transformers does not read them either.
 
     Raises:
         UserError: The folder has no weights, or a file cannot be read.
@@ -50,7 +50,7 @@ class Weights:
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self._file_of:
-                raise UserError(f"model: tensor '{name}' is missing from {self.folder}.")
+                raise UserError(f"model: tensor '{name}' is missing from {self.folder}. Download the checkpoint again.")
             by_file.setdefault(self._file_of[name], []).append(name)
         tensors = {}
         for path, wanted in by_file.items():
@@ -71,7 +71,9 @@ def _floating(tensor: torch.Tensor, dtype: torch.dtype | None, name: str, path: 
     if tensor.dtype not in WIDE:
         tensor = tensor.to(torch.float32)
     if not torch.isfinite(tensor).all():
-        raise UserError(f"model: tensor '{name}' in {path} has NaN or infinite entries.")
+        raise UserError(
+            f"model: tensor '{name}' in {path} has NaN or infinite entries. Use a checkpoint with finite weights."
+        )
     return tensor.to(dtype or tensor.dtype)
 
 
@@ -79,4 +81,4 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"model: '{path}' is not a readable safetensors file ({error}).") from error
+        raise UserError(f"model: '{path}' is not a readable safetensors file ({error}). Download it again.") from error

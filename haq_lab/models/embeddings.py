@@ -1,8 +1,9 @@
-"""Embeddings and head in the type that the checkpoint has them in; only what is read of them is widened.
+"""Keep the embeddings and the head in the type in which the checkpoint stores them.
 
-    hold_as_stored(shell, torch.float32)
+They are a large part of a small model. Only the entries that are read are converted to the compute type. 16-bit
+entries convert to float32 exactly, so the results equal those of float32 tables.
 
-They are much of a small model, and 16-bit entries widen exactly: the numbers are those of float32 tables.
+    keep_stored_type(shell, torch.float32)
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from transformers import PreTrainedModel
 from haq_lab.models.half_linear import HalfLinear
 
 
-def tables_of(shell: PreTrainedModel) -> set[str]:
-    """The names of the tensors that are tables: of tokens, of positions, and the head."""
+def table_names(shell: PreTrainedModel) -> set[str]:
+    """Return the names of the weights of all embeddings and of the head."""
     head = shell.get_output_embeddings()
     return {
         f"{name}.weight" for name, module in shell.named_modules() if module is head or isinstance(module, nn.Embedding)
     }
 
 
-def hold_as_stored(shell: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let the model's tables, in whatever type they are, serve layers that compute in `dtype`, in place.
+def keep_stored_type(shell: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Change a model in place so that its embeddings and its head may have another type than its layers.
 
-    Tied tables stay tied.
+    A tied embedding stays tied.
+
+    Args:
+        shell: The model.
+        dtype: Type in which the layers compute.
     """
     for module in shell.modules():
         if isinstance(module, nn.Embedding):

@@ -1,8 +1,8 @@
-"""The experts of a Mixture-of-Experts layer as ordinary linears.
+"""Split the fused experts of transformers into one module per expert and run them.
 
-transformers 5 keeps a layer's experts fused, as `gate_up_proj` (E, 2f, d) and `down_proj` (E, d, f), where nothing
-that walks over linears finds them. Here each expert has its own three, and their weights are views of the fused
-tensors: nothing is copied, and whatever works on linears works on experts.
+transformers 5 stores a layer's experts in two fused tensors, `gate_up_proj` (E, 2f, d) and `down_proj` (E, d, f).
+Here each expert has three linears, so code that quantises linears finds them. Their weights are views of the fused
+tensors, so nothing is copied.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-FUSED = ("gate_up_proj", "down_proj")
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+from haq_lab.models.architectures import PROJECTIONS, Moe
+
+FUSED = ("gate_up_proj", "down_proj")  # names of the fused weights in transformers
 
 
 class Expert(nn.Module):
-    """One expert: down(act(gate(x)) * up(x))."""
+    """One expert of an MoE layer: down(act(gate(x)) * up(x)).
+
+    Args:
+        gate_up: (2f, d) weights of the gate and up projections.
+        down: (d, f) weight of the down projection.
+        act_fn: Activation function.
+    """
 
     def __init__(self, gate_up: Tensor, down: Tensor, act_fn: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -28,7 +35,7 @@ class Expert(nn.Module):
         self.act_fn = act_fn
 
     def with_linears(self, make: Callable[[nn.Module], nn.Module]) -> Expert:
-        """The same expert with other linears, which `make` makes of its own."""
+        """Return a copy of the expert in which `make` has replaced each linear."""
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
         for name in PROJECTIONS:
@@ -36,34 +43,44 @@ class Expert(nn.Module):
         return twin
 
     def activate(self, x: Tensor) -> Tensor:
-        """(m, d) -> (m, f), what the down projection reads."""
+        """Return the input (m, f) of the down projection for hidden states (m, d)."""
         return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(m, d) -> (m, d)."""
+        """Return the expert's output (m, d) for hidden states (m, d)."""
         return self.down_proj(self.activate(x))
 
 
 class Experts(nn.ModuleList):
-    """All experts of a layer, called as transformers calls its own. Children are named by their number.
+    """The experts of an MoE layer. It has the call signature of transformers' experts.
 
-    `order` says in which order the next call runs its experts; None leaves it to their numbers.
+    Attributes:
+        order: Order in which the next call runs the chosen experts. None runs them by index.
     """
 
     order: list[int] | None = None
 
     @classmethod
     def unfused(cls, fused: Any) -> Experts:
-        """The experts of one of transformers' fused modules, as views of its tensors."""
+        """Return the experts of a fused transformers module. Their weights are views of its tensors."""
         pairs = zip(fused.gate_up_proj, fused.down_proj, strict=True)
         return cls(Expert(gate_up, down, fused.act_fn) for gate_up, down in pairs)
 
     def expert(self, number: int) -> Expert:
-        """Where every use of an expert passes: the one place to decide where its weights come from."""
+        """Return an expert.
+
+        Every use of an expert calls this method, so a subclass can override it to load the weights.
+        """
         return cast(Expert, self[number])
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Hidden states (t, d), expert numbers (t, k) and gate weights (t, k) -> (t, d)."""
+        """Return the weighted sum (t, d) of the chosen experts' outputs.
+
+        Args:
+            hidden: (t, d) hidden states.
+            chosen: (t, k) expert indices.
+            weights: (t, k) gate weights.
+        """
         return dispatch(hidden, chosen, weights, lambda number, tokens: self.expert(number)(hidden[tokens]), self.order)
 
 
@@ -74,59 +91,71 @@ def dispatch(
     run: Callable[[int, Tensor], Tensor],
     order: list[int] | None = None,
 ) -> Tensor:
-    """Run each expert once, over all the tokens that chose it, and sum a token's results by their gate weights.
+    """Run each chosen expert once on all its tokens and return the weighted sums of the outputs.
 
-    Results are summed in the order of the router's choice, whichever expert ran first: neither the other tokens
-    nor the order or place in which experts run changes a bit.
+    The outputs of a token are summed in the router's order. So the result of a token does not depend on the other
+    tokens, on the order in which experts run, or on their devices.
 
     Args:
-        hidden: (t, d), for its size and type.
-        chosen: (t, k) expert numbers.
+        hidden: (t, d) hidden states. Only the shape and the type are used.
+        chosen: (t, k) expert indices.
         weights: (t, k) gate weights.
-        run: From an expert's number and the tokens (m,) that chose it to their results (m, d).
-        order: The chosen experts in the order in which they run; None takes them by number.
+        run: Maps an expert index and the indices (m,) of its tokens to the expert's outputs (m, d).
+        order: The chosen experts in the order in which they run. None runs them by index.
+
+    Returns:
+        (t, d) weighted sums.
     """
     tokens, k = chosen.shape
-    if tokens == 1:  # a decode step has nothing to sort
+    if tokens == 1:  # fast path for a decode step, which needs no sorting
         numbers, only = chosen[0].tolist(), torch.zeros(1, dtype=torch.long)
         by_number = {number: run(number, only) for number in order or sorted(set(numbers))}
-        return combined(torch.cat([by_number[number] for number in numbers])[None], weights)
-    flat = chosen.flatten().cpu()  # a GPU is asked once, before it has work
+        return combine(torch.cat([by_number[number] for number in numbers])[None], weights)
+    flat = chosen.flatten().cpu()  # one synchronisation with the GPU, before it has work
     pairs = flat.argsort(stable=True)
     active, counts = flat[pairs].unique_consecutive(return_counts=True)
     results = hidden.new_empty(tokens * k, hidden.shape[-1])
     owners = dict(zip(active.tolist(), pairs.split(counts.tolist()), strict=True))
     for number in order or owners:
         results[owners[number]] = run(number, owners[number] // k)
-    return combined(results.view(tokens, k, hidden.shape[-1]), weights)
+    return combine(results.view(tokens, k, hidden.shape[-1]), weights)
 
 
-def combined(results: Tensor, weights: Tensor) -> Tensor:
-    """Results (t, k, d) of each token's experts, in the router's order, times gate weights (t, k), summed: (t, d)."""
+def combine(results: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum (t, d) of the experts' outputs, computed in the router's order.
+
+    Args:
+        results: (t, k, d) outputs of each token's experts in the router's order.
+        weights: (t, k) gate weights.
+    """
     total = torch.zeros_like(results[:, 0])
     for rank in range(results.shape[1]):
         total += (results[:, rank] * weights[:, rank, None]).to(total.dtype)
     return total
 
 
-def split_fused(tensors: dict[str, Tensor], experts: str) -> dict[str, Tensor]:
-    """A layer's tensors with fused ones replaced by views under the experts' own names.
+def split_fused(tensors: dict[str, Tensor], moe: Moe) -> dict[str, Tensor]:
+    """Return a layer's tensors with fused expert weights replaced by views for each expert.
 
-    Checkpoints hold experts one by one, but for those that were saved as transformers has them in memory.
+    Most checkpoints store each expert separately. This handles those that store them fused, as transformers does.
+
+    Args:
+        tensors: The layer's tensors by name.
+        moe: The names of the experts and their linears.
     """
-    gate_up, down = (tensors.get(f"{experts}.{name}") for name in FUSED)
+    gate_up, down = (tensors.get(f"{moe.experts}.{name}") for name in FUSED)
     if gate_up is None or down is None:
         return tensors
     split = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in FUSED}
     for number, (both, out) in enumerate(zip(gate_up, down, strict=True)):
         gate, up = both.chunk(2)
-        own = {"gate_proj": gate, "up_proj": up, "down_proj": out}
-        split |= {f"{experts}.{number}.{name}.weight": tensor for name, tensor in own.items()}
+        weights = zip(moe.linears(number), (gate, up, out), strict=True)
+        split |= {f"{name}.weight": tensor for name, tensor in weights}
     return split
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """A linear on this very tensor."""
+    """Return a linear whose weight shares memory with `weight`."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     return linear

@@ -1,4 +1,4 @@
-"""A linear whose weights are narrower than what it multiplies: they are widened as they are read, block by block."""
+"""A linear whose 16-bit weight is converted to the input's type block by block, so no full copy is needed."""
 
 from __future__ import annotations
 
@@ -11,31 +11,35 @@ from torch import Tensor, nn
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
 
-NATIVE_ROWS = 16  # up to so many our kernel, which widens in registers, is the faster one
-BLOCK_BYTES = 16 << 20  # of the table, widened at a time
+NATIVE_ROWS = 16  # up to this number of rows, our kernel, which converts in registers, is faster
+BLOCK_BYTES = 16 << 20  # of converted weights in memory at a time
 
 
 class HalfLinear(nn.Linear):
-    """A linear (n, k) on the very weight of another one, which may be narrower than what it multiplies."""
+    """A linear (n, k) that shares its weight with another linear and accepts inputs of a wider type.
+
+    Args:
+        linear: The linear whose weight and bias are shared.
+    """
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., k) -> (..., n) in x's type, in which products and sums are too."""
+        """Return the output (..., n) for x (..., k). It is computed and returned in x's type."""
         y = F.linear(x, self.weight) if self.weight.dtype == x.dtype else _Widened.apply(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _Widened(torch.autograd.Function):
-    """x (..., k) times a table (n, k) transposed, and the gradient of x."""
+    """Product of x (..., k) and a transposed table (n, k), with the gradient of x."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, table: Tensor) -> Tensor:
         context.save_for_backward(table)
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= NATIVE_ROWS and _native_takes(rows, table):
+        if len(rows) <= NATIVE_ROWS and _native_supports(rows, table):
             return native.half_linear(rows.contiguous(), table).view(*x.shape[:-1], len(table))
         y = rows.new_empty(len(rows), len(table))
         for part in _blocks(table, x.dtype):
@@ -52,12 +56,12 @@ class _Widened(torch.autograd.Function):
         return total, None
 
 
-def _native_takes(x: Tensor, table: Tensor) -> bool:
+def _native_supports(x: Tensor, table: Tensor) -> bool:
     half = table.dtype in (torch.bfloat16, torch.float16)
     return x.is_cpu and table.is_cpu and half and x.dtype == torch.float32 and library.available()
 
 
 def _blocks(table: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Consecutive rows of the table (n, k) that take `BLOCK_BYTES` in `dtype`."""
+    """Return slices of consecutive rows of the table (n, k), each of about `BLOCK_BYTES` in `dtype`."""
     step = max(1, BLOCK_BYTES // (dtype.itemsize * table.shape[1]))
     return [slice(first, first + step) for first in range(0, len(table), step)]

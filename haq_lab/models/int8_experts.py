@@ -1,4 +1,4 @@
-"""The experts of a Mixture-of-Experts layer in int8: tokens sorted by expert, one product an expert and projection."""
+"""Run the experts of an MoE layer in int8. Tokens are grouped by expert, so each projection is one matrix product."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from haq_lab.models.experts import Expert, Experts, dispatch
 
 
 class Int8Experts(Experts):
-    """Experts whose projections are all `Int8Linear`s; the gate and up projections of all share one input scheme.
+    """The int8 experts of an MoE layer. All gate and up projections use the same activation scheme.
 
-    The input is quantised once, whichever experts then read it. An expert's weights are asked for through
-    `expert` alone, and only where a token has chosen it.
+    The input is quantised once for all experts. An expert's weights are read only through `expert`, and only if a
+    token has chosen it.
 
     Attributes:
-        swiglu: What lies between the products is `Backend.swiglu_quantize`, whose bits no backend changes, and not the
-            model's own activation, whose last places depend on the device.
-        beside: Some experts of the next call compute on another device than the rest (`Engine.beside`): what they
-            read is brought there before the rest keep their device busy.
+        scheme: Activation scheme of the shared input.
+        backend: Backend that quantises the shared input.
+        input_scale: Static scale of the shared input, or None.
+        swiglu: Use `Backend.swiglu_quantize` between the products. Its bits are the same on all backends. The last
+            digits of the model's own activation function depend on the device.
+        beside: Some experts of the next call run on another device (`Engine.beside`). Their input is copied there
+            before the other experts occupy their device.
     """
 
     scheme: ActivationScheme
@@ -33,27 +36,33 @@ class Int8Experts(Experts):
 
     @classmethod
     def of(cls, experts: Experts) -> Self:
-        """The same experts, run in int8. Asserts that they are quantised for good, and alike."""
-        made = cls(cast(Expert, expert) for expert in experts)
-        linears = [linear for expert in made for linear in projections(cast(Expert, expert))]
-        assert all(isinstance(linear, Int8Linear) for linear in linears), "experts that are not quantised yet"
-        readers = [linear for expert in made for linear in projections(cast(Expert, expert))[:2]]
+        """Return the int8 experts with the linears of `experts`, which must all be quantised, with one input scheme."""
+        int8 = cls(cast(Expert, expert) for expert in experts)
+        linears = [linear for expert in int8 for linear in projections(cast(Expert, expert))]
+        assert all(isinstance(linear, Int8Linear) for linear in linears), "some experts are not quantised yet"
+        readers = [linear for expert in int8 for linear in projections(cast(Expert, expert))[:2]]
         assert len({linear.input_quantization for linear in readers}) == 1, (
-            "experts that quantise their shared input differently"
+            "the experts quantise their shared input differently"
         )
-        made.scheme, made.backend = readers[0].scheme, readers[0].backend
-        made.register_buffer("input_scale", readers[0].input_scale, persistent=False)
-        return made
+        int8.scheme, int8.backend = readers[0].scheme, readers[0].backend
+        int8.register_buffer("input_scale", readers[0].input_scale, persistent=False)
+        return int8
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Hidden states (t, d), expert numbers (t, k) and gate weights (t, k) -> (t, d)."""
-        here = self.backend.quantize(hidden, self.scheme, self.input_scale)
-        there = on_the_host(*here, hidden.shape[1]) if self.beside else here
+        """Return the weighted sum (t, d) of the chosen experts' outputs.
+
+        Args:
+            hidden: (t, d) hidden states.
+            chosen: (t, k) expert indices.
+            weights: (t, k) gate weights.
+        """
+        quantized = self.backend.quantize(hidden, self.scheme, self.input_scale)
+        elsewhere = copy_to_host(*quantized, hidden.shape[1]) if self.beside else quantized
 
         def run(number: int, tokens: Tensor) -> Tensor:
             expert = self.expert(number)
             gate, up, down = projections(expert)
-            levels, scale = here if gate.backend is self.backend else there
+            levels, scale = quantized if gate.backend is self.backend else elsewhere
             own = (levels, scale) if len(tokens) == len(hidden) == 1 else (levels[tokens], scale[tokens])
             if self.swiglu:
                 weights = PackedExpert(gate.weights, up.weights, down.weights, down.scheme, down.input_scale)
@@ -63,11 +72,11 @@ class Int8Experts(Experts):
         return dispatch(hidden, chosen, weights, run, self.order)
 
 
-def on_the_host(levels: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Quantised rows (m, padded columns) and scales of any backend as the CPU's takes them: (m, columns), (m, 1)."""
+def copy_to_host(levels: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Return quantised rows (m, padded columns) and scales as the CPU backend expects: (m, columns) and (m, 1)."""
     return levels[:, :columns].cpu().contiguous(), scale.reshape(-1, 1).cpu()
 
 
 def projections(expert: Expert) -> tuple[Int8Linear, Int8Linear, Int8Linear]:
-    """What reads the shared input, gate and up, then down."""
+    """Return the gate, up and down projections of an expert. Gate and up read the shared input."""
     return cast(tuple[Int8Linear, Int8Linear, Int8Linear], (expert.gate_proj, expert.up_proj, expert.down_proj))

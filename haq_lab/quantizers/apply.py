@@ -100,7 +100,7 @@ def quantize_group(
     """
     activation = quantizer.activation(stack_weights(layer, group.consumers), statistics)
     reports = []
-    for expert, names in group.parts().items():
+    for expert, names in group.consumers_by_expert().items():
         own = None if statistics is None else statistics.of(expert)
         solution = quantizer.solve(stack_weights(layer, names), own, activation)
         first = 0

@@ -11,7 +11,7 @@ run together (`fusion`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -49,7 +49,7 @@ def deploy(
         merge_linears(layer, model.groups)
         specify_swiglu(layer, backend)
         if model.family.moe is not None:
-            make_router_native(layer, model.family.moe, backend)
+            make_router_native(layer, model.family.moe, model.config, backend)
         fuse(layer, model.groups, backend)
     move_to_huge_pages(layers)
     parts: list[LayerParts | None] = []
@@ -97,7 +97,7 @@ def merge_linears(layer: nn.Module, groups: Iterable[Group]) -> None:
         groups: The family's groups, which say which linears read the same tensor.
     """
     for group in groups:
-        members = [layer.get_submodule(name) for name in group.parts().get(None, ())]
+        members = [layer.get_submodule(name) for name in group.consumers_by_expert().get(None, ())]
         linears = [member for member in members if isinstance(member, Int8Linear)]
         if linears and len(linears) == len(members) and can_merge(linears):
             MergedLinear(linears)
@@ -113,11 +113,11 @@ def specify_swiglu(layer: nn.Module, backend: Backend) -> None:
             module.swiglu = is_silu(cast(Expert, module[0]).act_fn, backend)
 
 
-def make_router_native(layer: nn.Module, moe: Moe, backend: Backend) -> None:
+def make_router_native(layer: nn.Module, moe: Moe, config: Any, backend: Backend) -> None:
     """Replace the router of int8 experts by the native router, if the backend has one that gives the same result."""
     if not isinstance(layer.get_submodule(moe.experts), Int8Experts):
         return
-    router = native_router(layer.get_submodule(moe.router), backend)
+    router = native_router(layer.get_submodule(moe.router), moe.is_normalized(config), backend)
     if router is not None:
         layer.set_submodule(moe.router, router)
 

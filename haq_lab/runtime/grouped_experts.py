@@ -14,7 +14,7 @@ from torch import Tensor
 from haq_lab.int8.cuda.kernels import K_MULTIPLE, Kernels
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.numerics import round_to_grid, swiglu
-from haq_lab.models.experts import Expert, Experts, combined
+from haq_lab.models.experts import Expert, Experts, combine
 from haq_lab.models.int8_experts import Int8Experts, projections
 
 
@@ -68,7 +68,7 @@ class GroupedExperts(Int8Experts):
         gate_up = self._multiply(levels[tokens], scale[tokens], offsets, self._gate_up)
         results = hidden.new_empty(len(flat), hidden.shape[1])
         results[pairs] = self._multiply(*self._activate(gate_up, experts), offsets, self._down).to(hidden.dtype)
-        return combined(results.view(*chosen.shape, hidden.shape[1]), weights)
+        return combine(results.view(*chosen.shape, hidden.shape[1]), weights)
 
     def _multiply(self, rows: Tensor, scale: Tensor, offsets: Tensor, experts: tuple[Tensor, Tensor]) -> Tensor:
         """Multiply quantised rows (m, k), sorted by expert, by the experts' weights (E, n, k): float32 (m, n)."""

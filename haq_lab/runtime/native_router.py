@@ -63,15 +63,16 @@ class NativeRouter(nn.Module):
 
 
 @torch.no_grad()
-def native_router(router: nn.Module, backend: Backend) -> NativeRouter | None:
+def native_router(router: nn.Module, normalized: bool, backend: Backend) -> NativeRouter | None:
     """Return a native router with the results of `router`, checked on random rows.
 
     Args:
         router: The model's router.
+        normalized: Whether it divides the gate weights of a token by their sum (`Moe.is_normalized`).
         backend: The backend of the experts.
 
     Returns:
-        None if the backend is not native, or if no native router gives the same results.
+        None if the backend is not native, or if the native router gives other results.
     """
     weight: Any = getattr(router, "weight", None)
     if not backend.native or not _is_float32(weight):
@@ -81,14 +82,12 @@ def native_router(router: nn.Module, backend: Backend) -> NativeRouter | None:
         _, weights, chosen = router(x)
     except (TypeError, ValueError, RuntimeError):  # it is called or answers differently
         return None
-    for normalized in (True, False):
-        candidate = NativeRouter(weight, chosen.shape[1], normalized)
-        _, native_weights, numbers = candidate(x)
-        # On large rows one expert gets nearly all weight, so the order of the others is undefined.
-        same = (numbers == chosen) | (weights < CLOSE)
-        if same.all() and torch.allclose(native_weights, weights.float(), rtol=0, atol=CLOSE):
-            return candidate
-    return None
+    candidate = NativeRouter(weight, chosen.shape[1], normalized)
+    _, native_weights, numbers = candidate(x)
+    # On large rows one expert gets nearly all weight, so the order of the others is undefined.
+    same = (numbers == chosen) | (weights < CLOSE)
+    agrees = bool(same.all()) and torch.allclose(native_weights, weights.float(), rtol=0, atol=CLOSE)
+    return candidate if agrees else None
 
 
 def _is_float32(weight: Any) -> bool:

@@ -1,1 +1,1 @@
-"""zoo."""
+"""Build models from other models or by training, and check them."""

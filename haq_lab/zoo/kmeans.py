@@ -1,4 +1,4 @@
-"""k-means with k-means++ seeding (Arthur and Vassilvitskii, 2007), vectorised and repeatable."""
+"""Cluster points with k-means and k-means++ seeding (Arthur and Vassilvitskii, 2007). It is deterministic."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 def kmeans(points: Tensor, count: int, seed: int, iterations: int = 50) -> tuple[Tensor, Tensor]:
-    """Lloyd's iterations until no point changes its cluster.
+    """Cluster points with Lloyd's algorithm until no point changes its cluster.
 
     Args:
-        points: (n, d) floating.
-        count: Clusters, at most as many as there are distinct points.
-        seed: Of the first centroids.
-        iterations: At most so many.
+        points: (n, d) floating-point.
+        count: Number of clusters. At most the number of distinct points.
+        seed: Seed for drawing the first centroids.
+        iterations: Largest number of iterations.
 
     Returns:
-        Centroids (count, d) and each point's cluster (n,) int64.
+        Centroids (count, d) and the index of each point's cluster (n,) int64.
     """
-    centroids = _spread(points, count, torch.Generator().manual_seed(seed))
+    centroids = _first_centroids(points, count, torch.Generator().manual_seed(seed))
     nearest = _distances(points, centroids).argmin(1)
     for _ in range(iterations):
         members = torch.bincount(nearest, minlength=count)
@@ -31,8 +31,8 @@ def kmeans(points: Tensor, count: int, seed: int, iterations: int = 50) -> tuple
     return centroids, nearest
 
 
-def _spread(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """First centroids: points drawn with a probability that grows with the distance from those drawn before."""
+def _first_centroids(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw points with a probability proportional to the squared distance from the nearest earlier one (k-means++)."""
     first = torch.randint(len(points), (1,), generator=generator)
     chosen = points[first]
     while len(chosen) < count:
@@ -43,6 +43,6 @@ def _spread(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _distances(points: Tensor, centroids: Tensor) -> Tensor:
-    """Squared distances (n, count)."""
+    """Return the squared distances (n, count) between points and centroids."""
     squares = points.square().sum(1, keepdim=True) + centroids.square().sum(1)
     return (squares - 2 * points @ centroids.t()).clamp(min=0)

@@ -1,4 +1,4 @@
-"""What can be said about a model that was made here: perplexity by transformers' own code, and how it routes."""
+"""Measure a built model with transformers alone: its perplexity and its routing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from haq_lab.data.windows import PythonDocs
+from haq_lab.models.architectures import family_of
 from haq_lab.utils.transformers_logging import quiet_transformers
 
 WINDOWS, SEQLEN = 4, 1024
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Args:
-    perplexity: On Python's reference texts, 4 windows of at most 1,024 tokens.
-    shares: By layer and expert, the share of tokens whose first choice it is (empty for a dense model).
-    repeats: By layer, how often a token's first choice is the previous token's.
+class ModelCheck:
+    """Perplexity and routing of a model on four windows of at most 1,024 tokens of Python's reference texts.
+
+    Attributes:
+        perplexity: Perplexity.
+        shares: For each layer and expert, the share of tokens that rank the expert first. Empty for a dense model.
+        repeats: For each layer, the share of tokens that rank the same expert first as the previous token. Empty for
+            a dense model.
     """
 
     perplexity: float
@@ -30,37 +34,44 @@ class Facts:
     repeats: list[float]
 
     def lines(self, name: str) -> list[str]:
-        """For people."""
-        told = [f"{name}: perplexity {self.perplexity:.4f}"]
+        """Return the results as lines of text that begin with `name`."""
+        lines = [f"{name}: perplexity {self.perplexity:.4f}"]
         if self.shares:
             low, high = min(map(min, self.shares)), max(map(max, self.shares))
-            told.append(f"{name}: an expert is a token's first choice in {low:.1%} to {high:.1%} of cases")
+            lines.append(f"{name}: each expert is the first choice of {low:.1%} to {high:.1%} of the tokens of a layer")
             low, high = min(self.repeats), max(self.repeats)
-            told.append(f"{name}: the previous token's first choice again in {low:.1%} to {high:.1%} (by layer)")
-        return told
+            lines.append(
+                f"{name}: {low:.1%} to {high:.1%} of the tokens of a layer repeat the previous token's first choice"
+            )
+        return lines
 
 
 @torch.no_grad()
-def whole_model_facts(folder: Path, dtype: torch.dtype) -> Facts:
-    """Facts of a checkpoint with its weights rounded to `dtype`, computed in float32, the whole model in memory."""
+def check_model(folder: Path, dtype: torch.dtype) -> ModelCheck:
+    """Measure perplexity and routing of a checkpoint. The whole model is in memory.
+
+    Args:
+        folder: Checkpoint folder of a dense model or a Mixtral.
+        dtype: Type to which the weights are rounded. The computation is in float32.
+    """
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).float().eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     seqlen = min(SEQLEN, model.config.max_position_embeddings)
     windows = PythonDocs(WINDOWS, seqlen).load(tokenizer).tokens
-    sparse = hasattr(model.config, "num_local_experts")
-    options = {"output_router_logits": True} if sparse else {}
+    experts = family_of(model.config).experts(model.config)
+    options = {"output_router_logits": True} if experts else {}
     nll = 0.0
     choices: list[Tensor] = []
     for window in windows:
         output = model(window[None], use_cache=False, **options)
         nll += float(F.cross_entropy(output.logits[0, :-1], window[1:], reduction="sum"))
-        if sparse:
+        if experts:
             choices.append(torch.stack([layer.argmax(-1) for layer in output.router_logits]))
     perplexity = math.exp(nll / (len(windows) * (seqlen - 1)))
-    if not sparse:
-        return Facts(perplexity, [], [])
+    if not experts:
+        return ModelCheck(perplexity, [], [])
     first = torch.stack(choices, dim=1)  # (layers, windows, t)
-    shares = F.one_hot(first.flatten(1), model.config.num_local_experts).float().mean(1)
+    shares = F.one_hot(first.flatten(1), experts).float().mean(1)
     repeats = (first[..., 1:] == first[..., :-1]).float().mean((1, 2))
-    return Facts(perplexity, shares.tolist(), repeats.tolist())
+    return ModelCheck(perplexity, shares.tolist(), repeats.tolist())

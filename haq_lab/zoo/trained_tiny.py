@@ -1,8 +1,7 @@
-"""A tiny Mixtral that has learnt something: distinct experts, learnt routing, minutes on a CPU.
+"""Train a tiny Mixtral in minutes on a CPU. Its experts differ and its routing is learnt.
 
-Random experts show whether code is right; equal ones (`upcycle.py`) route like real text. Here both come
-together: four layers of eight experts and a small vocabulary, trained on Python's own reference texts with
-a load-balancing loss.
+The default has four layers, eight experts and a small vocabulary. It is trained on Python's reference texts with a
+load-balancing loss. In contrast, `random_tiny.py` has random routing, and the experts of `upcycle.py` are equal.
 
     python -m haq_lab.models build tiny_mixtral_trained
 """
@@ -28,9 +27,9 @@ from haq_lab.models.build_cache import build_once
 from haq_lab.models.random_tiny import END
 from haq_lab.utils.console import Progress
 from haq_lab.utils.transformers_logging import quiet_transformers
-from haq_lab.zoo.sanity_check import whole_model_facts
+from haq_lab.zoo.sanity_check import check_model
 
-RATE, WARMUP, DECAY = 4e-3, 0.05, 0.1  # peak learning rate, share of the steps it rises, weight decay
+RATE, WARMUP, DECAY = 4e-3, 0.05, 0.1  # peak learning rate, share of warm-up steps, weight decay
 BALANCE = 0.02  # weight of the load-balancing loss
 
 Positive = Annotated[int, Field(ge=1)]
@@ -38,17 +37,17 @@ Positive = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class TrainedTinyModel:
-    """A Mixtral trained from nothing on Python's reference texts, once, and kept in the cache folder.
+    """A small Mixtral trained from scratch on Python's reference texts, once, and stored in the cache folder.
 
     Args:
-        layers: Decoder layers.
-        hidden: Width of the residual stream; a multiple of 32. An expert is twice as wide.
-        experts: Experts a layer; a token takes two.
-        vocabulary: Entries of the byte-level BPE tokenizer.
-        steps: Training steps; 0 leaves the model as it is drawn.
-        batch: Windows a step.
-        seqlen: Tokens a window.
-        seed: Of the weights and of the batches.
+        layers: Number of decoder layers.
+        hidden: Hidden size. A multiple of 32. The experts' intermediate size is twice this.
+        experts: Number of experts in a layer. Two of them are active for each token.
+        vocabulary: Vocabulary size of the byte-level BPE tokenizer.
+        steps: Number of training steps. With 0, the weights stay random.
+        batch: Number of windows in a training step.
+        seqlen: Number of tokens in a window.
+        seed: Seed of the weights and of the batches.
     """
 
     layers: Positive = 4
@@ -71,15 +70,15 @@ class TrainedTinyModel:
         return build_once(name, lambda target: train(self, target))
 
     def check(self) -> list[str]:
-        """Lines on its perplexity and routing, beside the untrained model's."""
+        """Return lines of text with perplexity and routing of the untrained and the trained model."""
         settings = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"steps": 0}
-        untrained = whole_model_facts(TrainedTinyModel(**settings).folder(), torch.float32)
-        trained = whole_model_facts(self.folder(), torch.float32)
+        untrained = check_model(TrainedTinyModel(**settings).folder(), torch.float32)
+        trained = check_model(self.folder(), torch.float32)
         return [*untrained.lines("untrained"), *trained.lines(f"after {self.steps} steps")]
 
 
 def train(settings: TrainedTinyModel, target: Path) -> None:
-    """Write the trained checkpoint and its tokenizer into the folder `target`."""
+    """Train the model and write the checkpoint and its tokenizer to the existing folder `target`."""
     text = python_docs("calibration")
     tokenizer = bpe_tokenizer(text, settings.vocabulary)
     tokens = encode(tokenizer, text)
@@ -88,14 +87,19 @@ def train(settings: TrainedTinyModel, target: Path) -> None:
         model = MixtralForCausalLM(_config(settings, len(tokenizer)))
         if settings.steps:
             progress.layers(settings.steps, "train")
-            _descend(model, tokens, settings, progress)
+            _run_steps(model, tokens, settings, progress)
     with quiet_transformers():
         model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
 def bpe_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learnt from `text`; it can read any other text too."""
+    """Train a byte-level BPE tokenizer on `text`. It can encode any text.
+
+    Args:
+        text: Training text.
+        vocabulary: Vocabulary size, at least 257.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -129,18 +133,21 @@ def _config(settings: TrainedTinyModel, vocabulary: int) -> MixtralConfig:
 
 
 def _loss(model: MixtralForCausalLM, windows: Tensor) -> Tensor:
-    """Cross-entropy, and the load-balancing loss (Fedus et al., arXiv 2101.03961, eq. 4) of every layer by itself:
-    transformers' own takes all layers as one, which lets an expert of a layer starve."""
+    """Return the cross-entropy plus the load-balancing loss (Fedus et al., arXiv 2101.03961, eq. 4).
+
+    The load-balancing loss is computed for each layer. transformers pools all layers, so single experts of a layer
+    could stay unused.
+    """
     output = model(windows, output_router_logits=True, use_cache=False)
     targets = windows[:, 1:].flatten()
     loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), targets)
     experts, active = model.config.num_local_experts, model.config.num_experts_per_tok
-    layers = [cast(Tensor, load_balancing_loss_func((one,), experts, active)) for one in output.router_logits]
+    layers = [cast(Tensor, load_balancing_loss_func((logits,), experts, active)) for logits in output.router_logits]
     return loss + BALANCE * torch.stack(layers).mean()
 
 
-def _descend(model: MixtralForCausalLM, tokens: Tensor, settings: TrainedTinyModel, progress: Progress) -> None:
-    """AdamW on random windows; the rate rises, then falls along a cosine."""
+def _run_steps(model: MixtralForCausalLM, tokens: Tensor, settings: TrainedTinyModel, progress: Progress) -> None:
+    """Train with AdamW on random windows, with linear warm-up and cosine decay of the learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=DECAY)
     warmup = max(1, round(WARMUP * settings.steps))
 

@@ -1,9 +1,10 @@
-"""Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): a dense Llama becomes a Mixtral.
+"""Turn a dense Llama into a Mixtral by sparse upcycling (Komatsuzaki et al., arXiv 2212.05055).
 
-Every expert is a copy of the dense MLP. The router of a layer is made from real text: its rows are the k-means
-centroids of what the layer's MLP receives, centred. Since Mixtral's gate weights sum to one, equal experts give
-exactly the dense model's output: the model keeps its perplexity, its outliers are real, and its routing follows
-the text, uneven and with memory from token to token. What it cannot show is a routing mistake.
+Every expert is a copy of the dense MLP. The rows of a router are the centred k-means centroids of the MLP's inputs on
+real text. Mixtral's gate weights sum to one, so the output equals the dense model's output.
+
+The model has the perplexity and the outliers of the dense model. Its routing depends on the text, is uneven and
+correlates between successive tokens. Because all experts are equal, the model cannot reveal a wrong routing.
 
     python -m haq_lab.models build smol_moe
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -23,7 +24,7 @@ from transformers import MixtralConfig, PreTrainedConfig
 from haq_lab.calibration.dataset import Calibration
 from haq_lab.calibration.hooks import record_inputs
 from haq_lab.data.text import fingerprint, python_docs
-from haq_lab.models.architectures import family_of
+from haq_lab.models.architectures import PROJECTIONS, Moe, family_of
 from haq_lab.models.build_cache import build_once
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
@@ -31,36 +32,39 @@ from haq_lab.storage.hf_shard_writer import ShardWriter
 from haq_lab.utils.console import Progress
 from haq_lab.utils.errors import UserError
 from haq_lab.zoo.kmeans import kmeans
-from haq_lab.zoo.sanity_check import whole_model_facts
+from haq_lab.zoo.sanity_check import check_model
 
 STORED = torch.bfloat16
-MLP_INPUT = "mlp.gate_proj"
-FIRST_CHOICE = 0.5  # mean probability of a token's first expert: sharp, and the second still counts
-SAME_PERPLEXITY = 1e-4  # relative; float32 sums in another order leave about 1e-6
+MLP_INPUT = f"mlp.{PROJECTIONS[0]}"
+FIRST_CHOICE = 0.5  # mean gate probability of a token's first expert, so that the second still matters
+SAME_PERPLEXITY = 1e-4  # relative tolerance; float32 sums in another order differ by about 1e-6
 TEXT = Calibration("python_docs", samples=32, seqlen=512)
 
 
 @dataclass(frozen=True)
 class UpcycledModel:
-    """A dense model turned into a Mixture of Experts, once, and kept in the cache folder.
+    """A dense model turned into an MoE model, once, and stored in the cache folder.
 
     Args:
-        dense: The model it is made from: any Llama or Mistral without biases.
-        experts: Experts a layer.
-        active: How many of them a token takes.
-        seed: Of the text's crops and of k-means.
+        dense: The dense model: a Llama or Mistral without biases.
+        experts: Number of experts in a layer.
+        active: Number of active experts for each token.
+        seed: Seed of the text windows and of k-means.
     """
 
-    dense: Any  # a ModelSource; a protocol, which pydantic cannot check
+    dense: Any  # a ModelSource, which is a protocol that pydantic cannot check
     experts: Annotated[int, Field(ge=2)] = 8
     active: Annotated[int, Field(ge=1)] = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.dense, ModelSource):
-            raise UserError(f"model.dense: '{self.dense}' is no model; model@model.dense=OPTION chooses one")
+            raise UserError(f"model.dense: '{self.dense}' is not a model. Choose one with model@model.dense=OPTION.")
         if self.active > self.experts:
-            raise UserError(f"model.active: {self.active} is more than the {self.experts} of model.experts")
+            raise UserError(
+                f"model.active: {self.active} is more than the {self.experts} of model.experts. "
+                f"Choose at most {self.experts}."
+            )
 
     @property
     def label(self) -> str:
@@ -73,13 +77,17 @@ class UpcycledModel:
         return build_once(name, lambda target: upcycle(dense, target, self.experts, self.active, self.seed))
 
     def check(self) -> list[str]:
-        """Lines on its perplexity and routing. Raises `UserError` unless the perplexity is the dense model's."""
-        dense = whole_model_facts(self.dense.folder(), STORED)
-        sparse = whole_model_facts(self.folder(), STORED)
+        """Return lines of text with perplexity and routing.
+
+        Raises:
+            UserError: The perplexity differs from that of the dense model.
+        """
+        dense = check_model(self.dense.folder(), STORED)
+        sparse = check_model(self.folder(), STORED)
         if abs(sparse.perplexity / dense.perplexity - 1) > SAME_PERPLEXITY:
             raise UserError(
-                f"model: the perplexity of {self.folder()} is {sparse.perplexity:.4f}, that of the dense model "
-                f"{dense.perplexity:.4f}; remove the folder and build it again"
+                f"model: the perplexity of {self.folder()} is {sparse.perplexity:.4f}, but the dense model has "
+                f"{dense.perplexity:.4f}. Remove the folder and build it again."
             )
         line = f"dense model, weights in bfloat16: perplexity {dense.perplexity:.4f}"
         return [line, *sparse.lines(f"{self.experts} experts, top {self.active}")]
@@ -87,19 +95,27 @@ class UpcycledModel:
 
 @torch.no_grad()
 def upcycle(dense: Path, target: Path, experts: int, active: int, seed: int, text: Calibration = TEXT) -> None:
-    """Write the Mixtral checkpoint made from the folder `dense` into the folder `target`, in bfloat16.
+    """Turn a dense checkpoint into a Mixtral checkpoint in bfloat16.
 
     One layer is in memory at a time. The same arguments give the same bytes.
 
+    Args:
+        dense: Folder of the dense model.
+        target: Existing folder for the Mixtral checkpoint.
+        experts: Number of experts in a layer.
+        active: Number of active experts for each token.
+        seed: Seed of the text windows and of k-means.
+        text: Text from which the routers are computed.
+
     Raises:
-        UserError: The dense model is none that a Mixtral can hold.
+        UserError: The dense model is not a Llama or Mistral without biases.
     """
     model = LayeredModel(dense)
     config = _mixtral_config(model.config, experts, active)
     windows = Calibration(text.text, text.path, text.samples, text.seqlen, seed).load(model.tokenizer()).tokens
     _round(model.shell)
     family, writer = family_of(config), ShardWriter(target, model.depth + 1)
-    writer.add({name: _stored(tensor) for name, tensor in model.outside().items()})
+    writer.add({name: _stored(tensor) for name, tensor in model.read_outer_tensors().items()})
     hidden = model.embed(windows)
     with Progress() as progress:
         progress.layers(model.depth, "upcycle")
@@ -107,7 +123,7 @@ def upcycle(dense: Path, target: Path, experts: int, active: int, seed: int, tex
             layer = _round(model.load_layer(index))
             received = record_inputs(model, layer, index, hidden, [MLP_INPUT])[MLP_INPUT]
             router = _stored(router_rows(received, experts, seed))
-            tensors, prefix = _sparse_layer(layer, router), f"{family.layers}.{index}."
+            tensors, prefix = _sparse_layer(layer, router, cast(Moe, family.moe)), f"{family.layers}.{index}."
             writer.add({family.checkpoint_name(prefix + name): tensor for name, tensor in tensors.items()})
             progress.layer_done()
     writer.finish()
@@ -116,11 +132,19 @@ def upcycle(dense: Path, target: Path, experts: int, active: int, seed: int, tex
 
 
 def router_rows(received: Tensor, experts: int, seed: int) -> Tensor:
-    """A router's weight (experts, d) from the vectors (n, d) that an MLP receives.
+    """Return a router's weight whose rows are k-means centroids of the MLP's inputs.
 
-    The mean is taken out of the rows too, so that a logit depends on the centred vector alone: Mixtral's
-    router has no bias that could make up for it. The scale is the one at which a token's first expert has
-    a probability of `FIRST_CHOICE` on average.
+    Mixtral's router has no bias. So the direction of the mean is removed from the rows, and the mean input does not
+    change the logits. The rows are scaled so that a token's first expert has a probability of `FIRST_CHOICE` on
+    average.
+
+    Args:
+        received: (n, d) inputs of the dense MLP.
+        experts: Number of experts.
+        seed: Seed of k-means.
+
+    Returns:
+        (experts, d) float32.
     """
     points = received.double()
     mean = points.mean(0)
@@ -138,25 +162,32 @@ def router_rows(received: Tensor, experts: int, seed: int) -> Tensor:
 
 
 def _mixtral_config(dense: PreTrainedConfig, experts: int, active: int) -> MixtralConfig:
-    """Whatever the two architectures share, taken over."""
-    given = dense.to_dict()
-    if dense.model_type not in ("llama", "mistral") or given.get("attention_bias") or given.get("mlp_bias"):
-        raise UserError(f"model.dense: a '{dense.model_type}' like this one cannot be turned into a Mixtral")
-    own = {field.name for field in fields(MixtralConfig)} - {"transformers_version", "architectures", "dtype"}
-    shared = {name: value for name, value in given.items() if name in own}
+    """Return a Mixtral config with the fields that it shares with the dense config."""
+    dense_fields = dense.to_dict()
+    has_biases = dense_fields.get("attention_bias") or dense_fields.get("mlp_bias")
+    if dense.model_type not in ("llama", "mistral") or has_biases:
+        kind = f"'{dense.model_type}' with biases" if has_biases else f"'{dense.model_type}'"
+        raise UserError(
+            f"model.dense: architecture {kind} cannot be turned into a Mixtral. "
+            "Choose a Llama or Mistral without biases."
+        )
+    known = {field.name for field in fields(MixtralConfig)} - {"transformers_version", "architectures", "dtype"}
+    shared = {name: value for name, value in dense_fields.items() if name in known}
     config = MixtralConfig(**shared, num_local_experts=experts, num_experts_per_tok=active)
     config.architectures = ["MixtralForCausalLM"]
     config.dtype = STORED
     return config
 
 
-def _sparse_layer(layer: torch.nn.Module, router: Tensor) -> dict[str, Tensor]:
-    """A dense decoder layer's tensors, the MLP's once an expert, and the router."""
-    tensors = {"mlp.gate.weight": router}
+def _sparse_layer(layer: torch.nn.Module, router: Tensor, moe: Moe) -> dict[str, Tensor]:
+    """Return the tensors of an MoE layer: the router, the dense layer's tensors, and its MLP once for each expert."""
+    tensors = {f"{moe.router}.weight": router}
     for name, tensor in layer.state_dict().items():
         if name.startswith("mlp."):
             part = name.removeprefix("mlp.")
-            tensors |= dict.fromkeys((f"mlp.experts.{expert}.{part}" for expert in range(len(router))), _stored(tensor))
+            tensors |= dict.fromkeys(
+                (f"{moe.experts}.{expert}.{part}" for expert in range(len(router))), _stored(tensor)
+            )
         else:
             tensors[name] = _stored(tensor)
     return tensors
@@ -167,7 +198,7 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def _round(module: torch.nn.Module) -> torch.nn.Module:
-    """Weights as they will be stored: the routing is learnt from the very model that is written."""
+    """Round the weights as they will be stored, because the router must fit the stored model."""
     for parameter in module.parameters():
         parameter.copy_(_stored(parameter))
     return module

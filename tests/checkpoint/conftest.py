@@ -1,4 +1,4 @@
-"""Quantised checkpoints of tiny models, written once a session by the command line itself."""
+"""Provide quantised checkpoints of tiny models, written once per session by the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STATIC = ["quantizer=haq", "quantizer.activations=static"]
 
 @pytest.fixture(scope="session", params=["tiny_opt", "tiny_llama", "tiny_mixtral"])
 def written(request, tmp_path_factory) -> Path:
-    """A run folder with `checkpoint/` beside its results."""
+    """Return a run folder with `checkpoint/` and results."""
     folder = tmp_path_factory.mktemp(request.param)
     where = [f"checkpoint.dir={folder / 'checkpoint'}", f"hydra.run.dir={folder / 'run'}"]
     outcome = launch(*TINY, f"model={request.param}", *STATIC, *where)
@@ -23,5 +23,5 @@ def written(request, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def checkpoint(written, tmp_path) -> Path:
-    """A copy that a test may damage."""
+    """Return a copy of the checkpoint that a test may damage."""
     return Path(shutil.copytree(written / "checkpoint", tmp_path / "copy"))

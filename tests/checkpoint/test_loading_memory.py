@@ -1,4 +1,4 @@
-"""Loading takes hardly more memory than the file: no weight is ever there at full precision, none twice."""
+"""Loading needs little more memory than the file size, because no weight is converted or copied."""
 
 from __future__ import annotations
 

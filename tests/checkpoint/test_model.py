@@ -1,4 +1,4 @@
-"""A checkpoint runs as the model that wrote it did, bit for bit; whatever is wrong with it is named."""
+"""A loaded checkpoint equals the model that wrote it bit for bit, and any damage is reported by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _metrics(folder):
     return json.loads((folder / "results.json").read_text())["metrics"]
 
 
-def test_it_runs_like_the_run_that_wrote_it(written, tmp_path):
+def test_a_loaded_checkpoint_gives_the_results_of_its_run(written, tmp_path):
     settings = ["model=quantized", f"model.path={written / 'checkpoint'}"]
     outcome = launch(
         *[s for s in TINY if not s.startswith(("model", "quantizer"))], *settings, f"hydra.run.dir={tmp_path}"
@@ -72,7 +72,7 @@ def test_provenance_and_dtype(written):
 def test_other_loaders_refuse_it(written):
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(written / "checkpoint")
-    with pytest.raises(UserError, match="quantised already, by haq_lab"):
+    with pytest.raises(UserError, match="already quantised by haq_lab"):
         LayeredModel(written / "checkpoint")
 
 
@@ -101,7 +101,7 @@ DAMAGE = {
     r"rest\.safetensors .* truncated": lambda folder: (folder / "rest.safetensors").write_bytes(b"1234"),
     r"config\.json does not match": lambda folder: (folder / "config.json").write_text("{}"),
     r"tokenizer\.json is missing": lambda folder: (folder / "tokenizer.json").unlink(),
-    r"is no checkpoint of haq_lab": lambda folder: (folder / "manifest.json").unlink(),
+    r"is not a haq_lab checkpoint": lambda folder: (folder / "manifest.json").unlink(),
     r"manifest\.json is not a readable manifest": lambda folder: (folder / "manifest.json").write_text("{"),
     r"there is no folder": lambda folder: shutil.rmtree(folder),
 }
@@ -124,8 +124,8 @@ def test_a_flipped_bit_names_file_and_tensor(checkpoint):
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "../config.json", "/etc/passwd", "a/b.txt"])
-def test_a_manifest_names_plain_files_alone(name, tmp_path):
+def test_a_manifest_may_only_name_files_inside_the_checkpoint(name, tmp_path):
     content = {"format": "haq_lab", "version": 1, "shards": [], "files": {name: "0" * 64}}
     (tmp_path / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"names '{name}', which lies outside the checkpoint"):
+    with pytest.raises(UserError, match=f"names '{name}', which is outside the checkpoint"):
         Manifest.read(tmp_path)

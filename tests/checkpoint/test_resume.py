@@ -1,4 +1,4 @@
-"""A run killed at any point goes on from its last finished layer, and its checkpoint is the uninterrupted one's."""
+"""A killed run resumes after its last finished layer and writes the same checkpoint as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _arguments(folder: Path) -> list[str]:
 
 
 def _killed(folder: Path, at: int) -> bool:
-    """Run in a process of its own that is killed at its `at`-th rename or flush; False where it ended before."""
+    """Run in a process that is killed at its `at`-th rename or flush. Return False if it ended before."""
 
     def run() -> None:
         outcome = launch(*_arguments(folder))
@@ -48,7 +48,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_again_and_again(uninterrupted, tmp_path, seed):
+def test_repeated_kills_do_not_change_the_checkpoint(uninterrupted, tmp_path, seed):
     draw = random.Random(seed)
     deaths = 0
     while _killed(tmp_path, at=draw.randint(3, 40)):
@@ -66,8 +66,8 @@ def test_killed_again_and_again(uninterrupted, tmp_path, seed):
         assert (tmp_path / "run" / table).read_bytes() == (uninterrupted / "run" / table).read_bytes()
 
 
-def test_finished_layers_are_not_done_again(uninterrupted, tmp_path):
-    """Killed while the third layer's state is renamed, the second start begins with that layer."""
+def test_finished_layers_are_not_repeated(uninterrupted, tmp_path):
+    """After a kill during the rename of the third state, the next run starts with the third layer."""
     at = 1
     while not (tmp_path / "checkpoint" / "work" / "state-00001").is_dir():
         at += 8
@@ -77,7 +77,7 @@ def test_finished_layers_are_not_done_again(uninterrupted, tmp_path):
     assert _results(tmp_path)["run"]["resumed_from_layer"] >= 2
 
 
-def test_other_settings_don_t_go_on_with_it(tmp_path):
+def test_other_settings_cannot_resume_a_run(tmp_path):
     assert _killed(tmp_path, 30)
     outcome = launch(*_arguments(tmp_path), "quantizer.dampening_frac=0.02")
     assert outcome.code == 2
@@ -86,7 +86,7 @@ def test_other_settings_don_t_go_on_with_it(tmp_path):
     assert outcome.code == 0, outcome.err
 
 
-def test_a_folder_that_holds_something_is_left_alone(uninterrupted, tmp_path):
+def test_a_folder_with_content_is_refused(uninterrupted, tmp_path):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "thesis.tex").write_text("precious")
     outcome = launch(*_arguments(tmp_path))
@@ -94,4 +94,4 @@ def test_a_folder_that_holds_something_is_left_alone(uninterrupted, tmp_path):
     assert "is not empty" in outcome.err
     outcome = launch(*_arguments(uninterrupted), f"hydra.run.dir={tmp_path / 'other'}")
     assert outcome.code == 2
-    assert "holds a finished checkpoint" in outcome.err
+    assert "contains a finished checkpoint" in outcome.err

@@ -1,4 +1,4 @@
-"""Where a checkpoint may be written; what is not haq_lab's is never touched."""
+"""Checkpoints are written only to usable folders, and files of others are never changed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _write(folder, at, *more):
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("file", "checkpoint.dir: '.*file' cannot be made: "),
-        ("file/below", "checkpoint.dir: '.*below' cannot be made: Not a directory at "),
-        ("/proc/nowhere", "checkpoint.dir: '/proc/nowhere' cannot be made: "),
+        ("file", "checkpoint.dir: '.*file' cannot be created: "),
+        ("file/below", "checkpoint.dir: '.*below' cannot be created: Not a directory at "),
+        ("/proc/nowhere", "checkpoint.dir: '/proc/nowhere' cannot be created: "),
         ("", "checkpoint.dir: '' is not valid; name a folder, or null"),
         ("none/../full", "checkpoint.dir: '.*full' is not empty"),
     ],
 )
-def test_a_place_that_cannot_be_is_named(folder, message, tmp_path):
+def test_an_unusable_folder_is_reported(folder, message, tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
@@ -38,7 +38,7 @@ def test_a_place_that_cannot_be_is_named(folder, message, tmp_path):
 
 @pytest.mark.parametrize("force", ["force=false", "force=true"])
 @pytest.mark.parametrize("file", ["thesis.tex", "work/thesis.tex", "work", FILE])
-def test_what_others_wrote_is_left_alone_even_under_force(file, force, tmp_path):
+def test_other_files_are_never_changed_even_with_force(file, force, tmp_path):
     precious = tmp_path / "folder" / file
     precious.parent.mkdir(parents=True)
     precious.write_text("precious")
@@ -48,7 +48,7 @@ def test_what_others_wrote_is_left_alone_even_under_force(file, force, tmp_path)
     assert [path for path in (tmp_path / "folder").rglob("*") if path.is_file()] == [precious]
 
 
-def test_force_leaves_nothing_of_another_model(tmp_path):
+def test_force_removes_files_of_another_model(tmp_path):
     folder = tmp_path / "größe und maß"
     assert _write(folder, tmp_path, "model.layers=3").code == 0
     assert _write(folder, tmp_path, "model=tiny_opt", "force=true").code == 0
@@ -59,7 +59,7 @@ def test_force_leaves_nothing_of_another_model(tmp_path):
     assert files == {FILE, *manifest["files"], *(shard["file"] for shard in manifest["shards"])}
 
 
-def test_a_resumed_bar_begins_where_the_killed_one_ended(tmp_path, monkeypatch):
+def test_a_resumed_progress_bar_starts_at_the_finished_layers(tmp_path, monkeypatch):
     def interrupt(writer):
         raise KeyboardInterrupt
 

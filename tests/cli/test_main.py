@@ -196,8 +196,11 @@ def test_a_mistake_is_told_in_one_message(mistake, message, tiny_run):
     [
         (["model=gguf", "model.path=/no/such.gguf"], "model.path: there is no file '/no/such.gguf'"),
         (["model=quantized", "quantizer=none", "model.path=/no/such"], "model.path: there is no folder '/no/such'"),
-        (["model=smol_moe", "model.dense=opt"], "model.dense: 'opt' is no model; model@model.dense=OPTION"),
-        (["model=hf", "model.name=/no/such/folder"], "model.name: '/no/such/folder' is no local folder"),
+        (
+            ["model=smol_moe", "model.dense=opt"],
+            "model.dense: 'opt' is not a model. Choose one with model@model.dense=OPTION",
+        ),
+        (["model=hf", "model.name=/no/such/folder"], "model.name: '/no/such/folder' is not a local folder"),
         (["model=tiny_opt", "data=[text]"], "data.text.path: a file is needed"),
         (["model=tiny_opt", "data=[c4]", "data.c4.path=/no/such.jsonl"], "data.c4.path: there is no file"),
     ],

@@ -1,4 +1,4 @@
-"""`python -m haq_lab.models build NAME` makes a model, checks it, and says where it is."""
+"""`python -m haq_lab.models build NAME` builds a model, checks it and prints its folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_it_builds_and_checks(capsys, monkeypatch):
         (["tiny_llama", "modl.layers=3"], "'modl.layers' (did you mean 'model'?)"),
     ],
 )
-def test_mistakes(capsys, arguments, message):
+def test_wrong_input_is_reported(capsys, arguments, message):
     code, text = _run(capsys, *arguments)
     assert code == 2
     assert message in text

@@ -1,4 +1,4 @@
-"""The family table, row by row."""
+"""Test the rows of the family table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from haq_lab.storage.tensor_names import expert_of
 from haq_lab.utils.errors import UserError
 
 
-def test_mixtrals_groups():
+def test_mixtral_groups():
     groups = family_of(MixtralConfig()).resolve(MixtralConfig(num_local_experts=3))
     assert [group.source for group in groups] == [
         "input_layernorm",
@@ -25,7 +25,9 @@ def test_mixtrals_groups():
     assert norm.site == "mlp.gate"
     assert norm.readers == (*norm.consumers, "mlp.gate")
     assert norm.expert is None
-    assert norm.parts() == {e: (f"mlp.experts.{e}.gate_proj", f"mlp.experts.{e}.up_proj") for e in range(3)}
+    assert norm.consumers_by_expert() == {
+        e: (f"mlp.experts.{e}.gate_proj", f"mlp.experts.{e}.up_proj") for e in range(3)
+    }
     assert groups[4].consumers == ("mlp.experts.1.down_proj",)
     assert groups[4].expert == 1
 
@@ -39,10 +41,25 @@ def test_every_expert_has_its_projections_in_groups(config):
     assert {expert_of(name) for name in names} == {None, *range(count)}
 
 
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (MixtralConfig(intermediate_size=96), (8, 2, 96, True)),
+        (Qwen3MoeConfig(intermediate_size=96, moe_intermediate_size=32, norm_topk_prob=True), (128, 8, 32, True)),
+        (OlmoeConfig(intermediate_size=96), (64, 8, 96, False)),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_moe_reads_its_sizes_from_the_config(config, sizes):
+    moe = family_of(config).moe
+    assert (moe.count(config), moe.active(config), moe.width(config), moe.is_normalized(config)) == sizes
+    assert moe.linears(3) == tuple(f"mlp.experts.3.{name}_proj" for name in ("gate", "up", "down"))
+
+
 def test_dense_families_have_no_experts():
     family = family_of(OPTConfig())
     assert family.experts(OPTConfig()) == 0
-    assert all(group.parts() == {None: group.consumers} for group in family.resolve(OPTConfig()))
+    assert all(group.consumers_by_expert() == {None: group.consumers} for group in family.resolve(OPTConfig()))
 
 
 @pytest.mark.parametrize(
@@ -53,12 +70,12 @@ def test_dense_families_have_no_experts():
         (OlmoeConfig(clip_qkv=8.0), "this variant of 'olmoe'"),
     ],
 )
-def test_variants_whose_layers_differ_or_that_cannot_be_folded_are_refused(config, message):
+def test_unsupported_variants_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         family_of(config)
 
 
-def test_mixtrals_names_there_and_back():
+def test_mixtral_names_convert_both_ways():
     family = family_of(MixtralConfig())
     pairs = {
         "model.layers.3.block_sparse_moe.experts.7.w1.weight": "model.layers.3.mlp.experts.7.gate_proj.weight",
@@ -79,6 +96,6 @@ def test_expert_numbers():
     assert Group("norm", None, ("mlp.experts.1.up_proj",)).expert is None
 
 
-def test_smoothing_strengths_are_the_published_ones():
+def test_smoothquant_strengths_match_the_paper():
     strengths = {family.model_type: family.smoothquant_strength for family in FAMILIES}
     assert (strengths["opt"], strengths["llama"], strengths["mistral"], strengths["mixtral"]) == (0.5, 0.85, 0.8, 0.8)

@@ -1,4 +1,4 @@
-"""Models that are made here: made once, recorded, and refused where they have changed."""
+"""Models are built once, recorded with hashes, and refused after a change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from haq_lab.utils.errors import UserError
 
 @pytest.fixture
 def made(tmp_path, monkeypatch) -> Path:
-    """A model of two files in a cache of its own."""
+    """Build a model with two files in a separate cache."""
     monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path))
     return build_once("model", _make)
 
@@ -40,15 +40,15 @@ CHANGES = {
 }
 
 
-def test_it_is_made_once(made):
+def test_it_is_built_once(made):
     assert build_once("model", _never) == made
     assert set(json.loads((made / "sha256.json").read_text())) == {"model.safetensors", "tokenizer.json"}
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_is_refused_until_it_is_made_again(made, name):
+def test_a_changed_model_is_refused_until_it_is_rebuilt(made, name):
     CHANGES[name](made / name)
-    with pytest.raises(UserError, match=rf"{name}' is not as it was made; remove {made}, and it is made again"):
+    with pytest.raises(UserError, match=rf"{name}' was changed after it was built. Remove {made} to build it again"):
         build_once("model", _never)
     for path in made.iterdir():
         path.unlink()
@@ -56,7 +56,7 @@ def test_a_change_is_refused_until_it_is_made_again(made, name):
     assert build_once("model", _make) == made
 
 
-def test_what_has_no_record_is_taken_as_it_is(made):
+def test_a_model_without_a_record_is_not_verified(made):
     (made / "sha256.json").unlink()
     _flip(made / "model.safetensors")
     assert build_once("model", _never) == made

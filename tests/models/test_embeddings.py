@@ -1,4 +1,4 @@
-"""Embeddings and head stay as stored, and the numbers are those of float32 tables."""
+"""Embeddings and head keep their stored type, and the results equal those of float32 tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def stored_as(dtype: torch.dtype, architecture: str, folder: Path) -> LayeredModel:
-    """A tiny model whose checkpoint is in `dtype`."""
+    """Return a tiny model whose checkpoint is stored in `dtype`."""
     shutil.copytree(TinyModel(architecture).folder(), folder)
     path = folder / "model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
@@ -27,7 +27,7 @@ def stored_as(dtype: torch.dtype, architecture: str, folder: Path) -> LayeredMod
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
-def test_they_are_held_as_stored_and_the_logits_are_float32s(architecture, dtype, windows, logits_of, tmp_path):
+def test_tables_keep_their_type_and_logits_equal_float32(architecture, dtype, windows, logits_of, tmp_path):
     model = stored_as(dtype, architecture, tmp_path / "model")
     held = {module.weight.dtype for module in model.shell.modules() if isinstance(module, nn.Embedding | nn.Linear)}
     assert held == {dtype}
@@ -42,6 +42,6 @@ def test_they_are_held_as_stored_and_the_logits_are_float32s(architecture, dtype
     torch.testing.assert_close(last, wanted[:, -1:], rtol=1e-5, atol=1e-4)
 
 
-def test_tied_ones_stay_one_tensor(tmp_path):
+def test_tied_embeddings_stay_one_tensor(tmp_path):
     shell = stored_as(torch.bfloat16, "llama", tmp_path / "model").shell
     assert shell.get_output_embeddings().weight is shell.get_input_embeddings().weight

@@ -1,4 +1,4 @@
-"""Unfused experts are views, compute what transformers' fused ones compute, and are summed in one fixed order."""
+"""Split experts are views, compute what the fused experts compute, and are summed in a fixed order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOE = ["mixtral", "qwen3_moe", "olmoe"]
 
 
 @pytest.mark.parametrize("architecture", MOE)
-def test_unfused_experts_are_views_and_compute_the_same(tiny):
+def test_split_experts_are_views_and_give_the_same_output(tiny):
     fused = whole_of(tiny.folder).get_submodule(f"{tiny.family.layers}.1.{tiny.family.moe.experts}")
     experts = Experts.unfused(fused)
     assert len(experts) == tiny.experts
@@ -36,7 +36,7 @@ def test_unfused_experts_are_views_and_compute_the_same(tiny):
 
 
 @pytest.mark.parametrize("architecture", MOE)
-def test_a_layer_is_linears_on_the_tensors_that_were_read(tiny, monkeypatch):
+def test_linears_share_memory_with_the_tensors_that_were_read(tiny, monkeypatch):
     read = {}
     original = tiny.weights.read
 
@@ -55,7 +55,7 @@ def test_a_layer_is_linears_on_the_tensors_that_were_read(tiny, monkeypatch):
 
 @pytest.mark.parametrize("architecture", MOE)
 def test_checkpoints_with_fused_experts_are_split_into_views(tiny, tmp_path, windows, logits_of):
-    """As transformers saves them with `save_original_format=False`."""
+    """transformers saves such checkpoints with `save_original_format=False`."""
     whole = whole_of(tiny.folder)
     shutil.copytree(tiny.folder, tmp_path / "fused")
     save_file({name: x.clone() for name, x in whole.state_dict().items()}, tmp_path / "fused" / "model.safetensors")

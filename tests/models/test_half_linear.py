@@ -1,4 +1,4 @@
-"""Narrow weights give the numbers of widened ones, and are never widened as a whole."""
+"""16-bit weights give the results of converted ones and are never converted as a whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def narrow_linear_of(dtype: torch.dtype) -> HalfLinear:
 @native_or_not
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("rows", [1, 3, narrow_linear.NATIVE_ROWS, narrow_linear.NATIVE_ROWS + 1])
-def test_products_and_gradients_are_those_of_the_widened_table(dtype, rows, has_native, monkeypatch):
+def test_products_and_gradients_equal_those_of_the_converted_table(dtype, rows, has_native, monkeypatch):
     monkeypatch.setattr(library, "available", lambda: has_native)
     monkeypatch.setattr(narrow_linear, "BLOCK_BYTES", 4 * 48 * 64)  # 64 rows at a time, 8 in the last block
     narrow = narrow_linear_of(dtype)
@@ -39,7 +39,7 @@ def test_products_and_gradients_are_those_of_the_widened_table(dtype, rows, has_
 
 
 class Sizes(TorchDispatchMode):
-    """Notes the largest float32 tensor that any operation returns."""
+    """Records the size of the largest float32 tensor that an operation returns."""
 
     largest = 0
 
@@ -52,7 +52,7 @@ class Sizes(TorchDispatchMode):
 
 @native_or_not
 @pytest.mark.parametrize("rows", [1, 40])
-def test_the_whole_table_is_never_widened(has_native, rows, monkeypatch):
+def test_the_whole_table_is_never_converted(has_native, rows, monkeypatch):
     monkeypatch.setattr(library, "available", lambda: has_native)
     monkeypatch.setattr(narrow_linear, "BLOCK_BYTES", 4 * 48 * 64)
     narrow, x = narrow_linear_of(torch.bfloat16), torch.randn(rows, 48, requires_grad=True)

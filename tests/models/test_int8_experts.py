@@ -1,4 +1,4 @@
-"""Grouped int8 experts equal a walk over single tokens, bit for bit, whatever the routing."""
+"""Grouped int8 experts equal a loop over single tokens, bit for bit, for any routing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH, INNER, COUNT = 24, 16, 5
 
 
 class Counting(ReferenceBackend):
-    """Notes every call."""
+    """Records every call."""
 
     def __init__(self):
         self.quantized, self.products = [], []
@@ -55,7 +55,7 @@ def experts(scheme="token", backend=None, scales=(0.02, 0.1)) -> Experts:
 
 
 def token_by_token(made: Experts, hidden, chosen, weights):
-    """The contract: each token alone, its experts in the router's order."""
+    """Compute each token alone, with its experts in the order of the router."""
     total = torch.zeros_like(hidden)
     for token in range(len(hidden)):
         for number, weight in zip(chosen[token].tolist(), weights[token], strict=True):
@@ -67,7 +67,7 @@ def token_by_token(made: Experts, hidden, chosen, weights):
 
 @st.composite
 def routings(draw):
-    """Tokens with two experts each, of those that are open: often some have no token at all."""
+    """Draw two experts per token from a subset, so some experts have no token."""
     open_experts = draw(st.lists(st.integers(0, COUNT - 1), min_size=2, max_size=COUNT, unique=True))
     tokens = draw(st.integers(0, 9))
     pairs = [draw(st.permutations(open_experts))[:2] for _ in range(tokens)]
@@ -75,7 +75,7 @@ def routings(draw):
 
 
 @given(routings(), st.sampled_from(["token", "static"]))
-def test_equal_to_a_walk_over_tokens(routing, scheme):
+def test_equal_to_a_loop_over_tokens(routing, scheme):
     chosen, seed = routing
     generator = torch.Generator().manual_seed(seed)
     hidden = 3 * torch.randn(len(chosen), WIDTH, generator=generator)
@@ -86,7 +86,7 @@ def test_equal_to_a_walk_over_tokens(routing, scheme):
 
 
 @given(routings())
-def test_the_cpus_accumulators_are_the_references(routing):
+def test_cpu_accumulators_equal_the_reference(routing):
     chosen, seed = routing
     generator = torch.Generator().manual_seed(seed)
     hidden, weights = torch.randn(len(chosen), WIDTH, generator=generator), torch.rand(len(chosen), 2)
@@ -103,7 +103,7 @@ def test_the_shared_input_is_quantised_once_and_only_active_experts_run():
     assert len(backend.products) == 9
 
 
-def test_per_tensor_scales_are_of_all_tokens():
+def test_per_tensor_scales_use_all_tokens():
     hidden, weights = torch.randn(4, WIDTH), torch.rand(4, 2)
     hidden[0] *= 100
     chosen = torch.tensor([[0, 1], [2, 3], [2, 3], [2, 3]])
@@ -122,12 +122,12 @@ def test_a_simulating_backend_and_half_precision():
     assert (half.float() - exact).norm() < 0.03 * exact.norm()
 
 
-def test_names_stay():
+def test_parameter_names_do_not_change():
     made = experts()
     assert list(Int8Experts.of(made).state_dict()) == list(made.state_dict())
 
 
-def test_experts_that_cannot_run_together():
+def test_experts_with_different_quantisation_are_refused():
     made = experts("static")
     made[2].up_proj.input_scale = torch.tensor(0.5)
     with pytest.raises(AssertionError, match="differently"):

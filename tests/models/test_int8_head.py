@@ -1,4 +1,4 @@
-"""The head in int8: beside the float one, used where it is asked for, counted as it is held, written and read."""
+"""The int8 head: it is used by assembled models, measured, written and read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def assembled(model: LayeredModel) -> torch.nn.Module:
     return model.assemble([model.load_layer(index) for index in range(model.depth)])
 
 
-def test_the_logits_are_those_of_the_rounded_table(tiny, windows):
+def test_logits_equal_those_of_the_rounded_table(tiny, windows):
     hidden = tiny.embed(windows)
     before = tiny.head(hidden)
     assert torch.equal(tiny.head(hidden, quantized=True), before), "there is no int8 head yet"
@@ -36,7 +36,7 @@ def test_the_logits_are_those_of_the_rounded_table(tiny, windows):
     assert torch.equal(tiny.head(hidden, quantized=True), by_hand(received[0]))
 
 
-def test_an_assembled_model_has_it_and_shares_all_else(tiny, windows):
+def test_an_assembled_model_has_the_int8_head_and_shares_the_rest(tiny, windows):
     full = assembled(tiny)
     tiny.quantize_head(ReferenceBackend())
     whole = assembled(tiny)
@@ -46,7 +46,7 @@ def test_an_assembled_model_has_it_and_shares_all_else(tiny, windows):
     assert not torch.equal(whole(windows[:1]).logits, full(windows[:1]).logits)
 
 
-def test_it_is_counted_as_it_is_held(tiny):
+def test_its_size_is_counted_in_int8(tiny):
     full = assembled(tiny)
     head = full.get_output_embeddings().weight
     tied = head is full.get_input_embeddings().weight
@@ -58,7 +58,7 @@ def test_it_is_counted_as_it_is_held(tiny):
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_mixtral"])
-def test_a_run_measures_and_writes_it(model, tmp_path):
+def test_a_run_measures_and_writes_the_int8_head(model, tmp_path):
     settings = [*TINY, f"model={model}", "measure=[perplexity,memory]"]
 
     def metrics(name: str, *more: str) -> dict[str, float]:
@@ -78,12 +78,14 @@ def test_a_run_measures_and_writes_it(model, tmp_path):
     read = metrics("read", "quantizer=none", "model=quantized", f"model.path={where}")
     for name in ("perplexity.python_docs", "memory.weights_bytes", "memory.weights_fp16_bytes"):
         assert written[name] == read[name] == quantized[name]
-    with pytest.raises(UserError, match=r"in int8, which is not exported: use quantizer\.lm_head=false"):
+    with pytest.raises(
+        UserError, match=r"is quantised, which the export does not support\. .*quantizer\.lm_head=false"
+    ):
         export(where, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
 
-def test_only_yes_or_no(tmp_path):
+def test_lm_head_accepts_only_booleans(tmp_path):
     outcome = launch(*TINY, "quantizer.lm_head=int8", f"hydra.run.dir={tmp_path}")
     assert outcome.code == 2
     assert "quantizer.lm_head: 'int8' is not valid" in outcome.err

@@ -1,4 +1,4 @@
-"""The layer-by-layer forward is transformers' own forward, and unusable checkpoints are refused by name."""
+"""The layer-by-layer forward equals that of transformers, and unusable checkpoints are refused by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def save(config, folder: Path) -> Path:
 
 
 def tampered(model: LayeredModel, folder: Path, change) -> Path:
-    """A copy of a checkpoint with its dict of tensors changed by `change`."""
+    """Return a copy of a checkpoint whose tensors `change` has modified."""
     shutil.copytree(model.folder, folder)
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -210,7 +210,7 @@ def test_configs_that_cannot_be_used(tmp_path, content, message):
         LayeredModel(tmp_path)
 
 
-def test_computes_in_the_dtype_asked_for(tiny):
+def test_computes_in_the_requested_dtype(tiny):
     model = LayeredModel(tiny.folder, torch.bfloat16)
     assert {x.dtype for x in model.load_layer(0).parameters()} == {torch.bfloat16}
     assert model.embed(torch.zeros(1, 4, dtype=torch.long)).dtype == torch.bfloat16
@@ -234,7 +234,7 @@ def test_tokenizer(tiny, tmp_path):
 
 
 def _changed(folder: Path, change) -> LayeredModel:
-    """A model whose tensors are those that `change` makes of a tiny Llama's."""
+    """Return a tiny Llama whose tensors `change` has modified."""
     copied = Path(shutil.copytree(TinyModel("llama").folder(), folder / "changed"))
     tensors = load_file(copied / "model.safetensors")
     change(tensors)
@@ -253,7 +253,7 @@ def test_a_head_in_the_file_is_used_even_if_config_ties_it(tmp_path, windows, lo
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
-def test_other_floating_types_are_widened_as_transformers_does(dtype, tmp_path, windows, logits_of):
+def test_other_floating_types_are_converted_as_in_transformers(dtype, tmp_path, windows, logits_of):
     def narrow(tensors):
         tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items() if "proj" in name})
 

@@ -1,4 +1,4 @@
-"""Where models come from: each source ends in a folder, or in one clear refusal."""
+"""Each model source returns a folder or raises a clear error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pickled(tmp_path):
     return folder
 
 
-def test_tiny_model_is_made_once_and_is_the_same_for_a_seed(cache):
+def test_tiny_model_is_built_once_and_is_reproducible(cache):
     folder = TinyModel("llama").folder()
     made = (folder / "model.safetensors").stat().st_mtime_ns
     assert TinyModel("llama").folder() == folder
@@ -52,14 +52,14 @@ def test_tiny_model_refuses_sizes_it_cannot_have(wrong):
         TinyModel(**{"architecture": "opt", **wrong})
 
 
-def test_local_folder_is_taken_as_it_is(tiny):
+def test_local_folder_is_used_unchanged(tiny):
     source = HubModel(str(tiny.folder))
     assert source.folder() == tiny.folder
     assert source.label == tiny.folder.name
 
 
-def test_hub_name_that_is_not_there():
-    with pytest.raises(UserError, match=r"model\.name: 'no-such/model' is no local folder"):
+def test_unknown_hub_name_is_refused():
+    with pytest.raises(UserError, match=r"model\.name: 'no-such/model' is not a local folder"):
         HubModel("no-such/model").folder()
 
 
@@ -93,7 +93,7 @@ def test_a_corrected_tokenizer_or_config_is_converted_again(pickled):
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
-def test_the_tensors_of_a_trainers_file_are_read(key, tmp_path):
+def test_state_dicts_inside_trainer_files_are_read(key, tmp_path):
     folder = Path(shutil.copytree(TinyModel("llama").folder(), tmp_path / "trained"))
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -106,12 +106,12 @@ def test_the_tensors_of_a_trainers_file_are_read(key, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.ones(2)], "holds a list, not a dict of tensors"),
-        ({}, "holds a dict, not a dict of tensors"),
-        ({"a": torch.ones(2), "step": 3}, "holds a int under 'step'.*Save a flat dict of dense tensors"),
-        ({"a": {"b": torch.ones(2)}}, "holds a dict under 'a'"),
-        ({"a": torch.ones(2, 2).to_sparse()}, r"holds a torch\.sparse_coo tensor under 'a'"),
-        ({3: torch.ones(2)}, r"holds a torch\.strided tensor under '3'"),
+        ([torch.ones(2)], "contains a list, not a dict of tensors"),
+        ({}, "contains a dict, not a dict of tensors"),
+        ({"a": torch.ones(2), "step": 3}, "contains a int under 'step'.*Save a flat dict of dense tensors"),
+        ({"a": {"b": torch.ones(2)}}, "contains a dict under 'a'"),
+        ({"a": torch.ones(2, 2).to_sparse()}, r"contains a torch\.sparse_coo tensor under 'a'"),
+        ({3: torch.ones(2)}, r"contains a torch\.strided tensor under '3'"),
     ],
 )
 def test_pickles_of_another_form_are_refused(content, message, tmp_path):
@@ -135,7 +135,7 @@ def test_damaged_or_malicious_pickles(pickled, content, cache, capsys):
     else:
         path.write_bytes(content)
     before = set((cache / "models").iterdir())
-    with pytest.raises(UserError, match="damaged, or holds more than tensors"):
+    with pytest.raises(UserError, match="damaged or contains more than tensors"):
         HubModel(str(pickled), allow_pickle=True).folder()
     assert "code ran" not in capsys.readouterr().out
     left = set((cache / "models").iterdir()) - before

@@ -73,10 +73,11 @@ def quantised(architecture, activations="token"):
 @architectures
 def test_the_native_router_equals_the_models(isa, architecture):
     model = LayeredModel(TinyModel(architecture).folder())
-    router = model.load_layer(0).mlp.gate
+    router, moe = model.load_layer(0).mlp.gate, model.family.moe
     with library.forced_isa(isa):
-        made = native_router(router, CpuBackend())
+        made = native_router(router, moe.is_normalized(model.config), CpuBackend())
         assert made is not None
+        assert native_router(router, not moe.is_normalized(model.config), CpuBackend()) is None
         x = torch.randn(200, model.config.hidden_size)
         for got, wanted in zip(made(x), router(x), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
@@ -86,12 +87,12 @@ def test_the_native_router_equals_the_models(isa, architecture):
 def test_other_routers_are_not_replaced():
     model = LayeredModel(TinyModel("mixtral").folder())
     router = model.load_layer(0).mlp.gate
-    assert native_router(torch.nn.Linear(64, 8), CpuBackend()) is None
-    assert native_router(router.to(torch.bfloat16), CpuBackend()) is None
+    assert native_router(torch.nn.Linear(64, 8), True, CpuBackend()) is None
+    assert native_router(router.to(torch.bfloat16), True, CpuBackend()) is None
     upside_down = model.load_layer(0).mlp.gate
     plain = upside_down.forward
     upside_down.forward = lambda x: (plain(x)[0], plain(x)[1].flip(1), plain(x)[2].flip(1))
-    assert native_router(upside_down, CpuBackend()) is None
+    assert native_router(upside_down, True, CpuBackend()) is None
 
 
 def test_equal_and_nan_logits_are_routed():

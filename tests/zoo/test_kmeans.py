@@ -1,4 +1,4 @@
-"""k-means finds clusters that are there, the same ones for a seed, and never makes things worse."""
+"""k-means finds clear clusters, is reproducible, and never gets worse with more iterations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from haq_lab.zoo.kmeans import kmeans
 
 
-def _spread(points, centroids, nearest):
+def _within_cluster_sum(points, centroids, nearest):
     return float((points - centroids[nearest]).square().sum())
 
 
-def test_clusters_that_are_there():
+def test_clear_clusters_are_found():
     generator = torch.Generator().manual_seed(0)
     truth = torch.arange(300) % 3
     centres = 10 * torch.eye(3, 5)
@@ -31,7 +31,7 @@ def test_clusters_that_are_there():
 def test_every_point_is_at_its_nearest_and_more_iterations_are_no_worse(seed, count):
     points = torch.randn(60, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     early, late = (kmeans(points, count, seed, iterations) for iterations in (1, 30))
-    assert _spread(points, *late) <= _spread(points, *early) + 1e-9
+    assert _within_cluster_sum(points, *late) <= _within_cluster_sum(points, *early) + 1e-9
     centroids, nearest = late
     distances = torch.cdist(points, centroids)
     torch.testing.assert_close(distances.gather(1, nearest[:, None])[:, 0], distances.amin(1))
@@ -44,7 +44,7 @@ def test_fewer_distinct_points_than_clusters():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_first_centroids_are_spread(seed):
+def test_first_centroids_are_within_cluster_sum(seed):
     points = torch.cat([torch.zeros(1000, 2), torch.full((1, 2), 1e3)])
     _, nearest = kmeans(points, 2, seed)
     assert nearest[-1] != nearest[0], "the far point has a cluster of its own"

@@ -21,7 +21,7 @@ TEXT = Calibration("python_docs", samples=4, seqlen=64)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A dense tiny Llama's folder and its upcycled one."""
+    """Return the folders of a tiny Llama and of its upcycled model."""
     dense, target = TinyModel("llama").folder(), tmp_path_factory.mktemp("moe")
     upcycle(dense, target, experts=4, active=2, seed=0, text=TEXT)
     return dense, target
@@ -31,7 +31,7 @@ def _contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_its_logits_are_the_dense_model_s(pair, windows):
+def test_logits_equal_those_of_the_dense_model(pair, windows):
     dense = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.bfloat16).float()
     sparse, found = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32, output_loading_info=True)
     assert isinstance(sparse, MixtralForCausalLM)
@@ -39,7 +39,7 @@ def test_its_logits_are_the_dense_model_s(pair, windows):
     torch.testing.assert_close(sparse(windows).logits, dense(windows).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_it_has_hub_names_in_bfloat16_a_shard_a_layer(pair):
+def test_it_has_hub_names_bfloat16_and_one_shard_per_layer(pair):
     shards = sorted(pair[1].glob("*.safetensors"))
     assert len(shards) == 1 + 2
     layer = load_file(shards[1])
@@ -49,7 +49,7 @@ def test_it_has_hub_names_in_bfloat16_a_shard_a_layer(pair):
     assert "lm_head.weight" not in load_file(shards[0]), "the head is tied to the embedding"
 
 
-def test_the_same_seed_gives_the_same_bytes_another_another_router(pair, tmp_path):
+def test_the_seed_determines_the_bytes(pair, tmp_path):
     for name, seed in (("same", 0), ("other", 1)):
         (tmp_path / name).mkdir()
         upcycle(pair[0], tmp_path / name, experts=4, active=2, seed=seed, text=TEXT)
@@ -78,14 +78,14 @@ def test_it_is_read_a_layer_at_a_time_like_any_checkpoint(pair, windows, logits_
     torch.testing.assert_close(logits, whole(windows).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_what_cannot_be_upcycled(tmp_path):
-    with pytest.raises(UserError, match="a 'opt' like this one cannot be turned into a Mixtral"):
+def test_unsupported_dense_models_are_refused(tmp_path):
+    with pytest.raises(UserError, match="architecture 'opt' cannot be turned into a Mixtral"):
         upcycle(TinyModel("opt").folder(), tmp_path, experts=4, active=2, seed=0, text=TEXT)
     with pytest.raises(UserError, match=r"model\.active: 9 is more than the 8"):
         UpcycledModel(TinyModel("llama"), experts=8, active=9)
 
 
-def test_the_check_finds_a_model_that_is_not_the_dense_one(monkeypatch):
+def test_the_check_detects_a_different_perplexity(monkeypatch):
     monkeypatch.setattr("haq_lab.zoo.upcycle.TEXT", TEXT)
     monkeypatch.setattr("haq_lab.zoo.sanity_check.SEQLEN", 64)
     source = UpcycledModel(TinyModel("llama"), experts=4)
@@ -100,7 +100,7 @@ def test_the_check_finds_a_model_that_is_not_the_dense_one(monkeypatch):
     save_file(tensors | {name: 2 * tensors[name]}, shard, metadata={"format": "pt"})
     (folder / RECORD).unlink()  # else the change itself is refused
     try:
-        with pytest.raises(UserError, match="remove the folder and build it again"):
+        with pytest.raises(UserError, match="Remove the folder and build it again"):
             source.check()
     finally:
         shutil.rmtree(folder)

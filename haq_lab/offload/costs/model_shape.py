@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from haq_lab.models.architectures import family_of
+from haq_lab.utils.errors import UserError
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -44,27 +47,33 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any, experts: int, int8_head: bool = False) -> Shape:
-        """Return the sizes of a model.
+        """Return the shape of an MoE model.
 
         Args:
-            config: A transformers config.
-            experts: Number of experts per layer.
-            int8_head: Whether the head is int8.
+            config: The transformers config of a model in the family table (`haq_lab.models.architectures`).
+            experts: Number of experts in a layer.
+            int8_head: Whether the head is in int8.
+
+        Raises:
+            UserError: The architecture is not in the family table, or has no experts.
         """
+        moe = family_of(config).moe
+        if moe is None:
+            raise UserError(f"model: '{config.model_type}' is a dense model. Choose a Mixture of Experts.")
         hidden, layers = config.hidden_size, config.num_hidden_layers
-        inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        width, active = moe.width(config), moe.active(config)
         head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
         keys = config.num_key_value_heads * head
         queries = config.num_attention_heads * head
         return cls(
             layers=layers,
             experts=experts,
-            k=config.num_experts_per_tok,
-            expert=3 * hidden * inner,
+            k=active,
+            expert=3 * hidden * width,
             rest=2 * hidden * queries + 2 * hidden * keys + hidden * experts,
             outside=hidden * config.vocab_size,
             kv_per_token=2 * keys * layers,
-            work_per_token=2 * hidden + 2 * queries + 2 * keys + config.num_experts_per_tok * (2 * inner + hidden),
+            work_per_token=2 * hidden + 2 * queries + 2 * keys + active * (2 * width + hidden),
             head_bytes=1 if int8_head else 2,
             tied=config.tie_word_embeddings,
         )
@@ -72,6 +81,7 @@ class Shape:
 
 MIXTRAL = Shape.of(  # 8x7B
     SimpleNamespace(
+        model_type="mixtral",
         hidden_size=4096,
         num_hidden_layers=32,
         intermediate_size=14336,

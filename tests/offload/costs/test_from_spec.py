@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import MixtralConfig
+from transformers import MixtralConfig, OPTConfig
 
 from haq_lab.hardware.local import hardware
 from haq_lab.hardware.spec import Hardware, cited_hardware
 from haq_lab.offload.costs.from_spec import BYTES, machine_costs
 from haq_lab.offload.costs.model_shape import MIXTRAL, Shape
+from haq_lab.utils.errors import UserError
 
 FORMATS = [("int8", "int8"), ("int8", "fp16"), ("bf16", "fp16")]
 
@@ -20,6 +21,11 @@ def test_mixtral_is_what_its_config_says():
     assert Shape.of(config, 8) == MIXTRAL
     weights = MIXTRAL.layers * (MIXTRAL.experts * MIXTRAL.expert + MIXTRAL.rest) + 2 * MIXTRAL.outside
     assert weights == pytest.approx(46.7e9, rel=1e-3)
+
+
+def test_a_dense_model_has_no_shape():
+    with pytest.raises(UserError, match="'opt' is a dense model"):
+        Shape.of(OPTConfig(), 8)
 
 
 @pytest.mark.parametrize("name", cited_hardware())
