@@ -40,7 +40,7 @@ MISSING = re.compile(r"'(?:hydra_plugins\.hydra_|hydra/launcher/|hydra/sweeper/)
 PLAIN = {"checkpoint": ["dir"], "result_cache": ["enabled", "dir", "max_size"]}  # settings that are no group's
 HYDRA = {"": ["launcher", "sweeper"], "run": ["dir"], "sweep": ["dir"]}  # its settings for every day, of many
 KNOWN = [*GROUPS, *PLAIN, "search_metric", "force"]  # all that a config holds
-MANY = ("data", "measure")  # groups of which any number of options can be chosen
+MULTIPLE_CHOICE = ("data", "measure")  # groups of which any number of options can be chosen
 
 HEAD = """Squeeze a large language model onto one edge GPU, and measure the price.
 
@@ -179,7 +179,7 @@ def _unknown_key(key: str) -> str:
     if not setting:
         return f"{group}: the config has none; write +{group}=OPTION (one of {', '.join(options(group))})"
     inner, _, name = setting.rpartition(".")
-    if group in MANY and inner and inner not in options(group):
+    if group in MULTIPLE_CHOICE and inner and inner not in options(group):
         known = options(group)
         return f"{key}: '{inner}' is not one of {', '.join(known)}{nearest(inner, known)}"
     if inner in options(group):  # data.wikitext2.path: the option may just not be chosen
@@ -188,12 +188,12 @@ def _unknown_key(key: str) -> str:
             return f"{key}: '{inner}' is not among the options chosen; add it to {group}=[...]"
     else:
         known = [name for option in options(group) for name in settings_of(group, option)]
-        known += options(group) if group in MANY and not inner else []
+        known += options(group) if group in MULTIPLE_CHOICE and not inner else []
         known += HYDRA.get(inner, []) if group == "hydra" else []
     hint = nearest(name, sorted(set(known)))
     where = [option for option in options(group) if option != "none" and name in settings_of(group, option)]
     if where and not inner:
-        if group in MANY:
+        if group in MULTIPLE_CHOICE:
             return f"{key}: write {group}.OPTION.{name}, where OPTION is one of {', '.join(where)}"
         return f"{key}: it belongs to {group}={', '.join(where)}; each option chosen must be one of these"
     return f"{key}: there is no such setting in the options chosen{hint}; `python -m haq_lab --help` lists all"

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder beside the measurements: what the pass did, as metrics, tables, a figure, a trace."""
+"""Write the record of a run: metrics, tables, a figure, a routing trace, `results.json` and the trackers' copies."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 import pandas as pd
 
 from haq_lab.calibration import channel_ranges as ranges
-from haq_lab.checkpoint import manifest as manifest_of
+from haq_lab.checkpoint import manifest
 from haq_lab.config.build import Experiment
 from haq_lab.quantizers.pass_result import PassResult
 from haq_lab.results.figures import layer_figure
 from haq_lab.tracking.run_folder import RunFolder
+from haq_lab.tracking.tracker import RunRecord, track_run
 from haq_lab.utils.atomic_files import atomic_file
 
 
@@ -24,20 +25,27 @@ def write_record(
     metrics: dict[str, float],
     tables: dict[str, pd.DataFrame],
 ) -> dict[str, Any]:
-    """Write tables, figure and routing trace, `results.json`, which makes the run a finished one, and W&B's copy of it
-    all; returns the content of `results.json`.
+    """Write all files of a finished run, and send a copy to its trackers.
+
+    `results.json` is written after the other files, because it marks the run as finished.
 
     Args:
-        facts: About the run.
-        protocol: Stamps of its texts.
-        metrics: As measured; those of the pass are added.
-        tables: Beside those of the pass.
+        experiment: The objects of the run.
+        folder: The run folder.
+        facts: Description of the run and the machine, the part `run` of `results.json`.
+        protocol: Description of the texts and their windows, by dataset.
+        passed: Result of the sequential pass.
+        metrics: Measured metrics. Those of the pass are added.
+        tables: Measured tables. Those of the pass are added.
+
+    Returns:
+        The content of `results.json`.
     """
     metrics = metrics | pass_metrics(passed)
     tables = pass_tables(passed) | tables
     for name, table in tables.items():
-        with atomic_file(folder.path / f"{name}.csv") as aside:
-            table.to_csv(aside, index=False)
+        with atomic_file(folder.path / f"{name}.csv") as path:
+            table.to_csv(path, index=False)
     figures = []
     if "layers" in tables:
         figures.append(layer_figure(tables["layers"], folder.path / "figures" / "layers.png"))
@@ -47,14 +55,19 @@ def write_record(
     if passed.ranges.before:
         passed.ranges.save(folder.path / ranges.FILE)
     results = folder.finish(facts, protocol, metrics)
-    if experiment.tracking is not None:
-        manifest = None if experiment.checkpoint is None else experiment.checkpoint / manifest_of.FILE
-        experiment.tracking.log(folder, folder.path.name, facts["sweep"], metrics, tables, figures, manifest)
+    artifacts = {} if experiment.checkpoint is None else {experiment.checkpoint / manifest.FILE: "checkpoint"}
+    record = RunRecord(folder.path.name, facts["sweep"], metrics, tables, figures, artifacts)
+    track_run(experiment.trackers, folder, record)
     return results
 
 
 def pass_metrics(passed: PassResult) -> dict[str, float]:
-    """Seconds by stage, linears that fell back, and the share with dynamic activations."""
+    """Return the metrics of a pass.
+
+    Returns:
+        Seconds of each stage, the number of linears with a fallback, and the share of linears whose activations are
+        quantised dynamically.
+    """
     metrics: dict[str, float] = {f"time.{stage}_s": seconds for stage, seconds in passed.stopwatch.seconds.items()}
     metrics["quantizer.fallback_modules"] = sum("fallback" in report.notes for report in passed.reports)
     if passed.reports:
@@ -64,7 +77,11 @@ def pass_metrics(passed: PassResult) -> dict[str, float]:
 
 
 def pass_tables(passed: PassResult) -> dict[str, pd.DataFrame]:
-    """`layers`: what was done to each linear; `experts`: the tokens that each expert was calibrated on."""
+    """Return the tables of a pass.
+
+    Returns:
+        `layers` has a row for each quantised linear. `experts` has the number of calibration tokens of each expert.
+    """
     tables = {}
     if passed.reports:
         layers = pd.DataFrame([{**vars(report), **report.notes} for report in passed.reports])

@@ -1,1 +1,1 @@
-"""Sinks for what a run does: its folder, which is the truth, and W&B."""
+"""Record runs: the run folder is the authoritative record, and trackers such as W&B receive a copy."""

@@ -1,9 +1,9 @@
 """Upload the W&B files of runs that were tracked offline: `python -m haq_lab.tracking`.
 
-`haq_lab.cli.wandb_sync` is the command.
+The command itself is in `haq_lab.cli.wandb_sync`.
 """
 
 import runpy
 
-# Run by name: a package does not import the command line, which lies above it.
+# The command is run by name, because this package must not import the command line.
 runpy.run_module("haq_lab.cli.wandb_sync", run_name="__main__")

@@ -23,7 +23,7 @@ def _write(folder, at, *more):
         ("file", "checkpoint.dir: '.*file' cannot be created: "),
         ("file/below", "checkpoint.dir: '.*below' cannot be created: Not a directory at "),
         ("/proc/nowhere", "checkpoint.dir: '/proc/nowhere' cannot be created: "),
-        ("", "checkpoint.dir: '' is not valid; name a folder, or null"),
+        ("", "checkpoint.dir: '' is not valid. Name a folder, or null"),
         ("none/../full", "checkpoint.dir: '.*full' is not empty"),
     ],
 )

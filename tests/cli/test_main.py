@@ -166,7 +166,7 @@ def test_a_killed_run_leaves_no_results_and_runs_again(tiny_run, tmp_path, cache
         ("force=perhaps", "force: 'perhaps' is not one of true, false"),
         ("model=hf", "model.name: a value is needed"),
         ("model=gguf", "model.path: a value is needed"),
-        ("checkpoint=/some/where", "checkpoint: '/some/where' is not valid; checkpoint.dir=DIR names the folder"),
+        ("checkpoint=/some/where", "checkpoint: '/some/where' is not valid. Name the folder with checkpoint.dir=DIR"),
         ("checkpoint.dirr=x", "did you mean 'checkpoint.dir'"),
         ("+backend.device=cuda", "backend.device: there is no such setting"),
         ("tracking=onlin", "tracking: 'onlin' is not one of .*did you mean 'online'"),
@@ -176,9 +176,12 @@ def test_a_killed_run_leaves_no_results_and_runs_again(tiny_run, tmp_path, cache
         ("quantizer=", "quantizer: '' is not one of"),
         ("data=[wikitext2", "input"),
         ("quantizer._target_=no.such.Quantizer", "quantizer._target_: 'no.such.Quantizer' cannot be imported"),
-        ("quantizer._target_=builtins.dict", "quantizer._target_: 'builtins.dict' is nothing that takes settings"),
-        ("quantizer=../model/tiny_opt", "quantizer._target_: 'haq_lab.models.sources.TinyModel' makes no Quantizer"),
-        ("backend._target_=null", "backend._target_: 'None' makes no Backend"),
+        ("quantizer._target_=builtins.dict", "quantizer._target_: 'builtins.dict' does not take settings"),
+        (
+            "quantizer=../model/tiny_opt",
+            "quantizer._target_: 'haq_lab.models.sources.TinyModel' is not of the type Quantizer",
+        ),
+        ("backend._target_=null", "backend._target_: 'None' is not of the type Backend"),
         ("quantizer=rtn,gptq", "add --multirun"),
         ("hydra.run.dir=/proc/nowhere", "/proc/nowhere: "),
     ],
@@ -215,7 +218,7 @@ def test_missing_files_are_mistakes(mistake, message, tmp_path):
 def test_perplexity_of_no_text_is_a_mistake(tmp_path):
     code, _, err = launch("model=tiny_llama", "data=[]", f"hydra.run.dir={tmp_path}")
     assert code == 2
-    assert "data: measure=perplexity needs a text; choose one or more of c4, " in err
+    assert "data: measure=perplexity needs a text. Choose one or more of c4, " in err
 
 
 def test_nan_weights_are_a_mistake_of_the_checkpoint(tiny_run, tmp_path):

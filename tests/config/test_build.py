@@ -15,13 +15,16 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from launching import TINY, launch
+from pydantic.dataclasses import dataclass
 
 from haq_lab.config.build import build
 from haq_lab.config.help import GROUPS, options, settings_of
 from haq_lab.hardware.local import save_local
 from haq_lab.hardware.spec import load_hardware
+from haq_lab.quantizers.rtn import RTN
 from haq_lab.results.load import load
 from haq_lab.results.published import beside
+from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import bundled
 
 QUANTIZERS = [name for name in options("quantizer") if name != "none"]
@@ -107,6 +110,77 @@ def test_the_defaults_are_the_promised_ones():
 def test_none_has_the_settings_of_all_others(group):
     """So that a sweep over it and others may name them."""
     assert set(settings_of(group, "none")) == {name for option in options(group) for name in settings_of(group, option)}
+
+
+CALLS: list[str] = []
+
+
+@dataclass(frozen=True)
+class Recording(RTN):
+    """A user's quantizer that records its creation."""
+
+    def __post_init__(self):
+        CALLS.append("created")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["+quantizer.x._target_=os.system", "+quantizer.x.command=x"],
+            r"quantizer\.x\._target_: 'os\.system' is not a",
+        ),
+        (["+quantizer.x.y._target_=os.system"], r"quantizer\.x\.y\._target_: 'os\.system' is not a class of haq_lab"),
+        (["+quantizer.x=[{_target_:os.system}]"], r"quantizer\.x\.0\._target_: 'os\.system' is not a class of haq_lab"),
+        (["+quantizer.x._target_=unimported_module.Class"], r"'unimported_module\.Class' is not a class of haq_lab"),
+        (["+quantizer.x._target_=haq_lab_imitation.Class"], r"'haq_lab_imitation\.Class' is not a class of haq_lab"),
+        (
+            ["+quantizer.x._target_=haq_lab.tracking.__main__.x"],
+            r"'haq_lab\.tracking\.__main__\.x' is not a class of haq",
+        ),
+        (["+quantizer.x._target_='${.command}'", "+quantizer.x.command=os.system"], r"'os\.system' is not a class of"),
+        (["+data.text.x._target_=os.system"], r"data\.text\.x\._target_: 'os\.system' is not a class of haq_lab"),
+        (["+result_cache.x._target_=os.system"], r"result_cache\.x\._target_: 'os\.system' is not a class of haq_lab"),
+    ],
+)
+def test_a_nested_target_of_another_package_is_refused_before_any_import(overrides, message, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError(f"{arguments} is imported")
+
+    config = _composed("data=[text]", *overrides)
+    monkeypatch.setattr("importlib.import_module", refuse)
+    with pytest.raises(UserError, match=message):
+        build(config)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("haq_lab.cli.main.main", r"model\.dense\._target_: 'haq_lab\.cli\.main\.main' is not a class of haq_lab"),
+        (
+            "haq_lab.cli.main.Console",
+            r"model\.dense\._target_: 'haq_lab\.cli\.main\.Console' is not a class of haq_lab",
+        ),
+        ("haq_lab.cli.main.Nothing", r"model\.dense\._target_: 'haq_lab\.cli\.main\.Nothing' cannot be imported"),
+    ],
+)
+def test_a_nested_target_must_be_a_class_that_this_project_defines(target, message):
+    """Not a function, and not a class that a module of this project only imports."""
+    with pytest.raises(UserError, match=message):
+        build(_composed("model=smol_moe", f"model.dense._target_={target}"))
+
+
+@pytest.mark.parametrize(
+    "invalid_override", ["+result_cache.x._target_=os.system", "+quantizer.unknown=1", "+data.python_docs.unknown=1"]
+)
+def test_no_class_is_called_before_the_whole_config_is_validated(invalid_override):
+    target = f"quantizer._target_={__name__}.Recording"  # pytest may import this file under another name
+    CALLS.clear()
+    build(_composed("quantizer=rtn", target))
+    assert CALLS == ["created"]
+    with pytest.raises(UserError):
+        build(_composed("quantizer=rtn", target, invalid_override))
+    assert CALLS == ["created"]
 
 
 @pytest.fixture(scope="module")

@@ -86,14 +86,17 @@ def test_a_sweep_over_options_takes_settings_that_one_of_them_has_no_use_for(tmp
         ),
         (["offload=lru", "offload.device_format=fp8"], "offload.device_format: 'fp8' is not one of int8, fp16"),
         (["offload=lru", "hardware=rtx3060"], "hardware: 'rtx3060' is not one of a100_80g"),
-        (["hardware=rtx3060_12g"], "is for runs that offload experts"),
-        (["offload.budget=40%"], "offload.budget: offload=none has no use for it; add offload=OPTION (one of all_gpu,"),
-        (["offload=none", "offload.budget=40%"], "offload.budget: offload=none has no use for it"),
+        (["hardware=rtx3060_12g"], "has no effect because offload=none. Choose offload=haq or hardware=none."),
+        (
+            ["offload.budget=40%"],
+            "offload.budget has no effect because offload=none. Choose offload=OPTION, where OPTION is one of all_gpu,",
+        ),
+        (["offload=none", "offload.budget=40%"], "offload.budget has no effect because offload=none."),
         (
             ["quantizer=none", "quantizer.lm_head=true"],
-            "quantizer.lm_head: quantizer=none has no use for it; add quantizer=",
+            "quantizer.lm_head has no effect because quantizer=none. Choose quantizer=",
         ),
-        (["++offload.budget=40%"], "offload.budget: offload=none has no use for it; add offload=OPTION (one of"),
+        (["++offload.budget=40%"], "offload.budget has no effect because offload=none. Choose offload=OPTION, where"),
         (
             ["++quantizer.dampening=0.1"],
             "quantizer.dampening: there is no such setting (did you mean 'dampening_frac'?)",
