@@ -1,1 +1,29 @@
-"""How far can a large language model be squeezed onto one edge GPU, and at what price?"""
+"""haq_lab compresses large language models, Mixtures of Experts above all, to run on one edge machine.
+
+    import haq_lab
+
+    folder = haq_lab.quantize("smol", "haq", out="checkpoints/smol")
+    model, tokenizer = haq_lab.load(folder)
+
+The functions are imported when they are first used, so `import haq_lab` is fast and loads no torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from haq_lab.api import evaluate, load, load_results, quantize, run
+
+__all__ = ["__version__", "evaluate", "load", "load_results", "quantize", "run"]
+
+try:
+    __version__ = version("haq-lab")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("haq_lab.api"), name)
+    raise AttributeError(f"module 'haq_lab' has no attribute '{name}'")

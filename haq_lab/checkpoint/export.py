@@ -70,9 +70,12 @@ def export(folder: Path, target: Path) -> None:
         writer.finish()
         model.tokenizer().save_pretrained(aside)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        provenance = config["quantization_config"]["provenance"]
+        ours = config["quantization_config"]
+        config["dtype"] = ours["dtype"]
         names = {name: model.family.checkpoint_name(f"{name}.").rstrip(".") for name in schemes}
-        config["quantization_config"] = _quantization(schemes, names, model.family.moe) | {"haq_lab": provenance}
+        config["quantization_config"] = _quantization(schemes, names, model.family.moe) | {
+            "haq_lab": ours["provenance"]
+        }
         write_json(aside / "config.json", config)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from haq_lab.storage.safetensors_file import Shard, write_shard
 from haq_lab.utils.atomic_files import sha256, write_json
 from haq_lab.utils.errors import UserError
 
-METHOD = "haq_lab"  # unknown to other loaders, so none of them reads int8 levels as float weights
+INDEX = "model.safetensors.index.json"  # the file by which transformers finds the shards
+METHOD = "haq_lab"
 
 
 class CheckpointWriter:
@@ -129,8 +131,17 @@ class CheckpointWriter:
         self.model.tokenizer().save_pretrained(self.folder)
         config = json.loads(self.model.config.to_json_string())
         head = self.model.int8_head is not None  # not stored: loading quantises the float head again
-        config["quantization_config"] = {"quant_method": METHOD, "int8_head": head, "provenance": self.provenance}
+        config["quantization_config"] = {
+            "quant_method": METHOD,
+            "int8_head": head,
+            "dtype": config.get("dtype"),
+            "provenance": self.provenance,
+        }
+        # transformers skips a method that it does not know. It refuses to build a model in an integer type, so it does
+        # not read the levels as float weights unless haq_lab.hf is imported.
+        config["dtype"] = "int8"
         write_json(self.folder / "config.json", config)
+        write_json(self.folder / INDEX, _hub_index(shards.values()))
         others = (path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
         files = {path.name: sha256(path) for path in sorted(others) if path.name not in {*shards, FILE}}
         Manifest(shards, files).write(self.folder)
@@ -142,6 +153,12 @@ class CheckpointWriter:
     def release(self) -> None:
         """Release the lock on the folder."""
         self._lock.release()
+
+
+def _hub_index(shards: Collection[Shard]) -> dict[str, Any]:
+    """Return the content of `model.safetensors.index.json`, by which transformers finds the shards."""
+    weight_map = {name: shard.file for shard in shards for name in shard.tensors}
+    return {"metadata": {"total_size": sum(shard.bytes for shard in shards)}, "weight_map": weight_map}
 
 
 def _has_content(folder: Path) -> bool:

@@ -11,24 +11,25 @@ import re
 import shlex
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
+import haq_lab.config.compose  # noqa: F401  # registers the resolver of the run folder's name
 from haq_lab.cli.sweep_failures import JobFailed, Watch, forget, new_failures
 from haq_lab.config.help import explain, help_text, is_user_error
 from haq_lab.utils.errors import UserError
-from haq_lab.utils.paths import bundled, folder_name
+from haq_lab.utils.paths import bundled
 from haq_lab.utils.threads import limit_thread_spinning
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 NO_TRIAL = "No trials are completed yet"  # what optuna says then
 
-OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 _failures: list[Exception] = []  # of this process's runs, told as they happened
 _traces = False  # whether a mistake shows its stack trace too
 _process: int | None = None  # the one that `main` runs in; some of Hydra's launchers run jobs in others
@@ -36,14 +37,16 @@ _process: int | None = None  # the one that `main` runs in; some of Hydra's laun
 
 @hydra.main(version_base="1.3", config_path=str(bundled("conf").resolve()), config_name="config")
 def _job(config: DictConfig) -> float | None:
-    from haq_lab.pipeline.run import run
+    from haq_lab.pipeline.context import RunContext
+    from haq_lab.pipeline.run import run, search_metric
     from haq_lab.utils.console import say
 
     job: Any = HydraConfig.get()
     if job.mode is RunMode.MULTIRUN:
         say(f"\nrun {job.job.num + 1}: {' '.join(job.overrides.task) or 'default'}")
     try:
-        return run(config, job)
+        results = run(config, RunContext.of_hydra(job, Path(job.runtime.output_dir)))
+        return search_metric(config.search_metric, results["metrics"])
     except Exception as error:
         if os.getpid() != _process:
             raise JobFailed(explain(error)) from None

@@ -16,9 +16,9 @@ from haq_lab.data.windows import Windows
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.offload.session import OffloadSession
 from haq_lab.offload.tiers.cuda_streams import make_streams
+from haq_lab.pipeline.deployment import Deployment
 from haq_lab.quantizers.pass_result import PassResult
 from haq_lab.result_cache.store import Store
-from haq_lab.runtime.deploy import deploy
 from haq_lab.tracking.run_folder import RunFolder
 from haq_lab.utils.console import say
 
@@ -60,7 +60,6 @@ class Assembly:
     ):
         self.experiment, self.model, self._folder = experiment, model, folder
         self.deploys = any(measure.deploys for measure in experiment.measures.values())
-        self._layers: list[nn.Module] = []
         self._offload: OffloadSession | None = None
         self.writer: CheckpointWriter | None = None
         with ExitStack() as resources:
@@ -78,6 +77,7 @@ class Assembly:
                 self.writer = CheckpointWriter(experiment.checkpoint, model, origin, stamps, force)
                 resources.callback(self.writer.release)
             self._resources = resources.pop_all()
+        self._deployment = self._deploy(model)
 
     def __enter__(self) -> Assembly:
         return self
@@ -93,7 +93,7 @@ class Assembly:
     def add(self, layer: nn.Module) -> None:
         """Add the next finished layer."""
         if self.deploys and self.writer is None:
-            self._add_to_memory(layer)
+            self._deployment.add(layer)
 
     def needs_trace(self, passed: PassResult) -> bool:
         """Return whether `finish` needs calibration windows to record which experts they choose."""
@@ -113,16 +113,14 @@ class Assembly:
         if self.writer is not None:
             self.writer.finish()
             self.model = QuantizedModel(self.writer.folder, self.experiment.backend)
+            self._deployment = self._deploy(self.model)
             for index in range(self.model.depth if self.deploys else 0):
-                self._add_to_memory(self.model.load_layer(index))
-        offload = self._offload if self._layers else None
-        if offload is not None:
-            tokens = None if calibration is None else calibration.tokens
-            offload.find_profile(passed.routing, tokens, self.experiment.calibration.text)
-        whole = deploy(self.model.assemble(self._layers), self.model, self.experiment.backend, self._report)
-        if offload is not None:  # after `deploy`, which moves the weights that are in memory
-            offload.engage(self._layers)
-        return whole
+                self._deployment.add(self.model.load_layer(index))
+        tokens = None if calibration is None else calibration.tokens
+        return self._deployment.finish(passed.routing, tokens, self.experiment.calibration.text)
+
+    def _deploy(self, model: LayeredModel) -> Deployment:
+        return Deployment(model, self.experiment.backend, self._offload, self._report)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of offloading and of the checkpoint, by their full names."""
@@ -153,8 +151,3 @@ class Assembly:
         """Show a line and append it to the run's events."""
         say(line)
         self._folder.event("notice", text=line)
-
-    def _add_to_memory(self, layer: nn.Module) -> None:
-        if self._offload is not None:
-            self._offload.add(layer)
-        self._layers.append(layer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from haq_lab.measure.memory import reset_peaks
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
 from haq_lab.pipeline.cached_pass import CachedPass
+from haq_lab.pipeline.context import RunContext
 from haq_lab.pipeline.input_hashes import changed_inputs, input_hashes
 from haq_lab.pipeline.preflight import preflight
 from haq_lab.pipeline.record import write_record
@@ -32,28 +32,31 @@ from haq_lab.utils.environment import machine
 from haq_lab.utils.errors import UserError, invalid
 
 
-def run(config: DictConfig, hydra: DictConfig) -> float | None:
-    """Run one composed config in Hydra's output folder, unless the folder holds a finished run of this config.
+def run(config: DictConfig, context: RunContext) -> dict[str, Any]:
+    """Run one composed config in its folder, unless the folder holds a finished run of this config.
 
     Args:
         config: The composed config.
-        hydra: Hydra's own config, which names the output folder and the overrides.
+        context: The run's folder, and the command line that the config was composed from.
 
     Returns:
-        The metric that `search_metric` names, or None if it names none.
+        The content of `results.json`.
 
     Raises:
         UserError: A setting is not valid, or the run does not fit this machine.
+
+    Example:
+        >>> config, context = compose_run(["model=tiny_llama", "quantizer=rtn"])
+        >>> run(config, context)["metrics"]
     """
     config = effective(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    folder = RunFolder(Path(hydra.runtime.output_dir), plain)
-    choices = dict(hydra.runtime.choices)
+    folder = RunFolder(context.folder, plain)
     facts = {
-        "overrides": list(hydra.overrides.task),
-        "sweep": str(hydra.sweep.dir) if hydra.mode.name == "MULTIRUN" else None,
+        "overrides": context.overrides,
+        "sweep": context.sweep,
         **{
-            group: _chosen(group, choices, hydra.overrides.task)
+            group: context.chosen(group)
             for group in ("experiment", "quantizer", "backend", "offload", "hardware", "calibration")
         },
         "inputs": [f"{setting} {digest}" for setting, digest in input_hashes(plain).items()],
@@ -66,19 +69,18 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
         if not (changed := changed_inputs(done["run"].get("inputs", []), plain)):
             say(f"already finished: {folder.path} (force=true runs it again)")
             show_results(done, folder.path)
-            return _search_metric(config.search_metric, done["metrics"])
+            return done
         say(f"changed since: {', '.join(changed)}; running again: {folder.path}")
     try:
-        refuse_idle(config, hydra.overrides.task, sweep=facts["sweep"] is not None)
+        refuse_idle(config, context.overrides, sweep=context.sweep is not None)
         experiment = build(config)
         facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
         folder.begin(OmegaConf.to_yaml(config, resolve=True))
-        results = _study(experiment, folder, facts)
+        return _study(experiment, folder, facts)
     except (Exception, KeyboardInterrupt) as error:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.fail(facts, error, is_user_error(error))
         raise
-    return _search_metric(config.search_metric, results["metrics"])
 
 
 @torch.no_grad()
@@ -108,15 +110,6 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     assembly.recorded()
     show_results(results, folder.path)
     return results
-
-
-def _chosen(group: str, choices: dict[str, str], overrides: list[str]) -> str | None:
-    """Return a group's option, or the class that the user names by `GROUP._target_=MODULE.CLASS`."""
-    for override in reversed(overrides):
-        name, _, target = override.lstrip("+").partition("=")
-        if name == f"{group}._target_" and target not in ("", "null"):
-            return target.rpartition(".")[2]
-    return choices.get(group)
 
 
 def _load_model(experiment: Experiment, folder: RunFolder, progress: Progress) -> LayeredModel:
@@ -183,7 +176,12 @@ def _protocol(evaluation: dict[str, Windows], calibration: Windows | None) -> di
     return protocol
 
 
-def _search_metric(name: str | None, metrics: dict[str, float]) -> float | None:
+def search_metric(name: str | None, metrics: dict[str, float]) -> float | None:
+    """Return the metric that the setting `search_metric` names, or None if it is null.
+
+    Raises:
+        UserError: The run has no such metric.
+    """
     if name is not None and name not in metrics:
         raise invalid("search_metric", name, metrics)
     return None if name is None else metrics[name]

@@ -8,7 +8,7 @@ from launching import TINY, launch
 
 from haq_lab.offload import session
 from haq_lab.offload.tiers.disk import PAGE
-from haq_lab.pipeline import assemble as assembly
+from haq_lab.pipeline import deployment
 
 MIXTRAL = [*TINY, "model=tiny_mixtral", "measure=[memory]"]
 OFFLOADED = ["offload=static", "offload.budget=8"]
@@ -67,7 +67,7 @@ def test_a_trace_is_recorded_before_the_model_leaves_for_its_device(tmp_path, mo
     def noting(function, step):
         return lambda *arguments: steps.append(step) or function(*arguments)
 
-    monkeypatch.setattr(assembly, "deploy", noting(assembly.deploy, "deploy"))
+    monkeypatch.setattr(deployment, "deploy", noting(deployment.deploy, "deploy"))
     monkeypatch.setattr(session, "routing_trace", noting(session.routing_trace, "record"))
     _run(tmp_path, *OFFLOADED)
     assert steps == ["record", "deploy"]

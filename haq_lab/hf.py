@@ -1,0 +1,117 @@
+"""Register haq_lab checkpoints with transformers.
+
+After `import haq_lab.hf`, transformers loads a checkpoint like any other model, with int8 weights and our kernels:
+
+    import haq_lab.hf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained("checkpoints/smol")
+    tokenizer = AutoTokenizer.from_pretrained("checkpoints/smol")
+    print(tokenizer.decode(model.generate(**tokenizer("Once upon a time", return_tensors="pt"))[0]))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "haq_lab"
+
+
+@register_quantization_config(METHOD)
+class HaqLabConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a checkpoint.
+
+    Args:
+        backend: Backend of the int8 linears: `cpu`, `cuda`, `reference` or `fake`. If None, `cuda` is used if
+            `device_map` names a GPU, and `cpu` if not.
+        record: The other entries of the checkpoint's config: its provenance and whether its head is quantised.
+    """
+
+    def __init__(self, backend: str | None = None, **record: Any):
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enumeration has only its own methods
+        self.backend = backend
+        self.__dict__.update({name: value for name, value in record.items() if name != "quant_method"})
+
+
+@register_quantizer(METHOD)
+class HaqLabQuantizer(HfQuantizer):
+    """Loads a haq_lab checkpoint inside `from_pretrained`, through the loader that `model=quantized` uses.
+
+    transformers builds an empty model and would then copy tensors into it. This class takes the model's modules away
+    before, so that nothing is copied, and puts the loaded modules in afterwards.
+    """
+
+    quantization_config: HaqLabConfig
+
+    def __init__(self, quantization_config: HaqLabConfig, **arguments: Any):
+        super().__init__(quantization_config, **arguments)
+        self._device = "cpu"
+        self._folder: Path | None = None
+
+    def update_device_map(self, device_map: Any) -> None:
+        """Remember the device and return None, because the loaded modules are on their device already."""
+        if device_map is not None:
+            self._device = _one_device(device_map)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return float32. The checkpoint's config says int8 to stop loaders that do not know the format."""
+        return torch.float32
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **arguments: Any) -> None:
+        self._folder = _local_folder(str(model.config.name_or_path), arguments["checkpoint_files"])
+        model._modules.clear()
+        model.all_tied_weights_keys = {}
+        model._keys_to_ignore_on_load_unexpected = {".*"}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **arguments: Any) -> None:
+        from haq_lab.config.backends import make_backend
+        from haq_lab.pipeline.deployment import load_checkpoint
+
+        assert self._folder is not None
+        default = "cpu" if self._device == "cpu" else "cuda"
+        whole, _ = load_checkpoint(self._folder, make_backend(self.quantization_config.backend or default))
+        whole.config.dtype = model.config.dtype
+        whole.config.name_or_path = model.config.name_or_path
+        whole.config.quantization_config = self.quantization_config
+        model.config, model._modules = whole.config, whole._modules
+        model.all_tied_weights_keys = whole.all_tied_weights_keys
+
+    def is_serializable(self) -> bool:
+        """Return False. Copy the checkpoint folder, or export it with `python -m haq_lab.checkpoint export`."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _one_device(device_map: Any) -> str:
+    """Return the type of the device that a `device_map` names."""
+    from haq_lab.utils.errors import UserError
+
+    if device_map in ("auto", "balanced", "sequential"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    types = {"cuda" if isinstance(device, int) else str(device).partition(":")[0] for device in devices}
+    if len(types) > 1 or not types <= {"cpu", "cuda"}:
+        raise UserError(f"device_map: {device_map} is not supported. Choose 'cpu' or 'cuda'.")
+    return types.pop()
+
+
+def _local_folder(name: str, checkpoint_files: list[str]) -> Path:
+    """Return the folder of a checkpoint. Download the files from the hub that transformers has not downloaded."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    snapshot = Path(checkpoint_files[0]).parent
+    return Path(snapshot_download(name, revision=snapshot.name))

@@ -1,0 +1,85 @@
+"""transformers loads checkpoints after `import haq_lab.hf`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launching import TINY, launch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import haq_lab.hf  # noqa: F401  # registers the method
+from haq_lab.config.backends import make_backend
+from haq_lab.pipeline.deployment import load_checkpoint
+from haq_lab.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint of a tiny Llama."""
+    return _write("llama", tmp_path_factory.mktemp("llama"))
+
+
+def _write(architecture: str, folder: Path) -> Path:
+    where = [f"checkpoint.dir={folder / 'checkpoint'}", f"hydra.run.dir={folder / 'run'}"]
+    outcome = launch(*TINY, f"model=tiny_{architecture}", *where)
+    assert outcome.code == 0, outcome.err
+    return folder / "checkpoint"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_logits_equal_those_of_our_loader(architecture, backend, windows, tmp_path):
+    folder = _write(architecture, tmp_path)
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["backend"] = backend
+    theirs = AutoModelForCausalLM.from_pretrained(folder, config=config)
+    ours, _ = load_checkpoint(folder, make_backend(backend))
+    assert torch.equal(theirs(windows).logits, ours(windows).logits)
+    assert theirs.config is theirs.base_model.config
+    assert theirs.is_quantized
+
+
+def test_greedy_text_is_the_same_everywhere(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    prompt = tokenizer("The quick brown fox", return_tensors="pt")
+    tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    text = generate("The quick brown fox", max_new_tokens=8, max_length=None, do_sample=False)[0]["generated_text"]
+    assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+    beams = model.generate(**prompt, max_new_tokens=8, num_beams=2, do_sample=False)
+    assert beams.shape == (1, prompt["input_ids"].shape[1] + 8)
+
+
+def test_a_damaged_tensor_is_refused(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    shard = copy / "layer-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"layer-00000\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), {"": "cpu"}])
+def test_a_device_map_chooses_the_backend(checkpoint, device):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=device)
+    assert model.device == torch.device("cpu")
+
+
+def test_a_split_device_map_is_refused(checkpoint):
+    with pytest.raises(UserError, match="device_map"):
+        AutoModelForCausalLM.from_pretrained(checkpoint, device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_saving_is_refused(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="haq_lab and is not serializable"):
+        model.save_pretrained(tmp_path)
+
+
+def test_the_index_names_every_tensor(checkpoint):
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert index["weight_map"] == {name: shard["file"] for shard in manifest["shards"] for name in shard["tensors"]}
