@@ -68,16 +68,17 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
             show_results(done, folder.path)
             return _search_metric(config.search_metric, done["metrics"])
         say(f"changed since: {', '.join(changed)}; running again: {folder.path}")
-    try:
-        refuse_idle(config, hydra.overrides.task, sweep=facts["sweep"] is not None)
-        experiment = build(config)
-        facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
-        folder.begin(OmegaConf.to_yaml(config, resolve=True))
-        results = _study(experiment, folder, facts)
-    except (Exception, KeyboardInterrupt) as error:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.fail(facts, error, is_user_error(error))
-        raise
+    with folder.locked():
+        try:
+            refuse_idle(config, hydra.overrides.task, sweep=facts["sweep"] is not None)
+            experiment = build(config)
+            facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
+            folder.begin(OmegaConf.to_yaml(config, resolve=True))
+            folder.event("kernels", used=experiment.backend.kernels)
+            results = _study(experiment, folder, facts)
+        except (Exception, KeyboardInterrupt) as error:
+            folder.fail(facts, error, is_user_error(error))
+            raise
     return _search_metric(config.search_metric, results["metrics"])
 
 
