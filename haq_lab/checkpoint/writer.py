@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,21 @@ class CheckpointWriter:
     def release(self) -> None:
         """Release the lock on the folder."""
         self._lock.release()
+
+
+def remove_saved_states(folder: Path) -> None:
+    """Remove the saved states of a finished checkpoint, unless a run is writing to it.
+
+    They are left if a run was killed after it had written its results.
+
+    Args:
+        folder: The checkpoint folder. Other folders are not changed.
+    """
+    work = folder / WORK
+    if not ((folder / FILE).is_file() and (work / IDENTITY).is_file()):
+        return
+    with suppress(Timeout, OSError), FileLock(work / ".lock", timeout=0):
+        shutil.rmtree(work)
 
 
 def _has_content(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from haq_lab.calibration.dataset import check_overlap
 from haq_lab.checkpoint.model import open_model
+from haq_lab.checkpoint.writer import remove_saved_states
 from haq_lab.config.build import Experiment, build, effective, refuse_idle
 from haq_lab.config.help import is_user_error
 from haq_lab.data.windows import Windows
@@ -65,6 +67,8 @@ def run(config: DictConfig, hydra: DictConfig) -> float | None:
     if (done := folder.finished()) is not None and not config.force:
         if not (changed := changed_inputs(done["run"].get("inputs", []), plain)):
             say(f"already finished: {folder.path} (force=true runs it again)")
+            if config.checkpoint.dir is not None:
+                remove_saved_states(Path(str(config.checkpoint.dir)).expanduser())
             show_results(done, folder.path)
             return _search_metric(config.search_metric, done["metrics"])
         say(f"changed since: {', '.join(changed)}; running again: {folder.path}")
@@ -184,10 +188,13 @@ def _protocol(evaluation: dict[str, Windows], calibration: Windows | None) -> di
     return protocol
 
 
-def _search_metric(name: str | None, metrics: dict[str, float]) -> float | None:
-    if name is not None and name not in metrics:
+def _search_metric(name: str | None, metrics: dict[str, float | None]) -> float | None:
+    """Return the metric that a search minimises. A metric that is not finite counts as infinity."""
+    if name is None:
+        return None
+    if name not in metrics:
         raise invalid("search_metric", name, metrics)
-    return None if name is None else metrics[name]
+    return math.inf if (value := metrics[name]) is None else value
 
 
 def _load_texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windows], Windows | None]:
