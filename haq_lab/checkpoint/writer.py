@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,21 @@ def _hub_index(shards: Collection[Shard]) -> dict[str, Any]:
     """Return the content of `model.safetensors.index.json`, by which transformers finds the shards."""
     weight_map = {name: shard.file for shard in shards for name in shard.tensors}
     return {"metadata": {"total_size": sum(shard.bytes for shard in shards)}, "weight_map": weight_map}
+
+
+def remove_saved_states(folder: Path) -> None:
+    """Remove the saved states of a finished checkpoint, unless a run is writing to it.
+
+    They are left if a run was killed after it had written its results.
+
+    Args:
+        folder: The checkpoint folder. Other folders are not changed.
+    """
+    work = folder / WORK
+    if not ((folder / FILE).is_file() and (work / IDENTITY).is_file()):
+        return
+    with suppress(Timeout, OSError), FileLock(work / ".lock", timeout=0):
+        shutil.rmtree(work)
 
 
 def _has_content(folder: Path) -> bool:

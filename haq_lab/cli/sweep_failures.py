@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from haq_lab.tracking.run_folder import read_results
+from haq_lab.utils.console import errors, say
 
 NAME = "error.json"
 
@@ -28,8 +29,21 @@ class Watch(Callback):
     before: ClassVar[dict[Path, int]] = {}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        _refuse_shared_folder(config)
         Watch.folder = Path(str(config.hydra.sweep.dir))
         Watch.before = _failures(Watch.folder)
+
+
+def _refuse_shared_folder(config: DictConfig) -> None:
+    """Exit if all jobs of the sweep would use one folder. Hydra turns exceptions of callbacks into warnings."""
+    subdir = str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"])  # type: ignore[index, call-overload]
+    if "${" not in subdir:
+        say(
+            f"haq_lab: hydra.sweep.subdir: '{subdir}' is the same for all jobs of a sweep, so they would share one "
+            "folder. Remove it, or add '${hydra.job.num}'.",
+            on=errors,
+        )
+        raise SystemExit(2)
 
 
 def forget() -> None:

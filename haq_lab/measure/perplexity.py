@@ -67,10 +67,18 @@ def score(model: LayeredModel, windows: Tensor, hidden: Mapping[Level, Tensor], 
             divergence += float(F.kl_div(quantized, fp, reduction="sum", log_target=True))
             agreement += float((fp.argmax(-1) == quantized.argmax(-1)).sum())
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    metrics = {f"{METRIC[level]}.{dataset}": math.exp(total / tokens) for level, total in nll.items()}
+    metrics = {f"{METRIC[level]}.{dataset}": _exp(total / tokens) for level, total in nll.items()}
     if compared:
         metrics[f"kl.{dataset}"] = divergence / tokens
         metrics[f"token_agreement.{dataset}"] = agreement / tokens
     elif "fp" in hidden:
         metrics[f"perplexity.{dataset}"] = metrics[f"perplexity_fp.{dataset}"]
     return metrics
+
+
+def _exp(value: float) -> float:
+    """Return e to the power of `value`, or infinity if a 64-bit float cannot represent it."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

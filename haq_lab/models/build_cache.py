@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from haq_lab.utils.atomic_files import atomic_folder, cached_sha256, sha256, write_json
+from haq_lab.utils.atomic_files import atomic_folder, cached_sha256, remove_leftovers, sha256, write_json
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import cache_folder
@@ -28,6 +28,7 @@ def build_once(name: str, make: Callable[[Path], None]) -> Path:
     """
     models = cache_folder() / "models"
     folder = models / name
+    remove_leftovers(models)
     if not folder.is_dir():  # an existing folder is complete, and then a read-only cache suffices
         models.mkdir(parents=True, exist_ok=True)
         with FileLock(models / f".{name}.lock"):

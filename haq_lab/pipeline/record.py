@@ -56,7 +56,8 @@ def write_record(
         passed.ranges.save(folder.path / ranges.FILE)
     results = folder.finish(facts, protocol, metrics)
     artifacts = {} if experiment.checkpoint is None else {experiment.checkpoint / manifest.FILE: "checkpoint"}
-    record = RunRecord(folder.path.name, facts["sweep"], metrics, tables, figures, artifacts)
+    finite = {name: value for name, value in metrics.items() if name not in results.get("not_finite", {})}
+    record = RunRecord(folder.path.name, facts["sweep"], finite, tables, figures, artifacts)
     track_run(experiment.trackers, folder, record)
     return results
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from haq_lab.calibration.dataset import check_overlap
 from haq_lab.checkpoint.model import open_model
+from haq_lab.checkpoint.writer import remove_saved_states
 from haq_lab.config.build import Experiment, build, effective, refuse_idle
 from haq_lab.config.help import is_user_error
 from haq_lab.data.windows import Windows
@@ -68,19 +71,22 @@ def run(config: DictConfig, context: RunContext) -> dict[str, Any]:
     if (done := folder.finished()) is not None and not config.force:
         if not (changed := changed_inputs(done["run"].get("inputs", []), plain)):
             say(f"already finished: {folder.path} (force=true runs it again)")
+            if config.checkpoint.dir is not None:
+                remove_saved_states(Path(str(config.checkpoint.dir)).expanduser())
             show_results(done, folder.path)
             return done
         say(f"changed since: {', '.join(changed)}; running again: {folder.path}")
-    try:
-        refuse_idle(config, context.overrides, sweep=context.sweep is not None)
-        experiment = build(config)
-        facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
-        folder.begin(OmegaConf.to_yaml(config, resolve=True))
-        return _study(experiment, folder, facts)
-    except (Exception, KeyboardInterrupt) as error:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.fail(facts, error, is_user_error(error))
-        raise
+    with folder.locked():
+        try:
+            refuse_idle(config, context.overrides, sweep=context.sweep is not None)
+            experiment = build(config)
+            facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
+            folder.begin(OmegaConf.to_yaml(config, resolve=True))
+            folder.event("kernels", used=experiment.backend.kernels)
+            return _study(experiment, folder, facts)
+        except (Exception, KeyboardInterrupt) as error:
+            folder.fail(facts, error, is_user_error(error))
+            raise
 
 
 @torch.no_grad()
@@ -176,15 +182,19 @@ def _protocol(evaluation: dict[str, Windows], calibration: Windows | None) -> di
     return protocol
 
 
-def search_metric(name: str | None, metrics: dict[str, float]) -> float | None:
+def search_metric(name: str | None, metrics: dict[str, float | None]) -> float | None:
     """Return the metric that the setting `search_metric` names, or None if it is null.
+
+    A metric that is not finite counts as infinity, so a search avoids it.
 
     Raises:
         UserError: The run has no such metric.
     """
-    if name is not None and name not in metrics:
+    if name is None:
+        return None
+    if name not in metrics:
         raise invalid("search_metric", name, metrics)
-    return None if name is None else metrics[name]
+    return math.inf if (value := metrics[name]) is None else value
 
 
 def _load_texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windows], Windows | None]:

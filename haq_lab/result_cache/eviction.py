@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from haq_lab.utils.atomic_files import is_leftover
+
 KEY = "[0-9a-f]{40}"
-STALE_AFTER = 3600  # seconds after which a temporary file must come from a killed process
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def remove(entry: Entry) -> None:
 def remove_leftovers(folder: Path) -> int:
     """Remove the temporary files of killed processes, and return their number."""
     temporary = (path for path in folder.glob("*/.*.part") if re.match(rf"\.{KEY}\.", path.name))
-    stale = [path for path in temporary if time.time() - _stat(path, "st_mtime") > STALE_AFTER]
+    stale = [path for path in temporary if is_leftover(path)]
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
+from haq_lab.result_cache.eviction import remove_leftovers
 from haq_lab.result_cache.store import Store
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import cache_folder
@@ -40,7 +42,13 @@ class ResultCache:
         return cache_folder() / "stages" if self.dir is None else Path(self.dir).expanduser().resolve()
 
     def open(self) -> Store:
-        """Return the store. Its folder is created when the first result is written."""
+        """Return the store, and remove what killed processes left in its folder.
+
+        The folder is created when the first result is written.
+        """
+        if self.enabled:
+            with suppress(OSError):  # a read-only cache is read nevertheless
+                remove_leftovers(self.folder)
         return Store(self.folder, parse_size(self.max_size)) if self.enabled else Store()
 
 

@@ -6,6 +6,7 @@ runs = haq_lab.results.load("runs")   # a DataFrame, a row a run, failed and unf
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _row(folder: Path) -> dict[str, Any]:
     row["quantized"] = _is_quantized(row)
     if row.get("model"):
         row["_model"] = record.get("config", {}).get("model") or {}
-    metrics = record.get("metrics", {})
+    metrics = {name: math.nan if value is None else value for name, value in record.get("metrics", {}).items()}
     row |= metrics
     for name, value in metrics.items():
         kind, _, dataset = name.partition(".")

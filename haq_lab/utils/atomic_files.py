@@ -1,7 +1,12 @@
-"""Write files and folders atomically: to a temporary path that is flushed to disk and then renamed."""
+"""Write files and folders atomically: to a temporary path that is flushed to disk and then renamed.
+
+A temporary path is `.NAME.PID.part` beside its target. It is locked until it is complete. So `remove_leftovers` can
+tell the paths that killed processes left from those that are still being written.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -9,11 +14,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
+
+CLOCK_ERROR = 2.0  # seconds by which a process's start time may differ from the clock of the file system
 
 
 @contextmanager
@@ -28,9 +36,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
         ...     temporary.write_text("complete or absent")
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = _temporary_path(path)
     try:
-        with naming_path(path):
+        with naming_path(path), temporary.open("wb") as stream:
+            _mark_in_use(stream.fileno())
             yield temporary
             _flush(temporary)
             temporary.replace(path)
@@ -66,27 +75,93 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`, and remove it afterwards.
+
+    Args:
+        path: Names the temporary folder. It need not exist.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    temporary = _temporary_path(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        _mark_in_use(descriptor)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder. On success it replaces `folder`; on failure it is removed.
 
     Args:
         folder: The folder to write.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    with temporary_folder(folder) as temporary, naming_path(folder):
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        replaced = _temporary_path(folder.with_name(f"{folder.name}.replaced"))
+        if folder.exists():
+            folder.replace(replaced)
+        temporary.replace(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files and folders of killed processes from `folder`. Its subfolders are not searched."""
+    for path in folder.glob(".*.part"):
+        if is_leftover(path):
+            with suppress(OSError):  # read-only, or another process removes it too
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_leftover(path: Path) -> bool:
+    """Return whether `path` is a temporary file or folder whose process was killed.
+
+    Its lock decides, because process ids mean nothing to other machines and containers that share a folder. A file
+    system may not support locks, so the process must be dead too.
+    """
+    match = re.fullmatch(r"\..+\.(\d+)\.part", path.name, re.DOTALL)
     try:
-        with naming_path(folder):
-            yield temporary
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    _flush(path)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.replace(folder)
+        return match is not None and not _may_be_writing(int(match[1]), path) and not _is_in_use(path)
+    except OSError:
+        return False
+
+
+def _temporary_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _mark_in_use(descriptor: int) -> None:
+    """Lock a temporary path until its descriptor is closed."""
+    with suppress(OSError):  # not all file systems support locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def _is_in_use(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+    return False
+
+
+def _may_be_writing(process: int, path: Path) -> bool:
+    """Return whether a process exists and is older than the last change of `path`. If not, its id was reused."""
+    try:
+        return psutil.Process(process).create_time() <= path.stat().st_ctime + CLOCK_ERROR
+    except (psutil.Error, OverflowError):
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

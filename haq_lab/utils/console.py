@@ -90,6 +90,9 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
     for name, value in metrics.items():
         if name.startswith("time."):
             continue
+        if value is None:
+            table.add_row(name, f"none ({results.get('not_finite', {}).get(name, 'not finite')})")
+            continue
         note = ""
         dataset = name.partition(".")[2]
         if name.startswith("perplexity.") and (fp := metrics.get(f"perplexity_fp.{dataset}")):

@@ -74,7 +74,7 @@ def test_other_loaders_refuse_it(written, monkeypatch):
     monkeypatch.delitem(
         AUTO_QUANTIZATION_CONFIG_MAPPING, "haq_lab", raising=False
     )  # as if haq_lab.hf were not imported
-    with pytest.raises(ValueError, match="dtype=torch.int8. as it.s not a floating"):
+    with pytest.raises(ValueError, match=r"dtype=torch\.int8. as it.s not a floating"):
         AutoModelForCausalLM.from_pretrained(written / "checkpoint")
     with pytest.raises(UserError, match="already quantised by haq_lab"):
         LayeredModel(written / "checkpoint")

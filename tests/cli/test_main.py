@@ -71,7 +71,7 @@ def test_a_run_leaves_a_whole_folder(tiny_run, tmp_path):
     stamp = results["protocol"]["python_docs"]
     assert set(stamp) >= {"tokenizer", "seqlen", "stride", "split", "join", "tokens_scored", "level", "comparable_with"}
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.yaml", "events.jsonl", "figures", "latency.csv", "layers.csv", "results.json"}
+    assert names == {".lock", "config.yaml", "events.jsonl", "figures", "latency.csv", "layers.csv", "results.json"}
     assert "run folder:" in out
 
 

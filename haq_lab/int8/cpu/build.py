@@ -2,6 +2,7 @@
 
 The library is compiled at first use and stored in the cache folder (`haq_lab.utils.paths`). It is written to a
 temporary folder and renamed under a lock. So concurrent processes compile it once and never load a partial file.
+The file name contains a hash of the content. A damaged file would crash the process, so it is compiled again.
 """
 
 import hashlib
@@ -10,11 +11,12 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
 
+from haq_lab.utils.atomic_files import remove_leftovers, sha256, temporary_folder
 from haq_lab.utils.paths import bundled, cache_folder
 
 # No contraction to fused multiply-adds: each operation of the epilogue must be rounded separately, so that backends
@@ -52,7 +54,7 @@ def compiler() -> list[str]:
 
 
 def build() -> Path:
-    """Return the path of the shared library and compile it if it is not in the cache.
+    """Return the path of the shared library and compile it if the cache has no intact one.
 
     Without a compiler, a cached library of the same sources is used.
 
@@ -61,28 +63,48 @@ def build() -> Path:
     """
     folder, cache = source_folder(), cache_folder() / "native"
     sources = sorted(folder.glob("*.cpp"))
+    remove_leftovers(cache)
     try:
         stem = f"haq_cpu-{_source_key(folder)}"
         try:
             command = compiler()
         except BuildError:
-            for library in sorted(cache.glob(f"{stem}-*.so")):
+            if (library := _cached(cache, stem)) is not None:
                 return library
             raise
         version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-        library = cache / f"{stem}-{hashlib.sha256(chr(0).join([*command, version]).encode()).hexdigest()[:8]}.so"
-        if library.is_file():
+        stem = f"{stem}-{hashlib.sha256(chr(0).join([*command, version]).encode()).hexdigest()[:8]}"
+        if (library := _cached(cache, stem)) is not None:
             return library
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{library}.lock"):
-            if not library.is_file():
-                with tempfile.TemporaryDirectory(dir=cache) as aside:
-                    new = Path(aside) / library.name
-                    _compile([*command, *FLAGS, *map(str, sources), "-o", str(new)])
-                    new.replace(library)
+        with FileLock(cache / f"{stem}.lock"):
+            if (library := _cached(cache, stem)) is None:
+                library = _compile_into(cache, stem, [*command, *FLAGS, *map(str, sources)])
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"The CPU kernels could not be compiled: {error}.") from error
     return library
+
+
+def _cached(cache: Path, stem: str) -> Path | None:
+    """Return a cached library whose content has the hash in its name. Remove damaged libraries."""
+    for library in sorted(cache.glob(f"{stem}-*.so")):
+        if library.name.endswith(f"-{_content_key(library)}.so"):
+            return library
+        with suppress(OSError):  # read-only, or another process has removed it
+            library.unlink()
+    return None
+
+
+def _compile_into(cache: Path, stem: str, command: list[str]) -> Path:
+    """Compile the library, and name it by its content."""
+    with temporary_folder(cache / stem) as aside:
+        new = aside / "library.so"
+        _compile([*command, "-o", str(new)])
+        return new.replace(cache / f"{stem}-{_content_key(new)}.so")
+
+
+def _content_key(library: Path) -> str:
+    return sha256(library)[:16]
 
 
 def _source_key(folder: Path) -> str:

@@ -274,27 +274,6 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):
     assert library._load.__wrapped__()[1].startswith("CXX: no C++ compiler no-such-compiler is on the path")
 
 
-def test_a_failed_build_leaves_nothing_behind(monkeypatch, tmp_path):
-    monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path))
-    monkeypatch.setattr(native_build, "FLAGS", ("-no-such-flag",))
-    with pytest.raises(native_build.BuildError, match="failed on the CPU kernels"):
-        native_build.build()
-    assert not list(tmp_path.rglob("*.so"))
-
-
-def test_the_library_is_built_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path))
-    monkeypatch.setattr(native_build, "FLAGS", ("-fsyntax-only",))  # quick; writes nothing, so pretend it did
-    monkeypatch.setattr(native_build, "_compile", lambda command: Path(command[-1]).write_bytes(b"built"))
-    first = native_build.build()
-    assert first.read_bytes() == b"built"
-    monkeypatch.setattr(native_build, "_compile", None)
-    assert native_build.build() == first
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    assert native_build.build() == first, "without a compiler, what it has built will do"
-
-
 def test_the_environment_chooses_the_instruction_set(monkeypatch):
     monkeypatch.setenv("HAQ_LAB_ISA", "scalar")
     assert library._default_level.__wrapped__() == 0
