@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import nn
 
-from haq_lab.checkpoint.layer_tensors import layer_content, to_storable
+from haq_lab.checkpoint.layer_tensors import SCHEMES, layer_content, to_storable
 from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, WORK, Manifest, layer_file
 from haq_lab.checkpoint.provenance import differences
 from haq_lab.checkpoint.resume_state import layers_done, restore_state, save_state
@@ -118,7 +118,7 @@ class CheckpointWriter:
         content, schemes = layer_content(layer)
         tensors = {prefix + name: tensor for name, tensor in content.items()}
         schemes_json = json.dumps({prefix + name: scheme for name, scheme in schemes.items()})
-        shard = write_shard(self.folder / layer_file(index), tensors, {"schemes": schemes_json})
+        shard = write_shard(self.folder / layer_file(index), tensors, {SCHEMES: schemes_json})
         self.shards.append(shard)
         save_state(self.work, index, state, self.shards)
 

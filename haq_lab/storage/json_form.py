@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import from_json
 
 T = TypeVar("T")
 
@@ -28,17 +27,18 @@ def parse_json(content: bytes | str, form: TypeAdapter[T]) -> T:
         >>> parse_json('{"a": 1}', TypeAdapter(dict[str, int]))
         {'a': 1}
     """
-    return check_form(from_json(content, allow_inf_nan=False), form)
+    try:
+        return form.validate_json(content, strict=True)
+    except ValidationError as error:
+        raise _in_one_line(error) from error
 
 
 def check_form(content: Any, form: TypeAdapter[T]) -> T:
-    """Check the form of parsed JSON and return it. See `parse_json`."""
+    """Check the form of a part of parsed JSON and return it. See `parse_json`."""
     try:
         return form.validate_python(content, strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from error
+        raise _in_one_line(error) from error
 
 
 def read_json(path: Path, form: TypeAdapter[T]) -> T:
@@ -53,4 +53,11 @@ def read_json(path: Path, form: TypeAdapter[T]) -> T:
 
 def is_file_name(name: str) -> bool:
     """Return whether a string is the name of a file, without a folder, that every file system accepts."""
-    return Path(name).name == name and name != ".." and "\0" not in name and len(name.encode(errors="replace")) < 256
+    is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
+    return is_plain and len(name.encode(errors="replace")) < 256
+
+
+def _in_one_line(error: ValidationError) -> ValueError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return ValueError(f"{place}: {first['msg']}" if place else first["msg"])

@@ -119,7 +119,9 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
     if file_hash.hexdigest() != shard.sha256:
         raise _damage(path, shard, data)
     try:
-        tensors = {name: flat.view(_TYPES[header[name]["dtype"]]).view(header[name]["shape"]) for name, flat in data.items()}
+        tensors = {
+            name: flat.view(_TYPES[header[name]["dtype"]]).view(header[name]["shape"]) for name, flat in data.items()
+        }
     except (KeyError, RuntimeError, OverflowError, TypeError) as error:
         raise UserError(f"checkpoint: {path} has a tensor that torch cannot read ({error}). Do not use it.") from error
     return tensors, metadata
