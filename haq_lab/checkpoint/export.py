@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from haq_lab.checkpoint.layer_tensors import read_layer
@@ -27,6 +28,7 @@ from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.architectures import Moe
+from haq_lab.models.companion_files import copy_companion_files
 from haq_lab.storage.hf_shard_writer import ShardWriter
 from haq_lab.utils.atomic_files import atomic_folder, write_json
 from haq_lab.utils.errors import UserError
@@ -68,7 +70,7 @@ def export(folder: Path, target: Path) -> None:
             converted = _convert_layer(tensors, layer_schemes, packed)
             writer.add({model.family.checkpoint_name(name): tensor for name, tensor in converted.items()})
         writer.finish()
-        model.tokenizer().save_pretrained(aside)
+        copy_companion_files(model, aside)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         provenance = config["quantization_config"]["provenance"]
         names = {name: model.family.checkpoint_name(f"{name}.").rstrip(".") for name in schemes}
@@ -94,12 +96,12 @@ def _convert_layer(tensors: dict[str, Tensor], schemes: dict[str, ActivationSche
 
 
 def pack(levels: Tensor) -> Tensor:
-    """Pack int8 weights (n, k) into int32 words (n, k / 4), as compressed-tensors' `pack_to_int32` does.
+    """Pack int8 weights (n, k) into int32 words (n, ceil(k / 4)), as compressed-tensors' `pack_to_int32` does.
 
-    A word has four levels, each plus 128. The first one is in the lowest byte.
+    A word has four levels, each plus 128. The first one is in the lowest byte. The last word is padded with zeros.
     """
-    assert levels.shape[1] % 4 == 0, f"{levels.shape[1]} columns are not a multiple of 4"
-    return levels.view(torch.uint8).bitwise_xor(128).view(torch.int32)
+    unsigned = levels.view(torch.uint8).bitwise_xor(128)
+    return F.pad(unsigned, (0, -levels.shape[1] % 4)).view(torch.int32)
 
 
 def _quantization(schemes: dict[str, ActivationScheme], names: dict[str, str], moe: Moe | None) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from haq_lab.checkpoint.layer_tensors import SCHEMES, layer_content, to_storable
 from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, WORK, Manifest, layer_file
 from haq_lab.checkpoint.provenance import differences
 from haq_lab.checkpoint.resume_state import layers_done, restore_state, save_state
+from haq_lab.models.companion_files import copy_companion_files
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.pass_result import PassState
 from haq_lab.storage.safetensors_file import Shard, write_shard
-from haq_lab.utils.atomic_files import sha256, write_json
+from haq_lab.utils.atomic_files import atomic_folder, sha256, write_json
 from haq_lab.utils.errors import UserError
 
 METHOD = "haq_lab"  # unknown to other loaders, so none of them reads int8 levels as float weights
@@ -126,14 +127,23 @@ class CheckpointWriter:
         """Write the tensors outside the layers, the tokenizer, the config, and last the manifest."""
         rest = {name: to_storable(tensor) for name, tensor in self.model.read_outer_tensors().items()}
         shards = {shard.file: shard for shard in [write_shard(self.folder / REST, rest, {}), *self.shards]}
-        self.model.tokenizer().save_pretrained(self.folder)
+        # Files that are in the folder for another reason must not be listed, so write ours to a folder of their own.
+        with atomic_folder(self.work / "files") as aside:
+            self._write_listed_files(aside)
+        files = {path.relative_to(self.work / "files").as_posix(): path for path in (self.work / "files").rglob("*")}
+        hashes = {name: sha256(path) for name, path in sorted(files.items()) if path.is_file()}
+        for name in hashes:
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            files[name].replace(self.folder / name)
+        Manifest(shards, hashes).write(self.folder)
+
+    def _write_listed_files(self, folder: Path) -> None:
+        """Write all files of the checkpoint other than the shards. The manifest lists what is written here."""
+        copy_companion_files(self.model, folder)
         config = json.loads(self.model.config.to_json_string())
         head = self.model.int8_head is not None  # not stored: loading quantises the float head again
         config["quantization_config"] = {"quant_method": METHOD, "int8_head": head, "provenance": self.provenance}
-        write_json(self.folder / "config.json", config)
-        others = (path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
-        files = {path.name: sha256(path) for path in sorted(others) if path.name not in {*shards, FILE}}
-        Manifest(shards, files).write(self.folder)
+        write_json(folder / "config.json", config)
 
     def close(self) -> None:
         """Remove the saved states. The finished checkpoint does not need them."""

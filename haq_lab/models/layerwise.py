@@ -161,18 +161,25 @@ class LayeredModel:
         """Return the checkpoint's tokenizer.
 
         Raises:
-            UserError: The folder has no usable tokenizer.
+            UserError: The folder has no usable tokenizer, or it has more tokens than the embedding.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the tokenizers library raises the base class
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"model: no usable tokenizer in {self.folder} ({error}). Copy the tokenizer's files there."
+                f"model: no usable tokenizer in {self.folder} ({reason}). Copy the tokenizer's files there."
             ) from error
         # If the files of OPT's tokenizer are missing, transformers returns a tokenizer with an empty vocabulary.
         if not tokenizer.encode("text", add_special_tokens=False):
             raise UserError(
                 f"model: no usable tokenizer in {self.folder} (no vocabulary). Copy the tokenizer's files there."
+            )
+        largest, rows = max(tokenizer.get_vocab().values()), len(self.shell.get_input_embeddings().weight)
+        if largest >= rows:  # more rows than tokens are usual padding
+            raise UserError(
+                f"model: the tokenizer in {self.folder} has {len(tokenizer)} tokens (ids up to {largest}), but the "
+                f"embedding has {rows} rows. Use the model's own tokenizer, or call resize_token_embeddings."
             )
         return tokenizer
 
@@ -313,7 +320,7 @@ def _read_config(folder: Path, quantized: bool) -> Any:
                 )
             del config.quantization_config
         return config
-    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, StrictDataclassError) as error:
         raise UserError(
             f"model: config.json in {folder} cannot be used ({error}). Choose a supported checkpoint."
         ) from error

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
-import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -221,14 +220,17 @@ def _convert_gguf(path: Path, target: Path) -> None:
                 dtype=torch.float32,
                 trust_remote_code=False,
             )
-        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        except Exception as error:  # the reader does not check its input, so it raises almost any class
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
-                f"model.path: '{path}' is damaged or not supported by transformers ({error}). Choose another GGUF file."
+                f"model.path: '{path}' is damaged or not supported by transformers ({reason}). "
+                "Choose another GGUF file."
             ) from error
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(target)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(target)
+        tokenizer.save_pretrained(target)
 
 
 def _copied_files(folder: Path) -> list[Path]:

@@ -75,7 +75,7 @@ PLANTED = [
 def test_an_added_file_is_refused_until_it_is_accepted(made, name):
     (made / name).parent.mkdir(exist_ok=True)
     (made / name).write_text("{}")
-    with pytest.raises(UserError, match=rf"{name}' was added after .* python -m haq_lab.checkpoint accept {made}"):
+    with pytest.raises(UserError, match=rf"{name}' was added after .*python -m haq_lab.checkpoint accept {made}"):
         build_once("model", _never)
     (made / "config.json").write_text("{}")
     assert name in accept(made)
@@ -98,7 +98,7 @@ def test_a_model_without_a_record_is_refused_until_it_is_accepted(made):
 
 
 def test_only_a_model_can_be_accepted(tmp_path):
-    with pytest.raises(UserError, match="has no readable config.json"):
+    with pytest.raises(UserError, match=r"has no readable config\.json"):
         accept(tmp_path)
 
 
