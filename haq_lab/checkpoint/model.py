@@ -108,4 +108,4 @@ def open_model(source: ModelSource, backend: Backend) -> LayeredModel:
     """
     if isinstance(source, QuantizedCheckpoint):
         return QuantizedModel(source.folder(), backend)
-    return LayeredModel(source.folder())
+    return LayeredModel(source.folder(), allow_nonfinite=getattr(source, "allow_nonfinite", False))

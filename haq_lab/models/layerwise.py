@@ -64,6 +64,7 @@ class LayeredModel:
     Args:
         folder: Checkpoint folder with config.json, safetensors files and a tokenizer.
         dtype: Floating-point type of the layers' weights and of the hidden states.
+        allow_nonfinite: Accept weights with NaN or infinite entries.
 
     Attributes:
         quantized: Whether the layers are stored in int8 (`haq_lab.checkpoint.model`).
@@ -81,7 +82,8 @@ class LayeredModel:
 
     quantized = False
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, allow_nonfinite: bool = False):
+        self._allow_nonfinite = allow_nonfinite
         self.config = _read_config(folder, self.quantized)
         self.folder = folder
         self.dtype = dtype
@@ -97,7 +99,7 @@ class LayeredModel:
     @cached_property
     def weights(self) -> Weights:
         """Return the reader of the checkpoint's tensors."""
-        return Weights(self.folder)
+        return Weights(self.folder, self._allow_nonfinite)
 
     # The shell is the model without its layers.
 

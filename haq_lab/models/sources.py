@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 
 from haq_lab.models.build_cache import build_once
+from haq_lab.models.gguf_header import check_lengths
 from haq_lab.models.random_tiny import build_tiny
 from haq_lab.storage.weight_files import SUFFIXES, weight_files
 from haq_lab.utils.atomic_files import cached_sha256, write_json
@@ -58,12 +59,14 @@ class HubModel:
             restricted unpickler (`weights_only=True`).
         architecture: Model type whose default config in transformers equals this model's config. It gives the model's
             size before anything is downloaded.
+        allow_nonfinite: Accept weights with NaN or infinite entries.
     """
 
     name: str
     revision: str | None = None
     allow_pickle: bool = False
     architecture: str | None = None
+    allow_nonfinite: bool = False
 
     @property
     def label(self) -> str:
@@ -134,9 +137,11 @@ class GgufModel:
 
     Args:
         path: Path of the GGUF file.
+        allow_nonfinite: Accept weights with NaN or infinite entries.
     """
 
     path: str
+    allow_nonfinite: bool = False
 
     @property
     def label(self) -> str:
@@ -213,6 +218,7 @@ def _convert_gguf(path: Path, target: Path) -> None:
 
     with quiet_transformers():
         try:
+            check_lengths(path)
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
