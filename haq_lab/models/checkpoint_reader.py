@@ -67,8 +67,8 @@ class Weights:
     def _floating(self, tensor: torch.Tensor, dtype: torch.dtype | None, name: str, path: Path) -> torch.Tensor:
         if name.endswith(".weight") and tensor.dtype in (torch.int8, torch.uint8):
             raise UserError(
-                f"model: tensor '{name}' in {path} has type {str(tensor.dtype).removeprefix('torch.')}. Quantised weights "
-                "without a quantization_config cannot be read. Use a checkpoint with floating-point weights."
+                f"model: tensor '{name}' in {path} has type {str(tensor.dtype).removeprefix('torch.')}. "
+                "Quantised weights without a quantization_config cannot be read. Use a checkpoint with floating-point weights."
             )
         if not tensor.is_floating_point():
             return tensor
