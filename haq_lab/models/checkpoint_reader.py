@@ -68,7 +68,8 @@ class Weights:
         if name.endswith(".weight") and tensor.dtype in (torch.int8, torch.uint8):
             raise UserError(
                 f"model: tensor '{name}' in {path} has type {str(tensor.dtype).removeprefix('torch.')}. "
-                "Quantised weights without a quantization_config cannot be read. Use a checkpoint with floating-point weights."
+                "Quantised weights without a quantization_config cannot be read. "
+                "Use a checkpoint with floating-point weights."
             )
         if not tensor.is_floating_point():
             return tensor

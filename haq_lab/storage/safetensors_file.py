@@ -83,7 +83,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 
 
 def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a file and check it against its hash. If it differs, name the damaged tensor.
+    """Read a file, and check its header and each tensor against their hashes.
 
     Args:
         folder: Folder of the checkpoint.
@@ -116,8 +116,10 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
             data[name] = torch.empty(entry["data_offsets"][1] - entry["data_offsets"][0], dtype=torch.uint8)
             stream.readinto(_bytes(data[name]))
             file_hash.update(_bytes(data[name]))
-    if file_hash.hexdigest() != shard.sha256:
-        raise _damage(path, shard, data)
+            if hashlib.sha256(_bytes(data[name])).hexdigest() != shard.tensors[name]:
+                raise UserError(f"checkpoint: {path}: tensor '{name}' does not match its hash. The file is damaged.")
+    if file_hash.hexdigest() != shard.sha256:  # a changed shape would give other tensors from the same bytes
+        raise UserError(f"checkpoint: {path}: its header does not match its hash. The file is damaged.")
     try:
         tensors = {
             name: flat.view(_TYPES[header[name]["dtype"]]).view(header[name]["shape"]) for name, flat in data.items()
@@ -125,13 +127,6 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
     except (KeyError, RuntimeError, OverflowError, TypeError) as error:
         raise UserError(f"checkpoint: {path} has a tensor that torch cannot read ({error}). Do not use it.") from error
     return tensors, metadata
-
-
-def _damage(path: Path, shard: Shard, data: dict[str, Tensor]) -> UserError:
-    """Return the error for a file that does not match its hash. Name the first damaged tensor."""
-    damaged = [name for name, flat in data.items() if hashlib.sha256(_bytes(flat)).hexdigest() != shard.tensors[name]]
-    part = f"tensor '{damaged[0]}'" if damaged else "its header"
-    return UserError(f"checkpoint: {path}: {part} does not match its hash. The file is damaged. Write it again.")
 
 
 def describe_shard(path: Path) -> Shard:
