@@ -177,13 +177,18 @@ class LayeredModel:
             raise UserError(
                 f"model: no usable tokenizer in {self.folder} (no vocabulary). Copy the tokenizer's files there."
             )
-        largest, rows = max(tokenizer.get_vocab().values()), len(self.shell.get_input_embeddings().weight)
-        if largest >= rows:  # more rows than tokens are usual padding
-            raise UserError(
-                f"model: the tokenizer in {self.folder} has {len(tokenizer)} tokens (ids up to {largest}), but the "
-                f"embedding has {rows} rows. Use the model's own tokenizer, or call resize_token_embeddings."
-            )
+        # More rows than tokens are usual padding. Added tokens are harmless unless a text has them, see `embed`.
+        vocabulary = tokenizer.get_vocab().items() - tokenizer.get_added_vocab().items()
+        self._refuse_tokens_beyond_embedding(max((number for _, number in vocabulary), default=0))
         return tokenizer
+
+    def _refuse_tokens_beyond_embedding(self, largest: int) -> None:
+        rows = len(cast(Tensor, self.shell.get_input_embeddings().weight))
+        if largest >= rows:
+            raise UserError(
+                f"model: the tokenizer in {self.folder} has {largest + 1} tokens or more, but the embedding has {rows} "
+                "rows. Use the model's own tokenizer, or call resize_token_embeddings."
+            )
 
     def new_layer(self, index: int) -> nn.Module:
         """Return decoder layer `index` on the meta device, without weights and with split experts."""
@@ -223,6 +228,7 @@ class LayeredModel:
             windows: Token windows (n, t) int64.
             allocate: Creates the tensor for the hidden states. It is called like `torch.empty`.
         """
+        self._refuse_tokens_beyond_embedding(int(windows.max()) if windows.numel() else 0)
         width = self._embed(windows[:1]).shape[-1]
         hidden = allocate((*windows.shape, width), dtype=self.dtype)
         size = self.batch_size(windows)
