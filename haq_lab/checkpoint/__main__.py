@@ -1,4 +1,4 @@
-"""Run `python -m haq_lab.checkpoint`, which inspects, verifies or exports a quantised checkpoint.
+"""Run `python -m haq_lab.checkpoint`, which inspects, verifies, accepts or exports a quantised checkpoint.
 
 The command is implemented in `haq_lab.cli.checkpoint`.
 """

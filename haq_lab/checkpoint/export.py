@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from haq_lab.checkpoint.layer_tensors import read_layer
 from haq_lab.checkpoint.manifest import layer_file
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.architectures import Moe
+from haq_lab.models.companion_files import copy_companion_files
 from haq_lab.storage.hf_shard_writer import ShardWriter
-from haq_lab.storage.safetensors_file import read_shard
 from haq_lab.utils.atomic_files import atomic_folder, write_json
 from haq_lab.utils.errors import UserError
 
@@ -57,18 +60,17 @@ def export(folder: Path, target: Path) -> None:
             "Quantise the model with quantizer.lm_head=false."
         )
     packed = model.family.moe is not None
-    schemes: dict[str, str] = {}
+    schemes: dict[str, ActivationScheme] = {}
     with atomic_folder(target) as aside:
         writer = ShardWriter(aside, model.depth + 1)
         writer.add(model.read_outer_tensors())
         for index in range(model.depth):
-            tensors, metadata = read_shard(folder, model.manifest.shard(folder, layer_file(index)))
-            layer_schemes: dict[str, str] = json.loads(metadata["schemes"])
+            tensors, layer_schemes = read_layer(folder, model.manifest.shard(folder, layer_file(index)))
             schemes |= layer_schemes
             converted = _convert_layer(tensors, layer_schemes, packed)
             writer.add({model.family.checkpoint_name(name): tensor for name, tensor in converted.items()})
         writer.finish()
-        model.tokenizer().save_pretrained(aside)
+        copy_companion_files(model, aside)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         ours = config["quantization_config"]
         config["dtype"] = ours["dtype"]
@@ -79,7 +81,7 @@ def export(folder: Path, target: Path) -> None:
         write_json(aside / "config.json", config)
 
 
-def _convert_layer(tensors: dict[str, Tensor], schemes: dict[str, str], packed: bool) -> dict[str, Tensor]:
+def _convert_layer(tensors: dict[str, Tensor], schemes: dict[str, ActivationScheme], packed: bool) -> dict[str, Tensor]:
     converted = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
@@ -97,15 +99,15 @@ def _convert_layer(tensors: dict[str, Tensor], schemes: dict[str, str], packed: 
 
 
 def pack(levels: Tensor) -> Tensor:
-    """Pack int8 weights (n, k) into int32 words (n, k / 4), as compressed-tensors' `pack_to_int32` does.
+    """Pack int8 weights (n, k) into int32 words (n, ceil(k / 4)), as compressed-tensors' `pack_to_int32` does.
 
-    A word has four levels, each plus 128. The first one is in the lowest byte.
+    A word has four levels, each plus 128. The first one is in the lowest byte. The last word is padded with zeros.
     """
-    assert levels.shape[1] % 4 == 0, f"{levels.shape[1]} columns are not a multiple of 4"
-    return levels.view(torch.uint8).bitwise_xor(128).view(torch.int32)
+    unsigned = levels.view(torch.uint8).bitwise_xor(128)
+    return F.pad(unsigned, (0, -levels.shape[1] % 4)).view(torch.int32)
 
 
-def _quantization(schemes: dict[str, str], names: dict[str, str], moe: Moe | None) -> dict[str, Any]:
+def _quantization(schemes: dict[str, ActivationScheme], names: dict[str, str], moe: Moe | None) -> dict[str, Any]:
     """Return the `quantization_config`, with one group of linears for each activation scheme."""
     groups: dict[str, dict[str, Any]] = {
         scheme: {
@@ -127,7 +129,7 @@ def _quantization(schemes: dict[str, str], names: dict[str, str], moe: Moe | Non
     }
 
 
-def _by_scheme(schemes: dict[str, str]) -> dict[str, list[str]]:
+def _by_scheme(schemes: dict[str, ActivationScheme]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)

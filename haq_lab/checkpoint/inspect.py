@@ -12,9 +12,10 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from haq_lab.checkpoint.layer_tensors import read_schemes
 from haq_lab.checkpoint.manifest import FILE, Manifest
+from haq_lab.storage.listed_files import ACCEPT, TEMPLATES
 from haq_lab.storage.safetensors_file import read_shard, read_shard_header
-from haq_lab.utils.atomic_files import sha256
 from haq_lab.utils.errors import UserError
 
 
@@ -28,7 +29,7 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
     kinds: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     for shard in manifest.shards.values():
         header, _ = read_shard_header(folder / shard.file)
-        schemes = json.loads(header.pop("__metadata__", {}).get("schemes", "{}"))
+        schemes = read_schemes(header.pop("__metadata__", {}), folder / shard.file)
         for name, entry in header.items():
             scheme = schemes.get(name.rpartition(".")[0], "") if name.endswith(".weight") else ""
             count = kinds[re.sub(r"\.\d+\.", ".*.", name), entry["dtype"], scheme]
@@ -55,7 +56,7 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
 def find_problems(folder: Path) -> Iterator[str]:
     """Yield a message for each damaged, missing or superfluous file of a checkpoint.
 
-    Every tensor and every file is compared with its hash in the manifest.
+    Every file is compared with its hash in the manifest.
 
     Raises:
         UserError: `folder` is not a complete checkpoint.
@@ -67,12 +68,10 @@ def find_problems(folder: Path) -> Iterator[str]:
     for shard in manifest.shards.values():
         if problem := _problem(partial(read_shard, folder, shard)):
             yield problem
-        elif sha256(folder / shard.file) != shard.sha256:
-            yield f"checkpoint: {folder / shard.file} does not match its hash. Write the checkpoint again."
     known = {FILE, *manifest.files, *manifest.shards}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in known:
-            yield f"checkpoint: {path} does not belong to the checkpoint. Remove it."
+    for path in sorted([*folder.iterdir(), *(folder / TEMPLATES).glob("*")]):
+        if path.is_file() and path.relative_to(folder).as_posix() not in known:
+            yield f"checkpoint: {path} does not belong to the checkpoint. Remove it, or run `{ACCEPT} {folder}`."
 
 
 def _problem(check: Callable[[], object]) -> str | None:

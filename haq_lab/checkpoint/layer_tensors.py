@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
@@ -13,8 +16,12 @@ from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.experts import Experts
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.storage.safetensors_file import DTYPES
+from haq_lab.storage.json_form import parse_json
+from haq_lab.storage.safetensors_file import DTYPES, Shard, read_shard
 from haq_lab.utils.errors import UserError
+
+SCHEMES = "schemes"  # metadata of a layer's file: the activation scheme of each int8 linear, as JSON
+_SCHEMES = TypeAdapter(dict[str, ActivationScheme])
 
 
 def layer_content(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, ActivationScheme]]:
@@ -22,6 +29,28 @@ def layer_content(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Activa
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, Int8Linear)}
     tensors = {name: to_storable(tensor) for name, tensor in layer.state_dict().items()}
     return tensors, {name: linear.scheme for name, linear in linears.items()}
+
+
+def read_layer(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, ActivationScheme]]:
+    """Return the tensors of a layer's file and the activation scheme of each int8 linear, by their full names.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    tensors, metadata = read_shard(folder, shard)
+    return tensors, read_schemes(metadata, folder / shard.file)
+
+
+def read_schemes(metadata: dict[str, str], path: Path) -> dict[str, ActivationScheme]:
+    """Return the activation schemes in the metadata of a file. Empty for a file that is not a layer.
+
+    Raises:
+        UserError: The metadata is damaged. The message names `path`.
+    """
+    try:
+        return parse_json(metadata.get(SCHEMES, "{}"), _SCHEMES)
+    except ValueError as error:
+        raise UserError(f"checkpoint: {path}: the schemes are not readable ({error}). Write it again.") from error
 
 
 def int8_layer(
@@ -46,20 +75,44 @@ def int8_layer(
         UserError: The tensors do not fit the model's config.
     """
     layer, tensors = model.new_layer(index), dict(tensors)
+    linears = dict(layer.named_modules())
     for name, scheme in schemes.items():
         parts = ("weight", "weight_scale", "bias", "input_scale")
         levels, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
-        shape = cast(Tensor, layer.get_submodule(name).weight).shape
-        if levels is None or scale is None or levels.shape != shape:
+        linear = linears.get(name)
+        if not isinstance(linear, nn.Linear) or not _fit(linear, scheme, levels, scale, bias, input_scale):
             raise UserError(
                 f"checkpoint: {where}: '{model.family.layers}.{index}.{name}' does not fit the config. "
                 "Write the checkpoint again."
             )
-        layer.set_submodule(name, Int8Linear(levels, scale, bias, scheme, input_scale, backend))
+        layer.set_submodule(
+            name, Int8Linear(cast(Tensor, levels), cast(Tensor, scale), bias, scheme, input_scale, backend)
+        )
     if (moe := model.family.moe) is not None:
         layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
     _assign(layer, tensors, where)
     return layer.requires_grad_(False)
+
+
+def _fit(
+    linear: nn.Linear,
+    scheme: ActivationScheme,
+    levels: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+) -> bool:
+    """Return whether stored tensors have the shapes and types of a linear with this activation scheme."""
+    return (
+        _has(levels, linear.weight.shape, torch.int8)
+        and _has(scale, (linear.out_features,), torch.float32)
+        and (bias is None or _has(bias, (linear.out_features,), torch.float32))
+        and (_has(input_scale, (), torch.float32) if scheme == "static" else input_scale is None)
+    )
+
+
+def _has(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    return tensor is not None and tensor.shape == torch.Size(shape) and tensor.dtype == dtype
 
 
 def _assign(layer: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

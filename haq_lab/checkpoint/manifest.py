@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
+
+from haq_lab.storage.json_form import read_json
+from haq_lab.storage.listed_files import ACCEPT, is_inside, unlisted_files
 from haq_lab.storage.safetensors_file import Shard
 from haq_lab.utils.atomic_files import sha256, write_json
 from haq_lab.utils.errors import UserError, nearest
@@ -15,6 +19,19 @@ WORK = "work"
 IDENTITY = "identity.json"  # in WORK: settings of the run that began the checkpoint
 REST = "rest.safetensors"
 VERSION = 1
+
+
+class _Version(TypedDict):
+    format: str
+    version: int
+
+
+class _Content(TypedDict):
+    files: dict[str, str]
+    shards: list[Shard]
+
+
+_VERSION, _CONTENT = TypeAdapter(_Version), TypeAdapter(_Content)
 
 
 def layer_file(index: int) -> str:
@@ -62,27 +79,28 @@ class Manifest:
         if not path.is_file():
             if (folder / WORK / IDENTITY).is_file():
                 raise UserError(f"{setting}: '{folder}' is not complete. Run its command again to resume it.")
-            raise UserError(
-                f"{setting}: '{folder}' is not a haq_lab checkpoint because it has no {FILE}. Choose another folder."
+            advice = (
+                f"Copy the whole folder, or run `{ACCEPT} {folder}` if you trust its files."
+                if (folder / REST).is_file()
+                else "Choose another folder."
             )
+            raise UserError(f"{setting}: '{folder}' is not a haq_lab checkpoint because it has no {FILE}. {advice}")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != "haq_lab" or content["version"] != VERSION:
+            version = read_json(path, _VERSION)
+            if version != {"format": "haq_lab", "version": VERSION}:
                 raise UserError(
                     f"{setting}: {path} is not in format haq_lab, version {VERSION}. Write the checkpoint again."
                 )
-            shards = {entry["file"]: Shard(**entry) for entry in content["shards"]}
-            files = dict(content["files"])
-            for name in (*shards, *files):
-                if Path(name).name != name or name in ("", ".."):
-                    raise UserError(
-                        f"{setting}: {path} names '{name}', which is outside the checkpoint. Do not use it."
-                    )
-            return cls(shards, files)
-        except (ValueError, KeyError, TypeError) as error:
+            content = read_json(path, _CONTENT)
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{setting}: {path} is not a readable manifest ({error}). Write the checkpoint again."
             ) from error
+        shards = {shard.file: shard for shard in content["shards"]}
+        for name in (*shards, *content["files"]):
+            if not is_inside(name):
+                raise UserError(f"{setting}: {path} names '{name}', which is outside the checkpoint. Do not use it.")
+        return cls(shards, content["files"])
 
     def shard(self, folder: Path, file: str) -> Shard:
         """Return the entry of a safetensors file.
@@ -99,6 +117,25 @@ class Manifest:
                 f"checkpoint: {folder / FILE} has no '{file}'. The checkpoint is incomplete. Write it again."
             )
         return self.shards[file]
+
+    def check_files(self, folder: Path) -> None:
+        """Check every file other than the shards, and refuse files that are not listed but that a loader would read.
+
+        A shard is checked when it is read.
+
+        Args:
+            folder: The checkpoint folder.
+
+        Raises:
+            UserError: A file is missing, was changed, or was added.
+        """
+        for file in self.files:
+            self.check_file(folder, file)
+        for name in unlisted_files(folder, {FILE, *self.files, *self.shards}):
+            raise UserError(
+                f"checkpoint: {folder / name} is not listed in {FILE}, but a loader would read it. "
+                f"Remove it, or run `{ACCEPT} {folder}` if you trust it."
+            )
 
     def check_file(self, folder: Path, file: str) -> None:
         """Check that a file other than a shard exists and matches its hash.

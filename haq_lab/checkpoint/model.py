@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from haq_lab.checkpoint.layer_tensors import int8_layer
+from haq_lab.checkpoint.layer_tensors import int8_layer, read_layer
 from haq_lab.checkpoint.manifest import REST, Manifest, layer_file
 from haq_lab.int8.backend import Backend
 from haq_lab.models.layerwise import LayeredModel
@@ -59,8 +59,7 @@ class QuantizedModel(LayeredModel):
     def __init__(self, folder: Path, backend: Backend):
         self.manifest = Manifest.read(folder)
         self.backend = backend
-        for file in self.manifest.files:
-            self.manifest.check_file(folder, file)
+        self.manifest.check_files(folder)
         super().__init__(folder)
         if has_int8_head(folder):
             self.quantize_head(backend)
@@ -75,7 +74,7 @@ class QuantizedModel(LayeredModel):
             UserError: The layer's file is damaged or does not fit the config.
         """
         file = layer_file(index)
-        stored, metadata = read_shard(self.folder, self.manifest.shard(self.folder, file))
+        stored, schemes = read_layer(self.folder, self.manifest.shard(self.folder, file))
         prefix = f"{self.family.layers}.{index}."
         for name in stored:
             if not name.startswith(prefix):
@@ -84,7 +83,7 @@ class QuantizedModel(LayeredModel):
                     "Write the checkpoint again."
                 )
         tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-        schemes = {name.removeprefix(prefix): scheme for name, scheme in json.loads(metadata["schemes"]).items()}
+        schemes = {name.removeprefix(prefix): scheme for name, scheme in schemes.items()}
         return int8_layer(self, index, tensors, schemes, self.backend, str(self.folder / file))
 
 
@@ -109,4 +108,4 @@ def open_model(source: ModelSource, backend: Backend) -> LayeredModel:
     """
     if isinstance(source, QuantizedCheckpoint):
         return QuantizedModel(source.folder(), backend)
-    return LayeredModel(source.folder())
+    return LayeredModel(source.folder(), allow_nonfinite=getattr(source, "allow_nonfinite", False))

@@ -15,14 +15,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import nn
 
-from haq_lab.checkpoint.layer_tensors import layer_content, to_storable
+from haq_lab.checkpoint.layer_tensors import SCHEMES, layer_content, to_storable
 from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, WORK, Manifest, layer_file
 from haq_lab.checkpoint.provenance import differences
 from haq_lab.checkpoint.resume_state import layers_done, restore_state, save_state
+from haq_lab.models.companion_files import copy_companion_files
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.pass_result import PassState
 from haq_lab.storage.safetensors_file import Shard, write_shard
-from haq_lab.utils.atomic_files import sha256, write_json
+from haq_lab.utils.atomic_files import atomic_folder, sha256, write_json
 from haq_lab.utils.errors import UserError
 
 INDEX = "model.safetensors.index.json"  # the file by which transformers finds the shards
@@ -121,7 +122,7 @@ class CheckpointWriter:
         content, schemes = layer_content(layer)
         tensors = {prefix + name: tensor for name, tensor in content.items()}
         schemes_json = json.dumps({prefix + name: scheme for name, scheme in schemes.items()})
-        shard = write_shard(self.folder / layer_file(index), tensors, {"schemes": schemes_json})
+        shard = write_shard(self.folder / layer_file(index), tensors, {SCHEMES: schemes_json})
         self.shards.append(shard)
         save_state(self.work, index, state, self.shards)
 
@@ -129,7 +130,19 @@ class CheckpointWriter:
         """Write the tensors outside the layers, the tokenizer, the config, and last the manifest."""
         rest = {name: to_storable(tensor) for name, tensor in self.model.read_outer_tensors().items()}
         shards = {shard.file: shard for shard in [write_shard(self.folder / REST, rest, {}), *self.shards]}
-        self.model.tokenizer().save_pretrained(self.folder)
+        # Files that are in the folder for another reason must not be listed, so write ours to a folder of their own.
+        with atomic_folder(self.work / "files") as aside:
+            self._write_listed_files(aside, shards.values())
+        files = {path.relative_to(self.work / "files").as_posix(): path for path in (self.work / "files").rglob("*")}
+        hashes = {name: sha256(path) for name, path in sorted(files.items()) if path.is_file()}
+        for name in hashes:
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            files[name].replace(self.folder / name)
+        Manifest(shards, hashes).write(self.folder)
+
+    def _write_listed_files(self, folder: Path, shards: Collection[Shard]) -> None:
+        """Write all files of the checkpoint other than the shards. The manifest lists what is written here."""
+        copy_companion_files(self.model, folder)
         config = json.loads(self.model.config.to_json_string())
         head = self.model.int8_head is not None  # not stored: loading quantises the float head again
         config["quantization_config"] = {
@@ -141,11 +154,8 @@ class CheckpointWriter:
         # transformers skips a method that it does not know. It refuses to build a model in an integer type, so it does
         # not read the levels as float weights unless haq_lab.hf is imported.
         config["dtype"] = "int8"
-        write_json(self.folder / "config.json", config)
-        write_json(self.folder / INDEX, _hub_index(shards.values()))
-        others = (path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
-        files = {path.name: sha256(path) for path in sorted(others) if path.name not in {*shards, FILE}}
-        Manifest(shards, files).write(self.folder)
+        write_json(folder / "config.json", config)
+        write_json(folder / INDEX, _hub_index(shards))
 
     def close(self) -> None:
         """Remove the saved states. The finished checkpoint does not need them."""

@@ -1,7 +1,8 @@
-"""Inspect, verify or export a quantised checkpoint.
+"""Inspect, verify, accept or export a quantised checkpoint.
 
 python -m haq_lab.checkpoint inspect DIR
 python -m haq_lab.checkpoint verify DIR
+python -m haq_lab.checkpoint accept DIR
 python -m haq_lab.checkpoint export DIR TARGET
 """
 
@@ -25,6 +26,7 @@ def main() -> None:
     for name, run, description in (
         ("inspect", _inspect, "list the tensors and the provenance"),
         ("verify", _verify, "verify the hash of every tensor and file"),
+        ("accept", _accept, "record the current files and hashes, after you have checked them; also for built models"),
         ("export", _export, "write the checkpoint in the compressed-tensors format"),
     ):
         action = actions.add_parser(name, help=description)
@@ -55,6 +57,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     if not all_problems:
         say(f"{arguments.folder}: all tensors and files match their hashes")
     return 2 if all_problems else 0
+
+
+def _accept(arguments: argparse.Namespace) -> int:
+    from haq_lab.checkpoint.accept import accept
+
+    files = accept(arguments.folder)
+    say(f"{arguments.folder}: recorded {len(files)} files: {', '.join(files)}")
+    return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ Module names are relative to a decoder layer. `{e}` is a placeholder for the exp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -133,7 +132,7 @@ class Family:
         layers: Name of the list of decoder layers in the model.
         groups: The linears of a layer, grouped by shared input.
         smoothquant_strength: The migration strength alpha that SmoothQuant's authors published for it.
-        applies: Returns whether the row describes a config of this model type.
+        requires: Config fields with the values that the row supports. Other fields may have any value.
         moe: Names of the router and the experts. None for a dense model.
         head_norms: Names of the query and key norms between projection and rotary embedding. Empty for most models.
         renamed: Pairs of name parts: the part in checkpoints, and the part in our modules.
@@ -143,10 +142,14 @@ class Family:
     layers: str
     groups: tuple[Group, ...]
     smoothquant_strength: float
-    applies: Callable[[Any], bool] = lambda config: True
+    requires: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     moe: Moe | None = None
     head_norms: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+
+    def unsupported(self, config: Any) -> list[tuple[str, tuple[Any, ...]]]:
+        """Return the entries of `requires` that a transformers config does not meet."""
+        return [(field, values) for field, values in self.requires if getattr(config, field) not in values]
 
     def experts(self, config: Any) -> int:
         """Return the number of experts in a layer, or 0 for a dense model."""
@@ -237,10 +240,10 @@ FAMILIES: tuple[Family, ...] = (
             _RELU_MLP,
         ),
         smoothquant_strength=0.5,
-        applies=lambda config: (
-            config.do_layer_norm_before
-            and config.layer_norm_elementwise_affine
-            and config.activation_function == "relu"
+        requires=(
+            ("do_layer_norm_before", (True,)),
+            ("layer_norm_elementwise_affine", (True,)),
+            ("activation_function", ("relu",)),
         ),
     ),
     # OPT-350M normalises after the residual sum. Its norms also feed the residual, so nothing can be folded into
@@ -250,7 +253,7 @@ FAMILIES: tuple[Family, ...] = (
         "model.decoder.layers",
         (*_attention(None, "out_proj"), Group("norm", None, ("fc1",)), _RELU_MLP),
         smoothquant_strength=0.5,
-        applies=lambda config: config.activation_function == "relu",
+        requires=(("activation_function", ("relu",)),),
     ),
     Family("llama", "model.layers", _LLAMA_GROUPS, smoothquant_strength=0.85),
     Family("mistral", "model.layers", _LLAMA_GROUPS, smoothquant_strength=0.8),
@@ -273,9 +276,7 @@ FAMILIES: tuple[Family, ...] = (
         "model.layers",
         _moe_groups(_QWEN3_MOE),
         smoothquant_strength=0.8,
-        applies=lambda config: (
-            not config.mlp_only_layers and config.decoder_sparse_step == 1
-        ),  # every layer must be an MoE layer
+        requires=(("mlp_only_layers", ([], None)), ("decoder_sparse_step", (1,))),  # every layer must be an MoE layer
         moe=_QWEN3_MOE,
         head_norms=_HEAD_NORMS,
     ),
@@ -285,7 +286,7 @@ FAMILIES: tuple[Family, ...] = (
         "model.layers",
         _moe_groups(_OLMOE),
         smoothquant_strength=0.8,
-        applies=lambda config: config.clip_qkv is None,
+        requires=(("clip_qkv", (None,)),),
         moe=_OLMOE,
         head_norms=_HEAD_NORMS,
     ),
@@ -299,12 +300,14 @@ def family_of(config: Any) -> Family:
         UserError: No row describes the config. A guess could silently leave layers unquantised.
     """
     check_model_type(config.model_type)
-    for family in FAMILIES:
-        if family.model_type == config.model_type and family.applies(config):
+    rows = [family for family in FAMILIES if family.model_type == config.model_type]
+    for family in rows:
+        if not family.unsupported(config):
             return family
+    field, values = rows[-1].unsupported(config)[0]  # the last row of a model type requires least
     raise UserError(
-        f"model: this variant of '{config.model_type}' is not in the family table. "
-        "Choose a variant that haq_lab/models/architectures.py lists, or add a row there."
+        f"model: this variant of '{config.model_type}' is not supported: {field}={getattr(config, field)!r}. "
+        f"Choose a model with {field}={values[0]!r}, or add a row to haq_lab/models/architectures.py."
     )
 
 

@@ -17,6 +17,10 @@ WIDE = (torch.float16, torch.bfloat16, torch.float32)  # types that are not conv
 class Weights:
     """The tensors of a checkpoint folder. Opening it reads only the headers.
 
+    Args:
+        folder: The checkpoint folder.
+        allow_nonfinite: Accept tensors with NaN or infinite entries.
+
     Attributes:
         unread: Weight files of the folder that are not read. transformers does not read them either.
 
@@ -24,8 +28,9 @@ class Weights:
         UserError: The folder has no weights, or a file cannot be read.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, allow_nonfinite: bool = False):
         self.folder = folder
+        self._allow_nonfinite = allow_nonfinite
         files = weight_files(folder)
         self.unread = files.unread
         self._file_of: dict[str, Path] = {}
@@ -56,25 +61,26 @@ class Weights:
         for path, wanted in by_file.items():
             with _open(path) as shard:
                 for name in wanted:
-                    tensors[name] = _floating(shard.get_tensor(name), dtype, name, path)
+                    tensors[name] = self._floating(shard.get_tensor(name), dtype, name, path)
         return tensors
 
-
-def _floating(tensor: torch.Tensor, dtype: torch.dtype | None, name: str, path: Path) -> torch.Tensor:
-    if name.endswith(".weight") and tensor.dtype in (torch.int8, torch.uint8):
-        raise UserError(
-            f"model: tensor '{name}' in {path} has type {str(tensor.dtype).removeprefix('torch.')}. Quantised weights "
-            "without a quantization_config cannot be read. Use a checkpoint with floating-point weights."
-        )
-    if not tensor.is_floating_point():
-        return tensor
-    if tensor.dtype not in WIDE:
-        tensor = tensor.to(torch.float32)
-    if not torch.isfinite(tensor).all():
-        raise UserError(
-            f"model: tensor '{name}' in {path} has NaN or infinite entries. Use a checkpoint with finite weights."
-        )
-    return tensor.to(dtype or tensor.dtype)
+    def _floating(self, tensor: torch.Tensor, dtype: torch.dtype | None, name: str, path: Path) -> torch.Tensor:
+        if name.endswith(".weight") and tensor.dtype in (torch.int8, torch.uint8):
+            raise UserError(
+                f"model: tensor '{name}' in {path} has type {str(tensor.dtype).removeprefix('torch.')}. "
+                "Quantised weights without a quantization_config cannot be read. "
+                "Use a checkpoint with floating-point weights."
+            )
+        if not tensor.is_floating_point():
+            return tensor
+        if tensor.dtype not in WIDE:
+            tensor = tensor.to(torch.float32)
+        if not self._allow_nonfinite and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"model: tensor '{name}' in {path} has NaN or infinite entries. Use a checkpoint with finite weights, "
+                "or set model.allow_nonfinite=true."
+            )
+        return tensor.to(dtype or tensor.dtype)
 
 
 def _open(path: Path) -> safe_open:

@@ -64,6 +64,7 @@ class LayeredModel:
     Args:
         folder: Checkpoint folder with config.json, safetensors files and a tokenizer.
         dtype: Floating-point type of the layers' weights and of the hidden states.
+        allow_nonfinite: Accept weights with NaN or infinite entries.
 
     Attributes:
         quantized: Whether the layers are stored in int8 (`haq_lab.checkpoint.model`).
@@ -81,7 +82,8 @@ class LayeredModel:
 
     quantized = False
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, allow_nonfinite: bool = False):
+        self._allow_nonfinite = allow_nonfinite
         self.config = _read_config(folder, self.quantized)
         self.folder = folder
         self.dtype = dtype
@@ -97,7 +99,7 @@ class LayeredModel:
     @cached_property
     def weights(self) -> Weights:
         """Return the reader of the checkpoint's tensors."""
-        return Weights(self.folder)
+        return Weights(self.folder, self._allow_nonfinite)
 
     # The shell is the model without its layers.
 
@@ -161,20 +163,32 @@ class LayeredModel:
         """Return the checkpoint's tokenizer.
 
         Raises:
-            UserError: The folder has no usable tokenizer.
+            UserError: The folder has no usable tokenizer, or it has more tokens than the embedding.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the tokenizers library raises the base class
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"model: no usable tokenizer in {self.folder} ({error}). Copy the tokenizer's files there."
+                f"model: no usable tokenizer in {self.folder} ({reason}). Copy the tokenizer's files there."
             ) from error
         # If the files of OPT's tokenizer are missing, transformers returns a tokenizer with an empty vocabulary.
         if not tokenizer.encode("text", add_special_tokens=False):
             raise UserError(
                 f"model: no usable tokenizer in {self.folder} (no vocabulary). Copy the tokenizer's files there."
             )
+        # More rows than tokens are usual padding. Added tokens are harmless unless a text has them, see `embed`.
+        vocabulary = tokenizer.get_vocab().items() - tokenizer.get_added_vocab().items()
+        self._refuse_tokens_beyond_embedding(max((number for _, number in vocabulary), default=0))
         return tokenizer
+
+    def _refuse_tokens_beyond_embedding(self, largest: int) -> None:
+        rows = len(cast(Tensor, self.shell.get_input_embeddings().weight))
+        if largest >= rows:
+            raise UserError(
+                f"model: the tokenizer in {self.folder} has {largest + 1} tokens or more, but the embedding has {rows} "
+                "rows. Use the model's own tokenizer, or call resize_token_embeddings."
+            )
 
     def new_layer(self, index: int) -> nn.Module:
         """Return decoder layer `index` on the meta device, without weights and with split experts."""
@@ -214,6 +228,7 @@ class LayeredModel:
             windows: Token windows (n, t) int64.
             allocate: Creates the tensor for the hidden states. It is called like `torch.empty`.
         """
+        self._refuse_tokens_beyond_embedding(int(windows.max()) if windows.numel() else 0)
         width = self._embed(windows[:1]).shape[-1]
         hidden = allocate((*windows.shape, width), dtype=self.dtype)
         size = self.batch_size(windows)
@@ -313,7 +328,7 @@ def _read_config(folder: Path, quantized: bool) -> Any:
                 )
             del config.quantization_config
         return config
-    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, StrictDataclassError) as error:
         raise UserError(
             f"model: config.json in {folder} cannot be used ({error}). Choose a supported checkpoint."
         ) from error

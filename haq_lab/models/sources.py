@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
-import struct
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -21,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 
 from haq_lab.models.build_cache import build_once
+from haq_lab.models.gguf_header import check_lengths
 from haq_lab.models.random_tiny import build_tiny
 from haq_lab.storage.weight_files import SUFFIXES, weight_files
 from haq_lab.utils.atomic_files import cached_sha256, write_json
@@ -59,12 +59,14 @@ class HubModel:
             restricted unpickler (`weights_only=True`).
         architecture: Model type whose default config in transformers equals this model's config. It gives the model's
             size before anything is downloaded.
+        allow_nonfinite: Accept weights with NaN or infinite entries.
     """
 
     name: str
     revision: str | None = None
     allow_pickle: bool = False
     architecture: str | None = None
+    allow_nonfinite: bool = False
 
     @property
     def label(self) -> str:
@@ -135,9 +137,11 @@ class GgufModel:
 
     Args:
         path: Path of the GGUF file.
+        allow_nonfinite: Accept weights with NaN or infinite entries.
     """
 
     path: str
+    allow_nonfinite: bool = False
 
     @property
     def label(self) -> str:
@@ -214,6 +218,7 @@ def _convert_gguf(path: Path, target: Path) -> None:
 
     with quiet_transformers():
         try:
+            check_lengths(path)
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
@@ -221,14 +226,17 @@ def _convert_gguf(path: Path, target: Path) -> None:
                 dtype=torch.float32,
                 trust_remote_code=False,
             )
-        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        except Exception as error:  # the reader does not check its input, so it raises almost any class
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
-                f"model.path: '{path}' is damaged or not supported by transformers ({error}). Choose another GGUF file."
+                f"model.path: '{path}' is damaged or not supported by transformers ({reason}). "
+                "Choose another GGUF file."
             ) from error
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(target)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).save_pretrained(target)
+        tokenizer.save_pretrained(target)
 
 
 def _copied_files(folder: Path) -> list[Path]:

@@ -47,7 +47,7 @@ class Entry:
 
     def about(self) -> str:
         """Return a description of the result, such as its model and text."""
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             return str(json.loads(self.record.read_text(encoding="utf-8"))["about"])
         return "(unfinished or damaged)"
 

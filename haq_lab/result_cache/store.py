@@ -90,11 +90,11 @@ class Store:
         try:
             with self.clock.stage("find"):
                 record = json.loads(entry.record.read_text(encoding="utf-8"))
-                tensors, _ = read_shard(entry.data.parent, Shard(**record["shard"]))
+                tensors, _ = read_shard(entry.data.parent, Shard(**record["shard"] | {"file": entry.data.name}))
                 facts = json.loads(tensors.pop(FACTS).numpy().tobytes())
         except FileNotFoundError:
             return None
-        except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if entry.data.exists():  # if not, another run has just evicted it
                 self._warn_once(f"{stage} is computed again: {error}")
             return None

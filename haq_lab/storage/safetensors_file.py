@@ -83,7 +83,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 
 
 def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a file, and check each tensor against its hash.
+    """Read a file, and check its header and each tensor against their hashes.
 
     Args:
         folder: Folder of the checkpoint.
@@ -109,17 +109,45 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
         raise UserError(
             f"checkpoint: {path}: tensor '{name}' does not match the manifest. Check whether a file was renamed."
         )
-    tensors = {}
+    data: dict[str, Tensor] = {}
     with path.open("rb") as stream:
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            stream.seek(start + begin)
-            data = torch.empty(end - begin, dtype=torch.uint8)
-            stream.readinto(_bytes(data))
-            if hashlib.sha256(_bytes(data)).hexdigest() != shard.tensors[name]:
+        file_hash = hashlib.sha256(stream.read(start))
+        for name, entry in header.items():  # in the order of the file
+            data[name] = torch.empty(entry["data_offsets"][1] - entry["data_offsets"][0], dtype=torch.uint8)
+            stream.readinto(_bytes(data[name]))
+            file_hash.update(_bytes(data[name]))
+            if hashlib.sha256(_bytes(data[name])).hexdigest() != shard.tensors[name]:
                 raise UserError(f"checkpoint: {path}: tensor '{name}' does not match its hash. The file is damaged.")
-            tensors[name] = data.view(_TYPES[entry["dtype"]]).view(entry["shape"])
+    if file_hash.hexdigest() != shard.sha256:  # a changed shape would give other tensors from the same bytes
+        raise UserError(f"checkpoint: {path}: its header does not match its hash. The file is damaged.")
+    try:
+        tensors = {
+            name: flat.view(_TYPES[header[name]["dtype"]]).view(header[name]["shape"]) for name, flat in data.items()
+        }
+    except (KeyError, RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"checkpoint: {path} has a tensor that torch cannot read ({error}). Do not use it.") from error
     return tensors, metadata
+
+
+def describe_shard(path: Path) -> Shard:
+    """Return the manifest's description of an existing file.
+
+    Args:
+        path: A safetensors file that `write_shard` has written.
+
+    Raises:
+        UserError: The file is not a readable safetensors file.
+    """
+    header, start = read_shard_header(path)
+    header.pop("__metadata__", None)
+    hashes = {}
+    with path.open("rb") as stream:
+        file_hash = hashlib.sha256(stream.read(start))
+        for name, entry in header.items():
+            data = stream.read(entry["data_offsets"][1] - entry["data_offsets"][0])
+            file_hash.update(data)
+            hashes[name] = hashlib.sha256(data).hexdigest()
+    return Shard(path.name, path.stat().st_size, file_hash.hexdigest(), hashes)
 
 
 def byte_range(path: Path, names: Iterable[str]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from haq_lab.utils.errors import UserError
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+ADAPTER = "adapter_config.json"  # of peft
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt")
 
 
@@ -45,12 +46,17 @@ def weight_files(folder: Path, variant: str | None = None) -> WeightFiles:
         variant: Name of a variant, such as `fp16` for `model.fp16.safetensors`.
 
     Raises:
-        UserError: The folder has no weights, or an index is damaged or names a file that does not exist.
+        UserError: The folder has no weights or has an adapter, or an index is damaged or names a missing file.
 
     Example:
         >>> weight_files(Path("Llama-2-7b-hf")).read  # doctest: +SKIP
         [PosixPath('Llama-2-7b-hf/model-00001-of-00002.safetensors'), ...]
     """
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"model.name: '{folder}' has {ADAPTER}, so transformers would apply an adapter to the weights. "
+            "Merge it with peft (merge_and_unload), or move the adapter's files to another folder."
+        )
     for name in (_named_by_config(folder), *_usual_names(variant)):
         path = folder / name if name else None
         if path is None or not path.is_file():

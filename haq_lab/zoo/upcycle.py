@@ -26,6 +26,7 @@ from haq_lab.calibration.hooks import record_inputs
 from haq_lab.data.text import fingerprint, python_docs
 from haq_lab.models.architectures import PROJECTIONS, Moe, family_of
 from haq_lab.models.build_cache import build_once
+from haq_lab.models.companion_files import copy_companion_files
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
 from haq_lab.storage.hf_shard_writer import ShardWriter
@@ -128,7 +129,7 @@ def upcycle(dense: Path, target: Path, experts: int, active: int, seed: int, tex
             progress.layer_done()
     writer.finish()
     config.save_pretrained(target)
-    model.tokenizer().save_pretrained(target)
+    copy_companion_files(model, target)
 
 
 def router_rows(received: Tensor, experts: int, seed: int) -> Tensor:

@@ -65,9 +65,10 @@ def test_dense_families_have_no_experts():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Qwen3MoeConfig(mlp_only_layers=[1]), "this variant of 'qwen3_moe'"),
-        (Qwen3MoeConfig(decoder_sparse_step=2), "this variant of 'qwen3_moe'"),
-        (OlmoeConfig(clip_qkv=8.0), "this variant of 'olmoe'"),
+        (Qwen3MoeConfig(mlp_only_layers=[1]), r"this variant of 'qwen3_moe' is not supported: mlp_only_layers=\[1\]"),
+        (Qwen3MoeConfig(decoder_sparse_step=2), r"decoder_sparse_step=2\. Choose a model with decoder_sparse_step=1"),
+        (OlmoeConfig(clip_qkv=8.0), r"this variant of 'olmoe' is not supported: clip_qkv=8\.0"),
+        (OPTConfig(activation_function="gelu"), "this variant of 'opt' is not supported: activation_function='gelu'"),
     ],
 )
 def test_unsupported_variants_are_refused(config, message):

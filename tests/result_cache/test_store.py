@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from children import in_child, killed
+from hypothesis import given
+from hypothesis import strategies as st
 
 from haq_lab.cli.cache import main
 from haq_lab.result_cache.eviction import entries
@@ -237,3 +239,29 @@ def test_the_record_has_the_description(tmp_path):
     record = json.loads((tmp_path / "stage" / f"{A}.json").read_text())
     assert record["about"] == "a model"
     assert Path(record["shard"]["file"]).suffix == ".safetensors"
+
+
+@given(
+    suffix=st.sampled_from(["json", "safetensors"]),
+    content=st.one_of(
+        st.binary(max_size=60),
+        st.sampled_from(
+            [b"[" * 100_000, b"{}", b"[]", b'{"shard": 3}', b'{"shard": {"file": []}}', b'{"about": 1e999}']
+        ),
+        st.tuples(st.integers(0, 2000), st.integers(1, 255)),
+    ),
+)
+def test_any_bytes_in_an_entry_give_the_result_or_none(suffix, content, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    store = Store(folder, GB)
+    store.put("stage", A, _result())
+    path = folder / "stage" / f"{A}.{suffix}"
+    if isinstance(content, tuple):  # change one byte
+        changed, (place, value) = bytearray(path.read_bytes()), content
+        changed[place % len(changed)] ^= value
+        path.write_bytes(changed)
+    else:
+        path.write_bytes(content)
+    read = store.get("stage", A)
+    assert read is None or _same(read, _result())
+    assert isinstance(entries(folder)[0].about(), str)
