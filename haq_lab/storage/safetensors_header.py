@@ -8,7 +8,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-ITEM_BYTES = {"BOOL": 1, "I8": 1, "U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}  # types that this project writes
+# Types that this project writes.
+ITEM_BYTES = {"BOOL": 1, "I8": 1, "U8": 1, "U16": 2, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
