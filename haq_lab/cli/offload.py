@@ -59,14 +59,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _require_positive(given: argparse.Namespace, command: str, name: str) -> None:
+    if (value := getattr(given, name)) < 1:
+        raise UserError(f"{command}: --{name} {value} is not at least 1. Choose a larger number.")
+
+
 def _trace(given: argparse.Namespace) -> None:
+    from haq_lab.checkpoint.model import open_model
     from haq_lab.config.build import model_option
     from haq_lab.data.text import python_docs
     from haq_lab.data.windows import encode, own_documents
-    from haq_lab.models.layerwise import LayeredModel
+    from haq_lab.int8.cpu.backend import CpuBackend
     from haq_lab.routing.record import record_trace
 
-    model = LayeredModel(model_option(given.model, given.set).folder())
+    for name in ("windows", "seqlen"):
+        _require_positive(given, "trace", name)
+    model = open_model(model_option(given.model, given.set), CpuBackend())
     own = given.text == "python_docs"
     text = python_docs(given.part) if own else own_documents(given.text, "text").joined
     tokens = encode(model.tokenizer(), text)
@@ -128,8 +136,7 @@ def _plan(given: argparse.Namespace) -> None:
     profile, test = Trace.open(given.profile), Trace.open(given.test)
     shape = replace(MIXTRAL, head_bytes=1) if given.int8_head else MIXTRAL
     for name in ("context", "tokens"):
-        if getattr(given, name) < 1:
-            raise UserError(f"plan: --{name} {getattr(given, name)} is not at least 1")
+        _require_positive(given, "plan", name)
     if given.shape != "mixtral":
         if not (Path(given.shape) / "config.json").is_file():
             near = nearest(given.shape, ["mixtral"]) or nearest_beside(Path(given.shape))
