@@ -10,7 +10,7 @@ The smaller of the two is the expert's cost. If the future is known, this is Bel
 use has the lowest cost.
 
 Layers that the current token has not reached are judged by the path of the latest complete token. Their 1 / p and w
-are computed once a token. Layers that it has passed are judged by its own path, so their costs change with every choice.
+are computed once a token. Layers that it has passed are judged by its own path, so their costs change with each choice.
 The recency logits are computed at the start of a token, as if the token used no expert. `gain` is what a use adds to
 them. In a prompt, an expert that a share of the tokens uses gets this share of the gain.
 """

@@ -139,7 +139,6 @@ class _Fit:
                 progress(step + 1, steps)
 
     def _loss(self, rows: Tensor) -> Tensor:
-        layers, count = self.usage.shape
         features = (self.features[rows] - self.centre) / self.scale
         logits = torch.einsum("nlef,hf->hnle", features, self.recency) + (self.bias + self.expert_bias)[:, None]
         if self.with_path:

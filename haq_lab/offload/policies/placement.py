@@ -123,7 +123,7 @@ def fragments(trace: Trace, span: int) -> list[Fragments]:
     groups = []
     for first in range(trace.layers - span + 1):
         layer = np.arange(first, first + span, dtype=np.int32)[None, :, None]
-        experts = np.sort(trace.experts[:, first : first + span], -1) + layer * trace.expert_count
+        experts = np.sort(trace.experts[:, first : first + span].astype(np.int32), -1) + layer * trace.expert_count
         unique, counts = np.unique(experts.reshape(trace.tokens, -1), axis=0, return_counts=True)
         order = np.argsort(-counts, kind="stable")[:MAX_FRAGMENTS]
         groups.append(Fragments(unique[order].astype(np.int32), counts[order]))
