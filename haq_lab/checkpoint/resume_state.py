@@ -83,7 +83,7 @@ def restore_state(work: Path, state: PassState) -> list[Shard]:
     targets = list(state.hidden.values())
     if (routing := result.routing) is not None:
         tokens, k = routing.windows[0] * routing.windows[1], record["experts_per_token"]
-        routing.chosen += [torch.empty(tokens, k, dtype=torch.uint8) for _ in range(done)]
+        routing.chosen += [torch.empty(tokens, k, dtype=routing.dtype) for _ in range(done)]
         routing.weights += [torch.empty(tokens, k, dtype=torch.float16) for _ in range(done)]
         targets += _routing(result)
     for number, tensor in enumerate(targets):

@@ -1,9 +1,11 @@
-"""`python -m haq_lab.offload trace|replay|plan|profile`: offloading without a run.
+"""Record and replay routing traces, plan the offloading for a GPU, and measure this machine.
 
-trace MODEL TEXT --out FILE          record which experts a text's tokens choose (TEXT: a file, or python_docs)
-replay PROFILE TEST --out DIR        every policy and budget on one trace, profiled on another
-plan --hardware NAME PROFILE TEST    placement, formats and slots for a GPU, and the Pareto front (simulated)
-profile                              measure this machine: hardware=local
+trace MODEL TEXT --out FILE            record which experts the tokens of a text choose (TEXT: a file, or python_docs)
+replay PROFILE TEST --out DIR          compare all policies and budgets on trace TEST, fitted on trace PROFILE
+plan PROFILE TEST --out DIR            simulate placements, formats and budgets on a GPU, and print the Pareto front
+profile                                measure this machine, for hardware=local
+
+A quantised checkpoint is traced by: trace quantized TEXT --out FILE --set model.path=DIR
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from haq_lab.utils.errors import UserError, nearest, nearest_beside
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Run a command of `python -m haq_lab.offload`."""
     given = _parser().parse_args(arguments)
     with report_user_errors("haq_lab.offload"):
         given.run(given)
@@ -29,50 +31,70 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m haq_lab.offload", description=__doc__, formatter_class=form)
     actions = parser.add_subparsers(required=True)
     trace = actions.add_parser("trace", help="record a routing trace")
-    trace.add_argument("model", help="an option of the group `model`, and model.SETTING=VALUE after --set")
-    trace.add_argument("text", help="a text file, or python_docs")
+    trace.add_argument("model", help="option of the group `model`, such as smol_moe; set its settings with --set")
+    trace.add_argument("text", help="text file, or python_docs")
     trace.add_argument("--out", type=Path, required=True, metavar="FILE")
-    trace.add_argument("--part", choices=["calibration", "evaluation"], default="evaluation", help="of python_docs")
-    trace.add_argument("--windows", type=int, default=8, help="at most so many, each a sequence")
-    trace.add_argument("--seqlen", type=int, default=512, help="tokens of a window")
-    trace.add_argument("--prompt", type=int, default=0, help="tokens of each window that count as its prompt")
+    trace.add_argument(
+        "--part", choices=["calibration", "evaluation"], default="evaluation", help="part of python_docs"
+    )
+    trace.add_argument("--windows", type=int, default=8, help="largest number of windows; each is a sequence")
+    trace.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
+    trace.add_argument("--prompt", type=int, default=0, help="tokens of each window that are its prompt")
     trace.add_argument("--set", nargs="*", default=[], metavar="model.SETTING=VALUE")
     trace.set_defaults(run=_trace)
-    replay = actions.add_parser("replay", help="hit-rate curves, path statistics, drift")
-    plan = actions.add_parser("plan", help="formats, placement and slots for a GPU; simulated")
+    replay = actions.add_parser("replay", help="compute hit-rate curves, path statistics and drift")
+    plan = actions.add_parser("plan", help="simulate formats, placements and budgets on a GPU")
     for action in (replay, plan):
         action.add_argument("profile", type=Path, help="calibration trace")
-        action.add_argument("test", type=Path, help="trace of another text")
+        action.add_argument("test", type=Path, help="test trace, of another text")
         action.add_argument("--out", type=Path, required=True, metavar="DIR")
     eighths = [number / 8 for number in range(1, 8)]
-    replay.add_argument("--budgets", type=float, nargs="+", default=eighths, help="shares of all experts, as 0.25")
+    replay.add_argument("--budgets", type=float, nargs="+", default=eighths, help="shares of all experts, such as 0.25")
     replay.set_defaults(run=_replay)
-    plan.add_argument("--hardware", default="rtx3060_12g", help="a name from conf/hardware, or local")
-    plan.add_argument("--shape", default="mixtral", help="mixtral (8x7B), or a folder with config.json")
-    plan.add_argument("--int8-head", action="store_true", help="as quantizer.lm_head=true; a checkpoint says it itself")
-    plan.add_argument("--context", type=int, default=2048, help="tokens whose key-value cache must fit")
-    plan.add_argument("--tokens", type=int, default=128, help="simulated for each combination")
+    plan.add_argument("--hardware", default="rtx3060_12g", help="file name in conf/hardware, or local")
+    plan.add_argument(
+        "--shape", default="mixtral", help="mixtral (8x7B), or folder with a config.json, such as a checkpoint"
+    )
+    plan.add_argument(
+        "--int8-head",
+        action="store_true",
+        help="the head is int8, as with quantizer.lm_head=true; a checkpoint states this itself",
+    )
+    plan.add_argument("--context", type=int, default=2048, help="context length in tokens, whose KV cache must fit")
+    plan.add_argument("--tokens", type=int, default=128, help="tokens to simulate for each combination")
     plan.set_defaults(run=_plan)
     profile = actions.add_parser("profile", help="measure this machine")
-    profile.add_argument("--scratch", type=Path, default=Path(), help="folder on the disk of the slow tier")
+    profile.add_argument(
+        "--scratch", type=Path, default=Path(), help="folder on the disk of the slow tier, for a temporary file"
+    )
     profile.set_defaults(run=_profile)
     return parser
 
 
+def _require_positive(given: argparse.Namespace, command: str, name: str) -> None:
+    if (value := getattr(given, name)) < 1:
+        raise UserError(f"{command}: --{name} {value} is not at least 1. Choose a larger number.")
+
+
 def _trace(given: argparse.Namespace) -> None:
+    from haq_lab.checkpoint.model import open_model
     from haq_lab.config.build import model_option
     from haq_lab.data.text import python_docs
     from haq_lab.data.windows import encode, own_documents
-    from haq_lab.models.layerwise import LayeredModel
+    from haq_lab.int8.cpu.backend import CpuBackend
     from haq_lab.routing.record import record_trace
 
-    model = LayeredModel(model_option(given.model, given.set).folder())
+    for name in ("windows", "seqlen"):
+        _require_positive(given, "trace", name)
+    model = open_model(model_option(given.model, given.set), CpuBackend())
     own = given.text == "python_docs"
     text = python_docs(given.part) if own else own_documents(given.text, "text").joined
     tokens = encode(model.tokenizer(), text)
     count = min(given.windows, len(tokens) // given.seqlen)
     if count < 1:
-        raise UserError(f"text: '{given.text}' has {len(tokens)} tokens, fewer than one window of {given.seqlen}")
+        raise UserError(
+            f"text: '{given.text}' has {len(tokens)} tokens, fewer than one window of {given.seqlen}. Lower --seqlen."
+        )
     windows = tokens[: count * given.seqlen].view(count, given.seqlen)
     with Progress() as progress:
         progress.layers(model.depth, "trace")
@@ -128,17 +150,24 @@ def _plan(given: argparse.Namespace) -> None:
     profile, test = Trace.open(given.profile), Trace.open(given.test)
     shape = replace(MIXTRAL, head_bytes=1) if given.int8_head else MIXTRAL
     for name in ("context", "tokens"):
-        if getattr(given, name) < 1:
-            raise UserError(f"plan: --{name} {getattr(given, name)} is not at least 1")
+        _require_positive(given, "plan", name)
     if given.shape != "mixtral":
         if not (Path(given.shape) / "config.json").is_file():
             near = nearest(given.shape, ["mixtral"]) or nearest_beside(Path(given.shape))
-            raise UserError(f"plan: --shape '{given.shape}' is not mixtral, nor a folder with a config.json{near}")
-        config = AutoConfig.from_pretrained(given.shape, trust_remote_code=False)
+            raise UserError(
+                f"plan: --shape '{given.shape}' is not mixtral, nor a folder with a config.json{near or '.'}"
+            )
+        try:
+            config = AutoConfig.from_pretrained(given.shape, trust_remote_code=False)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"plan: --shape: config.json in {given.shape} cannot be used ({reason}). Choose a supported checkpoint."
+            ) from error
         shape = Shape.of(config, profile.expert_count, given.int8_head or has_int8_head(Path(given.shape)))
     if {(trace.layers, trace.expert_count) for trace in (profile, test)} != {(shape.layers, shape.experts)}:
         profile, test = (trace.stretched(shape.layers, shape.experts) for trace in (profile, test))
-        say(f"the trace is of another model: its layers are repeated or left out to make {shape.layers}")
+        say(f"The trace is of another model. Its layers are repeated or left out to get {shape.layers} layers.")
     with Progress() as progress:
         progress.layers(len(FORMATS) * 2 * len(SHARES) * len(CACHES), "simulate")
         table = plan(machine, shape, profile, test, given.context, given.tokens, finished=progress.layer_done)
@@ -148,7 +177,7 @@ def _plan(given: argparse.Namespace) -> None:
     say(f"simulated, {machine.name}: the Pareto front\n{front.drop(columns='pareto').round(3).to_string(index=False)}")
     fitting = table[table["fits"]]
     if fitting.empty:
-        raise UserError(f"plan: nothing fits the {machine.memory_gb} GB of {machine.name}; lower --context")
+        raise UserError(f"plan: nothing fits into the {machine.memory_gb} GB of {machine.name}. Lower --context.")
     best = fitting.sort_values("simulated_ms").iloc[0]
     choice = ", ".join(
         f"{name} {best[name]}" for name in ("host_format", "device_format", "placement", "cache", "slots")

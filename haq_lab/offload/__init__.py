@@ -1,1 +1,1 @@
-"""Experts on two tiers: routing traces, placement, caches, the policy that ties them, an engine and a simulator."""
+"""Offload experts to a slower memory tier: policies, the engine, the tiers, cost models and a simulator."""

@@ -1,7 +1,4 @@
-"""Record and replay routing traces, plan a capacity, profile this machine: `python -m haq_lab.offload`.
-
-`haq_lab.cli.offload` is the command.
-"""
+"""Run `python -m haq_lab.offload`. The command is defined in `haq_lab.cli.offload`."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""From a memory budget to expert slots. Key-value cache, workspace and spare slots are served first."""
+"""Convert a memory budget into expert slots. KV cache, workspace and spare slots are subtracted first."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ FORMS = "a share as '40%', bytes as '500MB' or '6GiB', or a number of experts"
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user gave: one of the three.
+    """The size of the fast tier, in one of three forms.
 
     Attributes:
-        share: Of all experts' bytes; 1 makes all resident, the spare slots beside them.
-        bytes: Of the fast tier for experts, key-value cache and workspace.
-        experts: Resident ones, all layers together.
+        share: Share of all experts, 0 to 1. With 1, all experts are resident and the spare slots are added.
+        bytes: Bytes of the fast tier for experts, KV cache and workspace.
+        experts: Number of resident experts of all layers together.
     """
 
     share: float | None = None
@@ -26,35 +26,44 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | int) -> Budget:
-        """From the setting. Raises `UserError` for what is none of the forms."""
-        found = parse_quantity(text)
-        if found is None or found[1] not in ("", "%", *UNITS):
-            hint = nearest(found[1], UNITS) if found else ""
-            raise UserError(f"offload.budget: '{text}' is not {FORMS}{hint}")
-        number, unit = found
+        """Parse the setting `offload.budget`.
+
+        Args:
+            text: A share such as "40%", bytes such as "500MB", or a number of experts.
+
+        Raises:
+            UserError: The text has none of these forms, or the budget holds no expert.
+        """
+        quantity = parse_quantity(text)
+        if quantity is None or quantity[1] not in ("", "%", *UNITS):
+            hint = nearest(quantity[1], UNITS) if quantity else ""
+            raise UserError(f"offload.budget: '{text}' is not {FORMS}{hint or '.'}")
+        number, unit = quantity
         if number == 0:
-            raise UserError(f"offload.budget: '{text}' leaves no slot for an expert; give it {FORMS}, or offload=none")
+            raise UserError(
+                f"offload.budget: '{text}' leaves no slot for an expert. Give {FORMS}, or choose offload=none."
+            )
         if unit == "%":
             if number > 100:
-                raise UserError(f"offload.budget: '{text}' is more than all experts")
+                raise UserError(f"offload.budget: '{text}' is more than all experts. Give at most 100%.")
             return cls(share=number / 100)
         if unit:
             return cls(bytes=int(number * UNITS[unit]))
         if number != int(number):
-            raise UserError(f"offload.budget: '{text}' is not {FORMS}")
+            raise UserError(f"offload.budget: '{text}' is not {FORMS}.")
         return cls(experts=int(number))
 
     def slots(self, total: int, blob_bytes: int, spare: int, reserved: int = 0) -> int:
-        """Expert slots beside the spare ones.
+        """Return the number of expert slots, without the spare slots.
 
         Args:
-            total: Experts of the model.
-            blob_bytes: Of one expert in the fast tier.
-            spare: Slots for experts that pass through; they come out of a budget in bytes or as a share.
-            reserved: Bytes of key-value cache and workspace; they come out of a budget in bytes.
+            total: Number of experts of the model.
+            blob_bytes: Bytes of one expert in the fast tier.
+            spare: Number of spare slots. They are subtracted from a budget in bytes or as a share.
+            reserved: Bytes of KV cache and workspace. They are subtracted from a budget in bytes.
 
         Raises:
-            UserError: Nothing is left for a single expert.
+            UserError: The budget leaves no slot for an expert.
         """
         if self.share == 1:
             return total
@@ -62,12 +71,12 @@ class Budget:
             slots, took = int(self.share * total) - spare, f"{spare} spare slots"
         elif self.bytes is not None:
             slots = (self.bytes - reserved) // blob_bytes - spare
-            took = f"{reserved:,} bytes of key-value cache and workspace, and {spare} spare slots,"
+            took = f"{reserved:,} bytes of KV cache and workspace, and {spare} spare slots,"
         else:
             slots, took = self.experts or 0, "no spare slots"
         if slots < 1:
             raise UserError(
-                f"offload.budget: it leaves no slot for an expert of {blob_bytes:,} bytes ({took} come first); "
-                "give it more, or offload=none"
+                f"offload.budget: it leaves no slot for an expert of {blob_bytes:,} bytes ({took} come first). "
+                "Raise it, or choose offload=none."
             )
         return min(slots, total)

@@ -19,6 +19,7 @@ from haq_lab.offload.costs.measured import measure_costs
 from haq_lab.offload.costs.model_shape import Shape
 from haq_lab.offload.engine.cost_feedback import CostFeedback
 from haq_lab.offload.engine.engine import Engine
+from haq_lab.offload.policies.eviction_rules import EVICTION_RULES
 from haq_lab.offload.policies.placement import place
 from haq_lab.offload.policies.policy import Policy, make_policy
 from haq_lab.offload.policies.prefetch import NextGate, NextOnPath, Prefetch
@@ -143,6 +144,11 @@ class OffloadSession:
             tier = ConvertedTier(tier, conversion, self._streams.device)
         self.engine = build_engine(self.settings, self.model, layers, tier, self._profile, self.hardware, self._streams)
         self._placed = self.engine.policy.resident.copy()
+
+    @property
+    def limitation(self) -> str | None:
+        """A sentence if a part of the eviction rule is off for a model of this size, else None."""
+        return EVICTION_RULES[self.settings.eviction].limitation(self.model.depth, self.model.experts)
 
     def metrics(self) -> dict[str, float]:
         """Return the engine's metrics by name, or nothing if there is no engine."""

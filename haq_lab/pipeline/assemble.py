@@ -138,9 +138,18 @@ class Assembly:
         return {} if self._offload is None else {"offload": self._offload.table()}
 
     def facts(self) -> dict[str, Any]:
-        """Return the checkpoint folder, and the first layer that this run wrote."""
-        writer = self.writer
-        return {} if writer is None else {"checkpoint": str(writer.folder), "resumed_from_layer": writer.resumed}
+        """Return what to record about the run.
+
+        Returns:
+            `checkpoint` and `resumed_from_layer` if the run writes a checkpoint. `offload_limitation` if a part of the
+            eviction rule is off.
+        """
+        facts: dict[str, Any] = {}
+        if self.writer is not None:
+            facts |= {"checkpoint": str(self.writer.folder), "resumed_from_layer": self.writer.resumed}
+        if self._offload is not None and self._offload.limitation is not None:
+            facts["offload_limitation"] = self._offload.limitation
+        return facts
 
     def recorded(self) -> None:
         """Close the checkpoint. The run's results are written, so there is nothing to resume."""

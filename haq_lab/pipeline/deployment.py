@@ -37,7 +37,7 @@ class Deployment:
         model: The model that the layers belong to.
         backend: Backend of the int8 linears.
         offload: The offloading session, or None if all experts stay in memory.
-        report: Called with a line that says why the native decoder is not used for some layers.
+        report: Called with a line for each part of the method that is not used, and why.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class Deployment:
         whole = deploy(self.model.assemble(self._layers), self.model, self.backend, self._report)
         if offload is not None:  # after `deploy`, which moves the weights that are in memory
             offload.engage(self._layers)
+            if offload.limitation is not None and self._report is not None:
+                self._report(f"offload.eviction: {offload.limitation}")
         return whole
 
 

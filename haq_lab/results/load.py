@@ -148,6 +148,8 @@ def show(runs: pd.DataFrame) -> None:
     print_table(table)
     for _, run in runs.iterrows():
         say(f"{run['name']}: {run['folder']}" + (f"\n    failed: {run['error']}" if run["status"] == "failed" else ""))
+        if not pd.isna(limitation := run.get("offload_limitation")):
+            say(f"    {limitation}")
 
 
 def show_published(figures: pd.DataFrame) -> None:

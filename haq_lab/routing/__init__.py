@@ -1,1 +1,1 @@
-"""routing."""
+"""Routing traces: record them, store them, and compute their statistics."""

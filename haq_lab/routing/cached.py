@@ -1,4 +1,4 @@
-"""The routing trace that offloading is planned from, where calibration has not recorded one."""
+"""Record a routing trace for offloading, or read it from the result cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ ARRAYS = ("experts", "weights")
 
 
 def routing_trace(store: Store, model: LayeredModel, windows: Tensor, text: str) -> Trace:
-    """As `record_trace`, of token windows (n, t) whose tokens are all decoded."""
+    """Return the routing trace of a text, all of whose tokens count as decoded.
+
+    Args:
+        store: The result cache. It is not used for a quantised model.
+        model: The model. It must have experts.
+        windows: (n, t) token windows, each a sequence.
+        text: Name of the text.
+    """
     if store.folder is None or model.quantized:
         return record_trace(model, windows, text)
     key = key_of("trace", (__name__,), **of_text(model, windows))
@@ -25,8 +32,8 @@ def routing_trace(store: Store, model: LayeredModel, windows: Tensor, text: str)
         trace = record_trace(model, windows, text)
         return Artifact({name: torch.from_numpy(getattr(trace, name)) for name in ARRAYS}, trace.expert_count)
 
-    found = store.fetch("trace", key, record, about(model, windows))
-    experts, weights = (found.tensors[name].numpy() for name in ARRAYS)
+    result = store.fetch("trace", key, record, about(model, windows))
+    experts, weights = (result.tensors[name].numpy() for name in ARRAYS)
     starts = np.arange(len(windows), dtype=np.int64) * windows.shape[1]
     decode = np.ones(windows.numel(), bool)
-    return Trace(experts, weights, decode, starts, found.facts, str(model.folder.name), text)
+    return Trace(experts, weights, decode, starts, result.facts, model.folder.name, text)

@@ -1,4 +1,4 @@
-"""Which experts the calibration tokens were sent to: the trace that offloading is planned from."""
+"""Collect the router's choices in one pass over the calibration windows."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from haq_lab.routing.trace import Trace
+from haq_lab.routing.trace import Trace, expert_dtype
 
 
 @dataclass
 class Routing:
-    """The router's choices over one pass, a layer at a time.
+    """The router's choices in one pass, layer by layer.
 
     Attributes:
-        experts: Experts of a layer.
-        windows: (n, t) shape of the token windows.
-        chosen: By layer, (n * t, k) uint8 expert numbers, the likeliest first.
-        weights: By layer, (n * t, k) float16 gate weights.
+        experts: Number of experts in a layer.
+        windows: Shape (n, t) of the token windows.
+        chosen: (n * t, k) chosen experts of each layer, the most probable first. Their type is `dtype`.
+        weights: (n * t, k) float16 gate weights of each layer.
     """
 
     experts: int
@@ -28,29 +28,48 @@ class Routing:
     chosen: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of expert indices, uint8 or uint16."""
+        return torch.from_numpy(np.empty(0, expert_dtype(self.experts))).dtype
+
     def add_layer(self, chosen: Tensor, weights: Tensor) -> None:
-        """The next layer's choices, (n * t, k) both."""
-        assert self.experts <= 256, "expert numbers are kept in 8 bits"
-        self.chosen.append(chosen.to(torch.uint8))
+        """Add the choices of the next layer.
+
+        Args:
+            chosen: (n * t, k) chosen experts.
+            weights: (n * t, k) their gate weights.
+        """
+        self.chosen.append(chosen.to(self.dtype))
         self.weights.append(weights.to(torch.float16))
 
     def counts(self, layer: int) -> Tensor:
-        """(experts,) tokens that each expert of a layer got."""
+        """Return the number of tokens of each expert in a layer, (experts,)."""
         return self.chosen[layer].flatten().long().bincount(minlength=self.experts)
 
     def table(self) -> pd.DataFrame:
-        """A row for each layer and expert: tokens, their share of the layer's, mean gate weight."""
+        """Return a row for each layer and expert.
+
+        Returns:
+            A table with the columns `layer`, `expert`, `tokens`, `share` (of the layer's choices) and `gate_weight`
+            (mean).
+        """
         rows = []
         for layer, (chosen, weights) in enumerate(zip(self.chosen, self.weights, strict=True)):
             counts = self.counts(layer)
-            mass = torch.zeros(self.experts).index_add_(0, chosen.flatten().long(), weights.flatten().float())
+            sums = torch.zeros(self.experts).index_add_(0, chosen.flatten().long(), weights.flatten().float())
             for expert, count in enumerate(counts.tolist()):
-                share, mean = count / max(chosen.numel(), 1), float(mass[expert]) / max(count, 1)
+                share, mean = count / max(chosen.numel(), 1), float(sums[expert]) / max(count, 1)
                 rows.append({"layer": layer, "expert": expert, "tokens": count, "share": share, "gate_weight": mean})
         return pd.DataFrame(rows)
 
     def trace(self, model: str, text: str) -> Trace:
-        """As a routing trace: every window a prompt of its own."""
+        """Return the choices as a routing trace, each window as one prompt.
+
+        Args:
+            model: Name of the model.
+            text: Name of the text.
+        """
         count, length = self.windows
         return Trace(
             torch.stack(self.chosen, dim=1).numpy(),

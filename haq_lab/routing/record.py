@@ -1,5 +1,4 @@
-"""Record a routing trace: a text goes through a model a layer at a time, and every router is listened to. Or an engine
-notes what its layers choose as it runs."""
+"""Record a routing trace: run a text through a model layer by layer, with a hook on every router."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.routing.trace import Trace
+from haq_lab.routing.trace import Trace, expert_dtype
 from haq_lab.utils.errors import UserError
 
 
@@ -23,36 +22,57 @@ def record_trace(
     prompt: int = 0,
     finished: Callable[[], None] = lambda: None,
 ) -> Trace:
-    """What the routers choose for token windows (n, t).
+    """Record which experts the routers choose.
 
     Args:
-        prompt: So many tokens of each window count as its prompt, the others as decoded. (A router's choice is the
-            same either way; what differs is how a cache sees it: a prompt at once, decoded tokens one by one.)
+        model: The model. Its layers may be in float or in int8.
+        windows: (n, t) token windows, each a sequence.
+        text: Name of the text.
+        prompt: Number of tokens of each window that count as its prompt. The others count as decoded. The router's
+            choices do not depend on it, but a cache sees a prompt as one batch and decoded tokens one by one.
         finished: Called after each layer.
+
+    Returns:
+        The trace of all windows.
 
     Raises:
         UserError: The model has no experts.
     """
     if model.family.moe is None:
-        raise UserError(f"model: a '{model.config.model_type}' has no experts to trace")
+        raise UserError(f"model: a '{model.config.model_type}' has no experts. Choose a Mixture of Experts.")
+    count, length = windows.shape
+    expert_count = model.family.experts(model.config)
     hidden = model.embed(windows)
     experts, weights = [], []
     for index in range(model.depth):
         layer = model.load_layer(index)
-        heard: list[tuple[Tensor, Tensor]] = []
-
-        def listen(module: Any, received: Any, output: Any, heard: list[tuple[Tensor, Tensor]] = heard) -> None:
-            _, gates, chosen = output
-            heard.append((chosen.to(torch.uint8), gates.to(torch.float16)))
-
-        hook = layer.get_submodule(model.family.moe.router).register_forward_hook(listen)
-        model.run(layer, index, hidden)
-        hook.remove()
-        experts.append(torch.cat([chosen for chosen, _ in heard]).numpy())
-        weights.append(torch.cat([gates for _, gates in heard]).numpy())
+        chosen, gates = _run_and_record(model, layer, index, hidden)
+        experts.append(chosen.numpy().astype(expert_dtype(expert_count)))
+        weights.append(gates.to(torch.float16).numpy())
         finished()
-    count, length = windows.shape
-    decode = np.tile(np.arange(length) >= prompt, count)
-    starts = np.arange(count, dtype=np.int64) * length
-    stacked = np.stack(experts, 1), np.stack(weights, 1)
-    return Trace(*stacked, decode, starts, model.family.experts(model.config), str(model.folder.name), text)
+    return Trace(
+        np.stack(experts, 1),
+        np.stack(weights, 1),
+        np.tile(np.arange(length) >= prompt, count),
+        np.arange(count, dtype=np.int64) * length,
+        expert_count,
+        model.folder.name,
+        text,
+    )
+
+
+def _run_and_record(model: LayeredModel, layer: torch.nn.Module, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a layer on hidden states, in place, and return its router's choices and gate weights, each (n * t, k)."""
+    assert model.family.moe is not None
+    batches: list[tuple[Tensor, Tensor]] = []
+
+    def on_routing(module: Any, inputs: Any, output: Any) -> None:
+        _, gates, chosen = output
+        batches.append((chosen, gates))
+
+    hook = layer.get_submodule(model.family.moe.router).register_forward_hook(on_routing)
+    try:
+        model.run(layer, index, hidden)
+    finally:
+        hook.remove()
+    return torch.cat([chosen for chosen, _ in batches]), torch.cat([gates for _, gates in batches])

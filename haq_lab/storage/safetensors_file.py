@@ -24,7 +24,8 @@ from haq_lab.storage.tensor_names import expert_of
 from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.errors import UserError
 
-DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.uint16: "U16", torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPES |= {torch.float16: "F16"}
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 

@@ -26,7 +26,7 @@ def test_nothing_left_is_a_mistake_and_no_silent_off(text):
 
 @pytest.mark.parametrize("text", ["0", "0%", 0, "0MB"])
 def test_no_budget_is_told_before_anything_is_loaded(text):
-    with pytest.raises(UserError, match=r"offload\.budget: '0.*' leaves no slot .* or offload=none"):
+    with pytest.raises(UserError, match=r"offload\.budget: '0.*' leaves no slot .* or choose offload=none"):
         Offload(budget=text)
 
 

@@ -122,3 +122,27 @@ def test_trace_and_its_mistakes(tmp_path, capsys):
         main(["trace", "tiny_mixtrl", str(text), *arguments])
     assert stopped.value.code == 2
     assert "did you mean 'tiny_mixtral'" in capsys.readouterr().err
+
+
+def test_a_quantised_checkpoint_can_be_traced(tmp_path):
+    checkpoint = tmp_path / "quantized"
+    small = ["model=tiny_mixtral", "quantizer=rtn", "measure=[]", "data=[]", "tracking=none"]
+    done = launch(*small, f"checkpoint.dir={checkpoint}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play. " * 40)
+    arguments = ["--windows=1", "--seqlen=64", f"--out={tmp_path / 'a.trace'}", "--set", f"model.path={checkpoint}"]
+    main(["trace", "quantized", str(text), *arguments])
+    trace = Trace.open(tmp_path / "a.trace")
+    assert (trace.tokens, trace.layers, trace.expert_count) == (64, 2, 8)
+
+
+def test_a_run_records_that_haq_ignores_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr("haq_lab.offload.policies.path_model.MAX_PATH_EXPERTS", 15)
+    monkeypatch.setattr("haq_lab.offload.policies.path_model.STEPS", 5)
+    done = launch(*SMALL, "quantizer=rtn", "offload=haq", "offload.budget=75%", f"hydra.run.dir={tmp_path}")
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert "ignores the path of a token, because the model has 16 experts" in record["run"]["offload_limitation"]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert any("ignores the path" in event.get("text", "") for event in events if event["event"] == "notice")

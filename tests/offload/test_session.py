@@ -164,7 +164,7 @@ def test_what_is_locked_is_given_up_without_an_engine(model, tmp_path, finish):
 
 def test_a_profile_of_another_model_is_told_before_the_pass(model, tmp_path):
     record_trace(LayeredModel(TinyModel("mixtral", layers=3).folder()), WINDOWS, "random").save(tmp_path / "a.trace")
-    for path, message in (("a.trace", "of 3 layers"), ("none.trace", "there is no file")):
+    for path, message in (("a.trace", "it has 3 layers"), ("none.trace", "there is no file")):
         with pytest.raises(UserError, match=rf"offload\.profile: trace: .*{message}"):
             OffloadSession(Offload(profile=str(tmp_path / path)), None, model, tmp_path, Store())
 

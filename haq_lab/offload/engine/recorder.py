@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from haq_lab.offload.policies.prefetch import Remembered
-from haq_lab.routing.trace import Trace
+from haq_lab.routing.trace import Trace, expert_dtype
 
 
 class Recorder:
@@ -20,7 +22,7 @@ class Recorder:
 
     def __init__(self, layers: int, experts: int):
         self.layers, self.experts = layers, experts
-        self._steps: list[list[tuple[NDArray[np.uint8], list[int]]]] = []
+        self._steps: list[list[tuple[NDArray[Any], list[int]]]] = []
 
     def record(self, layer: int, chosen: Tensor, guesses: list[int]) -> None:
         """Record one layer of one step.
@@ -32,7 +34,7 @@ class Recorder:
         """
         if layer == 0:
             self._steps.append([])
-        self._steps[-1].append((chosen.numpy().astype(np.uint8), guesses))
+        self._steps[-1].append((chosen.numpy().astype(expert_dtype(self.experts)), guesses))
 
     @property
     def decoded(self) -> int:

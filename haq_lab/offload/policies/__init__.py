@@ -1,1 +1,1 @@
-"""policies."""
+"""Offloading policies: placement, eviction rules and prefetching."""

@@ -1,5 +1,7 @@
-"""Belady's rule: the expert that is used furthest ahead leaves. It knows the future, so it bounds every cache on a
-trace from above; no engine can run it."""
+"""Belady's rule: evict the expert whose next use is furthest in the future.
+
+It needs the future, so only a replay can use it. Its hit rate is an upper bound for every cache.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ class Belady(NamedTuple):
 
 
 def belady(trace: Trace) -> Belady:
-    """The rule for one trace, to be replayed from its beginning."""
+    """Return the state for one trace, which must be replayed from its beginning."""
     layers, count = trace.layers, trace.expert_count
     moments = _moments(trace)
     order = [np.argsort(trace.experts[:, layer].ravel(), kind="stable") for layer in range(layers)]

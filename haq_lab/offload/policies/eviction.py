@@ -1,21 +1,20 @@
-"""The cache of experts: who is resident, who is admitted, who leaves. Compiled, so that a trace of a million tokens
-takes seconds.
+"""Cache experts: decide which missing experts become resident and which residents are evicted.
 
-A rule (least recently used, ...) is a NamedTuple of arrays whose field `values` (layers, E) says how much each
-expert is worth keeping; the least valuable resident leaves. What a rule does is one to three functions that its
-module registers with `register`:
+The code is compiled, so a trace of a million tokens takes seconds.
 
-    touch(state, layer, wanted, counts, tokens, now)   `layer` has chosen the experts `wanted`, rising, (n,) int64,
-                                                       each for counts (E,) int64 of `tokens` tokens
+The state of an eviction rule is a NamedTuple of arrays. Its field `values` (layers, E) is the worth of each expert. The
+resident with the least value is evicted. A rule's module registers one to three compiled functions with `register`:
+
+    touch(state, layer, wanted, counts, tokens, now)   a layer chose the experts `wanted` (n,) int64, ascending;
+                                                       counts (E,) int64 of `tokens` tokens chose each expert
     begin(state)                                       a sequence begins
-    refresh(state, layer)                              an expert must leave after a visit of `layer`: bring `values`
-                                                       up to date
+    refresh(state, layer)                              update `values`, because an expert must be evicted
 
-Values are integers, not negative: the search for the least is then vector code, many times faster than with floats. (A
-positive float32 is ordered as its bits are, so a rule that computes rates shows them as integers: `rates.view(int32)`.)
+Values are integers and not negative, because the search for the least integer compiles to vector code. The bits of a
+positive float32 have the same order as its value. So a rule that computes floats uses `rates.view(int32)`.
 
-Weights are read-only: an expert that leaves is forgotten, never written back. A visit that needs more experts than
-there are slots in reach bypasses the cache, so that a prompt does not flush it.
+Weights are read-only, so an evicted expert is dropped and not written back. A visit that needs more experts than there
+are slots bypasses the cache, so a prompt does not flush it.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from numba.extending import overload
 
 from haq_lab.offload.policies.jit import innermost
 
-STAYS, HELD = -1, -2  # in `placed`: nobody leaves for the expert; nor does it leave itself
-BLOCK = 64  # values searched at once
-_TAUGHT: dict[Any, tuple[Any, Any, Any]] = {}  # numba needs to know a rule's functions by the type of its state
+STAYS, HELD = -1, -2  # in `placed`: no expert is evicted for this one; this one must not be evicted
+BLOCK = 64  # values that are searched at once
+_REGISTERED: dict[Any, tuple[Any, Any, Any]] = {}  # Numba finds a rule's functions by the type of its state
 
 
 @innermost
@@ -43,8 +42,8 @@ def _always_up_to_date(state, layer):
 
 
 def register(state: type, touch: Any, begin: Any = _same_in_all_sequences, refresh: Any = _always_up_to_date) -> None:
-    """Make a rule's compiled functions known."""
-    _TAUGHT[state] = begin, touch, refresh
+    """Register the compiled functions of an eviction rule, by the type of its state."""
+    _REGISTERED[state] = begin, touch, refresh
 
 
 def _begin(state):
@@ -61,20 +60,20 @@ def _refresh(state, layer):
 
 @overload(_begin)
 def _begin_of(state):  # numba compares signatures, annotations too
-    taught = _TAUGHT[state.instance_class][0]
-    return lambda state: taught(state)
+    function = _REGISTERED[state.instance_class][0]
+    return lambda state: function(state)
 
 
 @overload(_touch)
 def _touch_of(state, layer, wanted, counts, tokens, now):
-    taught = _TAUGHT[state.instance_class][1]
-    return lambda state, layer, wanted, counts, tokens, now: taught(state, layer, wanted, counts, tokens, now)
+    function = _REGISTERED[state.instance_class][1]
+    return lambda state, layer, wanted, counts, tokens, now: function(state, layer, wanted, counts, tokens, now)
 
 
 @overload(_refresh)
 def _refresh_of(state, layer):
-    taught = _TAUGHT[state.instance_class][2]
-    return lambda state, layer: taught(state, layer)
+    function = _REGISTERED[state.instance_class][2]
+    return lambda state, layer: function(state, layer)
 
 
 class ReplayCounts(NamedTuple):
@@ -96,13 +95,13 @@ def empty_counts(layers: int) -> ReplayCounts:
 
 @innermost
 def begin(state):
-    """A sequence begins."""
+    """Start a sequence."""
     _begin(state)
 
 
 @innermost
 def visit(state, resident, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed):
-    """One layer's visit: learn what it chose, then admit what it missed.
+    """Process one visit of a layer: update the rule, then admit missing experts.
 
     Args:
         state: The rule.

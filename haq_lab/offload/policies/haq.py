@@ -1,14 +1,18 @@
-"""The `haq` rule: the resident expert leaves that holds its slot longest for a hit.
+"""HAQ eviction: evict the expert with the highest expected number of steps until its next hit.
 
-A path model (`path_model.py`) says how probably an expert is used at its layer's next visit, p, and at each one
-after that, h. The next visit is d layers away, a sweep over the model is L layers. Keeping the expert until then
-earns p hits in d steps, a hit in d / p; keeping it until it is used earns one in d + w, w = L (1 - p) / h. The shorter
-of the two is its cost: with a known future that is Belady's order, nearest use first.
+A path model (`path_model.py`) gives p, the probability that the next visit of its layer uses an expert, and h, the
+probability of a use at each visit after that. The next visit is d steps (layers) away. The model has L layers.
 
-Layers that are still to come in this token are judged by the latest whole token's path, so their p and w stand until
-they are visited and are worked out once a token; those of layers passed change with every choice. What was used lately
-is looked at as a token begins, for all experts: what their logits will be if it does not use them, and what using them
-would add. (A prompt that gives an expert a share of its tokens adds that share of it.)
+- Keep the expert until the next visit: p hits in d steps, so d / p steps for a hit.
+- Keep the expert until it is used: one hit in d + w steps, with w = L (1 - p) / h.
+
+The smaller of the two is the expert's cost. If the future is known, this is Belady's order: the expert with the nearest
+use has the lowest cost.
+
+Layers that the current token has not reached are judged by the path of the latest complete token. Their 1 / p and w
+are computed once a token. Layers that it has passed are judged by its own path, so their costs change with each choice.
+The recency logits are computed at the start of a token, as if the token used no expert. `gain` is what a use adds to
+them. In a prompt, an expert that a share of the tokens uses gets this share of the gain.
 """
 
 from __future__ import annotations
@@ -20,28 +24,39 @@ from numpy.typing import NDArray
 
 from haq_lab.offload.policies.eviction import register
 from haq_lab.offload.policies.jit import innermost
-from haq_lab.offload.policies.path_model import FORGOTTEN, HORIZONS, LEAST_SHARE, PathModel, log_odds
+from haq_lab.offload.policies.path_model import HORIZONS, LEAST_SHARE, MAX_AGE, PathModel, log_odds
 
 F = np.float32
-LINE = 16  # numbers
-LEAST_AVERAGE = F(1e-20)  # what fades below what a float32 holds in full is slow to compute with
-MOST = 0x7F800000  # more than the bits of any cost; those of a positive float32 are ordered as it is
+CACHE_LINE = 16  # float32 numbers
+LEAST_AVERAGE = F(1e-20)  # keeps averages above the denormal numbers, which are slow
+MAX_BITS = 0x7F800000  # more than the bits of any cost; the bits of positive float32 numbers have the same order
 
 
 class Haq(NamedTuple):
-    """`values` (layers, E) is `MOST` minus the bits of `cost` (N,), N = layers * E, which follows from the rest.
+    """State of HAQ eviction, for N = layers * E experts.
 
-    Float32, and flat, as numba takes longer to reshape an array than to go through it; `order` is `values` flat.
+    Arrays are float32 and flat unless stated otherwise, because reshaping an array in Numba takes longer than a visit.
 
-    average: (horizons * N,) moving averages of use, before the token at work.
-    used: (N,) share of the tokens at work that chose an expert; last: (N,) int64 token of the last use.
-    logits: (2, N) of use at the next visit and of the hazard after it, path aside; gain: what a use adds to them.
-    known, coming: (2 * N,) path terms from the latest whole token, and from the token at work.
-    tries, wait: (N,) 1 / p and w.
-    path: (layers, E, 2 * N) the model's; bias: (2, N).
-    keep: (horizons,) 1 - 1 / horizon.
-    weights: (horizons + 1, 2) of the averages' log odds and of log(1 + visits since the last use), which `age` holds.
-    row: (N,) an expert's layer.
+    Attributes:
+        values: (layers, E) int32, `MAX_BITS` minus the bits of `cost`.
+        order: `values`, flat.
+        cost: (N,) expected steps until the next hit.
+        bits: `cost` as int32.
+        average: (horizons * N,) moving averages of use before the current token.
+        used: (N,) share of the current tokens that chose an expert.
+        last: (N,) int64 token of the last use.
+        logits: (2, N) recency logits of p and h.
+        gain: (2, N) what a use adds to `logits`.
+        known: (2 * N,) path logits from the latest complete token.
+        coming: (2 * N,) path logits from the current token.
+        tries: (N,) 1 / p.
+        wait: (N,) w.
+        bias: (2, N) the model's.
+        path: (layers, E, 2 * N) the model's; (layers, E, 0) if it has none.
+        keep: (horizons,) 1 - 1 / horizon.
+        weights: (horizons + 1, 2) the model's weights of the averages' log odds and of log(1 + age).
+        age: (MAX_AGE + 1,) log(1 + age).
+        row: (N,) layer of each expert.
     """
 
     values: np.ndarray
@@ -66,11 +81,11 @@ class Haq(NamedTuple):
 
 
 def _zeros(*shape: int) -> NDArray[np.float32]:
-    """Beginning where a cache line does: vector loads of others touch two."""
+    """Return zeros that start at a cache line. Vector loads from another address touch two lines."""
     size = int(np.prod(shape))
-    room = np.zeros(size + LINE, F)
-    begin = -room.ctypes.data % (LINE * room.itemsize) // room.itemsize
-    return room[begin : begin + size].reshape(shape)
+    padded = np.zeros(size + CACHE_LINE, F)
+    begin = -padded.ctypes.data % (CACHE_LINE * padded.itemsize) // padded.itemsize
+    return padded[begin : begin + size].reshape(shape)
 
 
 def _copied(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -80,21 +95,27 @@ def _copied(values: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def haq_eviction(model: PathModel) -> Haq:
-    """The rule before anything was used: averages are the calibration's, all experts were last used long ago."""
-    layers, count = shape = model.usage.shape
+    """Return the state before the first visit.
+
+    The averages are those of the calibration trace. The last use of every expert is at least `MAX_AGE` visits ago.
+
+    Args:
+        model: A fitted path model.
+    """
+    layers, count = model.usage.shape
     total, usage = layers * count, model.usage.ravel()
-    bias, weights, age = model.bias.reshape(2, total), model.recency, np.log1p(np.arange(FORGOTTEN + 1))
-    logits = bias + weights[:, :-1].sum(1, keepdims=True) * log_odds(usage) + weights[:, -1:] * age[FORGOTTEN]
+    bias, weights, age = model.bias.reshape(2, total), model.recency, np.log1p(np.arange(MAX_AGE + 1))
+    logits = bias + weights[:, :-1].sum(1, keepdims=True) * log_odds(usage) + weights[:, -1:] * age[MAX_AGE]
     cost, tries, wait = (_zeros(total) for _ in range(3))
-    values = _zeros(*shape).view(np.int32)
+    values = _zeros(layers, count).view(np.int32)
     state = Haq(
         values=values,
         order=values.reshape(-1),
         cost=cost,
         bits=cost.view(np.int32),
         average=_copied(np.tile(usage, len(HORIZONS))),
-        used=_copied(usage),  # a token that leaves the averages as they are
-        last=np.full(total, -FORGOTTEN),
+        used=_copied(usage),  # does not change the averages
+        last=np.full(total, -MAX_AGE),
         logits=_copied(logits),
         gain=_zeros(2, total),
         known=_zeros(2 * total),
@@ -102,13 +123,13 @@ def haq_eviction(model: PathModel) -> Haq:
         tries=tries,
         wait=wait,
         bias=_copied(bias),
-        path=_copied(model.path.reshape(layers, count, 2 * total)),
+        path=_copied(model.path.reshape(layers, count, 2 * model.path.shape[-1])),
         keep=_copied(1 - 1 / HORIZONS),
         weights=np.ascontiguousarray(weights.T, F),
         age=age.astype(F),
         row=_copied(np.repeat(np.arange(layers), count)),
     )
-    _expect(state)
+    _update_all(state)
     return state
 
 
@@ -116,14 +137,14 @@ def haq_eviction(model: PathModel) -> Haq:
 def _begin(state):
     state.known[:] = 0
     state.coming[:] = 0
-    _expect(state)
+    _update_all(state)
 
 
 @innermost
 def _touch(state, layer, wanted, counts, tokens, now):
     layers, count = state.values.shape
     if layer == 0:
-        _learn(state, now)
+        _start_token(state, now)
         state.coming[:] = 0
         state.used[:] = 0
     for expert in wanted:
@@ -136,35 +157,35 @@ def _touch(state, layer, wanted, counts, tokens, now):
         known, coming = state.known, state.coming
         for index in range(len(known)):
             known[index] = coming[index]
-        _expect(state)
+        _update_all(state)
 
 
 @innermost
 def _add_paths(coming, path, wanted, counts, tokens):
-    """Add the rows of the experts wanted, two at a time: this is where the rule's memory traffic is."""
+    """Add the path logits of the wanted experts, two rows at a time, because most memory traffic is here."""
     for index in range(0, len(wanted) - 1, 2):
-        one, other = wanted[index], wanted[index + 1]
-        share, other_share = F(counts[one] / tokens), F(counts[other] / tokens)
-        row, other_row = path[one], path[other]
-        for at in range(len(coming)):
-            coming[at] += share * row[at] + other_share * other_row[at]
+        first, second = wanted[index], wanted[index + 1]
+        share, second_share = F(counts[first] / tokens), F(counts[second] / tokens)
+        row, second_row = path[first], path[second]
+        for at in range(len(row)):
+            coming[at] += share * row[at] + second_share * second_row[at]
     if len(wanted) % 2:
-        one = wanted[len(wanted) - 1]
-        share, row = F(counts[one] / tokens), path[one]
-        for at in range(len(coming)):
+        last = wanted[len(wanted) - 1]
+        share, row = F(counts[last] / tokens), path[last]
+        for at in range(len(row)):
             coming[at] += share * row[at]
 
 
 @innermost
-def _learn(state, now):
-    """Token `now` begins: averages take in the one before, logits are as if this one used no expert."""
+def _start_token(state, now):
+    """Add the previous token to the averages, and compute the logits as if token `now` used no expert."""
     total, horizons = len(state.order), len(state.keep)
     used, last, newest = state.used, state.last, state.age[1]
     next_use, hazard, next_gain, hazard_gain = state.logits[0], state.logits[1], state.gain[0], state.gain[1]
     next_bias, hazard_bias = state.bias[0], state.bias[1]
     next_weight, hazard_weight = state.weights[horizons, 0], state.weights[horizons, 1]
     for index in range(len(last)):
-        age = state.age[min(now + 1 - last[index], FORGOTTEN)]
+        age = state.age[min(now + 1 - last[index], MAX_AGE)]
         next_use[index] = next_bias[index] + next_weight * age
         hazard[index] = hazard_bias[index] + hazard_weight * age
         next_gain[index] = next_weight * (newest - age)
@@ -185,13 +206,13 @@ def _learn(state, now):
 
 
 @innermost
-def _expect(state):
-    """1 / p and w of all experts by the path that is known."""
+def _update_all(state):
+    """Compute 1 / p and w of all experts from the path of the latest complete token."""
     tries, wait, sweep, total = state.tries, state.wait, F(len(state.values)), len(state.order)
     next_use, hazard = state.logits[0], state.logits[1]
     next_path, hazard_path = state.known[:total], state.known[total:]
     for index in range(len(tries)):
-        against = _exp_minus(next_use[index] + next_path[index])  # the odds against: p = 1 / (1 + against)
+        against = _exp_minus(next_use[index] + next_path[index])  # odds against a use: p = 1 / (1 + against)
         later = _exp_minus(hazard[index] + hazard_path[index])
         tries[index] = F(1) + against
         wait[index] = sweep * against * (F(1) + later) / (F(1) + against)
@@ -200,7 +221,7 @@ def _expect(state):
 @innermost
 def _refresh(state, layer):
     layers, total, sweep = len(state.values), len(state.order), F(len(state.values))
-    # Layers passed: by the path of the token at work. (Indices from 0, as numba makes vector code of no others.)
+    # Layers passed: by the path of the current token. Slices start at 0, because Numba vectorises no other loops.
     passed = (layer + 1) * state.values.shape[1]
     cost, row = state.cost[:passed], state.row[:passed]
     next_use, hazard = state.logits[0], state.logits[1]
@@ -211,22 +232,22 @@ def _refresh(state, layer):
         later = _exp_minus(hazard[index] + hazard_path[index])
         tries, distance = F(1) + against, row[index] + ahead
         cost[index] = min(distance * tries, distance + sweep * against * (F(1) + later) / tries)
-    # Layers to come: by the latest whole token's.
+    # Layers to come: by the path of the latest complete token.
     cost, row = state.cost[passed:], state.row[passed:]
-    tries_known, wait = state.tries[passed:], state.wait[passed:]
+    tries_to_come, wait = state.tries[passed:], state.wait[passed:]
     for index in range(len(cost)):
         distance = row[index] - F(layer)
-        cost[index] = min(distance * tries_known[index], distance + wait[index])
+        cost[index] = min(distance * tries_to_come[index], distance + wait[index])
     values, bits = state.order, state.bits
     for index in range(len(values)):
-        values[index] = MOST - bits[index]
+        values[index] = MAX_BITS - bits[index]
 
 
 @innermost
 def _exp_minus(z):
-    """exp(-z), kept within exp(-10) and exp(10), right to 0.1 %: a polynomial for exp(-z / 16), squared four times.
+    """Return exp(-z), limited to exp(-10) and exp(10), with an error of 0.1 %.
 
-    This is the innermost loop, and exp() itself is not inlined.
+    It is a polynomial for exp(-z / 16) that is squared four times. Numba does not inline exp().
     """
     z = min(max(z, F(-10)), F(10))
     root = F(0.9999756) - z * (F(0.06247724) - z * (F(1.9549032e-3) - z * (F(4.1661e-5) - z * F(6.255097e-7))))
@@ -238,12 +259,12 @@ def _exp_minus(z):
 
 @innermost
 def _log_odds(share):
-    """`path_model.log_odds` without its logarithm: 2 atanh(x) by a rational function, right to 4e-6."""
+    """Return `path_model.log_odds` with an error of 4e-6. It is 2 atanh(x) as a rational function."""
     x = (share - F(0.5)) * F(2 / (1 + 2 * LEAST_SHARE))
     s = x * x
-    above = F(2.00003534) + s * (F(-3.54842942) + s * (F(1.75630286) + s * F(-0.18012021)))
-    below = F(1) + s * (F(-2.10722965) + s * (F(1.37884339) + s * F(-0.26729633)))
-    return x * above / below
+    numerator = F(2.00003534) + s * (F(-3.54842942) + s * (F(1.75630286) + s * F(-0.18012021)))
+    denominator = F(1) + s * (F(-2.10722965) + s * (F(1.37884339) + s * F(-0.26729633)))
+    return x * numerator / denominator
 
 
 register(Haq, _touch, _begin, _refresh)

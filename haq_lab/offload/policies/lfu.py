@@ -1,4 +1,4 @@
-"""Least frequently used, ties to the least recently used. It can beat LRU on Mixtral (arXiv 2511.05814)."""
+"""LFU eviction: evict the least frequently used expert, and among equals the least recently used (arXiv 2511.05814)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Lfu(NamedTuple):
 
 
 def lfu(layers: int, experts: int) -> Lfu:
-    """The rule before anything was used."""
+    """Return the state before the first visit."""
     counts, values = (np.zeros((layers, experts), np.int64) for _ in range(2))
     return Lfu(values, counts, np.zeros(1, np.int64))
 

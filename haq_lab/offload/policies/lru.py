@@ -1,4 +1,4 @@
-"""Least recently used: mixtral-offloading's rule (arXiv 2312.17238), there with a cache for each layer."""
+"""LRU eviction: evict the least recently used expert, as mixtral-offloading does in each layer (arXiv 2312.17238)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Lru(NamedTuple):
 
 
 def lru(layers: int, experts: int) -> Lru:
-    """The rule before anything was used."""
+    """Return the state before the first visit."""
     return Lru(np.zeros((layers, experts), np.int64), np.zeros(1, np.int64))
 
 

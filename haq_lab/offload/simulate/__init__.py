@@ -1,1 +1,1 @@
-"""simulate."""
+"""Simulate offloading: replay traces, predict latency on a machine, and plan the capacity of a GPU."""

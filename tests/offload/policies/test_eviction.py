@@ -129,7 +129,7 @@ def test_haq_beats_lru_and_lfu_where_paths_repeat(make_trace):
 
 def test_zero_slots_and_unknown_names_are_mistakes(make_trace):
     trace = make_trace()
-    with pytest.raises(UserError, match="0 expert slots"):
+    with pytest.raises(UserError, match="holds no expert"):
         place("uniform", trace, 0)
     with pytest.raises(UserError, match="did you mean 'frequency'"):
         place("frequencies", trace, 4)

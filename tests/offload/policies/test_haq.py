@@ -7,7 +7,7 @@ import pytest
 
 from haq_lab.offload.policies import eviction as cache
 from haq_lab.offload.policies.haq import _exp_minus, _log_odds, haq_eviction
-from haq_lab.offload.policies.path_model import FORGOTTEN, HORIZONS, PathModel, log_odds
+from haq_lab.offload.policies.path_model import HORIZONS, MAX_AGE, PathModel, log_odds
 from haq_lab.offload.policies.placement import place
 from haq_lab.offload.policies.policy import make_policy
 from haq_lab.routing.statistics import frequencies
@@ -29,7 +29,7 @@ class Plain:
     def __init__(self, model: PathModel):
         self.model, shape = model, model.usage.shape
         self.average = np.repeat(model.usage[:, :, None].astype(float), len(HORIZONS), 2)
-        self.last = np.full(shape, -FORGOTTEN)
+        self.last = np.full(shape, -MAX_AGE)
         self.seen = np.full(shape[0], -1)  # the token of a layer's latest visit
         self.known, self.coming = np.zeros((2, *shape)), np.zeros((2, *shape))
 
@@ -48,7 +48,7 @@ class Plain:
 
     def costs(self, layer):
         layers = len(self.model.usage)
-        age = np.minimum(np.maximum(self.seen[:, None], 0) + 1 - self.last, FORGOTTEN)
+        age = np.minimum(np.maximum(self.seen[:, None], 0) + 1 - self.last, MAX_AGE)
         features = np.concatenate([log_odds.py_func(self.average), np.log(1 + age)[..., None]], -1)
         logits = np.einsum("lef,hf->hle", features, self.model.recency) + self.model.bias
         passed = np.arange(layers)[:, None] <= layer

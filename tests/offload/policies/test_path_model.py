@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from haq_lab.offload.policies.path_model import FORGOTTEN, HORIZONS, _features, _waits, fit_path_model, log_odds
+from haq_lab.offload.policies.path_model import (
+    HORIZONS,
+    MAX_AGE,
+    _features,
+    _waits,
+    fit_path_model,
+    log_odds,
+    path_limitation,
+)
+from haq_lab.offload.policies.placement import place
+from haq_lab.offload.policies.policy import make_policy
 from haq_lab.routing.statistics import frequencies
 
 
@@ -15,15 +27,15 @@ def test_features_and_waits_are_what_they_say(make_trace):
     features, waits = _features(trace.experts, usage, HORIZONS), _waits(trace.experts, 6)
     for layer, expert in np.ndindex(2, 6):
         used = (trace.experts[:, layer] == expert).any(-1)
-        average, last = np.repeat(usage[layer, expert], len(HORIZONS)), -FORGOTTEN
+        average, last = np.repeat(usage[layer, expert], len(HORIZONS)), -MAX_AGE
         for token in range(60):
             np.testing.assert_allclose(features[token, layer, expert, :-1], log_odds(average), rtol=1e-3, atol=1e-4)
-            age = min(token - last, FORGOTTEN)
+            age = min(token - last, MAX_AGE)
             assert features[token, layer, expert, -1] == pytest.approx(np.log(1 + age), rel=1e-5)
             average, last = average + (used[token] - average) / HORIZONS, token if used[token] else last
             ahead = np.flatnonzero(used[token:])
-            # One visit ahead of the trace's end is as far as FORGOTTEN: not seen to end.
-            assert waits[token, layer, expert] == (ahead[0] + 1 if len(ahead) else FORGOTTEN)
+            # One visit ahead of the trace's end is as far as MAX_AGE: not seen to end.
+            assert waits[token, layer, expert] == (ahead[0] + 1 if len(ahead) else MAX_AGE)
 
 
 def test_a_choice_unknown_adds_nothing(make_trace):
@@ -32,3 +44,18 @@ def test_a_choice_unknown_adds_nothing(make_trace):
     rows = model.path.reshape(3, 4, -1)
     mean = (frequencies(trace)[:, :, None] * rows).sum(1)
     np.testing.assert_allclose(mean, 0, atol=1e-5)
+
+
+def test_a_large_model_has_no_path_and_says_so(make_trace, monkeypatch):
+    """The limit is lowered from 2,000 experts. Eviction works without a path, by recency."""
+    trace = make_trace(tokens=200, layers=3, experts=4)
+    assert path_limitation(8, 250) is None
+    assert "2,008 experts" in path_limitation(8, 251)
+    monkeypatch.setattr("haq_lab.offload.policies.path_model.MAX_PATH_EXPERTS", 11)
+    model = fit_path_model(trace, steps=10)
+    assert model.path.shape == (12, 2, 0)
+    zero = replace(model, path=np.zeros((12, 2, 12), np.float32))
+    resident = place("uniform", trace, 6)
+    without, zeros = (make_policy("haq", resident, trace, path_model=each).replay(trace) for each in (model, zero))
+    assert without.fetched == zeros.fetched
+    np.testing.assert_array_equal(without.by_layer, zeros.by_layer)

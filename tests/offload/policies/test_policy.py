@@ -39,7 +39,7 @@ def test_a_trace_of_another_model_is_refused(make_trace):
     """Compiled code checks no bounds: a larger trace would read and write past the residency map."""
     policy = make_policy("lru", place("uniform", make_trace(), 8), make_trace())
     for other in (make_trace(layers=5), make_trace(experts=9)):
-        with pytest.raises(UserError, match="where 4 and 8 are wanted"):
+        with pytest.raises(UserError, match="4 layers with 8 experts are needed"):
             policy.replay(other)
 
 

@@ -29,5 +29,5 @@ def test_a_budget_that_is_no_share_is_a_mistake(make_trace, budget):
 
 
 def test_traces_of_two_models_are_a_mistake(make_trace):
-    with pytest.raises(UserError, match="where 5 and 8 are wanted"):
+    with pytest.raises(UserError, match="5 layers with 8 experts are needed"):
         hit_rates(make_trace(), make_trace(layers=5), [0.5])
