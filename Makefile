@@ -9,10 +9,10 @@ demo: .venv/.package
 	$(BIN)/python -m haq_lab.results runs/demo --csv runs/demo/table.csv --figure runs/demo/perplexity.png
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --all
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --all
 
 check: setup
 	$(BIN)/ruff check .

@@ -33,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu"):  # a second worker would wait for the first one's lock on the GPU
+            item.add_marker(pytest.mark.xdist_group("gpu"))
     if config.getoption("--all"):
         return
     items[:], left_out = thin(items)

@@ -91,19 +91,19 @@ def test_the_runner_uses_torchs_stream_and_asks_for_large_shared_memory(monkeypa
         paths.append(path)
         return SimpleNamespace(get_function=lambda name: function)
 
-    def from_external(stream: str) -> nullcontext:
-        streams.append(stream)
+    def from_external(stream: cupy_runner.StreamHandle) -> nullcontext:
+        streams.append(stream.__cuda_stream__())
         return nullcontext()
 
     runtime = SimpleNamespace(Device=lambda index: nullcontext(), Stream=SimpleNamespace(from_external=from_external))
     monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1000 + device))
     runner = CupyRunner(SimpleNamespace(cuda=runtime, RawModule=raw_module), 2, 80, compiler(NEWEST))
     launch = Launch("dequant", "dequant_f16", (3, 1, 1), 128, shared, (None, 5))
     runner(launch)
     runner(launch)
     assert function.calls == [((3, 1, 1), (128, 1, 1), (0, 5), shared)] * 2
-    assert streams == ["stream of 2"] * 2
+    assert streams == [(0, 1002)] * 2
     assert function.max_dynamic_shared_size_bytes == max(shared, 48 * 1024)
     assert len(paths) == 1  # loaded once
     assert paths[0].startswith(str(tmp_path))
@@ -112,13 +112,8 @@ def test_the_runner_uses_torchs_stream_and_asks_for_large_shared_memory(monkeypa
 def test_cupy_has_what_the_runner_calls():
     """Without a driver nothing can be launched, but the names and the stream protocol are there."""
     cupy = pytest.importorskip("cupy", reason="needs CuPy (`pip install 'haq-lab[cuda13]'`)")
-
-    class Stream:
-        def __cuda_stream__(self) -> tuple[int, int]:
-            return 0, 1234
-
-    assert cupy.cuda.Stream.from_external(Stream()).ptr == 1234
-    assert hasattr(torch.cuda.Stream, "__cuda_stream__")
+    stream = cupy_runner.StreamHandle(SimpleNamespace(cuda_stream=1234))
+    assert cupy.cuda.Stream.from_external(stream).ptr == 1234
     assert hasattr(cupy.RawKernel, "max_dynamic_shared_size_bytes")
     assert callable(cupy.RawModule.get_function)
 

@@ -33,6 +33,21 @@ def marshal(args: tuple[Argument, ...]) -> tuple[np.generic, ...]:
     return tuple(one(value) for value in args)
 
 
+class StreamHandle:
+    """A torch stream in the form that CuPy accepts. Before 2.10, torch's streams lack `__cuda_stream__`.
+
+    Args:
+        stream: A stream of torch. It stays alive as long as the handle.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the version of the CUDA stream protocol and the address of the stream."""
+        return 0, self._stream.cuda_stream
+
+
 class CupyRunner:
     """Launches kernels on one device. Each module is loaded once from its compiled file on disk.
 
@@ -51,7 +66,7 @@ class CupyRunner:
         self._functions: dict[tuple[str, str], Any] = {}
 
     def __call__(self, launch: Launch) -> None:
-        stream = self._cupy.cuda.Stream.from_external(torch.cuda.current_stream(self._device))
+        stream = self._cupy.cuda.Stream.from_external(StreamHandle(torch.cuda.current_stream(self._device)))
         with self._cupy.cuda.Device(self._device), stream:
             function = self._function(launch.module, launch.kernel)
             if launch.shared > max(DEFAULT_SHARED, function.max_dynamic_shared_size_bytes):
