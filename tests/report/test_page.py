@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from haq_lab.cli import report as command
+from haq_lab.measure.metrics import Metric
 from haq_lab.models.sources import TinyModel
 from haq_lab.report import cost
 from haq_lab.report.chart import looks
@@ -21,7 +22,6 @@ from haq_lab.report.page import CHARTS, _facts, page
 from haq_lab.report.routing import _measured
 from haq_lab.report.tables import Cell, _best, published_table, result_tables
 from haq_lab.results import load as results
-from haq_lab.results.metric_labels import Metric
 from haq_lab.tracking.run_folder import RunFolder
 
 
@@ -218,6 +218,6 @@ def test_budgets_in_experts_and_bytes_are_on_the_hit_rate_curve():
 
 
 def test_values_that_look_alike_are_all_the_best():
-    metric = Metric("MB", "{:.1f}", 1, "less")
+    metric = Metric("size", "MB", "lower", 1)
     assert _best(pd.Series([1.04, 1.01, 3.0]), metric) == "1.0"
     assert _best(pd.Series([1.04, 1.01]), metric) is None
