@@ -18,8 +18,8 @@ STAMP = (
     *("split", "join", "level", "text_sha256"),
 )
 NOTE = (
-    "Bold: the best of the quantised runs. Differences in %: perplexity from the run's own full precision, weights from "
-    "the whole model in fp16, latency and task scores from the table's unquantised run if it has exactly one. "
+    "Bold: the best of the quantised runs. Differences in %: perplexity from the run's own full precision, weights "
+    "from the whole model in fp16, latency and task scores from the table's unquantised run if it has exactly one. "
     "Peak RAM is not compared, because it includes the quantization, which not every run does itself."
 )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from haq_lab.measure.metrics import Metric
 from haq_lab.utils.console import errors, say
@@ -30,6 +30,7 @@ class _Failure(BaseModel):
 
 class _Record(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
+    version: Literal[1] = Field(alias="schema")
     run: _Run = _Run()
     config: dict[str, Any] = {}
     protocol: dict[str, _Stamp] = {}
