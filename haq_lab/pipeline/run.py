@@ -20,6 +20,7 @@ from haq_lab.config.help import is_user_error
 from haq_lab.data.windows import Windows
 from haq_lab.measure.base import Study
 from haq_lab.measure.memory import reset_peaks
+from haq_lab.measure.metrics import declared_metrics
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
 from haq_lab.pipeline.cached_pass import CachedPass
@@ -111,6 +112,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             metrics |= assembly.metrics() | assembly.simulated(facts["hardware"])
             metrics |= {f"time.stages_{action}_s": seconds for action, seconds in store.clock.seconds.items()}
     facts |= assembly.facts() | {"reused": [f"{count} x {stage}" for stage, count in store.reused.items()]}
+    if own := declared_metrics(experiment.measures.values()):
+        facts["own_metrics"] = own
     protocol = _protocol(evaluation, calibration)
     results = write_record(experiment, folder, facts, protocol, passed, metrics, study.tables | assembly.tables())
     assembly.recorded()

@@ -10,9 +10,11 @@ import pandas as pd
 from safetensors import SafetensorError
 
 from haq_lab.calibration.channel_ranges import FILE, Ranges
+from haq_lab.measure.metrics import Metric
 from haq_lab.results import load as results
 from haq_lab.results.old_names import LAYER_COLUMNS
-from haq_lab.tracking.run_folder import ARCHIVE, read_results
+from haq_lab.results.read_record import read_record
+from haq_lab.tracking.run_folder import ARCHIVE
 from haq_lab.utils.console import errors, say
 
 TABLES = ("layers", "experts", "latency")  # of what runs leave as <name>.csv, those that charts are drawn from
@@ -29,6 +31,7 @@ class Collection:
     ranges: By run, its inputs' ranges.
     studies: By name, the replays' and plans' tables, stacked, with a column `study`: the folder's name.
     protocol: By run, its stamps by text.
+    metrics: Metrics that the users' own measures declare, by name or pattern.
     """
 
     runs: pd.DataFrame
@@ -36,6 +39,7 @@ class Collection:
     ranges: dict[str, Ranges] = field(default_factory=dict)
     studies: dict[str, pd.DataFrame] = field(default_factory=dict)
     protocol: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
     def by_model(self) -> list[tuple[str, pd.DataFrame]]:
         """The finished runs of each model, by names without the model's."""
@@ -64,7 +68,9 @@ def collect(*folders: str | Path) -> Collection:
     stacks: dict[str, list[pd.DataFrame]] = {}
     for _, run in found.finished.iterrows():
         folder, name = Path(run["folder"]), str(run["name"])
-        found.protocol[name] = (read_results(folder / "results.json") or {}).get("protocol", {})
+        record = read_record(folder / "results.json") or {}
+        found.protocol[name] = record.get("protocol", {})
+        found.metrics |= record["run"].get("own_metrics", {}) if record else {}
         for kind in TABLES:
             if (table := _table(folder / f"{kind}.csv")) is not None:
                 stacks.setdefault(kind, []).append(table.assign(run=name))

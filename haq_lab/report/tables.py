@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from haq_lab.measure.metrics import UNQUANTISED, Metric, find_metric, table_columns
 from haq_lab.report.collect import Collection
-from haq_lab.results.metric_labels import Metric, columns
 from haq_lab.results.published import beside, figures_of
 from haq_lab.utils.console import format_change
 
@@ -18,8 +18,9 @@ STAMP = (
     *("split", "join", "level", "text_sha256"),
 )
 NOTE = (
-    "Bold: the best of the quantised runs. In %: a perplexity over the run's own full precision, weights against the "
-    "whole model in fp16, everything else against the table's unquantised run."
+    "Bold: the best of the quantised runs. Differences in %: perplexity from the run's own full precision, weights "
+    "from the whole model in fp16, latency and task scores from the table's unquantised run if it has exactly one. "
+    "Peak RAM is not compared, because it includes the quantization, which not every run does itself."
 )
 
 
@@ -60,12 +61,14 @@ def result_tables(found: Collection) -> list[Table]:
             title += f", windows {evaluated.index(windows) + 1}"
         elif evaluated and not windows:
             title += ", not evaluated on text"
-        tables.append(_result_table(pd.DataFrame(runs), title))
+        tables.append(_result_table(pd.DataFrame(runs), title, found.metrics))
     return tables
 
 
-def _result_table(runs: pd.DataFrame, title: str) -> Table:
-    measured = columns([str(name) for name in runs if runs[name].notna().any()])
+def _result_table(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) -> Table:
+    measured = table_columns(
+        [str(name) for name in runs if runs[name].notna().any() or f"null.{name}" in runs], declared
+    )
     baseline, contenders = runs[~runs["quantized"]], runs[runs["quantized"]]
     best = {name: _best(contenders[name], metric) for name, metric in measured.items()}
     rows = []
@@ -74,13 +77,13 @@ def _result_table(runs: pd.DataFrame, title: str) -> Table:
         for name, metric in measured.items():
             value = run[name]
             if pd.isna(value):
-                row.append(Cell(""))
+                row.append(_empty_cell(run.get(f"null.{name}")))
                 continue
-            shown = metric.text(value)
+            shown = metric.format(value)
             is_best = bool(run["quantized"]) and shown == best[name]
-            row.append(Cell(shown, is_best, _difference(name, run, baseline)))
+            row.append(Cell(shown, is_best, _difference(name, metric, run, baseline)))
         rows.append(row)
-    return Table(title, ["run", *(metric.label for metric in measured.values())], rows, len(measured), NOTE)
+    return Table(title, ["run", *(metric.head for metric in measured.values())], rows, len(measured), NOTE)
 
 
 def _best(values: pd.Series, metric: Metric) -> str | None:
@@ -89,21 +92,22 @@ def _best(values: pd.Series, metric: Metric) -> str | None:
     None if neither direction is better, or if all values look alike.
     """
     values = values.dropna()
-    if not metric.better or values.map(metric.text).nunique() < 2:
+    if not metric.direction or values.map(metric.format).nunique() < 2:
         return None
-    return metric.text(values.min() if metric.better == "less" else values.max())
+    return metric.format(values.min() if metric.direction == "lower" else values.max())
 
 
-def _difference(name: str, run: pd.Series, baseline: pd.DataFrame) -> str:
-    kind, _, dataset = name.partition(".")
-    if kind in ("kl", "token_agreement", "quantizer", "offload"):
-        return ""
-    if kind == "perplexity":
-        reference = run.get(f"perplexity_fp.{dataset}")
-    elif name == "memory.weights_bytes":
-        return f"{-run['saved_percent.memory']:+.2f} %"
+def _empty_cell(reason: Any) -> Cell:
+    """Return the cell of a metric that is null for a reason, or that the run did not measure."""
+    return Cell("null", note=reason) if isinstance(reason, str) else Cell("")
+
+
+def _difference(name: str, metric: Metric, run: pd.Series, unquantised: pd.DataFrame) -> str:
+    """Return the difference from the metric's baseline in %, or an empty string if there is not exactly one."""
+    if metric.baseline == UNQUANTISED:
+        reference = unquantised[name].iloc[0] if len(unquantised) == 1 else None
     else:
-        reference = baseline[name].mean() if name in baseline else None
+        reference = run.get(metric.baseline)
     if reference is None or pd.isna(reference) or not reference or run[name] == reference:
         return ""
     return format_change(run[name], reference)
@@ -116,9 +120,9 @@ def published_table(found: Collection) -> Table | None:
         return None
     rows = []
     for _, row in table.iterrows():
-        metric = columns([row["metric"]]).get(row["metric"])
+        metric = find_metric(row["metric"])
         by = ", ".join(filter(None, (row["of"], row["source"])))
-        told = [row["run"], row["metric"] if metric is None else metric.label, by, row["comparable"]]
+        told = [row["run"], row["metric"] if metric is None else metric.head, by, row["comparable"]]
         rows.append(list(map(Cell, [*told, *figures_of(row)])))
     head = ["run", "metric", "published for, by", "comparable", "ours", "published", "difference"]
     note = "Empty: no published figure is known to us. What is not comparable stands here for orientation only."

@@ -14,24 +14,16 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from haq_lab.results.metric_labels import SHOWN
+from haq_lab.measure.metrics import table_columns
 from haq_lab.results.model_names import distinct_names
 from haq_lab.results.old_names import SETTINGS
 from haq_lab.results.published import figures_of
-from haq_lab.tracking.run_folder import ARCHIVE, read_results
+from haq_lab.results.read_record import read_record
+from haq_lab.tracking.run_folder import ARCHIVE
 from haq_lab.utils.console import print_table, say
 from haq_lab.utils.errors import UserError, nearest_beside
 
 RECORDS = ("results.json", "error.json", "config.yaml")
-
-
-MEASURED = (  # beside perplexity
-    "memory.weights_bytes",
-    "latency.prefill_ms",
-    "latency.decode_ms_per_token.mean",
-    "offload.hit_rate_pairs",
-    "offload.bytes_moved",
-)
 
 
 def load(*folders: str | Path) -> pd.DataFrame:
@@ -43,6 +35,7 @@ def load(*folders: str | Path) -> pd.DataFrame:
         the settings as `config.<name>`, and the metrics by their names;
         `change_percent.<dataset>`, the distance of the perplexity from full precision;
         `comparable.<dataset>`, the published tables that the perplexity is comparable with;
+        `null.<metric>`, the reason why a metric is null;
         `saved_percent.memory`, of the weights against the whole model in fp16.
 
     Raises:
@@ -79,19 +72,22 @@ def _run_folders(folder: Path) -> set[Path]:
 
 
 def _row(folder: Path) -> dict[str, Any]:
-    results, failure = read_results(folder / "results.json"), read_results(folder / "error.json")
+    results, failure = read_record(folder / "results.json"), read_record(folder / "error.json")
     record = results or failure or {}
     status = "finished" if results else "failed" if failure else "unfinished"
-    row: dict[str, Any] = {"folder": str(folder), "name": folder.name, "status": status}
+    own = {"folder": str(folder), "name": folder.name, "status": status}
+    row: dict[str, Any] = dict(own)
     row["overrides"] = " ".join(record.get("run", {}).get("overrides", []))
     row["error"] = (failure or {}).get("error", {}).get("message") if not results else None
-    row |= {name: value for name, value in record.get("run", {}).items() if not isinstance(value, list)}
+    row |= {name: value for name, value in record.get("run", {}).items() if not isinstance(value, list | dict)}
     row |= {f"config.{SETTINGS.get(name, name)}": value for name, value in _flat(record.get("config", {}))}
     row["quantized"] = _is_quantized(row)
     if row.get("model"):
         row["_model"] = record.get("config", {}).get("model") or {}
     metrics = {name: math.nan if value is None else value for name, value in record.get("metrics", {}).items()}
-    row |= metrics
+    reasons = record.get("not_finite", {})
+    nulls = {name: reasons.get(name, "not finite") for name, value in metrics.items() if math.isnan(value)}
+    row |= metrics | {f"null.{name}": reason for name, reason in nulls.items()} | own
     for name, value in metrics.items():
         kind, _, dataset = name.partition(".")
         if kind == "perplexity" and (fp := metrics.get(f"perplexity_fp.{dataset}")):
@@ -135,15 +131,17 @@ def show(runs: pd.DataFrame) -> None:
     for dataset in datasets:
         table.add_column(f"{dataset}\nppl", justify="right", no_wrap=True)
         table.add_column("over\nfp", justify="right", no_wrap=True)
-    measured = {column: SHOWN[column] for column in MEASURED if column in runs}
+    names = [name for name in map(str, runs) if not name.startswith("perplexity.")]
+    measured = {name: metric for name, metric in table_columns(names).items() if metric.column == "all"}
     for metric in measured.values():
-        table.add_column(metric.label.replace(", ", "\n"), justify="right", no_wrap=True)
+        table.add_column(metric.head.replace(", ", "\n"), justify="right", no_wrap=True)
     for _, run in runs.iterrows():
         cells = [run["name"]] if all_finished else [run["name"], run["status"]]
         for dataset in datasets:
-            cells.append(_cell(run.get(f"perplexity.{dataset}"), "{:.4f}"))
+            null = isinstance(run.get(f"null.perplexity.{dataset}"), str)
+            cells.append("null" if null else _cell(run.get(f"perplexity.{dataset}"), "{:.4f}"))
             cells.append(_cell(run.get(f"change_percent.{dataset}"), "{:+.2f} %"))
-        cells += ["" if pd.isna(run[column]) else metric.text(run[column]) for column, metric in measured.items()]
+        cells += ["" if pd.isna(run[column]) else metric.format(run[column]) for column, metric in measured.items()]
         table.add_row(*cells)
     print_table(table)
     for _, run in runs.iterrows():

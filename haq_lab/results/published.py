@@ -12,6 +12,8 @@ from typing import Any
 
 import pandas as pd
 
+from haq_lab.measure.metrics import find_metric
+
 FILE = Path(__file__).with_name("published.csv")
 ANOTHER_MODEL = "no: another model"  # whose difference from ours says nothing
 COLUMNS = ["run", "metric", "ours", "published", "difference_percent", "of", "comparable", "source"]
@@ -75,7 +77,7 @@ def _comparable(run: pd.Series, figure: pd.Series) -> str:
         return ""
     if figure["model"].lower() != str(run.get("model")).lower():
         return ANOTHER_MODEL
-    kind, _, dataset = figure["metric"].partition(".")
-    if kind != "perplexity":
+    metric, dataset = find_metric(figure["metric"]), figure["metric"].partition(".")[2]
+    if metric is None or metric.depends_on == "machine":
         return "no: another machine"
     return "yes" if run.get(f"comparable.{dataset}") else "no: another protocol"

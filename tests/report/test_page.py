@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from haq_lab.cli import report as command
+from haq_lab.measure.metrics import Metric, find_metric
 from haq_lab.models.sources import TinyModel
 from haq_lab.report import cost
 from haq_lab.report.chart import looks
@@ -19,9 +20,8 @@ from haq_lab.report.collect import collect
 from haq_lab.report.latex import escaped
 from haq_lab.report.page import CHARTS, _facts, page
 from haq_lab.report.routing import _measured
-from haq_lab.report.tables import Cell, _best, published_table, result_tables
+from haq_lab.report.tables import Cell, _best, _difference, published_table, result_tables
 from haq_lab.results import load as results
-from haq_lab.results.metric_labels import Metric
 from haq_lab.tracking.run_folder import RunFolder
 
 
@@ -218,6 +218,22 @@ def test_budgets_in_experts_and_bytes_are_on_the_hit_rate_curve():
 
 
 def test_values_that_look_alike_are_all_the_best():
-    metric = Metric("MB", "{:.1f}", 1, "less")
+    metric = Metric("size", "MB", "lower", 1)
     assert _best(pd.Series([1.04, 1.01, 3.0]), metric) == "1.0"
     assert _best(pd.Series([1.04, 1.01]), metric) is None
+
+
+def test_a_column_has_one_baseline():
+    run = pd.Series({"memory.weights_bytes": 1.0, "memory.weights_fp16_bytes": 2.0, "latency.prefill_ms": 3.0})
+    run["memory.peak_rss_bytes"] = 9.0
+    fp = pd.DataFrame({"memory.weights_bytes": [4.0], "latency.prefill_ms": [6.0], "memory.peak_rss_bytes": [3.0]})
+    notes = {}
+    for name in fp:
+        metric = find_metric(name)
+        assert metric is not None
+        notes[name] = [_difference(name, metric, run, runs) for runs in (fp, pd.concat([fp, fp * 2]))]
+    assert notes == {
+        "memory.weights_bytes": ["-50.00 %", "-50.00 %"],  # of fp16, never of fp32
+        "latency.prefill_ms": ["-50.00 %", ""],  # two unquantised runs are no baseline
+        "memory.peak_rss_bytes": ["", ""],  # it includes the quantization, which the unquantised run does not do
+    }
