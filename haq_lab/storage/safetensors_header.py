@@ -12,7 +12,16 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from haq_lab.storage.json_form import check_form, parse_json
 
-ITEM_BYTES = {"BOOL": 1, "I8": 1, "U8": 1, "U16": 2, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}  # types that this project writes
+ITEM_BYTES = {
+    "BOOL": 1,
+    "I8": 1,
+    "U8": 1,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "F32": 4,
+    "I64": 8,
+}  # types that this project writes
 LONGEST = 100_000_000  # bytes of a header; the safetensors library has the same limit
 
 
