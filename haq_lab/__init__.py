@@ -6,14 +6,13 @@
     model, tokenizer = haq_lab.load(folder)
 
 The functions are imported when they are first used, so `import haq_lab` is fast and loads no torch.
+Their types are in `__init__.pyi`. This file must not name them in an import, because then every key of the result cache
+would depend on the whole project (`haq_lab.result_cache.import_closure`).
 """
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from haq_lab.api import evaluate, load, load_results, quantize, run
+from typing import Any
 
 __all__ = ["__version__", "evaluate", "load", "load_results", "quantize", "run"]
 

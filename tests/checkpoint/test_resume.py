@@ -48,6 +48,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_repeated_kills_do_not_change_the_checkpoint(uninterrupted, tmp_path, seed):
     draw = random.Random(seed)
     deaths = 0
@@ -66,6 +67,7 @@ def test_repeated_kills_do_not_change_the_checkpoint(uninterrupted, tmp_path, se
         assert (tmp_path / "run" / table).read_bytes() == (uninterrupted / "run" / table).read_bytes()
 
 
+@pytest.mark.slow
 def test_finished_layers_are_not_repeated(uninterrupted, tmp_path):
     """After a kill during the rename of the third state, the next run starts with the third layer."""
     at = 1

@@ -65,6 +65,7 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_killed_and_interrupted_in_every_stage(undisturbed, tmp_path, monkeypatch):
     """One run after the other in one folder, each ended within a stage that has just done its work: by `kill -9`, then
     by Ctrl-C. The last one finishes with what all of them have left."""
@@ -94,6 +95,7 @@ def test_killed_and_interrupted_in_every_stage(undisturbed, tmp_path, monkeypatc
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_in_one_message_and_the_same_command_goes_on(tmp_path):
     """As a terminal sends it: to all processes of the sweep."""
     sweep = ["-m", *TINY, "quantizer=rtn,gptq", "model.layers=6", f"hydra.sweep.dir={tmp_path}"]
@@ -115,6 +117,7 @@ def test_ctrl_c_ends_a_sweep_in_one_message_and_the_same_command_goes_on(tmp_pat
     assert list(load(tmp_path)["status"]) == ["finished"] * 2
 
 
+@pytest.mark.slow
 def test_two_sweeps_on_one_cache(undisturbed, tmp_path, monkeypatch):
     """Both start on nothing, and want the same: the model that is made, calibration, baseline, layers."""
     monkeypatch.setenv("HAQ_LAB_CACHE", str(tmp_path / "cache"))
@@ -271,6 +274,7 @@ def test_any_characters_in_any_path(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_no_network(tmp_path):
     """In a network namespace that has none: what is here runs, W&B does not hold it up, what is not here is told."""
     alone = ["unshare", "-n"]

@@ -45,6 +45,7 @@ def test_a_sweep_through(launcher, tmp_path):
     assert "quantizer.weight_bits: '3'" in json.loads(failed.read_text())["error"]["message"]
 
 
+@pytest.mark.slow
 def test_running_it_again_runs_what_is_missing(tmp_path):
     """With a launcher of other processes: what failed runs again, what is finished stays."""
     _needs("joblib_launcher")
@@ -58,6 +59,7 @@ def test_running_it_again_runs_what_is_missing(tmp_path):
     assert {path.name for path in before if after[path] == before[path]} == {"results.json"}
 
 
+@pytest.mark.slow
 def test_a_search(tmp_path):
     _needs("optuna_sweeper")
     search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=1"]

@@ -365,6 +365,7 @@ def _sweep(experiment: str) -> list[list[str]]:
     return BasicSweeper.split_arguments(parsed, None)[0] if params else []
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("experiment", SWEEPS)
 def test_a_sweep_is_one_command_and_its_table_has_the_published_column(experiment, texts, tmp_path):
     fewer = [*_small(experiment, texts), *SWEEPS[experiment][1]]

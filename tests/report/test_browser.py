@@ -33,7 +33,7 @@ def opened(browser, report):
         context.close()
 
 
-@pytest.mark.every(3)  # desktop in light, phone in dark
+@pytest.mark.every(6)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(opened, size, scheme):

@@ -122,11 +122,11 @@ DEEP = b'{"a":' * 100_000
 HEADERS = {
     "nested too deeply": (DEEP, "recursion"),
     "nested too deeply, and closed": (DEEP + b"1" + b"}" * 100_000, "recursion"),
-    "a number that is too long": (b'{"experts":' + b"9" * 10_000 + b"}", "digits"),
+    "a number that is too long": (b'{"experts":' + b"9" * 10_000 + b"}", "number out of range"),
     "a list": (b"[1, 2]", ""),
     "a text": (b'"experts"', ""),
-    "no UTF-8": (b'{"\xff": 1}', "decode"),
-    "empty": (b"{}", "lacks the tensor decode"),
+    "no UTF-8": (b'{"\xff": 1}', "unicode"),
+    "empty": (b"{}", "do not fill the file"),
     "too large": (b"{" + b" " * 2**20 + b"}", "its header has more than"),
 }
 

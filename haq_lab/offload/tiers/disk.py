@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from haq_lab.utils.atomic_files import naming_path
 from haq_lab.utils.errors import UserError
 
 ALIGNMENT = 64  # bytes, of each tensor in a blob: a cache line, as the kernels' vector loads require
@@ -215,7 +216,8 @@ class ExpertFileWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stream.close()
+        with naming_path(self.path):  # closing writes what is still buffered
+            self._stream.close()
 
     def add(self, experts: nn.ModuleList) -> None:
         """Write the next layer's experts and free their weights.
