@@ -1,6 +1,6 @@
-"""Before anything is loaded: what a run of a model from the hub or a folder needs, against what there is.
+"""Compare what a run needs with what this machine has, before anything is loaded.
 
-Sizes follow from the model's config: its modules are built without memory and their parameters counted.
+Sizes follow from the model's config. Its modules are built on the meta device and their parameters are counted.
 """
 
 from __future__ import annotations
@@ -27,16 +27,23 @@ from haq_lab.utils.hub import hub_is_reachable
 from haq_lab.utils.paths import cache_folder
 from haq_lab.utils.transformers_logging import quiet_transformers
 
-FLOAT, HALF = 4, 2  # bytes: computing is in float32, checkpoints are in 16 bits
-LARGE = 4e9  # bytes of a model from which the table is shown even where all fits
-PROCESS = 1e9  # Python, torch and what a batch of tokens passes through
-SOLVER = 4  # square matrices of the widest input that a solver holds: the Hessian, its factor, the inverse, one more
-ALL_WINDOWS = 256  # where data.*.windows is null: C4's number; WikiText-2 has fewer
+FLOAT, HALF = 4, 2  # bytes of a number: float32 to compute, 16 bits in checkpoints
+LARGE = 4e9  # bytes of a model; from this size on, the table is shown even if everything fits
+PROCESS = 1e9  # bytes of Python, torch and the activations of a batch
+SOLVER = 4  # square matrices of the widest input in a solver: Hessian, factor, inverse and a temporary
+ALL_WINDOWS = 256  # used if data.*.windows is null: the number of C4; WikiText-2 has fewer
 
 
 @dataclass(frozen=True)
 class Need:
-    """One line of the table; sizes in bytes. `hint` says what else can be done where it does not fit."""
+    """One line of the table.
+
+    Attributes:
+        what: The resource.
+        needed: Bytes that the run needs.
+        there: Bytes that are available.
+        hint: What the user can do if it does not fit.
+    """
 
     what: str
     needed: float
@@ -50,8 +57,17 @@ class Need:
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a model: outside the layers, in each of `depth` layers, and in each of a layer's `experts`; widths
-    of the stream and at most."""
+    """Numbers of parameters of a model.
+
+    Attributes:
+        shell: Parameters outside the layers.
+        layer: Parameters of one layer.
+        depth: Number of layers.
+        width: Width of the hidden states.
+        widest: Largest input width of a linear.
+        experts: Number of experts in a layer.
+        expert: Parameters of one expert.
+    """
 
     shell: int
     layer: int
@@ -67,9 +83,16 @@ class Size:
 
 
 def preflight(experiment: Experiment, overrides: list[str]) -> None:
-    """Raise `UserError`, with the table and a command that can run, where the run does not fit this machine.
+    """Refuse a run that does not fit this machine.
 
-    Other sources than the hub and folders make small models themselves and are not looked at.
+    Only models from the hub and from folders are checked. The other sources make small models.
+
+    Args:
+        experiment: The run's settings.
+        overrides: The overrides of the command line, for the suggested command.
+
+    Raises:
+        UserError: The run does not fit. The message has the table and a command that fits.
     """
     source = experiment.model
     if not isinstance(source, HubModel) or (config := source.config()) is None:
@@ -87,7 +110,7 @@ def preflight(experiment: Experiment, overrides: list[str]) -> None:
 
 
 def measure_size(config: Any) -> Size:
-    """Count a config's parameters without making them."""
+    """Count the parameters of a transformers config without allocating them."""
     family = family_of(config)
     experts = family.experts(config)
     counts = []
@@ -107,14 +130,14 @@ def measure_size(config: Any) -> Size:
 
 
 def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Need]:
-    """What a run takes, beside what this machine has."""
+    """Return what a run needs and what this machine has, one `Need` a resource."""
     hidden = _hidden_bytes(experiment, size)
     memory = PROCESS + HALF * size.shell + (FLOAT + 1) * size.layer + min(hidden, RAM_BYTES)
     if experiment.quantizer is not None and experiment.quantizer.needs.hessian:
         memory += SOLVER * FLOAT * size.widest**2 + HESSIAN_BYTES
     deployed = _deployed_bytes(experiment, size)
     if experiment.quantizer is not None and experiment.quantizer.lm_head:
-        deployed += size.shell  # at most: the head alone, in int8
+        deployed += size.shell  # an upper bound: the int8 head alone
     on_gpu = 0.0
     if experiment.backend.uses_gpu:
         on_gpu = (1 + FLOAT) * size.layer + deployed + (HALF * size.shell if _deploys(experiment) else 0)
@@ -135,13 +158,15 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
 
 
 def _deploys(experiment: Experiment) -> bool:
-    """Whether a measure takes the whole model, ready to run."""
+    """Return whether a measure needs the whole model, ready to run."""
     return any(measure.deploys for measure in experiment.measures.values())
 
 
 def _deployed_bytes(experiment: Experiment, size: Size) -> float:
-    """The deployed model's layers, in the memory of the device that computes; of experts that are offloaded, those in
-    the fast tier. Nothing where no measure deploys it."""
+    """Return the bytes of the deployed layers on the device that computes, or 0 if no measure deploys the model.
+
+    Of offloaded experts, only those in the fast tier count.
+    """
     if not _deploys(experiment):
         return 0.0
     stored = _stored(experiment)
@@ -158,8 +183,10 @@ def _deployed_bytes(experiment: Experiment, size: Size) -> float:
 
 
 def _beside_gpu_bytes(experiment: Experiment, size: Size) -> float:
-    """Layers that the host's memory holds though a GPU computes: offloaded experts, page-locked, and what is not
-    quantised, until the model is moved."""
+    """Return the bytes of host memory that layers need although a GPU computes.
+
+    These are the offloaded experts in pinned memory, and layers that are not quantised until the model is moved.
+    """
     if not _deploys(experiment):
         return 0.0
     stored, experts, lying = _stored(experiment), 0, 0
@@ -170,12 +197,12 @@ def _beside_gpu_bytes(experiment: Experiment, size: Size) -> float:
 
 
 def _stored(experiment: Experiment) -> int:
-    """Bytes of a weight in a finished layer."""
+    """Return the bytes of a weight in a finished layer."""
     return FLOAT if experiment.quantizer is None else 1
 
 
 def _disk_needs(files: list[tuple[Path, float]]) -> list[Need]:
-    """A line for each disk: what goes to one is added up."""
+    """Return one `Need` a disk, with the sum of all files on it."""
     by_disk: dict[int, tuple[Path, float]] = {}
     for path, needed in files:
         while not path.exists():
@@ -191,7 +218,7 @@ def _disk_needs(files: list[tuple[Path, float]]) -> list[Need]:
 
 
 def _hidden_bytes(experiment: Experiment, size: Size) -> float:
-    """Hidden states of all levels, calibration's included."""
+    """Return the bytes of the hidden states of all levels, including those of calibration."""
     tokens = 0
     levels = 1 if experiment.quantizer is None else 3
     if any(measure.evaluates for measure in experiment.measures.values()):

@@ -1,6 +1,6 @@
-"""Statistics of expert activation paths: what routing repeats, and how far (arXiv 2508.07329, section on paths).
+"""Compute statistics of expert activation paths (arXiv 2508.07329, section on paths).
 
-A token's path is the sequence of expert sets that it visits, layer after layer.
+The path of a token is the sequence of expert sets that it visits, layer by layer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from haq_lab.routing.trace import Trace
 
-Residency = NDArray[np.bool_]  # (layers, E): which experts are in the fast tier
+Residency = NDArray[np.bool_]  # (layers, E): whether an expert is in the fast tier
 
 
 def frequencies(trace: Trace) -> NDArray[np.float64]:
-    """(layers, E): the share of tokens that choose an expert; each layer sums to k."""
+    """Return the share of tokens that choose each expert, (layers, E). Each row sums to k."""
     counts = [
         np.bincount(trace.experts[:, layer].ravel(), minlength=trace.expert_count) for layer in range(trace.layers)
     ]
@@ -25,7 +25,7 @@ def frequencies(trace: Trace) -> NDArray[np.float64]:
 
 
 def transitions(trace: Trace, distance: int = 1) -> NDArray[np.int64]:
-    """(layers - distance, E, E): how many tokens choose expert i at a layer and expert j `distance` layers later."""
+    """Count tokens that choose expert i at a layer and j `distance` layers later, (layers - distance, E, E)."""
     count = trace.expert_count
     table = np.zeros((trace.layers - distance, count * count), np.int64)
     for layer in range(trace.layers - distance):
@@ -36,35 +36,37 @@ def transitions(trace: Trace, distance: int = 1) -> NDArray[np.int64]:
 
 
 def hits(trace: Trace, resident: Residency) -> NDArray[np.bool_]:
-    """(tokens, layers, k): which choices find their expert among `resident`."""
+    """Return whether the expert of each choice is resident, (tokens, layers, k)."""
     layer = np.arange(trace.layers)[None, :, None]
     return resident[layer, trace.experts]
 
 
 def coverage(trace: Trace, resident: Residency, span: int) -> float:
-    """The share of (token, `span` neighbouring layers) all of whose experts are resident."""
+    """Return how often all experts of a token in `span` consecutive layers are resident, as a share."""
     whole = hits(trace, resident).all(-1)  # (tokens, layers)
     windows = np.lib.stride_tricks.sliding_window_view(whole, span, axis=1)
     return float(windows.all(-1).mean())
 
 
 def entropy(trace: Trace) -> NDArray[np.float64]:
-    """(layers,) bits of the experts' shares; log2(E) where all are equally frequent."""
+    """Return the entropy of the experts' shares in bits, (layers,). It is log2(E) if all are equally frequent."""
     share = frequencies(trace) / trace.k
     return -(share * np.log2(np.where(share > 0, share, 1))).sum(-1)
 
 
 def repeat_rate(trace: Trace) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(layers,) twice: how often the previous token's first choice is the first choice again, and any choice again."""
+    """Return how often the previous token's first choice is the first, and any, choice again: twice (layers,)."""
     before, after = _neighbours(trace, 1)
     again = trace.experts[before, :, :1] == trace.experts[after]  # (pairs, layers, k)
     return again[..., 0].mean(0), again.any(-1).mean(0)
 
 
 def jaccard(trace: Trace, distances: Sequence[int]) -> NDArray[np.float64]:
-    """(distances, layers): mean overlap (Jaccard) of the expert sets of tokens so far apart in one sequence.
+    """Return the mean Jaccard overlap of the expert sets of two tokens of a sequence, (distances, layers).
 
-    NaN where no sequence is long enough.
+    Args:
+        trace: The trace.
+        distances: Distances between the two tokens. The result is NaN if no sequence is long enough.
     """
     rows = []
     for distance in distances:
@@ -79,7 +81,7 @@ def jaccard(trace: Trace, distances: Sequence[int]) -> NDArray[np.float64]:
 
 
 def _neighbours(trace: Trace, distance: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token indices (before, after) `distance` apart within a sequence."""
+    """Return token indices (before, after) that are `distance` apart within a sequence."""
     sequence = np.repeat(np.arange(len(trace.starts)), trace.ends() - trace.starts)
     before = np.arange(trace.tokens - distance) if distance < trace.tokens else np.zeros(0, np.int64)
     before = before[sequence[before] == sequence[before + distance]]
@@ -88,11 +90,11 @@ def _neighbours(trace: Trace, distance: int) -> tuple[NDArray[np.int64], NDArray
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a profile text's routing is from a test text's.
+    """Difference between the routing of a profile text and a test text.
 
     Attributes:
         distance: (layers,) total variation between the experts' shares, 0 to 1.
-        correlation: (layers,) of the shares, NaN where one is constant.
+        correlation: (layers,) correlation of the shares. NaN if one of them is constant.
     """
 
     distance: NDArray[np.float64]
@@ -100,7 +102,7 @@ class Drift:
 
 
 def drift(profile: Trace, test: Trace) -> Drift:
-    """Total variation and correlation of expert shares, a layer each."""
+    """Return total variation and correlation of the expert shares of each layer."""
     one, other = frequencies(profile) / profile.k, frequencies(test) / test.k
     centred = [shares - shares.mean(-1, keepdims=True) for shares in (one, other)]
     with np.errstate(invalid="ignore", divide="ignore"):

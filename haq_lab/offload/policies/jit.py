@@ -1,6 +1,7 @@
-"""Numba's compiler as the policies use it: compiled code is kept on disk until a source that is compiled changes.
+"""Compile the policies' loops with numba and store the compiled code on disk.
 
-Numba itself looks only at the file of the function that is called, not at what that function calls in others.
+The name of the folder contains a hash of all compiled sources. Numba itself checks only the file of the function that
+is called, not the files of the functions that it calls.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ def _sources() -> str:
     ).hexdigest()[:16]
 
 
-FLAGS = {"nnan", "nsz", "arcp", "contract", "reassoc"}  # what lets loops become vector code; infinities stay
+FLAGS = {"nnan", "nsz", "arcp", "contract", "reassoc"}  # allow vector code, but keep infinities
 FOLDER = cache_folder() / "numba" / _sources()
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """`function`, compiled at its first call for the types it gets. No Python object, no checks of bounds."""
+    """Return `function`, compiled at its first call, without Python objects and bounds checks."""
     settings: Any = numba.config
     before = settings.CACHE_DIR
     settings.CACHE_DIR = str(FOLDER)
@@ -38,6 +39,9 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def innermost(function: Callable[..., Any]) -> Any:
-    """As `compiled`, for what runs at every visit: it makes no arrays, so none is counted. (Numba counts references to
-    every array of a rule's state at every call, which takes longer than the arithmetic.)"""
+    """Compile a function that runs at every visit and creates no arrays.
+
+    Numba otherwise counts references to every array of a rule's state at every call, which takes longer than the
+    arithmetic.
+    """
     return compiled(function, _nrt=False)

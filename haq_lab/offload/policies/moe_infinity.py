@@ -1,9 +1,9 @@
-"""MoE-Infinity's rule (arXiv 2401.14361): the past sequence whose experts are nearest tells which come next.
+"""MoE-Infinity eviction (arXiv 2401.14361): the most similar past sequence predicts which experts come next.
 
-An activation matrix (layers, E) counts the tokens that a sequence sent to each expert; rows are normalised. The
-nearest of a collection of past ones, by cosine similarity to the sequence's own so far, predicts the rest; an
-expert's priority is its predicted share times 1 - distance / (layers + 1), distance in layers until its next visit.
-The same priority protects the cache.
+An activation matrix (layers, E) counts the tokens that a sequence sent to each expert. Its rows are normalised. The
+past matrix with the largest cosine similarity to the current one predicts the next experts. The priority of an expert
+is its predicted share times 1 - distance / (layers + 1), where distance is the number of layers until its next visit.
+The expert with the lowest priority is evicted.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from haq_lab.offload.policies.eviction import register
 from haq_lab.offload.policies.jit import innermost
 from haq_lab.routing.trace import Trace
 
-MOST = 128  # matrices kept
-PIECE = 256  # tokens: a calibration sequence is remembered in pieces of this length, as requests would be
-LEAST = 1e-3  # share: it lets distance decide between experts that the nearest sequence never used
+MOST = 128  # matrices that are stored
+PIECE = 256  # tokens of one matrix, because requests are shorter than calibration sequences
+LEAST = 1e-3  # added to every share, so that distance decides between experts that the past sequence never used
 
 
 class MoeInfinity(NamedTuple):
-    """What similarities follow from is kept up to date, a choice at a time: they are wanted at every token.
+    """State of the rule. The parts of the similarities are updated at every choice, because each token needs them.
 
-    priority: (layers * E,) float32, whose bits `values` are; flat, as numba takes long to reshape.
-    past: (n, layers * E) row-normalised; directions: (layers, E, n) its rows as unit vectors.
-    current: (layers, E) counts of this sequence; squares: (layers,) of their rows' lengths.
-    products: (layers, n) of current rows and directions; similarity: (n,) room for their sum.
-    nearest: (1,) index of the most similar.
-    falloff: (2 * layers * E,): from row layers - 1 - layer on, what distance leaves of a share, seen from `layer`.
+    Attributes:
+        values: The bits of `priority` as int32 (layers, E).
+        priority: (layers * E,) float32. It is flat because numba reshapes slowly.
+        past: (n, layers * E) the normalised past matrices.
+        directions: (layers, E, n) their rows as unit vectors.
+        current: (layers, E) counts of the current sequence.
+        squares: (layers,) squared lengths of the rows of `current`.
+        products: (layers, n) products of the rows of `current` and `directions`.
+        similarity: (n,) workspace for the sum over the layers.
+        nearest: (1,) index of the most similar past matrix.
+        falloff: (2 * layers * E,) factors by distance. Seen from `layer`, they begin at row layers - 1 - layer.
     """
 
     values: np.ndarray
@@ -46,7 +51,7 @@ class MoeInfinity(NamedTuple):
 
 
 def moe_infinity(trace: Trace) -> MoeInfinity:
-    """The rule with the activation matrices of a calibration trace."""
+    """Return the state with the activation matrices of a calibration trace."""
     past = activation_matrices(trace)
     shape = layers, count = trace.layers, trace.expert_count
     priority = np.zeros(shape, np.float32)
@@ -67,7 +72,7 @@ def moe_infinity(trace: Trace) -> MoeInfinity:
 
 
 def activation_matrices(trace: Trace) -> NDArray[np.float32]:
-    """(n, layers, E) row-normalised matrices of the trace's sequences, at most `MOST`, spread over the trace."""
+    """Return at most `MOST` normalised activation matrices (n, layers, E), spread over the trace."""
     edges = [at for start, end in zip(trace.starts, trace.ends(), strict=True) for at in range(start, end, PIECE)]
     pieces = list(zip(edges, [*edges[1:], trace.tokens], strict=True))
     chosen = np.linspace(0, len(pieces) - 1, min(MOST, len(pieces))).astype(int)
@@ -103,7 +108,7 @@ def _touch(state, layer, wanted, counts, tokens, now):
 
 @innermost
 def _match(squares, products, similarity):
-    """The past matrix with the largest cosine similarity, summed over the layers."""
+    """Return the past matrix with the largest cosine similarity, summed over the layers."""
     similarity[:] = 0
     for layer in range(len(squares)):
         if squares[layer] > 0:

@@ -1,5 +1,7 @@
-"""The policy: which experts are resident, and what a visit of a layer changes. The same object drives the engine,
-where bytes move, the simulator, where a virtual clock does, and the replay of a trace, which only counts.
+"""Decide which experts are resident, and what changes when a layer is visited.
+
+The same policy drives the engine, which moves bytes, the simulator, which moves a virtual clock, and the replay of a
+trace, which only counts.
 
     policy = make_policy("haq", place("two_stage", profile, slots), profile)
     visit = policy.visit(layer, counts, tokens)      # engine, simulator: one layer of one step
@@ -25,7 +27,7 @@ from haq_lab.utils.errors import invalid
 Scope = Literal["layer", "global"]
 
 
-# From {resident expert: tokens} and {missing expert: tokens} to those of the missing that run in place.
+# Maps {resident expert: tokens} and {missing expert: tokens} to the missing experts that run in the slow tier.
 Decide = Callable[[dict[int, int], dict[int, int]], list[int]]
 
 
@@ -35,14 +37,14 @@ def _fetch_all(resident: dict[int, int], missing: dict[int, int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Visit:
-    """What a layer's visit found and changed.
+    """Result of one visit of a layer.
 
     Attributes:
         wanted: Experts that the layer chose.
-        missing: Those of them that were not resident.
-        in_place: Those of the missing that run where their weights are, in the slow tier.
-        replaces: By admitted expert, the (layer, expert) that leaves for it. A missing expert that is not here is
-            used and forgotten.
+        missing: The wanted experts that were not resident.
+        in_place: The missing experts that run in the slow tier, where their weights are.
+        replaces: The evicted (layer, expert) by admitted expert. A missing expert without an entry is used once and
+            not kept.
     """
 
     wanted: list[int]
@@ -53,14 +55,14 @@ class Visit:
 
 @dataclass(frozen=True)
 class HitRates:
-    """Counts of a replay, and the two hit rates that are in use.
+    """Hit rates and counts of a replay.
 
     Attributes:
         pairs: Share of (token, expert) choices whose expert was resident.
-        experts: The same by distinct experts of a visit.
-        by_layer: (layers,) of pairs.
-        fetched: Experts missed, all of them.
-        tokens: Of the trace.
+        experts: Share of the distinct experts of a visit that were resident.
+        by_layer: (layers,) the hit rate `pairs` of each layer.
+        fetched: Number of misses.
+        tokens: Number of tokens in the trace.
     """
 
     pairs: float
@@ -71,22 +73,22 @@ class HitRates:
 
     @property
     def layer_std(self) -> float:
-        """Spread over the layers."""
+        """Return the standard deviation of the hit rate over the layers."""
         return float(self.by_layer.std())
 
 
 class Policy:
-    """A cache rule over a residency map.
+    """An eviction rule and the map of resident experts that it changes.
 
     Args:
-        state: A rule's state (`lru.py`, ...).
-        resident: (layers, E) bool; copied.
-        scope: `layer`: an expert makes room only in its own layer.
-        selective: A missing expert that is worth less than every resident is used and forgotten.
-        admits: False: the residents stay.
+        state: State of the rule (`lru.py`, ...).
+        resident: (layers, E) bool, the experts that are resident at the start. It is copied.
+        scope: `layer` if an expert may evict only experts of its own layer, `global` if any.
+        selective: Whether a missing expert that is worth less than every resident one is not kept.
+        admits: Whether missing experts become resident at all.
 
     Attributes:
-        decide: Which missing experts run in place instead of being fetched; set it to a predictor's.
+        decide: Returns the missing experts that run in the slow tier. By default all are fetched.
     """
 
     def __init__(self, state: Any, resident: Residency, scope: Scope, selective: bool = False, admits: bool = True):
@@ -102,18 +104,23 @@ class Policy:
 
     @property
     def slots(self) -> int:
-        """Residents; no visit changes their number."""
+        """Return the number of resident experts. It never changes."""
         return int(self.resident.sum())
 
     def begin(self) -> None:
-        """A sequence begins."""
+        """Start a sequence."""
         cache.begin(self.state)
 
     def visit(self, layer: int, counts: NDArray[np.int64], tokens: int) -> Visit:
-        """A layer has chosen.
+        """Record the choices of a layer, and evict and admit experts.
 
         Args:
-            counts: (E,) int64, how many of the step's `tokens` tokens chose each expert.
+            layer: Index of the layer.
+            counts: (E,) int64, how many tokens chose each expert.
+            tokens: Number of tokens in this step.
+
+        Returns:
+            The experts that were missing, and what replaced them.
         """
         wanted = np.flatnonzero(counts)
         missing = wanted[~self.resident[layer, wanted]]
@@ -131,14 +138,19 @@ class Policy:
         return Visit(wanted.tolist(), missing.tolist(), in_place, replaces)
 
     def replay(self, trace: Trace) -> HitRates:
-        """Run a whole trace through the cache, and count.
+        """Replay a whole trace and count its hits.
+
+        Args:
+            trace: The trace to replay.
 
         Raises:
-            UserError: The trace is of another number of layers or experts.
+            UserError: The trace has another number of layers or experts.
         """
         trace.must_be_of(*self.resident.shape)
         tallies = cache.empty_counts(trace.layers)
-        arrays = (np.asarray(each) for each in (trace.experts, trace.decode, trace.starts))  # numba knows no memmap
+        arrays = (
+            np.asarray(each) for each in (trace.experts, trace.decode, trace.starts)
+        )  # numba does not accept a memmap
         self._admit[:] = self.admits
         switches = (self.per_layer, self.selective, self._admit)
         room = np.zeros((3, trace.expert_count), np.int64)

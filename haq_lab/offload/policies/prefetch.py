@@ -1,6 +1,6 @@
-"""Prefetch: which experts the next layer will want, guessed while this one computes.
+"""Guess which experts the next layer will choose, while the current layer computes.
 
-A wrong guess costs a read and nothing else: guesses land in spare slots that are no part of the cache
+Guessed experts are read into spare slots outside the cache, so a wrong guess costs only a read
 (mixtral-offloading, arXiv 2312.17238).
 """
 
@@ -18,21 +18,32 @@ from haq_lab.routing.trace import Trace
 
 
 class Prefetch(Protocol):
-    """Guesses the experts of layer + 1, most wanted first."""
+    """Interface of the prefetch methods."""
 
     def guess(self, layer: int, hidden: Tensor | None, chosen: Tensor, k: int) -> list[int]:
-        """From what `layer`'s experts receive, (t, d), None in a simulator, and the chosen ones, (t, k) on the CPU."""
+        """Return at most k experts of the next layer, the most likely first.
+
+        Args:
+            layer: Index of the current layer.
+            hidden: Hidden states (t, d) that this layer's experts receive. None in a simulator.
+            chosen: Experts (t, k) that this layer chose, on the CPU.
+            k: Largest number of guesses.
+        """
         ...
 
 
 class NextGate:
-    """The next layer's router, applied early: hidden states change little from layer to layer."""
+    """Applies the next layer's router to the current hidden states, because these change little between layers.
+
+    Args:
+        routers: The router of each layer.
+    """
 
     def __init__(self, routers: list[nn.Module]):
         self.routers = routers
 
     def guess(self, layer: int, hidden: Tensor | None, chosen: Tensor, k: int) -> list[int]:
-        assert hidden is not None, "a router needs hidden states; a simulator takes what an engine's guessed"
+        assert hidden is not None, "a router needs hidden states. A simulator replays an engine's guesses"
         _, weights, experts = self.routers[layer + 1](hidden)
         weights, experts = weights.cpu(), experts.cpu()
         wanted = torch.zeros(int(experts.max()) + 1).index_add_(0, experts.flatten(), weights.flatten().float())
@@ -40,7 +51,11 @@ class NextGate:
 
 
 class NextOnPath:
-    """What tokens of the calibration trace chose after these experts."""
+    """Guesses the experts that tokens of the calibration trace chose after the current ones.
+
+    Args:
+        profile: The calibration trace.
+    """
 
     def __init__(self, profile: Trace):
         counts = transitions(profile)  # (layers - 1, E, E)
@@ -53,7 +68,11 @@ class NextOnPath:
 
 
 class Remembered:
-    """Guesses that were made before, for a simulation of the same steps: (steps, layers) lists of experts."""
+    """Replays the guesses of an engine, to simulate the same steps.
+
+    Args:
+        steps: Guessed experts by step and layer.
+    """
 
     def __init__(self, steps: list[list[list[int]]]):
         self.steps, self._next = steps, iter(steps)

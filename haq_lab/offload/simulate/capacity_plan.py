@@ -1,4 +1,4 @@
-"""Plans: for a model's shape, a trace and a GPU, what each format, placement and budget would cost and take."""
+"""Plan a deployment: simulate every format, placement and budget of a model on a GPU."""
 
 from __future__ import annotations
 
@@ -34,15 +34,22 @@ def plan(
     shares: Sequence[float] = SHARES,
     finished: Callable[[], None] = lambda: None,
 ) -> pd.DataFrame:
-    """Simulate every combination.
+    """Simulate every combination of format, placement, eviction rule and budget.
 
     Args:
-        context: Tokens whose key-value cache the GPU holds.
-        tokens: Of the test trace that are simulated.
+        hardware: The machine to simulate.
+        shape: Sizes of the model.
+        profile: Calibration trace, for placement and prediction.
+        test: Trace to simulate.
+        context: Number of tokens in the KV cache on the GPU.
+        tokens: Number of tokens of the test trace to simulate.
+        shares: Shares of all experts that are resident.
+        finished: Called after each simulation.
 
     Returns:
-        A row for each: formats, placement, cache, slots, `memory_bytes` of the GPU, `simulated_ms` a decoded token,
-        its std, and whether it `fits` the GPU.
+        One row a combination: the formats, placement, eviction rule, slots, `memory_bytes` of the GPU, `simulated_ms`
+        of a decoded token and its standard deviation, whether it `fits` the GPU, and whether it is on the `pareto`
+        front.
     """
     model = fit_path_model(profile)
     rows = []
@@ -65,14 +72,17 @@ def plan(
 
 
 def fixed_bytes(shape: Shape, device: Format, context: int) -> int:
-    """What the GPU holds beside experts: other weights, embedding and head, the key-value cache and the workspace of a
-    prompt of `context` tokens, and the driver's own."""
+    """Return the GPU memory in bytes that does not depend on the experts.
+
+    It consists of the other weights, embedding and head, the KV cache and workspace of `context` tokens, and the
+    driver's memory.
+    """
     weights = shape.layers * shape.rest * BYTES[device] + shape.tables_bytes
     return weights + 2 * (shape.kv_per_token + shape.work_per_token) * context + CONTEXT
 
 
 def mark_pareto(table: pd.DataFrame, memory: str = "memory_bytes", cost: str = "simulated_ms") -> pd.DataFrame:
-    """Add `pareto`: no other row has both less in column `memory` and less in column `cost`."""
+    """Add the column `pareto`: no other row is lower in both columns, `memory` and `cost`."""
     order = table.sort_values([memory, cost])
     best = order[cost].cummin()
     front = order[cost].eq(best) & ~best.duplicated()

@@ -1,4 +1,4 @@
-"""Figures of the offloading studies."""
+"""Draw the figures of the offloading studies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from haq_lab.utils.plotting import save
 
 
 def curve_figure(table: pd.DataFrame, title: str, path: Path) -> Path:
-    """Hit rate over the budget, a line a policy; Belady's bound dashed."""
+    """Draw the hit rate over the budget, one line a policy. Belady's bound is dashed."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     for policy, rows in table.groupby("policy", sort=False):
@@ -27,7 +27,7 @@ def curve_figure(table: pd.DataFrame, title: str, path: Path) -> Path:
 
 
 def heat_figure(trace: Trace, path: Path) -> Path:
-    """How often each expert is chosen, layers down, experts across."""
+    """Draw how often each expert is chosen. Rows are layers, columns are experts."""
     usage = frequencies(trace)
     figure = Figure(figsize=(2 + 0.5 * usage.shape[1], 1.5 + 0.2 * len(usage)), layout="constrained")
     axes = figure.subplots()
@@ -38,7 +38,7 @@ def heat_figure(trace: Trace, path: Path) -> Path:
 
 
 def pareto_figure(table: pd.DataFrame, hardware: str, path: Path) -> Path:
-    """GPU memory against simulated latency, the front joined up."""
+    """Draw simulated latency over GPU memory, with a line along the Pareto front."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     for (host, device), rows in table.groupby(["host_format", "device_format"]):

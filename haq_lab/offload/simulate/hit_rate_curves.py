@@ -1,4 +1,4 @@
-"""Hit-rate curves: every policy at every budget on one trace, with Belady's bound above them."""
+"""Compare the hit rates of all policies at several budgets on one trace, with Belady's upper bound."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from haq_lab.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Contender:
-    """A policy as it is known: cache rule, placement, scope."""
+    """A published policy: its eviction rule, placement and scope."""
 
     name: str
     rule: str
@@ -43,23 +43,27 @@ CONTENDERS = (
 def hit_rates(
     profile: Trace, test: Trace, budgets: Sequence[float], finished: Callable[[], None] = lambda: None
 ) -> pd.DataFrame:
-    """Replay the test trace under every contender, profiled on the other trace.
+    """Replay the test trace with every policy.
 
     Args:
-        budgets: Shares of all experts.
+        profile: Calibration trace for placement and prediction.
+        test: Trace to replay.
+        budgets: Shares of all experts that are resident, such as 0.25.
         finished: Called after each replay.
 
     Returns:
-        A row for each policy and budget: `pairs`, `experts` (the two hit rates), `layer_std`, `fetched_per_token`.
+        One row a policy and budget: `pairs`, `experts` (the two hit rates), `layer_std`, `fetched_per_token`.
 
     Raises:
-        UserError: A budget is no share or holds no expert, or the traces are of different models.
+        UserError: A budget is not a share or has no slot for an expert, or the traces are of different models.
     """
     profile.must_be_of(test.layers, test.expert_count)
     total = test.layers * test.expert_count
     for budget in budgets:
         if not 0 < budget <= 1 or round(budget * total) < 1:
-            raise UserError(f"budgets: {budget} is not a share of {total} experts, as 0.25 is")
+            raise UserError(
+                f"budgets: {budget} is not a share of {total} experts. Choose a value in (0, 1], such as 0.25."
+            )
     model = fit_path_model(profile)
     rows = []
     for budget in budgets:
@@ -76,9 +80,9 @@ def hit_rates(
 
 
 def closed(table: pd.DataFrame) -> dict[float, float]:
-    """By budget: the share of the distance between the best of LRU and LFU and Belady's bound that HAQ closes.
+    """Return the share of the gap between LRU or LFU and Belady's bound that HAQ closes, by budget.
 
-    A budget that holds all experts has no such distance, and is left out.
+    The better one of LRU and LFU counts. A budget for all experts has no gap, so it is left out.
     """
     shares = {}
     table = table[table["budget"] < 1]

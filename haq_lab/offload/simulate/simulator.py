@@ -1,11 +1,16 @@
-"""The simulator: a trace under a policy on a virtual clock, with no weights and no GPU. Its figures are predictions
-and are always labelled `simulated.<hardware>.`.
+"""Simulate a trace with a policy on a virtual clock, without weights and without a GPU.
 
-Four resources work at the same time, each one thing after another: the fast device, the link, the CPU and the disk.
-An event starts when its resource is free and what it needs is there. The order of events is the engine's: the
-layer's attention and router; fetches are asked for, guesses of the next layer behind them; resident experts and those
-in place run while the link works, then the fetched ones as they come. A wrong guess whose read has not begun is called
-off.
+The figures are predictions and are always labelled `simulated.<hardware>.`.
+
+Four resources work in parallel: the fast device, the link, the CPU and the disk. Each does one thing at a time. An
+event starts when its resource is free and its inputs are ready. The order of events is the engine's:
+
+1. The layer's attention and router run.
+2. Fetches are started, and behind them the prefetch of the next layer's guesses.
+3. Resident experts and those in the slow tier run while the link works.
+4. Fetched experts run as they arrive.
+
+A wrong guess is cancelled if its read has not begun.
 """
 
 from __future__ import annotations
@@ -24,34 +29,35 @@ from haq_lab.utils.errors import UserError
 
 
 class Resource:
-    """Something that does one thing at a time."""
+    """A device or a link that does one thing at a time."""
 
     def __init__(self) -> None:
         self.free = 0.0
         self.busy = 0.0
 
     def run(self, seconds: float, ready: float) -> float:
-        """Do something that takes `seconds` and can start at `ready`; when it is done."""
+        """Add work of `seconds` that can start at `ready`. Return the time when it is done."""
         self.free = max(self.free, ready) + seconds
         self.busy += seconds
         return self.free
 
-    def call_off(self, seconds: float) -> None:
-        """The last thing, which has not begun, is not done after all."""
+    def cancel(self, seconds: float) -> None:
+        """Remove the last work, which has not begun."""
         self.free -= seconds
         self.busy -= seconds
 
 
 @dataclass
 class Timeline:
-    """What a simulation found.
+    """The result of a simulation.
 
     Attributes:
         prompt_s: Seconds of each prompt.
         token_s: Seconds of each decoded token.
-        busy: Share of the time that each resource worked.
-        bytes: Moved into the fast tier.
-        guessed, guesses_used: Experts read ahead, and those of them that were wanted.
+        busy: Share of the time in which each resource worked.
+        bytes: Bytes moved into the fast tier.
+        guessed: Number of prefetched experts.
+        guesses_used: Number of prefetched experts that the next layer chose.
     """
 
     prompt_s: list[float] = field(default_factory=list)
@@ -62,9 +68,9 @@ class Timeline:
     guesses_used: int = 0
 
     def metrics(self, hardware: str) -> dict[str, float]:
-        """Metrics by their full names. Raises `UserError` where no decoded token was simulated."""
+        """Return the metrics by their full names. Raises UserError if no decoded token was simulated."""
         if not self.token_s:
-            raise UserError("trace: none of the tokens simulated is a decoded one; simulate more of them")
+            raise UserError("trace: none of the simulated tokens is a decoded one. Simulate more tokens.")
         milliseconds = 1e3 * np.array(self.token_s)
         name = f"simulated.{hardware}"
         metrics = {
@@ -81,10 +87,14 @@ class Timeline:
 
 
 class Simulator:
-    """Args:
-    costs: What everything takes.
-    policy: The same object that would drive the engine.
-    prefetch, guesses, spare: The engine's (`engine.py`).
+    """Runs a policy on a virtual clock.
+
+    Args:
+        costs: Costs of the simulated machine.
+        policy: The policy, which could also drive an engine.
+        prefetch: The prefetch method, or None.
+        guesses: Largest number of guesses for a layer.
+        spare: Number of spare slots for guesses and for experts that are not kept.
     """
 
     def __init__(
@@ -94,18 +104,22 @@ class Simulator:
         self.prefetch, self.guesses, self.spare = prefetch, guesses, spare
         self.resources = {name: Resource() for name in ("gpu", "link", "cpu", "disk")}
         self.source = self.resources["disk" if costs.from_disk else "link"]
-        self.in_place = self.resources["gpu" if costs.from_disk else "cpu"]  # with no GPU, the CPU is the fast device
-        self._ahead: dict[int, float] = {}  # guesses of the coming layer: when they have arrived
+        self.in_place = self.resources["gpu" if costs.from_disk else "cpu"]  # without a GPU, the CPU is the fast device
+        self._ahead: dict[int, float] = {}  # arrival times of the next layer's guesses
         self._timeline = Timeline()
         self._fetched = 0
 
     def run(self, trace: Trace, tokens: int | None = None) -> Timeline:
-        """The first `tokens` tokens of a trace: prompts as batches, the others one by one.
+        """Simulate a trace. Prompts are batches, other tokens are decoded one by one.
 
-        The clock begins at 0; what the policy has learnt stays.
+        The clock starts at 0. The policy keeps its state.
+
+        Args:
+            trace: The trace.
+            tokens: Number of tokens to simulate. None for all.
 
         Raises:
-            UserError: The trace is of another number of layers or experts.
+            UserError: The trace has another number of layers or experts.
         """
         trace.must_be_of(*self.policy.resident.shape)
         timeline, now = Timeline(), 0.0
@@ -128,7 +142,7 @@ class Simulator:
         return timeline
 
     def step(self, experts: NDArray[np.uint8], now: float) -> float:
-        """One forward pass of (tokens, layers, k) choices that starts at `now`; when it is done."""
+        """Simulate one forward pass of choices (tokens, layers, k) from time `now`. Return the time when it is done."""
         gpu, costs = self.resources["gpu"], self.costs
         tokens, layers = experts.shape[:2]
         for layer in range(layers):
@@ -154,13 +168,13 @@ class Simulator:
         return gpu.run(costs.outside(tokens), now)
 
     def _guessed(self, visit: Visit, routed: float) -> dict[int, float]:
-        """Missing experts that were guessed: when they are there."""
+        """Return the arrival times of the missing experts that were guessed."""
         arrivals = {one: max(self._ahead[one], routed) for one in visit.missing if one in self._ahead}
         self._timeline.guesses_used += len(arrivals)
         return arrivals
 
     def _guesses(self, layer: int, chosen: NDArray[np.uint8], passing: int) -> list[int]:
-        """What to read ahead into the spare slots that no expert passes through."""
+        """Return the experts to prefetch into the spare slots that are free."""
         if self.prefetch is None:
             return []
         wanted = self.prefetch.guess(layer, None, torch.from_numpy(chosen.astype(np.int64)), self.guesses)
@@ -175,13 +189,13 @@ class Simulator:
         return self.source.run(self.costs.fetch(self.costs.expert_bytes), ready)
 
     def _drop_wrong_guesses(self, counts: NDArray[np.int64], now: float) -> float:
-        """Until when wrong guesses keep the engine waiting: those that are being read."""
+        """Cancel wrong guesses. Return the time until which wrong guesses that are being read delay the engine."""
         busy_until = 0.0
         fetch = self.costs.fetch(self.costs.expert_bytes)
         for expert in reversed([expert for expert in self._ahead if counts[expert] == 0]):
             arrival = self._ahead.pop(expert)
             if arrival - fetch >= now and arrival == self.source.free:
-                self.source.call_off(fetch)
+                self.source.cancel(fetch)
                 self._fetched -= 1
             elif arrival > now:
                 busy_until = max(busy_until, arrival)
