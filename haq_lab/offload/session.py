@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -143,6 +145,16 @@ class OffloadSession:
             tier = ConvertedTier(tier, conversion, self._streams.device)
         self.engine = build_engine(self.settings, self.model, layers, tier, self._profile, self.hardware, self._streams)
         self._placed = self.engine.policy.resident.copy()
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Report only the steps within the block by `metrics`, `simulated` and `table`."""
+        if self.engine is None:
+            yield
+            return
+        self._placed = self.engine.policy.resident.copy()
+        with self.engine.counting():
+            yield
 
     def metrics(self) -> dict[str, float]:
         """Return the engine's metrics by name, or nothing if there is no engine."""
