@@ -1,27 +1,34 @@
-"""What a measurement gets to see, and what it is."""
+"""Define what a measurement receives and what it implements."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 from torch import Tensor, nn
 
+from haq_lab.data.windows import Windows
+from haq_lab.measure.prompts import PromptTexts
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.pass_result import PassResult
 
 
 @dataclass
 class Study:
-    """A model after its pass.
+    """A model after its pass, and everything that a measurement needs.
 
     Attributes:
+        model: The model, which loads layers one by one.
         windows: Evaluation windows (n, t) by dataset.
-        whole: The model as deployed, all layers in place where a measure `deploys`.
-        progress: Called with a line on what is being measured.
-        tables: What a measure leaves beside its metrics: a table by name, which the run folder gets as `<name>.csv`.
+        passed: Result of the sequential pass.
+        whole: The deployed model. It has no layers if no measure `deploys`.
+        progress: Shows a line about what is being measured.
+        prompts: The prompts of each measure that is a `PromptedMeasure`.
+        counting: Context in which the offloading engine counts hits and bytes for the metrics of the run.
+        tables: Tables that a measure adds to its metrics. The run folder gets each as `<name>.csv`.
     """
 
     model: LayeredModel
@@ -29,16 +36,31 @@ class Study:
     passed: PassResult
     whole: nn.Module
     progress: Callable[[str], None]
+    prompts: Mapping[Measure, Windows] = field(default_factory=dict)
+    counting: Callable[[], AbstractContextManager[None]] = nullcontext
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 class Measure(Protocol):
-    """One entry of `measure=[...]`; `evaluates` says whether it needs the evaluation windows in the pass,
-    `deploys` whether it needs the whole model in memory."""
+    """One entry of `measure=[...]`.
+
+    Attributes:
+        evaluates: Whether it needs the hidden states of the evaluation windows.
+        deploys: Whether it needs the whole model in memory.
+    """
 
     evaluates: bool
     deploys: bool
 
     def __call__(self, study: Study) -> dict[str, float]:
-        """Metrics by their full names."""
+        """Measure a model and return the metrics by their full names."""
+        ...
+
+
+@runtime_checkable
+class PromptedMeasure(Measure, Protocol):
+    """A measure that runs prompts. The run loads them before the pass, so that mistakes are reported early."""
+
+    def load_prompts(self, model: LayeredModel, texts: PromptTexts) -> Windows:
+        """Return the prompts and their stamp, which `results.json` records as `protocol.<measure>`."""
         ...

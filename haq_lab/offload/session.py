@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -149,6 +151,16 @@ class OffloadSession:
     def limitation(self) -> str | None:
         """A sentence if a part of the eviction rule is off for a model of this size, else None."""
         return EVICTION_RULES[self.settings.eviction].limitation(self.model.depth, self.model.experts)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Report only the steps within the block by `metrics`, `simulated` and `table`."""
+        if self.engine is None:
+            yield
+            return
+        self._placed = self.engine.policy.resident.copy()
+        with self.engine.counting():
+            yield
 
     def metrics(self) -> dict[str, float]:
         """Return the engine's metrics by name, or nothing if there is no engine."""

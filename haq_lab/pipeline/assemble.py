@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import pandas as pd
@@ -121,6 +121,10 @@ class Assembly:
 
     def _deploy(self, model: LayeredModel) -> Deployment:
         return Deployment(model, self.experiment.backend, self._offload, self._report)
+
+    def counting(self) -> AbstractContextManager[None]:
+        """Return a context. The metrics of offloading cover only the steps within it."""
+        return nullcontext() if self._offload is None else self._offload.counting()
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of offloading and of the checkpoint, by their full names."""

@@ -18,9 +18,10 @@ from haq_lab.checkpoint.writer import remove_saved_states
 from haq_lab.config.build import Experiment, build, effective, refuse_idle
 from haq_lab.config.help import is_user_error
 from haq_lab.data.windows import Windows
-from haq_lab.measure.base import Study
+from haq_lab.measure.base import PromptedMeasure, Study
 from haq_lab.measure.memory import reset_peaks
 from haq_lab.measure.metrics import declared_metrics
+from haq_lab.measure.prompts import PromptTexts
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
 from haq_lab.pipeline.cached_pass import CachedPass
@@ -98,6 +99,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     with Progress() as progress:
         model = _load_model(experiment, folder, progress)
         evaluation, calibration = _load_texts(experiment, model)
+        prompts = _load_prompts(experiment, model)
         store = experiment.result_cache.open()
         with Assembly(experiment, model, folder, evaluation, calibration, store) as assembly:
             inputs = _pass_inputs(experiment, model, evaluation, calibration)
@@ -107,14 +109,22 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             if calibration is None and assembly.needs_trace(passed):
                 calibration = experiment.calibration.load(model.tokenizer())
             whole = assembly.finish(passed, calibration)
-            study = Study(assembly.model, inputs.evaluation, passed, whole, progress.stage)
+            study = Study(
+                assembly.model,
+                inputs.evaluation,
+                passed,
+                whole,
+                progress.stage,
+                {experiment.measures[name]: loaded for name, loaded in prompts.items()},
+                assembly.counting,
+            )
             metrics = _measure(experiment, study, cached)
             metrics |= assembly.metrics() | assembly.simulated(facts["hardware"])
             metrics |= {f"time.stages_{action}_s": seconds for action, seconds in store.clock.seconds.items()}
     facts |= assembly.facts() | {"reused": [f"{count} x {stage}" for stage, count in store.reused.items()]}
     if own := declared_metrics(experiment.measures.values()):
         facts["own_metrics"] = own
-    protocol = _protocol(evaluation, calibration)
+    protocol = _protocol(evaluation, calibration) | {name: loaded.protocol for name, loaded in prompts.items()}
     results = write_record(experiment, folder, facts, protocol, passed, metrics, study.tables | assembly.tables())
     assembly.recorded()
     show_results(results, folder.path)
@@ -214,6 +224,13 @@ def _load_texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, 
         calibration = experiment.calibration.load(tokenizer)
         check_overlap(calibration, evaluation, experiment.calibration.overlap)
     return evaluation, calibration
+
+
+def _load_prompts(experiment: Experiment, model: LayeredModel) -> dict[str, Windows]:
+    """Load the prompts of each measure that runs prompts, by the name of the measure."""
+    texts = PromptTexts(experiment.data, experiment.calibration)
+    measures = experiment.measures.items()
+    return {name: one.load_prompts(model, texts) for name, one in measures if isinstance(one, PromptedMeasure)}
 
 
 def _refuse_too_long(setting: str, seqlen: int, model: LayeredModel) -> None:

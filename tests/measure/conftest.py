@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import pytest
 
+from haq_lab.calibration.dataset import Calibration
+from haq_lab.data.windows import PythonDocs
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.measure.base import Study
+from haq_lab.measure.prompts import PromptTexts
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 
 
-def study_of(model, quantizer, windows) -> Study:
+def study_of(model, quantizer, windows, prompted=()) -> Study:
+    """A study of a model. `prompted` are the measures whose prompts are cut from Python's documentation."""
     layers: list = []
     evaluation = {"text": windows}
     passed = sequential_pass(
         PassInputs(model, quantizer, ReferenceBackend(), windows, "fp", evaluation),
         lambda index, layer: layers.append(layer),
     )
-    return Study(model, evaluation, passed, model.assemble(layers), lambda stage: None)
+    texts = PromptTexts({"python_docs": PythonDocs()}, Calibration("python_docs"))
+    prompts = {measure: measure.load_prompts(model, texts) for measure in prompted}
+    return Study(model, evaluation, passed, model.assemble(layers), lambda stage: None, prompts)
 
 
 @pytest.fixture

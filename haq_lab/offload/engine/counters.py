@@ -16,6 +16,7 @@ class Counters:
         blob_bytes: Bytes that are moved for one expert.
 
     Attributes:
+        tokens: Tokens that have entered the first layer, of prompts and decoded.
         read: (layers,) experts fetched, prefetched ones included.
         guessed: (layers,) experts prefetched.
         guesses_used: (layers,) prefetched experts that were then needed.
@@ -23,34 +24,46 @@ class Counters:
     """
 
     def __init__(self, layers: int, blob_bytes: int):
-        self._blob_bytes = blob_bytes
+        self._blob_bytes, self.tokens = blob_bytes, 0
         self._pairs, self._pair_hits, self._experts, self._expert_hits = np.zeros((4, layers), np.int64)
         self.read, self.guessed, self.guesses_used = np.zeros((3, layers), np.int64)
         self.waited = np.zeros(layers)
 
-    def visit(self, layer: int, counts: NDArray[np.int64], missing: list[int]) -> None:
+    def visit(self, layer: int, tokens: int, counts: NDArray[np.int64], missing: list[int]) -> None:
         """Count the hits and misses of one layer in one step.
 
         Args:
             layer: Index of the layer.
+            tokens: Number of tokens in the step.
             counts: (E,) tokens per expert.
             missing: Experts that are needed and not resident.
         """
+        if layer == 0:
+            self.tokens += tokens
         self._pairs[layer] += counts.sum()
         self._pair_hits[layer] += counts.sum() - counts[missing].sum()
         self._experts[layer] += np.count_nonzero(counts)
         self._expert_hits[layer] += np.count_nonzero(counts) - len(missing)
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics by their full names. Hit rates are left out if nothing was counted."""
+        """Return the metrics by their full names.
+
+        Hit rates and values per token are left out if nothing was counted.
+        """
+        moved, waited = float(self.read.sum() * self._blob_bytes), float(self.waited.sum())
         metrics = {}
         if self._pairs.any():
             metrics["offload.hit_rate_pairs"] = float(self._pair_hits.sum() / self._pairs.sum())
             metrics["offload.hit_rate_experts"] = float(self._expert_hits.sum() / self._experts.sum())
             metrics["offload.hit_rate_layer_std"] = float((self._pair_hits / np.maximum(self._pairs, 1)).std())
-        metrics["offload.bytes_moved"] = float(self.read.sum() * self._blob_bytes)
-        metrics["offload.waited_s"] = float(self.waited.sum())
-        return metrics
+        if self.tokens:
+            metrics["offload.bytes_moved_per_token"] = moved / self.tokens
+            metrics["offload.waited_ms_per_token"] = 1e3 * waited / self.tokens
+        return metrics | {
+            "offload.tokens": float(self.tokens),
+            "offload.bytes_moved": moved,
+            "offload.waited_s": waited,
+        }
 
     def prefetch_accuracy(self) -> float:
         """Return the share of prefetched experts that were needed."""

@@ -8,7 +8,8 @@ experts and missing experts that the policy does not admit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -87,6 +88,7 @@ class Engine:
         self.counters = Counters(layers, slow_tier.moved_bytes)
         self.transfer = Transfer(slow_tier, policy.slots + spare, self.counters, feedback, streams or Streams())
         self.arena = self.transfer.arena
+        self._counted: tuple[dict[str, float], list[dict[str, Any]]] | None = None  # the results of `counting`
         self._guessed: dict[Key, None] = {}  # prefetched for the next layer, in order
         self._step = _Step()
         self._counts = np.zeros(self.experts, np.int64)  # tokens per expert in the current layer
@@ -112,6 +114,7 @@ class Engine:
             self.transfer.fetch(key)
         for key in initial:
             self.transfer.take_over(key)
+        self._start_counting()
 
     def begin(self, layer: int, hidden: Tensor, chosen: Tensor) -> list[int]:
         """Start a layer: evict, fetch and prefetch experts according to the router's choice.
@@ -136,7 +139,7 @@ class Engine:
         if layer == 0 and len(chosen) > 1:
             self.policy.begin()
         visit = self.policy.visit(layer, counts, len(chosen))
-        self.counters.visit(layer, counts, visit.missing)
+        self.counters.visit(layer, len(chosen), counts, visit.missing)
         self._step = _Step()
         if self.feedback is not None:
             self._predict(layer, counts, visit)
@@ -163,7 +166,8 @@ class Engine:
         if self.prefetch is not None and layer + 1 < len(self.transfer.layers):
             guesses = self.prefetch.guess(layer, hidden, chosen, self.guesses)
             self._prefetch(layer, guesses)
-        self.recorder.record(layer, chosen, guesses)
+        if self._counted is None:
+            self.recorder.record(layer, chosen, guesses)
         self._counts = counts
         if self.feedback is not None:
             self.feedback.on_requests_sent(requested + len(self._guessed))
@@ -272,11 +276,30 @@ class Engine:
         fetched = [number for number in visit.missing if number not in in_place and number not in prefetched]
         self.feedback.predict(with_tokens(hits), with_tokens(fetched), with_tokens(in_place))
 
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Report only the steps within the block by `stats`, `table` and `recorder`. Use it between two steps."""
+        self._start_counting()
+        yield
+        self._counted = self.stats(), self.table()
+
+    def _start_counting(self) -> None:
+        """Forget all that was counted and recorded so far."""
+        self.transfer.settle()
+        self._counted = None
+        self.recorder = Recorder(len(self.transfer.layers), self.experts)
+        self.counters = self.transfer.counters = Counters(len(self.transfer.layers), self.slow_tier.moved_bytes)
+        if self.feedback is not None:
+            self.feedback.predicted, self.feedback.measured = [], []
+
     def stats(self) -> dict[str, float]:
         """Return the metrics by their full names.
 
-        The hit rates are left out if no layer has run.
+        They cover all steps since `attach`, or those within `counting`. Hit rates and values per token are left out if
+        no layer has run.
         """
+        if self._counted is not None:
+            return self._counted[0]
         self.transfer.settle()
         stats = self.counters.metrics() | {
             "offload.fast_tier_bytes": float(self.arena.bytes),
@@ -289,7 +312,12 @@ class Engine:
         return stats
 
     def table(self) -> list[dict[str, Any]]:
-        """Return one row per layer: resident experts, hits, misses, bytes moved and prefetches."""
+        """Return one row per layer: resident experts, hits, misses, bytes moved and prefetches.
+
+        It covers the same steps as `stats`.
+        """
+        if self._counted is not None:
+            return self._counted[1]
         self.transfer.settle()
         return [
             {"layer": layer, "resident": " ".join(map(str, np.flatnonzero(resident)))} | row
