@@ -11,12 +11,12 @@ The command line uses the same code. docs/api.md has more examples.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from haq_lab.config.override_syntax import override_value
 from haq_lab.utils.errors import UserError, nearest
 from haq_lab.utils.paths import bundled
 
@@ -89,8 +89,8 @@ def quantize(
         *_model_overrides(model),
         f"quantizer={quantizer}",
         *_calibration_overrides(calibration),
-        *(f"quantizer.{name}={_value(value)}" for name, value in settings.items()),
-        f"checkpoint.dir={_value(folder)}",
+        *(f"quantizer.{name}={override_value(value)}" for name, value in settings.items()),
+        f"checkpoint.dir={override_value(folder)}",
         "data=[]",
         "measure=[]",
         "tracking=none",
@@ -100,28 +100,44 @@ def quantize(
     return folder
 
 
-def load(folder: str | Path, backend: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    folder: str | Path, backend: str = "auto", offload: str | None = None, **settings: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a quantised checkpoint, ready for `generate`.
+
+    With offloading, `model.offload.stats()` counts hits, misses and bytes, and `model.offload.residents()` shows the
+    experts in the fast tier. Experts stay there between calls.
 
     Args:
         folder: A folder that `quantize` or `checkpoint.dir` has written.
         backend: `cpu`, `cuda`, `reference` or `fake`. `auto` is `cuda` on a machine with a GPU and CuPy, else `cpu`.
+        offload: An option of the group `offload`, such as `haq`. If None, all experts stay in memory.
+        settings: Settings of offloading, such as `budget="40%"`.
 
     Returns:
         The model and its tokenizer, as `AutoModelForCausalLM` and `AutoTokenizer` return them.
 
     Raises:
-        UserError: The folder is not a checkpoint, or a file is damaged.
+        UserError: The folder is not a checkpoint, a file is damaged, or the model has no experts to offload.
 
     Example:
-        >>> model, tokenizer = haq_lab.load("checkpoints/smol")
+        >>> model, tokenizer = haq_lab.load("checkpoints/smol_moe", offload="haq", budget="40%")
         >>> prompt = tokenizer("Once upon a time", return_tensors="pt")
         >>> print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+        >>> model.offload.stats()
     """
     from haq_lab.config.backends import make_backend
     from haq_lab.pipeline.deployment import load_checkpoint
 
-    whole, model = load_checkpoint(Path(folder).expanduser(), make_backend(backend))
+    if offload is None and not settings:
+        whole, model = load_checkpoint(Path(folder).expanduser(), make_backend(backend))
+    else:
+        from haq_lab.config.offloading import make_offload
+
+        chosen, calibration = make_offload(offload or "none", settings)
+        whole, model = load_checkpoint(
+            Path(folder).expanduser(), make_backend(backend), offload=chosen, calibration=calibration
+        )
     return whole, model.tokenizer()
 
 
@@ -185,9 +201,9 @@ def _model_overrides(model: ModelName) -> list[str]:
         return [f"model={model}"]
     folder = Path(model).expanduser()
     if (folder / "manifest.json").is_file():
-        return ["model=quantized", f"model.path={_value(folder)}"]
+        return ["model=quantized", f"model.path={override_value(folder)}"]
     if folder.is_dir() or "/" in str(model):
-        return ["model=hf", f"model.name={_value(model)}"]
+        return ["model=hf", f"model.name={override_value(model)}"]
     options = sorted(path.stem for path in (bundled("conf") / "model").glob("*.yaml"))
     raise UserError(
         f"model: '{model}' is no option, folder or hub name. Choose one of {', '.join(options)}, a folder, or "
@@ -199,12 +215,5 @@ def _calibration_overrides(calibration: str | Path) -> list[str]:
     """Return the overrides for an option of the group `calibration`, or for a text file."""
     if (bundled("conf") / "calibration" / f"{calibration}.yaml").is_file() or not Path(calibration).exists():
         return [f"calibration={calibration}"]
-    return ["calibration=text", f"calibration.path={_value(calibration)}"]
+    return ["calibration=text", f"calibration.path={override_value(calibration)}"]
 
-
-def _value(value: Any) -> str:
-    """Write a Python value in Hydra's override syntax. Strings are quoted, because a path may contain any character."""
-    if isinstance(value, str | Path):
-        escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
-    return json.dumps(value)

@@ -30,15 +30,30 @@ METHOD = "haq_lab"
 class HaqLabConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint.
 
+    To change a setting, load the config first:
+
+        config = AutoConfig.from_pretrained("checkpoints/smol_moe")
+        config.quantization_config |= {"offload": "haq", "offload_settings": {"budget": "40%"}}
+        model = AutoModelForCausalLM.from_pretrained("checkpoints/smol_moe", config=config)
+        model.offload.stats()
+
     Args:
         backend: Backend of the int8 linears: `cpu`, `cuda`, `reference` or `fake`. If None, `cuda` is used if
             `device_map` names a GPU, and `cpu` if not.
+        offload: An option of the group `offload`, such as `haq`. If None, all experts stay in memory.
+        offload_settings: Settings of offloading, such as `{"budget": "40%"}`.
         record: The other entries of the checkpoint's config: its provenance and whether its head is quantised.
     """
 
-    def __init__(self, backend: str | None = None, **record: Any):
+    def __init__(
+        self,
+        backend: str | None = None,
+        offload: str | None = None,
+        offload_settings: dict[str, Any] | None = None,
+        **record: Any,
+    ):
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enumeration has only its own methods
-        self.backend = backend
+        self.backend, self.offload, self.offload_settings = backend, offload, offload_settings
         self.__dict__.update({name: value for name, value in record.items() if name != "quant_method"})
 
 
@@ -78,7 +93,16 @@ class HaqLabQuantizer(HfQuantizer):
 
         assert self._folder is not None
         default = "cpu" if self._device == "cpu" else "cuda"
-        whole, _ = load_checkpoint(self._folder, make_backend(self.quantization_config.backend or default))
+        settings = self.quantization_config
+        backend = make_backend(settings.backend or default)
+        if settings.offload is None and not settings.offload_settings:
+            whole, _ = load_checkpoint(self._folder, backend)
+        else:
+            from haq_lab.config.offloading import make_offload
+
+            offload, calibration = make_offload(settings.offload or "none", settings.offload_settings or {})
+            whole, _ = load_checkpoint(self._folder, backend, offload=offload, calibration=calibration)
+            model.offload = whole.offload
         whole.config.dtype = model.config.dtype
         whole.config.name_or_path = model.config.name_or_path
         whole.config.quantization_config = self.quantization_config

@@ -18,6 +18,7 @@ FILE = "manifest.json"
 WORK = "work"
 IDENTITY = "identity.json"  # in WORK: settings of the run that began the checkpoint
 REST = "rest.safetensors"
+ROUTING = "routing.trace"  # the router's choices on the calibration text, if the run recorded them
 VERSION = 1
 
 

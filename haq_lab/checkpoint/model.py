@@ -13,10 +13,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from haq_lab.checkpoint.layer_tensors import int8_layer, read_layer
-from haq_lab.checkpoint.manifest import REST, Manifest, layer_file
+from haq_lab.checkpoint.manifest import REST, ROUTING, Manifest, layer_file
 from haq_lab.int8.backend import Backend
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
+from haq_lab.routing.trace import Trace
 from haq_lab.storage.safetensors_file import read_shard
 from haq_lab.utils.errors import UserError
 
@@ -66,6 +67,10 @@ class QuantizedModel(LayeredModel):
 
     def read_outer_tensors(self) -> dict[str, Tensor]:
         return read_shard(self.folder, self.manifest.shard(self.folder, REST))[0]
+
+    def routing(self) -> Trace | None:
+        """Return the routing trace of the calibration pass, or None if the checkpoint has none."""
+        return Trace.open(self.folder / ROUTING) if ROUTING in self.manifest.files else None
 
     def load_layer(self, index: int) -> nn.Module:
         """Return decoder layer `index` in int8.

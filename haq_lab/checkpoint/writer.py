@@ -16,12 +16,13 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from haq_lab.checkpoint.layer_tensors import SCHEMES, layer_content, to_storable
-from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, WORK, Manifest, layer_file
+from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, ROUTING, WORK, Manifest, layer_file
 from haq_lab.checkpoint.provenance import differences
 from haq_lab.checkpoint.resume_state import layers_done, restore_state, save_state
 from haq_lab.models.companion_files import copy_companion_files
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.pass_result import PassState
+from haq_lab.routing.trace import Trace
 from haq_lab.storage.safetensors_file import Shard, write_shard
 from haq_lab.utils.atomic_files import atomic_folder, sha256, write_json
 from haq_lab.utils.errors import UserError
@@ -126,13 +127,19 @@ class CheckpointWriter:
         self.shards.append(shard)
         save_state(self.work, index, state, self.shards)
 
-    def finish(self) -> None:
-        """Write the tensors outside the layers, the tokenizer, the config, and last the manifest."""
+    def finish(self, routing: Trace | None = None) -> None:
+        """Write the tensors outside the layers, the tokenizer, the config, and last the manifest.
+
+        Args:
+            routing: The routing trace of the calibration pass, if it was recorded. Offloading uses it after loading.
+        """
         rest = {name: to_storable(tensor) for name, tensor in self.model.read_outer_tensors().items()}
         shards = {shard.file: shard for shard in [write_shard(self.folder / REST, rest, {}), *self.shards]}
         # Files that are in the folder for another reason must not be listed, so write ours to a folder of their own.
         with atomic_folder(self.work / "files") as aside:
             self._write_listed_files(aside, shards.values())
+            if routing is not None:
+                routing.save(aside / ROUTING)
         files = {path.relative_to(self.work / "files").as_posix(): path for path in (self.work / "files").rglob("*")}
         hashes = {name: sha256(path) for name, path in sorted(files.items()) if path.is_file()}
         for name in hashes:

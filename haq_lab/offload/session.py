@@ -31,6 +31,7 @@ from haq_lab.offload.tiers.base import SlowTier
 from haq_lab.offload.tiers.conversion import ConvertedTier
 from haq_lab.offload.tiers.cuda_streams import Streams
 from haq_lab.offload.tiers.disk import ExpertFileWriter
+from haq_lab.offload.tiers.disk_reuse import ReusedExpertFile
 from haq_lab.offload.tiers.half_experts import half_experts
 from haq_lab.offload.tiers.pinned_host import HostWriter
 from haq_lab.offload.tiers.writer import TierWriter
@@ -56,6 +57,7 @@ class OffloadSession:
         folder: Folder for the file of the slow tier, if the slow tier is a file.
         store: Result cache for the routing trace, if one has to be recorded.
         streams: CUDA streams of the device that computes. If None, the CPU computes.
+        reuse: Whether the slow tier's file stays in `folder` and is used again by the next session there.
 
     Raises:
         UserError: The model has no experts, or `offload.profile` does not fit it.
@@ -79,12 +81,13 @@ class OffloadSession:
         folder: Path,
         store: Store,
         streams: Streams | None = None,
+        reuse: bool = False,
     ):
         _require_experts(model)
         self.settings, self.hardware, self.model, self.store = settings, hardware, model, store
         self._profile = _open_profile(settings, model)
         self.path = folder / "experts.bin"
-        self._streams = streams or Streams()
+        self._streams, self._reuse = streams or Streams(), reuse
         self._writer = self._make_writer()
         self._tier: SlowTier | None = None
         self.engine: Engine | None = None
@@ -92,7 +95,7 @@ class OffloadSession:
     def _make_writer(self) -> TierWriter:
         """Return the writer of the slow tier: host memory if the device has its own memory, else a file."""
         if not self._streams.separate_memory:
-            return ExpertFileWriter(self.path).__enter__()
+            return ReusedExpertFile(self.path) if self._reuse else ExpertFileWriter(self.path).__enter__()
         cpu = None if self.settings.on_miss == "fetch" else CpuBackend()  # runs missing experts in the slow tier
         return HostWriter(self.model.depth, self._streams, cpu)
 
@@ -122,11 +125,18 @@ class OffloadSession:
             text: Name of the calibration text.
         """
         if self._profile is None and routing is not None:
-            trace = routing.trace(self.model.folder.name, text)
-            self._profile = replace(trace, decode=np.ones_like(trace.decode))  # the engine decodes token by token
+            self.use_profile(routing.trace(self.model.folder.name, text))
         if self._profile is None:
             assert calibration is not None
             self._profile = routing_trace(self.store, self.model, calibration, text)
+
+    def use_profile(self, trace: Trace) -> None:
+        """Use a routing trace for placement and prediction.
+
+        Args:
+            trace: A trace of this model. All its tokens count as decoded, because the engine decodes token by token.
+        """
+        self._profile = replace(trace, decode=np.ones_like(trace.decode))
 
     def engage(self, layers: list[nn.Module]) -> None:
         """Build the engine and attach it to the layers.
@@ -166,6 +176,26 @@ class OffloadSession:
         """Return the engine's metrics by name, or nothing if there is no engine."""
         return {} if self.engine is None else self.engine.stats()
 
+    def stats(self) -> dict[str, float]:
+        """Return what the engine has counted since it was built.
+
+        Returns:
+            `hits` and `misses` (choices of an expert by a token), `bytes_moved`, and with prefetching
+            `prefetch_accuracy` (the share of prefetched experts that were needed).
+        """
+        assert self.engine is not None, "call engage first"
+        metrics, rows = self.engine.stats(), self.engine.table()
+        stats = {name: sum(row[name] for row in rows) for name in ("hits", "misses")}
+        stats["bytes_moved"] = metrics["offload.bytes_moved"]
+        if "offload.prefetch_accuracy" in metrics:
+            stats["prefetch_accuracy"] = metrics["offload.prefetch_accuracy"]
+        return stats
+
+    def residents(self) -> Residency:
+        """Return which experts are in the fast tier, (layers, E) bool."""
+        assert self.engine is not None, "call engage first"
+        return self.engine.policy.resident.copy()
+
     def simulated(self, label: str) -> dict[str, float]:
         """Simulate the decoded steps on the run's hardware.
 
@@ -187,14 +217,15 @@ class OffloadSession:
         return pd.DataFrame([] if self.engine is None else self.engine.table())
 
     def close(self) -> None:
-        """Stop the engine and delete the slow tier."""
+        """Stop the engine and delete the slow tier, unless its file is reused."""
         if self.engine is not None:
             self.engine.close()
         elif self._tier is not None:  # building the engine failed
             self._streams.drain()
             self._tier.close()
         self._writer.__exit__()
-        self.path.unlink(missing_ok=True)
+        if not self._reuse:
+            self.path.unlink(missing_ok=True)
 
 
 def build_engine(

@@ -111,7 +111,8 @@ class Assembly:
             The model, ready to run. It has no layers if no measure needs it.
         """
         if self.writer is not None:
-            self.writer.finish()
+            text, routing = self.experiment.calibration.text, passed.routing
+            self.writer.finish(None if routing is None else routing.trace(self.model.folder.name, text))
             self.model = QuantizedModel(self.writer.folder, self.experiment.backend)
             self._deployment = self._deploy(self.model)
             for index in range(self.model.depth if self.deploys else 0):

@@ -9,6 +9,7 @@ a loaded checkpoint computes the same bits as the run that measured it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -18,13 +19,21 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from haq_lab.checkpoint.manifest import FILE, ROUTING
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.backend import Backend
 from haq_lab.models.layerwise import LayeredModel
+from haq_lab.result_cache.store import Store
+from haq_lab.routing.record import record_trace
+from haq_lab.routing.trace import Trace
 from haq_lab.runtime.deploy import deploy
+from haq_lab.utils.atomic_files import sha256
+from haq_lab.utils.paths import cache_folder
 
 if TYPE_CHECKING:
+    from haq_lab.calibration.dataset import Calibration
     from haq_lab.offload.session import OffloadSession
+    from haq_lab.offload.settings import Offload
     from haq_lab.routing.choices import Routing
 
 Report = Callable[[str], None]
@@ -73,28 +82,73 @@ class Deployment:
 
 @torch.no_grad()
 def load_checkpoint(
-    folder: Path, backend: Backend, report: Report | None = None
+    folder: Path,
+    backend: Backend,
+    report: Report | None = None,
+    offload: Offload | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[PreTrainedModel, QuantizedModel]:
     """Load a quantised checkpoint as a transformers model.
 
-    Every tensor and file is checked against its hash.
+    Every tensor and file is checked against its hash. With offloading, the model has the attribute `offload`, an
+    `OffloadSession`. It ends with the model.
 
     Args:
         folder: A folder that `checkpoint.dir` or `haq_lab.quantize` has written.
         backend: Backend that computes the int8 linears.
         report: Called with a line that says why the native decoder is not used for some layers.
+        offload: Settings of offloading. If None, all experts stay in memory.
+        calibration: Text to record the routing profile on, if neither the checkpoint nor `offload.profile` has one.
 
     Returns:
         The model, ready to run, and its description.
 
     Raises:
-        UserError: The folder is not a checkpoint, or a file is missing or damaged.
+        UserError: The folder is not a checkpoint, a file is missing or damaged, or offloading does not suit the model.
     """
     model = QuantizedModel(folder, backend)
-    deployment = Deployment(model, backend, report=report)
-    for index in range(model.depth):
-        deployment.add(model.load_layer(index))
-    whole = cast(PreTrainedModel, deployment.finish())
+    session = None if offload is None else _open_session(offload, model, calibration)
+    try:
+        deployment = Deployment(model, backend, session, report)
+        for index in range(model.depth):
+            deployment.add(model.load_layer(index))
+        whole = cast(PreTrainedModel, deployment.finish())
+    except BaseException:
+        if session is not None:
+            session.close()
+        raise
+    if session is not None:
+        whole.offload = session
+        # Not `whole`: `from_pretrained` moves its modules to another model.
+        weakref.finalize(whole.get_submodule(model.family.layers), session.close)
     if (folder / GENERATION_CONFIG_NAME).is_file():
         whole.generation_config = GenerationConfig.from_pretrained(folder)
     return whole, model
+
+
+def _open_session(offload: Offload, model: QuantizedModel, calibration: Calibration | None) -> OffloadSession:
+    """Start offloading with an expert file in the cache folder and the checkpoint's routing profile."""
+    from haq_lab.offload.session import OffloadSession
+    from haq_lab.offload.tiers.cuda_streams import make_streams
+
+    offload.must_suit(model.backend.device, quantized=True)
+    folder = cache_folder() / "experts" / sha256(model.folder / FILE)
+    streams = make_streams(model.backend.device)
+    session = OffloadSession(offload, None, model, folder, Store(), streams, reuse=True)
+    try:
+        if offload.profile is None:
+            session.use_profile(_routing_profile(model, folder / ROUTING, calibration))
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _routing_profile(model: QuantizedModel, recorded: Path, calibration: Calibration | None) -> Trace:
+    """Return the checkpoint's routing trace. If it has none, record one once and store it at `recorded`."""
+    if (trace := model.routing()) is not None:
+        return trace
+    if not recorded.is_file():
+        assert calibration is not None, "a checkpoint without a routing trace needs a calibration text"
+        record_trace(model, calibration.load(model.tokenizer()).tokens, calibration.text).save(recorded)
+    return Trace.open(recorded)
