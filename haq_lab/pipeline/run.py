@@ -31,8 +31,9 @@ from haq_lab.pipeline.preflight import preflight
 from haq_lab.pipeline.record import write_record
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.pass_result import PassResult
+from haq_lab.results.show_run import show_results
 from haq_lab.tracking.run_folder import RunFolder
-from haq_lab.utils.console import Progress, say, show_results
+from haq_lab.utils.console import Progress, say
 from haq_lab.utils.environment import machine
 from haq_lab.utils.errors import UserError, invalid
 

@@ -64,13 +64,13 @@ def collect(*folders: str | Path) -> Collection:
     Raises:
         UserError: A folder does not exist.
     """
-    found = Collection(_named(results.load(*folders)))
+    runs = results.load(*folders)
+    found = Collection(_named(runs), metrics=runs.attrs["own_metrics"])
     stacks: dict[str, list[pd.DataFrame]] = {}
     for _, run in found.finished.iterrows():
         folder, name = Path(run["folder"]), str(run["name"])
         record = read_record(folder / "results.json") or {}
         found.protocol[name] = record.get("protocol", {})
-        found.metrics |= record["run"].get("own_metrics", {}) if record else {}
         for kind in TABLES:
             if (table := _table(folder / f"{kind}.csv")) is not None:
                 stacks.setdefault(kind, []).append(table.assign(run=name))

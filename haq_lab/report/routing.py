@@ -11,6 +11,14 @@ from haq_lab.report.chart import GREY, HEAT, Chart, axes, looks, styled, whole_n
 from haq_lab.report.collect import Collection
 
 HIT_RATE = "offload.hit_rate_pairs"
+CHOICES = ("quantizer", "backend", "hardware", "calibration", "prompts")  # columns that tell runs of a policy apart
+WITHOUT_EFFECT = (  # settings that do not change a hit rate
+    "config.offload.budget",
+    "config.checkpoint.",
+    "config.result_cache.",
+    "config.hardware.",
+    "config.force",
+)
 
 
 def popularity(found: Collection) -> Chart | str:
@@ -58,14 +66,29 @@ def hit_rates(found: Collection) -> Chart | str:
 
 
 def _measured(runs: pd.DataFrame, experts: pd.DataFrame | None) -> pd.DataFrame:
-    """Return the hit rates of runs by policy and share of resident experts. Runs that share both are averaged."""
+    """Return the hit rates of runs by policy and share of resident experts. Runs with equal settings are averaged."""
     if HIT_RATE not in runs:
         return pd.DataFrame()
     runs = runs[runs[HIT_RATE].notna()]
     share = _resident_share(runs, experts)
     runs, share = runs[share.notna()], share.dropna()
-    rates = pd.DataFrame({"policy": runs["offload"], "budget": share, "pairs": runs[HIT_RATE]})
+    rates = pd.DataFrame({"policy": _line_names(runs), "budget": share, "pairs": runs[HIT_RATE]})
     return rates.groupby(["policy", "budget"], as_index=False).mean()
+
+
+def _line_names(runs: pd.DataFrame) -> pd.Series:
+    """Return the policy of each run, with the settings in which the policy's runs differ, except for the budget."""
+    names = runs["offload"].astype(str)
+    settings = [
+        *(name for name in CHOICES if name in runs),
+        *(name for name in map(str, runs) if name.startswith("config.") and not name.startswith(WITHOUT_EFFECT)),
+    ]
+    for _, group in runs.groupby("offload", sort=False):
+        for setting in settings:
+            values = group[setting].dropna().astype(str)
+            if values.nunique() > 1:
+                names[values.index] += f", {setting.removeprefix('config.')}=" + values
+    return names
 
 
 def _resident_share(runs: pd.DataFrame, experts: pd.DataFrame | None) -> pd.Series:
@@ -84,12 +107,12 @@ def _resident_share(runs: pd.DataFrame, experts: pd.DataFrame | None) -> pd.Seri
 def _curves(table: pd.DataFrame) -> go.Figure:
     figure = styled(go.Figure(), 430)
     policies = [name for name in table["policy"].unique() if not name.startswith("Belady")]
-    own = looks(sorted(policies, key=lambda name: name.lower() != "haq"))  # whose line is the thick one
+    own = looks(sorted(policies, key=lambda name: not _is_haq(name)))
     for policy, rows in table.groupby("policy", sort=False):
         name = str(policy)
         bound = name.startswith("Belady")
         line = {"color": GREY, "dash": "dash"} if bound else {"color": own[name].colour, "dash": own[name].dash}
-        width = 3.5 if name.lower() == "haq" else 1.6
+        width = 3.5 if _is_haq(name) else 1.6
         figure.add_scatter(
             x=rows["budget"],
             y=rows["pairs"],
@@ -102,3 +125,7 @@ def _curves(table: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(tickformat=".0%", range=[0, 1.02])
     figure.update_yaxes(tickformat=".0%")
     return figure
+
+
+def _is_haq(line: str) -> bool:
+    return line.partition(",")[0].lower() == "haq"

@@ -9,6 +9,7 @@ import pandas as pd
 
 from haq_lab.measure.metrics import UNQUANTISED, Metric, find_metric, table_columns
 from haq_lab.report.collect import Collection
+from haq_lab.results.load import RANDOM_PROMPTS, evaluated_texts
 from haq_lab.results.published import beside, figures_of
 from haq_lab.utils.console import format_change
 
@@ -50,8 +51,8 @@ def result_tables(found: Collection) -> list[Table]:
     """One for each model, and for each set of windows that it was evaluated on: runs that can be compared."""
     groups: dict[tuple[str, tuple[Any, ...]], list[pd.Series]] = {}
     for _, run in found.finished.iterrows():
-        stamps = found.protocol[run["name"]].items()
-        windows = tuple((text, _stamp(stamp)) for text, stamp in stamps if text != "calibration")
+        protocol = found.protocol[run["name"]]
+        windows = tuple((text, _stamp(protocol[text])) for text in evaluated_texts(protocol))
         groups.setdefault((str(run["model"]), windows), []).append(run)
     tables = []
     for (model, windows), runs in groups.items():
@@ -73,7 +74,8 @@ def _result_table(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) -
     best = {name: _best(contenders[name], metric) for name, metric in measured.items()}
     rows = []
     for _, run in runs.iterrows():
-        row = [Cell(str(run["name"]).removeprefix(f"{run['model']} "))]
+        prompts = "random prompts" if run.get("prompts") == RANDOM_PROMPTS else ""
+        row = [Cell(_name_in_table(run), note=prompts)]
         for name, metric in measured.items():
             value = run[name]
             if pd.isna(value):
@@ -83,7 +85,20 @@ def _result_table(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) -
             is_best = bool(run["quantized"]) and shown == best[name]
             row.append(Cell(shown, is_best, _difference(name, metric, run, baseline)))
         rows.append(row)
-    return Table(title, ["run", *(metric.head for metric in measured.values())], rows, len(measured), NOTE)
+    note = " ".join([NOTE, *_limitations(runs)])
+    return Table(title, ["run", *(metric.head for metric in measured.values())], rows, len(measured), note)
+
+
+def _name_in_table(run: pd.Series) -> str:
+    return str(run["name"]).removeprefix(f"{run['model']} ")
+
+
+def _limitations(runs: pd.DataFrame) -> list[str]:
+    """Return a sentence for each run in which a part of the offloading method is off."""
+    if "offload_limitation" not in runs:
+        return []
+    limited = runs[runs["offload_limitation"].notna()]
+    return [f"{_name_in_table(run)}: {run['offload_limitation'].rstrip('.')}." for _, run in limited.iterrows()]
 
 
 def _best(values: pd.Series, metric: Metric) -> str | None:
@@ -152,8 +167,11 @@ def protocol_table(found: Collection) -> Table:
     present = [name for name in STAMP if any(name in stamp for stamp, _ in stamps.values())]
     rows = []
     for (text, _), (stamp, names) in stamps.items():
-        label = f"calibration ({stamp.get('text')})" if text == "calibration" else text
-        comparable = "" if text == "calibration" else ", ".join(stamp.get("comparable_with", [])) or "nothing published"
+        label, comparable = f"{text} ({stamp.get('text')})", ""
+        if evaluated_texts({text: stamp}):
+            label, comparable = text, ", ".join(stamp.get("comparable_with", [])) or "nothing published"
+        elif text == "latency" and stamp.get("text") == RANDOM_PROMPTS:
+            label = "latency (random prompts)"
         runs = "all" if len(names) == len(found.protocol) else f"{len(names)}: {names[0]}" + ", ..." * (len(names) > 1)
         rows.append(list(map(Cell, [label, *(str(stamp.get(name, "")) for name in present), comparable, runs])))
     return Table("Protocol stamps", ["text", *present, "comparable with", "runs"], rows)

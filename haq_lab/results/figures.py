@@ -50,8 +50,12 @@ def comparison_figure(runs: pd.DataFrame, path: Path) -> Path:
     for panel, column in zip(panels, columns, strict=False):
         values = runs[column].to_numpy(float)
         places = range(len(runs))  # not names, since runs with one name would share a bar
-        bars = panel.barh(places, np.nan_to_num(values), color="#4c72b0")
-        labels = ["not evaluated" if np.isnan(value) else f"{value:+.2f} %" for value in values]
+        bars = panel.barh(places, np.nan_to_num(values, posinf=0, neginf=0), color="#4c72b0")
+        reasons = runs.get(f"null.perplexity.{column.partition('.')[2]}", pd.Series(None, runs.index, dtype=object))
+        missing = [f"null ({reason})" if isinstance(reason, str) else "not evaluated" for reason in reasons]
+        labels = [
+            f"{value:+.2f} %" if np.isfinite(value) else text for value, text in zip(values, missing, strict=True)
+        ]
         panel.bar_label(bars, labels=labels, padding=3)
         panel.set_yticks(places, runs["name"])
         panel.set(xlabel="perplexity over full precision, %", title=column.partition(".")[2])

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from haq_lab.measure.metrics import table_columns
+from haq_lab.measure.metrics import find_metric, table_columns
 from haq_lab.results.model_names import distinct_names
 from haq_lab.results.old_names import SETTINGS
 from haq_lab.results.published import figures_of
@@ -23,6 +23,8 @@ from haq_lab.tracking.run_folder import ARCHIVE
 from haq_lab.utils.console import print_table, say
 from haq_lab.utils.errors import UserError, nearest_beside
 
+RANDOM_PROMPTS = "random"  # text of the stamp `protocol.latency` if the prompts are random token ids
+NOT_EVALUATED = ("calibration", "latency")  # stamps of texts on which no perplexity is measured
 RECORDS = ("results.json", "error.json", "config.yaml")
 
 
@@ -36,7 +38,10 @@ def load(*folders: str | Path) -> pd.DataFrame:
         `change_percent.<dataset>`, the distance of the perplexity from full precision;
         `comparable.<dataset>`, the published tables that the perplexity is comparable with;
         `null.<metric>`, the reason why a metric is null;
-        `saved_percent.memory`, of the weights against the whole model in fp16.
+        `saved_percent.memory`, of the weights against the whole model in fp16;
+        `prompts`, the text of the prompts for latency and expert metrics (`random`: random token ids).
+
+    The table's `attrs["own_metrics"]` has the metrics that the users' own measures declare.
 
     Raises:
         UserError: A folder does not exist.
@@ -52,7 +57,9 @@ def load(*folders: str | Path) -> pd.DataFrame:
         row["model"] = model
     for row, name in zip(rows, short_names(rows), strict=True):
         row["name"] = name
+    own_metrics = {name: metric for row in rows for name, metric in row.pop("_own_metrics").items()}
     runs = pd.DataFrame(rows, columns=None if rows else ["folder", "name", "status", "error"])
+    runs.attrs["own_metrics"] = own_metrics
     if {"memory.weights_bytes", "memory.weights_fp16_bytes"} <= set(runs):
         runs["saved_percent.memory"] = (1 - runs["memory.weights_bytes"] / runs["memory.weights_fp16_bytes"]) * 100
     return runs
@@ -64,6 +71,11 @@ def short_names(rows: list[dict[str, Any]]) -> list[str]:
     shared = set.intersection(*map(set, filter(None, given))) if any(given) else set()
     names = [" ".join(override for override in own if override not in shared) for own in given]
     return [name if name and names.count(name) == 1 else row["name"] for name, row in zip(names, rows, strict=True)]
+
+
+def evaluated_texts(protocol: dict[str, Any]) -> list[str]:
+    """Return the names of the texts in a run's protocol on which the model was evaluated."""
+    return [text for text in protocol if text not in NOT_EVALUATED]
 
 
 def _run_folders(folder: Path) -> set[Path]:
@@ -84,6 +96,7 @@ def _row(folder: Path) -> dict[str, Any]:
     row["quantized"] = _is_quantized(row)
     if row.get("model"):
         row["_model"] = record.get("config", {}).get("model") or {}
+    row["_own_metrics"] = record.get("run", {}).get("own_metrics", {})
     metrics = {name: math.nan if value is None else value for name, value in record.get("metrics", {}).items()}
     reasons = record.get("not_finite", {})
     nulls = {name: reasons.get(name, "not finite") for name, value in metrics.items() if math.isnan(value)}
@@ -92,8 +105,11 @@ def _row(folder: Path) -> dict[str, Any]:
         kind, _, dataset = name.partition(".")
         if kind == "perplexity" and (fp := metrics.get(f"perplexity_fp.{dataset}")):
             row[f"change_percent.{dataset}"] = (value / fp - 1) * 100
-    for text, stamp in record.get("protocol", {}).items():
-        row[f"comparable.{text}"] = "; ".join(stamp.get("comparable_with", []))
+    protocol = record.get("protocol", {})
+    for text in evaluated_texts(protocol):
+        row[f"comparable.{text}"] = "; ".join(protocol[text].get("comparable_with", []))
+    if "text" in (prompts := protocol.get("latency", {})):
+        row["prompts"] = prompts["text"]
     return row
 
 
@@ -132,7 +148,8 @@ def show(runs: pd.DataFrame) -> None:
         table.add_column(f"{dataset}\nppl", justify="right", no_wrap=True)
         table.add_column("over\nfp", justify="right", no_wrap=True)
     names = [name for name in map(str, runs) if not name.startswith("perplexity.")]
-    measured = {name: metric for name, metric in table_columns(names).items() if metric.column == "all"}
+    columns = table_columns(names, runs.attrs.get("own_metrics"))
+    measured = {name: metric for name, metric in columns.items() if metric.column == "all" or not find_metric(name)}
     for metric in measured.values():
         table.add_column(metric.head.replace(", ", "\n"), justify="right", no_wrap=True)
     for _, run in runs.iterrows():
@@ -148,6 +165,8 @@ def show(runs: pd.DataFrame) -> None:
         say(f"{run['name']}: {run['folder']}" + (f"\n    failed: {run['error']}" if run["status"] == "failed" else ""))
         if not pd.isna(limitation := run.get("offload_limitation")):
             say(f"    {limitation}")
+        if run.get("prompts") == RANDOM_PROMPTS:
+            say("    Latency and expert metrics were measured with random prompts.")
 
 
 def show_published(figures: pd.DataFrame) -> None:

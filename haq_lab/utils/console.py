@@ -1,14 +1,13 @@
-"""Print progress, tables and results to the terminal."""
+"""Print lines, tables and progress bars to the terminal."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Column, Table
+from rich.table import Table
 
 
 def plain(**settings: Any) -> Console:
@@ -75,37 +74,3 @@ class Progress:
 def format_change(value: float, baseline: float) -> str:
     """Format the relative change of a value from its baseline, such as `+0.40 %`."""
     return f"{(value / baseline - 1) * 100:+.2f} %"
-
-
-def show_results(results: dict[str, Any], folder: Path) -> None:
-    """Print a table of the metrics of a finished run, and its folder.
-
-    Args:
-        results: Contents of the run's results file.
-        folder: The run's folder.
-    """
-    metrics, run = results["metrics"], results["run"]
-    title = f"{run['model']}  {run['quantizer']}"
-    table = Table(Column("metric", overflow="fold"), "value", title=title, title_justify="left")
-    for name, value in metrics.items():
-        if name.startswith("time."):
-            continue
-        if value is None:
-            table.add_row(name, f"none ({results.get('not_finite', {}).get(name, 'not finite')})")
-            continue
-        note = ""
-        dataset = name.partition(".")[2]
-        if name.startswith("perplexity.") and (fp := metrics.get(f"perplexity_fp.{dataset}")):
-            note = f"  ({format_change(value, fp)})"
-        table.add_row(name, format_metric(name, value) + note)
-    print_table(table)
-    say(f"run folder: {folder}")
-
-
-def format_metric(name: str, value: float) -> str:
-    """Format a metric's value with its unit."""
-    if "bytes" in name.rpartition(".")[2].split("_"):  # `weights_bytes`, `bytes_moved`
-        return f"{value / 1e6:,.1f} MB"
-    if name.startswith(("perplexity", "latency")):
-        return f"{value:,.4g}" if name.startswith("latency") else f"{value:,.4f}"
-    return f"{value:,.5g}"

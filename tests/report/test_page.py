@@ -217,6 +217,44 @@ def test_budgets_in_experts_and_bytes_are_on_the_hit_rate_curve():
         assert measured.loc["haq", "budget"] == 0.75
 
 
+def test_hit_rates_of_runs_with_different_settings_are_not_averaged():
+    """Only the third and the fourth run have equal settings."""
+    runs = pd.DataFrame(
+        {
+            "name": ["a", "b", "c", "d"],
+            "offload": ["lru"] * 4,
+            "quantizer": ["none", "rtn", "rtn", "rtn"],
+            "config.offload.budget": ["50%"] * 4,
+            "config.offload.prefetch": ["next", "next", "none", "none"],
+            "config.quantizer.weight_bits": [None, "8", "8", "8"],
+            "config.force": [False, True, False, True],
+            "offload.hit_rate_pairs": [0.5, 0.3, 0.8, 0.6],
+        }
+    )
+    measured = _measured(runs, None).set_index("policy")["pairs"]
+    assert measured.round(6).to_dict() == {
+        "lru, quantizer=none, offload.prefetch=next": 0.5,
+        "lru, quantizer=rtn, offload.prefetch=next": 0.3,
+        "lru, quantizer=rtn, offload.prefetch=none": 0.7,
+    }
+
+
+def test_limitations_and_random_prompts_are_stated(studied, tmp_path):
+    shutil.copytree(studied / "experts", tmp_path / "experts")
+    path = next((tmp_path / "experts").rglob("results.json"))
+    content = json.loads(path.read_text())
+    before = [table.title for table in result_tables(collect(tmp_path))]
+    content["run"]["offload_limitation"] = "offload=haq ignores the path of a token."
+    content["protocol"]["latency"] = {"text": "random", "tokens": 8, "seed": 0}
+    path.write_text(json.dumps(content))
+    found = collect(tmp_path)
+    tables = result_tables(found)
+    assert [table.title for table in tables] == before  # the stamp of the prompts does not split a table
+    assert sum("offload=haq ignores the path of a token." in table.note for table in tables) == 1
+    assert [row[0].note for table in tables for row in table.rows if row[0].note] == ["random prompts"]
+    assert "latency (random prompts)" in page(found, "title")
+
+
 def test_values_that_look_alike_are_all_the_best():
     metric = Metric("size", "MB", "lower", 1)
     assert _best(pd.Series([1.04, 1.01, 3.0]), metric) == "1.0"

@@ -38,9 +38,10 @@ def test_runs_of_one_name_have_bars_of_their_own_and_missing_texts_are_named(tmp
     drawn = []
     monkeypatch.setattr("haq_lab.results.figures.save", lambda figure, path: drawn.append(figure) or path)
     runs = pd.DataFrame({"name": ["same", "same", "other"], "change_percent.c4": [1.0, 2.0, None]})
+    runs = pd.concat([runs, pd.DataFrame([{"name": "null", "null.perplexity.c4": "too large"}])], ignore_index=True)
     comparison_figure(runs, tmp_path / "a.png")
     (panel,) = drawn[0].axes
-    assert [round(bar.get_width(), 3) for bar in panel.patches] == [1, 2, 0]
-    assert len({bar.get_y() for bar in panel.patches}) == 3
-    assert [text.get_text() for text in panel.texts] == ["+1.00 %", "+2.00 %", "not evaluated"]
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["same", "same", "other"]
+    assert [round(bar.get_width(), 3) for bar in panel.patches] == [1, 2, 0, 0]
+    assert len({bar.get_y() for bar in panel.patches}) == 4
+    assert [text.get_text() for text in panel.texts] == ["+1.00 %", "+2.00 %", "not evaluated", "null (too large)"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["same", "same", "other", "null"]

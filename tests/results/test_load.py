@@ -9,8 +9,8 @@ import pytest
 
 from haq_lab.cli.results import main
 from haq_lab.results import load as results
+from haq_lab.results.show_run import show_results
 from haq_lab.tracking.run_folder import RunFolder, read_results
-from haq_lab.utils.console import show_results
 
 
 @pytest.fixture
