@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from haq_lab.config.help import report_user_errors
+from haq_lab.config.explain import report_user_errors
 from haq_lab.result_cache.eviction import Entry, entries, remove_leftovers, trim
 from haq_lab.result_cache.settings import ResultCache, parse_size
 from haq_lab.utils.console import print_table, say

@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from haq_lab.config.help import report_user_errors
+from haq_lab.config.explain import report_user_errors
 from haq_lab.utils.console import errors, print_table, say
 
 

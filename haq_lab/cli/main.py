@@ -22,7 +22,8 @@ from rich.console import Console
 
 import haq_lab.config.compose  # noqa: F401  # registers the resolver of the run folder's name
 from haq_lab.cli.sweep_failures import JobFailed, Watch, forget, new_failures
-from haq_lab.config.help import explain, help_text, is_user_error
+from haq_lab.config.explain import explain, is_user_error
+from haq_lab.config.help import help_text
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import bundled
 from haq_lab.utils.threads import limit_thread_spinning

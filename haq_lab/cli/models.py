@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from haq_lab.config.help import report_user_errors
+from haq_lab.config.explain import report_user_errors
 from haq_lab.utils.console import say
 
 

@@ -14,7 +14,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from haq_lab.config.help import report_user_errors
+from haq_lab.config.explain import report_user_errors
 from haq_lab.utils.console import Progress, say
 from haq_lab.utils.errors import UserError, nearest, nearest_beside
 

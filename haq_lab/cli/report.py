@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from haq_lab.config.help import report_user_errors
+from haq_lab.config.explain import report_user_errors
 from haq_lab.utils.atomic_files import write_text
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from haq_lab.config.help import report_user_errors
+from haq_lab.config.explain import report_user_errors
 from haq_lab.results.load import load, show, show_published
 from haq_lab.results.published import beside
 from haq_lab.utils.atomic_files import atomic_file

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from haq_lab.config.help import report_user_errors
+from haq_lab.config.explain import report_user_errors
 from haq_lab.tracking.run_folder import ARCHIVE
 from haq_lab.utils.console import Progress, say
 from haq_lab.utils.errors import UserError, nearest_beside

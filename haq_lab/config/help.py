@@ -1,27 +1,11 @@
-"""`--help`, made from the config files themselves, and Hydra's errors in words that name the nearest match."""
+"""List the groups, options and settings of the config, and build the text of `--help` from the config files."""
 
 from __future__ import annotations
 
-import errno
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
-from haq_lab.results.old_names import SETTINGS
-from haq_lab.utils.console import errors, say
-from haq_lab.utils.errors import UserError, nearest
 from haq_lab.utils.paths import bundled
-
-USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError)  # the user's or the machine's, not bugs
-PLAIN_ERRORS = {  # mistakes too, which Hydra and its plug-ins raise as plain ValueError or RuntimeError
-    "Config group override must be": "a group needs the name of one of its options (none, where it has that), not null",
-    'Could not detect "srun"': "hydra/launcher=slurm: there is no SLURM here (no srun on the path)",
-}
 
 GROUPS = {
     "model": "what is quantised",
@@ -32,15 +16,14 @@ GROUPS = {
     "offload": "which experts stay in memory, and where the others run",
     "hardware": "what the predictor decides for, and a run with offloading is simulated on",
     "measure": "what is measured, any number: measure=[perplexity,memory,latency]",
-    "tracking": "Weights & Biases",
+    "tracking": "trackers that receive a copy of the run, any number: tracking=[offline]",
     "experiment": "ready-made studies: +experiment=NAME",
 }
 
-MISSING = re.compile(r"'(?:hydra_plugins\.hydra_|hydra/launcher/|hydra/sweeper/)(joblib|submitit|ray|optuna)[\w./]*'")
 PLAIN = {"checkpoint": ["dir"], "result_cache": ["enabled", "dir", "max_size"]}  # settings that are no group's
 HYDRA = {"": ["launcher", "sweeper"], "run": ["dir"], "sweep": ["dir"]}  # its settings for every day, of many
 KNOWN = [*GROUPS, *PLAIN, "search_metric", "force"]  # all that a config holds
-MULTIPLE_CHOICE = ("data", "measure")  # groups of which any number of options can be chosen
+MULTIPLE_CHOICE = ("data", "measure", "tracking")  # groups of which any number of options can be chosen
 
 HEAD = """Squeeze a large language model onto one edge GPU, and measure the price.
 
@@ -96,107 +79,6 @@ def _option_lines(path: Path, option: str) -> list[str]:
 def _bases(text: str) -> list[str]:
     """The options of the same group that an option's file begins with; overrides of other groups are none."""
     return re.findall(r"^  - (?!_self_)(\w+)(?: +#.*)?$", text, flags=re.MULTILINE)
-
-
-@contextmanager
-def report_user_errors(program: str) -> Iterator[None]:
-    """Tell a mistake within the block in one message, as `program`, and exit with code 2."""
-    try:
-        yield
-    except USER_ERRORS as error:
-        say(f"{program}: {explain(error)}", on=errors)
-        sys.exit(2)
-
-
-def is_user_error(error: BaseException) -> bool:
-    """Whether it is the user's or the machine's, and no bug."""
-    return isinstance(error, USER_ERRORS) or any(raised in str(error) for raised in PLAIN_ERRORS)
-
-
-def explain(error: Exception) -> str:
-    """One message for a mistake; with the nearest valid name where Hydra or OmegaConf only say that one is missed."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and not isinstance(error, HydraException):  # one of Hydra's is both
-        return _disk(error)
-    message = "\n".join(dict.fromkeys(str(link).strip() for link in _chain(error)))
-    if bare := re.search(r"Error parsing override '([\w./+~]+)'\s*missing EQUAL", message):
-        return f"{bare.group(1)}: a value is needed, as {bare.group(1)}=VALUE"
-    if plugin := MISSING.search(message):
-        extra = plugin.group(1)
-        return f"hydra: {extra} is not installed; run: pip install 'haq-lab[{extra}]'"
-    if missing := re.search(r"Could not (?:find|load) '((?:hydra/)?\w+)/([^']*)'", message):
-        group, option = missing.groups()
-        known = options(group)
-        return f"{group}: '{option}' is not one of {', '.join(known)}{nearest(option, known)}"
-    if override := re.search(r"Could not override '([^']+)'", message):
-        return _unknown_key(override.group(1))
-    if appended := re.search(r"Could not append to config\. An item is already at '([^']+)'", message):
-        return f"{appended.group(1)}: it is there already; write it without the '+'"
-    if key := re.search(r"[Kk]ey '?([\w.]+)'? (?:is )?not in", message):
-        full = re.search(r"full_key: (\S+)", message)
-        return _unknown_key((full or key).group(1))
-    for raised, told in PLAIN_ERRORS.items():
-        if raised in message:
-            return told
-    return _first(message) or type(error).__name__
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    """The error and what it came from."""
-    links = []
-    while error is not None and error not in links:
-        links.append(error)
-        error = error.__cause__
-    return links
-
-
-def _first(message: str) -> str:
-    """A message's lines as one, without the internals that OmegaConf adds."""
-    lines = [line.strip() for line in message.splitlines()]
-    noise = ("full_key", "object_type", "reference_type", "See https://hydra.cc", "set the environment variable")
-    return " ".join(line for line in lines if line and not line.lower().startswith(tuple(map(str.lower, noise))))
-
-
-def _disk(error: OSError) -> str:
-    reason = error.strerror or str(error) or type(error).__name__
-    if error.errno == errno.ENOSPC:
-        reason = "the disk is full"
-    return f"{error.filename}: {reason}" if error.filename else reason
-
-
-def _unknown_key(key: str) -> str:
-    """A key that no config has, and the nearest that one does."""
-    if key in SETTINGS:
-        return f"{key}: there is no such setting any more. Use {SETTINGS[key]}."
-    group, _, setting = key.replace("/", ".").partition(".")
-    if group in PLAIN:
-        known = [f"{group}.{name}" for name in PLAIN[group]]
-        there = f" (there is {', '.join(known)})"
-        return f"there is no setting '{key}'{nearest(key, known) or there}"
-    if group not in GROUPS and group != "hydra":
-        return f"there is no group or setting '{key}'{nearest(group, KNOWN)}"
-    if not setting:
-        return f"{group}: the config has none; write +{group}=OPTION (one of {', '.join(options(group))})"
-    inner, _, name = setting.rpartition(".")
-    if group in MULTIPLE_CHOICE and inner and inner not in options(group):
-        known = options(group)
-        return f"{key}: '{inner}' is not one of {', '.join(known)}{nearest(inner, known)}"
-    if inner in options(group):  # data.wikitext2.path: the option may just not be chosen
-        known = settings_of(group, inner)
-        if name in known:
-            return f"{key}: '{inner}' is not among the options chosen; add it to {group}=[...]"
-    else:
-        known = [name for option in options(group) for name in settings_of(group, option)]
-        known += options(group) if group in MULTIPLE_CHOICE and not inner else []
-        known += HYDRA.get(inner, []) if group == "hydra" else []
-    hint = nearest(name, sorted(set(known)))
-    where = [option for option in options(group) if option != "none" and name in settings_of(group, option)]
-    if where and not inner:
-        if group in MULTIPLE_CHOICE:
-            return f"{key}: write {group}.OPTION.{name}, where OPTION is one of {', '.join(where)}"
-        return f"{key}: it belongs to {group}={', '.join(where)}; each option chosen must be one of these"
-    return f"{key}: there is no such setting in the options chosen{hint}; `python -m haq_lab --help` lists all"
 
 
 def settings_of(group: str, option: str) -> list[str]:

@@ -16,7 +16,7 @@ from haq_lab.calibration.dataset import check_overlap
 from haq_lab.checkpoint.model import open_model
 from haq_lab.checkpoint.writer import remove_saved_states
 from haq_lab.config.build import Experiment, build, effective, refuse_idle
-from haq_lab.config.help import is_user_error
+from haq_lab.config.explain import is_user_error
 from haq_lab.data.windows import Windows
 from haq_lab.measure.base import PromptedMeasure, Study
 from haq_lab.measure.memory import reset_peaks

@@ -46,3 +46,25 @@ def invalid(setting: str, value: object, allowed: Iterable[object]) -> UserError
     allowed = list(allowed)
     choices = ", ".join(str(item) for item in allowed)
     return UserError(f"{setting}: '{value}' is not one of {choices}{nearest(value, allowed) or '.'}")
+
+
+def unknown_setting(setting: str, known: Iterable[str]) -> UserError:
+    """Return the error for a setting that does not exist.
+
+    Args:
+        setting: Full name of the setting.
+        known: Last parts of the names that exist beside it.
+
+    Example:
+        >>> str(unknown_setting("quantizer.bits", ["weight_bits", "fold"]))
+        "quantizer.bits: there is no such setting (did you mean 'weight_bits'?)"
+    """
+    known = sorted(set(known))
+    parent, _, name = setting.rpartition(".")
+    choices = f". Choose one of {', '.join(known)}." if known else f". Remove it: {parent} has no settings."
+    return UserError(f"{setting}: there is no such setting{nearest(name, known) or choices}")
+
+
+def renamed(setting: str, new_name: str) -> UserError:
+    """Return the error for a setting that has a new name."""
+    return UserError(f"{setting}: there is no such setting any more. Use {new_name}.")

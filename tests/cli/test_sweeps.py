@@ -116,7 +116,7 @@ def test_without_slurm_its_launcher_says_so(tmp_path, monkeypatch):
     ],
 )
 def test_a_missing_extra_is_named(error, extra):
-    from haq_lab.config.help import explain
+    from haq_lab.config.explain import explain
 
     assert explain(RuntimeError(error)) == f"hydra: {extra} is not installed; run: pip install 'haq-lab[{extra}]'"
 
