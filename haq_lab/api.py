@@ -216,4 +216,3 @@ def _calibration_overrides(calibration: str | Path) -> list[str]:
     if (bundled("conf") / "calibration" / f"{calibration}.yaml").is_file() or not Path(calibration).exists():
         return [f"calibration={calibration}"]
     return ["calibration=text", f"calibration.path={override_value(calibration)}"]
-

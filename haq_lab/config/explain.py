@@ -127,7 +127,9 @@ def _spelling_of_path(group: str, option: str) -> str | None:
     if group in ("data", "calibration"):
         if "/" not in option and not path.suffix and not (option and path.exists()):
             return None
-        return f"data=text data.text.path={option}" if group == "data" else f"calibration=text calibration.path={option}"
+        return (
+            f"data=text data.text.path={option}" if group == "data" else f"calibration=text calibration.path={option}"
+        )
     if group != "model" or not ("/" in option or path.suffix == ".gguf" or (option and path.exists())):
         return None
     if path.suffix == ".gguf":
@@ -204,7 +206,8 @@ def _unknown_key(key: str) -> str:
     group, _, setting = key.replace("/", ".").partition(".")
     if group in PLAIN:
         known = [f"{group}.{name}" for name in PLAIN[group]]
-        return f"{key}: there is no such setting{nearest(key, known) or f'. Choose one of {', '.join(known)}.'}"
+        choices = ", ".join(known)
+        return f"{key}: there is no such setting{nearest(key, known) or f'. Choose one of {choices}.'}"
     if group not in GROUPS and group != "hydra":
         return str(unknown_group(key))
     if not setting:

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from haq_lab.calibration.dataset import Calibration
 from haq_lab.config.build import build, refuse_idle
 from haq_lab.config.compose import compose_run
-from haq_lab.config.help import explain
+from haq_lab.config.explain import explain
 from haq_lab.config.override_syntax import override_value
 from haq_lab.offload.settings import Offload
 from haq_lab.utils.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Study:
     passed: PassResult
     whole: nn.Module
     progress: Callable[[str], None]
-    prompts: Mapping[Measure, Windows] = field(default_factory=dict)
+    prompts: Mapping[Any, Windows] = field(default_factory=dict)
     counting: Callable[[], AbstractContextManager[None]] = nullcontext
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 

@@ -118,7 +118,7 @@ def load_checkpoint(
             session.close()
         raise
     if session is not None:
-        whole.offload = session
+        whole.offload = session  # type: ignore[assignment]
         # Not `whole`: `from_pretrained` moves its modules to another model.
         weakref.finalize(whole.get_submodule(model.family.layers), session.close)
     if (folder / GENERATION_CONFIG_NAME).is_file():
