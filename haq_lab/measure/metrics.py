@@ -97,6 +97,8 @@ METRICS: dict[str, Metric] = {
     "offload.hit_rate_layer_std": Metric("standard deviation of the hit rate over layers", "", "", 3),
     "offload.bytes_moved": Metric("moved", direction="lower", decimals=0, column="all", **_MB),
     "offload.bytes_moved_per_token": Metric("moved", "MB/token", "lower", 3, 1e-6),
+    "offload.waited_ms_per_token": Metric("waited", "ms/token", "lower", 3),
+    "offload.tokens": Metric("tokens that offloading counted", decimals=0, column="none"),
     "offload.fast_tier_bytes": Metric("fast tier", decimals=1, **_MB),
     "quantizer.dynamic_share": Metric("dynamic linears", "%", "", 1, 100),
     "quantizer.fallback_modules": Metric("fallbacks", decimals=0),

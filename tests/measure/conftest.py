@@ -13,17 +13,18 @@ from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 
 
-def study_of(model, quantizer, windows, prompted=()) -> Study:
-    """A study of a model. `prompted` are the measures whose prompts are cut from Python's documentation."""
+TEXTS = PromptTexts({"python_docs": PythonDocs()}, Calibration("python_docs"))
+
+
+def study_of(model, quantizer, windows) -> Study:
+    """A study of a model."""
     layers: list = []
     evaluation = {"text": windows}
     passed = sequential_pass(
         PassInputs(model, quantizer, ReferenceBackend(), windows, "fp", evaluation),
         lambda index, layer: layers.append(layer),
     )
-    texts = PromptTexts({"python_docs": PythonDocs()}, Calibration("python_docs"))
-    prompts = {measure: measure.load_prompts(model, texts) for measure in prompted}
-    return Study(model, evaluation, passed, model.assemble(layers), lambda stage: None, prompts)
+    return Study(model, evaluation, passed, model.assemble(layers), lambda stage: None)
 
 
 @pytest.fixture

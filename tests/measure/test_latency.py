@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +13,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from haq_lab.calibration.dataset import Calibration
+from haq_lab.data.windows import PythonDocs, Windows
+from haq_lab.measure.base import Study
 from haq_lab.measure.latency import Latency
 from haq_lab.models.layerwise import LayeredModel
-from tests.measure.conftest import study_of
+from haq_lab.utils.errors import UserError
+from tests.measure.conftest import TEXTS, study_of
 from tests.models.test_layerwise import VARIANTS, save
 
 QUICK = {"prompt_tokens": 8, "decode_tokens": 3, "iterations": 2, "seconds": 0, "warmup": 1}
+
+
+def measured(study: Study, **settings) -> dict[str, float]:
+    """Measure the latency of a study with prompts from its text."""
+    measure = Latency(**settings)
+    study.prompts = {measure: measure.load_prompts(study.model, TEXTS)}
+    return measure(study)
 
 
 class Watched(nn.Module):
@@ -33,7 +46,7 @@ class Watched(nn.Module):
 
 
 def test_all_metrics_are_there(quantized):
-    metrics = Latency(**QUICK)(quantized)
+    metrics = measured(quantized, **QUICK)
     assert set(metrics) == {
         "latency.prefill_ms",
         "latency.tokens_per_s",
@@ -46,25 +59,89 @@ def test_all_metrics_are_there(quantized):
 
 def test_prompts_are_whole_and_tokens_come_one_by_one(full):
     watched = Watched(full.whole)
-    Latency(**QUICK)(dataclasses.replace(full, whole=watched))
+    measured(dataclasses.replace(full, whole=watched), **QUICK)
     assert watched.lengths == [8, 1, 1, 1] * 3, "a warm-up and two iterations"
     assert watched.kept == [0, 8, 9, 10] * 3
 
 
 @pytest.mark.parametrize("variant", ["opt_post_norm", "llama_biases"])
-@pytest.mark.parametrize(("prompt", "decode"), [(1000, 3), (128, 1), (8, 1000), (127, 1)])
-def test_never_more_tokens_than_positions(variant, prompt, decode, windows, tmp_path):
+@pytest.mark.parametrize(("prompt", "decode"), [(1000, 3), (128, 1), (8, 1000)])
+def test_more_tokens_than_positions_are_refused(variant, prompt, decode, tmp_path):
+    model = LayeredModel(save(VARIANTS[variant], tmp_path))
+    with pytest.raises(UserError, match=rf"^measure.latency.prompt_tokens: {prompt} and {decode} .* model's 128 "):
+        Latency(prompt_tokens=prompt, decode_tokens=decode).load_prompts(model, TEXTS)
+
+
+@pytest.mark.parametrize("variant", ["opt_post_norm", "llama_biases"])
+@pytest.mark.parametrize(("prompt", "decode"), [(127, 1), (1, 127), (100, 28)])
+def test_all_positions_can_be_used(variant, prompt, decode, windows, tmp_path):
     study = study_of(LayeredModel(save(VARIANTS[variant], tmp_path)), None, windows)
     study.whole = Watched(study.whole)
-    Latency(**{**QUICK, "prompt_tokens": prompt, "decode_tokens": decode, "iterations": 1, "warmup": 0})(study)
-    assert max(kept + 1 for kept in study.whole.kept) <= 128
-    assert sum(study.whole.lengths) <= 128
-    assert len(study.whole.lengths) >= 2
+    settings = {"iterations": 1, "seconds": 0, "warmup": 0, "prompt": "random"}  # the model has no tokenizer
+    measured(study, prompt_tokens=prompt, decode_tokens=decode, **settings)
+    assert study.whole.lengths == [prompt] + [1] * decode
+
+
+def test_prompts_are_the_first_tokens_of_the_text(full):
+    prompts = Latency(**QUICK).load_prompts(full.model, TEXTS)
+    text = PythonDocs(seqlen=8, windows=None).load(full.model.tokenizer())
+    assert torch.equal(prompts.tokens, text.tokens[:3])
+    assert prompts.protocol["text"] == "python_docs"
+    assert prompts.protocol["tokens"] == 8
+    assert prompts.protocol["prompts"] == 2
+    assert prompts.protocol["decode_tokens"] == 3
+    assert prompts.protocol["text_sha256"] == text.protocol["text_sha256"]
+
+
+def test_without_data_prompts_come_from_the_calibration_text(full):
+    texts = dataclasses.replace(TEXTS, data={})
+    prompts = Latency(**QUICK).load_prompts(full.model, texts)
+    calibration = Calibration("python_docs", seqlen=8, samples=3).load(full.model.tokenizer())
+    assert torch.equal(prompts.tokens, calibration.tokens)
+    assert prompts.protocol["text"] == "python_docs (calibration)"
+    assert prompts.protocol["seed"] == calibration.protocol["seed"]
+
+
+def test_random_prompts_depend_on_the_seed_alone(full):
+    def draw(seed: int) -> Windows:
+        return Latency(**QUICK, prompt="random", seed=seed).load_prompts(full.model, TEXTS)
+
+    assert torch.equal(draw(1).tokens, draw(1).tokens)
+    assert not torch.equal(draw(1).tokens, draw(2).tokens)
+    stamp = {"text": "random", "tokens": 8, "seed": 1, "prompts": 2, "decode_tokens": 3}
+    assert draw(1).protocol == stamp
+
+
+def test_the_model_runs_the_prompts_and_offloading_counts_all_but_the_warm_up(full):
+    seen, counted = [], []
+
+    class Recording(Watched):
+        def forward(self, tokens: Tensor, cache, **options):
+            if cache is None:
+                seen.append(tokens[0])
+                counted.append(counting)
+            return super().forward(tokens, cache, **options)
+
+    counting = False
+
+    @contextmanager
+    def count() -> Iterator[None]:
+        nonlocal counting
+        counting = True
+        yield
+        counting = False
+
+    study = dataclasses.replace(full, whole=Recording(full.whole), counting=count)
+    measured(study, **{**QUICK, "seconds": 0.05})
+    prompts = Latency(**QUICK).load_prompts(full.model, TEXTS).tokens
+    assert torch.equal(torch.stack(seen[:3]), prompts[[2, 0, 1]]), "the warm-up has its own prompt"
+    assert torch.equal(torch.stack(seen[3:]), prompts[:2].repeat(len(seen), 1)[: len(seen) - 3])
+    assert counted == [False, True, True] + [False] * (len(seen) - 3), "repetitions are timed and not counted"
 
 
 def test_runs_for_at_least_the_seconds_asked(full):
     started = time.perf_counter()
-    Latency(**{**QUICK, "seconds": 0.3, "iterations": 1, "warmup": 0})(full)
+    measured(full, **{**QUICK, "seconds": 0.3, "iterations": 1, "warmup": 0})
     assert time.perf_counter() - started >= 0.3
 
 
@@ -87,7 +164,7 @@ def test_the_figures_are_those_of_a_known_clock(full, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("haq_lab.measure.latency.time.perf_counter", lambda: clock[0])
     study = dataclasses.replace(full, whole=OneSecondAToken(clock), tables={})
-    metrics = Latency(prompt_tokens=7, decode_tokens=20, iterations=1, seconds=0, warmup=0)(study)
+    metrics = measured(study, prompt_tokens=7, decode_tokens=20, iterations=1, seconds=0, warmup=0)
     decoded = 1e3 * np.arange(2, 22)  # the n-th decoded token takes 1 + n seconds
     assert metrics["latency.prefill_ms"] == 7e3
     assert metrics["latency.decode_ms_per_token.mean"] == pytest.approx(decoded.mean())

@@ -53,6 +53,29 @@ def test_a_run_on_a_gpu_keeps_its_experts_in_locked_memory(tmp_path, monkeypatch
     assert streams.locked == []
 
 
+def test_the_counts_do_not_depend_on_how_long_latency_is_measured(tmp_path):
+    metrics = []
+    for seconds in (0, 0.5):
+        folder = tmp_path / str(seconds)
+        done = launch(
+            *SMALL, "quantizer=rtn", "offload=lru", f"measure.latency.seconds={seconds}", f"hydra.run.dir={folder}"
+        )
+        assert done.code == 0, done.err
+        record = json.loads((folder / "results.json").read_text())
+        metrics.append(
+            {
+                name: value
+                for name, value in record["metrics"].items()
+                if name.startswith("offload.") and "waited" not in name
+            }
+        )
+        samples = (folder / "latency.csv").read_text().count("prefill")
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["offload.tokens"] == 8 + 4, "one prompt and its decoded tokens, without the warm-up"
+    assert metrics[0]["offload.bytes_moved_per_token"] == metrics[0]["offload.bytes_moved"] / 12
+    assert samples > 1
+
+
 def test_hardware_is_what_the_predictor_decides_for_and_what_is_simulated(tmp_path):
     done = launch(*SMALL, "quantizer=rtn", "offload=fiddler", "hardware=rtx3060_12g", f"hydra.run.dir={tmp_path}")
     assert done.code == 0, done.err

@@ -27,7 +27,7 @@ def test_a_metric_that_is_not_finite_keeps_the_rest_of_the_run(tmp_path, monkeyp
         done = launch(*command)
         assert done.code == 0, done.err
         assert expected in done.out
-        assert "none (" in done.out
+        assert "null (" in done.out
     results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["metrics"]["perplexity.python_docs"] is None
     assert list(results["not_finite"]) == ["perplexity.python_docs"]
