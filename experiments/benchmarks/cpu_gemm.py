@@ -1,13 +1,16 @@
-"""INT8 products on the CPU against torch's, side by side; JSON as the last line.
+"""Compare our int8 products on the CPU with torch's. The last line is JSON.
 
     python experiments/benchmarks/cpu_gemm.py --threads 1
 
-Decode (M = 1 to 4): the rate at which weights stream from memory, over the read bandwidth measured between
-the runs, by the fastest way to read. Each shape rotates over matrices that fill `--pool-mb`, beyond the last cache.
-`share_of_read` is one call after another, as in a deployed model's layers (cpu_stream.cpp, one thread);
-`through_python` pays Python for each of them. Prefill (M = 512): time against fp32 `torch.mm`
-and against torch's exact int8 path, `torch._int_mm`, alone (`accumulate`) and with torch's own quantisation
-and epilogue (`linear`). The best of interleaved repetitions counts; a busy machine shows in `spread`.
+Decode (M = 1 to 4): the rate at which weights stream from memory, divided by the read bandwidth. The bandwidth is
+measured between the runs, with the fastest way to read. Each shape rotates over matrices of `--pool-mb` in total,
+which do not fit the last cache. `share_of_read` makes one call after another, as the layers of a deployed model do
+(cpu_stream.cpp, one thread). `through_python` makes each call from Python.
+
+Prefill (M = 512): time relative to fp32 `torch.mm`, and to torch's exact int8 product `torch._int_mm`, alone
+(`accumulate`) and with torch's quantisation and epilogue (`linear`).
+
+The runs of a comparison are interleaved, and the best counts. `spread` is large on a busy machine.
 """
 
 import argparse
@@ -32,7 +35,7 @@ DECODE = [*PREFILL, (960, 576), (3072, 576)]
 
 
 def machine() -> str:
-    """The CPU's name."""
+    """Return the name of the CPU."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -40,24 +43,24 @@ def machine() -> str:
 
 
 def vector_isas() -> list[str]:
-    """The instruction sets of this CPU without the plain one."""
+    """Return the instruction sets of this CPU, without the scalar one."""
     return [isa for isa in library.isas() if isa != "scalar"]
 
 
 def times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
-    """(best, median) seconds of each call, the calls taking turns."""
+    """Return the (best, median) seconds of each call. The calls run in turn."""
     took: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            if repeat:  # the first warms up
+            if repeat:  # the first is a warm-up
                 took[name].append(time.perf_counter() - start)
     return {name: (min(t), sorted(t)[len(t) // 2]) for name, t in took.items()}
 
 
 def at(isa: str, call: Callable[[], object]) -> Callable[[], object]:
-    """The call with this instruction set."""
+    """Return the call, bound to an instruction set."""
 
     def run() -> None:
         with library.forced_isa(isa):
@@ -67,14 +70,14 @@ def at(isa: str, call: Callable[[], object]) -> Callable[[], object]:
 
 
 def torch_int8(x: torch.Tensor, qw: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The same product in torch: quantise the rows, `_int_mm` on the transposed view, scale."""
+    """Compute the product in torch: quantise the rows, call `_int_mm` on the transposed view, and scale."""
     sx = x.abs().amax(dim=1, keepdim=True) / 127
     q = torch.round(x / sx).clamp(-127, 127).to(torch.int8)
     return torch._int_mm(q, qw.t()).float() * sx * scale
 
 
 def prefill(n: int, k: int, m: int, repeats: int) -> dict:
-    """Ratios at M rows: above 1 is faster than what is named after `over`."""
+    """Return ratios at M rows. A value above 1 is faster than the baseline after `over`."""
     x, qw = torch.randn(m, k), torch.randint(-127, 128, (n, k), dtype=torch.int8)
     qx, w, scale, out = (
         torch.randint(-127, 128, (m, k), dtype=torch.int8),
@@ -109,7 +112,7 @@ def prefill(n: int, k: int, m: int, repeats: int) -> dict:
 
 
 def stream_driver(folder: Path) -> Path:
-    """cpu_stream.cpp, built."""
+    """Compile cpu_stream.cpp and return the program."""
     driver = folder / "cpu_stream"
     source = Path(__file__).with_name("cpu_stream.cpp")
     subprocess.run([*compiler(), "-std=c++17", "-O2", str(source), "-o", str(driver), "-ldl"], check=True)
@@ -117,7 +120,7 @@ def stream_driver(folder: Path) -> Path:
 
 
 def decode(driver: Path, n: int, k: int, pool: int, repeats: int) -> dict:
-    """Bytes of weights a second over the read bandwidth, at M = 1 to 4."""
+    """Return the weight bytes per second divided by the read bandwidth, at M = 1 to 4."""
     shares: dict[str, dict[str, float]] = {}
     for isa in vector_isas():
         with library.forced_isa(isa):
@@ -135,7 +138,7 @@ def decode(driver: Path, n: int, k: int, pool: int, repeats: int) -> dict:
 
 
 def through_python(n: int, k: int, pool: int, repeats: int) -> dict[str, float]:
-    """The same by the best instruction set, with a call of Python for each product."""
+    """Return the same with the best instruction set and one call from Python per product."""
     count = max(1, pool // (n * k))
     plain, laid = native.huge_pages(count * n * k).fill_(1), native.huge_pages(count * n * k).view(count, n * k)
     packed = native.pack(torch.randint(-127, 128, (n, k), dtype=torch.int8)).data
@@ -160,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--pool-mb", type=int, default=600, help="weights to rotate over, a shape")
+    parser.add_argument("--pool-mb", type=int, default=600, help="MB of weights per shape to rotate over")
     parser.add_argument("--only", choices=["prefill", "decode"])
     arguments = parser.parse_args()
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
-"""Decode by whole decoder layers: how fast weights stream, over the read bandwidth; JSON as the last line.
+"""Measure how fast whole decoder layers stream their weights, relative to the read bandwidth. The last line is JSON.
 
     python experiments/benchmarks/cpu_layer.py
 
-SmolLM2-135M's layers, all in one native call, one token at a time over a context of `--context` positions, so that
-weights come from beyond the caches. As many other bytes are read plainly, in turns as each instruction set does it (one
-a round: read at once again they might be cached); the fastest counts. Activations are not counted as bytes, nor
-are keys and values, which are read as well; `share_with_cache` counts those of the context.
+All layers of SmolLM2-135M run in one native call, one token at a time, over a context of `--context` positions. So
+the weights come from beyond the caches. In turn with this, as many other bytes are read by each instruction set (one
+per round, because bytes that are read twice might be cached). The fastest read counts. Activations, keys and values
+do not count as bytes. `share_with_cache` also counts the keys and values of the context.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def main() -> None:
         start = clock()
         for stack, keys in zip(stacks, kept, strict=True):
             stack.step(hidden, angles, angles, keys)
-        if turn:  # the first warms up
+        if turn:  # the first is a warm-up
             layer_seconds.append(since(start))
             read_seconds[reader].append(read)
-    layer = [median(seconds) for seconds in zip(*layer_seconds, strict=True)]  # by the wall clock and the CPU's
+    layer = [median(seconds) for seconds in zip(*layer_seconds, strict=True)]  # wall time and CPU time
     fastest = [min(median(seconds[i] for seconds in taken) for taken in read_seconds.values()) for i in (0, 1)]
     cache = 8 * arguments.context * sum(len(s.layers) * s.kv_heads * s.head_dim for s in stacks)  # float32, twice
     share = {name: r / s for name, r, s in zip(("wall", "cpu"), fastest, layer, strict=True)}

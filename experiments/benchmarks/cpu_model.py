@@ -1,12 +1,13 @@
-"""SmolLM2-135M whole, one thread: full precision in torch against int8; JSON as the last line.
+"""Compare SmolLM2-135M in int8 with full precision in torch, on one thread. The last line is JSON.
 
     python experiments/benchmarks/cpu_model.py
     python experiments/benchmarks/cpu_model.py --forms int8 "int8, head in bfloat16" "int8, head too"
     python experiments/benchmarks/cpu_model.py --moe --rounds 5
 
-Prefill of a prompt and greedy decoding with a KV cache, through the same calls of the same model. The forms take
-turns, and a ratio (to the first form) is the median over the rounds of the ratio within a round: by the wall clock, and
-by CPU time, which a busy machine disturbs less. With `--windows`, also each form's perplexity on Python's own texts.
+Each form reads a prompt and decodes greedily with a KV cache, through the same calls of the same model. The forms run
+in turn. A ratio is the median over the rounds of the ratio to the first form within a round, in wall time and in CPU
+time. Other work disturbs CPU time less. With `--windows`, each form's perplexity on Python's own texts is measured
+too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ FORMS: dict[str, Callable[[LayeredModel], Any]] = {
 
 
 def perplexity(form, windows: torch.Tensor) -> float:
-    """Token level, a window at a time."""
+    """Return the perplexity per token, computed window by window."""
     total = 0.0
     for window in windows:
         logits = form(window[None], use_cache=False).logits[0, :-1]
@@ -52,8 +53,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=[*FORMS], metavar="FORM", help=", ".join(FORMS))
-    parser.add_argument("--moe", action="store_true", help="the model upcycled to 8 experts, 2 for a token")
-    parser.add_argument("--windows", type=int, default=0, help="of 512 tokens, for perplexity")
+    parser.add_argument("--moe", action="store_true", help="use the model upcycled to 8 experts, 2 per token")
+    parser.add_argument("--windows", type=int, default=0, help="number of windows of 512 tokens for perplexity")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     smol = model(arguments.moe)
@@ -63,7 +64,7 @@ def main() -> None:
     seconds = {name: Seconds() for name in forms}
     for turn in range(arguments.rounds + 1):
         for name, form in forms.items():
-            one_round(form, prompt, arguments.tokens, seconds[name] if turn else Seconds())  # the first warms up
+            one_round(form, prompt, arguments.tokens, seconds[name] if turn else Seconds())  # the first is a warm-up
     result = {
         "machine": machine(),
         "isa": library.isa() if library.available() else None,

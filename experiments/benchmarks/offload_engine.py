@@ -1,13 +1,12 @@
-"""The real engine on the RAM and disk tiers: decode latency by configuration, and the simulator held against it.
+"""Measure the decode latency of the engine on RAM and disk, and compare it with the simulator. The last line is JSON.
 
     python experiments/benchmarks/offload_engine.py CHECKPOINT --profile A.trace --text FILE [--accelerate BF16_FOLDER]
 
-CHECKPOINT is a quantised one (`checkpoint.dir=`). In step with every configuration, a token each in turn, a reference
-decodes with a model of its own, half resident under LRU, and prefetches or runs what is missing in place if the
-configuration does: what the engine's observer finds there are the costs that the configuration is simulated by. So
-nothing is fitted on it, and the machine's mood, which other work moves by a factor, is the same for both. With
---accelerate, the same model in bf16 through accelerate's disk offload decodes in step with the engine, too. The last
-line is JSON.
+CHECKPOINT is a quantised checkpoint (`checkpoint.dir=`). A reference engine decodes in turn with every configuration,
+token by token. It has its own model, half resident under LRU. It prefetches, or runs missing experts in place, if the
+configuration does. The simulator uses the costs that the reference engine observes. So it is not fitted to the
+configuration, and other work on the machine affects both equally. With --accelerate, the bf16 model decodes through
+accelerate's disk offload, in turn with the engine.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ CONFIGURATIONS = [
 
 
 def decode(whole: nn.Module, prompt: Tensor, text: Tensor, before: Callable[[], None] = lambda: None) -> list[float]:
-    """Seconds of each decoded token, the text's own tokens being fed (so that every configuration sees the same)."""
+    """Decode and return the seconds per token. The text's tokens are fed, so all configurations see the same."""
     output = whole(prompt, use_cache=True, logits_to_keep=1)
     seconds = []
     for token in text[0]:
@@ -67,7 +66,7 @@ def decode(whole: nn.Module, prompt: Tensor, text: Tensor, before: Callable[[], 
 
 
 class Clock:
-    """Seconds; it can stand still, for an observer whose engine does."""
+    """A clock in seconds that can stand still while the observed engine does not run."""
 
     def __init__(self) -> None:
         self._lost, self._stopped = 0.0, False
@@ -83,7 +82,7 @@ class Clock:
 
 
 class InStep:
-    """Decodes a text too, a token at a call; `seconds` of each. Called before each token of another model's."""
+    """Decodes a text, one token per call, in turn with another model. `seconds` has the time of each token."""
 
     def __init__(self, whole: nn.Module, prompt: Tensor, text: Tensor, clock: Clock | None = None):
         self.whole, self.left, self.seconds, self.clock = whole, iter(text[0]), list[float](), clock or Clock()
@@ -100,7 +99,7 @@ class InStep:
 
 
 class Bench:
-    """A quantised model whose experts lie in a store."""
+    """A quantised model with its experts in a store."""
 
     def __init__(self, checkpoint: Path, profile: Trace, path_model: PathModel, tokens: Tensor, scratch: Path):
         self.model = QuantizedModel(checkpoint, CpuBackend())
@@ -128,7 +127,7 @@ class Bench:
         return policy
 
     def engaged(self, *configuration: Any, costs: Costs) -> Engine:
-        """An engine that serves the model; `costs` are corrected as it runs."""
+        """Return an engine that serves the model. It corrects `costs` while it runs."""
         for layer, untouched in zip(self.layers, self.forwards, strict=True):
             layer.mlp.experts.__dict__.clear()  # type: ignore[union-attr]
             layer.mlp.experts.__dict__.update(untouched)  # type: ignore[union-attr]
@@ -145,7 +144,7 @@ class Bench:
     def measured(
         self, *configuration: Any, costs: Costs, before: Callable[[], None] = lambda: None
     ) -> tuple[list[float], Engine]:
-        """Seconds a token; `costs` are corrected by the run. `before` is called before each."""
+        """Return the seconds per token. The run corrects `costs`. `before` is called before each token."""
         engine = self.engaged(*configuration, costs=costs)
 
         def meanwhile() -> None:
@@ -158,17 +157,17 @@ class Bench:
         return seconds, engine
 
     def simulated(self, *configuration: Any, engine: Engine, costs: Costs) -> list[float]:
-        """The same steps on the virtual clock."""
+        """Return the simulated seconds of the same steps."""
         prefetch = engine.recorder.prefetch() if engine.prefetch is not None else None
         policy = self.policy(configuration, costs)
         return Simulator(costs, policy, prefetch, engine.guesses, SPARE).run(engine.recorder.trace()).token_s
 
 
 def against_accelerate(bench: Bench, folder: Path, costs: Costs, scratch: Path) -> dict[str, float]:
-    """The same text through accelerate's disk offload, page cache warm, then dropped before each token.
+    """Decode the text with accelerate's disk offload, with a warm page cache and with one dropped for each token.
 
-    The engine decodes in step, `haq` at 25 % with the next gate; accelerate may keep as many bytes in RAM as its fast
-    tier has. Medians.
+    The engine decodes in turn: `haq` at 25 % with next-gate prefetching. accelerate may keep as many bytes in RAM as
+    the engine's fast tier has. Values are medians.
     """
     from accelerate import infer_auto_device_map
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -205,7 +204,7 @@ def against_accelerate(bench: Bench, folder: Path, costs: Costs, scratch: Path) 
 
 
 def drop(files: list[Path]) -> None:
-    """Out of the page cache, as the engine does with what it reads."""
+    """Drop the files from the page cache. The engine's own reads pass the cache too."""
     for path in files:
         with path.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -219,8 +218,8 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--accelerate", type=Path)
-    parser.add_argument("--part", type=int, choices=[0, 1, 2], help="of the configurations: a third of them")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="decoded by each configuration")
+    parser.add_argument("--part", type=int, choices=[0, 1, 2], help="run only this third of the configurations")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens to decode per configuration")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}

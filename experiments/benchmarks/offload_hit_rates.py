@@ -1,4 +1,6 @@
-"""Hit rates of every policy on held-out text, between LRU/LFU and Belady's bound. Routing only: no weights, no GPU.
+"""Compare the hit rates of all policies on held-out text with LRU, LFU and Belady's bound.
+
+It uses routing only: no weights and no GPU.
 
     python experiments/benchmarks/offload_hit_rates.py --profile A.trace --test B.trace [--budgets 0.25 0.5]
 

@@ -1,13 +1,13 @@
-"""Memory of the fast tier against decode latency, by policy and budget: the Pareto figure.
+"""Measure the memory of the fast tier against decode latency, by policy and budget, and draw the Pareto figure.
 
     python experiments/benchmarks/offload_memory.py CHECKPOINT --profile A.trace --text FILE [--figure FILE.png]
 
-CHECKPOINT is a quantised one (`checkpoint.dir=`). Memory is all that the fast tier holds: weights outside the experts,
-the arena with its spare slots, and key-value cache and workspace of a context; its share is of the all-resident bf16
-model's weights alone. One row of each policy has the budget at which that is 40 % for the context that is decoded,
-another the budget at which it is 40 % for a context of 2,048. The plain int8 model, no engine, decodes the same text in
-step with every configuration, a token each in turn, so that other work on the machine meets both; the ratio is the
-median of the tokens', after a third of them, in which the experts come that the text wants. The last line is JSON.
+CHECKPOINT is a quantised checkpoint (`checkpoint.dir=`). Memory is everything in the fast tier: weights outside the
+experts, the arena with its spare slots, and the KV cache and workspace of a context. Its share is relative to the
+weights of the bf16 model. Each policy has one row with the budget at which the share is 40 % for the decoded context,
+and one row with the budget at which it is 40 % for a context of 2,048 tokens. The plain int8 model decodes the same
+text in turn, token by token, so that other work affects both. The ratio is the median over the tokens without the
+first third, which fills the cache. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def pareto(table: pd.DataFrame, int8: float, path: Path) -> Path:
-    """Share of bf16 against latency over all resident, a line a policy, and the corner aimed at."""
+    """Draw the share of bf16 against the latency over the all-resident model: one line per policy, and the goal."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes: Any = figure.subplots()
     for policy, rows in table.groupby("policy", sort=False):

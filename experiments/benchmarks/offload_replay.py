@@ -1,10 +1,10 @@
-"""How fast a trace is replayed: a million tokens of 32 layers, top 2 of 8, under each cache rule at half the experts.
+"""Measure how fast each eviction rule replays a trace of a million tokens with half of the experts resident.
 
     python experiments/benchmarks/offload_replay.py [--tokens 1000000]
 
-The last line is JSON: seconds by rule, compilation apart, by the clock and of the processor (they differ where other
-work runs). The trace is synthetic: tokens of some kinds, each with
-its own taste, so that hits and misses are of a realistic share.
+The last line is JSON: seconds by rule without compilation, in wall time and processor time. The trace has 32 layers
+with top 2 of 8 experts. It is synthetic. Its tokens are of several kinds that prefer different experts, so the shares
+of hits and misses are realistic.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAYERS, EXPERTS, K, KINDS = 32, 8, 2, 64
 
 
 def synthetic(tokens: int, seed: int) -> Trace:
-    """A trace of tokens of `KINDS` kinds, each with a few paths of its own."""
+    """Return a trace with tokens of `KINDS` kinds. Each kind has a few paths."""
     rng = np.random.default_rng(0)
     taste = rng.gumbel(size=(KINDS, 1, LAYERS, EXPERTS)) * 1.5 + rng.gumbel(size=(KINDS, 16, LAYERS, EXPERTS))
     paths = np.argsort(-taste, -1)[..., :K].astype(np.uint8)  # (kinds, variants, layers, k)

@@ -1,10 +1,10 @@
-"""Peak memory of quantizing a Mixtral-shaped checkpoint: one layer at several depths, and a large one under a limit.
+"""Measure the peak memory of quantising Mixtral-shaped checkpoints: at several depths, and under a memory limit.
 
     python experiments/benchmarks/streaming.py --depths 4 16 64
     python experiments/benchmarks/streaming.py --hidden 2048 --intermediate 5632 --depths 16 --limit-gb 5
 
-Every run is a process of its own; the limit is set on its private memory (RLIMIT_DATA). The peak is the resident
-set's, the file pages that are mapped while a layer is read included. The last line is the result as JSON.
+Each run is a separate process. The limit applies to its private memory (RLIMIT_DATA). The peak is that of the
+resident set, which includes the file pages mapped while a layer is read. The last line is the result as JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXPERTS = 8
 
 
 def write_checkpoint(folder: Path, depth: int, hidden: int, intermediate: int) -> int:
-    """A Mixtral in bfloat16 whose layers all have the same random weights; returns its bytes."""
+    """Write a Mixtral in bfloat16 whose layers all have the same random weights. Return its bytes."""
     config = MixtralConfig(
         vocab_size=257,
         hidden_size=hidden,
@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, depth: int, hidden: int, intermediate: int) -
 
 
 def quantise(model: Path, work: Path, quantizer: str, limit_gb: float | None) -> dict[str, Any]:
-    """Run the command line on `model`, writing a checkpoint; returns the run's metrics."""
+    """Run the command line on `model` and write a checkpoint. Return the metrics of the run."""
     settings = [
         f"model=hf model.name={model} quantizer={quantizer} tracking=none measure=[perplexity]",
         "calibration.samples=2 calibration.seqlen=128 data.python_docs.windows=1 data.python_docs.seqlen=128",
@@ -88,7 +88,7 @@ def quantise(model: Path, work: Path, quantizer: str, limit_gb: float | None) ->
 def measure(
     depths: list[int], hidden: int, intermediate: int, quantizer: str, limit_gb: float | None, folder: Path
 ) -> list[dict[str, Any]]:
-    """A row for each depth."""
+    """Return one row per depth."""
     rows = []
     for depth in depths:
         with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=1408)
     parser.add_argument("--quantizer", default="smoothquant")
     parser.add_argument("--limit-gb", type=float)
-    parser.add_argument("--folder", type=Path, help="where the checkpoints go for a while")
+    parser.add_argument("--folder", type=Path, help="folder for the temporary checkpoints")
     given = parser.parse_args()
     rows = measure(given.depths, given.hidden, given.intermediate, given.quantizer, given.limit_gb, given.folder)
     peaks = [row["peak_rss_gb"] for row in rows]
