@@ -4,7 +4,7 @@
 
 namespace haq {
 
-// As haq_lab/runtime/layer_parts.py and router.py fill them in (ctypes).
+// As haq_lab/runtime/layer_parts.py fills them in (ctypes).
 
 struct Router {
   const float* weight;     // (experts, width)
