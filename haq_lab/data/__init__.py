@@ -1,1 +1,1 @@
-"""Data: real text -> token windows, with a stamp that says what a figure on them can be compared with."""
+"""Convert texts to token windows. Each has a stamp that says which published figures it is comparable with."""

@@ -1,1 +1,1 @@
-"""hardware."""
+"""Machines by name: published specifications, and the measured profile of this machine."""

@@ -1,1 +1,1 @@
-"""Measurements: perplexity, memory, latency."""
+"""Measure perplexity, memory, latency and tasks of a quantised model."""

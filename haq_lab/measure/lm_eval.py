@@ -1,9 +1,8 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, run on the model as deployed: the very object, int8 products and all,
-through the harness's own wrapper.
+"""Run tasks of EleutherAI's lm-evaluation-harness on the deployed model, through the harness's own wrapper.
 
-measure=[lm_eval] measure.lm_eval.tasks=[hellaswag,arc_easy]                    the harness's own; data from the hub
-measure=[lm_eval] measure.lm_eval.folder=DIR measure.lm_eval.tasks=[my_task]    a YAML file of yours; local data
-measure=[lm_eval]                                                               `tasks/python_topics`, ours, offline
+measure=[lm_eval] measure.lm_eval.tasks=[hellaswag,arc_easy]                    tasks of the harness, data from the hub
+measure=[lm_eval] measure.lm_eval.folder=DIR measure.lm_eval.tasks=[my_task]    your own YAML file, local data
+measure=[lm_eval]                                                               `tasks/python_topics`, offline
 """
 
 from __future__ import annotations
@@ -32,12 +31,17 @@ Positive = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class LmEval:
-    """Args:
-    tasks: Names: of the harness's tasks and groups, and of the YAML tasks in `folder`.
-    folder: YAML tasks; paths of data in them are relative to it.
-    limit: So many examples of each task.
-    fewshot: Examples before each question.
-    batch: Requests that run at once.
+    """Accuracy and other metrics on tasks of the lm-evaluation-harness.
+
+    Args:
+        tasks: Names of tasks and groups of the harness, and of the YAML tasks in `folder`.
+        folder: Folder with YAML tasks. Paths of data in them are relative to it.
+        limit: Maximum number of examples per task. If None, all are used.
+        fewshot: Examples before each question. If None, each task decides.
+        batch: Requests that run at once.
+
+    Raises:
+        UserError: No task is named, `folder` does not exist, or the harness is not installed.
     """
 
     tasks: list[str] = field(default_factory=lambda: ["python_topics"])
@@ -51,16 +55,21 @@ class LmEval:
 
     def __post_init__(self) -> None:
         if not self.tasks:
-            raise UserError("measure.lm_eval.tasks: name at least one task")
+            raise UserError("measure.lm_eval.tasks: [] is not valid. Name at least one task.")
         if self.folder is not None and not Path(self.folder).expanduser().is_dir():
-            raise UserError(f"measure.lm_eval.folder: there is no folder '{self.folder}'")
+            raise UserError(
+                f"measure.lm_eval.folder: there is no folder '{self.folder}'. Name a folder with YAML tasks."
+            )
         _require()
 
     def __call__(self, study: Study) -> dict[str, float]:
-        """`lm_eval.<task>.<metric>` and `..._stderr`, as the harness aggregates them; `lm_eval.csv` has them all.
+        """Run the tasks. The table `lm_eval.csv` has all results.
+
+        Returns:
+            `lm_eval.<task>.<metric>` and `lm_eval.<task>.<metric>_stderr`, as the harness aggregates them.
 
         Raises:
-            UserError: No such task, or its data cannot be had.
+            UserError: A task does not exist, or its data cannot be loaded.
         """
         study.progress(f"lm_eval: {', '.join(self.tasks)}")
         folder = OWN if self.folder is None else Path(self.folder).expanduser().resolve()
@@ -74,20 +83,25 @@ class LmEval:
             model = HFLM(pretrained=study.whole, tokenizer=study.model.tokenizer(), batch_size=self.batch)
             settings: dict[str, Any] = {"limit": self.limit, "num_fewshot": self.fewshot, "log_samples": False}
             try:
-                found = simple_evaluate(model, tasks=self.tasks, task_manager=manager, bootstrap_iters=1000, **settings)
-            except (OSError, ValueError, RuntimeError) as error:  # of `datasets` and of the hub's client
-                raise UserError(f"measure.lm_eval: {', '.join(self.tasks)} cannot run ({error})") from error
-        assert found is not None
-        study.tables["lm_eval"] = table = _table(found)
+                results = simple_evaluate(
+                    model, tasks=self.tasks, task_manager=manager, bootstrap_iters=1000, **settings
+                )
+            except (OSError, ValueError, RuntimeError) as error:  # raised by `datasets` and the client of the hub
+                names = ", ".join(self.tasks)
+                raise UserError(
+                    f"measure.lm_eval.tasks: {names} cannot run ({error}). Check the names and the network."
+                ) from error
+        assert results is not None
+        study.tables["lm_eval"] = table = _table(results)
         metrics: dict[str, float] = {}
         for row in table.to_dict("records"):
             name = f"lm_eval.{row['task']}.{row['metric']}"
-            told = {name: row["value"], f"{name}_stderr": row["stderr"]}
-            metrics |= {key: value for key, value in told.items() if pd.notna(value)}
+            values = {name: row["value"], f"{name}_stderr": row["stderr"]}
+            metrics |= {key: value for key, value in values.items() if pd.notna(value)}
         return metrics
 
     def _manager(self, folder: Path) -> Any:
-        """Knows the folder's tasks; the harness's thousands too, where one of the names is none of those."""
+        """Return a task manager of the folder's tasks. It includes the harness's tasks if one of the names needs them."""
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_path=str(folder), include_defaults=False)
@@ -97,47 +111,48 @@ class LmEval:
         for name in self.tasks:
             if name not in manager.all_tasks:
                 raise UserError(
-                    f"measure.lm_eval.tasks: '{name}' is neither one of the harness's tasks nor in {folder}"
+                    f"measure.lm_eval.tasks: '{name}' is neither a task of the harness nor in {folder}"
                     f"{nearest(name, manager.all_tasks)}"
                 )
         return manager
 
 
-def _table(found: dict[str, Any]) -> pd.DataFrame:
-    """A row for each task and metric."""
+def _table(results: dict[str, Any]) -> pd.DataFrame:
+    """Return one row per task and metric."""
     rows = []
-    for task, measured in found["results"].items():
-        facts = {"task": task, "version": found["versions"].get(task), "fewshot": found["n-shot"].get(task)}
-        facts["examples"] = found.get("n-samples", {}).get(task, {}).get("effective")
+    for task, measured in results["results"].items():
+        columns = {"task": task, "version": results["versions"].get(task), "fewshot": results["n-shot"].get(task)}
+        columns["examples"] = results.get("n-samples", {}).get(task, {}).get("effective")
         for name, value in measured.items():
             metric, _, kind = name.partition(",")
             if not isinstance(value, int | float) or not kind or metric.endswith("_stderr"):
                 continue
             stderr = measured.get(f"{metric}_stderr,{kind}")
             label = metric if kind == "none" else f"{metric}.{kind}"
-            rows.append({**facts, "metric": label, "value": float(value), "stderr": stderr})
+            rows.append({**columns, "metric": label, "value": float(value), "stderr": stderr})
     table = pd.DataFrame(rows, columns=["task", "metric", "value", "stderr", "examples", "fewshot", "version"])
     return table.assign(stderr=pd.to_numeric(table["stderr"], errors="coerce"))
 
 
 def _require() -> None:
-    """Look for the harness and what its wrapper imports, without importing them: that takes seconds."""
+    """Check that the harness and its dependencies are installed. Importing them would take seconds."""
     for package in ("lm_eval", "peft"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"measure: lm_eval needs the package '{package}'; run: pip install 'haq-lab[lm_eval]'")
+            raise UserError(
+                f"measure: lm_eval needs the package '{package}'. Install it with pip install 'haq-lab[lm_eval]'."
+            )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's log, which tells each choice that it makes, its bars, which would break into ours, and the
-    complaints of the git that it asks for a commit."""
+    """Silence the log and the progress bars of the harness, and the errors of the git command that it runs."""
     logger = logging.getLogger("lm_eval")
     before, stderr = logger.level, os.dup(2)
     logger.setLevel(logging.ERROR)
     try:
         with Path(os.devnull).open("w") as nothing:
             os.dup2(nothing.fileno(), 2)
-        # Twice: git writes to the descriptor, the bars to Python's object, which in a notebook is another one.
+        # Both streams: git writes to the descriptor, and the bars write to Python's object, which differs in a notebook.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield

@@ -1,4 +1,4 @@
-"""Memory: what the weights really take, and the process's peak."""
+"""Measure the memory of the deployed weights, and the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ RESET = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the deployed model's weights, counted from its storages, beside what the whole model would take in fp16,
-    offloaded experts included; and the peak memory of the whole run: in RAM, and allocated by torch on the GPU."""
+    """Bytes of the deployed model's weights, and the peak memory of the run.
+
+    The weights are counted from their storages. `memory.weights_fp16_bytes` is the size of the whole model in fp16,
+    offloaded experts included. Peaks are those of RAM and of torch's allocations on the GPU.
+    """
 
     evaluates: ClassVar[bool] = False
     deploys: ClassVar[bool] = True
@@ -35,14 +38,14 @@ class Memory:
 
 
 def _entries(model: LayeredModel) -> int:
-    """Entries of all weights that the model had before it was quantised."""
-    # Not by parameter_count: on the meta device there are no storages to tell apart, and layers have no ties.
+    """Return the number of weights that the model had before it was quantised."""
+    # Not `parameter_count`: meta tensors have no storages, and the weights of a layer are never tied.
     layers = (model.new_layer(index).parameters() for index in range(model.depth))
     return parameter_count(model.shell) + sum(weight.numel() for layer in layers for weight in layer)
 
 
 def reset_peaks() -> None:
-    """Let the peaks be counted from now on, where the system allows it: a sweep's jobs share a process."""
+    """Reset the peaks, if the system allows it. The jobs of a sweep share a process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -52,7 +55,7 @@ def reset_peaks() -> None:
 
 
 def peak_rss() -> int:
-    """Largest resident set of this process in bytes, since the last reset."""
+    """Return the largest resident set of this process in bytes, since the last reset."""
     try:
         line = next(line for line in PEAK.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024

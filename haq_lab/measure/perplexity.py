@@ -1,7 +1,7 @@
-"""Perplexity at three points of the pass, and how far the quantised model's predictions are from the original's.
+"""Measure perplexity at three points of the pass, and how far the quantised model's predictions are from the original's.
 
-Token level, as GPTQ and SmoothQuant publish it: exp of the mean negative log-likelihood over all tokens of a
-window but its first, windows not overlapping.
+Perplexity is per token, as GPTQ and SmoothQuant publish it: exp of the mean negative log-likelihood over all tokens
+of a window except its first. The windows do not overlap.
 """
 
 from __future__ import annotations
@@ -39,17 +39,19 @@ class Perplexity:
 
 @torch.no_grad()
 def score(model: LayeredModel, windows: Tensor, hidden: Mapping[Level, Tensor], dataset: str) -> dict[str, float]:
-    """Metrics of one dataset from the hidden states after the last layer.
+    """Compute the metrics of one dataset from the hidden states after the last layer.
 
     Args:
+        model: The model, for its head.
         windows: Token windows (n, t).
-        hidden: By level (`fp`, and where there was a quantizer `smoothed` and `quantized`), (n, t, d); only
-            `quantized` for a checkpoint that was quantised before.
+        hidden: Hidden states (n, t, d) by level: `fp`, and with a quantizer `smoothed` and `quantized`. A checkpoint
+            that was quantised before has `quantized` only.
+        dataset: Name of the dataset.
 
     Returns:
         `perplexity*.<dataset>`, `kl.<dataset>` (nats a token, original against quantised) and
-        `token_agreement.<dataset>` (share of positions with the same most likely token). Without a quantizer
-        the model's perplexity is the full-precision one.
+        `token_agreement.<dataset>` (share of positions with the same most likely token). Without a quantizer,
+        `perplexity.<dataset>` is that of full precision.
     """
     nll: dict[Level, float] = dict.fromkeys(hidden, 0.0)
     divergence = agreement = 0.0

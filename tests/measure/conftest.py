@@ -12,7 +12,6 @@ from haq_lab.measure.prompts import PromptTexts
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 
-
 TEXTS = PromptTexts({"python_docs": PythonDocs()}, Calibration("python_docs"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,7 +113,9 @@ def test_random_prompts_depend_on_the_seed_alone(full):
     assert draw(1).protocol == stamp
 
 
-def test_the_model_runs_the_prompts_and_offloading_counts_all_but_the_warm_up(full):
+def test_the_model_runs_the_prompts_and_offloading_counts_all_but_the_warm_up(full, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr("haq_lab.measure.latency.time.perf_counter", lambda: next(ticks))
     seen, counted = [], []
 
     class Recording(Watched):
@@ -132,9 +135,10 @@ def test_the_model_runs_the_prompts_and_offloading_counts_all_but_the_warm_up(fu
         counting = False
 
     study = dataclasses.replace(full, whole=Recording(full.whole), counting=count)
-    measured(study, **{**QUICK, "seconds": 0.05})
+    measured(study, **{**QUICK, "seconds": 50})
     prompts = Latency(**QUICK).load_prompts(full.model, TEXTS).tokens
     assert torch.equal(torch.stack(seen[:3]), prompts[[2, 0, 1]]), "the warm-up has its own prompt"
+    assert len(seen) > 5
     assert torch.equal(torch.stack(seen[3:]), prompts[:2].repeat(len(seen), 1)[: len(seen) - 3])
     assert counted == [False, True, True] + [False] * (len(seen) - 3), "repetitions are timed and not counted"
 

@@ -77,9 +77,10 @@ def _refresh_of(state, layer):
 
 
 class ReplayCounts(NamedTuple):
-    """What a replay counts, a layer each, (layers,) int64.
+    """Counts of a replay, one per layer, (layers,) int64.
 
-    Pairs are (token, expert) choices; visits' distinct experts count once however many tokens of a prompt want them.
+    A pair is one (token, expert) choice. `experts` counts each distinct expert of a visit once, however many tokens
+    of a prompt chose it.
     """
 
     pairs: np.ndarray
@@ -104,17 +105,19 @@ def visit(state, resident, layer, wanted, counts, tokens, now, per_layer, select
     """Process one visit of a layer: update the rule, then admit missing experts.
 
     Args:
-        state: The rule.
-        resident: (layers, E) bool, changed in place; the number of residents (with `per_layer`: in each layer)
-            stays what it is.
-        wanted: (n,) int64 the experts chosen, rising.
-        counts: (E,) int64, how many of the visit's `tokens` tokens chose each expert.
-        now: The token's number.
-        per_layer: Only experts of the same layer may leave.
-        selective: A missing expert that is worth less than every resident is used and forgotten.
-        admit: (E,) bool: which missing experts may become resident.
-        placed: (E,) int64, filled for those wanted: for an admitted expert layer * E + expert of the one that left,
-            else -1.
+        state: State of the rule.
+        resident: (layers, E) bool, changed in place. The number of residents does not change; with `per_layer`, that of
+            each layer does not.
+        layer: Index of the layer.
+        wanted: (n,) int64, the chosen experts, ascending.
+        counts: (E,) int64, how many of the visit's tokens chose each expert.
+        tokens: Number of tokens of the visit.
+        now: Number of the token.
+        per_layer: Evict only experts of the same layer.
+        selective: Do not admit a missing expert that is worth less than every resident.
+        admit: (E,) bool, which missing experts may become resident.
+        placed: (E,) int64, written for the chosen experts: for an admitted expert, layer * E + expert of the evicted
+            one; else -1.
     """
     flat = resident.reshape(-1), state.values.reshape(-1)
     _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed)
@@ -122,7 +125,7 @@ def visit(state, resident, layer, wanted, counts, tokens, now, per_layer, select
 
 @innermost
 def _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed):
-    """`flat`: residents and values as vectors (layers * E,), made once, as reshaping takes longer than a visit."""
+    """Do the same. `flat` has residents and values as vectors (layers * E,), because reshaping takes longer than a visit."""
     layers, count = resident.shape
     here, (there, values) = resident[layer], flat
     _touch(state, layer, wanted, counts, tokens, now)
@@ -134,7 +137,7 @@ def _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer,
     if missed == 0 or not _holds(there[first:last], len(wanted)):
         return
     _refresh(state, layer)
-    for expert in wanted:  # what the visit wants does not leave
+    for expert in wanted:  # a chosen expert is not evicted
         if here[expert]:
             here[expert], placed[expert] = False, HELD
     for expert in wanted:
@@ -152,7 +155,7 @@ def _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer,
 
 @innermost
 def _holds(present, wanted):
-    """Whether there are as many slots as experts wanted."""
+    """Return whether there are at least as many slots as chosen experts."""
     slots = 0
     for held in present:
         slots += held
@@ -163,16 +166,17 @@ def _holds(present, wanted):
 
 @innermost
 def _least(values, present, first, last):
-    """The first index of the least value among those present from `first` to `last`; -1 where none is.
+    """Return the first index of the least value among the residents from `first` to `last`, or -1 if there are none.
 
-    Block by block, each one's least without its place, and then the place in one block: inner loops are vector code.
+    The first loop finds the block with the least value, and the second one finds its place there. Both inner loops
+    compile to vector code.
     """
-    kind = values.dtype.type  # numbers stay as narrow as they are: the fewer bits, the more at once
+    kind = values.dtype.type  # narrow integers make wide vectors
     none = kind(np.iinfo(values.dtype).max)
     block, least = -1, none
     for begin in range(first, last, BLOCK):
         end = min(begin + BLOCK, last)
-        some, there, low = values[begin:end], present[begin:end], none  # indices from 0 need no look at their sign
+        some, there, low = values[begin:end], present[begin:end], none  # indices from 0 need no sign test
         for index in range(len(some)):
             absent = np.int64(there[index]) - 1  # all bits set, or none
             low = min(low, kind(some[index] | (absent & none)))
@@ -190,14 +194,17 @@ def _least(values, present, first, last):
 
 @innermost
 def replay(state, resident, experts, decode, starts, clock, per_layer, selective, admit, room, tallies):
-    """A whole trace under one rule: decoded tokens one by one, a prompt's tokens as one batch.
+    """Replay a whole trace with one rule. Decoded tokens are visits of one token, and a prompt is one batch.
 
     Args:
-        experts, decode, starts: A trace's arrays; they must fit `resident`, nothing is checked here.
-        clock: Tokens that the rule has seen before.
-        admit: (E,) bool: False keeps residents as they are.
-        room: (3, E) int64 of zeros to work in.
-        tallies: Counts, added to.
+        state: State of the rule.
+        resident: (layers, E) bool, changed in place.
+        experts, decode, starts: Arrays of a trace. They must fit `resident`, because nothing is checked here.
+        clock: Number of tokens that the rule has seen before.
+        per_layer, selective: As in `visit`.
+        admit: (E,) bool. All False keeps the residents as they are.
+        room: (3, E) int64 of zeros, as working memory.
+        tallies: Counts, which are added to.
     """
     tokens, layers = experts.shape[:2]
     counts, placed, chosen = room[0], room[1], room[2]
@@ -230,7 +237,7 @@ def replay(state, resident, experts, decode, starts, clock, per_layer, selective
 
 @innermost
 def _collect(choices, counts, chosen):
-    """Count the choices (tokens, k), and write those there are to `chosen`, rising; how many."""
+    """Count the choices (tokens, k), write the chosen experts to `chosen` in ascending order, and return their number."""
     found = 0
     for token in range(len(choices)):
         for choice in range(choices.shape[1]):

@@ -75,7 +75,7 @@ def test_another_run_begins_at_zero(make_trace):
 def test_mistakes(make_trace):
     trace = make_trace(tokens=20, prompt=8)
     simulator = Simulator(costs_of(1.0, 5.0, 2.0), make_policy("none", place("uniform", trace, 8), trace))
-    with pytest.raises(UserError, match="none of the tokens simulated is a decoded one"):
+    with pytest.raises(UserError, match="none of the simulated tokens is a decoded one"):
         simulator.run(trace, tokens=5).metrics("test")
     with pytest.raises(UserError, match="4 layers with 8 experts are needed"):
         simulator.run(make_trace(layers=3))
