@@ -101,7 +101,7 @@ class LmEval:
         return metrics
 
     def _manager(self, folder: Path) -> Any:
-        """Return a task manager of the folder's tasks. It includes the harness's tasks if one of the names needs them."""
+        """Return a task manager of the folder's tasks, with the harness's tasks if one of the names needs them."""
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_path=str(folder), include_defaults=False)
@@ -152,7 +152,7 @@ def _quiet() -> Iterator[None]:
     try:
         with Path(os.devnull).open("w") as nothing:
             os.dup2(nothing.fileno(), 2)
-        # Both streams: git writes to the descriptor, and the bars write to Python's object, which differs in a notebook.
+        # Both: git writes to the descriptor, and the bars write to Python's object, which differs in a notebook.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield

@@ -1,4 +1,4 @@
-"""Measure perplexity at three points of the pass, and how far the quantised model's predictions are from the original's.
+"""Measure perplexity at three points of the pass, and how far quantisation changes the predictions.
 
 Perplexity is per token, as GPTQ and SmoothQuant publish it: exp of the mean negative log-likelihood over all tokens
 of a window except its first. The windows do not overlap.

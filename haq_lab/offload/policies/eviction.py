@@ -125,7 +125,7 @@ def visit(state, resident, layer, wanted, counts, tokens, now, per_layer, select
 
 @innermost
 def _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed):
-    """Do the same. `flat` has residents and values as vectors (layers * E,), because reshaping takes longer than a visit."""
+    """Do the same. `flat` has residents and values as vectors (layers * E,), because reshaping is slow."""
     layers, count = resident.shape
     here, (there, values) = resident[layer], flat
     _touch(state, layer, wanted, counts, tokens, now)
@@ -237,7 +237,7 @@ def replay(state, resident, experts, decode, starts, clock, per_layer, selective
 
 @innermost
 def _collect(choices, counts, chosen):
-    """Count the choices (tokens, k), write the chosen experts to `chosen` in ascending order, and return their number."""
+    """Count the choices (tokens, k), write the chosen experts to `chosen`, ascending, and return their number."""
     found = 0
     for token in range(len(choices)):
         for choice in range(choices.shape[1]):
