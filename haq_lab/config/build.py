@@ -126,26 +126,34 @@ def build(config: DictConfig) -> Experiment:
         raise UserError(
             f"hardware: '{hardware.name}' has no effect because offload=none. Choose offload=haq or hardware=none."
         )
-    backend = _create(specs["backend"], "backend", Backend)
-    if offload is not None:
-        offload.must_suit(backend.device, quantizer is not None or quantized)
     data = {name: spec.create() for name, spec in chosen["data"].items()}
     measures = {name: spec.create() for name, spec in chosen["measure"].items()}
     for name, measure in measures.items():
         if measure.evaluates and not data:
             raise UserError(f"data: measure={name} needs a text. Choose one or more of {', '.join(options('data'))}.")
+    calibration = _create(specs["calibration"], "calibration", Calibration)
+    trackers = [spec.create(Tracker) for spec in chosen["tracking"].values()]
+    result_cache = _create(specs["result_cache"], "result_cache", ResultCache)
+    checkpoint = _checkpoint_folder(config.get("checkpoint"), quantizer)
+    backend = _create(specs["backend"], "backend", Backend)  # last, because it can reserve a GPU
+    if offload is not None:
+        try:
+            offload.must_suit(backend.device, quantizer is not None or quantized)
+        except UserError:
+            backend.close()
+            raise
     return Experiment(
         model=model,
         quantizer=quantizer,
         backend=backend,
-        calibration=_create(specs["calibration"], "calibration", Calibration),
+        calibration=calibration,
         data=data,
         measures=measures,
-        trackers=[spec.create(Tracker) for spec in chosen["tracking"].values()],
+        trackers=trackers,
+        checkpoint=checkpoint,
         offload=offload,
         hardware=hardware,
-        result_cache=_create(specs["result_cache"], "result_cache", ResultCache),
-        checkpoint=_checkpoint_folder(config.get("checkpoint"), quantizer),
+        result_cache=result_cache,
     )
 
 

@@ -80,6 +80,9 @@ class Backend:
         """The reason why `native` is False, in plain words; empty if it is True."""
         return "" if self.native else f"backend={self.name} does not use the native CPU kernels"
 
+    def close(self) -> None:
+        """Release what the backend has reserved on this machine. A run calls it at its end."""
+
     def pack(self, levels: Tensor) -> Tensor:
         """Convert int8 levels (n, k) to this backend's weight layout. This is done once for each linear."""
         return levels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,11 @@ def run(config: DictConfig, context: RunContext) -> dict[str, Any]:
         try:
             refuse_idle(config, context.overrides, sweep=context.sweep is not None)
             experiment = build(config)
-            facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
-            folder.begin(OmegaConf.to_yaml(config, resolve=True))
-            folder.event("kernels", used=experiment.backend.kernels)
-            return _study(experiment, folder, facts)
+            with closing(experiment.backend):
+                facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
+                folder.begin(OmegaConf.to_yaml(config, resolve=True))
+                folder.event("kernels", used=experiment.backend.kernels)
+                return _study(experiment, folder, facts)
         except (Exception, KeyboardInterrupt) as error:
             folder.fail(facts, error, is_user_error(error))
             raise

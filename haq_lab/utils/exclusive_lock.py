@@ -1,4 +1,4 @@
-"""Lock a file for this process, and tell other processes who holds the lock."""
+"""Lock a file for this process, and describe the holder of the lock to other processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     Raises:
         LockedError: Another process holds the lock.
     """
-    lock, holder = FileLock(path), path.with_name(f"{path.name}.holder")
+    # Not thread-local, because the garbage collector can release it in another thread.
+    lock, holder = FileLock(path, thread_local=False), path.with_name(f"{path.name}.holder")
     try:
         lock.acquire(timeout=0)
     except Timeout:

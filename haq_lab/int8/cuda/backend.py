@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Annotated
+
 import torch
+from pydantic import Field, validate_call
 from torch import Tensor
 
 from haq_lab.int8.backend import Backend, PackedLinear
 from haq_lab.int8.cuda import device as cuda_device
-from haq_lab.int8.cuda.gpu_lock import lock_gpu
+from haq_lab.int8.cuda.gpu_lock import GpuLock
 from haq_lab.int8.cuda.kernels import GEMV_ROWS, K_MULTIPLE, Kernels, padded
 from haq_lab.int8.numerics import ActivationScheme, scale_of
 from haq_lab.utils.errors import UserError
@@ -22,19 +26,45 @@ class CudaBackend(Backend):
     Args:
         device: `cuda` for torch's current device, or a number such as `cuda:1`.
         kernels: The kernels to use; those of the device if None.
-        share: Whether other processes may use the GPU at the same time. If False, the backend takes the first free
-            GPU and waits if there is none.
+        share: Whether other processes may use the GPU at the same time. If False, `cuda` means the first free GPU,
+            and the backend reserves it until `close`.
+        lock_timeout: Seconds to wait while other jobs use the GPU. None waits without a limit.
 
     Raises:
-        UserError: There is no GPU, the GPU is too old, or CuPy is not installed.
+        UserError: There is no GPU, the GPU is too old, CuPy is not installed, or other jobs use the GPU too long.
     """
 
     name = "cuda"
     uses_gpu = True
 
-    def __init__(self, device: str = "cuda", kernels: Kernels | None = None, share: bool = False) -> None:
-        self.device = _device(device) if share else lock_gpu(_device(device))
-        self.fused_kernels = self._kernels = kernels or cuda_device.kernels(self.device.index)
+    @validate_call(config={"arbitrary_types_allowed": True})
+    def __init__(
+        self,
+        device: str = "cuda",
+        kernels: Kernels | None = None,
+        share: bool = False,
+        lock_timeout: Annotated[float, Field(ge=0)] | None = None,
+    ) -> None:
+        self.device = _parse_device(device, simulated=kernels is not None)
+        self._lock = None if share else GpuLock(self.device, lock_timeout)
+        if self._lock is not None:
+            self.device = self._lock.device
+            # Also without `close`, for example if a loaded model is deleted. At exit the system releases the lock.
+            weakref.finalize(self, self._lock.release).atexit = False
+        try:
+            self.fused_kernels = self._kernels = kernels or cuda_device.kernels(self.device.index)
+        except BaseException:
+            self.close()
+            raise
+        if self.device == torch.device("cuda"):
+            self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def close(self) -> None:
+        """Release the GPU for other jobs. This process, such as a worker of a sweep, may live on."""
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # otherwise torch keeps the memory of freed tensors for this process
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def kernels(self) -> str:
@@ -80,10 +110,14 @@ class CudaBackend(Backend):
         return product(qx, weights.packed, row_scale, weights.scale.to(self.device), bias, dtype)
 
 
-def _device(name: str) -> torch.device:
+def _parse_device(name: str, simulated: bool) -> torch.device:
+    """Return the device of a name. Simulated kernels run on any device of torch."""
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise UserError(
             f"backend.device: '{name}' is not a device. Choose cuda, or cuda:1 for the second GPU."
         ) from error
+    if device.type != "cuda" and not simulated:
+        raise UserError(f"backend.device: '{name}' is not a GPU. Choose cuda, or cuda:1 for the second GPU.")
+    return device

@@ -105,6 +105,8 @@ def kernels(device: int | None) -> Kernels:
     import cupy
 
     index = torch.cuda.current_device() if device is None else device
+    if index >= (count := torch.cuda.device_count()):
+        raise UserError(f"backend.device: 'cuda:{index}' does not exist. Choose cuda:0 to cuda:{count - 1}, or cuda.")
     properties = torch.cuda.get_device_properties(index)
     architecture = 10 * properties.major + properties.minor
     check_architecture(architecture, properties.name)
