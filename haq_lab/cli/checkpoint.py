@@ -3,7 +3,7 @@
 python -m haq_lab.checkpoint inspect DIR
 python -m haq_lab.checkpoint verify DIR
 python -m haq_lab.checkpoint accept DIR
-python -m haq_lab.checkpoint export DIR TARGET
+python -m haq_lab.checkpoint export DIR TARGET --for transformers|vllm|gguf
 """
 
 from __future__ import annotations
@@ -27,13 +27,20 @@ def main() -> None:
         ("inspect", _inspect, "list the tensors and the provenance"),
         ("verify", _verify, "verify the hash of every tensor and file"),
         ("accept", _accept, "record the current files and hashes, after you have checked them; also for built models"),
-        ("export", _export, "write the checkpoint in the compressed-tensors format"),
+        ("export", _export, "write the checkpoint in the format of another engine"),
     ):
         action = actions.add_parser(name, help=description)
         action.add_argument("folder", type=Path, help="folder of the checkpoint")
         action.set_defaults(run=run)
         if name == "export":
-            action.add_argument("target", type=Path, help="folder to create for the export")
+            action.add_argument("target", type=Path, help="folder, or GGUF file, to create for the export")
+            action.add_argument(
+                "--for",
+                dest="engine",
+                choices=("transformers", "vllm", "gguf"),
+                default="transformers",
+                help="transformers and vllm read compressed-tensors, gguf is for llama.cpp (default: %(default)s)",
+            )
     arguments = parser.parse_args()
     with report_user_errors("haq_lab"):
         sys.exit(arguments.run(arguments))
@@ -68,9 +75,9 @@ def _accept(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from haq_lab.checkpoint.export import export
+    from haq_lab.checkpoint.export.engines import export
 
-    export(arguments.folder, arguments.target)
+    export(arguments.folder, arguments.target, arguments.engine)
     say(f"exported to {arguments.target}")
     return 0
 

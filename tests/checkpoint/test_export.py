@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from haq_lab.calibration.statistics import CalibrationPolicy
-from haq_lab.checkpoint.export import export, pack
+from haq_lab.checkpoint.export.compressed_tensors import pack
+from haq_lab.checkpoint.export.engines import export
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.cli import checkpoint as command

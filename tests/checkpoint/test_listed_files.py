@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.checkpoint.accept import accept
-from haq_lab.checkpoint.export import export, pack
+from haq_lab.checkpoint.export.compressed_tensors import pack
+from haq_lab.checkpoint.export.engines import export
 from haq_lab.checkpoint.manifest import Manifest
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.checkpoint.writer import CheckpointWriter

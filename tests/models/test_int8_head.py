@@ -8,7 +8,7 @@ import pytest
 import torch
 from launching import TINY, launch
 
-from haq_lab.checkpoint.export import export
+from haq_lab.checkpoint.export.engines import export
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_bytes
 from haq_lab.models.layerwise import LayeredModel

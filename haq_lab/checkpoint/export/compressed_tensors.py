@@ -1,10 +1,14 @@
 """Export a checkpoint in the compressed-tensors format, which transformers and vLLM read.
 
-Format: https://github.com/vllm-project/compressed-tensors
+Format: https://github.com/vllm-project/compressed-tensors. Tensors have the names of the architecture's hub
+checkpoints, with one tensor per expert.
 
-Dense models are exported as `int-quantized`, with int8 weights and activations. MoE models are exported as
+Most exports are `int-quantized`, with int8 weights and activations. An MoE model for transformers is
 `pack-quantized`, with 8-bit weights only. transformers loads only packed experts and fuses them, and its fused
-experts have no activation scheme. Tensors have the names of the architecture's hub checkpoints.
+experts have no activation scheme.
+
+vLLM's int8 experts (`CompressedTensorsW8A8Int8MoEMethod`) take one dynamic scale per token only. Its int8 linears
+(`CompressedTensorsW8A8Int8`) take dynamic scales per token, or one static scale.
 
 The tests compare the export, loaded by transformers, with our model. The weights are identical. With weight-only
 quantisation, the logits agree with our weights in float arithmetic to 1e-5. With static activation scales, they agree
@@ -25,7 +29,6 @@ from torch import Tensor
 from haq_lab.checkpoint.layer_tensors import read_layer
 from haq_lab.checkpoint.manifest import layer_file
 from haq_lab.checkpoint.model import QuantizedModel
-from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.architectures import Moe
 from haq_lab.models.companion_files import copy_companion_files
@@ -39,49 +42,67 @@ ACTIVATIONS = {
     "tensor": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": True},
     "static": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
+Schemes = dict[str, ActivationScheme]
 
 
-def export(folder: Path, target: Path) -> None:
-    """Export the checkpoint in `folder` to the new folder `target`, with one layer in memory at a time.
-
-    Args:
-        folder: A checkpoint that `checkpoint.dir` has written.
-        target: Folder to create.
+def export_for_transformers(model: QuantizedModel, target: Path) -> None:
+    """Export a checkpoint to the new folder `target` for transformers. MoE models keep only their int8 weights.
 
     Raises:
-        UserError: The checkpoint is damaged or has an int8 head, or `target` already exists.
+        UserError: A file is damaged, or the model has an int8 head.
     """
-    if target.exists():
-        raise UserError(f"export: '{target}' already exists. Choose a new folder.")
-    model = QuantizedModel(folder, ReferenceBackend())
+    _export(model, target, packed=model.family.moe is not None)
+
+
+def export_for_vllm(model: QuantizedModel, target: Path) -> None:
+    """Export a checkpoint to the new folder `target` for vLLM, with int8 weights and activations.
+
+    Raises:
+        UserError: A file is damaged, the model has an int8 head, or vLLM has no int8 kernel for an activation scheme.
+    """
+    _export(model, target, packed=False, for_vllm=True)
+
+
+def _export(model: QuantizedModel, target: Path, packed: bool, for_vllm: bool = False) -> None:
     if model.int8_head is not None:
         raise UserError(
-            f"export: the head of '{folder}' is quantised, which the export does not support. "
+            f"export: the head of '{model.folder}' is quantised, which the export does not support. "
             "Quantise the model with quantizer.lm_head=false."
         )
-    packed = model.family.moe is not None
-    schemes: dict[str, ActivationScheme] = {}
+    moe = model.family.moe
+    schemes: Schemes = {}
     with atomic_folder(target) as aside:
         writer = ShardWriter(aside, model.depth + 1)
         writer.add(model.read_outer_tensors())
         for index in range(model.depth):
-            tensors, layer_schemes = read_layer(folder, model.manifest.shard(folder, layer_file(index)))
+            tensors, layer_schemes = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
+            if for_vllm:
+                _refuse_schemes_without_vllm_kernel(layer_schemes, moe)
             schemes |= layer_schemes
             converted = _convert_layer(tensors, layer_schemes, packed)
             writer.add({model.family.checkpoint_name(name): tensor for name, tensor in converted.items()})
         writer.finish()
         copy_companion_files(model, aside)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
         ours = config["quantization_config"]
         config["dtype"] = ours["dtype"]
-        names = {name: model.family.checkpoint_name(f"{name}.").rstrip(".") for name in schemes}
-        config["quantization_config"] = _quantization(schemes, names, model.family.moe) | {
-            "haq_lab": ours["provenance"]
-        }
+        groups = _weight_group() if packed else _scheme_groups(schemes, model)
+        config["quantization_config"] = _quantization(groups, packed, moe) | {"haq_lab": ours["provenance"]}
         write_json(aside / "config.json", config)
 
 
-def _convert_layer(tensors: dict[str, Tensor], schemes: dict[str, ActivationScheme], packed: bool) -> dict[str, Tensor]:
+def _refuse_schemes_without_vllm_kernel(schemes: Schemes, moe: Moe | None) -> None:
+    allowed = ("token", "static") if moe is None else ("token",)
+    for name, scheme in schemes.items():
+        if scheme not in allowed:
+            kind = "dense models" if moe is None else "MoE models"
+            raise UserError(
+                f"export: '{name}' has {scheme} activation scales, but vLLM's int8 kernels for {kind} need "
+                f"{' or '.join(allowed)} scales. Quantise the model with quantizer.activations=token."
+            )
+
+
+def _convert_layer(tensors: dict[str, Tensor], schemes: Schemes, packed: bool) -> dict[str, Tensor]:
     converted = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
@@ -107,30 +128,33 @@ def pack(levels: Tensor) -> Tensor:
     return F.pad(unsigned, (0, -levels.shape[1] % 4)).view(torch.int32)
 
 
-def _quantization(schemes: dict[str, ActivationScheme], names: dict[str, str], moe: Moe | None) -> dict[str, Any]:
-    """Return the `quantization_config`, with one group of linears for each activation scheme."""
-    groups: dict[str, dict[str, Any]] = {
-        scheme: {
-            "targets": ["Linear"] if len({*schemes.values()}) == 1 else [names[name] for name in own],
-            "weights": WEIGHTS,
-            "input_activations": ACTIVATIONS[scheme],
-        }
-        for scheme, own in _by_scheme(schemes).items()
-    }
-    if moe is not None:
-        groups = {"all": {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": None}}
+def _quantization(groups: dict[str, Any], packed: bool, moe: Moe | None) -> dict[str, Any]:
+    """Return the `quantization_config` with the given groups of linears."""
     router = (Moe.router if moe is None else moe.router).rpartition(".")[2]  # matches nothing in a dense model
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized" if moe is None else "pack-quantized",
+        "format": "pack-quantized" if packed else "int-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ["lm_head", rf"re:.*\.{router}$"],
     }
 
 
-def _by_scheme(schemes: dict[str, ActivationScheme]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
+def _weight_group() -> dict[str, Any]:
+    """Return one group with all linears, whose activations are not quantised."""
+    return {"all": {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": None}}
+
+
+def _scheme_groups(schemes: Schemes, model: QuantizedModel) -> dict[str, Any]:
+    """Return one group of linears for each activation scheme."""
+    linears: dict[ActivationScheme, list[str]] = {}
     for name, scheme in schemes.items():
-        groups.setdefault(scheme, []).append(name)
-    return groups
+        linears.setdefault(scheme, []).append(model.family.checkpoint_name(f"{name}.").rstrip("."))
+    return {
+        scheme: {
+            "targets": ["Linear"] if len(linears) == 1 else names,
+            "weights": WEIGHTS,
+            "input_activations": ACTIVATIONS[scheme],
+        }
+        for scheme, names in linears.items()
+    }

@@ -1,0 +1,142 @@
+"""Export a checkpoint as a GGUF file in Q8_0, which llama.cpp reads.
+
+Smoothing is folded into the weights and norms of a checkpoint, so they are an ordinary model. A block of Q8_0 has 32
+int8 levels and a float16 scale. It stores our levels unchanged, and the scale of their row rounded to float16. So the
+linears differ from ours by at most 2^-11 of a value if the scale is at least 2^-14. Rounding the dequantised weights
+to new scales, as `llama-quantize` does, would add the error of a second 8-bit rounding.
+
+llama.cpp quantises activations to 8 bits in blocks of 32, whatever the checkpoint's activation scheme. The embedding
+and the head are rounded to Q8_0, as `convert_hf_to_gguf.py --outtype q8_0` does. Rows that are not a multiple of 32
+long are stored in float16.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from haq_lab.checkpoint.export.gguf_metadata import Architecture, add_model, architecture_of, frequency_factors
+from haq_lab.checkpoint.export.gguf_tokenizer import add_tokenizer
+from haq_lab.checkpoint.layer_tensors import read_layer
+from haq_lab.checkpoint.manifest import layer_file
+from haq_lab.checkpoint.model import QuantizedModel
+from haq_lab.storage.tensor_names import expert_of
+from haq_lab.utils.atomic_files import atomic_file
+from haq_lab.utils.errors import UserError
+
+BLOCK = 32  # levels that share a scale in Q8_0
+
+
+class GgufTensor(NamedTuple):
+    """A tensor as a GGUF file stores it. Data of type Q8_0 are bytes."""
+
+    name: str
+    data: np.ndarray
+    type: Type
+
+
+def export_gguf(model: QuantizedModel, target: Path) -> None:
+    """Export a checkpoint to the new file `target`, with one layer in memory at a time.
+
+    Args:
+        model: The checkpoint. An int8 head is exported as the float head that it was rounded from.
+        target: A file name that ends with `.gguf`.
+
+    Raises:
+        UserError: A file is damaged, or llama.cpp cannot run the model or its tokenizer.
+    """
+    if target.suffix != ".gguf":
+        raise UserError(f"export --for gguf: '{target}' does not end with .gguf. Name a file, such as model.gguf.")
+    architecture = architecture_of(model)
+    outer = list(_outer_tensors(model, architecture))
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.number])
+    add_model(writer, model)
+    add_tokenizer(writer, model, rows=len(model.shell.get_input_embeddings().weight))
+    first = list(_layer_tensors(model, architecture, 0))
+    for tensor in outer:
+        _add_info(writer, tensor, tensor.name)
+    for index in range(model.depth):
+        for tensor in first:  # all layers of a model have the same tensors
+            _add_info(writer, tensor, tensor.name.replace("blk.0.", f"blk.{index}."))
+    with atomic_file(target) as temporary:
+        writer.write_header_to_file(temporary)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in outer:
+            writer.write_tensor_data(tensor.data)
+        for index in range(model.depth):
+            for tensor in _layer_tensors(model, architecture, index):
+                writer.write_tensor_data(tensor.data)
+        writer.close()
+
+
+def _add_info(writer: gguf.GGUFWriter, tensor: GgufTensor, name: str) -> None:
+    writer.add_tensor_info(name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.type)
+
+
+def _outer_tensors(model: QuantizedModel, architecture: Architecture) -> Iterator[GgufTensor]:
+    for name, tensor in model.read_outer_tensors().items():
+        yield _float_tensor(_gguf_name(model, architecture, name), tensor, quantize=tensor.dim() == 2)
+    if (factors := frequency_factors(model)) is not None:
+        yield _float_tensor("rope_freqs.weight", factors)
+
+
+def _layer_tensors(model: QuantizedModel, architecture: Architecture, index: int) -> Iterator[GgufTensor]:
+    """Yield the tensors of a layer in an order that is the same for all layers."""
+    tensors, schemes = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
+    experts: dict[str, dict[int, GgufTensor]] = defaultdict(dict)
+    for linear in schemes:
+        levels, scale = tensors.pop(f"{linear}.weight"), tensors.pop(f"{linear}.weight_scale")
+        tensors.pop(f"{linear}.input_scale", None)
+        rows = architecture.row_order(linear, model.config)
+        expert = expert_of(linear)
+        name = _gguf_name(model, architecture, f"{linear}.weight".replace(f".experts.{expert}.", ".experts."))
+        converted = quantized_tensor(name, levels[rows], scale[rows])
+        if expert is None:
+            yield converted
+        else:
+            experts[name][expert] = converted
+    for name, parts in experts.items():
+        yield GgufTensor(name, np.stack([parts[number].data for number in sorted(parts)]), parts[0].type)
+    for name, tensor in tensors.items():  # norms, router and biases
+        rows = architecture.row_order(name.rpartition(".")[0], model.config)
+        yield _float_tensor(_gguf_name(model, architecture, name), tensor[rows])
+
+
+def quantized_tensor(name: str, levels: Tensor, scale: Tensor) -> GgufTensor:
+    """Return an int8 linear in Q8_0, or in float16 if its rows are not a multiple of 32 long.
+
+    Args:
+        name: Name of the tensor in the file.
+        levels: int8 (n, k).
+        scale: float32 (n,).
+    """
+    n, k = levels.shape
+    if k % BLOCK:
+        return GgufTensor(name, (levels * scale[:, None]).to(torch.float16).numpy(), Type.F16)
+    blocks = np.empty((n, k // BLOCK), dtype=[("scale", "<f2"), ("levels", "i1", BLOCK)])
+    blocks["scale"] = scale.numpy()[:, None]
+    blocks["levels"] = levels.numpy().reshape(n, -1, BLOCK)
+    return GgufTensor(name, blocks.view(np.uint8).reshape(n, -1), Type.Q8_0)
+
+
+def _float_tensor(name: str, tensor: Tensor, quantize: bool = False) -> GgufTensor:
+    data = tensor.float().contiguous().numpy()
+    kind = Type.F32 if not quantize else Type.F16 if data.shape[-1] % BLOCK else Type.Q8_0
+    return GgufTensor(name, gguf.quantize(data, kind), kind)
+
+
+def _gguf_name(model: QuantizedModel, architecture: Architecture, name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    theirs = gguf.get_tensor_name_map(architecture.number, model.depth).get_name(module)
+    if theirs is None:
+        raise UserError(f"export --for gguf: llama.cpp has no tensor for '{name}'. Choose --for transformers.")
+    return f"{theirs}.{kind}"
