@@ -230,6 +230,9 @@ def _unknown_key(key: str) -> str:
                 f"{key}: there is no such setting. Write {group}.OPTION.{name}, where OPTION is one of "
                 f"{', '.join(having)}."
             )
-        return f"{key}: only {group}={', '.join(having)} has this setting. Choose one of them, or remove the setting."
+        return (
+            f"{key}: only {group}={', '.join(having)} has this setting. Choose only from these options, "
+            "or remove the setting."
+        )
     hint = nearest(name, sorted(set(known))) or ". `python -m haq_lab --help` lists all settings."
     return f"{key}: there is no such setting in the options chosen{hint}"

@@ -40,7 +40,7 @@ def test_it_builds_and_checks(capsys, monkeypatch):
         (["tiny_mixtral_trained", "model.steps=-1"], "model.steps: '-1' is not valid"),
         (["smol_moe", "model.active=9"], "model.active: 9 is more than the 8"),
         (["tiny_llama", "model.layer=3"], "model.layer: there is no such setting in the options chosen (did you mean"),
-        (["tiny_llama", "modl.layers=3"], "'modl.layers' (did you mean 'model'?)"),
+        (["tiny_llama", "modl.layers=3"], "modl.layers: there is no such group or setting (did you mean 'model'?)"),
     ],
 )
 def test_wrong_input_is_reported(capsys, arguments, message):

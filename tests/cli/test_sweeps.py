@@ -103,7 +103,10 @@ def test_without_slurm_its_launcher_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # no srun, whichever machine this is
     outcome = launch("-m", *TINY, "hydra/launcher=slurm", f"hydra.sweep.dir={tmp_path}")
     assert outcome.code == 2
-    assert outcome.err.strip() == "haq_lab: hydra/launcher=slurm: there is no SLURM here (no srun on the path)"
+    assert outcome.err.strip() == (
+        "haq_lab: hydra/launcher=slurm: this machine has no SLURM, because `srun` is not on the PATH. "
+        "Choose hydra/launcher=local."
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_without_slurm_its_launcher_says_so(tmp_path, monkeypatch):
 def test_a_missing_extra_is_named(error, extra):
     from haq_lab.config.explain import explain
 
-    assert explain(RuntimeError(error)) == f"hydra: {extra} is not installed; run: pip install 'haq-lab[{extra}]'"
+    assert explain(RuntimeError(error)) == f"hydra: {extra} is not installed. Run: pip install 'haq-lab[{extra}]'"
 
 
 def test_only_new_failures_count(tmp_path, monkeypatch):

@@ -100,7 +100,8 @@ def test_the_fixed_spellings_are_valid(spelling):
 def test_the_defaults_are_the_promised_ones():
     config = _composed()
     assert list(config.measure) == ["perplexity", "memory", "latency"]
-    assert config.tracking.mode == "offline"
+    assert list(config.tracking) == ["offline"]
+    assert config.tracking.offline.mode == "offline"
     assert (config.backend._target_, config.force) == ("haq_lab.int8.cpu.backend.CpuBackend", False)
     calibration = _composed("calibration=wikitext2").calibration
     assert (calibration.samples, calibration.seqlen, calibration.seed) == (128, 2048, 0)
