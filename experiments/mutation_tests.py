@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,7 +89,7 @@ def _is_text(node: ast.BinOp) -> bool:
 def mutate(source: str, index: int, kind: str) -> tuple[str, int, str]:
     """Return the changed source, the line and the old and new text of the changed expression."""
     tree = ast.parse(source)
-    node = list(ast.walk(tree))[index]
+    node: Any = list(ast.walk(tree))[index]
     before = ast.unparse(node)
     if kind == "comparison":
         node.ops[0] = COMPARISONS[type(node.ops[0])]()
