@@ -157,7 +157,8 @@ def _run_pytest(copy: Path, tests: list[str]) -> int:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-n", "0", *tests]))
+    early = "ignore::pytest.PytestAssertRewriteWarning"  # the parent has imported a plugin's package
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-n", "0", "-W", early, *tests]))
 
 
 def main() -> None:
