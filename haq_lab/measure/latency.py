@@ -131,6 +131,6 @@ def _generate(model: nn.Module, prompt: Tensor, count: int) -> list[float]:
         output = model(tokens, cache=cache, use_cache=True, logits_to_keep=1)
         tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
         if tokens.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(tokens.device)
         seconds.append(time.perf_counter() - start)
     return seconds

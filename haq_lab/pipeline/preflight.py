@@ -138,15 +138,17 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
     deployed = _deployed_bytes(experiment, size)
     if experiment.quantizer is not None and experiment.quantizer.lm_head:
         deployed += size.shell  # an upper bound: the int8 head alone
-    on_gpu = 0.0
+    on_gpu, free_on_gpu = 0.0, 0
     if experiment.backend.uses_gpu:
         on_gpu = (1 + FLOAT) * size.layer + deployed + (HALF * size.shell if _deploys(experiment) else 0)
         memory += _beside_gpu_bytes(experiment, size)
+        if experiment.backend.device.type == "cuda":
+            free_on_gpu, _ = torch.cuda.mem_get_info(experiment.backend.device)
     else:
         memory += deployed
     needs = [
         Need("memory", memory, psutil.virtual_memory().available),
-        Need("GPU memory", on_gpu, torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0),
+        Need("GPU memory", on_gpu, free_on_gpu),
     ]
     missing = 0.0 if source.local else max(0.0, HALF * size.total - source.cached_bytes())
     if missing > 0.01 * HALF * size.total and not hub_is_reachable():

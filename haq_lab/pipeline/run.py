@@ -97,7 +97,7 @@ def run(config: DictConfig, context: RunContext) -> dict[str, Any]:
 @torch.no_grad()
 def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
     """Load, quantise and evaluate, measure and record. Return the content of `results.json`."""
-    reset_peaks()
+    reset_peaks(experiment.backend.device)
     preflight(experiment, facts["overrides"])
     with Progress() as progress:
         model = _load_model(experiment, folder, progress)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.cuda.kernels import K_MULTIPLE, Kernels
+from haq_lab.int8.cuda.kernels import K_MULTIPLE, Kernels, aligned
 from haq_lab.int8.linear import Int8Linear, MergedLinear, QuantizedRows
 from haq_lab.models.architectures import Group
 from haq_lab.models.int8_experts import Int8Experts
@@ -70,7 +70,7 @@ class QuantizedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> QuantizedRows:
         """Normalise and quantise x (..., k)."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        rows = aligned(x.reshape(-1, x.shape[-1]))
         return QuantizedRows(*self.normalize(rows, self._scale), x.shape, x.dtype)
 
     def normalize(self, rows: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def _copy(parameter: Tensor) -> nn.Parameter:
 
 def static_scale(linear: Int8Linear) -> Tensor | None:
     """Return the static scale of a linear's input, float32 (1,), or None if each token has its own scale."""
-    return None if linear.input_scale is None else linear.input_scale.float().reshape(1)
+    return None if linear.input_scale is None else aligned(linear.input_scale.float().reshape(1))
 
 
 def _fuse_norm(layer: nn.Module, group: Group, backend: Backend, kernels: Kernels) -> None:

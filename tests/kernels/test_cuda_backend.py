@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,46 @@ def test_a_linear_has_the_references_bits(host: Kernels, m, k, dtype, scheme):
         assert_same_bits(*results)
 
 
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy that starts one element after a boundary of 16 bytes."""
+    copy = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)[1 : 1 + tensor.numel()].view(tensor.shape)
+    assert copy.data_ptr() % 16
+    return copy.copy_(tensor)
+
+
+@pytest.mark.parametrize("scheme", ["token", "tensor", "static"])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize(
+    ("m", "k", "change"),
+    [
+        (3, 64, misaligned),
+        (21, 40, misaligned),
+        (21, 64, lambda tensor: tensor.repeat_interleave(2, dim=-1)[..., ::2]),
+        (0, 64, torch.clone),
+        (0, 40, torch.clone),
+    ],
+)
+def test_a_linear_takes_every_tensor_that_the_reference_takes(host: Kernels, m, k, change, dtype, scheme):
+    """Slices that are not contiguous or not aligned, no rows, and float64."""
+    draw = Draw(7)
+    x, levels, scale, bias = draw.normal(m, k).to(dtype), draw.int8(37, k), draw.scale(37), draw.normal(37)
+    static = change(draw.scale(1))[0] if scheme == "static" else None
+    cuda, reference = CudaBackend("cpu", host), ReferenceBackend()
+    changed = PackedLinear(change(cuda.pack(levels)), change(scale), change(bias))
+    actual = cuda.linear(change(x), changed, scheme, static)
+    expected = reference.linear(x, PackedLinear(levels, scale, bias), scheme, static)
+    assert_same_bits(actual, expected)
+    quantized, row_scale = cuda.quantize(x, scheme, static)
+    assert_same_bits(cuda.product(change(quantized), change(row_scale), changed, dtype), expected)
+
+
+def test_misaligned_weights_are_dequantized(host: Kernels):
+    levels, scale = Draw(11).int8(7, 64), Draw(11).scale(7)
+    expected = ReferenceBackend().dequantize(levels, scale, 64, torch.float16)
+    actual = CudaBackend("cpu", host).dequantize(misaligned(levels), misaligned(scale), 64, torch.float16)
+    assert_same_bits(actual, expected)
+
+
 @pytest.mark.parametrize("scheme", ["token", "tensor", "static"])
 @pytest.mark.parametrize("k", [64, 40])
 def test_an_activation_has_the_references_bits_on_every_backend(host: Kernels, k, scheme):
@@ -98,9 +139,19 @@ def test_without_a_gpu_the_choice_is_refused():
         CudaBackend()
 
 
-def test_a_device_that_is_none_is_told():
-    with pytest.raises(UserError, match=r"backend\.device: 'gpu0' is not a device\. Choose cuda"):
-        CudaBackend("gpu0")
+@pytest.mark.parametrize(("device", "message"), [("gpu0", "is not a device"), ("cpu", "is not a GPU")])
+def test_another_device_is_refused(device, message):
+    with pytest.raises(UserError, match=rf"backend\.device: '{device}' {message}\. Choose cuda"):
+        CudaBackend(device)
+
+
+def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "cupy", object())
+    with pytest.raises(UserError, match=r"backend\.device: 'cuda:5' does not exist\. Choose cuda:0 to cuda:1"):
+        CudaBackend("cuda:5")
 
 
 def logits_of(model: LayeredModel, backend: Backend, prompt: torch.Tensor) -> tuple[torch.Tensor, ...]:

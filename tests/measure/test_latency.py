@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from haq_lab.calibration.dataset import Calibration
 from haq_lab.data.windows import PythonDocs, Windows
 from haq_lab.measure.base import Study
-from haq_lab.measure.latency import Latency
+from haq_lab.measure.latency import Latency, _generate
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.utils.errors import UserError
 from tests.measure.conftest import TEXTS, study_of
@@ -178,3 +179,13 @@ def test_the_figures_are_those_of_a_known_clock(full, monkeypatch):
     table = study.tables["latency"]
     assert list(table.loc[table["phase"] == "prefill", "ms"]) == [7e3]
     assert list(table.loc[table["phase"] == "decode", "ms"]) == pytest.approx(list(decoded))
+
+
+def test_each_sample_waits_for_the_models_gpu(monkeypatch):
+    """With `backend.device=cuda:1 backend.share=true`, torch's current device is still GPU 0."""
+    second, waited = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    output = MagicMock()
+    output.logits.__getitem__.return_value.argmax.return_value = SimpleNamespace(is_cuda=True, device=second)
+    assert len(_generate(lambda *tokens, **options: output, torch.zeros(1, 3), 2)) == 3
+    assert waited == [second] * 3

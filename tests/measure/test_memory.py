@@ -1,8 +1,10 @@
-"""Memory is counted from the storages of the deployed model."""
+"""Test that weights are counted from the storages of the deployed model, and peaks on its device."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +32,21 @@ def test_weights_are_counted(full, quantized):
     saved = sum(3 * linear.weight.numel() - 4 * len(linear.weight) for linear in linears)
     assert after["memory.weights_bytes"] == before["memory.weights_bytes"] - saved
     assert after["memory.peak_rss_bytes"] > 10 * 2**20
-    assert after["memory.peak_device_bytes"] == 0 or torch.cuda.is_available()
+    assert after["memory.peak_device_bytes"] == 0
+
+
+def test_the_peak_is_that_of_the_models_gpu(full, monkeypatch):
+    """With `backend.device=cuda:1 backend.share=true`, torch's current device is still GPU 0."""
+    second, reset = torch.device("cuda", 1), []
+    peaks = {torch.device("cuda", 0): 7, second: 1234}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=torch.device("cuda", 0): peaks[device])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: reset.append(device))
+    monkeypatch.setattr(memory, "weight_bytes", lambda module: 0)
+    deployed = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=second)]))
+    assert Memory()(replace(full, whole=deployed))["memory.peak_device_bytes"] == 1234
+    reset_peaks(second)
+    reset_peaks(torch.device("cpu"))
+    assert reset == [second]
 
 
 def test_peak_sees_what_was_let_go():

@@ -1,4 +1,4 @@
-"""What a run needs is counted from the config, and a run that does not fit is told what would."""
+"""What a run needs is counted from the config, and a run that does not fit reports what would."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from haq_lab.int8.cuda.kernels import Kernels
 from haq_lab.models.sources import HubModel, TinyModel
 from haq_lab.pipeline import preflight
 
+IDLE = Kernels(lambda launch: None, architecture=80, multiprocessors=4, shared_limit=64 * 1024)
 EXPERT = 3 * 4096 * 14336  # parameters of one of Mixtral-8x7B's
 
 
@@ -104,10 +105,22 @@ def _on_a_gpu(local, *more):
 
     few = [f"model.name={local}", "measure=[memory]", "calibration.samples=1"]
     experiment = build(_composed("+experiment=paper_mixtral", *few, *more))
-    by_gpu = replace(experiment, backend=CudaBackend("cpu", cast(Kernels, "none is called")))
+    by_gpu = replace(experiment, backend=CudaBackend("cpu", IDLE))
     both, ram_alone = _lines(by_gpu, experiment.model), _lines(experiment, experiment.model)
     assert ram_alone["GPU"].needed == 0
     return both["memory"].needed, both["GPU"].needed, ram_alone["memory"].needed
+
+
+def test_the_free_memory_is_that_of_the_backends_gpu(local, monkeypatch):
+    """With `backend.device=cuda:1 backend.share=true`, torch's current device is still GPU 0."""
+    from haq_lab.config.build import build
+    from tests.config.test_build import _composed
+
+    free = {torch.device("cuda", 0): 1, torch.device("cuda", 1): 1234}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=torch.device("cuda", 0): (free[device], 9999))
+    experiment = build(_composed("+experiment=paper_mixtral", f"model.name={local}"))
+    backend = CudaBackend("cuda:1", IDLE, share=True)
+    assert _lines(replace(experiment, backend=backend), experiment.model)["GPU"].there == 1234
 
 
 @pytest.mark.parametrize(("budget", "resident"), [("50%", 8), ("4", 4 + 4), ("1GB", 1e9 / EXPERT)])

@@ -12,7 +12,8 @@ from torch import Tensor
 from haq_lab.int8.backend import Backend, PackedLinear
 from haq_lab.int8.cuda import device as cuda_device
 from haq_lab.int8.cuda.gpu_lock import GpuLock
-from haq_lab.int8.cuda.kernels import GEMV_ROWS, K_MULTIPLE, Kernels, padded
+from haq_lab.int8.cuda.kernels import GEMV_ROWS, K_MULTIPLE, Kernels, aligned, padded
+from haq_lab.int8.cuda.launch import TYPE_NAMES
 from haq_lab.int8.numerics import ActivationScheme, scale_of
 from haq_lab.utils.errors import UserError
 
@@ -77,20 +78,20 @@ class CudaBackend(Backend):
         return packed[:, :columns]
 
     def dequantize(self, packed: Tensor, weight_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        return self._kernels.dequant(packed, weight_scale, dtype)[:, :columns]
+        return self._kernels.dequant(aligned(packed), aligned(weight_scale), dtype)[:, :columns]
 
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
         return self._kernels.accumulate(padded(qx), padded(levels))
 
     def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Quantise as the base class does, with zero columns added up to a multiple of 16."""
-        x = padded(x.to(self.device).contiguous())
+        x = padded(x.to(self.device, x.dtype if x.dtype in TYPE_NAMES else torch.float32))
         if scheme == "token":
             return self._kernels.quantize_rows(x)
-        # One scale for all rows: from this tensor's maximum or from calibration.
-        scale = scale_of(x.float().abs().amax()) if scheme == "tensor" else static_scale
-        assert scale is not None, "The static scheme needs a scale from calibration."
-        return self._kernels.quantize_static(x, self._as_kernel_scale(scale))
+        if scheme == "tensor":
+            static_scale = scale_of(x.float().abs().amax()) if x.numel() else torch.ones(1)
+        assert static_scale is not None, "The static scheme needs a scale from calibration."
+        return self._kernels.quantize_static(x, self._as_kernel_scale(static_scale))
 
     def swiglu_quantize(
         self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
@@ -102,12 +103,16 @@ class CudaBackend(Backend):
 
     def _as_kernel_scale(self, scale: Tensor) -> Tensor:
         """Convert one scale for all rows to float32 (1,) on the device."""
-        return scale.to(self.device, torch.float32).reshape(1)
+        return aligned(scale.to(self.device, torch.float32).reshape(1))
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
         product = self._kernels.gemv if len(qx) <= GEMV_ROWS else self._kernels.gemm
-        bias = None if weights.bias is None else weights.bias.to(self.device, torch.float32)
-        return product(qx, weights.packed, row_scale, weights.scale.to(self.device), bias, dtype)
+        scale = aligned(weights.scale.to(self.device))
+        bias = None if weights.bias is None else aligned(weights.bias.to(self.device, torch.float32))
+        # The kernels have no float64 output. Rounded to float32 first, it has the reference's bits.
+        out_dtype = dtype if dtype in TYPE_NAMES else torch.float32
+        output = product(aligned(qx), aligned(weights.packed), aligned(row_scale), scale, bias, out_dtype)
+        return output.to(dtype)
 
 
 def _parse_device(name: str, simulated: bool) -> torch.device:

@@ -5,8 +5,9 @@
     y = gpu.gemm(qx, qw, sx, sw, bias, x.dtype)    # qw (N, K) int8, sw (N,) -> (M, N)
 
 Kernels get the addresses of torch tensors, copy nothing, and run on torch's current stream. Tensors must be contiguous
-and K must be a multiple of 16. For another K the caller adds zero columns (`padded`), which change neither a sum of
-products nor a row's maximum. Norms divide by K, so their K must be a multiple of 16 without padding.
+and aligned to 16 bytes (`aligned`), and K must be a multiple of 16. For another K the caller adds zero columns
+(`padded`), which change neither a sum of products nor a row's maximum. Norms divide by K, so their K must be a multiple
+of 16 without padding.
 """
 
 from __future__ import annotations
@@ -28,21 +29,33 @@ from haq_lab.int8.cuda.launch import (
     staged_groups,
 )
 
+ALIGNMENT = 16  # bytes, because the kernels load 16 bytes at once
 K_MULTIPLE = 16
 GEMV_ROWS = 8  # largest number of rows of `gemv`
 
 
+def aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy of it if it is not contiguous or not aligned to 16 bytes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
 def padded(x: Tensor) -> Tensor:
-    """Return x (..., K) with zero columns added up to a multiple of 16, or x itself if K is one."""
+    """Return x (..., K), aligned, with zero columns added up to a multiple of 16. This is x itself if nothing changes.
+
+    Example:
+        >>> padded(torch.ones(2, 17)).shape
+        torch.Size([2, 32])
+    """
     missing = -x.shape[-1] % K_MULTIPLE
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+    return aligned(torch.nn.functional.pad(x, (0, missing)) if missing else x)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} is not {shape} {dtype}.")
-    if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-        raise ValueError(f"{name} must be contiguous and aligned to 16 bytes. Pass a copy.")
+    if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+        raise ValueError(f"{name} must be contiguous and aligned to {ALIGNMENT} bytes. Use `aligned`.")
 
 
 def _check_k(k: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -108,6 +108,7 @@ class CudaStreams(Streams):
         with torch.cuda.device(self.device):
             failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE))
         if failed:
+            self._clear_error()
             raise UserError(
                 f"offload: {memory.nbytes:,} bytes of host memory for experts could not be page-locked (CUDA error "
                 f"{failed}). Free memory, raise `ulimit -l`, or choose backend=cpu, which keeps the experts on disk."
@@ -115,7 +116,18 @@ class CudaStreams(Streams):
 
     def unpin(self, memory: Tensor) -> None:
         with torch.cuda.device(self.device):
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
+            failed = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        if int(failed):
+            self._clear_error()
+        torch.cuda.check_error(failed)
+
+    def _clear_error(self) -> None:
+        """Clear the error of a failed call. CUDA keeps it until it is read, and torch reads it after each kernel.
+
+        torch does not offer `cudaGetLastError`. So this launches a kernel, for which torch raises and clears the error.
+        """
+        with suppress(RuntimeError):
+            torch.ones(1, device=self.device)
 
 
 def make_streams(device: torch.device) -> Streams:

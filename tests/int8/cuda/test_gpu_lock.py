@@ -85,7 +85,7 @@ def test_the_holder_is_named_after_the_timeout():
 
     def other() -> None:
         waited = []
-        message = rf"backend\.lock_timeout: after 2 seconds .* process {os.getppid()} on .*backend\.share=true"
+        message = rf"backend\.lock_timeout: after 2 seconds .*\(process {os.getppid()} on .*backend\.share=true"
         with pytest.raises(UserError, match=message) as caught:
             GpuLock(FIRST, timeout=2, wait=waited.append)
         assert waited == [1.0, 1.0]

@@ -80,7 +80,7 @@ class FakeCuda:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.compute, self.locked = FakeStream(), dict[int, int]()
-        self.refuses = 0
+        self.refuses = self.last_error = 0
         self._local = threading.local()
         runtime = type("Runtime", (), {"cudaHostRegister": self._lock, "cudaHostUnregister": self._unlock})
         for name, fake in {
@@ -93,6 +93,8 @@ class FakeCuda:
             "cudart": lambda: runtime,
         }.items():
             patch.setattr(torch.cuda, name, fake)
+        self._ones = torch.ones
+        patch.setattr(torch, "ones", self._kernel)
         patch.setattr(torch.cuda, "check_error", self._check)
 
     @property
@@ -110,16 +112,26 @@ class FakeCuda:
         yield
 
     def _lock(self, address: int, size: int, flags: int) -> int:
+        self.last_error = self.refuses
         if not self.refuses:
             self.locked[address] = size
         return self.refuses
 
     def _unlock(self, address: int) -> int:
-        return 0 if self.locked.pop(address, 0) else 1
+        self.last_error = 0 if self.locked.pop(address, 0) else 1
+        return self.last_error
+
+    def _kernel(self, *size: Any, **settings: Any) -> Tensor:
+        """Raise and clear the error of an earlier call, as torch does after each kernel."""
+        error, self.last_error = self.last_error, 0
+        if error:
+            raise RuntimeError(f"CUDA error {error}")
+        return self._ones(*size, **settings)
 
     @staticmethod
     def _check(code: int) -> None:
-        assert code == 0
+        if code:
+            raise RuntimeError(f"CUDA error {code}")
 
 
 @pytest.fixture
@@ -206,11 +218,15 @@ def test_memory_that_cannot_be_pinned_raises(cuda, streams):
     cuda.refuses = 2
     with pytest.raises(UserError, match=r"4,096 bytes .* could not be page-locked \(CUDA error 2\).*backend=cpu"):
         streams.pin(memory)
+    torch.ones(1, device=streams.device)  # the next kernel does not raise the error again
     cuda.refuses = 0
     streams.pin(memory)
     assert cuda.locked == {memory.data_ptr(): 4096}
     streams.unpin(memory)
     assert not cuda.locked
+    with pytest.raises(RuntimeError, match="CUDA error 1"):
+        streams.unpin(memory)
+    torch.ones(1, device=streams.device)
 
 
 def test_a_cpus_marks_are_times():
