@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -12,9 +13,10 @@ from haq_lab.calibration.dataset import Calibration
 from haq_lab.config.build import build, refuse_idle
 from haq_lab.config.compose import compose_run
 from haq_lab.config.explain import explain
+from haq_lab.config.help import options, settings_of
 from haq_lab.config.override_syntax import override_value
 from haq_lab.offload.settings import Offload
-from haq_lab.utils.errors import UserError
+from haq_lab.utils.errors import UserError, unknown_setting
 
 
 def make_offload(option: str, settings: Mapping[str, Any]) -> tuple[Offload | None, Calibration]:
@@ -43,3 +45,36 @@ def make_offload(option: str, settings: Mapping[str, Any]) -> tuple[Offload | No
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
     return experiment.offload, experiment.calibration
+
+
+def parse_offload(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """Split overrides of the group `offload` into the option and its settings, as `haq_lab.load` takes them.
+
+    Args:
+        overrides: Overrides such as `offload=haq` and `offload.budget=40%`.
+
+    Returns:
+        The option, or None if there is none, and the settings by name.
+
+    Raises:
+        HydraException: An override cannot be parsed.
+        UserError: There is no such setting, or an override has several values.
+
+    Example:
+        >>> parse_offload(["offload=haq", "offload.budget=40%"])
+        ('haq', {'budget': '40%'})
+    """
+    option, settings = None, {}
+    known = {name for choice in options("offload") for name in settings_of("offload", choice)}
+    for override in OverridesParser.create().parse_overrides([*overrides]):
+        key = override.key_or_group
+        if override.is_sweep_override():
+            raise UserError(f"{key}: '{override.get_value_element_as_str()}' are several values. Choose one.")
+        name = key.removeprefix("offload").removeprefix(".")
+        if not name:
+            option = str(override.value())
+        elif name in known:
+            settings[name] = override.value()
+        else:
+            raise unknown_setting(key, known)
+    return option, settings

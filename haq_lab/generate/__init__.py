@@ -1,0 +1,1 @@
+"""Generate text in a terminal: one answer, or a chat."""
