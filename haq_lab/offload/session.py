@@ -10,6 +10,7 @@ from typing import cast
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from haq_lab.hardware.spec import Hardware
@@ -184,12 +185,24 @@ class OffloadSession:
             `prefetch_accuracy` (the share of prefetched experts that were needed).
         """
         assert self.engine is not None, "call engage first"
-        metrics, rows = self.engine.stats(), self.engine.table()
-        stats = {name: sum(row[name] for row in rows) for name in ("hits", "misses")}
-        stats["bytes_moved"] = metrics["offload.bytes_moved"]
-        if "offload.prefetch_accuracy" in metrics:
-            stats["prefetch_accuracy"] = metrics["offload.prefetch_accuracy"]
-        return stats
+        counters = self.engine.counters
+        stats = {"hits": counters.hits, "misses": counters.misses, "bytes_moved": counters.bytes_moved}
+        totals = {name: float(values.sum()) for name, values in stats.items()}
+        if self.engine.prefetch is not None:
+            totals["prefetch_accuracy"] = counters.prefetch_accuracy()
+        return totals
+
+    def expert_stats(self) -> dict[str, NDArray[np.int64]]:
+        """Return the counts of `stats` for each expert.
+
+        Another thread may call this and `stats` while the model runs.
+
+        Returns:
+            `hits`, `misses` and `bytes_moved`, each (layers, E).
+        """
+        assert self.engine is not None, "call engage first"
+        counters = self.engine.counters
+        return {"hits": counters.hits.copy(), "misses": counters.misses.copy(), "bytes_moved": counters.bytes_moved}
 
     def residents(self) -> Residency:
         """Return which experts are in the fast tier, (layers, E) bool."""
@@ -274,7 +287,8 @@ def build_engine(
     elif settings.prefetch == "path":
         prefetch = NextOnPath(profile)
     guesses = min(profile.k, settings.spare - 1) if prefetch is not None else 0
-    engine = Engine(tier, policy, settings.spare, prefetch, guesses, observer, streams)
+    record = hardware is not None  # for `simulate_engine`
+    engine = Engine(tier, policy, settings.spare, prefetch, guesses, observer, streams, record)
     engine.attach(layers, moe)
     return engine
 

@@ -50,6 +50,7 @@ def test_offloading_changes_no_bit(checkpoint, windows, backend):
     expected = plain.generate(prompt, max_new_tokens=6, do_sample=False)
     assert torch.equal(offloaded.generate(prompt, max_new_tokens=6, do_sample=False), expected)
     assert offloaded.offload.stats()["misses"] > 0
+    assert offloaded.offload.engine.recorder.decoded == 0, "memory does not grow with each token"
 
 
 @torch.no_grad()
@@ -66,6 +67,13 @@ def test_stats_count_what_the_router_chose(checkpoint, windows):
     assert (stats["hits"], stats["misses"]) == (resident.sum(), (~resident).sum())
     assert stats["bytes_moved"] - loaded == distinct * model.offload.engine.slow_tier.blob_bytes
     assert "prefetch_accuracy" not in stats
+    experts = model.offload.expert_stats()
+    at = np.broadcast_to(np.arange(chosen.shape[1])[None, :, None], chosen.shape)
+    for name, counted in (("hits", resident), ("misses", ~resident)):
+        expected = np.zeros_like(experts[name])
+        np.add.at(expected, (at[counted], chosen[counted]), 1)
+        np.testing.assert_array_equal(experts[name], expected)
+    assert experts["bytes_moved"].sum() == stats["bytes_moved"]
     np.testing.assert_array_equal(model.offload.residents(), residents)
 
 

@@ -1,4 +1,4 @@
-"""Count hits, misses, bytes moved and prefetches of an engine, per layer."""
+"""Count hits, misses, bytes moved and prefetches of an engine."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from numpy.typing import NDArray
 
 
 class Counters:
-    """Counts per layer what an engine does.
+    """Counts what an engine does.
 
     Args:
         layers: Number of layers of the model.
+        experts: Number of experts per layer, E.
         blob_bytes: Bytes that are moved for one expert.
 
     Attributes:
         tokens: Tokens that have entered the first layer, of prompts and decoded.
-        read: (layers,) experts fetched, prefetched ones included.
+        hits: (layers, E) choices of an expert by a token while the expert was in the fast tier.
+        misses: (layers, E) choices of an expert by a token while it was not.
+        read: (layers, E) times that an expert was fetched, prefetches included.
         guessed: (layers,) experts prefetched.
         guesses_used: (layers,) prefetched experts that were then needed.
         waited: (layers,) seconds that computing waited for experts.
     """
 
-    def __init__(self, layers: int, blob_bytes: int):
+    def __init__(self, layers: int, experts: int, blob_bytes: int):
         self._blob_bytes, self.tokens = blob_bytes, 0
-        self._pairs, self._pair_hits, self._experts, self._expert_hits = np.zeros((4, layers), np.int64)
-        self.read, self.guessed, self.guesses_used = np.zeros((3, layers), np.int64)
+        self.hits, self.misses, self.read = np.zeros((3, layers, experts), np.int64)
+        self._experts, self._expert_hits, self.guessed, self.guesses_used = np.zeros((4, layers), np.int64)
         self.waited = np.zeros(layers)
 
     def visit(self, layer: int, tokens: int, counts: NDArray[np.int64], missing: list[int]) -> None:
@@ -40,22 +43,29 @@ class Counters:
         """
         if layer == 0:
             self.tokens += tokens
-        self._pairs[layer] += counts.sum()
-        self._pair_hits[layer] += counts.sum() - counts[missing].sum()
+        self.hits[layer] += counts
+        self.hits[layer, missing] -= counts[missing]
+        self.misses[layer, missing] += counts[missing]
         self._experts[layer] += np.count_nonzero(counts)
         self._expert_hits[layer] += np.count_nonzero(counts) - len(missing)
+
+    @property
+    def bytes_moved(self) -> NDArray[np.int64]:
+        """(layers, E) bytes that were fetched for each expert."""
+        return self.read * self._blob_bytes
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by their full names.
 
         Hit rates and values per token are left out if nothing was counted.
         """
-        moved, waited = float(self.read.sum() * self._blob_bytes), float(self.waited.sum())
+        moved, waited = float(self.bytes_moved.sum()), float(self.waited.sum())
+        hits, pairs = self.hits.sum(1), (self.hits + self.misses).sum(1)  # each (layers,)
         metrics = {}
-        if self._pairs.any():
-            metrics["offload.hit_rate_pairs"] = float(self._pair_hits.sum() / self._pairs.sum())
+        if pairs.any():
+            metrics["offload.hit_rate_pairs"] = float(hits.sum() / pairs.sum())
             metrics["offload.hit_rate_experts"] = float(self._expert_hits.sum() / self._experts.sum())
-            metrics["offload.hit_rate_layer_std"] = float((self._pair_hits / np.maximum(self._pairs, 1)).std())
+            metrics["offload.hit_rate_layer_std"] = float((hits / np.maximum(pairs, 1)).std())
         if self.tokens:
             metrics["offload.bytes_moved_per_token"] = moved / self.tokens
             metrics["offload.waited_ms_per_token"] = 1e3 * waited / self.tokens
@@ -73,9 +83,9 @@ class Counters:
         """Return one row per layer, as a dict."""
         return [
             {
-                "hits": int(self._pair_hits[layer]),
-                "misses": int(self._pairs[layer] - self._pair_hits[layer]),
-                "bytes": int(self.read[layer] * self._blob_bytes),
+                "hits": int(self.hits[layer].sum()),
+                "misses": int(self.misses[layer].sum()),
+                "bytes": int(self.bytes_moved[layer].sum()),
                 "waited_s": float(self.waited[layer]),
                 "guessed": int(self.guessed[layer]),
                 "guesses_used": int(self.guesses_used[layer]),

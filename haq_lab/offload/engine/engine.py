@@ -59,10 +59,11 @@ class Engine:
         guesses: Maximum number of experts to prefetch per layer. Less than `spare`.
         feedback: Corrects the cost model by the host's clock. Use it on a CPU only.
         streams: Streams of the device that computes. If None, the CPU computes.
+        record: Whether to record each step. A model that runs for days would fill memory with its records.
 
     Attributes:
         recorder: Records the routing decisions and prefetch guesses.
-        counters: Counts hits, misses and bytes moved per layer.
+        counters: Counts hits, misses and bytes moved, per layer and expert.
 
     Example:
         >>> engine = Engine(slow_tier, policy, spare=2)  # doctest: +SKIP
@@ -80,12 +81,13 @@ class Engine:
         guesses: int = 0,
         feedback: CostFeedback | None = None,
         streams: Streams | None = None,
+        record: bool = True,
     ):
         layers, self.experts = policy.resident.shape
         assert 0 <= guesses < spare, "guesses must be less than spare, because a missing expert needs a spare slot"
         self.slow_tier, self.policy, self.prefetch, self.guesses = slow_tier, policy, prefetch, guesses
-        self.feedback, self.recorder = feedback, Recorder(layers, self.experts)
-        self.counters = Counters(layers, slow_tier.moved_bytes)
+        self.feedback, self.recorder, self._record = feedback, Recorder(layers, self.experts), record
+        self.counters = Counters(layers, self.experts, slow_tier.moved_bytes)
         self.transfer = Transfer(slow_tier, policy.slots + spare, self.counters, feedback, streams or Streams())
         self.arena = self.transfer.arena
         self._counted: tuple[dict[str, float], list[dict[str, Any]]] | None = None  # the results of `counting`
@@ -166,7 +168,7 @@ class Engine:
         if self.prefetch is not None and layer + 1 < len(self.transfer.layers):
             guesses = self.prefetch.guess(layer, hidden, chosen, self.guesses)
             self._prefetch(layer, guesses)
-        if self._counted is None:
+        if self._record and self._counted is None:
             self.recorder.record(layer, chosen, guesses)
         self._counts = counts
         if self.feedback is not None:
@@ -287,8 +289,9 @@ class Engine:
         """Forget all that was counted and recorded so far."""
         self.transfer.settle()
         self._counted = None
-        self.recorder = Recorder(len(self.transfer.layers), self.experts)
-        self.counters = self.transfer.counters = Counters(len(self.transfer.layers), self.slow_tier.moved_bytes)
+        layers = len(self.transfer.layers)
+        self.recorder = Recorder(layers, self.experts)
+        self.counters = self.transfer.counters = Counters(layers, self.experts, self.slow_tier.moved_bytes)
         if self.feedback is not None:
             self.feedback.predicted, self.feedback.measured = [], []
 

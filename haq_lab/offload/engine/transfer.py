@@ -56,7 +56,7 @@ class Transfer:
     def fetch(self, key: Key) -> None:
         """Request an expert and return at once. There must be a free slot."""
         self.arena.take(key)
-        self.counters.read[key[0]] += 1
+        self.counters.read[key] += 1
         requested_at = 0.0 if self.feedback is None else self.feedback.on_request()
         computed = self.streams.mark()  # includes the last use of the slot
         self._reads[key] = self._reader.submit(self._read, key, self.arena.blob(key), requested_at, computed)
@@ -109,7 +109,7 @@ class Transfer:
         """
         if read := self._reads.pop(key, None):
             if read.cancel():
-                self.counters.read[key[0]] -= 1
+                self.counters.read[key] -= 1
             else:
                 read.exception()
         else:

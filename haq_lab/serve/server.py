@@ -1,0 +1,59 @@
+"""Run the web application until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+
+import uvicorn
+from fastapi import FastAPI
+
+from haq_lab.serve.generation import RequestQueue
+from haq_lab.utils.errors import UserError
+
+GRACE_SECONDS = 5  # how long a stopping server lets answers finish
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Clients that connect before the server runs wait for it.
+
+    Args:
+        host: Address to listen on, such as `127.0.0.1`.
+        port: Port, or 0 for any free one.
+
+    Raises:
+        UserError: The address is not one of this machine's, or the port is in use.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"--port: {host}:{port} cannot be used ({error.strerror}). Choose another --port or --host."
+        ) from error
+    listener.listen()
+    return listener
+
+
+def run(app: FastAPI, queue: RequestQueue, listener: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C. Then finish or cancel the answers, and return.
+
+    Args:
+        app: The application.
+        queue: The queue of its requests.
+        listener: Socket of `open_socket`.
+    """
+    config = uvicorn.Config(app, log_level=logging.WARNING, timeout_graceful_shutdown=GRACE_SECONDS)
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        uvicorn.Server(config).run(sockets=[listener])  # sends itself the signal again when it has stopped
+    except (KeyboardInterrupt, SystemExit):
+        pass
+    finally:
+        queue.stop()
+        signal.signal(signal.SIGTERM, previous)
