@@ -7,5 +7,6 @@ A checkpoint is a folder:
     rest.safetensors           tensors outside the layers, in the source's dtype
     layer-00000.safetensors    one decoder layer: int8 weights, float32 scales and norms, smoothing folded in
     tokenizer*, ...            the tokenizer's files
+    README.md                  model card. Not listed in the manifest, because no loader reads it
     work/                      hidden states for resuming. Exists only while the checkpoint is written
 """

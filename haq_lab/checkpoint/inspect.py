@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from haq_lab.checkpoint.layer_tensors import read_schemes
 from haq_lab.checkpoint.manifest import FILE, Manifest
+from haq_lab.checkpoint.model_card import CARD
 from haq_lab.storage.listed_files import ACCEPT, TEMPLATES
 from haq_lab.storage.safetensors_file import read_shard, read_shard_header
 from haq_lab.utils.errors import UserError
@@ -68,7 +69,7 @@ def find_problems(folder: Path) -> Iterator[str]:
     for shard in manifest.shards.values():
         if problem := _problem(partial(read_shard, folder, shard)):
             yield problem
-    known = {FILE, *manifest.files, *manifest.shards}
+    known = {FILE, CARD, *manifest.files, *manifest.shards}
     for path in sorted([*folder.iterdir(), *(folder / TEMPLATES).glob("*")]):
         if path.is_file() and path.relative_to(folder).as_posix() not in known:
             yield f"checkpoint: {path} does not belong to the checkpoint. Remove it, or run `{ACCEPT} {folder}`."

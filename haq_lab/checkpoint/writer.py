@@ -17,6 +17,7 @@ from torch import nn
 
 from haq_lab.checkpoint.layer_tensors import SCHEMES, layer_content, to_storable
 from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, ROUTING, WORK, Manifest, layer_file
+from haq_lab.checkpoint.model_card import CARD
 from haq_lab.checkpoint.provenance import differences
 from haq_lab.checkpoint.resume_state import layers_done, restore_state, save_state
 from haq_lab.models.companion_files import copy_companion_files
@@ -93,6 +94,7 @@ class CheckpointWriter:
         if (self.folder / FILE).is_file():
             manifest = Manifest.read(self.folder, "checkpoint.dir")
             (self.folder / FILE).unlink()
+            (self.folder / CARD).unlink(missing_ok=True)
             for file in [*manifest.shards, *manifest.files]:
                 (self.folder / Path(file).name).unlink(missing_ok=True)
         for shard in self.folder.glob("layer-*.safetensors"):

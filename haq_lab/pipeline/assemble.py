@@ -9,6 +9,7 @@ import pandas as pd
 from torch import nn
 
 from haq_lab.checkpoint.model import QuantizedModel
+from haq_lab.checkpoint.model_card import write_model_card
 from haq_lab.checkpoint.provenance import provenance
 from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.config.build import Experiment
@@ -156,9 +157,14 @@ class Assembly:
             facts["offload_limitation"] = self._offload.limitation
         return facts
 
-    def recorded(self) -> None:
-        """Close the checkpoint. The run's results are written, so there is nothing to resume."""
+    def recorded(self, results: dict[str, Any]) -> None:
+        """Write the model card and close the checkpoint. The run's results are written, so there is nothing to resume.
+
+        Args:
+            results: Content of `results.json`.
+        """
         if self.writer is not None:
+            write_model_card(self.writer.folder, results["metrics"], results["protocol"])
             self.writer.close()
 
     def _report(self, line: str) -> None:

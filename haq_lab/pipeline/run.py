@@ -129,7 +129,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         facts["own_metrics"] = own
     protocol = _protocol(evaluation, calibration) | {name: loaded.protocol for name, loaded in prompts.items()}
     results = write_record(experiment, folder, facts, protocol, passed, metrics, study.tables | assembly.tables())
-    assembly.recorded()
+    assembly.recorded(results)
     show_results(results, folder.path)
     return results
 

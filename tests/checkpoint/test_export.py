@@ -8,44 +8,17 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
-from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.checkpoint.export.compressed_tensors import pack
 from haq_lab.checkpoint.export.engines import export
 from haq_lab.checkpoint.model import QuantizedModel
-from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.cli import checkpoint as command
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.int8.linear import Int8Linear, to_float
-from haq_lab.models.experts import Experts
-from haq_lab.models.layerwise import LayeredModel
-from haq_lab.models.sources import TinyModel
-from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.utils.errors import UserError
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
-
-
-@pytest.fixture
-def written(architecture, windows, tmp_path):
-    """Return a function that quantises a tiny model and writes its checkpoint."""
-
-    def write(quantizer):
-        model = LayeredModel(TinyModel(architecture).folder())
-        writer = CheckpointWriter(tmp_path / "checkpoint", model, {}, {}, force=False)
-        sequential_pass(
-            PassInputs(model, quantizer, ReferenceBackend(), windows.flip(0), CalibrationPolicy(), {}),
-            lambda *_: None,
-            writer,
-        )
-        writer.finish()
-        writer.close()
-        return tmp_path / "checkpoint"
-
-    return write
 
 
 def _read(folder, windows):
@@ -54,32 +27,19 @@ def _read(folder, windows):
     return model(windows).logits
 
 
-def _dequantized(model, layer):
-    """Return the same layer with our weights in float arithmetic."""
-    for name, module in list(layer.named_modules()):
-        if isinstance(module, Int8Linear):
-            linear = nn.Linear(module.weight.shape[1], module.weight.shape[0], bias=module.bias is not None)
-            linear.weight = nn.Parameter(to_float(module))
-            linear.bias = None if module.bias is None else nn.Parameter(module.bias)
-            layer.set_submodule(name, linear)
-    if model.family.moe:
-        layer.set_submodule(model.family.moe.experts, Experts(layer.get_submodule(model.family.moe.experts)))
-    return layer
-
-
 def _apart(one, other):
     return float((one - other).norm() / other.norm())
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("activations", ["token", "static"])
-def test_transformers_reads_it(written, windows, logits_of, tmp_path, activations):
-    folder = written(HAQ(activations=activations))
+def test_transformers_reads_it(write, dequantized, windows, logits_of, tmp_path, activations):
+    folder = write(HAQ(activations=activations))
     export(folder, tmp_path / "export")
     model = QuantizedModel(folder, ReferenceBackend())
     layers = [[model.load_layer(index) for index in range(model.depth)] for _ in range(2)]
     ours = logits_of(model, layers[0], windows)
-    weights_only = logits_of(model, [_dequantized(model, layer) for layer in layers[1]], windows)
+    weights_only = logits_of(model, [dequantized(model, layer) for layer in layers[1]], windows)
     theirs = _read(tmp_path / "export", windows)
     if model.family.moe:
         assert _apart(theirs, weights_only) < 1e-5
@@ -91,8 +51,8 @@ def test_transformers_reads_it(written, windows, logits_of, tmp_path, activation
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("architecture", ["llama"])
-def test_linears_may_have_different_schemes(written, windows, tmp_path):
-    folder = written(HAQ(activations="auto", auto_limit=3e-3))  # linears of this random model lie on both sides of it
+def test_linears_may_have_different_schemes(write, windows, tmp_path):
+    folder = write(HAQ(activations="auto", auto_limit=3e-3))  # linears of this random model lie on both sides of it
     export(folder, tmp_path / "export")
     config = json.loads((tmp_path / "export" / "config.json").read_text())["quantization_config"]
     assert {*config["config_groups"]} == {"static", "token"}
@@ -107,8 +67,8 @@ def test_packing_equals_compressed_tensors():
 
 
 @pytest.mark.parametrize("architecture", ["llama"])
-def test_the_command(written, tmp_path, capsys):
-    folder = written(HAQ())
+def test_the_command(write, tmp_path, capsys):
+    folder = write(HAQ())
 
     def run(*arguments):
         with mock.patch.object(sys, "argv", ["checkpoint", *map(str, arguments)]), pytest.raises(SystemExit) as ended:

@@ -10,6 +10,7 @@ from launching import TINY, launch
 from rich.progress import Progress as Bars
 
 from haq_lab.checkpoint.manifest import FILE
+from haq_lab.checkpoint.model_card import CARD
 from haq_lab.checkpoint.writer import CheckpointWriter
 
 
@@ -56,7 +57,7 @@ def test_force_removes_files_of_another_model(tmp_path):
     assert shards == ["layer-00000.safetensors", "layer-00001.safetensors"]
     files = {path.name for path in folder.iterdir()}
     manifest = json.loads((folder / FILE).read_text())
-    assert files == {FILE, *manifest["files"], *(shard["file"] for shard in manifest["shards"])}
+    assert files == {FILE, CARD, *manifest["files"], *(shard["file"] for shard in manifest["shards"])}
 
 
 def test_a_resumed_progress_bar_starts_at_the_finished_layers(tmp_path, monkeypatch):

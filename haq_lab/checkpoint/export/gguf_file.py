@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ def export_gguf(model: QuantizedModel, target: Path) -> None:
     for index in range(model.depth):
         for tensor in first:  # all layers of a model have the same tensors
             _add_info(writer, tensor, tensor.name.replace("blk.0.", f"blk.{index}."))
-    with atomic_file(target) as temporary:
+    with atomic_file(target) as temporary, closing(writer):
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -75,7 +76,6 @@ def export_gguf(model: QuantizedModel, target: Path) -> None:
         for index in range(model.depth):
             for tensor in _layer_tensors(model, architecture, index):
                 writer.write_tensor_data(tensor.data)
-        writer.close()
 
 
 def _add_info(writer: gguf.GGUFWriter, tensor: GgufTensor, name: str) -> None:

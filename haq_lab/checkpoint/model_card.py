@@ -1,0 +1,113 @@
+"""Write the model card of a checkpoint, `README.md`, in the form that the Hugging Face hub reads.
+
+The manifest does not list the card, because no loader reads it. So its text can be changed, also on the hub.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from haq_lab.checkpoint.layer_tensors import read_schemes
+from haq_lab.checkpoint.manifest import Manifest
+from haq_lab.int8.numerics import ActivationScheme
+from haq_lab.storage.safetensors_file import read_shard_header
+from haq_lab.utils.atomic_files import write_text
+
+CARD = "README.md"
+PAPERS = {"SmoothQuant": "2211.10438", "GPTQ": "2210.17323", "HAQ": "2508.07329"}
+ACTIVATIONS = {
+    "token": "one scale per token, computed at run time",
+    "tensor": "one scale per tensor, computed at run time",
+    "static": "one scale per tensor, from calibration",
+}
+LOADING = """\
+## Use
+
+```python
+import haq_lab.hf  # pip install haq-lab
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+`python -m haq_lab.checkpoint export` writes it for vLLM (`--for vllm`) or llama.cpp (`--for gguf`).
+"""
+
+
+def write_model_card(folder: Path, metrics: dict[str, float | None], protocol: dict[str, Any]) -> None:
+    """Write `README.md` in a finished checkpoint.
+
+    Args:
+        folder: The checkpoint folder. Its `config.json` has the provenance.
+        metrics: Metrics of the run that wrote it. The card shows the perplexities.
+        protocol: Description of each evaluation text by its name.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    made = config["quantization_config"]["provenance"]
+    settings = made["settings"]["quantizer"]
+    method, bits = settings["_target_"].rpartition(".")[2], settings.get("weight_bits", 8)
+    name, revision = made["model"]["label"], made["model"]["revision"]
+    data = ModelCardData(
+        base_model=made["settings"]["model"]["name"] if revision else None,  # only snapshots of the hub have a revision
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["haq_lab", "quantized", "int8", f"w{bits}a8", method.lower()],
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}, quantised with {method}",
+        "\n".join(_facts(made, method, bits, _activation_schemes(folder))),
+        *_perplexities(metrics, protocol),
+        LOADING,
+    ]
+    write_text(folder / CARD, "\n\n".join(parts))
+
+
+def _activation_schemes(folder: Path) -> Counter[ActivationScheme]:
+    """Return the number of linears with each activation scheme."""
+    counts: Counter[ActivationScheme] = Counter()
+    for file in Manifest.read(folder).shards:
+        header, _ = read_shard_header(folder / file)
+        counts.update(read_schemes(header.get("__metadata__", {}), folder / file).values())
+    return counts
+
+
+def _facts(made: dict[str, Any], method: str, bits: int, schemes: Counter[ActivationScheme]) -> Iterator[str]:
+    """Yield the rows of a table that says how the checkpoint was made."""
+    yield "| | |\n|---|---|"
+    revision = made["model"]["revision"]
+    yield f"| base model | {made['model']['label']}{f', revision {revision}' if revision else ''} |"
+    paper = f" ([arXiv {PAPERS[method]}](https://arxiv.org/abs/{PAPERS[method]}))" if method in PAPERS else ""
+    yield f"| method | {method}{paper} |"
+    yield f"| weights | {'int8' if bits == 8 else f'{bits} bits, stored as int8'}, one scale per output channel |"
+    for scheme, count in schemes.most_common():
+        yield f"| activations of {count} linears | int8, {ACTIVATIONS[scheme]} |"
+    if (text := made["calibration"]) is not None:
+        windows = f"{text['samples']} windows of {text['seqlen']:,} tokens"
+        yield f"| calibration | {text['text']}: {windows}, seed {text['seed']} |"
+    versions = [f"{library} {version}" for library, version in made["versions"].items()]
+    yield f"| made with | haq_lab, {', '.join(versions)} |"
+
+
+def _perplexities(metrics: dict[str, float | None], protocol: dict[str, Any]) -> Iterator[str]:
+    """Yield a section with the measured perplexities, if there are any."""
+    rows = []
+    for text in protocol:
+        full, quantised = metrics.get(f"perplexity_fp.{text}"), metrics.get(f"perplexity.{text}")
+        if full is not None and quantised is not None:
+            windows = f"{protocol[text]['windows']} windows of {protocol[text]['seqlen']:,} tokens"
+            change = f"{100 * (quantised / full - 1):+.2f} %"
+            rows.append(f"| {text} | {windows} | {full:.3f} | {quantised:.3f} | {change} |")
+    if rows:
+        header = "| text | evaluated on | full precision | quantised | change |\n|---|---|---|---|---|"
+        yield "\n".join(["## Perplexity\n", header, *rows])
