@@ -49,8 +49,8 @@ def main() -> None:
             native.read_bytes(data)
             read = since(start)
         for keys in kept:
-            keys.reserve(arguments.context + 1)
-            keys.length = arguments.context
+            keys.reserve([arguments.context + 1])
+            keys.length, keys.stored = arguments.context, [arguments.context]
         start = clock()
         for stack, keys in zip(stacks, kept, strict=True):
             stack.step(hidden, angles, angles, keys)

@@ -40,7 +40,7 @@ class _Widened(torch.autograd.Function):
         context.save_for_backward(table)
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) <= NATIVE_ROWS and _native_supports(rows, table):
-            return native.half_linear(rows.contiguous(), table).view(*x.shape[:-1], len(table))
+            return native.float_linear(rows.contiguous(), table).view(*x.shape[:-1], len(table))
         y = rows.new_empty(len(rows), len(table))
         for part in _blocks(table, x.dtype):
             torch.mm(rows, table[part].to(x.dtype).t(), out=y[:, part])

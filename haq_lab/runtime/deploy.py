@@ -3,8 +3,8 @@
     whole = deploy(model.assemble(layers), model, backend)
 
 On every backend, linears that read the same tensor become one product, which is bit-identical (`MergedLinear`).
-On a CPU with the native kernels, weights move to contiguous memory and consecutive layers become one call
-(`native_decoder`). On a GPU, norms and activations are fused with the quantization after them, and a layer's experts
+On a CPU with the native kernels, weights move to contiguous memory, consecutive layers become one call
+(`native_decoder`), and a float head is computed row by row (`native_head`). On a GPU, norms and activations are fused with the quantization after them, and a layer's experts
 run together (`fusion`).
 """
 
@@ -26,6 +26,7 @@ from haq_lab.runtime.equivalence import is_silu
 from haq_lab.runtime.fusion import fuse
 from haq_lab.runtime.layer_parts import LayerParts, UnsupportedLayerError
 from haq_lab.runtime.native_decoder import make_stack, stack_native_layers
+from haq_lab.runtime.native_head import make_head_native
 from haq_lab.runtime.native_router import native_router
 
 
@@ -51,6 +52,7 @@ def deploy(
         if model.family.moe is not None:
             make_router_native(layer, model.family.moe, model.config, backend)
         fuse(layer, model.groups, backend)
+    make_head_native(whole, backend)
     move_to_huge_pages(layers)
     parts: list[LayerParts | None] = []
     reasons: dict[int, str] = {}

@@ -80,6 +80,12 @@ class MoeParts(ctypes.Structure):
         return cls(router.parts, table, scale)
 
 
+class SequenceParts(ctypes.Structure):
+    """`Sequence` of kernels/cpu/decoder.h."""
+
+    _fields_ = [("tokens", _I64), ("past", _I64)]
+
+
 class LayerParts(ctypes.Structure):
     """`Layer` of kernels/cpu/decoder.h. The experts are null if a Mixture of Experts is not fully native."""
 

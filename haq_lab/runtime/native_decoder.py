@@ -10,6 +10,9 @@ The family's groups say which modules a layer has. Whether the layer really comp
 on is not read from class names. Instead the stack's output is compared with the layer's on random tokens, and a layer
 that differs is not replaced.
 
+Padding is removed before the call, so batches with left or right padding run natively, and a sequence has the same bits
+alone and in a batch (`padding`).
+
 A Mixture of Experts is part of the call if all its experts are in memory and use SwiGLU. Otherwise only the attention
 half is native, and the router and experts run as modules (`MoeStack`).
 """
@@ -17,6 +20,7 @@ half is native, and the router and experts run as modules (`MoeStack`).
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +32,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 from haq_lab.int8.cpu import library
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.runtime.kv_cache import KVCache
-from haq_lab.runtime.layer_parts import LayerParts
+from haq_lab.runtime.layer_parts import LayerParts, SequenceParts
+from haq_lab.runtime.padding import UnsupportedCallError, find_tokens
+
+_log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 40  # more than one panel of 32 keys
 PROBES = 4
@@ -40,7 +47,8 @@ TOLERANCE = 1e-4
 class NativeStack(nn.Module):
     """Consecutive decoder layers that run as one native call.
 
-    One causal sequence at a time runs natively. Batches and attention masks run through the original layers.
+    Batches run natively if the attention is causal, with or without padding. Other attention masks, types and caches
+    run through the original layers. The log says why, once for each reason.
 
     Args:
         layers: The decoder layers.
@@ -56,6 +64,7 @@ class NativeStack(nn.Module):
         self.width: int = parts[0].output.n
         self._parts = (LayerParts * len(parts))(*parts)
         self._experts = [module for layer in layers for module in layer.modules() if isinstance(module, Int8Experts)]
+        self._logged: set[str] = set()
 
     def forward(
         self,
@@ -68,26 +77,38 @@ class NativeStack(nn.Module):
         """Run the layers.
 
         Args:
-            hidden: Hidden states (b, t, d). Only b = 1 in float32 without a mask runs natively.
+            hidden: Hidden states (b, t, d).
             attention_mask: As transformers passes it to a decoder layer.
-            position_embeddings: Cosines and sines, each (1, t, head_dim).
+            position_embeddings: Cosines and sines, each (b or 1, t, head_dim).
             cache: The model's KV cache, or None.
             others: Further arguments for the original layers.
 
         Returns:
-            Hidden states (b, t, d).
+            Hidden states (b, t, d). Those of padding are undefined.
+
+        Raises:
+            UserError: The attention mask shows a position that was padding in an earlier call.
         """
         kv = self.new_cache() if cache is None else self._kv_in(cache)
-        can_run = attention_mask is None and hidden.shape[0] == 1 and hidden.dtype == torch.float32
-        can_run = can_run and not self._experts_replaced()
-        if can_run and position_embeddings is not None and kv is not None:
-            return self.step(hidden, *position_embeddings, kv)
+        if not self._experts_replaced():
+            try:
+                positions, own = _check_call(hidden, position_embeddings, kv)
+                past, earlier = own.length, own.tokens
+                tokens = find_tokens(attention_mask, hidden.shape[0], hidden.shape[1], past, earlier)
+                return self.step(hidden, *positions, own, tokens)
+            except UnsupportedCallError as reason:
+                self._log_once(str(reason))
         if cache is not None and kv is not None:
             cache.layers[self.first : self.first + len(self.layers)] = kv.to_dynamic_layers()
         arguments = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "cache": cache}
         for layer in self.layers:
             hidden = layer(hidden, **arguments, **others)
         return hidden
+
+    def _log_once(self, reason: str) -> None:
+        if reason not in self._logged:
+            self._logged.add(reason)
+            _log.warning("native decoder not used for this call: %s", reason)
 
     def _experts_replaced(self) -> bool:
         """Return whether an offload engine replaced the experts' forward. Their weights are then no longer here."""
@@ -106,38 +127,52 @@ class NativeStack(nn.Module):
             kv = cache.layers[self.first] = self.new_cache()
         return kv if isinstance(kv, KVCache) else None
 
-    def step(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kv: KVCache) -> Tensor:
-        """Run the layers natively on the next tokens of a sequence.
+    def step(
+        self, hidden: Tensor, cosines: Tensor, sines: Tensor, kv: KVCache, tokens: Tensor | None = None
+    ) -> Tensor:
+        """Run the layers natively on the next positions of a batch.
 
         Args:
-            hidden: Hidden states of t new tokens, (1, t, d) float32.
-            cosines: Of their rotary positions, (1, t, head_dim).
-            sines: Of their rotary positions, (1, t, head_dim).
-            kv: KV cache of the tokens before them. It grows by t.
+            hidden: Hidden states of t new positions, (b, t, d) float32.
+            cosines: Of their rotary positions, (b or 1, t, head_dim).
+            sines: Of their rotary positions, (b or 1, t, head_dim).
+            kv: KV cache of the positions before them. It grows by t.
+            tokens: Which positions, with those in the cache, are tokens and not padding, bool (b, length). None if
+                there is no padding.
 
         Returns:
-            Hidden states (1, t, d).
+            Hidden states (b, t, d). Those of padding are not changed.
 
         Raises:
             MemoryError: The kernels could not allocate their buffers.
         """
-        tokens = hidden.shape[1]
-        kv.reserve(tokens)
+        batch, length, _ = hidden.shape
         out = hidden.clone(memory_format=torch.contiguous_format)
-        self._compute(out, cosines.contiguous(), sines.contiguous(), kv)
-        kv.length += tokens
+        cosines, sines = (x.expand(batch, -1, -1).contiguous() for x in (cosines, sines))
+        new = None if tokens is None else tokens[:, kv.length :]
+        counts = [length] * batch if new is None else new.sum(1).tolist()
+        kv.reserve(counts)
+        sequences = (SequenceParts * batch)(*zip(counts, kv.stored, strict=True))
+        if new is None:
+            self._compute(out.view(1, batch * length, -1), cosines, sines, sequences, kv)
+        elif any(counts):
+            packed = out[new][None]
+            self._compute(packed, cosines[new], sines[new], sequences, kv)
+            out[new] = packed[0]
+        kv.extend(length, counts, tokens)
         return out
 
-    def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kv: KVCache) -> None:
-        """Run the layers on `hidden` in place. `kv` must have room for the tokens."""
-        tokens = hidden.shape[1]
+    def _compute(
+        self, hidden: Tensor, cosines: Tensor, sines: Tensor, sequences: ctypes.Array[SequenceParts], kv: KVCache
+    ) -> None:
+        """Run the layers in place on hidden states (1, tokens of all sequences, d). `kv` must have room for them."""
         failed = library.library().haq_decoder_layers(
-            library.level(), torch.get_num_threads(), ctypes.byref(self._parts), len(self._parts),
-            hidden.data_ptr(), tokens, cosines.data_ptr(), sines.data_ptr(),
-            kv.panels.data_ptr(), kv.rows.data_ptr(), kv.capacity, kv.length,
+            library.level(), torch.get_num_threads(), ctypes.byref(self._parts), len(self._parts), hidden.data_ptr(),
+            ctypes.byref(sequences), len(sequences), cosines.data_ptr(), sines.data_ptr(),
+            kv.panels.data_ptr(), kv.rows.data_ptr(), kv.capacity,
         )  # fmt: skip
         if failed:
-            raise MemoryError(f"The native decoder has no memory for {tokens} tokens. Use a shorter prompt.")
+            raise MemoryError(f"The native decoder has no memory for {hidden.shape[1]} tokens. Use a shorter prompt.")
 
     @torch.no_grad()
     def reproduces_its_layers(self) -> bool:
@@ -180,14 +215,20 @@ class MoeStack(NativeStack):
     def _experts_replaced(self) -> bool:
         return False  # experts are called as modules, so an offload engine may replace them
 
-    def _compute(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kv: KVCache) -> None:
+    def _compute(
+        self, hidden: Tensor, cosines: Tensor, sines: Tensor, sequences: ctypes.Array[SequenceParts], kv: KVCache
+    ) -> None:
         run, level, threads = library.library().haq_attention, library.level(), torch.get_num_threads()
-        normed, tokens = torch.empty_like(hidden), hidden.shape[1]
-        parts, addresses = ctypes.byref(self._parts), (hidden.data_ptr(), normed.data_ptr())
-        positions_and_kv = cosines.data_ptr(), sines.data_ptr(), kv.panels.data_ptr(), kv.rows.data_ptr()
+        normed = torch.empty_like(hidden)
+        arguments = (
+            hidden.data_ptr(), normed.data_ptr(), ctypes.byref(sequences), len(sequences),
+            cosines.data_ptr(), sines.data_ptr(), kv.panels.data_ptr(), kv.rows.data_ptr(), kv.capacity,
+        )  # fmt: skip
         for index, layer in enumerate(self.layers):
-            if run(level, threads, parts, index, *addresses, tokens, *positions_and_kv, kv.capacity, kv.length):
-                raise MemoryError(f"The native attention has no memory for {tokens} tokens. Use a shorter prompt.")
+            if run(level, threads, ctypes.byref(self._parts), index, *arguments):
+                raise MemoryError(
+                    f"The native attention has no memory for {hidden.shape[1]} tokens. Use a shorter prompt."
+                )
             hidden += layer.get_submodule(self.block)(normed)
 
     def _errors(self, seed: int) -> Tensor:
@@ -214,6 +255,21 @@ class MoeStack(NativeStack):
         finally:
             for layer, block in zip(self.layers, blocks, strict=True):
                 layer.set_submodule(self.block, block)
+
+
+def _check_call(
+    hidden: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, kv: KVCache | None
+) -> tuple[tuple[Tensor, Tensor], KVCache]:
+    """Return the position embeddings and the cache. Raises UnsupportedCallError if the kernels cannot use them."""
+    if hidden.dtype != torch.float32:
+        raise UnsupportedCallError(f"the hidden states are {hidden.dtype}, not float32")
+    if position_embeddings is None:
+        raise UnsupportedCallError("there are no rotary position embeddings")
+    if kv is None:
+        raise UnsupportedCallError("the KV cache is not a DynamicCache, or an earlier call has filled it")
+    if kv.stored and len(kv.stored) != len(hidden):
+        raise UnsupportedCallError(f"the KV cache has {len(kv.stored)} sequences, but the batch has {len(hidden)}")
+    return position_embeddings, kv
 
 
 class _InputRecorder(nn.Module):

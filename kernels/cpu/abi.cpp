@@ -133,36 +133,37 @@ void haq_silu_mul(int level, int threads, const void* gate_up, int kind, int64_t
   });
 }
 
-// out (m, n) = x (m, k) times w (n, k) transposed; w_kind is kBFloat16 or kFloat16. For few rows: each reads a block of
-// weights again, from the nearest cache.
-void haq_half_linear(int level, int threads, const float* x, int64_t m, int64_t k, const uint16_t* w, int w_kind,
-                     int64_t n, float* out) {
+// out (m, n) = x (m, k) times w (n, k) transposed; w_kind is kFloat, kBFloat16 or kFloat16. A block of weights stays in
+// the second-level cache while the rows pass by.
+void haq_float_linear(int level, int threads, const float* x, int64_t m, int64_t k, const void* w, int w_kind,
+                      int64_t n, float* out) {
   constexpr int64_t unit_values = 1 << 16;
   const int64_t block = std::max<int64_t>(8, unit_values / std::max<int64_t>(1, k) / 8 * 8);
+  const auto kind = static_cast<Kind>(w_kind);
   parallel_for(threads, (n + block - 1) / block, [&](int64_t i) {
-    const int64_t first = i * block, rows = std::min(block, n - first);
-    for (int64_t r = 0; r < m; ++r)
-      kLevels[level]->float_product(x + r * k, w + first * k, static_cast<Kind>(w_kind), rows, k, out + r * n + first);
+    const int64_t first = i * block, bytes = first * k * (kind == kFloat ? 4 : 2);
+    kLevels[level]->float_product(x, m, static_cast<const uint8_t*>(w) + bytes, kind, std::min(block, n - first), k,
+                                  out + first, n);
   });
 }
 
-// Decoder layers one after the other, `hidden` (tokens, hidden size) in place.
-int haq_decoder_layers(int level, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
-                       const float* cosines, const float* sines, float* keys, float* values, int64_t capacity,
-                       int64_t past) {
+// Decoder layers one after the other over a batch of sequences, `hidden` in place, see decoder.h.
+int haq_decoder_layers(int level, int threads, const Layer* layers, int64_t count, float* hidden,
+                       const Sequence* sequences, int64_t batch, const float* cosines, const float* sines, float* keys,
+                       float* values, int64_t capacity) {
   return failed([&] {
-    run_layers(*kLevels[level], threads, layers, count, hidden, tokens, cosines, sines,
-               {keys, values, capacity, past});
+    run_layers(*kLevels[level], threads, layers, count, hidden, {sequences, batch}, cosines, sines,
+               {keys, values, capacity});
   });
 }
 
 // A layer's attention half alone, `hidden` in place; `normed` is what its MLP reads. Keys and values are of all layers.
 int haq_attention(int level, int threads, const Layer* layers, int64_t index, float* hidden, float* normed,
-                  int64_t tokens, const float* cosines, const float* sines, float* keys, float* values,
-                  int64_t capacity, int64_t past) {
+                  const Sequence* sequences, int64_t batch, const float* cosines, const float* sines, float* keys,
+                  float* values, int64_t capacity) {
   return failed([&] {
-    run_attention(*kLevels[level], threads, layers, index, hidden, normed, tokens, cosines, sines,
-                  {keys, values, capacity, past});
+    run_attention(*kLevels[level], threads, layers, index, hidden, normed, {sequences, batch}, cosines, sines,
+                  {keys, values, capacity});
   });
 }
 

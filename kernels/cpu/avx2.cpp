@@ -90,7 +90,7 @@ HAQ_TARGET void widen(const uint8_t* panel, int64_t groups, uint16_t* out) {
 }
 
 constexpr Kernels with_wide_panels() {
-  Kernels kernels = table("avx2", kRows, tile, attend<4, 1>);
+  Kernels kernels = table("avx2", kRows, tile, attend<4, 1>, float_product<2, 2>);
   kernels.widen = widen;
   return kernels;
 }

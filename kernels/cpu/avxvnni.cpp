@@ -68,7 +68,7 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
 
 } // namespace
 
-constexpr Kernels kAvxVnni = table("avxvnni", kRows, tile, attend<4, 1>);
+constexpr Kernels kAvxVnni = table("avxvnni", kRows, tile, attend<4, 1>, float_product<2, 2>);
 
 } // namespace haq
 #endif

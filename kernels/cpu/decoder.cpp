@@ -15,9 +15,16 @@ namespace {
 
 constexpr int64_t kTokens = 512; // taken at a time: bounds the scratch memory; each time reads the weights again
 
-thread_local Scratch normed_scratch, wide_scratch, narrow_scratch, score_scratch;
+thread_local Scratch normed_scratch, wide_scratch, narrow_scratch, score_scratch, piece_scratch;
 
 int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+// Rows of a step that belong to one sequence.
+struct Piece {
+  int64_t sequence, first, tokens; // first: index of its first row
+  int64_t past;                    // positions of the sequence before this piece
+  int64_t units;                   // units of work of `attend` in the pieces up to this one
+};
 
 struct Step {
   const Kernels& isa;
@@ -26,7 +33,9 @@ struct Step {
   float* hidden;
   int64_t tokens, width; // width of `hidden`
   const float *cosines, *sines;
-  KeyValues kv;
+  KeyValues kv; // of the layer
+  int64_t sequences; // in the cache
+  const Piece *pieces, *end;
 };
 
 void apply(const Step& s, const Linear& linear, const float* x, float* out) {
@@ -47,56 +56,71 @@ const float* normed(const Step& s, const Norm& norm) {
 
 // Normalises (where there is such a norm) and rotates queries and keys in place, and appends the keys and values to
 // those of before.
-void remember(const Step& s, float* qkv) {
+void remember(const Step& s, const Piece& piece, float* qkv) {
   const Layer& l = s.layer;
   const int64_t d = l.head_dim, value_width = round_up(d, kPanel);
-  for (int64_t t = 0; t < s.tokens; ++t) {
+  for (int64_t t = piece.first; t < piece.first + piece.tokens; ++t) {
     float* row = qkv + t * l.qkv.n;
     if (l.queries.weight) normalize(s, l.queries, row, l.heads * d, row);
     if (l.keys.weight) normalize(s, l.keys, row + l.heads * d, l.kv_heads * d, row + l.heads * d);
     for (int64_t h = 0; h < l.heads + l.kv_heads; ++h)
       s.isa.rotate(row + h * d, s.cosines + t * d, s.sines + t * d, d);
-    const int64_t position = s.kv.past + t;
+    const int64_t position = piece.past + t - piece.first;
     for (int64_t h = 0; h < l.kv_heads; ++h) {
       const float* key = row + (l.heads + h) * d;
-      float* panel = s.kv.keys + (h * s.kv.capacity + position / kPanel * kPanel) * d + position % kPanel;
+      const int64_t start = (piece.sequence * l.kv_heads + h) * s.kv.capacity; // of the head's positions
+      float* panel = s.kv.keys + (start + position / kPanel * kPanel) * d + position % kPanel;
       for (int64_t i = 0; i < d; ++i) panel[i * kPanel] = key[i];
-      std::memcpy(s.kv.values + (h * s.kv.capacity + position) * value_width, key + l.kv_heads * d,
+      std::memcpy(s.kv.values + (start + position) * value_width, key + l.kv_heads * d,
                   static_cast<size_t>(d) * sizeof(float));
     }
   }
 }
 
-// A unit of work is one tile of rows: consecutive tokens of one head, or, where there is one token, the query
-// heads that share a key-value head.
-void attend(const Step& s, const float* qkv, float* out) {
+// A unit of work is one tile of rows: consecutive tokens of one head, or, if the piece has one token, the query heads
+// that share a key-value head.
+int64_t tiles_of(const Layer& l, int64_t tokens) {
+  return ((tokens == 1 ? l.heads / l.kv_heads : tokens) + kAttendRows - 1) / kAttendRows;
+}
+
+int64_t units_of(const Layer& l, int64_t tokens) {
+  return (tokens == 1 ? l.kv_heads : l.heads) * tiles_of(l, tokens);
+}
+
+void attend_unit(const Step& s, const Piece& piece, int64_t unit, const float* qkv, float* out) {
   const Layer& l = s.layer;
   const int64_t d = l.head_dim, shared = l.heads / l.kv_heads, out_width = l.heads * d;
-  const bool one = s.tokens == 1;
-  const int64_t rows = one ? shared : s.tokens;
-  const int64_t tiles = (rows + kAttendRows - 1) / kAttendRows;
-  const int64_t most = round_up(s.kv.past + s.tokens, kPanel);
+  const bool one = piece.tokens == 1;
+  const int64_t rows = one ? shared : piece.tokens, tiles = tiles_of(l, piece.tokens);
+  const int64_t head = one ? unit / tiles * shared : unit / tiles, first = unit % tiles * kAttendRows;
+  const int64_t token = one ? 0 : first, row = piece.first + token;
+  const int64_t kv_head = piece.sequence * l.kv_heads + head / shared; // of all sequences
+  const int64_t most = round_up(piece.past + piece.tokens, kPanel);
+  Attention a;
+  a.rows = static_cast<int>(std::min<int64_t>(kAttendRows, rows - first));
+  a.queries = qkv + row * l.qkv.n + (one ? head + first : head) * d;
+  a.query_stride = one ? d : l.qkv.n;
+  a.keys = s.kv.keys + kv_head * s.kv.capacity * d;
+  a.values = s.kv.values + kv_head * s.kv.capacity * round_up(d, kPanel);
+  a.next_keys = kv_head + 1 < s.sequences * l.kv_heads ? a.keys + s.kv.capacity * d : nullptr;
+  a.head_dim = d;
+  a.seen = piece.past + token + 1;
+  a.more_seen = one ? 0 : 1;
+  a.scaling = l.scaling;
+  a.scores = score_scratch.floats(kAttendRows * most);
+  a.score_stride = most;
+  a.out = out + row * out_width + (one ? head + first : head) * d;
+  a.out_stride = one ? d : out_width;
+  s.isa.attend(a);
+}
+
+void attend(const Step& s, const float* qkv, float* out) {
   std::atomic<bool> out_of_memory{false};
-  parallel_for(s.threads, (one ? l.kv_heads : l.heads) * tiles, [&](int64_t unit) {
-    const int64_t head = one ? unit / tiles * shared : unit / tiles, first = unit % tiles * kAttendRows;
-    const int64_t kv_head = head / shared, token = one ? 0 : first;
-    Attention a;
-    a.rows = static_cast<int>(std::min<int64_t>(kAttendRows, rows - first));
-    a.queries = qkv + token * l.qkv.n + (one ? head + first : head) * d;
-    a.query_stride = one ? d : l.qkv.n;
-    a.keys = s.kv.keys + kv_head * s.kv.capacity * d;
-    a.values = s.kv.values + kv_head * s.kv.capacity * round_up(d, kPanel);
-    a.next_keys = kv_head + 1 < l.kv_heads ? a.keys + s.kv.capacity * d : nullptr;
-    a.head_dim = d;
-    a.seen = s.kv.past + token + 1;
-    a.more_seen = one ? 0 : 1;
-    a.scaling = l.scaling;
-    a.out = out + token * out_width + (one ? head + first : head) * d;
-    a.out_stride = one ? d : out_width;
-    a.score_stride = most;
+  parallel_for(s.threads, s.end[-1].units, [&](int64_t unit) {
+    const Piece* piece = std::upper_bound(s.pieces, s.end, unit, [](int64_t u, const Piece& p) { return u < p.units; });
+    const int64_t before = piece == s.pieces ? 0 : piece[-1].units;
     try {
-      a.scores = score_scratch.floats(kAttendRows * most);
-      s.isa.attend(a);
+      attend_unit(s, *piece, unit - before, qkv, out);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
@@ -113,7 +137,7 @@ void attention_half(const Step& s) {
   float* wide = wide_scratch.floats(s.tokens * std::max(l.qkv.n, s.width));
   float* narrow = narrow_scratch.floats(s.tokens * l.output.k);
   apply(s, l.qkv, normed(s, l.attention), wide);
-  remember(s, wide);
+  for (const Piece* piece = s.pieces; piece != s.end; ++piece) remember(s, *piece, wide);
   attend(s, wide, narrow);
   apply(s, l.output, narrow, wide); // the queries are done with
   add(s.hidden, wide, s.tokens * s.width);
@@ -137,35 +161,54 @@ void moe_half(const Step& s) {
   add_experts(s.isa, s.threads, s.layer.moe, normed(s, s.layer.mlp), s.tokens, s.width, s.hidden);
 }
 
-// Calls work(step) for all tokens, some at a time, with the layer's own keys and values.
+// Calls work(step) for all tokens, some at a time, with the layer's own keys and values. A step may hold many sequences,
+// and a sequence may take many steps.
 template <class Work>
-void in_parts(const Kernels& isa, int threads, const Layer* layers, int64_t index, float* hidden, int64_t tokens,
+void in_parts(const Kernels& isa, int threads, const Layer* layers, int64_t index, float* hidden, Batch batch,
               const float* cosines, const float* sines, KeyValues kv, const Work& work) {
   const Layer& l = layers[index];
-  const int64_t width = l.output.n, d = l.head_dim, positions = index * l.kv_heads * kv.capacity;
+  const int64_t width = l.output.n, d = l.head_dim, positions = index * batch.count * l.kv_heads * kv.capacity;
   kv.keys += positions * d;
   kv.values += positions * round_up(d, kPanel);
-  for (int64_t first = 0; first < tokens; first += kTokens) {
-    const int64_t some = std::min(kTokens, tokens - first);
-    work(Step{isa, threads, l, hidden + first * width, some, width, cosines + first * d, sines + first * d, kv});
-    kv.past += some;
+  auto* pieces = reinterpret_cast<Piece*>(piece_scratch.get(batch.count * static_cast<int64_t>(sizeof(Piece))));
+  int64_t first = 0, some = 0, units = 0; // the step's first row, and its rows so far
+  Piece* end = pieces;
+  const auto finish_step = [&] {
+    if (some > 0)
+      work(Step{isa, threads, l, hidden + first * width, some, width, cosines + first * d, sines + first * d, kv,
+                batch.count, pieces, end});
+    first += some;
+    some = units = 0;
+    end = pieces;
+  };
+  for (int64_t sequence = 0; sequence < batch.count; ++sequence) {
+    const Sequence& whole = batch.sequences[sequence];
+    for (int64_t done = 0; done < whole.tokens;) {
+      const int64_t tokens = std::min(whole.tokens - done, kTokens - some);
+      units += units_of(l, tokens);
+      *end++ = {sequence, some, tokens, whole.past + done, units};
+      some += tokens;
+      done += tokens;
+      if (some == kTokens) finish_step();
+    }
   }
+  finish_step();
 }
 
 } // namespace
 
-void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
+void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, Batch batch,
                 const float* cosines, const float* sines, KeyValues kv) {
   for (int64_t index = 0; index < count; ++index)
-    in_parts(isa, threads, layers, index, hidden, tokens, cosines, sines, kv, [](const Step& s) {
+    in_parts(isa, threads, layers, index, hidden, batch, cosines, sines, kv, [](const Step& s) {
       attention_half(s);
       s.layer.moe.experts ? moe_half(s) : mlp_half(s);
     });
 }
 
 void run_attention(const Kernels& isa, int threads, const Layer* layers, int64_t index, float* hidden, float* normed,
-                   int64_t tokens, const float* cosines, const float* sines, KeyValues kv) {
-  in_parts(isa, threads, layers, index, hidden, tokens, cosines, sines, kv, [&](const Step& s) {
+                   Batch batch, const float* cosines, const float* sines, KeyValues kv) {
+  in_parts(isa, threads, layers, index, hidden, batch, cosines, sines, kv, [&](const Step& s) {
     attention_half(s);
     normalize(s, s.layer.mlp, s.hidden, s.tokens * s.width, normed + (s.hidden - hidden));
   });

@@ -1,4 +1,4 @@
-// Decoder layers of int8 linears over one sequence, with their keys and values kept from step to step.
+// Decoder layers of int8 linears over a batch of sequences, whose keys and values stay in a cache from step to step.
 #pragma once
 #include "kernels.h"
 #include "linear.h"
@@ -25,23 +25,35 @@ struct Layer {
   Moe moe;              // where it is a Mixture of Experts whose `experts` are not null
 };
 
-// Of all layers, which have the same heads. Keys (layers, kv_heads, capacity / 32, head_dim, 32): a panel's 32
-// positions lie together, as the weights of a product do.
-// Values (layers, kv_heads, capacity, value_width): head_dim, padded with zeros to a multiple of 32.
-struct KeyValues {
-  float *keys, *values;
-  int64_t capacity; // a multiple of 32
-  int64_t past;     // positions already there
+// The next tokens of one sequence. Its rows of `hidden` follow those of the sequences before it, without padding. So a
+// sequence has the same bits alone and in a batch.
+struct Sequence {
+  int64_t tokens; // may be 0
+  int64_t past;   // positions that are already in the cache
 };
 
-// hidden (tokens, hidden size) float32, in place; cosines and sines (tokens, head_dim). Throw std::bad_alloc.
+struct Batch {
+  const Sequence* sequences;
+  int64_t count;
+};
+
+// The cache of all layers, which have the same heads. Keys (layers, sequences, kv_heads, capacity / 32, head_dim, 32): a
+// panel's 32 positions lie together, as the weights of a product do.
+// Values (layers, sequences, kv_heads, capacity, value_width): head_dim, padded with zeros to a multiple of 32.
+struct KeyValues {
+  float *keys, *values;
+  int64_t capacity; // of each sequence; a multiple of 32
+};
+
+// hidden (tokens of all sequences, hidden size) float32, in place; cosines and sines (tokens of all sequences, head_dim).
+// Throw std::bad_alloc.
 
 // Whole layers, one after the other.
-void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, int64_t tokens,
+void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, Batch batch,
                 const float* cosines, const float* sines, KeyValues kv);
 
 // The attention half of layers[index], and then the norm before the other half: of `hidden` into `normed`.
 void run_attention(const Kernels& isa, int threads, const Layer* layers, int64_t index, float* hidden, float* normed,
-                   int64_t tokens, const float* cosines, const float* sines, KeyValues kv);
+                   Batch batch, const float* cosines, const float* sines, KeyValues kv);
 
 } // namespace haq

@@ -1,6 +1,6 @@
-// Dot products of a float32 row with weights kept in 16 bits, which widen exactly: the head at decode, where reading
-// the weights is all the time it takes. Or in 32, for a router. Included through instruction_set.h; `Vec` is the chunk
-// header's.
+// Dot products of float32 rows with weights in 16 bits, which widen exactly, or in 32: the head, and a router. With few
+// rows, reading the weights is all the time it takes. The sum of a product does not depend on the rows beside it.
+// Included through instruction_set.h; `Vec` is the chunk header's.
 #pragma once
 #include <type_traits>
 
@@ -9,7 +9,7 @@
 namespace haq {
 namespace {
 
-constexpr int kDots = 4; // weight rows that go together: sums enough to hide the latency
+constexpr int kDots = 4; // weight rows that go together if there is one row: sums enough to hide the latency
 
 template <Kind kind>
 using Stored = std::conditional_t<kind == kFloat, float, uint16_t>;
@@ -24,50 +24,72 @@ HAQ_TARGET inline Vec widened(const Stored<kind>* w) {
     return vec_bfloat16(w);
 }
 
-// out (C,) = w (C, k) x
-template <Kind kind, int C>
-HAQ_TARGET inline void dots(const float* x, const Stored<kind>* w, int64_t k, float* out) {
-  Vec sum[C];
+// out (R, C) = x (R, k) times w (C, k) transposed. The weights are being read from memory if `reading`.
+template <Kind kind, int R, int C>
+HAQ_TARGET inline void dots(const float* x, const Stored<kind>* w, int64_t k, bool reading, float* out,
+                            int64_t out_stride) {
+  Vec sum[R][C];
 #pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) sum[c] = vec_set(0.0f);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sum[r][c] = vec_set(0.0f);
   int64_t i = 0;
   for (; i + 16 <= k; i += 16) {
-    const Vec v = vec_load(x + i);
+    Vec v[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) v[r] = vec_load(x + r * k + i);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      ask_ahead(w + c * k + i);
-      sum[c] = vec_fma(v, widened<kind>(w + c * k + i), sum[c]);
+      if (reading) ask_ahead(w + c * k + i);
+      const Vec wide = widened<kind>(w + c * k + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][c] = vec_fma(v[r], wide, sum[r][c]);
     }
   }
   if (i < k) {
     const auto left = static_cast<size_t>(k - i);
-    float x_left[16] = {};
-    std::memcpy(x_left, x + i, 4 * left);
     for (int c = 0; c < C; ++c) {
       Stored<kind> w_left[16] = {};
       std::memcpy(w_left, w + c * k + i, sizeof *w * left);
-      sum[c] = vec_fma(vec_load(x_left), widened<kind>(w_left), sum[c]);
+      for (int r = 0; r < R; ++r) {
+        float x_left[16] = {};
+        std::memcpy(x_left, x + r * k + i, 4 * left);
+        sum[r][c] = vec_fma(vec_load(x_left), widened<kind>(w_left), sum[r][c]);
+      }
     }
   }
-  for (int c = 0; c < C; ++c) out[c] = vec_sum(sum[c]);
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) out[r * out_stride + c] = vec_sum(sum[r][c]);
 }
 
-template <Kind kind>
-HAQ_TARGET void weight_rows(const float* x, const void* weights, int64_t rows, int64_t k, float* out) {
-  const auto* w = static_cast<const Stored<kind>*>(weights);
+template <Kind kind, int R, int C>
+HAQ_TARGET void weight_rows(const float* x, const Stored<kind>* w, int64_t rows, int64_t k, bool reading, float* out,
+                            int64_t out_stride) {
   int64_t row = 0;
-  for (; row + kDots <= rows; row += kDots) dots<kind, kDots>(x, w + row * k, k, out + row);
-  for (; row < rows; ++row) dots<kind, 1>(x, w + row * k, k, out + row);
+  for (; row + C <= rows; row += C) dots<kind, R, C>(x, w + row * k, k, reading, out + row, out_stride);
+  for (; row < rows; ++row) dots<kind, R, 1>(x, w + row * k, k, reading, out + row, out_stride);
 }
 
-// out (rows,) = w (rows, k) x, w in bfloat16, float16 or float32
-HAQ_TARGET void float_product(const float* x, const void* w, Kind kind, int64_t rows, int64_t k, float* out) {
+// R rows at a time; the first time that the weights pass by they come from memory.
+template <Kind kind, int R, int C>
+HAQ_TARGET void all_rows(const float* x, int64_t m, const void* weights, int64_t rows, int64_t k, float* out,
+                         int64_t out_stride) {
+  const auto* w = static_cast<const Stored<kind>*>(weights);
+  int64_t r = 0;
+  for (; r + R <= m; r += R) weight_rows<kind, R, C>(x + r * k, w, rows, k, r == 0, out + r * out_stride, out_stride);
+  for (; r < m; ++r) weight_rows<kind, 1, kDots>(x + r * k, w, rows, k, r == 0, out + r * out_stride, out_stride);
+}
+
+// out (m, rows) = x (m, k) times w (rows, k) transposed, w in bfloat16, float16 or float32
+template <int R, int C>
+HAQ_TARGET void float_product(const float* x, int64_t m, const void* w, Kind kind, int64_t rows, int64_t k, float* out,
+                              int64_t out_stride) {
   if (kind == kFloat)
-    weight_rows<kFloat>(x, w, rows, k, out);
+    all_rows<kFloat, R, C>(x, m, w, rows, k, out, out_stride);
   else if (kind == kFloat16)
-    weight_rows<kFloat16>(x, w, rows, k, out);
+    all_rows<kFloat16, R, C>(x, m, w, rows, k, out, out_stride);
   else
-    weight_rows<kBFloat16>(x, w, rows, k, out);
+    all_rows<kBFloat16, R, C>(x, m, w, rows, k, out, out_stride);
 }
 
 } // namespace

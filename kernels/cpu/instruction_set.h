@@ -8,9 +8,9 @@
 namespace haq {
 namespace {
 
-// `attend` is one of attention.h, by how many registers there are.
+// `attend` is one of attention.h and `float_product` one of float_product.h, by how many registers there are.
 constexpr Kernels table(const char* name, int row_tile, decltype(Kernels::tile) tile,
-                        decltype(Kernels::attend) attend) {
+                        decltype(Kernels::attend) attend, decltype(Kernels::float_product) float_product) {
   Kernels kernels{};
   kernels.name = name;
   kernels.row_tile = row_tile;

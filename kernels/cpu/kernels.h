@@ -72,8 +72,10 @@ struct Kernels {
   void (*rotate)(float* x, const float* cosines, const float* sines, int64_t d);
   void (*gate_up)(const float* gate, const float* up, int64_t n, float* out); // silu(gate) * up
   void (*attend)(const Attention& a);
-  // out (rows,) = w (rows, k) x, the weights in bfloat16, float16 or fp32, sums in fp32 (float_product.h)
-  void (*float_product)(const float* x, const void* w, Kind kind, int64_t rows, int64_t k, float* out);
+  // out (m, rows) = x (m, k) times w (rows, k) transposed, the weights in bfloat16, float16 or fp32, sums in fp32
+  // (float_product.h). The rows of out are out_stride values apart.
+  void (*float_product)(const float* x, int64_t m, const void* w, Kind kind, int64_t rows, int64_t k, float* out,
+                        int64_t out_stride);
   uint64_t (*read)(const uint8_t* data, int64_t bytes); // sums 64-bit words, as fast as memory gives them
   // Optional: what a thread calls before its calls of `tile` in a product of m rows, and after them.
   void (*begin)(int64_t m);

@@ -49,7 +49,7 @@ void route(const Kernels& isa, int threads, const Router& r, const float* x, int
   float* probabilities = route_scratch.floats(m * r.experts);
   parallel_for(threads_for(threads, m * width), m, [&](int64_t row) {
     float* own = logits + row * r.experts;
-    isa.float_product(x + row * width, r.weight, kFloat, r.experts, width, own);
+    isa.float_product(x + row * width, 1, r.weight, kFloat, r.experts, width, own, r.experts);
     route_row(r, own, probabilities + row * r.experts, weights + row * r.chosen, chosen + row * r.chosen);
   });
 }

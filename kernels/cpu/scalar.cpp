@@ -28,6 +28,6 @@ void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, b
 
 } // namespace
 
-constexpr Kernels kScalar = table("scalar", kRows, tile, attend<4, 1>);
+constexpr Kernels kScalar = table("scalar", kRows, tile, attend<4, 1>, float_product<2, 2>);
 
 } // namespace haq

@@ -21,7 +21,7 @@ from haq_lab.int8.cpu.library import level, library
 PANEL, GROUP = 32, 4
 _INT32, _INT8 = 0, 3
 _FLOAT_KINDS = {torch.float32: 1, torch.bfloat16: 2}
-_HALF_KINDS = {torch.bfloat16: 2, torch.float16: 4}
+_WEIGHT_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 4}
 
 
 @dataclass(frozen=True)
@@ -315,14 +315,14 @@ def expert(
     return out
 
 
-def half_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply by 16-bit float weights without converting them in memory.
+def float_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply by float weights, which are not converted in memory.
 
-    Sums are float32, in another order than torch's. The kernel is meant for few rows, because its time grows with M.
+    Sums are float32, in another order than torch's. A row of the result does not depend on the other rows of x.
 
     Args:
         x: float32 (M, K).
-        weight: bfloat16 or float16 (N, K).
+        weight: float32, bfloat16 or float16 (N, K).
 
     Returns:
         float32 (M, N).
@@ -332,12 +332,12 @@ def half_linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     m, (n, k) = x.shape[0], weight.shape
     _check(x, "x", torch.float32, m, k)
-    if weight.dtype not in _HALF_KINDS:
-        raise ValueError(f"weight must be bfloat16 or float16, not {weight.dtype}.")
+    if weight.dtype not in _WEIGHT_KINDS:
+        raise ValueError(f"weight must be float32, bfloat16 or float16, not {weight.dtype}.")
     _check(weight, "weight", weight.dtype, n, k)
     out = torch.empty((m, n), dtype=torch.float32)
-    kind = _HALF_KINDS[weight.dtype]
-    library().haq_half_linear(
+    kind = _WEIGHT_KINDS[weight.dtype]
+    library().haq_float_linear(
         level(), torch.get_num_threads(), x.data_ptr(), m, k, weight.data_ptr(), kind, n, out.data_ptr()
     )
     return out

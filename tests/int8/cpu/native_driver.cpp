@@ -13,12 +13,12 @@ void haq_pack(const int8_t*, int64_t, int64_t, int64_t, uint8_t*, int);
 int haq_linear(int, int, const void*, int, int64_t, int64_t, const uint8_t*, int64_t, const float*, const float*,
                float, void*, int);
 void haq_quantize(int, int, const void*, int, int64_t, int64_t, float, int8_t*, float*);
-void haq_half_linear(int, int, const float*, int64_t, int64_t, const uint16_t*, int, int64_t, float*);
+void haq_float_linear(int, int, const float*, int64_t, int64_t, const void*, int, int64_t, float*);
 void haq_silu_mul(int, int, const void*, int, int64_t, int64_t, void*);
-int haq_decoder_layers(int, int, const haq::Layer*, int64_t, float*, int64_t, const float*, const float*, float*, float*,
-                       int64_t, int64_t);
-int haq_attention(int, int, const haq::Layer*, int64_t, float*, float*, int64_t, const float*, const float*, float*,
-                  float*, int64_t, int64_t);
+int haq_decoder_layers(int, int, const haq::Layer*, int64_t, float*, const haq::Sequence*, int64_t, const float*,
+                       const float*, float*, float*, int64_t);
+int haq_attention(int, int, const haq::Layer*, int64_t, float*, float*, const haq::Sequence*, int64_t, const float*,
+                  const float*, float*, float*, int64_t);
 int haq_route(int, int, const haq::Router*, const float*, int64_t, int64_t, float*, float*, int64_t*);
 int haq_expert(int, int, const int8_t*, const float*, int64_t, int64_t, int64_t, const uint8_t*, const float*,
                const uint8_t*, const float*, const uint8_t*, const float*, float, float*);
@@ -27,6 +27,7 @@ int haq_expert(int, int, const int8_t*, const float*, int64_t, int64_t, int64_t,
 static bool run(int level, int threads, int64_t m, int64_t n, int64_t k) {
   std::vector<int8_t> w(n * k), qx(m * k), q(m * k);
   std::vector<float> x(m * k), scale(n, 0.5f), bias(n, 1.0f), y(m * n), row_scale(m), half(m * (n / 2));
+  std::vector<float> floats(n * k, 0.5f);
   std::vector<uint16_t> narrow(m * k, 0x3f80), narrow_y(m * n), halves(n * k, 0x3f80);
   std::vector<int32_t> acc(m * n);
   for (int64_t i = 0; i < n * k; ++i) w[i] = static_cast<int8_t>(i * 37 % 255 - 127);
@@ -38,7 +39,8 @@ static bool run(int level, int threads, int64_t m, int64_t n, int64_t k) {
   haq_linear(level, threads, narrow.data(), 2, m, k, packed.data(), n, scale.data(), nullptr, 0.1f,
              narrow_y.data(), 2);
   haq_quantize(level, threads, x.data(), 1, m, k, 0, q.data(), row_scale.data());
-  for (const int kind : {2, 4}) haq_half_linear(level, threads, x.data(), m, k, halves.data(), kind, n, y.data());
+  for (const int kind : {2, 4}) haq_float_linear(level, threads, x.data(), m, k, halves.data(), kind, n, y.data());
+  haq_float_linear(level, threads, x.data(), m, k, floats.data(), 1, n, y.data());
   haq_silu_mul(level, threads, y.data(), 1, m, n / 2, half.data());
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
@@ -61,6 +63,34 @@ struct Weights {
   haq::Linear linear;
 };
 
+// A batch in two calls, with sequences that add many tokens, one and none, over more rows than are taken at a time. Each
+// has the bits that it has alone.
+static bool run_batch(int level, int threads, const haq::Layer* layers, int64_t width, int64_t d, int64_t kv_heads) {
+  const int64_t capacity = 320, count = 4, added[2][4] = {{300, 5, 0, 300}, {1, 13, 1, 0}};
+  const auto keys_of = [&](int64_t sequences) { return 2 * sequences * kv_heads * capacity * d; };
+  const auto values_of = [&](int64_t sequences) { return 2 * sequences * kv_heads * capacity * 32; };
+  std::vector<float> keys(keys_of(count)), values(values_of(count));
+  std::vector<std::vector<float>> own_keys, own_values;
+  for (int64_t i = 0; i < count; ++i) own_keys.emplace_back(keys_of(1)), own_values.emplace_back(values_of(1));
+  int64_t past[4] = {};
+  for (const auto& more : added) {
+    std::vector<haq::Sequence> batch;
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < count; ++i) batch.push_back({more[i], past[i]}), tokens += more[i];
+    std::vector<float> hidden(tokens * width), angles(tokens * d, 0.5f);
+    for (size_t i = 0; i < hidden.size(); ++i) hidden[i] = 0.01f * static_cast<float>(i * 53 % 255);
+    std::vector<float> alone = hidden;
+    haq_decoder_layers(level, threads, layers, 2, hidden.data(), batch.data(), count, angles.data(), angles.data(),
+                       keys.data(), values.data(), capacity);
+    float* own = alone.data();
+    for (int64_t i = 0; i < count; own += more[i] * width, past[i] += more[i], ++i)
+      haq_decoder_layers(level, threads, layers, 2, own, &batch[i], 1, angles.data(), angles.data(),
+                         own_keys[i].data(), own_values[i].data(), capacity);
+    if (alone != hidden) return false;
+  }
+  return true;
+}
+
 // A prompt of 70 tokens and one after it: nothing is read or written beyond the buffers, and all is finite.
 static bool run_layer(int level, int threads) {
   const int64_t heads = 6, kv_heads = 2, d = 20, width = 50, inner = 33, tokens = 70, capacity = 96;
@@ -81,14 +111,16 @@ static bool run_layer(int level, int threads) {
   moe.queries = moe.keys = head;
   moe.moe = {{router.data(), static_cast<int64_t>(experts.size()), 2, 1}, experts.data(), 0};
   const haq::Layer layers[] = {dense, moe};
-  haq_decoder_layers(level, threads, layers, 2, hidden.data(), tokens, angles.data(), angles.data(), keys.data(),
-                     values.data(), capacity, 0);
-  haq_decoder_layers(level, threads, layers, 2, hidden.data() + tokens * width, 1, angles.data() + tokens * d,
-                     angles.data() + tokens * d, keys.data(), values.data(), capacity, tokens);
+  const haq::Sequence prompt = {tokens, 0}, next = {1, tokens};
+  haq_decoder_layers(level, threads, layers, 2, hidden.data(), &prompt, 1, angles.data(), angles.data(), keys.data(),
+                     values.data(), capacity);
+  haq_decoder_layers(level, threads, layers, 2, hidden.data() + tokens * width, &next, 1, angles.data() + tokens * d,
+                     angles.data() + tokens * d, keys.data(), values.data(), capacity);
+  if (!run_batch(level, threads, layers, width, d, kv_heads)) return false;
   std::vector<float> normed(tokens * width), logits(tokens * experts.size()), weights(tokens * 2), out(tokens * width);
   std::vector<int64_t> chosen(tokens * 2);
-  haq_attention(level, threads, layers, 1, hidden.data(), normed.data(), tokens, angles.data(), angles.data(),
-                keys.data(), values.data(), capacity, 0);
+  haq_attention(level, threads, layers, 1, hidden.data(), normed.data(), &prompt, 1, angles.data(), angles.data(),
+                keys.data(), values.data(), capacity);
   haq_route(level, threads, &moe.moe.router, normed.data(), tokens, width, logits.data(), weights.data(),
             chosen.data());
   std::vector<int8_t> levels(tokens * width, 3);
@@ -118,7 +150,7 @@ int main() {
         }
     for (const int threads : {1, 3})
       if (!run_layer(level, threads)) {
-        std::printf("not finite at %s\n", haq_level_name(level));
+        std::printf("not finite, or a batch is not its sequences, at %s\n", haq_level_name(level));
         return 1;
       }
   }

@@ -227,7 +227,7 @@ def test_half_linear(isa, dtype, shape, seed):
     weight[:, ::5] = torch.finfo(dtype).smallest_normal / 4  # denormal numbers widen too
     weight[:, ::7] *= -1000
     with library.forced_isa(isa):
-        got = native.half_linear(x, weight)
+        got = native.float_linear(x, weight)
     bound = 1e-7 * (k + 20) * (x.abs().double() @ weight.abs().double().t())
     assert ((got - x.double() @ weight.double().t()).abs() <= bound + 1e-38).all()
 
@@ -241,9 +241,9 @@ def test_read_bytes_reads_all(isa):
 
 def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match="weight must be bfloat16 or float16"):
-        native.half_linear(torch.ones(1, 8), torch.ones(2, 8))
+        native.float_linear(torch.ones(1, 8), torch.ones(2, 8))
     with pytest.raises(ValueError, match="x must be"):
-        native.half_linear(torch.ones(1, 7), torch.ones(2, 8).bfloat16())
+        native.float_linear(torch.ones(1, 7), torch.ones(2, 8).bfloat16())
     packed = native.pack(torch.ones(4, 8, dtype=torch.int8))
     scale = torch.ones(4)
     with pytest.raises(ValueError, match=r"x must be .* \(\.\.\., 8\)"):
