@@ -127,9 +127,7 @@ class NativeStack(nn.Module):
             kv = cache.layers[self.first] = self.new_cache()
         return kv if isinstance(kv, KVCache) else None
 
-    def step(
-        self, hidden: Tensor, cosines: Tensor, sines: Tensor, kv: KVCache, tokens: Tensor | None = None
-    ) -> Tensor:
+    def step(self, hidden: Tensor, cosines: Tensor, sines: Tensor, kv: KVCache, tokens: Tensor | None = None) -> Tensor:
         """Run the layers natively on the next positions of a batch.
 
         Args:
