@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on results that the tests made, and are kept without outputs."""
+"""The notebooks run from top to bottom on tiny models, and are stored without outputs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def test_outputs_are_stripped(path):
 def test_it_runs_on_a_tiny_sweep(path, studied, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     monkeypatch.setenv("HAQ_LAB_RESULTS", str(studied))
+    monkeypatch.setenv("HAQ_LAB_MODEL", "tiny_llama")
+    monkeypatch.setenv("HAQ_LAB_MOE", "tiny_mixtral")
     monkeypatch.delenv("MPLBACKEND", raising=False)
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
