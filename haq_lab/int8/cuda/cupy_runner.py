@@ -17,7 +17,7 @@ from haq_lab.utils.errors import UserError
 
 OLDEST = 75  # sm_75 (Turing), the first GPUs with int8 tensor cores
 DEFAULT_SHARED = 48 * 1024  # bytes of shared memory; a kernel must opt in to use more
-INSTALL = "`pip install 'haq-lab[cuda13]'` (or cuda12 for an older driver)"
+INSTALL = "`pip install 'haq-lab[cuda13]'`, or `pip install 'haq-lab[cuda12]' 'torch==2.10.*'` for a driver below 580"
 
 
 def marshal(args: tuple[Argument, ...]) -> tuple[np.generic, ...]:
