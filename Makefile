@@ -1,4 +1,7 @@
-# make demo: the main job on a real model. make test: the tests. Both set up .venv first; the demo needs less of it.
+# make demo      quantise a real model with four quantizers and compare them
+# make test      run the tests (make test-all: with the full grids)
+# make check     run the linters and the type checker
+# Each target first installs what it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 

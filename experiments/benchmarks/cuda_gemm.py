@@ -1,8 +1,15 @@
-"""W8A8 products on a GPU against torch's int8 (cuBLASLt, `torch._int_mm`) and fp16 products, and against the roofline.
+"""Compare the W8A8 products on a GPU with torch's int8 and fp16 products, and with the roofline.
 
     python experiments/benchmarks/cuda_gemm.py --hardware rtx4090
 
-Times are medians by CUDA events, with the L2 cache emptied before each call. The last line is the result as JSON.
+Only products with the same output are compared:
+
+- `sums`: exact int32 sums. Ours (`accumulate`) beside torch's raw `torch._int_mm` (cuBLASLt).
+- `linear`: fp16 outputs. Ours, with scales in the epilogue, beside torch's fp16 product.
+
+A time is that of one call in a CUDA graph of 20 calls, so the GPU does not wait for the host between them. Each call
+reads other weights, as the layers of a model do, so they do not come from the L2 cache. Rates count useful operations,
+2 M N K, and no padding. The last line of the output is the result as JSON.
 """
 
 from __future__ import annotations
@@ -12,14 +19,15 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from haq_lab.hardware.spec import Hardware, load_hardware
-from haq_lab.int8.cuda import device
-from haq_lab.int8.cuda import kernels as cuda
-from haq_lab.int8.cuda.launch import choose_split, choose_tile
-from haq_lab.int8.cuda.roofline import gemm_work, gemv_work, least_seconds
+from haq_lab.int8.cuda import device as cuda_device
+from haq_lab.int8.cuda.kernels import GEMV_ROWS, Kernels
+from haq_lab.int8.cuda.roofline import least_seconds, useful_work
 from haq_lab.utils.errors import UserError
 
 LAYERS = {
@@ -28,55 +36,95 @@ LAYERS = {
     "expert down": (4096, 14336),
 }  # N, K of Mixtral-8x7B
 ROWS = (1, 4, 8, 16, 64, 512, 2048)
+CALLS = 20  # calls in a graph, and weights that they rotate over: 320 MiB of int8 at least, more than any L2 cache
+INT_MM_ROWS = 17  # smallest number of rows that `torch._int_mm` takes
+OUTPUT_BYTES = {"sums": 4, "linear": 2}
+
+Product = Callable[[int], Tensor]  # from the number of the weights to the output
 
 
-def median_ms(call: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of `call` on a cold L2 cache."""
-    scratch = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-    times = []
-    for repeat in range(repeats + 3):
-        scratch.zero_()
+def products(
+    m: int, n: int, k: int, kernels: Kernels, device: torch.device, weights: int = CALLS
+) -> dict[str, Product]:
+    """Return the products to compare.
+
+    Args:
+        m: Rows of activations.
+        n: Rows of weights.
+        k: Columns of both.
+        kernels: The kernels of the device.
+        device: The device.
+        weights: Number of weight matrices.
+
+    Returns:
+        Functions from the number of a weight matrix to the output (m, n), by OUTPUT.NAME.
+    """
+    qx = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
+    qw = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device) for _ in range(weights)]
+    sx, sw = torch.rand(m, device=device), torch.rand(n, device=device)
+    x, w = qx.half(), [one.half() for one in qw]
+    linear = kernels.gemv if m <= GEMV_ROWS else kernels.gemm
+    calls: dict[str, Product] = {
+        "sums.ours": lambda number: kernels.accumulate(qx, qw[number]),
+        "linear.ours": lambda number: linear(qx, qw[number], sx, sw, None, torch.float16),
+        "linear.fp16": lambda number: x @ w[number].t(),
+    }
+    if m >= INT_MM_ROWS:
+        calls["sums.int_mm"] = lambda number: torch._int_mm(qx, qw[number].t())
+    return calls
+
+
+def median_seconds(product: Product, repeats: int) -> float:
+    """Return the median seconds of one call, from replays of a graph of `CALLS` calls."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # a capture must not be the first use of a kernel
+        product(0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(CALLS):
+            product(number)
+    seconds = []
+    for _ in range(3 + repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        call()
+        graph.replay()
         end.record()
         end.synchronize()
-        if repeat >= 3:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        seconds.append(start.elapsed_time(end) / 1e3 / CALLS)
+    return statistics.median(seconds[3:])  # the first ones warm up
 
 
-def measure(m: int, n: int, k: int, hardware: Hardware | None, repeats: int) -> dict:
-    """One shape, all competitors in one run."""
-    kernels = device.kernels()
-    qx = torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda")
-    qw = torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda")
-    sx, sw = torch.rand(m, device="cuda"), torch.rand(n, device="cuda")
-    x, w = qx.half(), qw.half()
-    call = kernels.gemv if m <= cuda.GEMV_ROWS else kernels.gemm
-    row: dict = {"m": m, "n": n, "k": k}
-    row["ours_ms"] = median_ms(lambda: call(qx, qw, sx, sw, None, torch.float16), repeats)
-    row["fp16_ms"] = median_ms(lambda: x @ w.t(), repeats)
-    if m > 16:  # torch's int8 product takes no fewer rows; its scales are applied apart
-        row["int_mm_ms"] = median_ms(lambda: (torch._int_mm(qx, qw.t()).float() * sx[:, None] * sw).half(), repeats)
-    if hardware:
-        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-        tile = choose_tile(m, n, multiprocessors)
-        split = choose_split(m, n, k, tile, multiprocessors)
-        work = gemv_work(m, n, k) if m <= cuda.GEMV_ROWS else gemm_work(m, n, k, tile, split=split)
-        row["roofline_ms"] = 1e3 * least_seconds(work, hardware)
-        row["fraction_of_roofline"] = row["roofline_ms"] / row["ours_ms"]
+def measure(m: int, n: int, k: int, hardware: Hardware | None, repeats: int) -> dict[str, Any]:
+    """Measure all products of one shape.
+
+    Returns:
+        Milliseconds and useful 10^12 operations per second of each product. With `hardware`, also the fraction of the
+        roofline that ours reach.
+    """
+    row: dict[str, Any] = {"m": m, "n": n, "k": k}
+    device = torch.device("cuda", torch.cuda.current_device())
+    for name, product in products(m, n, k, cuda_device.kernels(), device).items():
+        seconds = median_seconds(product, repeats)
+        output, _, competitor = name.partition(".")
+        row[f"{name}_ms"] = 1e3 * seconds
+        row[f"{name}_tops"] = 2 * m * n * k / seconds / 1e12
+        if hardware and competitor == "ours":
+            work = useful_work(m, n, k, out_bytes=OUTPUT_BYTES[output], scales=output == "linear")
+            row[f"{name}_of_roofline"] = least_seconds(work, hardware) / seconds
     return row
 
 
 def main() -> int:
+    """Run the benchmark. Returns 2 if there is no GPU that can run it, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", help="a name from conf/hardware, for the fraction of the roofline")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--hardware", help="name of a profile in conf/hardware, for the fraction of the roofline")
+    parser.add_argument("--repeats", type=int, default=50, help="number of replays of a graph")
     arguments = parser.parse_args()
     try:
         hardware = load_hardware(arguments.hardware) if arguments.hardware else None
-        device.kernels()
+        cuda_device.kernels()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -86,11 +134,10 @@ def main() -> int:
             row = {"layer": layer, **measure(m, n, k, hardware, arguments.repeats)}
             rows.append(row)
             print(
-                "  ".join(
-                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-                )
+                *(f"{key} {value:.4g}" if isinstance(value, float) else value for key, value in row.items()), sep="  "
             )
-    print(json.dumps({"benchmark": "cuda_gemm", "device": torch.cuda.get_device_name(), "rows": rows}))
+    record = cuda_device.describe_gpu(torch.device("cuda", torch.cuda.current_device()))
+    print(json.dumps({"benchmark": "cuda_gemm", "gpu": record, "rows": rows}))
     return 0
 
 

@@ -80,6 +80,10 @@ class Backend:
         """The reason why `native` is False, in plain words; empty if it is True."""
         return "" if self.native else f"backend={self.name} does not use the native CPU kernels"
 
+    def describe_gpu(self) -> dict[str, Any] | None:
+        """Return the GPU, its driver and the libraries that use it, for the run's record. None without a GPU."""
+        return None
+
     def close(self) -> None:
         """Release what the backend has reserved on this machine. A run calls it at its end."""
 

@@ -19,6 +19,8 @@ from haq_lab.checkpoint.writer import remove_saved_states
 from haq_lab.config.build import Experiment, build, effective, refuse_idle
 from haq_lab.config.explain import is_user_error
 from haq_lab.data.windows import Windows
+from haq_lab.hardware.gpu import sdpa_kernel
+from haq_lab.int8.backend import Backend
 from haq_lab.measure.base import PromptedMeasure, Study
 from haq_lab.measure.memory import reset_peaks
 from haq_lab.measure.metrics import declared_metrics
@@ -101,6 +103,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     preflight(experiment, facts["overrides"])
     with Progress() as progress:
         model = _load_model(experiment, folder, progress)
+        facts |= _describe_gpu(experiment.backend, model)
         evaluation, calibration = _load_texts(experiment, model)
         prompts = _load_prompts(experiment, model)
         store = experiment.result_cache.open()
@@ -146,6 +149,15 @@ def _load_model(experiment: Experiment, folder: RunFolder, progress: Progress) -
         say(f"model: weight files that transformers does not read are ignored: {', '.join(names)}")
         folder.event("unread_weight_files", names=names)
     return model
+
+
+def _describe_gpu(backend: Backend, model: LayeredModel) -> dict[str, Any]:
+    """Return the record of the GPU that runs a model. Empty without a GPU."""
+    if (gpu := backend.describe_gpu()) is None:
+        return {}
+    heads = model.config.num_attention_heads
+    head_size = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
+    return {"gpu": gpu | {"sdpa_kernel": sdpa_kernel(backend.device, model.dtype, heads, head_size)}}
 
 
 def _pass_inputs(

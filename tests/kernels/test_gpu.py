@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.int8.cuda import kernels as cuda
+from haq_lab.int8.cuda import device as cuda_device
 from haq_lab.int8.cuda.backend import CudaBackend
 from haq_lab.int8.cuda.kernels import Kernels
 from haq_lab.int8.cuda.launch import TILES
@@ -30,7 +30,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    return cuda.kernels()
+    return cuda_device.kernels()
 
 
 @pytest.mark.parametrize("name", every_kernel())

@@ -18,6 +18,7 @@ from haq_lab.int8.cuda.roofline import (
     grouped_work,
     least_seconds,
     quantize_work,
+    useful_work,
 )
 from haq_lab.utils.errors import UserError
 
@@ -113,3 +114,12 @@ def test_bytes_of_the_calls_that_only_move_data():
     assert quantize_work(2, 64, in_bytes=4, channels=2).memory == 2 * 64 * 5 + 8 + 4 * 128
     assert dequant_work(2, 64).memory == 2 * 64 * 3 + 8
     assert grouped_work([0, 3], 64, 128, SMALL).memory == gemm_work(3, 64, 128, SMALL).memory + 12
+
+
+def test_useful_work_has_no_padding():
+    """A product of 2 x 3 x 16: 96 multiply-adds, 32 + 48 bytes of operands, 6 outputs, 5 scales."""
+    assert useful_work(2, 3, 16) == Work(multiplies=96, copied=0, memory=32 + 48 + 6 * 2 + 5 * 4)
+    assert useful_work(2, 3, 16, out_bytes=4, scales=False) == Work(multiplies=96, copied=0, memory=32 + 48 + 6 * 4)
+    padded = gemm_work(2, 3, 16, SMALL)
+    assert padded.multiplies > useful_work(2, 3, 16).multiplies
+    assert padded.memory == useful_work(2, 3, 16).memory

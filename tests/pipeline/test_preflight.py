@@ -116,8 +116,8 @@ def test_the_free_memory_is_that_of_the_backends_gpu(local, monkeypatch):
     from haq_lab.config.build import build
     from tests.config.test_build import _composed
 
-    free = {torch.device("cuda", 0): 1, torch.device("cuda", 1): 1234}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=torch.device("cuda", 0): (free[device], 9999))
+    free = {None: 1, torch.device("cuda", 1): 1234}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free[device], 9999))
     experiment = build(_composed("+experiment=paper_mixtral", f"model.name={local}"))
     backend = CudaBackend("cuda:1", IDLE, share=True)
     assert _lines(replace(experiment, backend=backend), experiment.model)["GPU"].there == 1234

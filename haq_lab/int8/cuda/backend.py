@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, validate_call
@@ -70,6 +70,9 @@ class CudaBackend(Backend):
     @property
     def kernels(self) -> str:
         return "cuda"
+
+    def describe_gpu(self) -> dict[str, Any] | None:
+        return cuda_device.describe_gpu(self.device) if self.device.type == "cuda" else None
 
     def pack(self, levels: Tensor) -> Tensor:
         return padded(levels.to(self.device))

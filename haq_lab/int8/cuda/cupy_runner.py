@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from haq_lab.hardware.gpu import query_gpu
 from haq_lab.int8.cuda.kernels import Kernels
 from haq_lab.int8.cuda.launch import Argument, Launch
 from haq_lab.int8.cuda.nvrtc import Compiler, cubin_file, default_compiler
@@ -17,7 +18,7 @@ from haq_lab.utils.errors import UserError
 
 OLDEST = 75  # sm_75 (Turing), the first GPUs with int8 tensor cores
 DEFAULT_SHARED = 48 * 1024  # bytes of shared memory; a kernel must opt in to use more
-INSTALL = "`pip install 'haq-lab[cuda13]'` (or cuda12 for an older driver)"
+INSTALL = "`pip install 'haq-lab[cuda13]'`, or `pip install 'haq-lab[cuda12]' 'torch==2.10.*'` for a driver below 580"
 
 
 def marshal(args: tuple[Argument, ...]) -> tuple[np.generic, ...]:
@@ -110,10 +111,36 @@ def kernels(device: int | None) -> Kernels:
     properties = torch.cuda.get_device_properties(index)
     architecture = 10 * properties.major + properties.minor
     check_architecture(architecture, properties.name)
-    compiler = default_compiler(cupy.cuda.runtime.runtimeGetVersion() // 1000)
+    compiler = _compiler(cupy)
     return Kernels(
         CupyRunner(cupy, index, architecture, compiler),
         architecture=architecture,
         multiprocessors=properties.multi_processor_count,
         shared_limit=cupy.cuda.Device(index).attributes["MaxSharedMemoryPerBlockOptin"],
     )
+
+
+def _compiler(cupy: ModuleType) -> Compiler:
+    """Return the NVRTC of the CUDA version that CuPy is built for, if it is installed."""
+    return default_compiler(cupy.cuda.runtime.runtimeGetVersion() // 1000)
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """Describe a GPU for a run's record.
+
+    Args:
+        device: The GPU.
+
+    Returns:
+        Its name, the fields of `haq_lab.hardware.gpu.query_gpu`, and the versions of torch's CUDA, CuPy and NVRTC.
+    """
+    import cupy
+
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        **query_gpu(f"GPU-{properties.uuid}"),
+        "cuda": torch.version.cuda,
+        "cupy": cupy.__version__,
+        "nvrtc": ".".join(map(str, _compiler(cupy).version)),
+    }

@@ -1,8 +1,11 @@
-"""Create the CUDA kernels of a device once per process."""
+"""Create the CUDA kernels of a device once per process, and describe the device. CuPy is imported on the first call."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
+
+import torch
 
 from haq_lab.int8.cuda.kernels import Kernels
 
@@ -20,3 +23,10 @@ def kernels(device: int | None = None) -> Kernels:
     from haq_lab.int8.cuda import cupy_runner
 
     return cupy_runner.kernels(device)
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """Describe a GPU for a run's record, as `cupy_runner.describe_gpu`."""
+    from haq_lab.int8.cuda import cupy_runner
+
+    return cupy_runner.describe_gpu(device)

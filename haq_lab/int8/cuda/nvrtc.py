@@ -140,7 +140,8 @@ def default_compiler(major: int | None = None) -> Compiler:
     library = str(toolkit) if toolkit.exists() else ctypes.util.find_library("nvrtc")
     if library is None:
         raise UserError(
-            "backend=cuda needs NVRTC, which is not installed. Run `pip install 'haq-lab[cuda13]'` (or cuda12)."
+            "backend=cuda needs NVRTC, which is not installed. Run `pip install 'haq-lab[cuda13]'`, or "
+            "`pip install 'haq-lab[cuda12]' 'torch==2.10.*'` for a driver below 580."
         )
     return Compiler(library)
 

@@ -1,7 +1,8 @@
 """Compute a lower bound for the time of a kernel call, with the roofline model (Williams et al., 2009).
 
-The bound is the larger of its operations at peak rate and its bytes at full bandwidth. Operations and bytes are those
-of the kernels' loops, including the padding of tiles. The tests compare them with the counts of the C++ host layer.
+The bound is the larger of its operations at peak rate and its bytes at full bandwidth. `useful_work` counts what any
+kernel must do. The other functions count the loops of our kernels, including the padding of tiles. The tests compare
+their counts with those of the C++ host layer.
 
     hardware = load_hardware("rtx4090")
     least_seconds(gemm_work(512, 4096, 4096, LARGE), hardware)
@@ -42,6 +43,20 @@ def least_seconds(work: Work, hardware: Hardware) -> float:
         hardware: Peak rate and bandwidth.
     """
     return max(2 * work.multiplies / (hardware.int8_tops * 1e12), work.memory / (hardware.bandwidth_gbs * 1e9))
+
+
+def useful_work(m: int, n: int, k: int, *, out_bytes: int = 2, scales: bool = True) -> Work:
+    """Count the work that any W8A8 product must do: no padding, and each value is read or written once.
+
+    Args:
+        m: Rows of activations.
+        n: Rows of weights.
+        k: Columns of both.
+        out_bytes: Bytes per output value.
+        scales: Whether the float32 scales of rows and columns are read.
+    """
+    memory = m * k + n * k + out_bytes * m * n + (4 * (m + n) if scales else 0)
+    return Work(multiplies=m * n * k, copied=0, memory=memory)
 
 
 def gemm_work(m: int, n: int, k: int, tile: Tile, *, split: int = 1, out_bytes: int = 2, bias: bool = False) -> Work:
