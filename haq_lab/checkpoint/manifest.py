@@ -88,6 +88,11 @@ class Manifest:
             raise UserError(f"{setting}: '{folder}' is not a haq_lab checkpoint because it has no {FILE}. {advice}")
         try:
             version = read_json(path, _VERSION)
+            if version["format"] == "haq_lab" and version["version"] > VERSION:
+                raise UserError(
+                    f"{setting}: '{folder}' was written by a newer version of haq_lab (format {version['version']}; this "
+                    f"one reads up to {VERSION}). Update haq_lab."
+                )
             if version != {"format": "haq_lab", "version": VERSION}:
                 raise UserError(
                     f"{setting}: {path} is not in format haq_lab, version {VERSION}. Write the checkpoint again."

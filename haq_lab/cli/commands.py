@@ -61,5 +61,5 @@ def _help() -> str:
 def _run(command: str, arguments: list[str]) -> None:
     """Run a command in this process."""
     module, _ = COMMANDS[command]
-    sys.argv = [f"{PROGRAM} {command}", *arguments]
+    sys.argv[1:] = arguments  # the name of the program stays, because Hydra's shell completion is installed for it
     importlib.import_module(f"haq_lab.cli.{module}").main()

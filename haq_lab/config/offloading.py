@@ -69,7 +69,7 @@ def parse_offload(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any]]
     for override in OverridesParser.create().parse_overrides([*overrides]):
         key = override.key_or_group
         if override.is_sweep_override():
-            raise UserError(f"{key}: '{override.get_value_element_as_str()}' are several values. Choose one.")
+            raise UserError(f"{key}: '{override.input_line}' gives several values. Choose one.")
         name = key.removeprefix("offload").removeprefix(".")
         if not name:
             option = str(override.value())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +69,6 @@ class Stop(StoppingCriteria):
         return torch.full((len(input_ids),), self.requested, device=input_ids.device)
 
 
-@dataclass
 class Generator:
     """Generates answers with one model, one at a time.
 
@@ -81,25 +80,31 @@ class Generator:
         temperature: Temperature of the sampling; 0 is greedy. None uses the generation config of the model.
         max_tokens: Largest number of tokens in an answer.
 
+    Attributes:
+        stop: Stops the current answer if `stop.requested` is set.
+
     Example:
         >>> generator = Generator(*haq_lab.load("checkpoints/smol"), temperature=0)
         >>> generator.generate(generator.tokenizer("Once upon a time").input_ids, print).text
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    temperature: float | None = None
-    max_tokens: int = 512
-    stop: Stop = field(default_factory=Stop, init=False)
-    _cache: Cache | None = field(default=None, init=False)
-    _cached: list[int] = field(default_factory=list, init=False)  # the tokens in `_cache`
-
-    def __post_init__(self) -> None:
-        config = self.model.generation_config
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        temperature: float | None = None,
+        max_tokens: int = 512,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.temperature, self.max_tokens = temperature, max_tokens
+        self.stop = Stop()
+        self._cache: Cache | None = None
+        self._cached: list[int] = []  # the tokens in `_cache`
+        config = model.generation_config
         assert config is not None
         config.max_length = None  # `max_tokens` replaces it
-        if config.pad_token_id is None:  # a single sequence needs none, but transformers warns
-            config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        if config.pad_token_id is None:  # one sequence needs none, but transformers warns
+            config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
 
     def generate(self, prompt: list[int], write: Callable[[str], object]) -> Answer:
         """Generate an answer to a prompt.
@@ -143,7 +148,8 @@ class Generator:
         limit: int = self.model.config.max_position_embeddings
         if len(prompt) >= limit:
             raise UserError(
-                f"prompt: {len(prompt)} tokens do not fit into the model's context of {limit} tokens. Shorten it."
+                f"prompt: {len(prompt)} tokens do not fit into the model's context of {limit} tokens. "
+                "Shorten it, or start a new chat."
             )
         return limit - len(prompt)
 

@@ -1,0 +1,139 @@
+"""A chat in a pseudo-terminal: answers are streamed, and Ctrl-C stops an answer but not the program."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from haq_lab.cli.generate import main
+
+SECONDS = 20  # longest wait for an output
+PROMPT = "\n> "
+
+
+class Terminal:
+    """The command in a fork of this process, on a pseudo-terminal of its own."""
+
+    def __init__(self, *arguments: str):
+        self.process, self._terminal = pty.fork()
+        if self.process == 0:
+            _run(arguments)
+        self.code: int | None = None
+
+    def expect(self, pattern: str) -> str:
+        """Read until the output matches a pattern. Return the output since the last call."""
+        output, deadline = "", time.monotonic() + SECONDS
+        while not re.search(pattern, output):
+            assert select.select([self._terminal], [], [], max(deadline - time.monotonic(), 0))[0], output
+            output += os.read(self._terminal, 1).decode(errors="replace").replace("\r", "")
+        return output
+
+    def type(self, keys: str) -> None:
+        os.write(self._terminal, keys.encode())
+
+    def wait(self) -> int:
+        """Read to the end and return the exit code."""
+        while True:
+            try:
+                if not os.read(self._terminal, 1024):
+                    break
+            except OSError:  # the terminal of an ended process
+                break
+        _, status = os.waitpid(self.process, 0)
+        self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def close(self) -> None:
+        if self.code is None:
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+        os.close(self._terminal)
+
+
+def _run(arguments: tuple[str, ...]) -> None:
+    """Run the command in the forked process."""
+    code = 99
+    try:
+        warnings.resetwarnings()
+        os.environ["TERM"] = "dumb"
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115, PTH123  # not pytest's
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        main(["--backend=reference", "--temperature=0", *arguments])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        os._exit(code)
+
+
+@pytest.fixture
+def terminal(chat_model: Path) -> Iterator[Terminal]:
+    """A chat whose answers are as long as the context."""
+    opened = Terminal(str(chat_model), "--max-tokens=5000")
+    yield opened
+    opened.close()
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(terminal):
+    terminal.expect(r"/reset starts a new chat.*\n> ")
+    terminal.type("Hello\n")
+    terminal.expect(r"Hello\n.")
+    terminal.type("\x03")
+    assert re.search(r"\d+ tokens, [\d.]+ tokens/s, first token after [\d.]+ s, stopped\n", terminal.expect(PROMPT))
+    terminal.type("/reset\n")  # the random bytes of the answer are three times as many when they are read again
+    terminal.expect(PROMPT)
+    terminal.type("Hello again\n")
+    terminal.expect(r"again\n.")
+    terminal.type("\x03")
+    assert ", stopped" in terminal.expect(PROMPT)
+    terminal.type("/exit\n")
+    assert terminal.wait() == 0
+
+
+def test_commands_and_mistakes(terminal):
+    terminal.expect(PROMPT)
+    terminal.type("/rest\n")
+    assert "/rest: there is no such command. /reset starts" in terminal.expect(PROMPT)
+    terminal.type("/reset\n")
+    assert "new chat" in terminal.expect(PROMPT)
+    terminal.type("\n")
+    terminal.expect(PROMPT)
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_ctrl_c_twice_at_the_prompt_ends(terminal):
+    terminal.expect(PROMPT)
+    terminal.type("half a line\x03")
+    terminal.expect(r"Press Ctrl-C again to end\.\n> ")
+    terminal.type("\x03")
+    assert terminal.wait() == 0
+
+
+def test_a_second_ctrl_c_during_an_answer_ends(terminal):
+    terminal.expect(PROMPT)
+    terminal.type("Hello\n")
+    terminal.expect(r"Hello\n.")
+    os.kill(terminal.process, signal.SIGINT)
+    os.kill(terminal.process, signal.SIGINT)
+    assert terminal.wait() in (0, 130)
+
+
+def test_ctrl_c_ends_a_single_answer(chat_model):
+    opened = Terminal(str(chat_model), "Hello", "--max-tokens=5000")
+    try:
+        opened.expect(r".")
+        opened.type("\x03")
+        opened.expect(", stopped\n")
+        assert opened.wait() == 130
+    finally:
+        opened.close()
