@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="SETTING=VALUE",
         help="settings of offloading: offload=haq, offload.budget=40%%",
     )
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="auto (default), cpu, cuda, reference or fake")
+    parser.add_argument(
+        "--backend", default="auto", metavar="NAME", help="auto (default), cpu, cuda, reference or fake"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any free one (default: 8000)")
     parser.add_argument("--name", help="name of the model in the API (default: the folder's name)")

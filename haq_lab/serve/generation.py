@@ -89,9 +89,7 @@ class RequestQueue(GenerateManager):
             HTTPException: The prompt is empty or too long.
         """
         job = self._new_job(model, inputs, gen_config)
-        answer = super().generate_non_streaming(
-            cast(PreTrainedModel, job), processor, inputs, gen_config, request_id
-        )
+        answer = super().generate_non_streaming(cast(PreTrainedModel, job), processor, inputs, gen_config, request_id)
         try:
             return await asyncio.shield(asyncio.create_task(answer))
         except asyncio.CancelledError:  # the client has left

@@ -8,6 +8,7 @@ import pytest
 
 from haq_lab.cli import report as command
 
+
 @pytest.fixture(scope="session")
 def report(studied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page about all of it, with LaTeX tables beside."""

@@ -7,10 +7,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import openai
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+
+openai = pytest.importorskip("openai", reason="the extra `serve` is not installed")
 
 PROMPT, TOKENS = "The quick brown fox", 12
 MESSAGE = [{"role": "user", "content": PROMPT}]
@@ -132,7 +133,7 @@ def test_an_answer_ends_with_the_context(dense):
         ("completions", {"prompt": "a", "logprobs": 3}, "logprobs: "),
         ("completions", {"prompt": "a", "seed": -1}, "seed: "),
         ("completions", {"prompt": "a", "generation_config": "{"}, "generation_config: Invalid JSON"),
-        ("completions", {"prompt": "a", "generation_config": '{"num_beams": -1}'}, "num_beams"),
+        ("completions", {"prompt": "a", "generation_config": '{"max_new_tokens": -1}'}, "max_new_tokens"),
         ("completions", {"prompt": "a", "tempreature": 1}, "tempreature"),
         ("chat/completions", {"messages": []}, "messages: "),
         ("chat/completions", {"messages": [{"content": "a"}]}, "messages.0.role: Field required"),
@@ -140,7 +141,7 @@ def test_an_answer_ends_with_the_context(dense):
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}]},
-            "should be 'text'",
+            "messages.0.content.0.type: Input should be 'text'",
         ),
         ("chat/completions", ["no", "object"], "not a JSON object"),
     ],
@@ -188,5 +189,5 @@ def test_metrics_count_requests_and_tokens(dense):
     assert change["haq_lab_generated_tokens_total"] == TOKENS
     assert change["haq_lab_prompt_tokens_total"] == len(f"user: {PROMPT}\nassistant:")
     assert change["haq_lab_first_token_seconds_count"] == 1
-    assert 0 < change["haq_lab_generation_seconds_total"]
+    assert change["haq_lab_generation_seconds_total"] > 0
     assert not any("offload" in name for name in after)

@@ -18,7 +18,8 @@ import pytest
 from launching import Outcome
 
 from haq_lab.cli.serve import main
-from haq_lab.serve import server
+
+server = pytest.importorskip("haq_lab.serve.server", reason="the extra `serve` is not installed")
 
 BODY = {"model": "tiny", "prompt": "Once", "max_tokens": 1900, "stream": True}
 

@@ -6,6 +6,8 @@ import httpx
 import numpy as np
 import pytest
 
+pytest.importorskip("openai", reason="the extra `serve` is not installed")
+
 BODY = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 8}
 
 
