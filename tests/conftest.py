@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from haq_lab.models.sources import TinyModel
 from haq_lab.routing.trace import Trace
 
 MakeTrace = Callable[..., Trace]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 settings.register_profile("all", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.register_profile("some", settings.get_profile("all"), max_examples=10)
@@ -133,6 +136,19 @@ def make_trace() -> MakeTrace:
         return Trace(np.array(chosen, np.uint8), weights, since >= prompt, starts, experts, "made", "up")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, driven by playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser here ({', '.join(BROWSERS)}); on Debian: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 # --- disks that are full or cannot be written to, where mounting is allowed

@@ -1,4 +1,7 @@
-"""Run `python -m haq_lab.serve`, which serves a quantised checkpoint. The command is implemented in `haq_lab.cli.serve`."""
+"""Run `python -m haq_lab.serve`, which serves a quantised checkpoint.
+
+The command is implemented in `haq_lab.cli.serve`.
+"""
 
 import runpy
 

@@ -63,8 +63,9 @@ class _Checked(BaseHandler):
         try:
             self._body.model_validate(body)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise HTTPException(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+            problem = max(error.errors(), key=lambda problem: len(problem["loc"]))  # of a union, the best fit
+            location = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))  # without types
+            raise HTTPException(400, f"{location}: {problem['msg']}.") from error
 
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False

@@ -31,13 +31,18 @@ def open_socket(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # Overflow: the port is larger than 65535
         listener.close()
-        raise UserError(
-            f"--port: {host}:{port} cannot be used ({error.strerror}). Choose another --port or --host."
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--port: {host}:{port} cannot be used ({reason}). Choose another --port or --host.") from error
     listener.listen()
     return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return the address of a socket of `open_socket`, such as `http://127.0.0.1:8000`."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def run(app: FastAPI, queue: RequestQueue, listener: socket.socket) -> None:
