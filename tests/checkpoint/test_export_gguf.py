@@ -77,6 +77,7 @@ def test_the_weights_are_ours(write, dequantized, architecture, tmp_path):
 @pytest.mark.parametrize("architecture", ["llama"])
 def test_transformers_reads_it(write, dequantized, windows, logits_of, tmp_path):
     folder = write(HAQ())
+    _with_tokenizer(folder, _byte_level(BYTES))
     export(folder, tmp_path / "model.gguf", "gguf")
     ours = QuantizedModel(folder, ReferenceBackend())
     expected = logits_of(ours, [dequantized(ours, ours.load_layer(index)) for index in range(ours.depth)], windows)
