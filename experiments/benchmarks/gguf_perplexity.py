@@ -22,7 +22,7 @@ from typing import Any
 def score(path: str, windows: list[list[int]]) -> float:
     """Return llama.cpp's perplexity of token windows. It runs in llama.cpp's environment."""
     import numpy as np
-    from llama_cpp import Llama
+    from llama_cpp import Llama  # type: ignore[attr-defined]  # the package, not the file beside this one
 
     model = Llama(path, n_ctx=len(windows[0]) + 8, n_gpu_layers=0, logits_all=True, verbose=False)
     loss = 0.0

@@ -18,7 +18,7 @@ from contextlib import closing
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import gguf
 import numpy as np
@@ -62,7 +62,7 @@ def export_gguf(model: QuantizedModel, target: Path) -> None:
     outer = list(_outer_tensors(model, architecture))
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.number])
     add_model(writer, model)
-    add_tokenizer(writer, model, rows=len(model.shell.get_input_embeddings().weight))
+    add_tokenizer(writer, model, rows=len(cast(Tensor, model.shell.get_input_embeddings().weight)))
     for tensor in outer:
         _add_info(writer, tensor)
     first = list(_layer_tensors(model, architecture, 0))  # all layers of a model have the same tensors
