@@ -30,7 +30,7 @@ LOADING = """\
 ## Use
 
 ```python
-import haq_lab.hf  # pip install haq-lab
+import haq_lab.hf  # registers the format
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this folder, or its name on the hub

@@ -61,7 +61,7 @@ def test_force_removes_files_of_another_model(tmp_path):
 
 
 def test_a_resumed_progress_bar_starts_at_the_finished_layers(tmp_path, monkeypatch):
-    def interrupt(writer):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     again = tmp_path / "again"

@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
+from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import gguf
 import numpy as np
@@ -60,26 +62,30 @@ def export_gguf(model: QuantizedModel, target: Path) -> None:
     outer = list(_outer_tensors(model, architecture))
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.number])
     add_model(writer, model)
-    add_tokenizer(writer, model, rows=len(model.shell.get_input_embeddings().weight))
-    first = list(_layer_tensors(model, architecture, 0))
+    add_tokenizer(writer, model, rows=len(cast(Tensor, model.shell.get_input_embeddings().weight)))
     for tensor in outer:
-        _add_info(writer, tensor, tensor.name)
-    for index in range(model.depth):
-        for tensor in first:  # all layers of a model have the same tensors
-            _add_info(writer, tensor, tensor.name.replace("blk.0.", f"blk.{index}."))
+        _add_info(writer, tensor)
+    first = list(_layer_tensors(model, architecture, 0))  # all layers of a model have the same tensors
+    layers = [
+        [tensor._replace(name=tensor.name.replace("blk.0.", f"blk.{index}.")) for tensor in first]
+        for index in range(model.depth)
+    ]
+    for tensor in chain.from_iterable(layers):
+        _add_info(writer, tensor)
     with atomic_file(target) as temporary, closing(writer):
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in outer:
             writer.write_tensor_data(tensor.data)
-        for index in range(model.depth):
-            for tensor in _layer_tensors(model, architecture, index):
+        for index, expected in enumerate(layers):
+            for tensor, announced in zip(_layer_tensors(model, architecture, index), expected, strict=True):
+                assert tensor.name == announced.name, f"{tensor.name} is written in place of {announced.name}"
                 writer.write_tensor_data(tensor.data)
 
 
-def _add_info(writer: gguf.GGUFWriter, tensor: GgufTensor, name: str) -> None:
-    writer.add_tensor_info(name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.type)
+def _add_info(writer: gguf.GGUFWriter, tensor: GgufTensor) -> None:
+    writer.add_tensor_info(tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.type)
 
 
 def _outer_tensors(model: QuantizedModel, architecture: Architecture) -> Iterator[GgufTensor]:
@@ -134,9 +140,12 @@ def _float_tensor(name: str, tensor: Tensor, quantize: bool = False) -> GgufTens
     return GgufTensor(name, gguf.quantize(data, kind), kind)
 
 
+_name_map = cache(gguf.get_tensor_name_map)
+
+
 def _gguf_name(model: QuantizedModel, architecture: Architecture, name: str) -> str:
     module, _, kind = name.rpartition(".")
-    theirs = gguf.get_tensor_name_map(architecture.number, model.depth).get_name(module)
+    theirs = _name_map(architecture.number, model.depth).get_name(module)
     if theirs is None:
         raise UserError(f"export --for gguf: llama.cpp has no tensor for '{name}'. Choose --for transformers.")
     return f"{theirs}.{kind}"
