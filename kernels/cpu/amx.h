@@ -85,7 +85,7 @@ HAQ_AMX void amx_tile(int rows, const uint8_t* x, const void* panel, bool, int64
 }
 
 constexpr Kernels with_tile_registers() {
-  Kernels kernels = table("amx", kAmxRows, amx_tile, attend<8, 2>, float_product<8, 3>);
+  Kernels kernels = table("amx", kAmxRows, amx_tile, attend<8, 2>, float_product<8, 2>);
   kernels.begin = configure;
   kernels.end = release;
   return kernels;

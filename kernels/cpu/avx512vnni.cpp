@@ -84,7 +84,7 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
 
 } // namespace
 
-constexpr Kernels kAvx512Vnni = table("avx512vnni", kRows, tile, attend<8, 2>, float_product<8, 3>);
+constexpr Kernels kAvx512Vnni = table("avx512vnni", kRows, tile, attend<8, 2>, float_product<8, 2>);
 
 } // namespace haq
 

@@ -43,6 +43,12 @@ void apply(const Step& s, const Linear& linear, const float* x, float* out) {
            {nullptr, nullptr, linear.scale, linear.bias, out, kFloat, linear.n});
 }
 
+// Calls body(token) for all tokens of the step, among threads if there are many values; `width` is what a token has.
+template <class Body>
+void each_token(const Step& s, int64_t width, const Body& body) {
+  parallel_for(threads_for(s.threads, s.tokens * width), s.tokens, body);
+}
+
 // x and out (count,), which may be the same
 void normalize(const Step& s, const Norm& norm, const float* x, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += norm.width) s.isa.rms_norm(x + i, norm.weight, norm.eps, norm.width, out + i);
@@ -50,7 +56,7 @@ void normalize(const Step& s, const Norm& norm, const float* x, int64_t count, f
 
 const float* normed(const Step& s, const Norm& norm) {
   float* out = normed_scratch.floats(s.tokens * s.width);
-  normalize(s, norm, s.hidden, s.tokens * s.width, out);
+  each_token(s, s.width, [&](int64_t t) { normalize(s, norm, s.hidden + t * s.width, s.width, out + t * s.width); });
   return out;
 }
 
@@ -59,13 +65,13 @@ const float* normed(const Step& s, const Norm& norm) {
 void remember(const Step& s, const Piece& piece, float* qkv) {
   const Layer& l = s.layer;
   const int64_t d = l.head_dim, value_width = round_up(d, kPanel);
-  for (int64_t t = piece.first; t < piece.first + piece.tokens; ++t) {
+  parallel_for(threads_for(s.threads, piece.tokens * l.qkv.n), piece.tokens, [&](int64_t token) {
+    const int64_t t = piece.first + token, position = piece.past + token;
     float* row = qkv + t * l.qkv.n;
     if (l.queries.weight) normalize(s, l.queries, row, l.heads * d, row);
     if (l.keys.weight) normalize(s, l.keys, row + l.heads * d, l.kv_heads * d, row + l.heads * d);
     for (int64_t h = 0; h < l.heads + l.kv_heads; ++h)
       s.isa.rotate(row + h * d, s.cosines + t * d, s.sines + t * d, d);
-    const int64_t position = piece.past + t - piece.first;
     for (int64_t h = 0; h < l.kv_heads; ++h) {
       const float* key = row + (l.heads + h) * d;
       const int64_t start = (piece.sequence * l.kv_heads + h) * s.kv.capacity; // of the head's positions
@@ -74,7 +80,7 @@ void remember(const Step& s, const Piece& piece, float* qkv) {
       std::memcpy(s.kv.values + (start + position) * value_width, key + l.kv_heads * d,
                   static_cast<size_t>(d) * sizeof(float));
     }
-  }
+  });
 }
 
 // A unit of work is one tile of rows: consecutive tokens of one head, or, if the piece has one token, the query heads
@@ -128,8 +134,11 @@ void attend(const Step& s, const float* qkv, float* out) {
   if (out_of_memory) throw std::bad_alloc();
 }
 
-void add(float* x, const float* y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] += y[i];
+// hidden += y (tokens, width)
+void add(const Step& s, const float* y) {
+  each_token(s, s.width, [&](int64_t t) {
+    for (int64_t i = t * s.width; i < (t + 1) * s.width; ++i) s.hidden[i] += y[i];
+  });
 }
 
 void attention_half(const Step& s) {
@@ -140,7 +149,7 @@ void attention_half(const Step& s) {
   for (const Piece* piece = s.pieces; piece != s.end; ++piece) remember(s, *piece, wide);
   attend(s, wide, narrow);
   apply(s, l.output, narrow, wide); // the queries are done with
-  add(s.hidden, wide, s.tokens * s.width);
+  add(s, wide);
 }
 
 void mlp_half(const Step& s) {
@@ -149,12 +158,12 @@ void mlp_half(const Step& s) {
   float* wide = wide_scratch.floats(s.tokens * std::max(l.gate_up.n, s.width));
   float* narrow = narrow_scratch.floats(s.tokens * inner);
   apply(s, l.gate_up, normed(s, l.mlp), wide);
-  for (int64_t t = 0; t < s.tokens; ++t) {
+  each_token(s, inner, [&](int64_t t) {
     const float* gate = wide + t * 2 * inner;
     s.isa.gate_up(gate, gate + inner, inner, narrow + t * inner);
-  }
+  });
   apply(s, l.down, narrow, wide);
-  add(s.hidden, wide, s.tokens * s.width);
+  add(s, wide);
 }
 
 void moe_half(const Step& s) {
