@@ -9,7 +9,8 @@ from haq_lab.int8.backend import Backend, PackedLinear
 from haq_lab.int8.cuda import device as cuda_device
 from haq_lab.int8.cuda.gpu_lock import lock_gpu
 from haq_lab.int8.cuda.kernels import GEMV_ROWS, K_MULTIPLE, Kernels, padded
-from haq_lab.int8.numerics import ActivationScheme, scale_of
+from haq_lab.int8.numerics import ActivationScheme, quantize_activations, scale_of
+from haq_lab.int8.sequences import Sequences
 from haq_lab.utils.errors import UserError
 
 
@@ -52,21 +53,31 @@ class CudaBackend(Backend):
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
         return self._kernels.accumulate(padded(qx), padded(levels))
 
-    def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def quantize(
+        self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None, sequences: Sequences | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Quantise as the base class does, with zero columns added up to a multiple of 16."""
         x = padded(x.to(self.device).contiguous())
         if scheme == "token":
             return self._kernels.quantize_rows(x)
+        if sequences is not None:
+            levels, row_scale = quantize_activations(x, scheme, static_scale, sequences)
+            return levels, row_scale.flatten()
         # One scale for all rows: from this tensor's maximum or from calibration.
         scale = scale_of(x.float().abs().amax()) if scheme == "tensor" else static_scale
         assert scale is not None, "The static scheme needs a scale from calibration."
         return self._kernels.quantize_static(x, self._as_kernel_scale(scale))
 
     def swiglu_quantize(
-        self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
+        self,
+        gate: Tensor,
+        up: Tensor,
+        scheme: ActivationScheme,
+        static_scale: Tensor | None,
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, Tensor]:
         if scheme == "tensor" or gate.shape[1] % K_MULTIPLE:
-            return super().swiglu_quantize(gate, up, scheme, static_scale)
+            return super().swiglu_quantize(gate, up, scheme, static_scale, sequences)
         scale = None if static_scale is None else self._as_kernel_scale(static_scale)
         return self._kernels.swiglu_quantize(torch.cat([gate, up], dim=1), scale)
 
