@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-STEPS = 3
+STEPS = 2
 
 
-def sequences(count: int = 3, tokens: int = 11) -> Tensor:
+def sequences(count: int = 3, tokens: int = 8) -> Tensor:
     """Return token ids (count, tokens)."""
     return torch.randint(1, 257, (count, tokens), generator=torch.Generator().manual_seed(4))
 

@@ -27,7 +27,8 @@ SAME = 1e-5  # relative error of float32 sums in another order
 @pytest.mark.parametrize("k", [64, 40])
 def test_a_sequence_has_the_references_bits_and_those_that_it_has_alone(host: Kernels, k, dtype):
     draw, index = Draw(5), torch.tensor([0, 2, 0, 1, 2, 2, 2])
-    x, weights = draw.activations(7, k, dtype), [(draw.int8(*shape), draw.scale(shape[0])) for shape in [(k, k)] * 3]
+    x = draw.activations(7, k, dtype)
+    weights = [(draw.int8(*shape), draw.scale(shape[0])) for shape in ((16, k), (16, k), (k, 16))]
     backend, reference = CudaBackend("cpu", host), ReferenceBackend()
 
     def run(backend, rows, sequences):
