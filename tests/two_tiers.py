@@ -101,14 +101,22 @@ class TwoTiers:
         streams: Streams of its device.
         folder: Folder of the model. None is a tiny Mixtral of three layers and 24 experts.
         steps: Number of decoding steps after the prompt, the prompt included.
+        quantizer: Quantizer of the model.
 
     Attributes:
         depth: Number of layers of the model.
         expected: Logits with all experts on the device and without an engine.
     """
 
-    def __init__(self, backend: Backend, streams: Streams, folder: Path | None = None, steps: int = 5):
-        self.backend, self.streams, self.steps = backend, streams, steps
+    def __init__(
+        self,
+        backend: Backend,
+        streams: Streams,
+        folder: Path | None = None,
+        steps: int = 5,
+        quantizer: Quantizer = NEAREST,
+    ):
+        self.backend, self.streams, self.steps, self.quantizer = backend, streams, steps, quantizer
         self._folder = folder or TinyModel("mixtral", layers=3).folder()
         self.depth = self._model().depth
         self.prompt = torch.randint(0, 257, (1, 12), generator=torch.Generator().manual_seed(3))
@@ -175,4 +183,4 @@ class TwoTiers:
         return LayeredModel(self._folder)
 
     def _layers(self, model: LayeredModel) -> list[Any]:
-        return finished(model, backend=self.backend)
+        return finished(model, quantizer=self.quantizer, backend=self.backend)

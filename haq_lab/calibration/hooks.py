@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from haq_lab.int8.sequences import batch_of
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.utils.timer import Stopwatch
 
@@ -97,7 +98,7 @@ def observe(
         with clock.stage("forward"), captured_inputs(layer, sites, stop=True) as inputs:
             model.forward(layer, index, batch)
         rows = slice(first, first := first + batch.shape[0] * batch.shape[1])
-        with clock.stage("calibrate"):
+        with clock.stage("calibrate"), batch_of(*batch.shape[:2]):
             for observer in observers:
                 observer.add(inputs, rows)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import Accumulator, CalibrationPolicy, InputStatistics, Needs
+from haq_lab.int8.sequences import only_rows
 from haq_lab.models.architectures import Group
 from haq_lab.models.experts import Expert
 from haq_lab.routing.choices import Routing
@@ -121,7 +122,9 @@ class ExpertInside:
             self._rows.add(inputs[self._site], None)
         if self._few:
             hidden = inputs[self._experts]
-            self._rows.add(self._expert.activate(hidden[-rows.start % self._stride :: self._stride]), None)
+            spaced = torch.arange(-rows.start % self._stride, len(hidden), self._stride)
+            with only_rows(spaced):
+                self._rows.add(self._expert.activate(hidden[spaced]), None)
 
     def finish(self) -> InputStatistics:
         """Return the statistics of all batches.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from haq_lab.int8.numerics import ActivationScheme, epilogue, quantize_activations, swiglu
+from haq_lab.int8.sequences import Sequences
 
 
 class PackedLinear(NamedTuple):
@@ -114,7 +115,14 @@ class Backend:
         """Return whether packed weights with this many rows can be followed by another linear's in one matrix."""
         return True
 
-    def linear(self, x: Tensor, weights: PackedLinear, scheme: ActivationScheme, static_scale: Tensor | None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        weights: PackedLinear,
+        scheme: ActivationScheme,
+        static_scale: Tensor | None,
+        sequences: Sequences | None = None,
+    ) -> Tensor:
         """Quantise x and compute the linear.
 
         Args:
@@ -122,32 +130,48 @@ class Backend:
             weights: The linear.
             scheme: Activation scheme.
             static_scale: Scalar scale for the static scheme, else None.
+            sequences: Sequences of the rows for the `tensor` scheme. None if all rows belong to one sequence.
 
         Returns:
             (m, n) of x's type, on x's device.
         """
-        return self.product(*self.quantize(x, scheme, static_scale), weights, x.dtype).to(x.device)
+        return self.product(*self.quantize(x, scheme, static_scale, sequences), weights, x.dtype).to(x.device)
 
-    def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def quantize(
+        self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None, sequences: Sequences | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Quantise activations (m, k) to int8 (m, k) and one float32 scale per row, in the form `product` takes."""
-        return quantize_activations(x, scheme, static_scale)
+        return quantize_activations(x, scheme, static_scale, sequences)
 
     def swiglu_quantize(
-        self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
+        self,
+        gate: Tensor,
+        up: Tensor,
+        scheme: ActivationScheme,
+        static_scale: Tensor | None,
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute silu(gate) * up of float32 (m, k) and quantise it.
 
         The result is bit-identical to `numerics.swiglu` followed by `quantize`.
         """
-        return self.quantize(swiglu(gate, up), scheme, static_scale)
+        return self.quantize(swiglu(gate, up), scheme, static_scale, sequences)
 
-    def expert(self, qx: Tensor, row_scale: Tensor, weights: PackedExpert) -> Tensor:
+    def expert(
+        self, qx: Tensor, row_scale: Tensor, weights: PackedExpert, sequences: Sequences | None = None
+    ) -> Tensor:
         """Compute down(silu(gate(x)) * up(x)) of quantised rows in float32.
 
         An override must be bit-identical to this code.
+
+        Args:
+            qx: int8 (m, k).
+            row_scale: One float32 scale per row, as `quantize` returns them.
+            weights: The expert.
+            sequences: As for `linear`.
         """
         inner = [self.product(qx, row_scale, linear, torch.float32) for linear in (weights.gate, weights.up)]
-        quantized = self.swiglu_quantize(inner[0], inner[1], weights.scheme, weights.static_scale)
+        quantized = self.swiglu_quantize(inner[0], inner[1], weights.scheme, weights.static_scale, sequences)
         return self.product(*quantized, weights.down, torch.float32)
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:

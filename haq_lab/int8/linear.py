@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend, PackedLinear
 from haq_lab.int8.numerics import ActivationScheme, round_to_grid, scale_of
+from haq_lab.int8.sequences import sequences_of
 
 
 class MergedLinear:
@@ -288,5 +289,6 @@ def multiply(x: Tensor | QuantizedRows, linear: Int8Linear | MergedLinear) -> Te
         y = linear.backend.product(x.levels, x.scale, linear.weights, x.dtype)
     else:
         rows = x.reshape(-1, x.shape[-1])
-        y = linear.backend.linear(rows, linear.weights, linear.scheme, linear.input_scale)
+        sequences = sequences_of(x) if linear.scheme == "tensor" else None
+        y = linear.backend.linear(rows, linear.weights, linear.scheme, linear.input_scale, sequences)
     return y.view(*x.shape[:-1], y.shape[-1])

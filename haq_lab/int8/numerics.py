@@ -13,7 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ActivationScheme = Literal["token", "tensor", "static"]
+from haq_lab.int8.sequences import Sequences
+
+ActivationScheme = Literal["token", "tensor", "static"]  # defined by `quantize_activations`
 QMAX = 127
 EXP_LOG2_E, EXP_LN2_HIGH, EXP_LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
 EXP_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
@@ -21,7 +23,8 @@ EXP_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.166579589
 
 def scale_of(maximum: Tensor, qmax: int = QMAX) -> Tensor:
     """Return the float32 scale that maps `maximum` (>= 0) to `qmax`. It is 1 if the quotient is zero."""
-    scale = maximum.to(torch.float32) / qmax
+    # Not divided by a number: a GPU would multiply by its reciprocal, which rounds differently.
+    scale = maximum.to(torch.float32) / torch.full_like(maximum, qmax, dtype=torch.float32)
     return torch.where(scale > 0, scale, 1.0)
 
 
@@ -30,13 +33,19 @@ def round_to_grid(x: Tensor, scale: Tensor | float, qmax: int = QMAX) -> Tensor:
     return torch.round(x / scale).clamp_(-qmax, qmax)
 
 
-def quantize_activations(x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_activations(
+    x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None, sequences: Sequences | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantise rows of activations to int8.
+
+    Dynamic scales never depend on another sequence, so a sequence has the same bits alone and in a batch.
 
     Args:
         x: (m, k) of any floating type. The computation is in float32.
-        scheme: `token`: one scale per row. `tensor`: one scale for all rows. `static`: the scale from calibration.
+        scheme: `token`: one scale per row. `tensor`: one scale for all rows of a sequence. `static`: the scale from
+            calibration.
         static_scale: Scalar tensor for `static`, else None.
+        sequences: Sequences of the rows for `tensor`. None if all rows belong to one sequence.
 
     Returns:
         int8 (m, k) and float32 scales (m, 1).
@@ -46,10 +55,19 @@ def quantize_activations(x: Tensor, scheme: ActivationScheme, static_scale: Tens
         assert static_scale is not None, "The static scheme needs a scale from calibration."
         scale = static_scale.expand(x.shape[0], 1)
     elif scheme == "tensor":
-        scale = scale_of(x.abs().amax()).expand(x.shape[0], 1) if x.numel() else x.new_ones(x.shape[0], 1)
+        scale = _scale_by_sequence(x, sequences)
     else:
         scale = scale_of(x.abs().amax(dim=1, keepdim=True))
     return round_to_grid(x, scale).to(torch.int8), scale
+
+
+def _scale_by_sequence(x: Tensor, sequences: Sequences | None) -> Tensor:
+    """Return the scale (m, 1) of each row's sequence, which covers the rows (m, k) of that sequence."""
+    if not x.numel():
+        return x.new_ones(len(x), 1)
+    if sequences is None:
+        return scale_of(x.abs().amax()).expand(len(x), 1)
+    return scale_of(sequences.maximum(x.abs().amax(dim=1)))[:, None]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from haq_lab.int8.sequences import only_rows
 from haq_lab.models.architectures import PROJECTIONS, Moe
 
 FUSED = ("gate_up_proj", "down_proj")  # names of the fused weights in transformers
@@ -117,7 +118,9 @@ def dispatch(
     results = hidden.new_empty(tokens * k, hidden.shape[-1])
     owners = dict(zip(active.tolist(), pairs.split(counts.tolist()), strict=True))
     for number in order or owners:
-        results[owners[number]] = run(number, owners[number] // k)
+        own = owners[number] // k
+        with only_rows(own):
+            results[owners[number]] = run(number, own)
     return combine(results.view(tokens, k, hidden.shape[-1]), weights)
 
 

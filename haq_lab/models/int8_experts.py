@@ -9,14 +9,17 @@ from torch import Tensor
 from haq_lab.int8.backend import Backend, PackedExpert
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.numerics import ActivationScheme
+from haq_lab.int8.sequences import sequences_of
 from haq_lab.models.experts import Expert, Experts, dispatch
 
 
 class Int8Experts(Experts):
     """The int8 experts of an MoE layer. All gate and up projections use the same activation scheme.
 
-    The input is quantised once for all experts. An expert's weights are read only through `expert`, and only if a
-    token has chosen it.
+    The input is quantised once for all experts, so with the `tensor` scheme its scale covers all tokens of a sequence.
+    The input of a down projection has one scale for those tokens of a sequence that its expert receives.
+
+    An expert's weights are read only through `expert`, and only if a token has chosen it.
 
     Attributes:
         scheme: Activation scheme of the shared input.
@@ -56,7 +59,8 @@ class Int8Experts(Experts):
             chosen: (t, k) expert indices.
             weights: (t, k) gate weights.
         """
-        quantized = self.backend.quantize(hidden, self.scheme, self.input_scale)
+        sequences = sequences_of(hidden) if self.scheme == "tensor" else None
+        quantized = self.backend.quantize(hidden, self.scheme, self.input_scale, sequences)
         elsewhere = copy_to_host(*quantized, hidden.shape[1]) if self.beside else quantized
 
         def run(number: int, tokens: Tensor) -> Tensor:
@@ -66,7 +70,8 @@ class Int8Experts(Experts):
             own = (levels, scale) if len(tokens) == len(hidden) == 1 else (levels[tokens], scale[tokens])
             if self.swiglu:
                 weights = PackedExpert(gate.weights, up.weights, down.weights, down.scheme, down.input_scale)
-                return down.backend.expert(*own, weights).to(hidden)
+                own_sequences = sequences_of(own[0]) if down.scheme == "tensor" else None
+                return down.backend.expert(*own, weights, own_sequences).to(hidden)
             return down(expert.act_fn(gate.product(*own)) * up.product(*own)).to(hidden)
 
         return dispatch(hidden, chosen, weights, run, self.order)

@@ -28,6 +28,7 @@ from transformers.initialization import no_init_weights
 
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
+from haq_lab.int8.sequences import batch_of, declare_batches
 from haq_lab.models.architectures import Family, check_model_type, family_of
 from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
@@ -142,6 +143,7 @@ class LayeredModel:
         if head is not None and head.weight is not embedding.weight:
             shell.config.tie_word_embeddings = self.config.tie_word_embeddings = False
         keep_stored_type(shell, self.dtype)
+        declare_batches(shell.get_submodule(self.family.layers.rpartition(".")[0]))
         return shell.requires_grad_(False)
 
     def read_outer_tensors(self) -> dict[str, Tensor]:
@@ -244,7 +246,9 @@ class LayeredModel:
 
     def forward(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Run decoder layer `index` on one batch of hidden states (n, t, d) and return its output (n, t, d)."""
-        return layer(hidden, **self._arguments_for(hidden.shape[1])[index])
+        arguments = self._arguments_for(hidden.shape[1])[index]
+        with batch_of(*hidden.shape[:2]):
+            return layer(hidden, **arguments)
 
     def quantize_head(self, backend: Backend) -> None:
         """Add an int8 head, which assembled models use. The float head and a tied embedding do not change."""

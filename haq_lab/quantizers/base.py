@@ -70,8 +70,8 @@ class Quantizer:
     Derive your own quantizer from this class and override what differs.
 
     Args:
-        activations: Activation scheme: `token` (dynamic, one scale a token), `tensor` (dynamic, one scale a tensor) or
-            `static` (a scale from calibration).
+        activations: Activation scheme: `token` (dynamic, one scale a token), `tensor` (dynamic, one scale for all
+            tokens of a sequence that the linear receives) or `static` (a scale from calibration).
         weight_bits: 8, or 4 (levels in [-7, 7], stored as int8).
         lm_head: Whether to quantise the LM head too. Whatever the other settings are, it gets 8 bits, rounding to
             nearest and token-dynamic activations, because calibration does not reach it.

@@ -14,6 +14,7 @@ from torch import Tensor
 from haq_lab.int8.cuda.kernels import K_MULTIPLE, Kernels
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.numerics import round_to_grid, swiglu
+from haq_lab.int8.sequences import sequences_of
 from haq_lab.models.experts import Expert, Experts, combine
 from haq_lab.models.int8_experts import Int8Experts, projections
 
@@ -59,7 +60,8 @@ class GroupedExperts(Int8Experts):
         Returns:
             (t, d).
         """
-        levels, scale = self.backend.quantize(hidden, self.scheme, self.input_scale)
+        sequences = sequences_of(hidden) if self.scheme == "tensor" else None
+        levels, scale = self.backend.quantize(hidden, self.scheme, self.input_scale, sequences)
         flat = chosen.flatten()
         pairs = flat.argsort(stable=True)  # pairs of a token and one of its experts, sorted by expert
         experts, tokens = flat[pairs], pairs // chosen.shape[1]
@@ -91,7 +93,7 @@ def can_group(experts: Int8Experts) -> bool:
     """Return whether experts can be grouped.
 
     All weights must be in memory, and the inputs of all down projections must be quantised for all rows at once. That
-    excludes the `tensor` scheme, whose scale depends on the rows of one expert.
+    excludes the `tensor` scheme, whose scale depends on the rows of one expert and one sequence.
     """
     parts = [projections(cast(Expert, expert)) for expert in experts]
     downs = [down for _, _, down in parts]

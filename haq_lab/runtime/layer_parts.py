@@ -161,7 +161,7 @@ def _obstacle(linear: Any) -> str | None:
     if not linear.backend.native:
         return f"is not in the native kernels' layout ({linear.backend.why_not_native})"
     if linear.scheme == "tensor":
-        return "quantises its input with one scale per tensor"
+        return "quantises its input with one scale per sequence"
     if linear.bias is not None and linear.bias.dtype != torch.float32:
         return f"has a bias of type {linear.bias.dtype}, not float32"
     return None

@@ -22,9 +22,9 @@ class Counting(ReferenceBackend):
     def __init__(self):
         self.quantized, self.products = [], []
 
-    def quantize(self, x, scheme, static_scale):
+    def quantize(self, x, scheme, static_scale, sequences=None):
         self.quantized.append(tuple(x.shape))
-        return super().quantize(x, scheme, static_scale)
+        return super().quantize(x, scheme, static_scale, sequences)
 
     def accumulate(self, qx, qw):
         self.products.append((tuple(qx.shape), tuple(qw.shape)))

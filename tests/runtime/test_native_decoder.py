@@ -154,7 +154,7 @@ def sliding_window():
     ("make", "reason"),
     [
         (reference_backend, r"self_attn.q_proj is not in the native .* \(backend=reference does not use"),
-        (one_scale_per_tensor, "self_attn.o_proj quantises its input with one scale per tensor"),
+        (one_scale_per_tensor, "self_attn.o_proj quantises its input with one scale per sequence"),
         (no_mlp_output, "not a norm and attention followed by"),
         (float_linear, "mlp.down_proj is not an int8 linear"),
         (half_norm, "input_layernorm has weights of type torch.bfloat16, not float32"),

@@ -21,6 +21,7 @@ from haq_lab.int8.backend import Backend, PackedExpert, PackedLinear, ReferenceB
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
 from haq_lab.int8.numerics import ActivationScheme, epilogue, scale_of
+from haq_lab.int8.sequences import Sequences
 
 Product = Callable[[Tensor, Tensor], Tensor]
 EXACT_IN_FLOAT32 = 2**24 // 127**2  # 1,040 columns, whose products a float32 can sum exactly
@@ -146,10 +147,17 @@ class CpuBackend(Backend):
     def can_merge_rows(self, rows: int) -> bool:
         return not self.native or rows % native.PANEL == 0
 
-    def linear(self, x: Tensor, weights: PackedLinear, scheme: ActivationScheme, static_scale: Tensor | None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        weights: PackedLinear,
+        scheme: ActivationScheme,
+        static_scale: Tensor | None,
+        sequences: Sequences | None = None,
+    ) -> Tensor:
         packed, weight_scale, bias = weights
-        if packed.dtype != torch.uint8:
-            return super().linear(x, weights, scheme, static_scale)
+        if packed.dtype != torch.uint8 or sequences is not None:
+            return super().linear(x, weights, scheme, static_scale, sequences)
         if scheme == "tensor":
             static_scale = scale_of(x.float().abs().amax()) if x.numel() else None
         scale = None if scheme == "token" or static_scale is None else float(static_scale)
@@ -162,9 +170,11 @@ class CpuBackend(Backend):
         )
         return y.to(x.dtype)
 
-    def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self.native:
-            return super().quantize(x, scheme, static_scale)
+    def quantize(
+        self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None, sequences: Sequences | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not self.native or sequences is not None:
+            return super().quantize(x, scheme, static_scale, sequences)
         x = _supported(x)
         if scheme == "token":
             levels, scale = native.quantize_rows(x)
@@ -175,17 +185,24 @@ class CpuBackend(Backend):
         return native.quantize_static(x, float(static_scale)), static_scale.float().expand(len(x), 1)
 
     def swiglu_quantize(
-        self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
+        self,
+        gate: Tensor,
+        up: Tensor,
+        scheme: ActivationScheme,
+        static_scale: Tensor | None,
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, Tensor]:
         if not self.native:
-            return super().swiglu_quantize(gate, up, scheme, static_scale)
-        return self.quantize(native.silu_mul(torch.cat([gate, up], dim=1)), scheme, static_scale)
+            return super().swiglu_quantize(gate, up, scheme, static_scale, sequences)
+        return self.quantize(native.silu_mul(torch.cat([gate, up], dim=1)), scheme, static_scale, sequences)
 
-    def expert(self, qx: Tensor, row_scale: Tensor, weights: PackedExpert) -> Tensor:
+    def expert(
+        self, qx: Tensor, row_scale: Tensor, weights: PackedExpert, sequences: Sequences | None = None
+    ) -> Tensor:
         linears = weights.gate, weights.up, weights.down
         all_native = all(linear.packed.dtype == torch.uint8 and linear.bias is None for linear in linears)
         if not all_native or weights.scheme == "tensor":
-            return super().expert(qx, row_scale, weights)
+            return super().expert(qx, row_scale, weights, sequences)
         packed, scales = [linear.packed for linear in linears], [linear.scale for linear in linears]
         scale = None if weights.static_scale is None else float(weights.static_scale)
         return native.expert(qx, row_scale.reshape(-1).contiguous(), packed, scales, scale)

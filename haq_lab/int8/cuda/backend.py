@@ -14,7 +14,8 @@ from haq_lab.int8.cuda import device as cuda_device
 from haq_lab.int8.cuda.gpu_lock import GpuLock
 from haq_lab.int8.cuda.kernels import GEMV_ROWS, K_MULTIPLE, Kernels, aligned, padded
 from haq_lab.int8.cuda.launch import TYPE_NAMES
-from haq_lab.int8.numerics import ActivationScheme, scale_of
+from haq_lab.int8.numerics import ActivationScheme, quantize_activations, scale_of
+from haq_lab.int8.sequences import Sequences
 from haq_lab.utils.errors import UserError
 
 
@@ -86,21 +87,31 @@ class CudaBackend(Backend):
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
         return self._kernels.accumulate(padded(qx), padded(levels))
 
-    def quantize(self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def quantize(
+        self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None, sequences: Sequences | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Quantise as the base class does, with zero columns added up to a multiple of 16."""
         x = padded(x.to(self.device, x.dtype if x.dtype in TYPE_NAMES else torch.float32))
         if scheme == "token":
             return self._kernels.quantize_rows(x)
+        if sequences is not None:
+            levels, row_scale = quantize_activations(x, scheme, static_scale, sequences)
+            return levels, row_scale.flatten()
         if scheme == "tensor":
             static_scale = scale_of(x.float().abs().amax()) if x.numel() else torch.ones(1)
         assert static_scale is not None, "The static scheme needs a scale from calibration."
         return self._kernels.quantize_static(x, self._as_kernel_scale(static_scale))
 
     def swiglu_quantize(
-        self, gate: Tensor, up: Tensor, scheme: ActivationScheme, static_scale: Tensor | None
+        self,
+        gate: Tensor,
+        up: Tensor,
+        scheme: ActivationScheme,
+        static_scale: Tensor | None,
+        sequences: Sequences | None = None,
     ) -> tuple[Tensor, Tensor]:
         if scheme == "tensor" or gate.shape[1] % K_MULTIPLE:
-            return super().swiglu_quantize(gate, up, scheme, static_scale)
+            return super().swiglu_quantize(gate, up, scheme, static_scale, sequences)
         scale = None if static_scale is None else self._as_kernel_scale(static_scale)
         return self._kernels.swiglu_quantize(torch.cat([gate, up], dim=1), scale)
 

@@ -36,7 +36,8 @@ def dynamic_noise(statistics: InputStatistics, per_row: bool, every: int = 1, fa
 
     Args:
         statistics: Statistics of the input, with sampled rows.
-        per_row: Whether every row has its own scale. If false, the tensor has one.
+        per_row: Whether every row has its own scale. If false, one scale covers all calibration tokens. It is at least
+            as large as the scale of a sequence.
         every: Use one in this many sampled rows.
         factor: (k,) smoothing factor that divides the input first.
     """
