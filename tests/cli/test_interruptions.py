@@ -109,7 +109,7 @@ def test_ctrl_c_ends_a_sweep_in_one_message_and_the_same_command_goes_on(tmp_pat
             time.sleep(0.01)
         told = process.communicate(timeout=60)[1]
     assert process.returncode in (130, -signal.SIGINT)  # which is 130 to a shell
-    assert told == "haq_lab: interrupted; the same command starts the unfinished runs again\n"
+    assert told == "haq_lab: interrupted. The same command runs the unfinished runs again.\n"
     assert sorted(load(tmp_path)["status"]) == ["failed", "finished"]
     outcome = launch(*sweep)
     assert outcome.code == 0, outcome.err

@@ -27,6 +27,7 @@ def _wandb(monkeypatch, *, works: bool) -> list[Path]:
 
     def run(arguments, **settings):
         assert arguments[1:4] == ["-m", "wandb", "sync"]
+        assert "WANDB_RUN_ID" not in settings["env"]  # each log has the id of its run
         asked.append(Path(arguments[4]))
         if works:
             (asked[-1] / "run-x.wandb.synced").touch()
@@ -37,6 +38,7 @@ def _wandb(monkeypatch, *, works: bool) -> list[Path]:
 
 
 def test_what_waits_is_uploaded_once(runs, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
     asked = _wandb(monkeypatch, works=True)
     command.main(["sync", str(runs), str(runs / "a run")])
     command.main(["sync", str(runs)])
@@ -52,8 +54,8 @@ def test_what_fails_waits_on_and_says_why(runs, monkeypatch, capsys):
         command.main(["sync", str(runs)])
     told = capsys.readouterr().err
     assert "no network" in told
-    assert "the same command tries again" in told
-    assert len(command.waiting(runs)) == 1
+    assert "run the same command again" in told
+    assert len(command.pending_runs(runs)) == 1
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):
