@@ -6,6 +6,7 @@ job and after the last one. The new files are the failures of this sweep.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,13 +35,12 @@ class Watch(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Prepare a sweep before its first job. Exit with code 2 if its jobs would share a folder."""
-        try:
-            refuse_shared_folders(config)
-        except UserError as error:  # Hydra turns exceptions of callbacks into warnings
-            say(f"haq_lab: {error}", on=errors)
-            raise SystemExit(2) from None
-        except (HydraException, OmegaConfBaseException):  # Hydra raises it again when it composes the jobs
-            return
+        with suppress(HydraException, OmegaConfBaseException):  # raised again when Hydra composes the jobs
+            try:
+                refuse_shared_folders(config)
+            except UserError as error:  # Hydra turns exceptions of callbacks into warnings
+                say(f"haq_lab: {error}", on=errors)
+                raise SystemExit(2) from None
         resume_search(config)
         Watch.folder = Path(str(config.hydra.sweep.dir))
         Watch.before = _failures(Watch.folder)

@@ -23,7 +23,7 @@ def refuse_shared_folders(config: DictConfig) -> None:
         UserError: Two jobs would share a folder, or this cannot be excluded for a search.
     """
     sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
-    pattern = f"{sweep['dir']}/{sweep['subdir']}"  # type: ignore[index, call-overload]
+    pattern = f"{sweep['dir']}/{sweep['subdir']}".replace("${hydra:", "${hydra.")  # type: ignore[index, call-overload]
     loader = GlobalHydra.instance().config_loader()
     params = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
     overrides = OverridesParser.create(loader).parse_overrides([*params, *config.hydra.overrides.task])

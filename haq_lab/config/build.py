@@ -191,7 +191,7 @@ def _specify_chosen(config: DictConfig, group: str) -> dict[str, ObjectSpec]:
         raise invalid(group, nodes, options(group))
     configured = {str(name) for name, node in nodes.items() if isinstance(node, DictConfig) and "_target_" not in node}
     unchosen = configured & set(options(group))
-    specs = {str(name): specify(node, f"{group}.{name}") for name, node in nodes.items() if name not in unchosen}
+    specs = {str(name): specify(node, f"{group}.{name!s}") for name, node in nodes.items() if name not in unchosen}
     return {name: spec for name, spec in specs.items() if spec is not None}
 
 

@@ -1,4 +1,4 @@
-"""The command line from the outside: what runs, what is refused and how, what is left on the disk."""
+"""Run the command line as a user does: results, exit codes, interruptions and sweeps."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def _events(folder: Path) -> list[str]:
     return [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
-# --- what a run leaves
+# --- results
 
 
-def test_a_run_leaves_a_whole_folder(tiny_run, tmp_path):
+def test_a_run_writes_all_its_files(tiny_run, tmp_path):
     code, out, err = tiny_run("measure=[perplexity,memory,latency]", "measure.latency.seconds=0")
     assert code == 0, err
     assert err == ""
@@ -120,7 +120,7 @@ def test_a_killed_run_leaves_no_results_and_runs_again(tiny_run, tmp_path, cache
     assert not list((tmp_path / "run").glob("**/*.part"))
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_half_written(tiny_run, tmp_path, monkeypatch):
+def test_a_full_disk_gives_one_message_and_leaves_no_partial_file(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", _disk_is_full)
     code, _, err = tiny_run()
     assert code == 2
@@ -136,7 +136,7 @@ def _disk_is_full(*arguments: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_an_interrupted_run_says_how_to_go_on(tiny_run, tmp_path, monkeypatch):
+def test_an_interrupted_run_names_the_way_to_resume(tiny_run, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
@@ -148,7 +148,7 @@ def test_an_interrupted_run_says_how_to_go_on(tiny_run, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-def test_traces_are_shown_where_they_are_wanted(tiny_run, monkeypatch):
+def test_traces_are_shown_on_request(tiny_run, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     code, _, err = tiny_run("quantizer.activations=tokn")
     assert code == 2
@@ -193,7 +193,7 @@ def test_a_sweep_runs_every_job_in_a_folder_named_by_its_overrides(tmp_path):
         assert f"\nrun {number}: " in out
 
 
-def test_a_failing_job_stops_no_other(tmp_path):
+def test_a_failed_job_does_not_stop_the_others(tmp_path):
     sweep = tmp_path / "sweep"
     broken = "launching.Broken"
     code, out, err = launch(

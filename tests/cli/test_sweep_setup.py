@@ -55,6 +55,7 @@ def test_the_message_names_two_jobs(tmp_path):
     [
         ("${quantizer.weight_bits}", [BITS], {"8", "4"}),
         ("bits_${hydra.job.num}", [BITS], {"bits_0", "bits_1"}),
+        ("bits_${hydra:job.num}", [BITS], {"bits_0", "bits_1"}),
         ("${hydra.runtime.choices.quantizer}", ["quantizer=rtn,none"], {"rtn", "none"}),
         ("run", ["quantizer.weight_bits=4"], {"run"}),  # one job
         ("run", ["quantizer.weight_bits=4,4"], {"run"}),  # twice the same job

@@ -1,4 +1,4 @@
-"""Every option composes, and whatever can run here runs on a tiny model."""
+"""Every option composes, and every combination that this machine can run runs on a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--help` lists all there is, and is quick."""
+"""`--help` lists all groups, options and settings, and is fast."""
 
 from __future__ import annotations
 

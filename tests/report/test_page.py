@@ -1,4 +1,4 @@
-"""The page without a browser: whole, self-contained, and honest about what is missing."""
+"""The content of the page, without a browser."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ WANDB = Path(sys.executable).with_name("wandb")
 
 def _records(folder: Path) -> list[dict]:
     log = next(folder.glob("wandb/offline-run-*/run-*.wandb"))
-    told = subprocess.run([WANDB, "leet", "inspect", str(log), "--json"], check=True, capture_output=True, text=True)
-    return [json.loads(line) for line in told.stdout.splitlines()]
+    ended = subprocess.run([WANDB, "leet", "inspect", str(log), "--json"], check=True, capture_output=True, text=True)
+    return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
 def test_a_sweep_is_one_group_and_stays_inside_its_folders(tmp_path, monkeypatch):
