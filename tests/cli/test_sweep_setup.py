@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,21 @@ def test_a_storage_that_cannot_be_opened_is_explained(optuna, tmp_path):
     assert outcome.code == 2
     assert outcome.err.startswith("haq_lab: hydra.sweeper.storage: the search cannot use this storage (")
     assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_a_version_that_has_no_working_storage_is_named(optuna, tmp_path, monkeypatch):
+    def fail(url):  # as optuna 2 does with SQLAlchemy 2
+        raise AssertionError
+
+    monkeypatch.setattr("optuna.storages.RDBStorage", fail)
+    storage = f"hydra.sweeper.storage='sqlite:///{tmp_path}/x.db'"
+    outcome = launch("-m", *TINY, *SEARCH, STRENGTH, f"hydra.sweep.dir={tmp_path}", storage)
+    assert outcome.code == 2
+    versions = f"optuna {version('optuna')} does not work with SQLAlchemy {version('SQLAlchemy')}"
+    assert outcome.err == (
+        f"haq_lab: hydra.sweeper.storage: the search cannot use this storage ({versions}). Run: pip install "
+        "'haq-lab[optuna]', or remove it: the same command resumes a search without it too.\n"
+    )
 
 
 def test_a_search_needs_a_folder_for_each_trial(optuna, tmp_path):
