@@ -40,7 +40,7 @@ def _extended(folder: Path, number: int, *overrides: str, project: Path | None =
 
 
 def test_there_is_a_short_diff_for_each():
-    assert [len(re.findall(r"^[+-](?![+-])", diff, flags=re.MULTILINE)) < 60 for diff in DIFFS] == [True] * 3
+    assert [len(re.findall(r"^[+-](?![+-])", diff, flags=re.MULTILINE)) < 60 for diff in DIFFS] == [True] * 4
 
 
 def test_a_quantizer(tmp_path):
@@ -76,3 +76,12 @@ def test_a_policy(copied):
     quick = ["measure=[latency]", "measure.latency.seconds=0", "measure.latency.prompt_tokens=8"]
     metrics = _extended(copied, 2, *offload, *quick, "measure.latency.decode_tokens=4")["metrics"]
     assert 0 < metrics["offload.hit_rate_pairs"] < 1
+
+
+def test_a_tracker(tmp_path):
+    """In a file of the user's own, beside a tracker that is an option."""
+    log = ["+tracking.log._target_=metrics_log.MetricsLog", f"+tracking.log.path={tmp_path / 'metrics.jsonl'}"]
+    results = _extended(tmp_path, 3, "tracking=[offline]", *log, project=ROOT)
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line.items() >= results["metrics"].items()
+    assert list((tmp_path / "run").glob("wandb/offline-run-*"))

@@ -1,7 +1,9 @@
-"""The command line: Hydra composes the config, `runner.run` does the work, mistakes are told in one message.
+"""Run experiments from the command line: `python -m haq_lab`.
 
-Exit codes: 0 done (or already done), 1 a bug, 2 a user's mistake, 130 interrupted. `HYDRA_FULL_ERROR=1` shows
-stack traces. In a sweep, a job that fails does not stop the others, whichever of Hydra's launchers runs them.
+Hydra composes the config, and `pipeline.run` runs it. If a job of a sweep fails, the other jobs run nevertheless, with
+each of Hydra's launchers. `HYDRA_FULL_ERROR=1` shows stack traces.
+
+Exit codes: 0 finished (now or before), 1 a bug, 2 an error that the user can correct, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-import haq_lab.config.compose  # noqa: F401  # registers the resolver of the run folder's name
+import haq_lab.config.compose  # noqa: F401  # registers the resolver `folder_name`
 from haq_lab.cli.sweep_failures import JobFailed, Watch, forget, new_failures
 from haq_lab.config.explain import explain, is_user_error
 from haq_lab.config.help import help_text
@@ -29,11 +31,11 @@ from haq_lab.utils.paths import bundled
 from haq_lab.utils.threads import limit_thread_spinning
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-NO_TRIAL = "No trials are completed yet"  # what optuna says then
+NO_TRIAL = "No trials are completed yet"  # optuna's message if each trial of a search failed
 
-_failures: list[Exception] = []  # of this process's runs, told as they happened
-_traces = False  # whether a mistake shows its stack trace too
-_process: int | None = None  # the one that `main` runs in; some of Hydra's launchers run jobs in others
+_failures: list[Exception] = []  # failures of the jobs so far
+_show_traces = False  # whether user errors are printed with a stack trace too
+_main_process: int | None = None  # id of the process of `main`; some of Hydra's launchers run jobs in others
 
 
 @hydra.main(version_base="1.3", config_path=str(bundled("conf").resolve()), config_name="config")
@@ -49,29 +51,29 @@ def _job(config: DictConfig) -> float | None:
         results = run(config, RunContext.of_hydra(job, Path(job.runtime.output_dir)))
         return search_metric(config.search_metric, results["metrics"])
     except Exception as error:
-        if os.getpid() != _process:
+        if os.getpid() != _main_process:
             raise JobFailed(explain(error)) from None
-        _failures.append(error)  # and return, so that the other jobs of a sweep run
-        _tell(error)
+        _failures.append(error)  # not raised, so that the other jobs of a sweep run
+        _report(error)
         return None
 
 
-def _tell(error: Exception) -> None:
-    """A mistake in one message; a bug, or whatever `HYDRA_FULL_ERROR=1` wants, with its trace."""
-    if _traces or not is_user_error(error):
+def _report(error: Exception) -> None:
+    """Print a user error as one message, and a bug with its stack trace."""
+    if _show_traces or not is_user_error(error):
         traceback.print_exception(error)
     else:
         _print(explain(error))
 
 
-def _tell_elsewhere() -> bool:
-    """Tell the failures of a sweep's jobs in other processes; whether there were any."""
-    found = new_failures()
-    for folder, error in found.items():
-        mistake = error["mistake"]
-        _failures.append(UserError(error["message"]) if mistake else RuntimeError(error["message"]))
-        _print(f"{folder}: {error['message'] if mistake and not _traces else error['trace']}")
-    return bool(found)
+def _report_other_processes() -> bool:
+    """Print the failures of a sweep's jobs in other processes. Return whether there were any."""
+    failures = new_failures()
+    for folder, error in failures.items():
+        is_mistake = error["mistake"]
+        _failures.append(UserError(error["message"]) if is_mistake else RuntimeError(error["message"]))
+        _print(f"{folder}: {error['message'] if is_mistake and not _show_traces else error['trace']}")
+    return bool(failures)
 
 
 def _print(message: str) -> None:
@@ -79,41 +81,42 @@ def _print(message: str) -> None:
 
 
 def main() -> None:
-    """Parse the command line, run, exit."""
-    global _traces, _process
+    """Run the command line of this process, and exit with its exit code."""
+    global _show_traces, _main_process
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
         Console(highlight=False).print(help_text(), markup=False, soft_wrap=True)
         return
-    # `experiment=NAME` is no default, so Hydra wants a plus there; both spellings are welcome.
+    # Hydra needs a plus before a group without a default. Both spellings are allowed here.
     sys.argv[1:] = [re.sub(r"^experiment=", "+experiment=", argument) for argument in sys.argv[1:]]
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))  # Hydra's come first
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))  # flags first
     limit_thread_spinning()
     _failures.clear()
     forget()
-    _process = os.getpid()
+    _main_process = os.getpid()
     before = os.environ.get(FULL_ERROR)
-    _traces = before == "1"
-    os.environ[FULL_ERROR] = "1"  # Hydra then raises what happened instead of printing it and exiting with 1
+    _show_traces = before == "1"
+    os.environ[FULL_ERROR] = "1"  # lets Hydra raise an error instead of printing it and exiting with code 1
     try:
         _job()
     except KeyboardInterrupt:
-        _print("interrupted; the same command starts the unfinished runs again")
+        _print("interrupted. The same command runs the unfinished runs again.")
         sys.exit(130)
     except JobFailed as error:
-        if not _tell_elsewhere():
+        if not _report_other_processes():
             _failures.append(UserError(str(error)))
-            _tell(_failures[0])
+            _report(_failures[0])
     except Exception as error:
-        if not (NO_TRIAL in str(error) and (_failures or _tell_elsewhere())):  # a search of which each trial failed
+        every_trial_failed = NO_TRIAL in str(error) and (_failures or _report_other_processes())
+        if not every_trial_failed:  # if so, the failures of the trials are printed already
             _failures.append(error)
-            _tell(error)
+            _report(error)
     else:
         if not _failures:
-            _tell_elsewhere()  # a search goes on after failures, and raises none
+            _report_other_processes()  # a search raises no error if only some trials fail
     finally:
         os.environ.pop(FULL_ERROR) if before is None else os.environ.update({FULL_ERROR: before})
     if len(_failures) > 1:
         folder = shlex.quote(str(Watch.folder))
-        _print(f"{len(_failures)} runs failed; `python -m haq_lab.results {folder}` lists them with the others")
+        _print(f"{len(_failures)} runs failed. List all runs with `python -m haq_lab.results {folder}`.")
     if _failures:
         sys.exit(2 if all(map(is_user_error, _failures)) else 1)

@@ -1,4 +1,4 @@
-"""Runs, replays and plans as one page: `python -m haq_lab.report DIR... -o report.html [--latex tables.tex]`."""
+"""Write one HTML page about runs, replays and plans: `python -m haq_lab.report DIR... -o FILE [--latex FILE]`."""
 
 from __future__ import annotations
 
@@ -12,33 +12,42 @@ from haq_lab.utils.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    about = "One self-contained page about all runs, replays and plans below DIR: tables, figures, stamps, failures."
+    """Parse the arguments and write the page.
+
+    Args:
+        arguments: Command line arguments. If None, those of the process.
+    """
+    about = (
+        "Write one self-contained HTML page about all runs, replays and plans below DIR: result tables, figures, "
+        "protocols and failures."
+    )
     parser = argparse.ArgumentParser(prog="python -m haq_lab.report", description=about)
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="a run folder, or one that holds some")
-    parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="report.html")
-    parser.add_argument("--title", help="of the page; else the folders' names")
-    parser.add_argument("--latex", type=Path, metavar="FILE", help="write the result tables as LaTeX, too")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="folder of a run, or of several runs")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)"
+    )
+    parser.add_argument("--title", help="title of the page (default: the names of the folders)")
+    parser.add_argument("--latex", type=Path, metavar="FILE", help="also write the result tables as LaTeX")
     given = parser.parse_args(arguments)
     with report_user_errors("haq_lab.report"):
-        _report(given)
+        _write(given)
 
 
-def _report(given: argparse.Namespace) -> None:
+def _write(given: argparse.Namespace) -> None:
     from haq_lab.report.collect import collect
     from haq_lab.report.latex import latex
     from haq_lab.report.page import page
     from haq_lab.report.tables import published_table, result_tables
 
-    found = collect(*given.folders)
-    if found.runs.empty and not found.studies:
-        raise UserError(f"there are no runs, replays or plans below {', '.join(given.folders)}")
+    collection = collect(*given.folders)
+    if collection.runs.empty and not collection.studies:
+        raise UserError(f"there are no runs, replays or plans below {', '.join(given.folders)}. Name another folder.")
     title = given.title or ", ".join(Path(folder).resolve().name for folder in given.folders)
-    write_text(given.out, page(found, title))
+    write_text(given.out, page(collection, title))
     say(f"report: {given.out} ({given.out.stat().st_size / 1e6:.1f} MB)")
     if given.latex:
-        published = published_table(found)
-        write_text(given.latex, latex([*result_tables(found), *([published] if published else [])]))
+        published = published_table(collection)
+        write_text(given.latex, latex([*result_tables(collection), *([published] if published else [])]))
         say(f"tables: {given.latex}")
 
 

@@ -16,27 +16,36 @@ from haq_lab.utils.errors import UserError, invalid
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m haq_lab.results", description="All runs below DIR as a table.")
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="a run folder, or one that holds some")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the whole table, all columns")
+    """Parse the arguments and print the table.
+
+    Args:
+        arguments: Command line arguments. If None, those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m haq_lab.results", description="Print all runs below DIR as one table."
+    )
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="folder of a run, or of several runs")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all columns of the table to a CSV file")
     parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help="draw perplexities against full precision (png, svg)"
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="draw each run's change of perplexity from full precision (FILE.png or FILE.svg)",
     )
     given = parser.parse_args(arguments)
     with report_user_errors("haq_lab.results"):
-        _report(load(*given.folders), given)
+        _show(load(*given.folders), given)
 
 
-def _report(runs: pd.DataFrame, given: argparse.Namespace) -> None:
+def _show(runs: pd.DataFrame, given: argparse.Namespace) -> None:
     if runs.empty:
         say(f"no runs below {', '.join(given.folders)}")
         return
     show(runs)
     show_published(beside(runs[runs["status"] == "finished"]))
     if given.csv:
-        with atomic_file(given.csv) as aside:
-            runs.to_csv(aside, index=False)
+        with atomic_file(given.csv) as temporary:
+            runs.to_csv(temporary, index=False)
         say(f"table: {given.csv}")
     if given.figure:
         from haq_lab.results.figures import comparison_figure
@@ -46,7 +55,7 @@ def _report(runs: pd.DataFrame, given: argparse.Namespace) -> None:
             raise invalid("--figure", suffix, FORMATS)
         finished = runs[runs["status"] == "finished"]
         if not any(column.startswith("change_percent.") for column in map(str, finished)):
-            raise UserError("--figure: no finished run has a perplexity to draw")
+            raise UserError("--figure: no finished run has a perplexity. Run one with measure=[perplexity].")
         say(f"figure: {comparison_figure(finished, given.figure)}")
 
 

@@ -1,63 +1,64 @@
-"""What became of a sweep's jobs that ran in other processes: joblib's, SLURM's, ray's.
+"""Prepare sweeps, and find the failures of their jobs that ran in other processes (joblib, SLURM, ray).
 
-Such a job leaves `error.json` in its folder when it fails. The process that started the sweep notes what is there
-before, and tells afterwards what is new.
+A failed job leaves `error.json` in its folder. The process that started the sweep lists these files before the first
+job and after the last one. The new files are the failures of this sweep.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from haq_lab.cli.sweep_setup import refuse_shared_folders, resume_search
 from haq_lab.tracking.run_folder import read_results
 from haq_lab.utils.console import errors, say
+from haq_lab.utils.errors import UserError
 
 NAME = "error.json"
 
 
 class JobFailed(Exception):
-    """A job's failure on its way to the process that started the sweep: always picklable, unlike its cause."""
+    """Failure of a job in another process. It carries only the message, so that it can always be pickled."""
 
 
 class Watch(Callback):
-    """Hydra's callback: notes the failures that a sweep's folder holds when the sweep starts."""
+    """Hydra callback that prepares a sweep, and notes the failures that its folder already has."""
 
     folder: ClassVar[Path | None] = None
     before: ClassVar[dict[Path, int]] = {}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        _refuse_shared_folder(config)
+        """Prepare a sweep before its first job. Exit with code 2 if its jobs would share a folder."""
+        with suppress(HydraException, OmegaConfBaseException):  # raised again when Hydra composes the jobs
+            try:
+                refuse_shared_folders(config)
+            except UserError as error:  # Hydra turns exceptions of callbacks into warnings
+                say(f"haq_lab: {error}", on=errors)
+                raise SystemExit(2) from None
+        resume_search(config)
         Watch.folder = Path(str(config.hydra.sweep.dir))
         Watch.before = _failures(Watch.folder)
 
 
-def _refuse_shared_folder(config: DictConfig) -> None:
-    """Exit if all jobs of the sweep would use one folder. Hydra turns exceptions of callbacks into warnings."""
-    subdir = str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"])  # type: ignore[index, call-overload]
-    if "${" not in subdir:
-        say(
-            f"haq_lab: hydra.sweep.subdir: '{subdir}' is the same for all jobs of a sweep, so they would share one "
-            "folder. Remove it, or add '${hydra.job.num}'.",
-            on=errors,
-        )
-        raise SystemExit(2)
-
-
 def forget() -> None:
-    """Before a command runs: an earlier sweep of the same process is none of its business."""
+    """Forget an earlier sweep of the same process."""
     Watch.folder, Watch.before = None, {}
 
 
 def new_failures() -> dict[Path, dict[str, Any]]:
-    """Folders of this sweep's failed jobs, and their `error`; none where no sweep was started."""
+    """Return the node `error` of each `error.json` that is new since the sweep started, by the folder of its job."""
     if Watch.folder is None:
         return {}
-    new = [path for path, when in _failures(Watch.folder).items() if Watch.before.get(path) != when]
-    return {path.parent: found["error"] for path in sorted(new) if (found := read_results(path)) is not None}
+    new = [path for path, modified in _failures(Watch.folder).items() if Watch.before.get(path) != modified]
+    return {path.parent: record["error"] for path in sorted(new) if (record := read_results(path)) is not None}
 
 
 def _failures(folder: Path) -> dict[Path, int]:
+    """Return the time of modification, in nanoseconds, of each `error.json` in the folders of the jobs."""
     return {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{NAME}")}

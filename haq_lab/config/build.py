@@ -49,7 +49,7 @@ class Experiment:
     result_cache: ResultCache
 
 
-def effective(config: DictConfig) -> DictConfig:
+def without_disabled_groups(config: DictConfig) -> DictConfig:
     """Return a copy of the config without the settings of groups that are set to `none`."""
     config = config.copy()
     for group in _disabled_groups(config):
@@ -57,7 +57,7 @@ def effective(config: DictConfig) -> DictConfig:
     return config
 
 
-def refuse_idle(config: DictConfig, overrides: Sequence[str], sweep: bool) -> None:
+def refuse_ignored_settings(config: DictConfig, overrides: Sequence[str], sweep: bool) -> None:
     """Raise UserError if a setting belongs to a group that is set to `none`; it would be ignored.
 
     A sweep over `offload=none,haq` may set `offload.budget=40%`, because this setting is meant for the job with
@@ -177,10 +177,15 @@ def model_option(name: str, settings: Sequence[str]) -> ModelSource:
 
 
 def _check_names(config: DictConfig) -> None:
-    """Check the names at the top of the config, and `force`."""
-    for name in map(str, config):
+    """Check the names at the top of the config and in groups that take several options, and `force`."""
+    several = {group: config.get(group) for group in MULTIPLE_CHOICE}
+    chosen = [
+        f"{group}.{name!s}" for group, nodes in several.items() if isinstance(nodes, DictConfig) for name in nodes
+    ]
+    for name in [*map(str, config), *chosen]:
         if name in SETTINGS:
             raise renamed(name, SETTINGS[name])
+    for name in map(str, config):
         if name not in KNOWN:
             raise unknown_group(name)
     if not isinstance(config.force, bool):
@@ -194,7 +199,7 @@ def _specify_chosen(config: DictConfig, group: str) -> dict[str, ObjectSpec]:
         raise invalid(group, nodes, options(group))
     configured = {str(name) for name, node in nodes.items() if isinstance(node, DictConfig) and "_target_" not in node}
     unchosen = configured & set(options(group))
-    specs = {str(name): specify(node, f"{group}.{name}") for name, node in nodes.items() if name not in unchosen}
+    specs = {str(name): specify(node, f"{group}.{name!s}") for name, node in nodes.items() if name not in unchosen}
     return {name: spec for name, spec in specs.items() if spec is not None}
 
 

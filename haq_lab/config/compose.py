@@ -23,7 +23,7 @@ def compose_run(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
         The run's config, and Hydra's own config, which names the run folder and the chosen options.
 
     Raises:
-        HydraException: An override is not valid. `haq_lab.config.help.explain` gives its message.
+        HydraException: An override is not valid. `haq_lab.config.explain.explain` returns its message.
 
     Example:
         >>> config, hydra = compose_run(["model=tiny_llama", "quantizer=rtn"])

@@ -72,11 +72,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, HydraException):  # one of Hydra's errors is both
         return _os_error(error)
     if _is_storage_error(error):
-        reason = _one_line(str(error)) or f"optuna {version('optuna')} does not work with SQLAlchemy {_sqlalchemy()}"
-        return (
-            f"hydra.sweeper.storage: the search cannot use this storage ({reason}). "
-            "Remove it: the same command resumes a search without it."
-        )
+        return _storage_error(error)
     links = _chain(error)
     for link in links:
         if isinstance(link, OverrideParseException):
@@ -155,8 +151,16 @@ def _is_storage_error(error: BaseException) -> bool:
     return any(frame.f_globals.get("__name__") == "optuna.storages" for frame, _ in frames)
 
 
-def _sqlalchemy() -> str:
-    return version("SQLAlchemy")
+def _storage_error(error: BaseException) -> str:
+    """Explain why a search cannot use its storage. Without a message of its own, it is the version of SQLAlchemy."""
+    reason, remedy = _one_line(str(error)), "Remove it"
+    if not reason:
+        reason = f"optuna {version('optuna')} does not work with SQLAlchemy {version('SQLAlchemy')}"
+        remedy = "Run: pip install 'haq-lab[optuna]', or remove it"
+    return (
+        f"hydra.sweeper.storage: the search cannot use this storage ({reason}). "
+        f"{remedy}: the same command resumes a search without it too."
+    )
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

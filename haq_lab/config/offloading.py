@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from haq_lab.calibration.dataset import Calibration
-from haq_lab.config.build import build, refuse_idle
+from haq_lab.config.build import build, refuse_ignored_settings
 from haq_lab.config.compose import compose_run
 from haq_lab.config.explain import explain
 from haq_lab.config.help import options, settings_of
@@ -40,7 +40,7 @@ def make_offload(option: str, settings: Mapping[str, Any]) -> tuple[Offload | No
     overrides = [f"offload={option}", *(f"offload.{name}={override_value(value)}" for name, value in settings.items())]
     try:
         config, _ = compose_run([*overrides, "backend=reference", "tracking=none"])
-        refuse_idle(config, overrides, sweep=False)
+        refuse_ignored_settings(config, overrides, sweep=False)
         experiment = build(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error

@@ -16,7 +16,7 @@ from torch import nn
 from haq_lab.calibration.dataset import check_overlap
 from haq_lab.checkpoint.model import open_model
 from haq_lab.checkpoint.writer import remove_saved_states
-from haq_lab.config.build import Experiment, build, effective, refuse_idle
+from haq_lab.config.build import Experiment, build, refuse_ignored_settings, without_disabled_groups
 from haq_lab.config.explain import is_user_error
 from haq_lab.data.windows import Windows
 from haq_lab.hardware.gpu import sdpa_kernel
@@ -58,7 +58,7 @@ def run(config: DictConfig, context: RunContext) -> dict[str, Any]:
         >>> config, context = compose_run(["model=tiny_llama", "quantizer=rtn"])
         >>> run(config, context)["metrics"]
     """
-    config = effective(config)
+    config = without_disabled_groups(config)
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     folder = RunFolder(context.folder, plain)
     facts = {
@@ -84,7 +84,7 @@ def run(config: DictConfig, context: RunContext) -> dict[str, Any]:
         say(f"changed since: {', '.join(changed)}; running again: {folder.path}")
     with folder.locked():
         try:
-            refuse_idle(config, context.overrides, sweep=context.sweep is not None)
+            refuse_ignored_settings(config, context.overrides, sweep=context.sweep is not None)
             experiment = build(config)
             with closing(experiment.backend):
                 facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}

@@ -1,1 +1,1 @@
-"""One self-contained page about any number of runs: `python -m haq_lab.report DIR -o report.html`."""
+"""Write one self-contained page about any number of runs: `python -m haq_lab.report DIR -o report.html`."""

@@ -1,6 +1,9 @@
-"""Write one page about any number of runs: `python -m haq_lab.report`. `haq_lab.cli.report` is the command."""
+"""Write one page about any number of runs: `python -m haq_lab.report`.
+
+The command itself is in `haq_lab.cli.report`.
+"""
 
 import runpy
 
-# Run by name: a package does not import the command line, which lies above it.
+# The command is run by name, because this package must not import the command line.
 runpy.run_module("haq_lab.cli.report", run_name="__main__")

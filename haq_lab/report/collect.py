@@ -1,4 +1,4 @@
-"""What lies below some folders: runs and their tables, replays (`hit_rates.csv`) and plans (`plan.csv`)."""
+"""Read everything that the report shows: runs and their tables, replays (`hit_rates.csv`) and plans (`plan.csv`)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from haq_lab.results.read_record import read_record
 from haq_lab.tracking.run_folder import ARCHIVE
 from haq_lab.utils.console import errors, say
 
-TABLES = ("layers", "experts", "latency")  # of what runs leave as <name>.csv, those that charts are drawn from
-STUDIES = ("hit_rates", "plan")  # what `python -m haq_lab.offload replay` and `plan` leave
+TABLES = ("layers", "experts", "latency")  # tables of runs (`<name>.csv`) from which charts are drawn
+STUDIES = ("hit_rates", "plan")  # tables of `python -m haq_lab.offload replay` and `plan`
 
-LONGEST = 80  # characters of a run's name; an unfinished run has only its folder's
+LONGEST = 80  # characters of a run's name
 
 
 @dataclass
 class Collection:
-    """Attributes:
-    runs: As `haq_lab.results.load` gives them.
-    tables: By name, what the finished runs have left, stacked, with a column `run`.
-    ranges: By run, its inputs' ranges.
-    studies: By name, the replays' and plans' tables, stacked, with a column `study`: the folder's name.
-    protocol: By run, its stamps by text.
-    metrics: Metrics that the users' own measures declare, by name or pattern.
+    """All data of a report.
+
+    Attributes:
+        runs: Table of runs from `haq_lab.results.load`, with short names.
+        tables: Tables of the finished runs by name (`TABLES`). The column `run` has the name of the run.
+        ranges: Ranges of the inputs' channels, by run.
+        studies: Tables of replays and plans by name (`STUDIES`). The column `study` has the name of the folder.
+        protocol: Protocol of each run: a stamp for each text.
+        metrics: Metrics that the users' own measures declare, by name or pattern.
     """
 
     runs: pd.DataFrame
@@ -42,41 +44,44 @@ class Collection:
     metrics: dict[str, Metric] = field(default_factory=dict)
 
     def by_model(self) -> list[tuple[str, pd.DataFrame]]:
-        """The finished runs of each model, by names without the model's."""
+        """Return the finished runs of each model. Their column `label` is the name without the model."""
         groups = self.finished.groupby("model", sort=False)
         return [(str(model), runs.assign(label=runs["name"].str.removeprefix(f"{model} "))) for model, runs in groups]
 
     def by_study(self, kind: str) -> list[tuple[str, pd.DataFrame]]:
-        """Each study's table of a kind (`STUDIES`); none where there are none."""
+        """Return the table of each study of a kind (one of `STUDIES`)."""
         if kind not in self.studies:
             return []
         return [(str(study), table) for study, table in self.studies[kind].groupby("study", sort=False)]
 
     @property
     def finished(self) -> pd.DataFrame:
-        """The runs that have results."""
+        """The finished runs."""
         return self.runs[self.runs["status"] == "finished"]
 
 
 def collect(*folders: str | Path) -> Collection:
-    """Read everything below `folders`.
+    """Read all runs, replays and plans below some folders.
+
+    Args:
+        folders: Folders of runs, sweeps or studies.
 
     Raises:
         UserError: A folder does not exist.
     """
     runs = results.load(*folders)
-    found = Collection(_named(runs), metrics=runs.attrs["own_metrics"])
+    collection = Collection(_named(runs), metrics=runs.attrs["own_metrics"])
     stacks: dict[str, list[pd.DataFrame]] = {}
-    for _, run in found.finished.iterrows():
+    for _, run in collection.finished.iterrows():
         folder, name = Path(run["folder"]), str(run["name"])
         record = read_record(folder / "results.json") or {}
-        found.protocol[name] = record.get("protocol", {})
+        collection.protocol[name] = record.get("protocol", {})
         for kind in TABLES:
             if (table := _table(folder / f"{kind}.csv")) is not None:
                 stacks.setdefault(kind, []).append(table.assign(run=name))
         if (ranges := _ranges(folder / FILE)) is not None:
-            found.ranges[name] = ranges
-    found.tables = {kind: pd.concat(stack, ignore_index=True) for kind, stack in stacks.items()}
+            collection.ranges[name] = ranges
+    collection.tables = {kind: pd.concat(stack, ignore_index=True) for kind, stack in stacks.items()}
     for kind in STUDIES:
         stack = [
             table.assign(study=path.parent.name)
@@ -85,13 +90,15 @@ def collect(*folders: str | Path) -> Collection:
             if table is not None
         ]
         if stack:
-            found.studies[kind] = pd.concat(stack, ignore_index=True)
-    return found
+            collection.studies[kind] = pd.concat(stack, ignore_index=True)
+    return collection
 
 
 def _named(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs by shorter names: within a model's, what they differ in; the model stands before where there are several. A
-    run that ended before its model was known keeps its name."""
+    """Return runs with short, unique names: the settings that differ between the runs of a model.
+
+    If there are several models, the model comes first. A run that failed before its model was known keeps its name.
+    """
     models = runs["model"].fillna("") if "model" in runs else pd.Series("", runs.index)
     for model in filter(None, models.unique()):
         own = runs[models == model]
@@ -107,32 +114,33 @@ def _named(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _studies(folders: tuple[str | Path, ...], kind: str) -> list[Path]:
-    found = {path.resolve(): path for folder in folders for path in sorted(Path(folder).rglob(f"{kind}.csv"))}
-    return [path for path in found.values() if ARCHIVE not in path.parts]
+    """Return the tables of all studies of a kind, without archived ones."""
+    paths = {path.resolve(): path for folder in folders for path in sorted(Path(folder).rglob(f"{kind}.csv"))}
+    return [path for path in paths.values() if ARCHIVE not in path.parts]
 
 
 def _table(path: Path) -> pd.DataFrame | None:
-    """A CSV file; None where there is none, nothing in it, or nothing that can be read."""
+    """Read a CSV file. Return None if it does not exist, is empty or is damaged."""
     try:
         table = pd.read_csv(path).rename(columns=LAYER_COLUMNS if path.name == "layers.csv" else {})
     except (FileNotFoundError, pd.errors.EmptyDataError):
         return None
-    except ValueError as error:  # pandas' parser's, and of text that is none
-        _tell_damaged(path, error)
+    except ValueError as error:  # pandas cannot parse or decode it
+        _warn_of_damage(path, error)
         return None
     return None if table.empty else table
 
 
 def _ranges(path: Path) -> Ranges | None:
-    """A run's ranges; None where it has none, or none that can be read."""
+    """Read the ranges of a run. Return None if the file does not exist or is damaged."""
     if not path.is_file():
         return None
     try:
         return Ranges.open(path)
     except SafetensorError as error:
-        _tell_damaged(path, error)
+        _warn_of_damage(path, error)
         return None
 
 
-def _tell_damaged(path: Path, error: Exception) -> None:
-    say(f"{path} is left out: it is damaged ({error})", on=errors)
+def _warn_of_damage(path: Path, error: Exception) -> None:
+    say(f"{path} is ignored because it is damaged: {error}", on=errors)

@@ -1,4 +1,4 @@
-"""The result tables for a paper: booktabs, the best in bold, differences behind the figures."""
+"""Write tables of the page as LaTeX, with booktabs. The best values are bold, and differences follow the values."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 from haq_lab.report.tables import Cell, Table
 
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}  # other signs in TeX's own fonts
+SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}  # other characters in TeX's own fonts
 SPECIAL |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
 
 
 def latex(tables: list[Table]) -> str:
-    """All tables as LaTeX source, each in a `table` of its own; needs the packages booktabs and graphicx."""
+    """Return tables as LaTeX source, each in its own `table`. It needs the packages booktabs and graphicx."""
     return "\n".join([r"% \usepackage{booktabs,graphicx}", *map(_table, tables)])
 
 
@@ -42,5 +42,5 @@ def _cell(cell: Cell) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text as LaTeX prints it, character by character."""
-    return re.sub(r"[\\~^&%$#_{}<>|]", lambda found: SPECIAL[found.group()], text)
+    """Escape a text, so that LaTeX prints each of its characters."""
+    return re.sub(r"[\\~^&%$#_{}<>|]", lambda match: SPECIAL[match.group()], text)

@@ -1,4 +1,4 @@
-"""The page itself: tables and charts put into `page.html`, with plotly's own script packed inside."""
+"""Render the page: `page.html` with tables, charts and plotly's script."""
 
 from __future__ import annotations
 
@@ -31,22 +31,27 @@ CHARTS: dict[str, Callable[[Collection], Chart | str]] = {
 }
 
 
-def page(found: Collection, title: str) -> str:
-    """The whole page as HTML; it asks for nothing from anywhere."""
-    drawn = {name: chart(found) for name, chart in CHARTS.items()}
+def page(collection: Collection, title: str) -> str:
+    """Return the whole page as HTML. It loads nothing from the network.
+
+    Args:
+        collection: All data of the report.
+        title: Title of the page.
+    """
+    drawn = {name: chart(collection) for name, chart in CHARTS.items()}
     charts = [_embedded(chart) for chart in drawn.values() if isinstance(chart, Chart)]
     missing = [(name, reason) for name, reason in drawn.items() if isinstance(reason, str)]
-    failures = found.runs[found.runs["status"] != "finished"]
-    told = [
+    failures = collection.runs[collection.runs["status"] != "finished"]
+    failed_runs = [
         {
             **run[["name", "status", "folder"]],
-            "error": run["error"] if run["status"] == "failed" else "It was killed, or is still running.",
+            "error": run["error"] if run["status"] == "failed" else "It was killed, or it is still running.",
         }
         for _, run in failures.iterrows()
     ]
-    published = tables.published_table(found)
+    published = tables.published_table(collection)
     anchors = (
-        "failures" * bool(told),
+        "failures" * bool(failed_runs),
         "results",
         "published" * bool(published),
         "figures",
@@ -61,37 +66,38 @@ def page(found: Collection, title: str) -> str:
         title=title,
         version=version("haq-lab"),
         made=time.strftime("%Y-%m-%d %H:%M"),
-        facts=_facts(found),
+        summary=_summary(collection),
         sections=[(anchor, anchor.capitalize()) for anchor in anchors if anchor],
-        failures=told,
-        results=tables.result_tables(found),
+        failures=failed_runs,
+        results=tables.result_tables(collection),
         published=published,
         charts=charts,
         missing=missing,
-        runs=tables.run_table(found),
-        protocol=tables.protocol_table(found),
-        provenance=tables.provenance_table(found),
+        runs=tables.run_table(collection),
+        protocol=tables.protocol_table(collection),
+        provenance=tables.provenance_table(collection),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9)).decode() if charts else "",
     )
 
 
 def _embedded(chart: Chart) -> dict[str, Any]:
-    """A chart for the template: its variants as JSON that may stand within a script element."""
+    """Return a chart for the template. Its variants are JSON that is valid inside a script element."""
     figures = ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in chart.variants.items())
     content = ("{" + figures + "}").replace("<", "\\u003c")
     return {"title": chart.title, "caption": chart.caption, "variants": list(chart.variants), "json": content}
 
 
-def _facts(found: Collection) -> list[tuple[Any, str]]:
-    counts = found.runs["status"].value_counts().to_dict()
-    facts: list[tuple[Any, str]] = [(counts.get("finished", 0), "runs finished")]
-    facts += [(counts[status], status) for status in ("failed", "unfinished") if status in counts]
+def _summary(collection: Collection) -> list[tuple[Any, str]]:
+    """Return the numbers and names at the top of the page, each with its label."""
+    counts = collection.runs["status"].value_counts().to_dict()
+    summary: list[tuple[Any, str]] = [(counts.get("finished", 0), "runs finished")]
+    summary += [(counts[status], status) for status in ("failed", "unfinished") if status in counts]
     for column, one, many in (
         ("model", "model", "models"),
         ("quantizer", "quantizer", "quantizers"),
         ("offload", "offload policy", "offload policies"),
     ):
-        names = [str(name) for name in found.runs.get(column, []) if pd.notna(name) and name not in ("", "none")]
+        names = [str(name) for name in collection.runs.get(column, []) if pd.notna(name) and name not in ("", "none")]
         if names := list(dict.fromkeys(names)):
-            facts.append((", ".join(names), many if len(names) > 1 else one))
-    return facts
+            summary.append((", ".join(names), many if len(names) > 1 else one))
+    return summary

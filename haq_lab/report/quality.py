@@ -1,5 +1,7 @@
-"""Charts of what quantization costs: perplexity by method, each layer's error and strength, outliers. Each returns a
-`Chart`, or the reason why there is none."""
+"""Draw the effects of quantization: perplexity by method, output error and smoothing by layer, and outliers.
+
+Each function returns a `Chart`, or the reason why there is none.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +15,32 @@ from plotly.subplots import make_subplots
 from torch import Tensor, stack
 
 from haq_lab.calibration.channel_ranges import Ranges
-from haq_lab.report.chart import HEAT, Chart, axes, bar_room, broken, looks, styled, whole_numbers
+from haq_lab.report.chart import HEAT, Chart, axes, bar_height, looks, styled, whole_numbers, wrapped
 from haq_lab.report.collect import Collection
 from haq_lab.results.figures import mean_over_experts
 
-TINY = 1e-12  # of a layer whose channels are nearly all dead
-CELLS = 128  # across an outlier map; each is the largest of the channels that it stands for
+TINY = 1e-12  # lower bound of a median, for layers in which most channels are 0
+CELLS = 128  # columns of an outlier map; each shows the largest of several channels
 
 
-def perplexity(found: Collection) -> Chart | str:
-    """Perplexity over full precision, a bar a run and a variant a dataset."""
+def perplexity(collection: Collection) -> Chart | str:
+    """Draw the change of perplexity from full precision: one bar for each run, one variant for each dataset."""
     variants = {}
-    columns = [name for name in map(str, found.finished) if name.startswith("change_percent.")]
-    for (model, runs), column in product(found.by_model(), columns):
+    columns = [name for name in map(str, collection.finished) if name.startswith("change_percent.")]
+    for (model, runs), column in product(collection.by_model(), columns):
         runs = runs[runs[column].notna() & runs["quantized"]]
         if not runs.empty:
             dataset = column.partition(".")[2]
             variants[f"{model}, {dataset}"] = _bars(runs, dataset)
     if not variants:
-        return "no finished run of a quantizer has measured perplexity (measure=[perplexity])"
-    return Chart("Perplexity by method", "How far each run is above its own full precision.", variants)
+        return "No finished run of a quantised model has a perplexity (measure=[perplexity])."
+    return Chart("Perplexity by method", "Change of perplexity from the full precision of the same run.", variants)
 
 
 def _bars(runs: pd.DataFrame, dataset: str) -> go.Figure:
-    figure = styled(go.Figure(), 100 + bar_room(runs["label"]))
+    figure = styled(go.Figure(), 100 + bar_height(runs["label"]))
     figure.add_bar(
-        y=runs["label"].map(broken),
+        y=runs["label"].map(wrapped),
         x=runs[f"change_percent.{dataset}"],
         orientation="h",
         text=runs[f"change_percent.{dataset}"].map("{:+.2f} %".format),
@@ -47,25 +49,25 @@ def _bars(runs: pd.DataFrame, dataset: str) -> go.Figure:
         hovertemplate="%{customdata[0]}<br>%{customdata[1]:.4f}, full precision %{customdata[2]:.4f}<extra></extra>",
     )
     figure.update_yaxes(autorange="reversed", type="category")  # a name such as 5GB is not a number
-    return axes(figure, "over full precision, %", "")
+    return axes(figure, "change from full precision, %", "")
 
 
-def layers(found: Collection) -> Chart | str:
-    """Each linear's output error and smoothing strength over the layers, a variant a run."""
-    if "layers" not in found.tables:
-        return "no run has quantised anything (layers.csv)"
+def layers(collection: Collection) -> Chart | str:
+    """Draw the output error and smoothing strength of each linear over the layers, one variant for each run."""
+    if "layers" not in collection.tables:
+        return "No run has quantised a model (layers.csv)."
     variants = {}
     smoothed_first = sorted(
-        found.tables["layers"].groupby("run", sort=False), key=lambda run: -run[1]["smoothing_strength"].count()
+        collection.tables["layers"].groupby("run", sort=False), key=lambda run: -run[1]["smoothing_strength"].count()
     )
     for run, table in smoothed_first:
         if table[["output_error", "smoothing_strength"]].notna().any(axis=None):
             variants[str(run)] = _layer_figure(table)
     if not variants:
-        return "no run has calibrated: errors and strengths follow from the inputs' statistics"
+        return "No run has calibrated, so there are no output errors and smoothing strengths."
     caption = (
-        "Above: mean squared error of the output that the rounding of the weights leaves. Below: the strength that "
-        "smoothing took, where it took any. Linears of experts are averaged."
+        "Top: mean squared output error from rounding the weights. Bottom: smoothing strength. Both are averaged over "
+        "experts."
     )
     return Chart("Error and strength by layer", caption, variants)
 
@@ -90,23 +92,26 @@ def _layer_figure(table: pd.DataFrame) -> go.Figure:
     axes(figure, "", "")
     figure.update_xaxes(title_text="layer", row=2)
     figure.update_xaxes(**whole_numbers(values["layer"].nunique()))
-    figure.update_yaxes(title_text="error of the output", type="log", exponentformat="power", row=1)
+    figure.update_yaxes(title_text="output error", type="log", exponentformat="power", row=1)
     figure.update_yaxes(title_text="strength", range=[-0.05, 1.05], row=2)
     return figure
 
 
-def outliers(found: Collection) -> Chart | str:
-    """Heat maps of the largest |x| by layer and channel over the layer's median channel, before and after smoothing, a
-    variant a run. A factor's own size says nothing: what costs levels is one channel beside the others."""
-    if not found.ranges:
-        return "no run has calibrated (ranges.safetensors); RTN with dynamic activations needs no calibration"
-    smoothing = {run: ranges for run, ranges in found.ranges.items() if ranges.smoothed}
+def outliers(collection: Collection) -> Chart | str:
+    """Draw heat maps of outlier channels before and after smoothing, one variant for each run.
+
+    A cell is the largest |x| of a channel, divided by the median over the channels of the layer. This ratio matters,
+    because all channels of a layer share one scale.
+    """
+    if not collection.ranges:
+        return "No run has calibrated (ranges.safetensors). RTN with dynamic activations does not calibrate."
+    smoothing = {run: ranges for run, ranges in collection.ranges.items() if ranges.smoothed}
     if not smoothing:
-        return "no run has smoothed (quantizer=smoothquant or haq)"
+        return "No run has smoothed (quantizer=smoothquant or haq)."
     variants = {run: _outlier_figure(ranges) for run, ranges in smoothing.items()}
     caption = (
-        "How much larger each input channel gets on the calibration text than the layer's median channel: layers up, "
-        f"channels across (the largest of each {CELLS}th of them). Bright spots are outlier channels."
+        "Largest |x| of each input channel on the calibration text, divided by the layer's median channel. A column "
+        f"shows the largest of each {CELLS}th of the channels. Bright spots are outlier channels."
     )
     return Chart("Outliers before and after smoothing", caption, variants)
 
@@ -114,8 +119,8 @@ def outliers(found: Collection) -> Chart | str:
 def _outlier_figure(ranges: Ranges) -> go.Figure:
     before, after = _maps(ranges.before), _maps(ranges.after)
     titles = [f"{site}, {state}" for site in before for state in ("before", "after")]
-    room = {"horizontal_spacing": 0.04, "vertical_spacing": 0.05}
-    figure = make_subplots(len(before), 2, shared_yaxes=True, shared_xaxes=True, subplot_titles=titles, **room)
+    spacing = {"horizontal_spacing": 0.04, "vertical_spacing": 0.05}
+    figure = make_subplots(len(before), 2, shared_yaxes=True, shared_xaxes=True, subplot_titles=titles, **spacing)
     bar = {
         "title": {"text": "log10 of the largest |x| over the median", "side": "top"},
         "thickness": 10,
@@ -136,7 +141,7 @@ def _outlier_figure(ranges: Ranges) -> go.Figure:
 
 
 def _maps(sites: dict[str, list[Tensor]]) -> dict[str, NDArray[np.float32]]:
-    """By site: (layers, at most CELLS) the largest of each part of the channels, over the layer's median channel."""
+    """Return a map (layers, at most CELLS) for each site: the largest channel of each part, over the median channel."""
     maps = {}
     for site, rows in sites.items():
         values = stack(rows).numpy()

@@ -1,5 +1,7 @@
-"""Charts of experts: how popular each is, and how often a cache has the one that is asked for. Each returns a `Chart`,
-or the reason why there is none."""
+"""Draw the popularity of experts, and hit rates by budget.
+
+Each function returns a `Chart`, or the reason why there is none.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from haq_lab.report.chart import GREY, HEAT, Chart, axes, looks, styled, whole_n
 from haq_lab.report.collect import Collection
 
 HIT_RATE = "offload.hit_rate_pairs"
-CHOICES = ("quantizer", "backend", "hardware", "calibration", "prompts")  # columns that tell runs of a policy apart
+CHOICES = ("quantizer", "backend", "hardware", "calibration", "prompts")  # columns that distinguish runs of one policy
 WITHOUT_EFFECT = (  # settings that do not change a hit rate
     "config.offload.budget",
     "config.checkpoint.",
@@ -21,12 +23,12 @@ WITHOUT_EFFECT = (  # settings that do not change a hit rate
 )
 
 
-def popularity(found: Collection) -> Chart | str:
-    """Heat map of the share of a layer's choices that each expert gets, a variant a run."""
-    if "experts" not in found.tables:
-        return "no calibrated run of a model with experts (experts.csv)"
+def popularity(collection: Collection) -> Chart | str:
+    """Draw a heat map of each expert's share of the layer's routing decisions, one variant for each run."""
+    if "experts" not in collection.tables:
+        return "No run with calibration has a model with experts (experts.csv)."
     variants, seen = {}, set()
-    for run, table in found.tables["experts"].groupby("run", sort=False):
+    for run, table in collection.tables["experts"].groupby("run", sort=False):
         share = table.pivot(index="layer", columns="expert", values="share")
         if (key := share.round(6).to_numpy().tobytes()) in seen:  # the same model on the same text
             continue
@@ -46,21 +48,21 @@ def popularity(found: Collection) -> Chart | str:
         figure.update_yaxes(**whole_numbers(len(share)))
         variants[str(run)] = axes(figure, "expert", "layer")
     return Chart(
-        "Expert popularity", "Of the calibration text's tokens; runs with the same routing are shown once.", variants
+        "Expert popularity", "Routing of the calibration text. Runs with the same routing are shown once.", variants
     )
 
 
-def hit_rates(found: Collection) -> Chart | str:
-    """Hit rate over the budget: replays of traces under every policy with Belady's bound, and what runs measured."""
-    variants = {f"replay: {study}": _curves(table) for study, table in found.by_study("hit_rates")}
-    for model, runs in found.by_model():
-        if not (measured := _measured(runs, found.tables.get("experts"))).empty:
+def hit_rates(collection: Collection) -> Chart | str:
+    """Draw hit rates by budget: replays of traces under each policy with Belady's bound, and those measured in runs."""
+    variants = {f"replay: {study}": _curves(table) for study, table in collection.by_study("hit_rates")}
+    for model, runs in collection.by_model():
+        if not (measured := _measured(runs, collection.tables.get("experts"))).empty:
             variants[f"measured in runs: {model}"] = _curves(measured)
     if not variants:
-        return "no replay (python -m haq_lab.offload replay ... --out DIR below the folder), no run with offload=..."
+        return "No replay (python -m haq_lab.offload replay ... --out DIR) and no run with offload=OPTION."
     caption = (
-        "Share of (token, expert) choices whose expert is resident. Belady's bound knows the future; no policy can be "
-        "above it. Replays are exact, of a recorded trace."
+        "Share of the (token, expert) pairs whose expert is resident. Belady's bound knows the future, so no policy "
+        "can exceed it. Replays are exact for their recorded trace."
     )
     return Chart("Hit rate by budget", caption, variants)
 
@@ -92,9 +94,10 @@ def _line_names(runs: pd.DataFrame) -> pd.Series:
 
 
 def _resident_share(runs: pd.DataFrame, experts: pd.DataFrame | None) -> pd.Series:
-    """Return the share of experts that stay resident: the budget in percent, else the slots over the experts' number.
+    """Return the share of resident experts: the budget in percent, otherwise the slots divided by the experts.
 
-    The number is that of rows in `experts.csv`, or it follows from a run of the same model with a budget in percent.
+    The number of experts is the number of rows in `experts.csv`, or it follows from a run of the same model with a
+    budget in percent.
     """
     budget = runs["config.offload.budget"].astype(str)
     percent = pd.to_numeric(budget.where(budget.str.endswith("%")).str.rstrip("%"), errors="coerce") / 100
@@ -105,6 +108,7 @@ def _resident_share(runs: pd.DataFrame, experts: pd.DataFrame | None) -> pd.Seri
 
 
 def _curves(table: pd.DataFrame) -> go.Figure:
+    """Draw the hit rate `pairs` over `budget`, one line for each `policy`."""
     figure = styled(go.Figure(), 430)
     policies = [name for name in table["policy"].unique() if not name.startswith("Belady")]
     own = looks(sorted(policies, key=lambda name: not _is_haq(name)))

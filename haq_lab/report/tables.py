@@ -1,4 +1,4 @@
-"""The page's tables, as cells: what was measured with the best marked and differences in %, and what was run."""
+"""Make the tables of the page: results with the best values marked, published figures, runs, protocols, provenance."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ STAMP = (
     *("split", "join", "level", "text_sha256"),
 )
 NOTE = (
-    "Bold: the best of the quantised runs. Differences in %: perplexity from the run's own full precision, weights "
-    "from the whole model in fp16, latency and task scores from the table's unquantised run if it has exactly one. "
-    "Peak RAM is not compared, because it includes the quantization, which not every run does itself."
+    "Bold: the best of the quantised runs. Differences in %: perplexity from the full precision of the same run, "
+    "weights from the whole model in fp16, latency and task scores from the table's unquantised run if it has exactly "
+    "one. Peak RAM is not compared, because only some runs quantise, and quantization needs memory too."
 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A text, whether it is the best of its column, and a note behind it (a difference)."""
+    """One cell of a table.
+
+    Attributes:
+        text: Content of the cell.
+        best: Whether it is the best value of its column.
+        note: Text behind it, such as a difference.
+    """
 
     text: str
     best: bool = False
@@ -36,8 +42,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Args:
-    numeric: How many of the last columns are numbers.
+    """One table of the page.
+
+    Attributes:
+        title: Title of the table.
+        head: Names of the columns.
+        rows: Cells of each row.
+        numeric: Number of columns with numbers. They are the last ones.
+        note: Sentences below the table.
     """
 
     title: str
@@ -47,11 +59,11 @@ class Table:
     note: str = ""
 
 
-def result_tables(found: Collection) -> list[Table]:
-    """One for each model, and for each set of windows that it was evaluated on: runs that can be compared."""
+def result_tables(collection: Collection) -> list[Table]:
+    """Return one table for each model and set of evaluation windows, so that the runs of a table are comparable."""
     groups: dict[tuple[str, tuple[Any, ...]], list[pd.Series]] = {}
-    for _, run in found.finished.iterrows():
-        protocol = found.protocol[run["name"]]
+    for _, run in collection.finished.iterrows():
+        protocol = collection.protocol[run["name"]]
         windows = tuple((text, _stamp(protocol[text])) for text in evaluated_texts(protocol))
         groups.setdefault((str(run["model"]), windows), []).append(run)
     tables = []
@@ -62,7 +74,7 @@ def result_tables(found: Collection) -> list[Table]:
             title += f", windows {evaluated.index(windows) + 1}"
         elif evaluated and not windows:
             title += ", not evaluated on text"
-        tables.append(_result_table(pd.DataFrame(runs), title, found.metrics))
+        tables.append(_result_table(pd.DataFrame(runs), title, collection.metrics))
     return tables
 
 
@@ -128,29 +140,29 @@ def _difference(name: str, metric: Metric, run: pd.Series, unquantised: pd.DataF
     return format_change(run[name], reference)
 
 
-def published_table(found: Collection) -> Table | None:
-    """Published figures beside ours; None where none of the runs has any."""
-    table = beside(found.finished)
+def published_table(collection: Collection) -> Table | None:
+    """Return a table of published figures beside ours. None if there are no published figures for the runs."""
+    table = beside(collection.finished)
     if table.empty:
         return None
     rows = []
     for _, row in table.iterrows():
         metric = find_metric(row["metric"])
         by = ", ".join(filter(None, (row["of"], row["source"])))
-        told = [row["run"], row["metric"] if metric is None else metric.head, by, row["comparable"]]
-        rows.append(list(map(Cell, [*told, *figures_of(row)])))
+        texts = [row["run"], row["metric"] if metric is None else metric.head, by, row["comparable"]]
+        rows.append(list(map(Cell, [*texts, *figures_of(row)])))
     head = ["run", "metric", "published for, by", "comparable", "ours", "published", "difference"]
-    note = "Empty: no published figure is known to us. What is not comparable stands here for orientation only."
+    note = "An empty cell means that no published figure is known. Figures that are not comparable are for orientation."
     return Table("Published figures beside ours", head, rows, 3, note)
 
 
-def run_table(found: Collection) -> Table:
-    """What was run, failed and unfinished runs included."""
-    groups = [name for name in ("experiment", "model", "quantizer", "backend", "offload") if name in found.runs]
-    groups = [name for name in groups if (found.runs[name].fillna("none") != "none").any()]
-    stages = [name for name in map(str, found.runs) if name.startswith("time.")]
+def run_table(collection: Collection) -> Table:
+    """Return a table of all runs with their choices, failed and unfinished runs included."""
+    groups = [name for name in ("experiment", "model", "quantizer", "backend", "offload") if name in collection.runs]
+    groups = [name for name in groups if (collection.runs[name].fillna("none") != "none").any()]
+    stages = [name for name in map(str, collection.runs) if name.startswith("time.")]
     rows = []
-    for _, run in found.runs.iterrows():
+    for _, run in collection.runs.iterrows():
         row = [Cell(str(run["name"])), Cell(str(run["status"]))]
         row += [Cell("" if pd.isna(run[name]) else str(run[name])) for name in groups]
         seconds = sum(run[name] for name in stages if pd.notna(run[name]))
@@ -158,10 +170,10 @@ def run_table(found: Collection) -> Table:
     return Table("Runs", ["run", "status", *groups, "stages, s"], rows, 1)
 
 
-def protocol_table(found: Collection) -> Table:
-    """Every distinct stamp once, with the runs that it belongs to."""
+def protocol_table(collection: Collection) -> Table:
+    """Return a table of all different protocol stamps, each with its runs."""
     stamps: dict[Any, tuple[dict[str, Any], list[str]]] = {}
-    for name, texts in found.protocol.items():
+    for name, texts in collection.protocol.items():
         for text, stamp in texts.items():
             stamps.setdefault((text, _stamp(stamp)), (stamp, []))[1].append(name)
     present = [name for name in STAMP if any(name in stamp for stamp, _ in stamps.values())]
@@ -172,23 +184,28 @@ def protocol_table(found: Collection) -> Table:
             label, comparable = text, ", ".join(stamp.get("comparable_with", [])) or "nothing published"
         elif text == "latency" and stamp.get("text") == RANDOM_PROMPTS:
             label = "latency (random prompts)"
-        runs = "all" if len(names) == len(found.protocol) else f"{len(names)}: {names[0]}" + ", ..." * (len(names) > 1)
+        runs = (
+            "all"
+            if len(names) == len(collection.protocol)
+            else f"{len(names)}: {names[0]}" + ", ..." * (len(names) > 1)
+        )
         rows.append(list(map(Cell, [label, *(str(stamp.get(name, "")) for name in present), comparable, runs])))
     return Table("Protocol stamps", ["text", *present, "comparable with", "runs"], rows)
 
 
-def provenance_table(found: Collection) -> Table:
-    """Where each run came from: time, versions, machine, folder and the overrides that make it again."""
-    names = [name for name in PROVENANCE if name in found.runs]
+def provenance_table(collection: Collection) -> Table:
+    """Return a table with the time, versions, machine, folder and command of each run."""
+    names = [name for name in PROVENANCE if name in collection.runs]
     rows = []
-    for _, run in found.runs.iterrows():
-        told = [
+    for _, run in collection.runs.iterrows():
+        texts = [
             "" if pd.isna(run[name]) else f"{run[name]:g}" if isinstance(run[name], float) else run[name]
             for name in names
         ]
-        rows.append([Cell(str(text)) for text in (run["name"], *told, f"python -m haq_lab {run['overrides']}")])
+        rows.append([Cell(str(text)) for text in (run["name"], *texts, f"python -m haq_lab {run['overrides']}")])
     return Table("Provenance", ["run", *names, "command"], rows)
 
 
 def _stamp(stamp: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return a protocol stamp in a form that can be compared and hashed."""
     return tuple(sorted((name, str(value)) for name, value in stamp.items()))

@@ -1,6 +1,9 @@
-"""Print all runs below some folders as one table: `python -m haq_lab.results`. `haq_lab.cli.results` is the command."""
+"""Print all runs below some folders as one table: `python -m haq_lab.results`.
+
+The command itself is in `haq_lab.cli.results`.
+"""
 
 import runpy
 
-# Run by name: a package does not import the command line, which lies above it.
+# The command is run by name, because this package must not import the command line.
 runpy.run_module("haq_lab.cli.results", run_name="__main__")

@@ -1,8 +1,4 @@
-"""All runs below some folders as one tidy table: `python -m haq_lab.results DIR... [--csv FILE] [--figure FILE]`.
-
-import haq_lab.results
-runs = haq_lab.results.load("runs")   # a DataFrame, a row a run, failed and unfinished ones included
-"""
+"""Load all runs below some folders as one table, and print it."""
 
 from __future__ import annotations
 
@@ -29,29 +25,39 @@ RECORDS = ("results.json", "error.json", "config.yaml")
 
 
 def load(*folders: str | Path) -> pd.DataFrame:
-    """Return all runs below `folders` as a table, one row a run, in the order of their start.
+    """Return all runs below some folders as a table with one row for each run, in the order of their start.
 
-    Columns:
-        `folder`, `name` (what tells the run from others), `status` (finished, failed or unfinished), `error`;
-        what was run (`model`, `quantizer`, ...) and whether its model is `quantized`;
-        the settings as `config.<name>`, and the metrics by their names;
-        `change_percent.<dataset>`, the distance of the perplexity from full precision;
-        `comparable.<dataset>`, the published tables that the perplexity is comparable with;
-        `null.<metric>`, the reason why a metric is null;
-        `saved_percent.memory`, of the weights against the whole model in fp16;
-        `prompts`, the text of the prompts for latency and expert metrics (`random`: random token ids).
+    Args:
+        folders: Folders of runs or of sweeps. Failed and unfinished runs are included, archived ones are not.
 
-    The table's `attrs["own_metrics"]` has the metrics that the users' own measures declare.
+    Returns:
+        A table with these columns:
+
+        - `folder`, `name` (unique within the table if possible), `status` (finished, failed or unfinished), `error`
+        - the choices (`model`, `quantizer`, ...), and whether the model is `quantized`
+        - `config.<name>`: the settings
+        - the metrics by their names
+        - `change_percent.<dataset>`: change of the perplexity from full precision, in %
+        - `comparable.<dataset>`: the published tables that the perplexity is comparable with
+        - `null.<metric>`: the reason why a metric is null
+        - `saved_percent.memory`: size of the weights below that of the whole model in fp16, in %
+        - `prompts`: the text of the prompts for latency and expert metrics (`random`: random token ids)
+
+        Its `attrs["own_metrics"]` has the metrics that the users' own measures declare.
 
     Raises:
         UserError: A folder does not exist.
+
+    Example:
+        >>> runs = load("runs")
+        >>> runs[["name", "perplexity.wikitext2"]]
     """
-    found: dict[Path, Path] = {}  # by the real path: a folder given twice is listed once
+    run_folders: dict[Path, Path] = {}  # by the resolved path, so that no run is listed twice
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise UserError(f"there is no folder '{folder}'{nearest_beside(folder)}")
-        found |= {run.resolve(): run for run in sorted(_run_folders(folder))}
-    rows = sorted(map(_row, found.values()), key=lambda row: _start_time(row.get("started")))
+            raise UserError(f"there is no folder '{folder}'{nearest_beside(folder) or '. Name an existing one.'}")
+        run_folders |= {run.resolve(): run for run in sorted(_run_folders(folder))}
+    rows = sorted(map(_row, run_folders.values()), key=lambda row: _start_time(row.get("started")))
     known = [row for row in rows if row.get("model")]
     for row, model in zip(known, distinct_names([(row["model"], row.pop("_model")) for row in known]), strict=True):
         row["model"] = model
@@ -66,10 +72,14 @@ def load(*folders: str | Path) -> pd.DataFrame:
 
 
 def short_names(rows: list[dict[str, Any]]) -> list[str]:
-    """What runs, as rows of `load`, are called: a sweep's by the overrides in which they differ, else by the folder."""
-    given = [row["overrides"].split() if row.get("sweep") else [] for row in rows]
-    shared = set.intersection(*map(set, filter(None, given))) if any(given) else set()
-    names = [" ".join(override for override in own if override not in shared) for own in given]
+    """Return a name for each run: the overrides that differ between the runs of sweeps, otherwise the folder's name.
+
+    Args:
+        rows: Rows of `load`.
+    """
+    overrides = [row["overrides"].split() if row.get("sweep") else [] for row in rows]
+    shared = set.intersection(*map(set, filter(None, overrides))) if any(overrides) else set()
+    names = [" ".join(override for override in own if override not in shared) for own in overrides]
     return [name if name and names.count(name) == 1 else row["name"] for name, row in zip(names, rows, strict=True)]
 
 
@@ -79,11 +89,13 @@ def evaluated_texts(protocol: dict[str, Any]) -> list[str]:
 
 
 def _run_folders(folder: Path) -> set[Path]:
-    found = {path.parent for name in RECORDS for path in folder.rglob(name)}
-    return {path for path in found if not {ARCHIVE, "wandb"} & set(path.relative_to(folder).parts)}
+    """Return the folders of runs at any depth, without archived runs."""
+    folders = {path.parent for name in RECORDS for path in folder.rglob(name)}
+    return {path for path in folders if not {ARCHIVE, "wandb"} & set(path.relative_to(folder).parts)}
 
 
 def _row(folder: Path) -> dict[str, Any]:
+    """Return the row of a run."""
     results, failure = read_record(folder / "results.json"), read_record(folder / "error.json")
     record = results or failure or {}
     status = "finished" if results else "failed" if failure else "unfinished"
@@ -114,7 +126,7 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def _start_time(started: Any) -> datetime:
-    """When a run started. A run without a time comes last."""
+    """Return when a run started. A run without a time comes last."""
     try:
         time = datetime.fromisoformat(str(started))
     except ValueError:
@@ -123,12 +135,13 @@ def _start_time(started: Any) -> datetime:
 
 
 def _is_quantized(row: dict[str, Any]) -> bool:
-    """Whether a run's model was quantised, by the run or before it (model=quantized)."""
+    """Return whether a run's model was quantised, by the run itself or before it (`model=quantized`)."""
     chosen = row.get("quantizer") or "none"
     return chosen != "none" or str(row.get("config.model._target_", "")).endswith(".QuantizedCheckpoint")
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the settings of a nested config by their full names."""
     items: list[tuple[str, Any]] = []
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -137,7 +150,11 @@ def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def show(runs: pd.DataFrame) -> None:
-    """The table on the terminal: what differs between the runs, and what they measured."""
+    """Print a table of runs: their names, perplexities and other metrics.
+
+    Args:
+        runs: Table of runs from `load`.
+    """
     datasets = [column.partition(".")[2] for column in map(str, runs) if column.startswith("change_percent.")]
     all_finished = bool((runs["status"] == "finished").all())
     table = Table()
@@ -170,13 +187,17 @@ def show(runs: pd.DataFrame) -> None:
 
 
 def show_published(figures: pd.DataFrame) -> None:
-    """Published figures beside ours, where there are any."""
+    """Print published figures beside ours, if there are any.
+
+    Args:
+        figures: Table from `haq_lab.results.published.beside`.
+    """
     if figures.empty:
         return
     table = Table("run", "metric", "ours", "published", "difference", "comparable", "published for, by")
     for _, row in figures.iterrows():
-        told = ", ".join(filter(None, (row["of"], row["source"])))
-        table.add_row(row["run"], row["metric"], *figures_of(row), row["comparable"], told)
+        source = ", ".join(filter(None, (row["of"], row["source"])))
+        table.add_row(row["run"], row["metric"], *figures_of(row), row["comparable"], source)
     print_table(table)
 
 

@@ -1,6 +1,7 @@
-"""Names that a run folder of an older version uses, and their present names.
+"""Map the names of older versions to the present ones.
 
-`load` and the report translate them, so that runs of all versions share one table.
+`load` and the report translate old run folders, so that runs of all versions share one table. The command line refuses
+an old setting and gives its new name.
 """
 
 from __future__ import annotations
@@ -17,5 +18,8 @@ SETTINGS = {
     "offload.cache": "offload.eviction",
     "objective": "search_metric",
     "calibration.propagate": "calibration.inputs",
+    "tracking._target_": "tracking.NAME._target_",
+    "tracking.mode": "tracking.offline.mode",
+    "tracking.project": "tracking.offline.project",
 }
 LAYER_COLUMNS = {"strength": "smoothing_strength", "scheme": "activation_scheme", "error": "output_error"}

@@ -1,8 +1,9 @@
-"""Published figures beside ours, from one cited file (`published.csv`); empty where no figure is known.
+"""Compare measured metrics with published ones, which are in `published.csv` with their sources.
 
-A row of the file says to which runs it belongs: to those of a `model` (its label), and `when` their choices and
-settings are as told (`quantizer=smoothquant quantizer.activations=token`). A run of one of the paper's experiments on
-another model (`+experiment=paper_mixtral model=smol_moe`) gets the paper's figures too, marked as another model's.
+A row of this file belongs to the runs of its `model` (a label) that match its conditions `when`, such as
+`quantizer=smoothquant quantizer.activations=token`. A run of one of the paper's experiments on another model
+(`+experiment=paper_mixtral model=smol_moe`) is compared with the paper's figures too. These rows are marked as another
+model's.
 """
 
 from __future__ import annotations
@@ -15,24 +16,29 @@ import pandas as pd
 from haq_lab.measure.metrics import find_metric
 
 FILE = Path(__file__).with_name("published.csv")
-ANOTHER_MODEL = "no: another model"  # whose difference from ours says nothing
+ANOTHER_MODEL = "no: another model"  # no difference is computed for it
 COLUMNS = ["run", "metric", "ours", "published", "difference_percent", "of", "comparable", "source"]
 
 
 def published() -> pd.DataFrame:
-    """The file: `experiment`, `model`, `when`, `metric`, `value` (NaN: unknown), `setting`, `source`."""
+    """Return the content of `published.csv`.
+
+    Returns:
+        Columns `experiment`, `model`, `when`, `metric`, `value` (NaN if unknown), `setting` and `source`.
+    """
     table = pd.read_csv(FILE, dtype={"value": float})
     return table.fillna({name: "" for name in table.columns if name != "value"})
 
 
 def beside(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row for each measured figure that has one in the file, in `COLUMNS`.
+    """Return one row for each measured metric that has a published figure.
 
     Args:
-        runs: As `haq_lab.results.load` gives them.
+        runs: Table of runs from `haq_lab.results.load`.
 
     Returns:
-        `comparable` is `yes`, or says what differs: the model, the protocol of a perplexity, or the machine.
+        A table with the columns `COLUMNS`. `comparable` is `yes`, or it names what differs: the model, the protocol of
+        a perplexity, or the machine.
     """
     known = published()
     rows: list[dict[str, Any]] = []
@@ -50,13 +56,13 @@ def beside(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def figures_of(row: pd.Series) -> list[str]:
-    """The numbers of a row of `beside` as tables show them: ours, the published one, the difference; empty: unknown."""
+    """Format the numbers of a row of `beside`: ours, the published one and the difference. Unknown ones are empty."""
     forms = {"ours": "{:,.4g}", "published": "{:,.4g}", "difference_percent": "{:+.2f} %"}
     return [form.format(row[name]) if pd.notna(row[name]) else "" for name, form in forms.items()]
 
 
 def _figures_for(run: pd.Series, known: pd.DataFrame) -> pd.DataFrame:
-    """The file's rows that belong to a run: of its model, else of the first model of its experiment."""
+    """Return the published rows of a run's model. If there are none, those of its experiment's first model."""
     fitting = known[[_holds(run, when) for when in known["when"]]]
     model = str(run.get("model")).lower()
     own = fitting["model"].str.lower() == model
@@ -68,11 +74,13 @@ def _figures_for(run: pd.Series, known: pd.DataFrame) -> pd.DataFrame:
 
 
 def _holds(run: pd.Series, when: str) -> bool:
+    """Return whether a run matches the conditions `when` of a published row."""
     conditions = [condition.partition("=") for condition in when.split()]
     return all(str(run.get(name, run.get(f"config.{name}"))) == value for name, _, value in conditions)
 
 
 def _comparable(run: pd.Series, figure: pd.Series) -> str:
+    """Return `yes`, or what prevents a comparison. Empty if the published figure is unknown."""
     if pd.isna(figure["value"]):
         return ""
     if figure["model"].lower() != str(run.get("model")).lower():

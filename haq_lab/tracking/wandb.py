@@ -1,9 +1,14 @@
-"""Track runs with W&B: one W&B run for each run, and one group for each sweep. All files stay in the run folder."""
+"""Track runs with W&B: one W&B run for each run, and one group for each sweep.
+
+All files stay in the run folder. The environment variable `WANDB_MODE` can only restrict the setting `mode`.
+`WANDB_RUN_ID` and `WANDB_RESUME` are ignored, because all runs of a sweep would get the same id.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +20,11 @@ from pydantic.dataclasses import dataclass
 from haq_lab.tracking.run_folder import RunFolder
 
 MAX_NAME = 128  # W&B's limit for names and groups
+Mode = Literal["disabled", "offline", "online"]
+MODES: tuple[Mode, ...] = ("disabled", "offline", "online")  # each sends more than the one before it
+MODE_LIMITS: dict[str, Mode] = {"disabled": "disabled", "dryrun": "offline", "offline": "offline"}  # by WANDB_MODE
+XDG = ("XDG_DATA_HOME", "XDG_CACHE_HOME")  # W&B evaluates these defaults, although it does not use them
+IDENTITY = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
 
 
 @dataclass
@@ -23,6 +33,7 @@ class Wandb:
 
     Args:
         mode: `offline` writes files that `python -m haq_lab.tracking sync` can upload later. `online` uploads at once.
+            `WANDB_MODE=offline` turns `online` into `offline`. `WANDB_MODE=disabled` turns the tracker off.
         project: The W&B project.
     """
 
@@ -30,22 +41,27 @@ class Wandb:
     project: str = "haq_lab"
 
     def start(self, folder: RunFolder, name: str, group: str | None) -> None:
-        """Begin a W&B run. Names that are too long for W&B are cut."""
-        self._folder = folder.path
+        """Begin a W&B run with an id of its own. Names that are too long for W&B are cut."""
+        self._run: Any = None
         self._metrics: dict[str, float] = {}
         self._tables: dict[str, pd.DataFrame] = {}
         self._figures: list[Path] = []
         self._artifacts: list[tuple[Path, str]] = []
+        mode: Mode = min(self.mode, _mode_limit(), key=MODES.index)
+        if mode == "disabled":
+            return
+        self._folder = folder.path
         with _files_inside(self._folder):
             import wandb
 
             settings = wandb.Settings(silent=True, console="off", init_timeout=20, login_timeout=20, finish_timeout=120)
-            self._run: Any = wandb.init(
+            self._run = wandb.init(
                 project=self.project,
+                id=secrets.token_hex(8),
                 name=name[:MAX_NAME],
                 group=group and group[-MAX_NAME:],
                 config=folder.config,
-                mode=self.mode,
+                mode=mode,
                 dir=str(folder.path),
                 reinit="finish_previous",
                 settings=settings,
@@ -65,6 +81,8 @@ class Wandb:
 
     def finish(self) -> None:
         """Log everything as one step, because each call of W&B's `log` starts a new one, and end the W&B run."""
+        if self._run is None:
+            return
         with _files_inside(self._folder):
             import wandb
 
@@ -81,19 +99,26 @@ class Wandb:
             self._run.finish()
 
 
+def _mode_limit() -> Mode:
+    """Return the mode that W&B's environment variables allow at most."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes"):
+        return "disabled"
+    return MODE_LIMITS.get(os.environ.get("WANDB_MODE", "").lower(), "online")
+
+
 @contextmanager
 def _files_inside(folder: Path) -> Iterator[None]:
-    """Within the block, let W&B write all its files inside the run folder."""
-    names = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR")
-    before = {name: os.environ.get(name) for name in names}
+    """Within the block, W&B writes all files inside the run folder, and ignores the run that its environment names."""
     own = folder.resolve() / "wandb"
     own.mkdir(parents=True, exist_ok=True)
-    os.environ.update({name: str(folder.resolve() if name == "WANDB_DIR" else own) for name in names})
+    places = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR", *XDG)
+    values = dict.fromkeys(places, str(own)) | {"WANDB_DIR": str(folder.resolve())}
+    before = {name: os.environ.pop(name, None) for name in (*values, *IDENTITY)}
+    os.environ.update(values)
     try:
         yield
     finally:
         for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
+            os.environ.pop(name, None)
+            if value is not None:
                 os.environ[name] = value

@@ -1,4 +1,4 @@
-"""Tries to break it: whatever happens to a run is told in one message, loses nothing, and the next start goes on.
+"""Interruptions and faults of the machine give one message and lose nothing, and the next start resumes.
 
 Faults of one module are tried beside it: a damaged or half-written result (tests/result_cache), a killed checkpoint
 (tests/checkpoint/test_resume.py), pickles (tests/models/test_sources.py).
@@ -107,9 +107,9 @@ def test_ctrl_c_ends_a_sweep_in_one_message_and_the_same_command_goes_on(tmp_pat
                 os.killpg(process.pid, signal.SIGINT)
                 break
             time.sleep(0.01)
-        told = process.communicate(timeout=60)[1]
+        messages = process.communicate(timeout=60)[1]
     assert process.returncode in (130, -signal.SIGINT)  # which is 130 to a shell
-    assert told == "haq_lab: interrupted; the same command starts the unfinished runs again\n"
+    assert messages == "haq_lab: interrupted. The same command runs the unfinished runs again.\n"
     assert sorted(load(tmp_path)["status"]) == ["failed", "finished"]
     outcome = launch(*sweep)
     assert outcome.code == 0, outcome.err
@@ -276,16 +276,16 @@ def test_any_characters_in_any_path(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_no_network(tmp_path):
-    """In a network namespace that has none: what is here runs, W&B does not hold it up, what is not here is told."""
+    """Local models run, W&B does not delay them, and a model that must be downloaded gives one message."""
     alone = ["unshare", "-n"]
     if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
         pytest.skip("a namespace without a network is not allowed here")
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     sweep = ["-m", *TINY, "tracking=online", "model=tiny_llama,opt", f"hydra.sweep.dir={tmp_path}"]
-    told = subprocess.run(
+    ended = subprocess.run(
         [*alone, sys.executable, "-m", "haq_lab", *sweep], env=environment, capture_output=True, text=True
     )
-    assert told.returncode == 2, told.stderr
-    assert "Traceback" not in told.stderr
-    assert "model.name: 'facebook/opt-125m' is not a local folder and could not be downloaded" in told.stderr
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "model.name: 'facebook/opt-125m' is not a local folder and could not be downloaded" in ended.stderr
     assert sorted(load(tmp_path)["status"]) == ["failed", "finished"]

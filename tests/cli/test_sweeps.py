@@ -1,4 +1,4 @@
-"""Small sweeps through each launcher, and a search: a failed job stops no other, and decides the exit code."""
+"""Run small sweeps with each launcher, and a search. A failed job does not stop the others, and sets the exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m haq_lab.tracking sync`: what waits is uploaded by W&B's own command, once."""
+"""`python -m haq_lab.tracking sync`: upload each pending run once, with W&B's own command."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ def runs(tmp_path) -> Path:
 
 
 def _wandb(monkeypatch, *, works: bool) -> list[Path]:
-    """In place of W&B's command; returns what it was asked to upload."""
-    asked: list[Path] = []
+    """Replace W&B's command. Return the list of the runs that it uploads."""
+    uploaded: list[Path] = []
 
     def run(arguments, **settings):
         assert arguments[1:4] == ["-m", "wandb", "sync"]
-        asked.append(Path(arguments[4]))
+        assert "WANDB_RUN_ID" not in settings["env"]  # each log has the id of its run
+        uploaded.append(Path(arguments[4]))
         if works:
-            (asked[-1] / "run-x.wandb.synced").touch()
+            (uploaded[-1] / "run-x.wandb.synced").touch()
         return subprocess.CompletedProcess(arguments, 0 if works else 1, "", "" if works else "wandb: ERROR no network")
 
     monkeypatch.setattr(subprocess, "run", run)
-    return asked
+    return uploaded
 
 
 def test_what_waits_is_uploaded_once(runs, monkeypatch, capsys):
-    asked = _wandb(monkeypatch, works=True)
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    uploaded = _wandb(monkeypatch, works=True)
     command.main(["sync", str(runs), str(runs / "a run")])
     command.main(["sync", str(runs)])
-    assert [path.parts[-3] for path in asked] == ["a run"]
+    assert [path.parts[-3] for path in uploaded] == ["a run"]
     printed = capsys.readouterr().out
     assert "1 of 1 runs uploaded" in printed
     assert "0 of 0 runs uploaded" in printed
@@ -50,10 +52,10 @@ def test_what_fails_waits_on_and_says_why(runs, monkeypatch, capsys):
     _wandb(monkeypatch, works=False)
     with pytest.raises(SystemExit, match="2"):
         command.main(["sync", str(runs)])
-    told = capsys.readouterr().err
-    assert "no network" in told
-    assert "the same command tries again" in told
-    assert len(command.waiting(runs)) == 1
+    messages = capsys.readouterr().err
+    assert "no network" in messages
+    assert "run the same command again" in messages
+    assert len(command.pending_runs(runs)) == 1
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):

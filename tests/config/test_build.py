@@ -1,4 +1,4 @@
-"""Every option composes, and whatever can run here runs on a tiny model."""
+"""Every option composes, and every combination that this machine can run runs on a tiny model."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ SPELLINGS = [
     "offload=fiddler hardware=jetson_orin_64g hardware.memory_gb=32",
     "measure=[lm_eval] measure.lm_eval.tasks=[arc_easy] measure.lm_eval.limit=8 measure.lm_eval.fewshot=0",
     "tracking=online",
+    "tracking=[offline,online] tracking.online.project=mine",
     "force=true",
     *[f"quantizer={name} quantizer.activations={how}" for name in QUANTIZERS for how in ("token", "tensor", "static")],
     *[f"quantizer={name} quantizer.weight_bits={bits}" for name in QUANTIZERS for bits in (8, 4)],
@@ -105,6 +106,21 @@ def test_the_defaults_are_the_promised_ones():
     assert (config.backend._target_, config.force) == ("haq_lab.int8.cpu.backend.CpuBackend", False)
     calibration = _composed("calibration=wikitext2").calibration
     assert (calibration.samples, calibration.seqlen, calibration.seed) == (128, 2048, 0)
+
+
+@pytest.mark.parametrize(
+    ("choice", "modes"),
+    [
+        ("tracking=offline", ["offline"]),
+        ("tracking=online", ["online"]),
+        ("tracking=none", []),
+        ("tracking=[]", []),
+        ("tracking=[none]", []),
+        ("tracking=[offline,online]", ["offline", "online"]),
+    ],
+)
+def test_any_number_of_trackers_can_be_chosen(choice, modes):
+    assert [tracker.mode for tracker in build(_composed(choice)).trackers] == modes
 
 
 @pytest.mark.parametrize("group", ["quantizer", "offload"])

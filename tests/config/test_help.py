@@ -1,4 +1,4 @@
-"""`--help` lists all there is, and is quick."""
+"""`--help` lists all groups, options and settings, and is fast."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_every_option_and_setting_has_a_line(group):
 
 def test_an_option_that_begins_with_another_says_so():
     section = TEXT.split("\noffload: ")[1].split("\n  lru ")[1]
-    assert section.splitlines()[1].strip() == "(as haq, but)"
+    assert section.splitlines()[1].strip() == "(settings of haq, except:)"
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_an_option_begins_with_is_an_option_of_its_group(group):
     section = re.split(r"\n\w+: ", TEXT.split(f"\n{group}: ")[1])[0]
-    assert set(re.findall(r"\(as (.*), but\)", section)) <= set(options(group))
+    assert set(re.findall(r"\(settings of (.*), except:\)", section)) <= set(options(group))
 
 
 def test_help_loads_no_torch():

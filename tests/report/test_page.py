@@ -1,4 +1,4 @@
-"""The page without a browser: whole, self-contained, and honest about what is missing."""
+"""The content of the page, without a browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from haq_lab.report import cost
 from haq_lab.report.chart import looks
 from haq_lab.report.collect import collect
 from haq_lab.report.latex import escaped
-from haq_lab.report.page import CHARTS, _facts, page
+from haq_lab.report.page import CHARTS, _summary, page
 from haq_lab.report.routing import _measured
 from haq_lab.report.tables import Cell, _best, _difference, published_table, result_tables
 from haq_lab.results import load as results
@@ -76,11 +76,11 @@ def test_runs_on_other_windows_are_not_compared(studied, tmp_path):
 def test_policies_have_colours_of_their_own_on_the_front(studied):
     found = collect(studied)
     runs = found.runs[found.runs["status"] == "finished"]
-    front = cost.pareto(found).variants["tiny_mixtral: decode, ms a token"]
+    front = cost.pareto(found).variants["tiny_mixtral: decode, ms per token"]
     assert {trace.name for trace in front.data if trace.name} == {"gptq"}
     changed = runs["model"] == "tiny_mixtral"
     found.runs.loc[runs[changed].index[:1], "offload"] = "lru"
-    front = cost.pareto(found).variants["tiny_mixtral: decode, ms a token"]
+    front = cost.pareto(found).variants["tiny_mixtral: decode, ms per token"]
     assert {trace.name for trace in front.data if trace.name} == {"gptq, haq", "gptq, lru"}
 
 
@@ -138,7 +138,7 @@ def test_a_damaged_table_is_left_out_and_told(studied, tmp_path, capsys):
     for name in ("layers.csv", "ranges.safetensors"):
         (tmp_path / "run" / name).write_bytes(b"a,b\n1,2,3\n\xff\xfe")
     text = page(collect(tmp_path), "damaged")
-    assert capsys.readouterr().err.count("is left out: it is damaged") == 2
+    assert capsys.readouterr().err.count("is ignored because it is damaged: ") == 2
     assert "<b>Error and strength by layer</b>" in text
     assert "<h3>Perplexity by method</h3>" in text
 
@@ -195,9 +195,9 @@ def test_the_head_counts_only_what_is_known(studied, tmp_path):
     shutil.copytree(studied / "dense", tmp_path / "dense")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.yaml").write_text("force: false\n")
-    facts = {what: count for count, what in _facts(collect(tmp_path))}
-    assert facts["unfinished"] == 1
-    assert facts["quantizers"] == "rtn, smoothquant"
+    summary = {label: value for value, label in _summary(collect(tmp_path))}
+    assert summary["unfinished"] == 1
+    assert summary["quantizers"] == "rtn, smoothquant"
 
 
 def test_budgets_in_experts_and_bytes_are_on_the_hit_rate_curve():

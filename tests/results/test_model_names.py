@@ -1,4 +1,4 @@
-"""Models with one label are told apart by the shortest thing that differs."""
+"""Models with equal labels get names that differ in as little as possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published figures: the cited file is whole, and stands beside the runs that it belongs to."""
+"""The file of published figures is complete, and each figure is compared with the right runs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_every_figure_is_cited_and_belongs_to_an_experiment_that_is_there():
 
 def test_a_perplexity_is_comparable_only_under_the_published_protocol():
     run = {"model": "Mixtral-8x7B-v0.1", "perplexity.wikitext2": 3.87}
-    for protocol, told in (("wikitext2 perplexity of GPTQ", "yes"), ("", "no: another protocol")):
+    for protocol, comparable in (("wikitext2 perplexity of GPTQ", "yes"), ("", "no: another protocol")):
         figures = beside(_run(**run, **{"comparable.wikitext2": protocol}))
         assert figures["published"].tolist() == [3.864]
-        assert figures["comparable"].tolist() == [told]
+        assert figures["comparable"].tolist() == [comparable]
         assert figures["difference_percent"][0] == pytest.approx((3.87 / 3.864 - 1) * 100)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
+import pytest
 from launching import TINY, launch
 
 from haq_lab.tracking.run_folder import RunFolder
@@ -20,8 +23,8 @@ WANDB = Path(sys.executable).with_name("wandb")
 
 def _records(folder: Path) -> list[dict]:
     log = next(folder.glob("wandb/offline-run-*/run-*.wandb"))
-    told = subprocess.run([WANDB, "leet", "inspect", str(log), "--json"], check=True, capture_output=True, text=True)
-    return [json.loads(line) for line in told.stdout.splitlines()]
+    ended = subprocess.run([WANDB, "leet", "inspect", str(log), "--json"], check=True, capture_output=True, text=True)
+    return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
 def test_a_sweep_is_one_group_and_stays_inside_its_folders(tmp_path, monkeypatch):
@@ -97,3 +100,53 @@ def test_tables_figures_and_names_are_cut_to_fit(tmp_path, monkeypatch):
     assert len(seen["name"]) == 128
     assert seen["group"] is None
     assert (seen["perplexity.x"], seen["finished"]) == (2.0, True)
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """`started("run")` tracks a run, and returns the arguments of `wandb.init` and its environment."""
+    import wandb
+
+    def track(name: str, mode: str = "online") -> dict:
+        seen = {}
+        fake = SimpleNamespace(log=lambda content: None, finish=lambda: None)
+        monkeypatch.setattr(wandb, "init", lambda **settings: seen.update(settings, environment={**os.environ}) or fake)
+        track_run([Wandb(mode=mode)], RunFolder(tmp_path / name, {}), RunRecord(name, "sweep", {}, {}))
+        return seen
+
+    return track
+
+
+def test_each_run_has_its_own_id_whatever_the_environment_names(started, monkeypatch):
+    """As in a sweep with `WANDB_RUN_ID` exported: with one id, uploads would overwrite each other."""
+    identity = {"WANDB_RUN_ID": "mine", "WANDB_RESUME": "must", "WANDB_RESUME_FROM": "mine?_step=1"}
+    for name, value in identity.items():
+        monkeypatch.setenv(name, value)
+    runs = [started(name) for name in ("one", "two")]
+    assert len({run["id"] for run in runs} | {"mine"}) == 3
+    assert not identity.keys() & runs[0]["environment"].keys()
+    assert {name: os.environ[name] for name in identity} == identity
+
+
+@pytest.mark.parametrize(
+    ("mode", "variables", "used"),
+    [
+        ("online", {}, "online"),
+        ("online", {"WANDB_MODE": "online"}, "online"),
+        ("online", {"WANDB_MODE": "offline"}, "offline"),
+        ("online", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("online", {"WANDB_MODE": "disabled"}, None),
+        ("offline", {"WANDB_MODE": "online"}, "offline"),
+        ("offline", {"WANDB_MODE": "disabled"}, None),
+        ("online", {"WANDB_DISABLED": "true"}, None),
+        ("online", {"WANDB_DISABLED": "false"}, "online"),
+    ],
+)
+def test_the_environment_can_only_restrict_the_mode(mode, variables, used, started, tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert started("run", mode).get("mode") == used
+    assert (tmp_path / "run" / "wandb").exists() == (used is not None)
+    assert not (tmp_path / "run" / "events.jsonl").exists()  # no tracker has failed
