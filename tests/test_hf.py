@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ import torch
 from launching import TINY, launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-import haq_lab.hf  # noqa: F401  # registers the method
 from haq_lab.config.backends import make_backend
+from haq_lab.hf import QUANTIZERS  # the import registers the method
 from haq_lab.pipeline.deployment import load_checkpoint
 from haq_lab.utils.errors import UserError
 
@@ -26,6 +28,20 @@ def _write(architecture: str, folder: Path) -> Path:
     outcome = launch(*TINY, f"model=tiny_{architecture}", *where)
     assert outcome.code == 0, outcome.err
     return folder / "checkpoint"
+
+
+@pytest.mark.parametrize("order", [("haq_lab.hf", QUANTIZERS), (QUANTIZERS, "haq_lab.hf")])
+def test_the_method_is_registered_in_any_order_of_imports(order):
+    checks = [
+        "import importlib, sys",
+        "import haq_lab.hf" if order[0] == "haq_lab.hf" else "",
+        "assert not {'torch', 'transformers'} & {*sys.modules}",
+        *(f"importlib.import_module('{name}')" for name in order),
+        f"auto = sys.modules['{QUANTIZERS}']",
+        "assert auto.AUTO_QUANTIZER_MAPPING['haq_lab'].__name__ == 'HaqLabQuantizer'",
+        "assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING['haq_lab'].__name__ == 'HaqLabConfig'",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(checks)], check=True)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

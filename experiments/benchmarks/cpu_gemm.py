@@ -27,6 +27,7 @@ import torch
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.build import build, compiler
+from haq_lab.int8.cpu.weight_block import huge_pages
 
 # (N, K) of SmolLM2-135M (q and o; k and v; gate and up; down; head) and Mixtral (w1; w2); then q/k/v and
 # gate/up of SmolLM2 as one.
@@ -140,7 +141,7 @@ def decode(driver: Path, n: int, k: int, pool: int, repeats: int) -> dict:
 def through_python(n: int, k: int, pool: int, repeats: int) -> dict[str, float]:
     """Return the same with the best instruction set and one call from Python per product."""
     count = max(1, pool // (n * k))
-    plain, laid = native.huge_pages(count * n * k).fill_(1), native.huge_pages(count * n * k).view(count, n * k)
+    plain, laid = huge_pages(count * n * k).fill_(1), huge_pages(count * n * k).view(count, n * k)
     packed = native.pack(torch.randint(-127, 128, (n, k), dtype=torch.int8)).data
     linears = [native.Linear(native.Packed(place.copy_(packed), n, k), torch.rand(n)) for place in laid]
 

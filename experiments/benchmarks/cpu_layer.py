@@ -20,6 +20,7 @@ from model_speed import clock, model, since, whole
 
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
+from haq_lab.int8.cpu.weight_block import huge_pages
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.native_decoder import NativeStack
@@ -37,7 +38,7 @@ def main() -> None:
     kept = [stack.new_cache() for stack in stacks]
     weights = [m.packed for stack in stacks for m in stack.modules() if isinstance(m, Int8Linear)]
     size, layers = sum(packed.numel() for packed in weights), sum(len(stack.layers) for stack in stacks)
-    data = native.huge_pages(size).fill_(1)
+    data = huge_pages(size).fill_(1)
     readers = vector_isas()
     read_seconds: dict[str, list[tuple[float, float]]] = {isa: [] for isa in readers}
     hidden, angles = torch.randn(1, 1, stacks[0].width), torch.randn(1, 1, stacks[0].head_dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -31,13 +31,20 @@ def layer_content(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, Activa
     return tensors, {name: linear.scheme for name, linear in linears.items()}
 
 
-def read_layer(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, ActivationScheme]]:
+def read_layer(
+    folder: Path, shard: Shard, buffer: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, ActivationScheme]]:
     """Return the tensors of a layer's file and the activation scheme of each int8 linear, by their full names.
+
+    Args:
+        folder: The checkpoint folder.
+        shard: The file's entry in the manifest.
+        buffer: Memory for the file, as `read_shard` takes it.
 
     Raises:
         UserError: The file is missing or damaged.
     """
-    tensors, metadata = read_shard(folder, shard)
+    tensors, metadata = read_shard(folder, shard, buffer)
     return tensors, read_schemes(metadata, folder / shard.file)
 
 
@@ -63,6 +70,8 @@ def int8_layer(
 ) -> nn.Module:
     """Build decoder layer `index` from its tensors, without a float copy of the weights.
 
+    Only the int8 weights may share memory with `tensors`, if the backend does not change their layout.
+
     Args:
         model: The model that the layer belongs to.
         index: Index of the layer.
@@ -74,9 +83,12 @@ def int8_layer(
     Raises:
         UserError: The tensors do not fit the model's config.
     """
-    layer, tensors = model.new_layer(index), dict(tensors)
+    layer = model.new_layer(index)
     linears = dict(layer.named_modules())
-    for name, scheme in schemes.items():
+    weights = {f"{name}.weight" for name in schemes}
+    tensors = {name: tensor if name in weights else tensor.clone() for name, tensor in tensors.items()}
+    for name in _merged_first(schemes, model):
+        scheme = schemes[name]
         parts = ("weight", "weight_scale", "bias", "input_scale")
         levels, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
         linear = linears.get(name)
@@ -92,6 +104,13 @@ def int8_layer(
         layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
     _assign(layer, tensors, where)
     return layer.requires_grad_(False)
+
+
+def _merged_first(names: Iterable[str], model: LayeredModel) -> list[str]:
+    """Return the names of linears with those that will be merged side by side, so that they are packed side by side."""
+    merged = [name for group in model.groups for name in group.consumers_by_expert().get(None, ())]
+    order = {name: place for place, name in enumerate(merged)}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
 def _fit(

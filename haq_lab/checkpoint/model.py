@@ -7,14 +7,20 @@ layer = model.load_layer(0)
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from typing import cast
 
+import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from haq_lab.checkpoint.layer_tensors import int8_layer, read_layer
 from haq_lab.checkpoint.manifest import REST, ROUTING, Manifest, layer_file
 from haq_lab.int8.backend import Backend
+from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
 from haq_lab.routing.trace import Trace
@@ -60,13 +66,19 @@ class QuantizedModel(LayeredModel):
     def __init__(self, folder: Path, backend: Backend):
         self.manifest = Manifest.read(folder)
         self.backend = backend
-        self.manifest.check_files(folder)
-        super().__init__(folder)
+        with ThreadPoolExecutor(1) as reader:
+            self._outer = reader.submit(read_shard, folder, self.manifest.shard(folder, REST))
+            self.manifest.check_files(folder)
+            super().__init__(folder)
+        del self._outer
         if has_int8_head(folder):
             self.quantize_head(backend)
 
     def read_outer_tensors(self) -> dict[str, Tensor]:
         return read_shard(self.folder, self.manifest.shard(self.folder, REST))[0]
+
+    def _shell_tensors(self) -> dict[str, Tensor]:
+        return self._outer.result()[0]
 
     def routing(self) -> Trace | None:
         """Return the routing trace of the calibration pass, or None if the checkpoint has none."""
@@ -78,18 +90,53 @@ class QuantizedModel(LayeredModel):
         Raises:
             UserError: The layer's file is damaged or does not fit the config.
         """
-        file = layer_file(index)
-        stored, schemes = read_layer(self.folder, self.manifest.shard(self.folder, file))
-        prefix = f"{self.family.layers}.{index}."
+        return self._build_layer(index, *self._read_layer(index))
+
+    def load_layers(self, contiguous: bool = False) -> Iterator[nn.Module]:
+        """Yield all decoder layers in int8. The file of the next layer is read while a layer is built.
+
+        Args:
+            contiguous: Store the packed weights of all layers in one block of memory, if the backend has such blocks.
+                The memory of single weights can then not be freed.
+
+        Raises:
+            UserError: A layer's file is damaged or does not fit the config.
+        """
+        block = self.backend.weight_block(self._int8_shapes()) if contiguous else nullcontext()
+        # Packing copies the weights, so the memory of a file can be used again when its layer is built.
+        size = max(shard.bytes for shard in self.manifest.shards.values()) if self.backend.native else 0
+        buffers = [torch.empty(size, dtype=torch.uint8) if size else None for _ in range(2)]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self._read_layer, 0, buffers[0])
+            for index in range(self.depth):
+                stored = ahead.result()
+                if index + 1 < self.depth:
+                    ahead = reader.submit(self._read_layer, index + 1, buffers[(index + 1) % 2])
+                with block:
+                    layer = self._build_layer(index, *stored)
+                yield layer
+
+    def _int8_shapes(self) -> list[torch.Size]:
+        """Return the shapes (n, k) of the int8 weights of all layers."""
+        layer, names = self.new_layer(0), {name for group in self.groups for name in group.consumers}
+        return [cast(Tensor, layer.get_submodule(name).weight).shape for name in names] * self.depth
+
+    def _read_layer(
+        self, index: int, buffer: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, ActivationScheme]]:
+        return read_layer(self.folder, self.manifest.shard(self.folder, layer_file(index)), buffer)
+
+    def _build_layer(self, index: int, stored: dict[str, Tensor], schemes: dict[str, ActivationScheme]) -> nn.Module:
+        where, prefix = str(self.folder / layer_file(index)), f"{self.family.layers}.{index}."
         for name in stored:
             if not name.startswith(prefix):
                 raise UserError(
-                    f"checkpoint: {self.folder / file}: tensor '{name}' does not belong to layer {index}. "
+                    f"checkpoint: {where}: tensor '{name}' does not belong to layer {index}. "
                     "Write the checkpoint again."
                 )
         tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
         schemes = {name.removeprefix(prefix): scheme for name, scheme in schemes.items()}
-        return int8_layer(self, index, tensors, schemes, self.backend, str(self.folder / file))
+        return int8_layer(self, index, tensors, schemes, self.backend, where)
 
 
 def has_int8_head(folder: Path) -> bool:

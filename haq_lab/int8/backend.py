@@ -5,6 +5,8 @@ The `cpu` and `cuda` backends are in their own packages, `haq_lab.int8.cpu` and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -110,6 +112,14 @@ class Backend:
         """
         levels = self.unpack(packed, len(weight_scale), columns)
         return (levels.float() * weight_scale[:, None]).to(dtype)
+
+    def weight_block(self, shapes: Iterable[tuple[int, int]]) -> AbstractContextManager[object]:
+        """Return a context that can be entered repeatedly, in which `pack` stores weights one after the other.
+
+        Args:
+            shapes: Shapes (n, k) of all weights that will be packed in the context.
+        """
+        return nullcontext()
 
     def can_merge_rows(self, rows: int) -> bool:
         """Return whether packed weights with this many rows can be followed by another linear's in one matrix."""

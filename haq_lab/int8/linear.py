@@ -35,8 +35,8 @@ class MergedLinear:
         first = members[0]
         self.backend, self.scheme, self.input_scale = first.backend, first.scheme, first.input_scale
         self.members = members
-        self.weight_scale = torch.cat([member.weight_scale for member in members])
-        self.bias = None if first.bias is None else torch.cat([m.bias for m in members if m.bias is not None])
+        self.weight_scale = _join([member.weight_scale for member in members])
+        self.bias = None if first.bias is None else _join([m.bias for m in members if m.bias is not None])
         self.rows = [member.out_features for member in members]
         self.out_features, self.in_features = sum(self.rows), first.in_features
         self._input: tuple[Tensor | QuantizedRows, int] | None = None
@@ -46,7 +46,7 @@ class MergedLinear:
             if self.bias is not None:
                 member.bias = self.bias.split(self.rows)[place]
             member.merged, member.place = self, place
-        self.hold(torch.cat([member.packed for member in members]))
+        self.hold(_join([member.packed for member in members]))
 
     def hold(self, packed: Tensor) -> None:
         """Use `packed`, which has the same values, as storage of the weights. The members get views of it."""
@@ -83,6 +83,18 @@ class MergedLinear:
         if not self._outputs:
             self._input = None  # so that the activation can be freed
         return part
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors (n, ...) one after the other: a view if they are adjacent in memory, else a copy."""
+    first = tensors[0]
+    adjacent = all(
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.data_ptr() + a.nbytes == b.data_ptr()
+        for a, b in pairwise(tensors)
+    )
+    if not adjacent or not all(tensor.is_contiguous() for tensor in tensors):
+        return torch.cat([*tensors])
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
 def can_merge(members: Sequence[Int8Linear]) -> bool:
@@ -153,7 +165,6 @@ class Int8Linear(nn.Module):
         self.backend = backend
         self.merged: MergedLinear | None = None
         self.place = 0
-        self._is_view = False  # whether `packed` is a view of a larger tensor
 
     @property
     def weight(self) -> Tensor:
@@ -199,7 +210,7 @@ class Int8Linear(nn.Module):
 
     def hold(self, packed: Tensor) -> None:
         """Use `packed`, a view with the same values, as storage of the weights."""
-        self.packed, self._is_view = packed, True
+        self.packed = packed
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """Compute the linear for x (..., k). Returns (..., n)."""
@@ -225,7 +236,8 @@ class Int8Linear(nn.Module):
                 "Load the state dict of the same model."
             )
         packed = self.backend.pack(levels)
-        self.packed = self.packed.copy_(packed) if self._is_view else packed
+        is_view = self.packed.untyped_storage().nbytes() > self.packed.nbytes
+        self.packed = self.packed.copy_(packed) if is_view else packed
         others = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
         super()._load_from_state_dict(others, prefix, *arguments)
 

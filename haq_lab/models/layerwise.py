@@ -125,9 +125,7 @@ class LayeredModel:
         shell.set_submodule(self.family.layers, nn.ModuleList(self.recorders))
         tables = table_names(shell)
         tensors = {
-            # Cloned, because the tensor may be a view of a memory-mapped file.
-            name: tensor.clone() if name in tables else tensor.to(self.dtype)
-            for name, tensor in self.read_outer_tensors().items()
+            name: tensor if name in tables else tensor.to(self.dtype) for name, tensor in self._shell_tensors().items()
         }
         try:
             result = shell.load_state_dict(tensors, strict=False, assign=True)
@@ -145,6 +143,10 @@ class LayeredModel:
         keep_stored_type(shell, self.dtype)
         declare_batches(shell.get_submodule(self.family.layers.rpartition(".")[0]))
         return shell.requires_grad_(False)
+
+    def _shell_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors outside the layers in their own memory. Those that are read are views of mapped files."""
+        return {name: tensor.clone() for name, tensor in self.read_outer_tensors().items()}
 
     def read_outer_tensors(self) -> dict[str, Tensor]:
         """Return the tensors outside the layers as stored, with their names in our modules."""
@@ -194,7 +196,7 @@ class LayeredModel:
 
     def new_layer(self, index: int) -> nn.Module:
         """Return decoder layer `index` on the meta device, without weights and with split experts."""
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             layer = self._layer_class(self.config, index).eval().requires_grad_(False)
             if self.family.moe is not None:
                 name = self.family.moe.experts

@@ -110,8 +110,8 @@ def load_checkpoint(
     session = None if offload is None else _open_session(offload, model, calibration)
     try:
         deployment = Deployment(model, backend, session, report)
-        for index in range(model.depth):
-            deployment.add(model.load_layer(index))
+        for layer in model.load_layers(contiguous=session is None):  # offloading frees the memory of experts
+            deployment.add(layer)
         whole = cast(PreTrainedModel, deployment.finish())
     except BaseException:
         if session is not None:

@@ -10,19 +10,19 @@ run together (`fusion`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, cast
 
 from torch import nn
 
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu.weight_block import huge_pages
 from haq_lab.int8.linear import Int8Linear, MergedLinear, can_merge
 from haq_lab.models.architectures import Group, Moe
 from haq_lab.models.experts import Expert
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.runtime.equivalence import is_silu
+from haq_lab.runtime.equivalence import computation_key, is_silu
 from haq_lab.runtime.fusion import fuse
 from haq_lab.runtime.layer_parts import LayerParts, UnsupportedLayerError
 from haq_lab.runtime.native_decoder import make_stack, stack_native_layers
@@ -56,9 +56,10 @@ def deploy(
     move_to_huge_pages(layers)
     parts: list[LayerParts | None] = []
     reasons: dict[int, str] = {}
+    reproduced: set[Hashable] = set()
     for index, layer in enumerate(layers):
         try:
-            parts.append(_native_parts(layer, model))
+            parts.append(_native_parts(layer, model, reproduced))
         except UnsupportedLayerError as error:
             parts.append(None)
             reasons[index] = str(error)
@@ -68,11 +69,21 @@ def deploy(
     return whole
 
 
-def _native_parts(layer: nn.Module, model: LayeredModel) -> LayerParts:
-    """Describe a layer to the native decoder. Raises UnsupportedLayerError if the decoder cannot reproduce it."""
-    parts = LayerParts.of(layer, model.groups, model.family)
-    if not make_stack([layer], [parts], 0, _moe_block(model)).reproduces_its_layers():
+def _native_parts(layer: nn.Module, model: LayeredModel, reproduced: set[Hashable]) -> LayerParts:
+    """Describe a layer to the native decoder.
+
+    Args:
+        layer: The decoder layer.
+        model: The model's description.
+        reproduced: Computation keys of the layers that the decoder reproduces. Layers with these keys are not run.
+
+    Raises:
+        UnsupportedLayerError: The decoder cannot reproduce the layer.
+    """
+    parts, key = LayerParts.of(layer, model.groups, model.family), computation_key(layer)
+    if key not in reproduced and not make_stack([layer], [parts], 0, _moe_block(model)).reproduces_its_layers():
         raise UnsupportedLayerError("the native kernels do not reproduce its output")
+    reproduced.add(key)
     return parts
 
 
@@ -127,12 +138,12 @@ def make_router_native(layer: nn.Module, moe: Moe, config: Any, backend: Backend
 def move_to_huge_pages(layers: Iterable[nn.Module]) -> None:
     """Move natively packed weights into one contiguous block of huge pages, in the order in which they are read.
 
-    Linears move one at a time. The system allocates a page when it is first written, so at most one linear is in
-    memory twice.
+    Weights that were packed into one block (`Backend.weight_block`) stay there. Others move one linear at a time. The
+    system allocates a page when it is first written, so at most one linear is in memory twice.
     """
     linears = [m for layer in layers for m in layer.modules() if isinstance(m, Int8Linear)]
     owners = dict.fromkeys(linear.merged or linear for linear in linears if linear.backend.native)
-    if owners:
+    if len({owner.packed.untyped_storage().data_ptr() for owner in owners}) > 1:
         sizes = [owner.packed.numel() for owner in owners]
-        for owner, block in zip(owners, native.huge_pages(sum(sizes)).split(sizes), strict=True):
+        for owner, block in zip(owners, huge_pages(sum(sizes)).split(sizes), strict=True):
             owner.hold(block.view_as(owner.packed).copy_(owner.packed))

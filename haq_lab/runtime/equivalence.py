@@ -1,11 +1,15 @@
-"""Check on random rows whether a fused kernel computes the same as a module."""
+"""Check on random rows whether a fused kernel computes the same as a module.
+
+Modules with the same `computation_key` differ only in their weights, so one of them is checked for all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from types import FunctionType, MethodType, NoneType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
 
@@ -38,3 +42,19 @@ def is_silu(act_fn: Callable[[Tensor], Tensor], backend: Backend) -> bool:
     return nearly_equal(
         backend.swiglu_quantize(gate, up, "token", None), backend.quantize(act_fn(gate) * up, "token", None)
     )
+
+
+def computation_key(module: nn.Module) -> Hashable:
+    """Return a key that is equal for modules that compute the same function of their input and their weights.
+
+    The key has the types of all submodules, their attributes that are numbers, texts or functions, and the shapes and
+    types of their weights. It does not have the layer's index, which only selects the entry of a KV cache.
+    """
+    parts = tuple((name, type(part), frozenset(_plain_attributes(part))) for name, part in module.named_modules())
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return parts, tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
+
+
+def _plain_attributes(module: nn.Module) -> list[tuple[str, Hashable]]:
+    plain = (int, float, str, NoneType, FunctionType, MethodType)
+    return [(name, value) for name, value in vars(module).items() if name != "layer_idx" and isinstance(value, plain)]

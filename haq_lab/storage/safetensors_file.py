@@ -26,6 +26,7 @@ from haq_lab.utils.errors import UserError
 
 DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.uint16: "U16", torch.float32: "F32", torch.bfloat16: "BF16"}
 DTYPES |= {torch.float16: "F16"}
+CHUNK = 1 << 20  # bytes that are read and then hashed while they are in the processor's cache
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -83,12 +84,14 @@ def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     return Shard(path.name, size, file_hash.hexdigest(), hashes)
 
 
-def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a file, and check its header and each tensor against their hashes.
+def read_shard(folder: Path, shard: Shard, buffer: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file, and check its header and tensors against their hashes.
 
     Args:
         folder: Folder of the checkpoint.
         shard: The file's description in the manifest.
+        buffer: uint8 memory for the file. The tensors are then views of it, so the next file overwrites them. If None,
+            each tensor has its own memory.
 
     Returns:
         The tensors by name, and the metadata.
@@ -110,17 +113,19 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
         raise UserError(
             f"checkpoint: {path}: tensor '{name}' does not match the manifest. Check whether a file was renamed."
         )
-    data: dict[str, Tensor] = {}
+    sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values()]
+    if buffer is None:
+        parts = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    else:
+        parts = [*buffer[: sum(sizes)].split(sizes)]
+    data = dict(zip(header, parts, strict=True))  # in the order of the file
     with path.open("rb") as stream:
         file_hash = hashlib.sha256(stream.read(start))
-        for name, entry in header.items():  # in the order of the file
-            data[name] = torch.empty(entry["data_offsets"][1] - entry["data_offsets"][0], dtype=torch.uint8)
-            stream.readinto(_bytes(data[name]))
-            file_hash.update(_bytes(data[name]))
-            if hashlib.sha256(_bytes(data[name])).hexdigest() != shard.tensors[name]:
-                raise UserError(f"checkpoint: {path}: tensor '{name}' does not match its hash. The file is damaged.")
-    if file_hash.hexdigest() != shard.sha256:  # a changed shape would give other tensors from the same bytes
-        raise UserError(f"checkpoint: {path}: its header does not match its hash. The file is damaged.")
+        for chunk in (chunk for part in parts for chunk in part.split(CHUNK)):
+            stream.readinto(_bytes(chunk))
+            file_hash.update(_bytes(chunk))
+    if file_hash.hexdigest() != shard.sha256:
+        raise UserError(f"checkpoint: {path}: {_damage(data, shard)} does not match its hash. The file is damaged.")
     try:
         tensors = {
             name: flat.view(_TYPES[header[name]["dtype"]]).view(header[name]["shape"]) for name, flat in data.items()
@@ -128,6 +133,14 @@ def read_shard(folder: Path, shard: Shard) -> tuple[dict[str, Tensor], dict[str,
     except (KeyError, RuntimeError, OverflowError, TypeError) as error:
         raise UserError(f"checkpoint: {path} has a tensor that torch cannot read ({error}). Do not use it.") from error
     return tensors, metadata
+
+
+def _damage(data: dict[str, Tensor], shard: Shard) -> str:
+    """Name what is damaged. A changed shape in the header would give other tensors from the same bytes."""
+    for name, part in data.items():
+        if hashlib.sha256(_bytes(part)).hexdigest() != shard.tensors[name]:
+            return f"tensor '{name}'"
+    return "its header"
 
 
 def describe_shard(path: Path) -> Shard:

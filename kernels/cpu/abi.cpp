@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <new>
 
 #include "decoder.h"
@@ -99,13 +100,26 @@ void haq_prefer_huge_pages(void* data, int64_t bytes) {
 
 // Writes w (n, k) as the columns from `column` on of a packed matrix of depth k.
 void haq_pack(const int8_t* w, int64_t n, int64_t k, int64_t column, uint8_t* packed, int threads) {
-  const int64_t groups = (k + kGroup - 1) / kGroup;
-  parallel_for(n * k < 65536 ? 1 : threads, n, [&](int64_t i) {
-    const int64_t c = column + i;
-    uint8_t* out = packed + c / kPanel * groups * kGroupBytes + c % kPanel * kGroup;
-    for (int64_t j = 0; j < groups * kGroup; ++j)
-      out[j / kGroup * kGroupBytes + j % kGroup] =
-          static_cast<uint8_t>(128 + (j < k ? static_cast<int>(w[i * k + j]) : 0));
+  constexpr int64_t line = 64 / kGroup; // groups of a row in one cache line, which are read together
+  const int64_t whole = k / kGroup, groups = (k + kGroup - 1) / kGroup, first_panel = column / kPanel;
+  const int64_t panels = (column + n + kPanel - 1) / kPanel - first_panel;
+  parallel_for(n * k < 65536 ? 1 : threads, panels, [&](int64_t unit) {
+    const int64_t panel = first_panel + unit;
+    const int64_t begin = std::max(column, panel * kPanel), end = std::min(column + n, (panel + 1) * kPanel);
+    for (int64_t block = 0; block < groups; block += line)
+      for (int64_t c = begin; c < end; ++c) {
+        const int8_t* row = w + (c - column) * k;
+        uint8_t* out = packed + panel * groups * kGroupBytes + c % kPanel * kGroup;
+        for (int64_t j = block; j < std::min(block + line, whole); ++j) {
+          uint32_t values;
+          std::memcpy(&values, row + j * kGroup, kGroup);
+          values ^= 0x80808080u; // w + 128 in each byte
+          std::memcpy(out + j * kGroupBytes, &values, kGroup);
+        }
+        if (block + line >= groups)
+          for (int64_t i = whole * kGroup; i < groups * kGroup; ++i)
+            out[whole * kGroupBytes + i % kGroup] = static_cast<uint8_t>(128 + (i < k ? row[i] : 0));
+      }
   });
 }
 

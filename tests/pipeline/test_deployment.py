@@ -117,14 +117,14 @@ def test_a_damaged_expert_file_is_written_again(checkpoint, windows, cache, dama
 
 
 def test_an_interrupted_load_leaves_no_expert_file(checkpoint, cache, monkeypatch):
-    load_layer = QuantizedModel.load_layer
+    new_layer = QuantizedModel.new_layer
 
     def interrupted(self, index):
         if index == 1:
             raise KeyboardInterrupt
-        return load_layer(self, index)
+        return new_layer(self, index)
 
-    monkeypatch.setattr(QuantizedModel, "load_layer", interrupted)
+    monkeypatch.setattr(QuantizedModel, "new_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         haq_lab.load(checkpoint, "reference", **HALF)
     assert [path for path in cache.rglob("*") if path.is_file()] == []

@@ -11,7 +11,8 @@ extreme values. Float32 products always work. Their sums are exact below 2^24, s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from haq_lab.int8.backend import Backend, PackedExpert, PackedLinear, ReferenceBackend
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
+from haq_lab.int8.cpu.weight_block import WeightBlock
 from haq_lab.int8.numerics import ActivationScheme, epilogue, scale_of
 from haq_lab.int8.sequences import Sequences
 
@@ -143,6 +145,11 @@ class CpuBackend(Backend):
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
         return native.unpack(native.Packed(packed, rows, columns)) if packed.dtype == torch.uint8 else packed
+
+    def weight_block(self, shapes: Iterable[tuple[int, int]]) -> AbstractContextManager[object]:
+        if not self.native:
+            return nullcontext()
+        return WeightBlock(sum(native.packed_bytes(rows, columns) for rows, columns in shapes))
 
     def can_merge_rows(self, rows: int) -> bool:
         return not self.native or rows % native.PANEL == 0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from haq_lab.int8.cpu.library import level, library
+from haq_lab.int8.cpu.weight_block import allocate
 
 # Output channels whose weights are stored together, and consecutive k of each (kernels/cpu/kernels.h).
 PANEL, GROUP = 32, 4
@@ -86,7 +87,8 @@ def pack(weight: Tensor | Sequence[Tensor]) -> Packed:
     for part in parts:
         _check(part, "weight", torch.int8, part.shape[0], k)
     n = sum(part.shape[0] for part in parts)
-    data = huge_pages(lib.haq_packed_bytes(n, k)).zero_()
+    data = allocate(packed_bytes(n, k))
+    data[packed_bytes(n - n % PANEL, k) :].zero_()  # a last panel that is not full
     column, threads = 0, torch.get_num_threads()
     for part in parts:
         lib.haq_pack(part.data_ptr(), part.shape[0], k, column, data.data_ptr(), threads)
@@ -94,11 +96,9 @@ def pack(weight: Tensor | Sequence[Tensor]) -> Packed:
     return Packed(data, n, k)
 
 
-def huge_pages(count: int) -> Tensor:
-    """Allocate `count` bytes as uint8, in huge pages if the system has any."""
-    data = torch.empty(count, dtype=torch.uint8)
-    library().haq_prefer_huge_pages(data.data_ptr(), count)
-    return data
+def packed_bytes(n: int, k: int) -> int:
+    """Return the size of packed weights (N, K)."""
+    return library().haq_packed_bytes(n, k)
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -300,7 +300,7 @@ def expert(
     _check(qx, "qx", torch.int8, m, k)
     _check(row_scale, "row_scale", torch.float32, m)
     for data, scale, (rows, columns) in zip(packed, scales, ((f, k), (f, k), (k, f)), strict=True):
-        if data.numel() != -(-rows // PANEL) * PANEL * -(-columns // GROUP) * GROUP or len(scale) != rows:
+        if data.numel() != packed_bytes(rows, columns) or len(scale) != rows:
             raise ValueError(
                 f"{data.numel()} packed bytes and {len(scale)} scales do not fit weights of {rows} x {columns}."
             )

@@ -1,14 +1,4 @@
-"""Register haq_lab checkpoints with transformers.
-
-After `import haq_lab.hf`, transformers loads a checkpoint like any other model, with int8 weights and our kernels:
-
-    import haq_lab.hf
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained("checkpoints/smol")
-    tokenizer = AutoTokenizer.from_pretrained("checkpoints/smol")
-    print(tokenizer.decode(model.generate(**tokenizer("Once upon a time", return_tensors="pt"))[0]))
-"""
+"""Define how transformers loads a haq_lab checkpoint: its `quantization_config` and its quantizer."""
 
 from __future__ import annotations
 
@@ -16,7 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -26,7 +20,6 @@ if TYPE_CHECKING:
 METHOD = "haq_lab"
 
 
-@register_quantization_config(METHOD)
 class HaqLabConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint.
 
@@ -57,7 +50,6 @@ class HaqLabConfig(QuantizationConfigMixin):
         self.__dict__.update({name: value for name, value in record.items() if name != "quant_method"})
 
 
-@register_quantizer(METHOD)
 class HaqLabQuantizer(HfQuantizer):
     """Loads a haq_lab checkpoint inside `from_pretrained`, through the loader that `model=quantized` uses.
 
@@ -116,6 +108,13 @@ class HaqLabQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def register() -> None:
+    """Register the method with transformers, if it is not registered yet."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(HaqLabConfig)
+        register_quantizer(METHOD)(HaqLabQuantizer)
 
 
 def _one_device(device_map: Any) -> str:
