@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="PROMPT",
-        help="one prompt in quotes, or - to read it from the standard input; also offload=OPTION, offload.SETTING=VALUE",
+        help="one prompt in quotes, or - to read it from standard input; also offload=OPTION, offload.SETTING=VALUE",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
     parser.add_argument(

@@ -53,7 +53,7 @@ def _serve(given: argparse.Namespace) -> None:
     from haq_lab.config.offloading import parse_offload
     from haq_lab.serve.app import build_app
     from haq_lab.serve.server import address_of, open_socket, run
-    from haq_lab.utils.transformers_logging import quiet_transformers
+    from haq_lab.utils.hugging_face import quiet_transformers
 
     option, settings = parse_offload(given.offload)
     name = given.name or given.folder.expanduser().resolve().name

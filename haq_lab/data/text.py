@@ -11,7 +11,7 @@ from typing import Literal
 
 from haq_lab.data.text_files import read_documents
 from haq_lab.utils.errors import UserError
-from haq_lab.utils.hub import hub_is_reachable
+from haq_lab.utils.hugging_face import hub_is_reachable
 
 Split = Literal["train", "validation", "test"]
 

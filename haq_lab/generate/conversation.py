@@ -74,7 +74,8 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
         UserError: The chat template fails, for example because it does not allow a system message.
     """
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return list(encoded["input_ids"])
     except Exception as error:  # a template is a program, so it can raise anything
         reason = " ".join(str(error).split())
         raise UserError(

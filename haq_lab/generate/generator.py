@@ -95,7 +95,8 @@ class Generator:
         temperature: float | None = None,
         max_tokens: int = 512,
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model: Any = model  # mypy takes the methods of transformers' models for tensors
+        self.tokenizer = tokenizer
         self.temperature, self.max_tokens = temperature, max_tokens
         self.stop = Stop()
         self._cache: Cache | None = None

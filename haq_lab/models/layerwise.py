@@ -34,7 +34,7 @@ from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
 from haq_lab.utils.errors import UserError
-from haq_lab.utils.transformers_logging import quiet_transformers
+from haq_lab.utils.hugging_face import quiet_transformers
 
 TOKENS_PER_BATCH = 4096  # bounds the activations in memory; larger gains nothing on a CPU
 M = TypeVar("M", bound=nn.Module)

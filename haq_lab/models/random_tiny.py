@@ -22,7 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from haq_lab.utils.transformers_logging import quiet_transformers
+from haq_lab.utils.hugging_face import quiet_transformers
 
 END = "<|end|>"
 

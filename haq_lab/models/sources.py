@@ -25,7 +25,7 @@ from haq_lab.models.random_tiny import build_tiny
 from haq_lab.storage.weight_files import SUFFIXES, weight_files
 from haq_lab.utils.atomic_files import cached_sha256, write_json
 from haq_lab.utils.errors import UserError, nearest_beside
-from haq_lab.utils.hub import hub_is_reachable
+from haq_lab.utils.hugging_face import hub_is_reachable
 
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers save the tensors
 
@@ -214,7 +214,7 @@ class TinyModel:
 def _convert_gguf(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from haq_lab.utils.transformers_logging import quiet_transformers
+    from haq_lab.utils.hugging_face import quiet_transformers
 
     with quiet_transformers():
         try:

@@ -23,9 +23,8 @@ from haq_lab.models.sources import HubModel
 from haq_lab.storage.hidden_state_buffer import RAM_BYTES
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
-from haq_lab.utils.hub import hub_is_reachable
+from haq_lab.utils.hugging_face import hub_is_reachable, quiet_transformers
 from haq_lab.utils.paths import cache_folder
-from haq_lab.utils.transformers_logging import quiet_transformers
 
 FLOAT, HALF = 4, 2  # bytes of a number: float32 to compute, 16 bits in checkpoints
 LARGE = 4e9  # bytes of a model; from this size on, the table is shown even if everything fits

@@ -150,7 +150,7 @@ class NativeStack(nn.Module):
         new = None if tokens is None else tokens[:, kv.length :]
         counts = [length] * batch if new is None else new.sum(1).tolist()
         kv.reserve(counts)
-        sequences = (SequenceParts * batch)(*zip(counts, kv.stored, strict=True))
+        sequences = (SequenceParts * batch)(*(SequenceParts(*one) for one in zip(counts, kv.stored, strict=True)))
         if new is None:
             self._compute(out.view(1, batch * length, -1), cosines, sines, sequences, kv)
         elif any(counts):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from haq_lab.data.windows import PythonDocs
 from haq_lab.models.architectures import family_of
-from haq_lab.utils.transformers_logging import quiet_transformers
+from haq_lab.utils.hugging_face import quiet_transformers
 
 WINDOWS, SEQLEN = 4, 1024
 

@@ -26,7 +26,7 @@ from haq_lab.data.windows import encode
 from haq_lab.models.build_cache import build_once
 from haq_lab.models.random_tiny import END
 from haq_lab.utils.console import Progress
-from haq_lab.utils.transformers_logging import quiet_transformers
+from haq_lab.utils.hugging_face import quiet_transformers
 from haq_lab.zoo.sanity_check import check_model
 
 RATE, WARMUP, DECAY = 4e-3, 0.05, 0.1  # peak learning rate, share of warm-up steps, weight decay

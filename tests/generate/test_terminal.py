@@ -66,7 +66,7 @@ def _run(arguments: tuple[str, ...]) -> None:
     try:
         warnings.resetwarnings()
         os.environ["TERM"] = "dumb"
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115, PTH123  # not pytest's
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115  # not pytest's
         signal.signal(signal.SIGINT, signal.default_int_handler)
         main(["--backend=reference", "--temperature=0", *arguments])
     except SystemExit as end:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
-from haq_lab.utils.transformers_logging import quiet_transformers
+from haq_lab.utils.hugging_face import quiet_transformers
 
 HALVES = [torch.bfloat16, torch.float16]
 

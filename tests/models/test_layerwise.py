@@ -15,7 +15,7 @@ from haq_lab.models import layerwise as layered
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.utils.errors import UserError
-from haq_lab.utils.transformers_logging import quiet_transformers
+from haq_lab.utils.hugging_face import quiet_transformers
 
 SMALL = {
     "vocab_size": 257,

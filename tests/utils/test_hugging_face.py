@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from haq_lab.utils.hub import hub_is_reachable
+from haq_lab.utils.hugging_face import hub_is_reachable
 
 
 class Session:
