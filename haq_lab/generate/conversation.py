@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from haq_lab.generate.generator import Answer, Generator
 from haq_lab.utils.errors import UserError

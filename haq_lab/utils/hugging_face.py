@@ -11,7 +11,8 @@ from contextlib import contextmanager
 def hub_is_reachable() -> bool:
     """Return whether the hub can be reached. Checks once per process.
 
-    Without a network, the hub's clients would retry for half a minute. The function returns False at once if the environment sets `HF_HUB_OFFLINE`.
+    Without a network, the hub's clients would retry for half a minute. The function returns False at once if the
+    environment sets `HF_HUB_OFFLINE`.
     """
     from huggingface_hub import constants, get_session
 
