@@ -26,10 +26,10 @@ class CudaBackend(Backend):
     and outputs back. A deployed model is completely on the GPU and copies nothing.
 
     Args:
-        device: `cuda` for torch's current device, or a number such as `cuda:1`.
+        device: A GPU such as `cuda:1`. `cuda` is the first free GPU, or torch's current one if `share` is True.
         kernels: The kernels to use; those of the device if None.
-        share: Whether other processes may use the GPU at the same time. If False, `cuda` means the first free GPU,
-            and the backend reserves it until `close`.
+        share: Whether other processes may use the GPU at the same time. If False, the backend reserves the GPU until
+            `close`.
         lock_timeout: Seconds to wait while other jobs use the GPU. None waits without a limit.
 
     Raises:
@@ -63,10 +63,12 @@ class CudaBackend(Backend):
 
     def close(self) -> None:
         """Release the GPU for other jobs. This process, such as a worker of a sweep, may live on."""
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # otherwise torch keeps the memory of freed tensors for this process
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # otherwise torch keeps the memory of freed tensors for this process
+        finally:  # a kernel's error makes every later CUDA call fail
+            if self._lock is not None:
+                self._lock.release()
 
     @property
     def kernels(self) -> str:

@@ -1,6 +1,6 @@
 """Compile CUDA C++ with NVRTC, NVIDIA's run-time compiler. This needs no GPU and no driver.
 
-NVRTC is called through ctypes, because CuPy's binding lacks three things: it asks the driver for the architecture, it
+NVRTC is called through ctypes, because CuPy's binding has three limits. It asks the driver for the architecture, it
 cuts the last byte of a cubin, and it cannot load several versions.
 """
 

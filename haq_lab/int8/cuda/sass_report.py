@@ -96,8 +96,8 @@ class Resources:
 
 def tool(name: str) -> str | None:
     """Return the path of `nvdisasm` or `cuobjdump`, from PATH or NVIDIA's Python packages, or None."""
-    if found := shutil.which(name):
-        return found
+    if path := shutil.which(name):
+        return path
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     return next((str(path) for folder in folders for path in sorted(folder.glob(f"*/bin/{name}"))), None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from children import in_child, killed
 
+from haq_lab.config.object_specs import ObjectSpec
 from haq_lab.int8.cuda import gpu_lock as module
 from haq_lab.int8.cuda.backend import CudaBackend
 from haq_lab.int8.cuda.gpu_lock import GpuLock
@@ -126,6 +127,27 @@ def test_a_backend_releases_its_gpu(monkeypatch, ending):
         del backend, other
         gc.collect()
     assert module._held == {}
+
+
+@pytest.mark.parametrize("ending", ["close", "constructor"])
+def test_a_gpu_is_released_after_an_error(monkeypatch, ending):
+    """After an error of a kernel every CUDA call fails, and on a GPU that is too old there are no kernels."""
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: ending == "close")
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    monkeypatch.setattr("haq_lab.int8.cuda.device.kernels", fail)
+    kernels = Kernels(fail, architecture=80, multiprocessors=4, shared_limit=64 * 1024) if ending == "close" else None
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        CudaBackend("cuda", kernels).close()
+    assert module._held == {}
+
+
+def test_a_timeout_must_not_be_negative():
+    with pytest.raises(UserError, match=r"backend\.lock_timeout: '-1' is not valid\. It must be greater"):
+        ObjectSpec("backend", "CudaBackend", CudaBackend, {"lock_timeout": -1}).create()
 
 
 def test_a_named_gpu_is_reused():
