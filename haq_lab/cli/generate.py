@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="PROMPT",
-        help="one prompt in quotes, or - to read it from the standard input; also offload=OPTION, offload.SETTING=VALUE",
+        help="prompt in quotes, or - to read it from the standard input; also offload=OPTION and offload.SETTING=VALUE",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
     parser.add_argument(
@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling")
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="auto (default), cpu, cuda, reference or fake")
+    parser.add_argument(
+        "--backend", default="auto", metavar="NAME", help="auto (default), cpu, cuda, reference or fake"
+    )
     return parser
 
 

@@ -76,7 +76,7 @@ def test_a_model_option_is_quantised_once(command, cache, plain_model):
         (["PLAIN", "x", "offload=haqq"], "offload: 'haqq' is not one of .*'haq'"),
         (["PLAIN", "x", "offload=haq", "offload.budgt=40%"], r"offload\.budgt: .*did you mean 'budget'"),
         (["PLAIN", "x", "offload=haq", "offload.folder=y"], r"offload\.folder: there is no such setting"),
-        (["PLAIN", "x", "offload=haq", "offload.budget=40%,50%"], r"offload\.budget: '.*=40%,50%' gives several values"),
+        (["PLAIN", "x", "offload=haq", "offload.budget=40%,50%"], "'offload.budget=40%,50%' gives several values"),
         (["PLAIN", "x", "offload=haq", "offload.budget=[40%"], r"offload\.budget: .* cannot be parsed"),
         (["PLAIN", "x", "offload.budget=40%"], r"offload\.budget has no effect because offload=none"),
         (["CHAT", "x", "offload=haq"], "a 'llama' has no experts to offload"),
