@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import os
 import re
 import sys
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     given = _parser().parse_intermixed_args(arguments)
     limit_thread_spinning()
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a prompt or a terminal may have another encoding
     try:
         from haq_lab.config.explain import report_user_errors
 
