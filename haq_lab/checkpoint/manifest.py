@@ -90,8 +90,8 @@ class Manifest:
             version = read_json(path, _VERSION)
             if version["format"] == "haq_lab" and version["version"] > VERSION:
                 raise UserError(
-                    f"{setting}: '{folder}' was written by a newer version of haq_lab (format {version['version']}; "
-                    f"this one reads up to {VERSION}). Update haq_lab."
+                    f"{setting}: '{folder}' was written by a newer version of haq_lab: its format is "
+                    f"{version['version']}, and this version reads {VERSION}. Update haq_lab."
                 )
             if version != {"format": "haq_lab", "version": VERSION}:
                 raise UserError(

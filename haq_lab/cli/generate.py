@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import os
 import re
 import sys
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     given = _parser().parse_intermixed_args(arguments)
     limit_thread_spinning()
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a prompt or a terminal may have another encoding
     try:
         from haq_lab.config.explain import report_user_errors
 
@@ -54,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="PROMPT",
-        help="one prompt in quotes, or - to read it from standard input; also offload=OPTION, offload.SETTING=VALUE",
+        help="prompt in quotes, or - to read it from the standard input; also offload=OPTION and offload.SETTING=VALUE",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
     parser.add_argument(

@@ -104,8 +104,8 @@ class Generator:
         config = model.generation_config
         assert config is not None
         config.max_length = None  # `max_tokens` replaces it
-        if config.pad_token_id is None:  # one sequence needs none, but transformers warns
-            config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+        if config.pad_token_id is None:
+            config.pad_token_id = 0  # one sequence is never padded, but transformers warns
 
     def generate(self, prompt: list[int], write: Callable[[str], object]) -> Answer:
         """Generate an answer to a prompt.
@@ -117,12 +117,11 @@ class Generator:
         Raises:
             UserError: The prompt is empty, or the model has no position left after it.
         """
-        room = self._positions_after(prompt)
+        limit = min(self.max_tokens, self._positions_after(prompt))
         before = self._traffic()
         streamer = _TimedStreamer(self.tokenizer, write)
         cache, self._cache = self._cache if self._continues(prompt) else None, None  # not valid after an exception
         ids = torch.tensor([prompt], device=self.model.device)
-        limit = min(self.max_tokens, room)
         start = time.perf_counter()
         output: Any = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=limit, streamer=streamer,

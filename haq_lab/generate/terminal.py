@@ -29,7 +29,7 @@ def answer(conversation: Conversation, prompt: str) -> Answer:
         UserError: The prompt is empty or too long, or the chat template fails.
         KeyboardInterrupt: Ctrl-C was pressed again before the answer stopped.
     """
-    with _stopping_by_interrupt(conversation.generator.stop):
+    with stopping_by_interrupt(conversation.generator.stop):
         result = conversation.ask(prompt, _write)
     _write("\n")
     note(result.summary())
@@ -83,7 +83,7 @@ def _read_prompt() -> str | None:
 
 
 @contextmanager
-def _stopping_by_interrupt(stop: Stop) -> Iterator[None]:
+def stopping_by_interrupt(stop: Stop) -> Iterator[None]:
     """Let Ctrl-C stop the answer after the current token. A second Ctrl-C interrupts the program.
 
     A generation that is interrupted within a token leaves the KV cache and the offloading engine in an unknown state.

@@ -88,15 +88,16 @@ def test_a_chat_gives_the_template_all_messages(generator):
 
 
 def test_a_stopped_answer_is_part_of_the_chat(generator):
-    generator.max_tokens = 200
     conversation = Conversation(generator)
+    steps: list[None] = []
 
-    def stop(text: str) -> None:
-        generator.stop.requested = True
+    def stop_at_the_third_token(*_: object) -> None:
+        steps.append(None)
+        generator.stop.requested = len(steps) == 3
 
-    answer = conversation.ask("Hello", stop)
-    assert answer.stopped
-    assert 0 < answer.tokens < 200
+    generator.model.register_forward_hook(stop_at_the_third_token)
+    answer = conversation.ask("Hello", lambda _: None)
+    assert (answer.tokens, answer.stopped, answer.cut) == (3, True, False)
     assert conversation._messages[-1] == {"role": "assistant", "content": answer.text}
 
 
