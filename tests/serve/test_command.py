@@ -71,8 +71,10 @@ def test_a_signal_stops_the_server_within_its_grace(checkpoint_of, sent, capfd):
     with child(str(checkpoint_of("llama"))) as started:
         assert started.lines[0].startswith("serving tiny at http://127.0.0.1:")
         with httpx.stream("POST", f"{started.url}/v1/completions", json=BODY) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             code, seconds = started.end(sent)
+            assert '"finish_reason":"stop"' in [line for line in lines if line][-1], "the answer is ended, not cut"
     assert (code, capfd.readouterr().err) == (0, "")
     assert seconds < 5
 
