@@ -135,7 +135,8 @@ class _Job:
     """
 
     def __init__(self, model: PreTrainedModel, seed: int | None, metrics: Metrics, jobs: set[_Job]):
-        self._model, self._seed, self._metrics, self._jobs = model, seed, metrics, jobs
+        self._model: Any = model  # its `generate` has no type
+        self._seed, self._metrics, self._jobs = seed, metrics, jobs
         self.cancelled = threading.Event()
         self._tokens, self._arrived_at, self._first_at = 0, time.perf_counter(), 0.0
         jobs.add(self)
