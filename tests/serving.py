@@ -55,7 +55,7 @@ def serving(folder: Path, **settings: Any) -> Iterator[Served]:
     tokenizer.chat_template = TEMPLATE
     printable = {index for text, index in tokenizer.get_vocab().items() if text.isascii() and text.isprintable()}
     model.generation_config.suppress_tokens = sorted({*range(257)} - printable)  # a random model writes broken UTF-8
-    app, queue = build_app("tiny", model, tokenizer)
+    app, _ = build_app("tiny", model, tokenizer)
     with open_socket("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -65,4 +65,3 @@ def serving(folder: Path, **settings: Any) -> Iterator[Served]:
         finally:
             server.should_exit = True
             thread.join()
-            queue.stop()

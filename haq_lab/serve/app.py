@@ -28,8 +28,8 @@ ENDPOINTS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
 class _OneModel(ModelManager):
     """Serves a model that is already loaded, and no other."""
 
-    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queue: RequestQueue):
+        self._model, self._tokenizer, self._queue = model, tokenizer, queue
         super().__init__(force_model=name)
 
     @staticmethod
@@ -42,6 +42,11 @@ class _OneModel(ModelManager):
     def _load_processor(self, *arguments: Any, **keywords: Any) -> Any:
         return self._tokenizer
 
+    def shutdown(self) -> None:
+        """Stop the queue, because the model must not compute while it is closed."""
+        self._queue.stop()
+        super().shutdown()
+
 
 def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[FastAPI, RequestQueue]:
     """Build the web application for one model.
@@ -52,12 +57,12 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         tokenizer: Its tokenizer.
 
     Returns:
-        The application, and the queue of its requests. Call the queue's `stop` before the model goes.
+        The application, and the queue of its requests.
     """
     offload: OffloadSession | None = getattr(model, "offload", None)
     metrics = Metrics(offload)
     queue = RequestQueue(model.config.get_text_config().max_position_embeddings, metrics)
-    manager, state = _OneModel(name, model, tokenizer), OneQueue(queue)
+    manager, state = _OneModel(name, model, tokenizer, queue), OneQueue(queue)
     unused = cast(Any, None)
     app = build_server(
         manager,

@@ -96,10 +96,14 @@ class RequestQueue(GenerateManager):
             job.cancelled.set()
             raise
 
-    def stop(self) -> None:
-        """Cancel all requests, and wait until the model does not compute any more."""
+    def cancel_all(self) -> None:
+        """End all answers after their next token."""
         for job in list(self._jobs):
             job.cancelled.set()
+
+    def stop(self) -> None:
+        """Cancel all requests, and wait until the model does not compute any more."""
+        self.cancel_all()
         with suppress(TimeoutError):
             self.submit(lambda: None).result(STOP_SECONDS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -45,20 +46,31 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class _Server(uvicorn.Server):
+    """Lets answers finish for a while after a signal, and then ends them."""
+
+    def __init__(self, app: FastAPI, queue: RequestQueue):
+        # uvicorn's own limit is for a client that does not read its answer.
+        super().__init__(uvicorn.Config(app, log_level=logging.WARNING, timeout_graceful_shutdown=2 * GRACE_SECONDS))
+        self._queue = queue
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self._queue.cancel_all)
+        await super().shutdown(sockets)
+
+
 def run(app: FastAPI, queue: RequestQueue, listener: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C. Then finish or cancel the answers, and return.
+    """Serve until SIGTERM or Ctrl-C. Then finish or end the answers, and return.
 
     Args:
         app: The application.
         queue: The queue of its requests.
         listener: Socket of `open_socket`.
     """
-    config = uvicorn.Config(app, log_level=logging.WARNING, timeout_graceful_shutdown=GRACE_SECONDS)
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
-        uvicorn.Server(config).run(sockets=[listener])  # sends itself the signal again when it has stopped
-    except (KeyboardInterrupt, SystemExit):
+        _Server(app, queue).run(sockets=[listener])
+    except (KeyboardInterrupt, SystemExit):  # uvicorn sends itself the signal again when it has stopped
         pass
     finally:
-        queue.stop()
         signal.signal(signal.SIGTERM, previous)

@@ -71,18 +71,22 @@ def test_a_signal_stops_the_server_within_its_grace(checkpoint_of, sent, capfd):
     with child(str(checkpoint_of("llama"))) as started:
         assert started.lines[0].startswith("serving tiny at http://127.0.0.1:")
         with httpx.stream("POST", f"{started.url}/v1/completions", json=BODY) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             code, seconds = started.end(sent)
+            assert '"finish_reason":"stop"' in [line for line in lines if line][-1], "the answer is ended, not cut"
     assert (code, capfd.readouterr().err) == (0, "")
     assert seconds < 5
 
 
 def test_settings_of_offloading_are_those_of_a_run(checkpoint_of):
-    with child(str(checkpoint_of("mixtral")), "offload=haq", "--name=moe", "offload.budget=4", lines=2) as started:
+    with child(
+        str(checkpoint_of("mixtral")), "offload=haq", "--name=moe", "offload.budget=8", "offload.spare=2", lines=2
+    ) as started:
         assert started.lines[1] == f"experts at {started.url}/experts\n"
         view = httpx.get(f"{started.url}/experts.json").json()
         assert started.end(signal.SIGTERM)[0] == 0
-    assert (view["model"], sum(map(sum, view["resident"]))) == ("moe", 4)
+    assert (view["model"], sum(map(sum, view["resident"]))) == ("moe", 6)
 
 
 def refused(capsys, *arguments: str) -> Outcome:
@@ -102,7 +106,6 @@ def refused(capsys, *arguments: str) -> Outcome:
         (["--port=0", "LLAMA", "--backend=gpu"], "backend: 'gpu'"),
         (["--port=70000", "LLAMA"], ":70000 cannot be used"),
         (["--host=192.0.2.1", "--port=0", "LLAMA"], "--port: 192.0.2.1:0 cannot be used"),
-        (["--host=no.such.host.invalid", "--port=0", "LLAMA"], "--port: no.such.host.invalid:0 cannot be used"),
     ],
 )
 def test_a_mistake_is_one_line(checkpoint_of, capsys, arguments, message):
@@ -134,8 +137,9 @@ def test_the_command_ends_well_in_a_process_of_its_own(checkpoint_of):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().split()[3].removesuffix("/v1,")
         with httpx.stream("POST", f"{url}/v1/completions", json=BODY) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             process.terminate()
-            answer.read()
+            assert len([*lines]) > 1
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
