@@ -4,8 +4,8 @@
 
 On every backend, linears that read the same tensor become one product, which is bit-identical (`MergedLinear`).
 On a CPU with the native kernels, weights move to contiguous memory, consecutive layers become one call
-(`native_decoder`), and a float head is computed row by row (`native_head`). On a GPU, norms and activations are fused
-with the quantization after them, and a layer's experts run together (`fusion`).
+(`native_decoder`), and the float head becomes native (`native_head`). On a GPU, norms and activations are fused with
+the quantization after them, and a layer's experts run together (`fusion`).
 """
 
 from __future__ import annotations

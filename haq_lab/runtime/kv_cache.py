@@ -20,7 +20,7 @@ class KVCache(DynamicLayer):
     is used up, so most decode steps copy and allocate nothing. kernels/cpu/decoder.h describes the layout.
 
     Args:
-        layers: Number of decoder layers.
+        layers: Number of decoder layers. 1 if each layer may overwrite the keys and values of the layer before it.
         heads: Key-value heads of a layer.
         head_dim: Width of a head.
 

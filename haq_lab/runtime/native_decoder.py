@@ -89,15 +89,15 @@ class NativeStack(nn.Module):
         Raises:
             UserError: The attention mask shows a position that was padding in an earlier call.
         """
-        kv = self.new_cache() if cache is None else self._kv_in(cache)
+        kv = KVCache(1, self.kv_heads, self.head_dim) if cache is None else self._kv_in(cache)
         if not self._experts_replaced():
             try:
                 positions, own = _check_call(hidden, position_embeddings, kv)
-                past, earlier = own.length, own.tokens
-                tokens = find_tokens(attention_mask, hidden.shape[0], hidden.shape[1], past, earlier)
-                return self.step(hidden, *positions, own, tokens)
+                tokens = find_tokens(attention_mask, *hidden.shape[:2], own.length, own.tokens)
             except UnsupportedCallError as reason:
                 self._log_once(str(reason))
+            else:
+                return self.step(hidden, *positions, own, tokens)
         if cache is not None and kv is not None:
             cache.layers[self.first : self.first + len(self.layers)] = kv.to_dynamic_layers()
         arguments = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "cache": cache}
@@ -152,7 +152,7 @@ class NativeStack(nn.Module):
         kv.reserve(counts)
         sequences = (SequenceParts * batch)(*(SequenceParts(*one) for one in zip(counts, kv.stored, strict=True)))
         if new is None:
-            self._compute(out.view(1, batch * length, -1), cosines, sines, sequences, kv)
+            self._compute(out.view(1, batch * length, self.width), cosines, sines, sequences, kv)
         elif any(counts):
             packed = out[new][None]
             self._compute(packed, cosines[new], sines[new], sequences, kv)
@@ -167,7 +167,7 @@ class NativeStack(nn.Module):
         failed = library.library().haq_decoder_layers(
             library.level(), torch.get_num_threads(), ctypes.byref(self._parts), len(self._parts), hidden.data_ptr(),
             ctypes.byref(sequences), len(sequences), cosines.data_ptr(), sines.data_ptr(),
-            kv.panels.data_ptr(), kv.rows.data_ptr(), kv.capacity,
+            kv.panels.data_ptr(), kv.rows.data_ptr(), len(kv.panels), kv.capacity,
         )  # fmt: skip
         if failed:
             raise MemoryError(f"The native decoder has no memory for {hidden.shape[1]} tokens. Use a shorter prompt.")
@@ -220,7 +220,7 @@ class MoeStack(NativeStack):
         normed = torch.empty_like(hidden)
         arguments = (
             hidden.data_ptr(), normed.data_ptr(), ctypes.byref(sequences), len(sequences),
-            cosines.data_ptr(), sines.data_ptr(), kv.panels.data_ptr(), kv.rows.data_ptr(), kv.capacity,
+            cosines.data_ptr(), sines.data_ptr(), kv.panels.data_ptr(), kv.rows.data_ptr(), len(kv.panels), kv.capacity,
         )  # fmt: skip
         for index, layer in enumerate(self.layers):
             if run(level, threads, ctypes.byref(self._parts), index, *arguments):

@@ -164,20 +164,20 @@ void haq_float_linear(int level, int threads, const float* x, int64_t m, int64_t
 // Decoder layers one after the other over a batch of sequences, `hidden` in place, see decoder.h.
 int haq_decoder_layers(int level, int threads, const Layer* layers, int64_t count, float* hidden,
                        const Sequence* sequences, int64_t batch, const float* cosines, const float* sines, float* keys,
-                       float* values, int64_t capacity) {
+                       float* values, int64_t kv_layers, int64_t capacity) {
   return failed([&] {
     run_layers(*kLevels[level], threads, layers, count, hidden, {sequences, batch}, cosines, sines,
-               {keys, values, capacity});
+               {keys, values, kv_layers, capacity});
   });
 }
 
 // A layer's attention half alone, `hidden` in place; `normed` is what its MLP reads. Keys and values are of all layers.
 int haq_attention(int level, int threads, const Layer* layers, int64_t index, float* hidden, float* normed,
                   const Sequence* sequences, int64_t batch, const float* cosines, const float* sines, float* keys,
-                  float* values, int64_t capacity) {
+                  float* values, int64_t kv_layers, int64_t capacity) {
   return failed([&] {
     run_attention(*kLevels[level], threads, layers, index, hidden, normed, {sequences, batch}, cosines, sines,
-                  {keys, values, capacity});
+                  {keys, values, kv_layers, capacity});
   });
 }
 

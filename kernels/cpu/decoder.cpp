@@ -176,7 +176,8 @@ template <class Work>
 void in_parts(const Kernels& isa, int threads, const Layer* layers, int64_t index, float* hidden, Batch batch,
               const float* cosines, const float* sines, KeyValues kv, const Work& work) {
   const Layer& l = layers[index];
-  const int64_t width = l.output.n, d = l.head_dim, positions = index * batch.count * l.kv_heads * kv.capacity;
+  const int64_t width = l.output.n, d = l.head_dim;
+  const int64_t positions = index % kv.layers * batch.count * l.kv_heads * kv.capacity; // of the layers before
   kv.keys += positions * d;
   kv.values += positions * round_up(d, kPanel);
   auto* pieces = reinterpret_cast<Piece*>(piece_scratch.get(batch.count * static_cast<int64_t>(sizeof(Piece))));

@@ -42,6 +42,7 @@ struct Batch {
 // Values (layers, sequences, kv_heads, capacity, value_width): head_dim, padded with zeros to a multiple of 32.
 struct KeyValues {
   float *keys, *values;
+  int64_t layers;   // 1 if a layer may overwrite the keys and values of the layer before, because nobody reads them again
   int64_t capacity; // of each sequence; a multiple of 32
 };
 

@@ -265,23 +265,6 @@ def test_generation_is_the_same(pair):
     assert b.cache.get_seq_length() == 64
 
 
-def test_batches_and_masks_run_through_the_original_layers(pair):
-    plain, deployed = pair
-    batch = torch.randint(0, 257, (3, 20))
-    assert torch.equal(plain(batch, use_cache=False).logits, deployed(batch, use_cache=False).logits)
-    mask = torch.ones(3, 20, dtype=torch.long)
-    mask[1, :7] = 0
-    a, b = (whole(batch, attention_mask=mask, use_cache=True) for whole in pair)
-    assert torch.equal(a.logits, b.logits)
-    a, b = (whole(batch[:, :1], cache=out.cache, use_cache=True) for whole, out in zip(pair, (a, b), strict=True))
-    assert torch.equal(a.logits, b.logits)
-    # A prompt natively, then several tokens at once under a mask: the kept keys and values change their form.
-    a, b = (whole(batch[:1], use_cache=True) for whole in pair)
-    a, b = (whole(batch[1:2], cache=out.cache, use_cache=True) for whole, out in zip(pair, (a, b), strict=True))
-    close(a.logits, b.logits)
-    assert b.cache.get_seq_length() == 40
-
-
 def test_a_rounded_linear_is_int8():
     head = torch.nn.Linear(64, 257, bias=False)
     small = Int8Linear.rounded(head, CpuBackend())

@@ -16,9 +16,9 @@ void haq_quantize(int, int, const void*, int, int64_t, int64_t, float, int8_t*, 
 void haq_float_linear(int, int, const float*, int64_t, int64_t, const void*, int, int64_t, float*);
 void haq_silu_mul(int, int, const void*, int, int64_t, int64_t, void*);
 int haq_decoder_layers(int, int, const haq::Layer*, int64_t, float*, const haq::Sequence*, int64_t, const float*,
-                       const float*, float*, float*, int64_t);
+                       const float*, float*, float*, int64_t, int64_t);
 int haq_attention(int, int, const haq::Layer*, int64_t, float*, float*, const haq::Sequence*, int64_t, const float*,
-                  const float*, float*, float*, int64_t);
+                  const float*, float*, float*, int64_t, int64_t);
 int haq_route(int, int, const haq::Router*, const float*, int64_t, int64_t, float*, float*, int64_t*);
 int haq_expert(int, int, const int8_t*, const float*, int64_t, int64_t, int64_t, const uint8_t*, const float*,
                const uint8_t*, const float*, const uint8_t*, const float*, float, float*);
@@ -81,11 +81,11 @@ static bool run_batch(int level, int threads, const haq::Layer* layers, int64_t 
     for (size_t i = 0; i < hidden.size(); ++i) hidden[i] = 0.01f * static_cast<float>(i * 53 % 255);
     std::vector<float> alone = hidden;
     haq_decoder_layers(level, threads, layers, 2, hidden.data(), batch.data(), count, angles.data(), angles.data(),
-                       keys.data(), values.data(), capacity);
+                       keys.data(), values.data(), 2, capacity);
     float* own = alone.data();
     for (int64_t i = 0; i < count; own += more[i] * width, past[i] += more[i], ++i)
       haq_decoder_layers(level, threads, layers, 2, own, &batch[i], 1, angles.data(), angles.data(),
-                         own_keys[i].data(), own_values[i].data(), capacity);
+                         own_keys[i].data(), own_values[i].data(), 2, capacity);
     if (alone != hidden) return false;
   }
   return true;
@@ -113,14 +113,14 @@ static bool run_layer(int level, int threads) {
   const haq::Layer layers[] = {dense, moe};
   const haq::Sequence prompt = {tokens, 0}, next = {1, tokens};
   haq_decoder_layers(level, threads, layers, 2, hidden.data(), &prompt, 1, angles.data(), angles.data(), keys.data(),
-                     values.data(), capacity);
+                     values.data(), 2, capacity);
   haq_decoder_layers(level, threads, layers, 2, hidden.data() + tokens * width, &next, 1, angles.data() + tokens * d,
-                     angles.data() + tokens * d, keys.data(), values.data(), capacity);
+                     angles.data() + tokens * d, keys.data(), values.data(), 2, capacity);
   if (!run_batch(level, threads, layers, width, d, kv_heads)) return false;
   std::vector<float> normed(tokens * width), logits(tokens * experts.size()), weights(tokens * 2), out(tokens * width);
   std::vector<int64_t> chosen(tokens * 2);
   haq_attention(level, threads, layers, 1, hidden.data(), normed.data(), &prompt, 1, angles.data(), angles.data(),
-                keys.data(), values.data(), capacity);
+                keys.data(), values.data(), 2, capacity);
   haq_route(level, threads, &moe.moe.router, normed.data(), tokens, width, logits.data(), weights.data(),
             chosen.data());
   std::vector<int8_t> levels(tokens * width, 3);

@@ -217,10 +217,10 @@ def test_silu_mul_is_bit_identical_to_the_cuda_kernels(isa, width, seed):
 
 
 @isas
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @many
 @given(shape=shapes, seed=seeds)
-def test_half_linear(isa, dtype, shape, seed):
+def test_float_linear(isa, dtype, shape, seed):
     m, n, k = shape
     generator = torch.Generator().manual_seed(seed % 2**31)
     x, weight = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator).to(dtype)
@@ -228,6 +228,8 @@ def test_half_linear(isa, dtype, shape, seed):
     weight[:, ::7] *= -1000
     with library.forced_isa(isa):
         got = native.float_linear(x, weight)
+        for row in range(m):
+            assert torch.equal(native.float_linear(x[row : row + 1], weight)[0], got[row])
     bound = 1e-7 * (k + 20) * (x.abs().double() @ weight.abs().double().t())
     assert ((got - x.double() @ weight.double().t()).abs() <= bound + 1e-38).all()
 
@@ -240,8 +242,8 @@ def test_read_bytes_reads_all(isa):
 
 
 def test_wrong_arguments_raise():
-    with pytest.raises(ValueError, match="weight must be bfloat16 or float16"):
-        native.float_linear(torch.ones(1, 8), torch.ones(2, 8))
+    with pytest.raises(ValueError, match="weight must be float32, bfloat16 or float16"):
+        native.float_linear(torch.ones(1, 8), torch.ones(2, 8).double())
     with pytest.raises(ValueError, match="x must be"):
         native.float_linear(torch.ones(1, 7), torch.ones(2, 8).bfloat16())
     packed = native.pack(torch.ones(4, 8, dtype=torch.int8))
