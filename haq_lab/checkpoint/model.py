@@ -108,6 +108,7 @@ class QuantizedModel(LayeredModel):
         Raises:
             UserError: A layer's file is damaged or does not fit the config.
         """
+        block, self._block = self._block, nullcontext()
         # Packing copies the weights, so the memory of a file can be used again when its layer is built.
         size = max(shard.bytes for shard in self.manifest.shards.values()) if self.backend.native else 0
         buffers = [torch.empty(size, dtype=torch.uint8) if size else None for _ in range(2)]
@@ -117,7 +118,7 @@ class QuantizedModel(LayeredModel):
                 stored = ahead.result()
                 if index + 1 < self.depth:
                     ahead = reader.submit(self._read_layer, index + 1, buffers[(index + 1) % 2])
-                with self._block:
+                with block:
                     layer = self._build_layer(index, *stored)
                 yield layer
 

@@ -1,4 +1,4 @@
-"""Allocate memory for packed weights, and for all weights of a model in one block of huge pages.
+"""Allocate the memory of packed weights: one by one, or for all weights of a model in one block.
 
 Decoding reads all weights for each token. It is some 5 % faster if they are contiguous, in the order of the layers.
 
@@ -30,8 +30,8 @@ class WeightBlock:
 
     def __init__(self, count: int):
         self._free = torch.empty(count, dtype=torch.uint8)
-        self._free[:: mmap.PAGESIZE].zero_()  # gets small pages, which are there at once
-        prefer_huge_pages(self._free)  # and become huge pages in the background
+        self._free[:: mmap.PAGESIZE].zero_()  # The system provides small pages faster than huge pages,
+        prefer_huge_pages(self._free)  # and merges them into huge pages in the background.
 
     def __enter__(self) -> Self:
         self._token: Token[WeightBlock | None] = _block.set(self)
