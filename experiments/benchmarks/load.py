@@ -3,13 +3,15 @@
     python experiments/benchmarks/load.py checkpoints/smol
 
 Each time is the fastest of several, because another process on the machine only adds to it. The first load of a process
-also imports the model's code and is shown apart. `first token` is a new process from its start to the first token.
+also imports the model's code, so it has its own line. `first token` is a new process from its start to the first token.
+The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import subprocess
 import sys
 import time
@@ -61,23 +63,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="how often to measure each time (default: 5)")
     options = parser.parse_args()
     folder, repeats = options.folder, options.repeats
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     backend = make_backend("cpu")
-    first = seconds(lambda: load_checkpoint(folder, backend))
-    hashing, loading = zip(
-        *(
-            (seconds(lambda: read_and_hash(folder)), seconds(lambda: load_checkpoint(folder, backend)))
-            for _ in range(repeats)
-        ),
-        strict=True,
-    )
-    print(f"{'checkpoint':30} {size / 1e6:8.1f} MB")
-    print(f"{'read and hash':30} {min(hashing):8.3f} s")
-    print(f"{'load':30} {min(loading):8.3f} s, {min(loading) / min(hashing):.2f} times reading and hashing")
-    print(f"{'first load of a process':30} {first:8.3f} s")
+    result = {
+        "checkpoint_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "first_load_s": seconds(lambda: load_checkpoint(folder, backend)),
+    }
+    hashing, loading = [], []
+    for _ in range(repeats):
+        hashing.append(seconds(lambda: read_and_hash(folder)))
+        loading.append(seconds(lambda: load_checkpoint(folder, backend)))
+    result |= {"read_and_hash_s": min(hashing), "load_s": min(loading), "ratio": min(loading) / min(hashing)}
     for name, code in IMPORTS.items():
-        print(f"{'import ' + name:30} {min(process(code) for _ in range(repeats)):8.3f} s")
-    print(f"{'first token':30} {min(process(FIRST_TOKEN, str(folder)) for _ in range(repeats)):8.3f} s")
+        result[f"import {name}"] = min(process(code) for _ in range(repeats))
+    result["first_token_s"] = min(process(FIRST_TOKEN, str(folder)) for _ in range(repeats))
+    for name, value in result.items():
+        print(f"{name:40} {value:16,.3f}")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

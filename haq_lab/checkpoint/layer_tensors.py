@@ -107,7 +107,7 @@ def int8_layer(
 
 
 def _merged_first(names: Iterable[str], model: LayeredModel) -> list[str]:
-    """Return the names of linears with those that will be merged side by side, so that they are packed side by side."""
+    """Sort the names of linears. Those that will be merged come first, because they must be packed side by side."""
     merged = [name for group in model.groups for name in group.consumers_by_expert().get(None, ())]
     order = {name: place for place, name in enumerate(merged)}
     return sorted(names, key=lambda name: order.get(name, len(order)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -26,6 +26,7 @@ from haq_lab.models.sources import ModelSource
 from haq_lab.routing.trace import Trace
 from haq_lab.storage.safetensors_file import read_shard
 from haq_lab.utils.errors import UserError
+from haq_lab.utils.huge_pages import prefer_huge_pages
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class QuantizedModel(LayeredModel):
     Args:
         folder: The checkpoint folder.
         backend: Backend that computes the int8 linears.
+        contiguous: Store the packed weights of the layers that `load_layers` yields in one block of memory, if the
+            backend has such blocks. The memory of single weights can then not be freed.
 
     Raises:
         UserError: A file is missing, damaged or renamed. The message names the file and the tensor.
@@ -63,9 +66,11 @@ class QuantizedModel(LayeredModel):
 
     quantized = True
 
-    def __init__(self, folder: Path, backend: Backend):
+    def __init__(self, folder: Path, backend: Backend, contiguous: bool = False):
         self.manifest = Manifest.read(folder)
         self.backend = backend
+        self._contiguous = contiguous
+        self._block: AbstractContextManager[object] = nullcontext()
         with ThreadPoolExecutor(1) as reader:
             self._outer = reader.submit(read_shard, folder, self.manifest.shard(folder, REST))
             self.manifest.check_files(folder)
@@ -78,7 +83,12 @@ class QuantizedModel(LayeredModel):
         return read_shard(self.folder, self.manifest.shard(self.folder, REST))[0]
 
     def _shell_tensors(self) -> dict[str, Tensor]:
-        return self._outer.result()[0]
+        if self._contiguous:  # getting the memory takes as long as reading these tensors, which goes on meanwhile
+            self._block = self.backend.weight_block(self._int8_shapes())
+        tensors = self._outer.result()[0]
+        for tensor in tensors.values():
+            prefer_huge_pages(tensor)  # for the head, whose weights are read for each token
+        return tensors
 
     def routing(self) -> Trace | None:
         """Return the routing trace of the calibration pass, or None if the checkpoint has none."""
@@ -92,17 +102,13 @@ class QuantizedModel(LayeredModel):
         """
         return self._build_layer(index, *self._read_layer(index))
 
-    def load_layers(self, contiguous: bool = False) -> Iterator[nn.Module]:
+    def load_layers(self) -> Iterator[nn.Module]:
         """Yield all decoder layers in int8. The file of the next layer is read while a layer is built.
-
-        Args:
-            contiguous: Store the packed weights of all layers in one block of memory, if the backend has such blocks.
-                The memory of single weights can then not be freed.
 
         Raises:
             UserError: A layer's file is damaged or does not fit the config.
         """
-        block = self.backend.weight_block(self._int8_shapes()) if contiguous else nullcontext()
+        block, self._block = self._block, nullcontext()
         # Packing copies the weights, so the memory of a file can be used again when its layer is built.
         size = max(shard.bytes for shard in self.manifest.shards.values()) if self.backend.native else 0
         buffers = [torch.empty(size, dtype=torch.uint8) if size else None for _ in range(2)]

@@ -18,20 +18,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 QUANTIZERS = "transformers.quantizers.auto"  # the module that has the tables of quantization methods
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Finds transformers' quantizers through the other finders, and registers the method when they are imported."""
+    """Finds transformers' quantizers on the import path, and registers the method when they are imported."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != QUANTIZERS:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -106,11 +106,11 @@ def load_checkpoint(
     Raises:
         UserError: The folder is not a checkpoint, a file is missing or damaged, or offloading does not suit the model.
     """
-    model = QuantizedModel(folder, backend)
+    model = QuantizedModel(folder, backend, contiguous=offload is None)  # offloading frees the memory of experts
     session = None if offload is None else _open_session(offload, model, calibration)
     try:
         deployment = Deployment(model, backend, session, report)
-        for layer in model.load_layers(contiguous=session is None):  # offloading frees the memory of experts
+        for layer in model.load_layers():
             deployment.add(layer)
         whole = cast(PreTrainedModel, deployment.finish())
     except BaseException:

@@ -26,7 +26,7 @@ from haq_lab.utils.errors import UserError
 
 DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.uint16: "U16", torch.float32: "F32", torch.bfloat16: "BF16"}
 DTYPES |= {torch.float16: "F16"}
-CHUNK = 1 << 20  # bytes that are read and then hashed while they are in the processor's cache
+CHUNK = 4 << 20  # bytes that are read and then hashed while they are in the processor's cache
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -115,13 +115,14 @@ def read_shard(folder: Path, shard: Shard, buffer: Tensor | None = None) -> tupl
         )
     sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values()]
     if buffer is None:
-        parts = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        parts = reads = [torch.empty(size, dtype=torch.uint8) for size in sizes]
     else:
-        parts = [*buffer[: sum(sizes)].split(sizes)]
+        reads = [buffer[: sum(sizes)]]
+        parts = [*reads[0].split(sizes)]
     data = dict(zip(header, parts, strict=True))  # in the order of the file
     with path.open("rb") as stream:
         file_hash = hashlib.sha256(stream.read(start))
-        for chunk in (chunk for part in parts for chunk in part.split(CHUNK)):
+        for chunk in (chunk for part in reads for chunk in part.split(CHUNK)):
             stream.readinto(_bytes(chunk))
             file_hash.update(_bytes(chunk))
     if file_hash.hexdigest() != shard.sha256:

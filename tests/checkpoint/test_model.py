@@ -16,11 +16,13 @@ from haq_lab.checkpoint.manifest import Manifest
 from haq_lab.checkpoint.model import QuantizedCheckpoint, QuantizedModel
 from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.int8.backend import ReferenceBackend
-from haq_lab.int8.linear import Int8Linear
+from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.int8.linear import Int8Linear, weight_bytes
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.haq.quantizer import HAQ
+from haq_lab.runtime.deploy import merge_linears
 from haq_lab.utils.errors import UserError
 
 
@@ -58,6 +60,24 @@ def test_logits_are_bit_equal(architecture, activations, windows, logits_of, tmp
     linears = [module for layer in loaded for module in layer.modules() if isinstance(module, Int8Linear)]
     assert len(linears) == sum(len(group.consumers) for group in model.groups) * model.depth
     assert not (tmp_path / "checkpoint" / "work").exists()
+
+
+@pytest.mark.parametrize("make_backend", [CpuBackend, ReferenceBackend])
+def test_layers_read_ahead_equal_those_read_alone(written, make_backend):
+    backend = make_backend()
+    model = QuantizedModel(written / "checkpoint", backend, contiguous=True)
+    ahead, alone = (
+        torch.nn.ModuleList(layers)
+        for layers in (model.load_layers(), (model.load_layer(index) for index in range(model.depth)))
+    )
+    for layer in ahead:
+        merge_linears(layer, model.groups)
+    assert weight_bytes(ahead) == weight_bytes(alone)
+    wanted = alone.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in ahead.state_dict().items())
+    if backend.native:
+        linears = [module for module in ahead.modules() if isinstance(module, Int8Linear)]
+        assert len({linear.packed.untyped_storage().data_ptr() for linear in linears}) == 1, "one block"
 
 
 def test_provenance_and_dtype(written):

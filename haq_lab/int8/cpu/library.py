@@ -27,7 +27,6 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("haq_level_name", ctypes.c_char_p, (i32,)),
         ("haq_level_supported", i32, (i32,)),
         ("haq_packed_bytes", i64, (i64, i64)),
-        ("haq_prefer_huge_pages", None, (ptr, i64)),
         ("haq_pack", None, (ptr, i64, i64, i64, ptr, i32)),
         ("haq_linear", i32, (i32, i32, ptr, i32, i64, i64, ptr, i64, ptr, ptr, f32, ptr, i32)),
         ("haq_quantize", None, (i32, i32, ptr, i32, i64, i64, f32, ptr, ptr)),

@@ -1,4 +1,4 @@
-"""Allocate memory for packed weights in huge pages, and for the weights of a model in one block.
+"""Allocate the memory of packed weights: one by one, or for all weights of a model in one block.
 
 Decoding reads all weights for each token. It is some 5 % faster if they are contiguous, in the order of the layers.
 
@@ -8,34 +8,30 @@ Decoding reads all weights for each token. It is some 5 % faster if they are con
 
 from __future__ import annotations
 
+import mmap
 from contextvars import ContextVar, Token
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from haq_lab.int8.cpu.library import library
-
-
-def huge_pages(count: int) -> Tensor:
-    """Allocate `count` bytes as uint8, in huge pages if the system has any."""
-    data = torch.empty(count, dtype=torch.uint8)
-    library().haq_prefer_huge_pages(data.data_ptr(), count)
-    return data
+from haq_lab.utils.huge_pages import huge_pages, prefer_huge_pages
 
 
 class WeightBlock:
     """One block of memory for packed weights.
 
     Within a `with` statement, `pack` stores weights there, one after the other. The block can be entered again and is
-    then filled further. The system allocates its pages when they are first written.
+    then filled further.
 
     Args:
         count: Bytes of the block.
     """
 
     def __init__(self, count: int):
-        self._free = huge_pages(count)
+        self._free = torch.empty(count, dtype=torch.uint8)
+        self._free[:: mmap.PAGESIZE].zero_()  # The system provides small pages faster than huge pages,
+        prefer_huge_pages(self._free)  # and merges them into huge pages in the background.
 
     def __enter__(self) -> Self:
         self._token: Token[WeightBlock | None] = _block.set(self)
