@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from haq_lab.generate.generator import Answer, Generator
 from haq_lab.utils.errors import UserError
@@ -56,7 +56,8 @@ class Conversation:
             raise UserError("prompt: it is empty. Write a text.")
         tokenizer = self.generator.tokenizer
         if not self.has_template:
-            return self.generator.generate(tokenizer(prompt).input_ids, write)
+            encoded: Any = tokenizer(prompt)
+            return self.generator.generate(encoded["input_ids"], write)
         messages = [*self._messages, {"role": "user", "content": prompt}]
         answer = self.generator.generate(apply_template(tokenizer, messages), write)
         self._messages = [*messages, {"role": "assistant", "content": answer.text}]
@@ -74,7 +75,8 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
         UserError: The chat template fails, for example because it does not allow a system message.
     """
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return list(encoded["input_ids"])
     except Exception as error:  # a template is a program, so it can raise anything
         reason = " ".join(str(error).split())
         raise UserError(
