@@ -64,7 +64,8 @@ def parse_offload(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any]]
         >>> parse_offload(["offload=haq", "offload.budget=40%"])
         ('haq', {'budget': '40%'})
     """
-    option, settings = None, {}
+    option: str | None = None
+    settings: dict[str, Any] = {}
     known = {name for choice in options("offload") for name in settings_of("offload", choice)}
     for override in OverridesParser.create().parse_overrides([*overrides]):
         key = override.key_or_group

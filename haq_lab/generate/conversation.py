@@ -56,7 +56,8 @@ class Conversation:
             raise UserError("prompt: it is empty. Write a text.")
         tokenizer = self.generator.tokenizer
         if not self.has_template:
-            return self.generator.generate(tokenizer(prompt).input_ids, write)
+            encoded: Any = tokenizer(prompt)
+            return self.generator.generate(encoded["input_ids"], write)
         messages = [*self._messages, {"role": "user", "content": prompt}]
         answer = self.generator.generate(apply_template(tokenizer, messages), write)
         self._messages = [*messages, {"role": "assistant", "content": answer.text}]

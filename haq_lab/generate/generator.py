@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -65,8 +65,8 @@ class Stop(StoppingCriteria):
     def __init__(self) -> None:
         self.requested = False
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **arguments: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.requested, device=input_ids.device)
+    def __call__(self, input_ids: Tensor, scores: Any, **arguments: Any) -> torch.BoolTensor:
+        return cast(torch.BoolTensor, torch.full((len(input_ids),), self.requested, device=input_ids.device))
 
 
 class Generator:
@@ -121,9 +121,10 @@ class Generator:
         before = self._traffic()
         streamer = _TimedStreamer(self.tokenizer, write)
         cache, self._cache = self._cache if self._continues(prompt) else None, None  # not valid after an exception
-        ids = torch.tensor([prompt], device=self.model.device)
+        model: Any = self.model  # transformers types `generate` for a protocol that no model class declares
+        ids = torch.tensor([prompt], device=model.device)
         start = time.perf_counter()
-        output: Any = self.model.generate(
+        output = model.generate(
             ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=limit, streamer=streamer,
             stopping_criteria=[self.stop], return_dict_in_generate=True, tokenizer=self.tokenizer, **self._sampling(),
         )  # fmt: skip
@@ -145,7 +146,8 @@ class Generator:
         """Return how many positions of the context a prompt leaves."""
         if not prompt:
             raise UserError("prompt: it is empty. Write a text.")
-        limit: int = self.model.config.max_position_embeddings
+        config: Any = self.model.config
+        limit: int = config.max_position_embeddings
         if len(prompt) >= limit:
             raise UserError(
                 f"prompt: {len(prompt)} tokens do not fit into the model's context of {limit} tokens. "
