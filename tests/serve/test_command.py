@@ -86,7 +86,7 @@ def test_settings_of_offloading_are_those_of_a_run(checkpoint_of):
         assert started.lines[1] == f"experts at {started.url}/experts\n"
         view = httpx.get(f"{started.url}/experts.json").json()
         assert started.end(signal.SIGTERM)[0] == 0
-    assert (view["model"], sum(map(sum, view["resident"]))) == ("moe", 6)
+    assert (view["model"], sum(map(sum, view["resident"]))) == ("moe", 8)
 
 
 def refused(capsys, *arguments: str) -> Outcome:
