@@ -133,7 +133,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_ends_well_in_a_process_of_its_own(checkpoint_of):
-    command = [sys.executable, "-m", "haq_lab.serve", str(checkpoint_of("mixtral")), "--port=0", "offload=haq"]
+    command = [sys.executable, "-m", "haq_lab.serve", str(checkpoint_of("llama")), "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().split()[3].removesuffix("/v1,")
         with httpx.stream("POST", f"{url}/v1/completions", json=BODY) as answer:
