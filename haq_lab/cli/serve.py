@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _serve(given: argparse.Namespace) -> None:
     """Load the checkpoint and serve it until SIGTERM or Ctrl-C."""
     if missing := [module for module in EXTRA if importlib.util.find_spec(module) is None]:
-        raise UserError(f"serve: {missing[0]} is not installed. Run: pip install 'haq-lab[serve]'")
+        raise UserError(f"{missing[0]} is not installed. Run: pip install 'haq-lab[serve]'")
     from haq_lab.api import load
     from haq_lab.config.offloading import parse_offload
     from haq_lab.serve.app import build_app
