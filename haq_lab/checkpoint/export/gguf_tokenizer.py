@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, cast
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
@@ -19,6 +18,7 @@ from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.utils.errors import UserError
 
 Spec = dict[str, Any]  # the content of tokenizer.json
+_SEQUENCES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}  # fields of a part of type Sequence
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = (
@@ -26,7 +26,8 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The pre-tokenizers, and whether the tokenizer ignores merges for words of its vocabulary: llama.cpp's name.
+# llama.cpp's names. The key has the steps of the pre-tokenizer (a Split by its regular expression), and whether words
+# of the vocabulary become one token without merges.
 _NAMES = {
     (("ByteLevel",), False): "gpt-2",
     (("Digits", "ByteLevel"), False): "smollm",
@@ -54,6 +55,7 @@ def add_tokenizer(writer: GGUFWriter, model: QuantizedModel, rows: int) -> None:
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE":
         raise _unsupported(model, f"it is of type {spec['model']['type']}")
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < rows]  # the model has no others
     has_byte_tokens = spec["model"]["byte_fallback"]
     special = SpecialVocab(model.folder, load_merges=not has_byte_tokens, n_vocab=rows)
     tokens = _tokens(spec, rows)
@@ -113,7 +115,7 @@ def _pre_tokenizer_name(spec: Spec, model: QuantizedModel) -> str:
     normalizers = {part["type"] for part in _parts(spec, "normalizer")}
     if normalizers - {"NFC"}:
         raise _unsupported(model, f"it has the normalizer {', '.join(sorted(normalizers))}")
-    parts = list(_parts(spec, "pre_tokenizer"))
+    parts = _parts(spec, "pre_tokenizer")
     steps = tuple(
         cast(str, part["pattern"].get("Regex")) if part["type"] == "Split" else cast(str, part["type"])
         for part in parts
@@ -125,11 +127,12 @@ def _pre_tokenizer_name(spec: Spec, model: QuantizedModel) -> str:
     return name
 
 
-def _parts(spec: Spec, kind: str) -> Iterator[Spec]:
-    """Yield the normalizers or pre-tokenizers in the order in which they run."""
-    part = spec[kind] or {"type": "Sequence", kind + "s": []}
-    inner = part.get("normalizers", part.get("pretokenizers", [])) if part["type"] == "Sequence" else [part]
-    yield from inner
+def _parts(spec: Spec, kind: str) -> list[Spec]:
+    """Return the normalizers or pre-tokenizers in the order in which they run."""
+    part = spec[kind]
+    if part is None:
+        return []
+    return part[_SEQUENCES[kind]] if part["type"] == "Sequence" else [part]
 
 
 def _unsupported(model: QuantizedModel, reason: str) -> UserError:
