@@ -93,7 +93,8 @@ class NativeStack(nn.Module):
         if not self._experts_replaced():
             try:
                 positions, own = _check_call(hidden, position_embeddings, kv)
-                tokens = find_tokens(attention_mask, *hidden.shape[:2], own.length, own.tokens)
+                batch, new = hidden.shape[:2]
+                tokens = find_tokens(attention_mask, batch, new, own.length, own.tokens)
             except UnsupportedCallError as reason:
                 self._log_once(str(reason))
             else:
@@ -150,7 +151,7 @@ class NativeStack(nn.Module):
         new = None if tokens is None else tokens[:, kv.length :]
         counts = [length] * batch if new is None else new.sum(1).tolist()
         kv.reserve(counts)
-        sequences = (SequenceParts * batch)(*(SequenceParts(*one) for one in zip(counts, kv.stored, strict=True)))
+        sequences = (SequenceParts * batch)(*map(SequenceParts, counts, kv.stored))
         if new is None:
             self._compute(out.view(1, batch * length, self.width), cosines, sines, sequences, kv)
         elif any(counts):

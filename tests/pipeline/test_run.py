@@ -76,7 +76,7 @@ def test_a_sweep_in_one_folder_is_refused(tmp_path):
     refused = launch(*sweep, "hydra.sweep.subdir=same")
     assert refused.code == 2
     assert refused.err.count("\n") == 1
-    assert "hydra.sweep.subdir: 'same' is the same for all jobs" in refused.err
+    assert "hydra.sweep.subdir: 'same' is the same for the jobs" in refused.err
     assert not list(tmp_path.glob("*/*"))
 
 

@@ -226,7 +226,7 @@ def test_a_users_own_quantizer_is_always_run(tmp_path, monkeypatch):
         ("+result_cache.size=1", "result_cache.size: there is no such setting"),
         (
             "result_cache.max_sise=1GB",
-            "there is no setting 'result_cache.max_sise' (did you mean 'result_cache.max_size'?)",
+            "result_cache.max_sise: there is no such setting (did you mean 'result_cache.max_size'?)",
         ),
     ],
 )

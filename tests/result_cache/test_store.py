@@ -77,7 +77,7 @@ def test_a_damaged_result_is_computed_again_with_a_warning(tmp_path, capsys, suf
     Store(tmp_path, GB).put("stage", A, _result())
     path = tmp_path / "stage" / f"{A}.{suffix}"
     data = bytearray(path.read_bytes())
-    place = data.index(b'"x": "') + 10 if suffix == "json" else len(data) - 100  # a tensor's hash, or its bytes
+    place = data.index(b'"sha256": "') + 14 if suffix == "json" else len(data) - 100  # the file's hash, or its bytes
     data[place] ^= 1
     changed = {"flip": bytes(data), "truncate": bytes(data[:-50]), "empty": b"", "nonsense": b"\x80\x04}q\x00."}
     path.write_bytes(changed[damage])
