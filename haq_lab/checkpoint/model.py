@@ -125,8 +125,8 @@ class QuantizedModel(LayeredModel):
     def _int8_shapes(self) -> list[tuple[int, int]]:
         """Return the shapes (n, k) of the int8 weights of all layers."""
         layer, names = self.new_layer(0), {name for group in self.groups for name in group.consumers}
-        weights = [cast(Tensor, layer.get_submodule(name).weight) for name in names]
-        return [(weight.shape[0], weight.shape[1]) for weight in weights] * self.depth
+        linears = [cast(nn.Linear, layer.get_submodule(name)) for name in names]
+        return [(linear.out_features, linear.in_features) for linear in linears] * self.depth
 
     def _read_layer(
         self, index: int, buffer: Tensor | None = None
