@@ -54,6 +54,7 @@ class Wandb:
         with _files_inside(self._folder):
             import wandb
 
+            os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # W&B advertises it if a process uses openai
             settings = wandb.Settings(silent=True, console="off", init_timeout=20, login_timeout=20, finish_timeout=120)
             self._run = wandb.init(
                 project=self.project,
