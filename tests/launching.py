@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import sys
@@ -51,12 +52,19 @@ def launch(*arguments: str) -> Outcome:
     GlobalHydra.instance().clear()
     out, err = io.StringIO(), io.StringIO()
     code = 0
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
     torch.set_num_threads(1)  # threads only wait for one another on models this small
     with mock.patch.object(sys, "argv", ["haq_lab", *arguments]), redirect_stdout(out), redirect_stderr(err):
         try:
             cli.main()
         except SystemExit as end:
             code = int(end.code or 0)
+    root.setLevel(level)  # Hydra changes the root logger and disables all others
+    root.handlers[:] = handlers
+    for logger in root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
