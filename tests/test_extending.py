@@ -50,6 +50,7 @@ def test_a_quantizer(tmp_path):
     assert metrics["perplexity.python_docs"] != metrics["perplexity_fp.python_docs"]
 
 
+@pytest.mark.slow
 def test_a_family(copied, cache):
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -65,6 +66,7 @@ def test_a_family(copied, cache):
     assert smoothed == pytest.approx(fp, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_policy(copied):
     offload = [
         "model=tiny_mixtral",
@@ -78,6 +80,7 @@ def test_a_policy(copied):
     assert 0 < metrics["offload.hit_rate_pairs"] < 1
 
 
+@pytest.mark.slow
 def test_a_tracker(tmp_path):
     """In a file of the user's own, beside a tracker that is an option."""
     log = ["+tracking.log._target_=metrics_log.MetricsLog", f"+tracking.log.path={tmp_path / 'metrics.jsonl'}"]

@@ -19,6 +19,7 @@ def test_outputs_are_stripped(path):
             assert (cell.outputs, cell.execution_count) == ([], None)
 
 
+@pytest.mark.every(3)  # the first one
 @pytest.mark.filterwarnings("default")  # of Jupyter's own parts
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_on_a_tiny_sweep(path, studied, monkeypatch):

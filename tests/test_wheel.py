@@ -31,6 +31,7 @@ def test_configs_and_kernels_are_inside(unpacked):
         assert inside == {str(path.relative_to(ROOT)) for path in (ROOT / name).rglob("*")}
 
 
+@pytest.mark.slow
 def test_it_runs_from_an_empty_folder(unpacked, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
     where = "import haq_lab, sys; sys.exit(str(haq_lab.__file__))"

@@ -108,7 +108,7 @@ def search(tmp_path, optuna):
     return run
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", [pytest.param("tpe", marks=pytest.mark.slow), "random"])
 def test_the_same_command_resumes_a_search(sampler, search):
     choice = f"hydra/sweeper/sampler={sampler}"
     first, ran = search(choice, "hydra.sweeper.n_trials=2")  # as if the search had been interrupted

@@ -11,6 +11,9 @@ import pytest
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
+pytestmark = pytest.mark.slow  # the browser takes half a minute
+
+
 @pytest.fixture
 def opened(browser, report):
     """`opened("phone", "dark")` -> a loaded page, and what went wrong while it loaded."""
@@ -33,7 +36,6 @@ def opened(browser, report):
         context.close()
 
 
-@pytest.mark.every(6)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(opened, size, scheme):

@@ -40,6 +40,7 @@ def loaded():
     return {module: {Path(name) for name in json.loads(files)} for module, _, files in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("import_closure")  # one worker makes the fixture
 @pytest.mark.parametrize("module", [f"haq_lab.{name}" for name in WORKERS])
 def test_it_contains_all_files_that_python_loads(module, loaded):
