@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import haq_lab.config.compose  # noqa: F401  # registers the resolver `folder_name`
-from haq_lab.cli.sweep_failures import JobFailed, Watch, forget, new_failures
+from haq_lab.cli.sweeps.failures import JobFailed, Watch, forget, new_failures
 from haq_lab.config.explain import explain, is_user_error
 from haq_lab.config.help import help_text
 from haq_lab.utils.errors import UserError

@@ -29,6 +29,8 @@ HEAD = """Quantise a large language model, offload its experts, and measure qual
 
   python -m haq_lab [GROUP=OPTION ...] [GROUP.SETTING=VALUE ...]     run one experiment
   python -m haq_lab -m quantizer=rtn,haq ...                         run a sweep over all combinations
+  python -m haq_lab.generate DIR ["PROMPT"]                          write text with a checkpoint, or chat with it
+  python -m haq_lab.serve DIR                                        serve a checkpoint to OpenAI clients
   python -m haq_lab.results DIR... [--csv FILE]                      print all runs below DIR as a table
   python -m haq_lab.report DIR... -o report.html                     write one page about them, with figures
   python -m haq_lab.models build OPTION                              build a small model and check it
@@ -36,6 +38,8 @@ HEAD = """Quantise a large language model, offload its experts, and measure qual
   python -m haq_lab.tracking sync DIR...                             upload the W&B files of offline runs
   python -m haq_lab.result_cache ls|gc                               list or trim the results that runs share
   python -m haq_lab.offload trace|replay|plan|profile ...            record traces, compare policies, plan memory
+
+`haq-lab COMMAND` is short for `python -m haq_lab.COMMAND`.
 """
 
 TAIL = """

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from launching import TINY, Outcome, apart, launch
 
-from haq_lab.cli.sweep_failures import Watch, new_failures
+from haq_lab.cli.sweeps.failures import Watch, new_failures
 
 LAUNCHERS = {
     "joblib": ["hydra/launcher=local", "hydra.launcher.n_jobs=2"],

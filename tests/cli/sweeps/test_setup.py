@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from launching import TINY, launch
 
-from haq_lab.cli.sweep_setup import SEED
+from haq_lab.cli.sweeps.setup import SEED
 
 BITS = "quantizer.weight_bits=8,4"
 NOTHING = [*(setting for setting in TINY if not setting.startswith("measure")), "measure=[]", "model.layers=1"]

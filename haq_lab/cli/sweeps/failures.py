@@ -15,7 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from haq_lab.cli.sweep_setup import refuse_shared_folders, resume_search
+from haq_lab.cli.sweeps.setup import refuse_shared_folders, resume_search
 from haq_lab.tracking.run_folder import read_results
 from haq_lab.utils.console import errors, say
 from haq_lab.utils.errors import UserError

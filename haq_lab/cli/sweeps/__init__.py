@@ -1,0 +1,1 @@
+"""Set up the jobs of a sweep, and report those that failed."""
