@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from haq_lab.calibration import channel_ranges as ranges
@@ -69,12 +70,21 @@ def restore_state(work: Path, state: PassState) -> list[Shard]:
         The shards of the finished layers. Empty if no state was saved.
 
     Raises:
-        UserError: A file of the state is missing or has the wrong size.
+        UserError: A file of the state is missing or damaged.
     """
-    done = layers_done(work)
-    if not done:
+    if not layers_done(work):
         return []
     newest = _states(work)[-1]
+    try:
+        return _restore(work, newest, state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise UserError(
+            f"checkpoint: {newest} is damaged ({type(error).__name__}: {error}). Remove {work} to start again."
+        ) from error
+
+
+def _restore(work: Path, newest: Path, state: PassState) -> list[Shard]:
+    done = layers_done(work)
     record = json.loads((newest / RECORD).read_text(encoding="utf-8"))
     result = state.result
     state.at.update(record["at"])
