@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import DTypeLike, NDArray
-from safetensors.numpy import save_file
 
+from haq_lab.storage.safetensors_file import write_shard
 from haq_lab.storage.safetensors_header import read_header
-from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.errors import UserError, nearest_beside
 
 FILE_TYPES = {"U8": np.uint8, "U16": np.uint16, "F16": np.float16, "BOOL": np.bool_, "I64": np.int64}
@@ -154,7 +154,7 @@ class Trace:
         return Trace(*parts, self.decode, self.starts, experts, f"{self.model}, stretched", self.text)
 
     def save(self, path: Path) -> None:
-        """Write the trace to a file atomically.
+        """Write the trace to a file atomically. The same trace always gives the same bytes.
 
         Args:
             path: The file to write.
@@ -166,8 +166,7 @@ class Trace:
             "starts": _contiguous(self.starts, np.int64),
         }
         metadata = {"model": self.model, "text": self.text, "experts": str(self.expert_count)}
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata)
+        write_shard(path, {name: torch.from_numpy(array) for name, array in tensors.items()}, metadata)
 
     @classmethod
     def open(cls, path: Path) -> Trace:

@@ -25,7 +25,7 @@ from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.errors import UserError
 
 DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.uint16: "U16", torch.float32: "F32", torch.bfloat16: "BF16"}
-DTYPES |= {torch.float16: "F16"}
+DTYPES |= {torch.float16: "F16", torch.bool: "BOOL", torch.int64: "I64"}
 CHUNK = 4 << 20  # bytes that are read and then hashed while they are in the processor's cache
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 

@@ -52,7 +52,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 def test_repeated_kills_do_not_change_the_checkpoint(uninterrupted, tmp_path, seed):
     draw = random.Random(seed)
     deaths = 0
-    while _killed(tmp_path, at=draw.randint(3, 40)):
+    while _killed(tmp_path, at=draw.randint(3, 60)):
         deaths += 1
         assert not (tmp_path / "run" / "results.json").exists()
         assert deaths < 40
