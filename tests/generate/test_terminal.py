@@ -109,10 +109,10 @@ def test_ctrl_c_twice_at_the_prompt_ends(terminal):
     terminal.expect(PROMPT)
     terminal.type("half a line")
     terminal.expect("half a line")
-    time.sleep(0.2)  # readline waits for the next key; between two waits it would miss the signal
+    time.sleep(1)  # readline waits for the next key; between two waits it would miss the signal
     terminal.type("\x03")
     terminal.expect(r"Press Ctrl-C again to end\.\n> ")
-    time.sleep(0.2)
+    time.sleep(1)
     terminal.type("\x03")
     assert terminal.wait() == 0
 
