@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from haq_lab.offload.policies import path_model
 from haq_lab.offload.policies.path_model import (
     HORIZONS,
     MAX_AGE,
@@ -59,3 +61,14 @@ def test_a_large_model_has_no_path_and_says_so(make_trace, monkeypatch):
     without, zeros = (make_policy("haq", resident, trace, path_model=each).replay(trace) for each in (model, zero))
     assert without.fetched == zeros.fetched
     np.testing.assert_array_equal(without.by_layer, zeros.by_layer)
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(200, 100), (2600, 1024)])
+def test_tokens_before_the_averages_have_settled_are_not_fitted(make_trace, monkeypatch, tokens, first):
+    drawn = []
+    loss = path_model._Fit._loss
+    monkeypatch.setattr(path_model._Fit, "_loss", lambda fit, rows: drawn.append(rows) or loss(fit, rows))
+    fit_path_model(make_trace(tokens=tokens, layers=1, experts=4), steps=30)
+    rows = torch.cat(drawn)
+    assert first <= rows.min() < first + tokens // 20
+    assert rows.max() < tokens
