@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from launching import Outcome
+from transformers import AutoTokenizer
 
 import haq_lab
 from haq_lab.cli.generate import main
@@ -26,11 +27,26 @@ Command = Callable[..., Outcome]
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory) -> Path:
     """A checkpoint of a tiny Llama with a chat template. Its generation config samples."""
-    folder = tmp_path_factory.mktemp("chat")
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": [0]}
+    return _chat_model(tmp_path_factory.mktemp("chat"), sampling)
+
+
+@pytest.fixture(scope="session")
+def endless_model(tmp_path_factory) -> Path:
+    """The same model, but it writes empty lines and never ends an answer. Its context is long."""
+    source = TinyModel("llama").folder()
+    (newline,) = AutoTokenizer.from_pretrained(source)("\n", add_special_tokens=False).input_ids
+    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+    others = [token for token in range(vocabulary) if token != newline]
+    return _chat_model(tmp_path_factory.mktemp("endless"), {"suppress_tokens": others}, max_position_embeddings=2**15)
+
+
+def _chat_model(folder: Path, generation: dict[str, object], **config: object) -> Path:
     source = Path(shutil.copytree(TinyModel("llama").folder(), folder / "model"))
     (source / "chat_template.jinja").write_text(TEMPLATE)
-    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": [0]}
-    (source / "generation_config.json").write_text(json.dumps(sampling))
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    file = source / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
     return haq_lab.quantize(source, "rtn", out=folder / "checkpoint")
 
 
