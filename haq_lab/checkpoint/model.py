@@ -23,6 +23,8 @@ from haq_lab.int8.backend import Backend
 from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
+from haq_lab.prefix.stored import FILE as PREFIX
+from haq_lab.prefix.stored import Prefix
 from haq_lab.routing.trace import Trace
 from haq_lab.storage.safetensors_file import read_shard
 from haq_lab.utils.errors import UserError
@@ -76,6 +78,8 @@ class QuantizedModel(LayeredModel):
             self.manifest.check_files(folder)
             super().__init__(folder)
         del self._outer
+        if PREFIX in self.manifest.files:
+            self._use_prefix(Prefix.open(folder / PREFIX, self._shape_of_keys()))
         if has_int8_head(folder):
             self.quantize_head(backend)
 
@@ -121,6 +125,12 @@ class QuantizedModel(LayeredModel):
                 with block:
                     layer = self._build_layer(index, *stored)
                 yield layer
+
+    def _shape_of_keys(self) -> tuple[int, int, int]:
+        """Return the number of layers, the key-value heads of a layer, and the width of a head."""
+        heads = self.config.num_attention_heads
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        return self.depth, getattr(self.config, "num_key_value_heads", heads), width
 
     def _int8_shapes(self) -> list[tuple[int, int]]:
         """Return the shapes (n, k) of the int8 weights of all layers."""

@@ -72,6 +72,9 @@ _TEXT: dict[str, Any] = {"depends_on": "text", "decimals": 4}
 METRICS: dict[str, Metric] = {
     "perplexity.*": Metric("{} perplexity", "", "lower", baseline="perplexity_fp.*", column="all", **_TEXT),
     "perplexity_fp.*": Metric("{} perplexity in full precision", "", "lower", column="none", **_TEXT),
+    "perplexity_fp_no_prefix.*": Metric(
+        "{} perplexity in full precision without the prefix", "", "lower", column="none", **_TEXT
+    ),
     "perplexity_smoothed_fp.*": Metric("{} perplexity after smoothing", "", "lower", column="none", **_TEXT),
     "kl.*": Metric("{} KL", "nats/token", "lower", 5, depends_on="text"),
     "token_agreement.*": Metric("{} agreement", "%", "higher", 2, 100, depends_on="text"),

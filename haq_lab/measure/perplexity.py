@@ -1,7 +1,8 @@
 """Measure perplexity at three points of the pass, and how far quantisation changes the predictions.
 
 Perplexity is per token, as GPTQ and SmoothQuant publish it: exp of the mean negative log-likelihood over all tokens
-of a window except its first. The windows do not overlap.
+of a window except its first. The windows do not overlap. A prefix is no part of a window, so it is never scored and
+the same tokens are scored with and without one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from haq_lab.measure.base import Study
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.pass_result import Level
 
-METRIC: dict[Level, str] = {"fp": "perplexity_fp", "smoothed": "perplexity_smoothed_fp", "quantized": "perplexity"}
+METRIC: dict[Level, str] = {
+    "fp": "perplexity_fp",
+    "fp_no_prefix": "perplexity_fp_no_prefix",
+    "smoothed": "perplexity_smoothed_fp",
+    "quantized": "perplexity",
+}
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,12 @@ def score(model: LayeredModel, windows: Tensor, hidden: Mapping[Level, Tensor], 
     Args:
         model: The model, for its head.
         windows: Token windows (n, t).
-        hidden: Hidden states (n, t, d) by level: `fp`, and with a quantizer `smoothed` and `quantized`. A checkpoint
-            that was quantised before has `quantized` only.
+        hidden: Hidden states (n, t, d) by level: `fp`, and with a quantizer `smoothed` and `quantized`, and with a
+            prefix `fp_no_prefix`. A checkpoint that was quantised before has `quantized` only.
         dataset: Name of the dataset.
 
     Returns:
-        `perplexity*.<dataset>`, `kl.<dataset>` (nats a token, original against quantised) and
+        `perplexity*.<dataset>`, `kl.<dataset>` (nats a token, original against quantised, both with the prefix) and
         `token_agreement.<dataset>` (share of positions with the same most likely token). Without a quantizer,
         `perplexity.<dataset>` is that of full precision.
     """

@@ -20,7 +20,7 @@ from haq_lab.measure.base import Measure, Study
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.apply import LinearReport
 from haq_lab.quantizers.pass_result import PassResult
-from haq_lab.result_cache.keys import key_of, model_hash, tokens_hash
+from haq_lab.result_cache.keys import key_of, model_hash, of_prefix, tokens_hash
 from haq_lab.result_cache.store import Artifact, Store
 from haq_lab.routing.choices import Routing
 from haq_lab.utils.errors import UserError
@@ -63,12 +63,13 @@ class CachedPass:
         statistics: dict[str, Any] = {"calibration": None}
         if calibration is not None:
             statistics = {"calibration": tokens_hash(calibration), "policy": asdict(self.experiment.calibration.policy)}
-        quantizer, backend = _settings(self.experiment.quantizer), self.experiment.backend
-        return statistics | {
+        backend = self.experiment.backend
+        own = {
             "model": model_hash(self.model.folder),
-            "quantizer": quantizer,
+            "quantizer": _settings(self.experiment.quantizer),
             "backend": [backend.name, backend.device.type],
         }
+        return statistics | own | of_prefix(self.model)
 
     def find(self) -> PassResult | None:
         """Return the stored result of an equal pass, without hidden states. Return None if anything that this run
@@ -158,8 +159,10 @@ class CachedPass:
 
 
 def _settings(thing: Any) -> Any:
-    """Return the class and the settings of a quantizer or a measure for JSON."""
-    return None if thing is None else [type(thing).__qualname__, asdict(thing)]
+    """Return the class and the settings of a quantizer or a measure for JSON, without how the prefix was named."""
+    if thing is None:
+        return None
+    return [type(thing).__qualname__, {name: value for name, value in asdict(thing).items() if name != "prefix"}]
 
 
 def _is_builtin(thing: object) -> bool:
