@@ -21,6 +21,7 @@ from haq_lab.checkpoint.layer_tensors import int8_layer, read_layer
 from haq_lab.checkpoint.manifest import REST, ROUTING, Manifest, layer_file
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.numerics import ActivationScheme
+from haq_lab.models.architectures import head_size
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
 from haq_lab.prefix.stored import FILE as PREFIX
@@ -128,9 +129,8 @@ class QuantizedModel(LayeredModel):
 
     def _shape_of_keys(self) -> tuple[int, int, int]:
         """Return the number of layers, the key-value heads of a layer, and the width of a head."""
-        heads = self.config.num_attention_heads
-        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
-        return self.depth, getattr(self.config, "num_key_value_heads", heads), width
+        heads = getattr(self.config, "num_key_value_heads", self.config.num_attention_heads)
+        return self.depth, heads, head_size(self.config)
 
     def _int8_shapes(self) -> list[tuple[int, int]]:
         """Return the shapes (n, k) of the int8 weights of all layers."""

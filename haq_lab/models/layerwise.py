@@ -86,6 +86,7 @@ class LayeredModel:
     """
 
     quantized = False
+    prefix: Prefix | None = None
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, allow_nonfinite: bool = False):
         self._allow_nonfinite = allow_nonfinite
@@ -99,7 +100,6 @@ class LayeredModel:
         self._layer_class = self._find_layer_class()
         self.shell = self._build_shell()
         self.int8_head: Int8Linear | None = None
-        self.prefix: Prefix | None = None
         self._bare = self
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 

@@ -23,10 +23,11 @@ from haq_lab.calibration.sensitivity import LayerSensitivity
 from haq_lab.calibration.statistics import Accumulator, Needs
 from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.quantizers.haq.noise import StaticNoise, dynamic_noise
+from haq_lab.quantizers.haq.noise import COARSE, StaticNoise, dynamic_noise
 
 RATIO = 64  # PrefixQuant's threshold: largest magnitude of an outlier token over the median token's
 WINDOWS, LENGTH = 4, 512  # calibration windows that the search reads, and the most tokens of each
+ENOUGH = 1024  # tokens; of more, one in COARSE sampled rows is enough
 FREQUENT = 2  # outlier tokens that are candidates of their own
 MOST = 5  # tokens of a candidate
 WORTH = 0.9  # a prefix is chosen if it lowers the predicted error to this share at most
@@ -138,5 +139,6 @@ def _error(seen: Accumulator, scheme: ActivationScheme, cost: Tensor) -> float:
         return 0.0
     statistics = seen.finish()
     if scheme == "static":
-        return StaticNoise(statistics).best_scale(torch.ones(len(cost)), cost)[1] / 2
+        every = COARSE if seen.count > ENOUGH else 1  # an expert may have one token
+        return StaticNoise(statistics, every).best_scale(torch.ones(len(cost)), cost)[1] / 2
     return float(dynamic_noise(statistics, scheme == "token") @ cost) / 2
