@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.prefix.stored import Prefix
+from haq_lab.prefix.contents import Prefix, States
 from haq_lab.result_cache.keys import key_of, of_text
 from haq_lab.result_cache.store import Artifact, Store
 from haq_lab.utils.malloc import release_memory
@@ -35,7 +35,7 @@ def compute_prefix(model: LayeredModel, tokens: tuple[int, ...], text: str) -> P
         keys.append(stored.keys[0].float())
         values.append(stored.values[0].float())
         release_memory()
-    return Prefix(tokens, text, torch.stack(keys), torch.stack(values))
+    return Prefix(tokens, text, States(torch.stack(keys), torch.stack(values)))
 
 
 def cached_prefix(store: Store, model: LayeredModel, tokens: tuple[int, ...], text: str) -> Prefix:
@@ -44,9 +44,9 @@ def cached_prefix(store: Store, model: LayeredModel, tokens: tuple[int, ...], te
         return compute_prefix(model, tokens, text)
 
     def compute() -> Artifact:
-        prefix = compute_prefix(model, tokens, text)
-        return Artifact({"keys": prefix.keys, "values": prefix.values})
+        states = compute_prefix(model, tokens, text).states
+        return Artifact(vars(states).copy())
 
     key = key_of(STAGE, (__name__,), **of_text(model, torch.tensor([tokens])))
     found = store.fetch(STAGE, key, compute, f"{model.folder.name}, {len(tokens)} tokens")
-    return Prefix(tokens, text, found.tensors["keys"], found.tensors["values"])
+    return Prefix(tokens, text, States(**found.tensors))

@@ -8,7 +8,6 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
-from haq_lab.prefix.stored import FILE as PREFIX
 from haq_lab.storage.json_form import read_json
 from haq_lab.storage.listed_files import ACCEPT, is_inside, unlisted_files
 from haq_lab.storage.safetensors_file import Shard
@@ -20,7 +19,7 @@ WORK = "work"
 IDENTITY = "identity.json"  # in WORK: settings of the run that began the checkpoint
 REST = "rest.safetensors"
 ROUTING = "routing.trace"  # the router's choices on the calibration text, if the run recorded them
-VERSION = 2  # of checkpoints with a prefix, which older versions would ignore; others have version 1
+VERSION = 1
 
 
 class _Version(TypedDict):
@@ -61,8 +60,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json`. It makes the folder a complete checkpoint, so call this last."""
         shards = [asdict(shard) for shard in self.shards.values()]
-        version = VERSION if PREFIX in self.files else 1
-        write_json(folder / FILE, {"format": "haq_lab", "version": version, "files": self.files, "shards": shards})
+        write_json(folder / FILE, {"format": "haq_lab", "version": VERSION, "files": self.files, "shards": shards})
 
     @classmethod
     def read(cls, folder: Path, setting: str = "checkpoint") -> Manifest:
@@ -95,9 +93,9 @@ class Manifest:
                     f"{setting}: '{folder}' was written by a newer version of haq_lab: its format is "
                     f"{version['version']}, and this version reads {VERSION}. Update haq_lab."
                 )
-            if version["format"] != "haq_lab" or version["version"] < 1:
+            if version != {"format": "haq_lab", "version": VERSION}:
                 raise UserError(
-                    f"{setting}: {path} is not in format haq_lab, version 1 to {VERSION}. Write the checkpoint again."
+                    f"{setting}: {path} is not in format haq_lab, version {VERSION}. Write the checkpoint again."
                 )
             content = read_json(path, _CONTENT)
         except (OSError, ValueError) as error:

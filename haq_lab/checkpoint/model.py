@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -21,11 +21,9 @@ from haq_lab.checkpoint.layer_tensors import int8_layer, read_layer
 from haq_lab.checkpoint.manifest import REST, ROUTING, Manifest, layer_file
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.numerics import ActivationScheme
-from haq_lab.models.architectures import head_size
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
-from haq_lab.prefix.stored import FILE as PREFIX
-from haq_lab.prefix.stored import Prefix
+from haq_lab.prefix.contents import Prefix
 from haq_lab.routing.trace import Trace
 from haq_lab.storage.safetensors_file import read_shard
 from haq_lab.utils.errors import UserError
@@ -79,8 +77,8 @@ class QuantizedModel(LayeredModel):
             self.manifest.check_files(folder)
             super().__init__(folder)
         del self._outer
-        if PREFIX in self.manifest.files:
-            self._use_prefix(Prefix.open(folder / PREFIX, self._shape_of_keys()))
+        if (stamp := quantization_of(folder).get("prefix")) is not None:
+            self._use_prefix(Prefix.of_stamp(stamp, f"the prefix in {folder / 'config.json'}"))
         if has_int8_head(folder):
             self.quantize_head(backend)
 
@@ -127,11 +125,6 @@ class QuantizedModel(LayeredModel):
                     layer = self._build_layer(index, *stored)
                 yield layer
 
-    def _shape_of_keys(self) -> tuple[int, int, int]:
-        """Return the number of layers, the key-value heads of a layer, and the width of a head."""
-        heads = getattr(self.config, "num_key_value_heads", self.config.num_attention_heads)
-        return self.depth, heads, head_size(self.config)
-
     def _int8_shapes(self) -> list[tuple[int, int]]:
         """Return the shapes (n, k) of the int8 weights of all layers."""
         layer, names = self.new_layer(0), {name for group in self.groups for name in group.consumers}
@@ -161,8 +154,13 @@ def has_int8_head(folder: Path) -> bool:
 
     The file stores the head in float; loading quantises it.
     """
+    return bool(quantization_of(folder).get("int8_head", False))
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint folder, or nothing if its config has none."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return bool(config.get("quantization_config", {}).get("int8_head", False))
+    return config.get("quantization_config", {})
 
 
 def open_model(source: ModelSource, backend: Backend) -> LayeredModel:

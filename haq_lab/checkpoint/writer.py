@@ -22,7 +22,6 @@ from haq_lab.checkpoint.provenance import differences
 from haq_lab.checkpoint.resume_state import layers_done, restore_state, save_state
 from haq_lab.models.companion_files import copy_companion_files
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.prefix.stored import FILE as PREFIX
 from haq_lab.quantizers.pass_result import PassState
 from haq_lab.routing.trace import Trace
 from haq_lab.storage.safetensors_file import Shard, write_shard
@@ -131,7 +130,7 @@ class CheckpointWriter:
         save_state(self.work, index, state, self.shards)
 
     def finish(self, routing: Trace | None = None) -> None:
-        """Write the tensors outside the layers, the tokenizer, the config, the prefix, and last the manifest.
+        """Write the tensors outside the layers, the tokenizer, the config, and last the manifest.
 
         Args:
             routing: The routing trace of the calibration pass, if it was recorded. Offloading uses it after loading.
@@ -143,8 +142,6 @@ class CheckpointWriter:
             self._write_listed_files(aside, shards.values())
             if routing is not None:
                 routing.save(aside / ROUTING)
-            if self.model.prefix is not None:
-                self.model.prefix.save(aside / PREFIX)
         files = {path.relative_to(self.work / "files").as_posix(): path for path in (self.work / "files").rglob("*")}
         hashes = {name: sha256(path) for name, path in sorted(files.items()) if path.is_file()}
         for name in hashes:
@@ -163,7 +160,7 @@ class CheckpointWriter:
             "dtype": config.get("dtype"),
             "provenance": self.provenance,
         }
-        if self.model.prefix is not None:  # for readers; `prefix.safetensors` is what is loaded
+        if self.model.prefix is not None:  # its keys and values are in the files of the layers
             config["quantization_config"]["prefix"] = self.model.prefix.stamp()
         # transformers skips a method that it does not know. It refuses to build a model in an integer type, so it does
         # not read the levels as float weights unless haq_lab.hf is imported.

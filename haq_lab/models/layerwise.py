@@ -34,8 +34,8 @@ from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
 from haq_lab.prefix.attention import IMPLEMENTATION, attach
+from haq_lab.prefix.contents import Prefix
 from haq_lab.prefix.positions import ShiftedPositions, number_padded_batches
-from haq_lab.prefix.stored import Prefix
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.hugging_face import quiet_transformers
 
@@ -201,14 +201,12 @@ class LayeredModel:
             )
 
     def new_layer(self, index: int) -> nn.Module:
-        """Return decoder layer `index` on the meta device, without weights, with split experts and the prefix."""
+        """Return decoder layer `index` on the meta device, without weights and with split experts."""
         with torch.device("meta"), no_init_weights():
             layer = self._layer_class(self.config, index).eval().requires_grad_(False)
             if self.family.moe is not None:
                 name = self.family.moe.experts
                 layer.set_submodule(name, Experts.unfused(layer.get_submodule(name)))
-        if self.prefix is not None:
-            attach(layer.get_submodule(self.family.attention), self.prefix.keys[index], self.prefix.values[index])
         return layer
 
     def load_layer(self, index: int) -> nn.Module:
@@ -231,6 +229,8 @@ class LayeredModel:
             layer.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
             raise UserError(f"model: layer {index} of {self.folder} does not fit its config: {error}.") from error
+        if self.prefix is not None and (states := self.prefix.states) is not None:
+            attach(layer.get_submodule(self.family.attention), states.keys[index], states.values[index])
         return layer.requires_grad_(False)
 
     def with_prefix(self, prefix: Prefix) -> LayeredModel:

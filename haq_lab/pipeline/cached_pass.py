@@ -8,7 +8,7 @@ because their code may read anything.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from haq_lab.config.build import Experiment
 from haq_lab.measure.base import Measure, Study
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.apply import LinearReport
+from haq_lab.quantizers.base import NO_PREFIX
 from haq_lab.quantizers.pass_result import PassResult
 from haq_lab.result_cache.keys import key_of, model_hash, of_prefix, tokens_hash
 from haq_lab.result_cache.store import Artifact, Store
@@ -63,10 +64,12 @@ class CachedPass:
         statistics: dict[str, Any] = {"calibration": None}
         if calibration is not None:
             statistics = {"calibration": tokens_hash(calibration), "policy": asdict(self.experiment.calibration.policy)}
-        backend = self.experiment.backend
+        quantizer, backend = self.experiment.quantizer, self.experiment.backend
         own = {
             "model": model_hash(self.model.folder),
-            "quantizer": _settings(self.experiment.quantizer),
+            "quantizer": _settings(
+                quantizer and replace(quantizer, prefix=NO_PREFIX)
+            ),  # its tokens count, not its name
             "backend": [backend.name, backend.device.type],
         }
         return statistics | own | of_prefix(self.model)
@@ -159,10 +162,8 @@ class CachedPass:
 
 
 def _settings(thing: Any) -> Any:
-    """Return the class and the settings of a quantizer or a measure for JSON, without how the prefix was named."""
-    if thing is None:
-        return None
-    return [type(thing).__qualname__, {name: value for name, value in asdict(thing).items() if name != "prefix"}]
+    """Return the class and the settings of a quantizer or a measure for JSON."""
+    return None if thing is None else [type(thing).__qualname__, asdict(thing)]
 
 
 def _is_builtin(thing: object) -> bool:

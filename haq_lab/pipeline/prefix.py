@@ -102,7 +102,11 @@ def _named_tokens(
 ) -> tuple[int, ...]:
     """Return the token ids of a text, or check those that the user names."""
     if isinstance(prefix, str):
-        return tuple(tokenizer.encode(prefix, add_special_tokens=False))
+        if not (tokens := tuple(tokenizer.encode(prefix, add_special_tokens=False))):
+            raise UserError(
+                f"quantizer.prefix: '{prefix}' has no token in this model's vocabulary. Choose another text."
+            )
+        return tokens
     rows = len(model.shell.get_input_embeddings().weight)  # type: ignore[arg-type]
     for token in prefix:
         if not 0 <= token < rows:

@@ -35,7 +35,7 @@ from haq_lab.pipeline.prefix import PrefixChoice, choose_prefix, stamp_prefix
 from haq_lab.pipeline.preflight import preflight
 from haq_lab.pipeline.record import write_record
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
-from haq_lab.quantizers.base import AUTO_PREFIX
+from haq_lab.quantizers.base import AUTO_PREFIX, NO_PREFIX
 from haq_lab.quantizers.pass_result import PassResult
 from haq_lab.result_cache.store import Store
 from haq_lab.results.show_run import show_results
@@ -172,7 +172,8 @@ def _choose_prefix(
     texts = {f"data.{name}.seqlen": windows for name, windows in evaluation.items()}
     if calibration is not None:
         texts["calibration.seqlen"] = calibration
-    progress.stage("prefix")
+    if experiment.quantizer is not None and experiment.quantizer.prefix != NO_PREFIX:
+        progress.stage("prefix")
     prefix = choose_prefix(experiment.quantizer, model, texts, calibration, store)
     stamp_prefix(prefix.model, texts.values())
     if prefix.event is not None:

@@ -24,9 +24,12 @@ KEYS, VALUES = "prefix_keys", "prefix_values"  # buffers of an attention module:
 
 
 def attach(attention: nn.Module, keys: Tensor, values: Tensor) -> None:
-    """Give an attention module the keys and values (heads, p, head_dim) of a prefix. They are no part of its state."""
-    attention.register_buffer(KEYS, keys[None], persistent=False)
-    attention.register_buffer(VALUES, values[None], persistent=False)
+    """Give an attention module its own copy of the keys and values (heads, p, head_dim) of a prefix.
+
+    They are part of its state, because what is folded into the value projection is folded into the values too.
+    """
+    attention.register_buffer(KEYS, keys[None].clone())
+    attention.register_buffer(VALUES, values[None].clone())
 
 
 def attached(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -37,18 +40,24 @@ def attached(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     return None
 
 
+def prefix_values(attention: nn.Module) -> Tensor | None:
+    """Return the values (1, heads, p, head_dim) of the prefix in an attention module, or None if it has none.
+
+    Whoever changes what the value projection computes must change them in place in the same way.
+    """
+    return attention._buffers.get(VALUES)
+
+
 @contextmanager
 def detached(layer: nn.Module) -> Iterator[None]:
     """Run a decoder layer without its prefix within a `with` statement."""
     modules = [module for module in layer.modules() if KEYS in module._buffers]
-    buffers = [(module.get_buffer(KEYS), module.get_buffer(VALUES)) for module in modules]
-    for module in modules:
-        del module._buffers[KEYS], module._buffers[VALUES]
+    buffers = [{name: module._buffers.pop(name) for name in (KEYS, VALUES)} for module in modules]
     try:
         yield
     finally:
-        for module, (keys, values) in zip(modules, buffers, strict=True):
-            attach(module, keys[0], values[0])
+        for module, own in zip(modules, buffers, strict=True):
+            module._buffers |= own
 
 
 def prefixed_attention(

@@ -13,12 +13,20 @@ from launching import TINY, launch
 from transformers import AutoModelForCausalLM
 
 import haq_lab.hf  # noqa: F401  # registers the checkpoints' format
+from haq_lab.calibration.prefix_states import compute_prefix
+from haq_lab.calibration.statistics import CalibrationPolicy
+from haq_lab.checkpoint.accept import accept
 from haq_lab.checkpoint.export.engines import export
-from haq_lab.checkpoint.manifest import FILE, Manifest
+from haq_lab.checkpoint.manifest import Manifest
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.checkpoint.writer import CheckpointWriter
+from haq_lab.data.windows import Windows
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.pipeline.deployment import load_checkpoint
+from haq_lab.pipeline.prefix import stamp_prefix
+from haq_lab.pipeline.sequential import PassInputs, sequential_pass
+from haq_lab.prefix.attention import attached
+from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.utils.errors import UserError
 
 NEWLINE = 'quantizer.prefix="\\n"'  # as a shell passes it
@@ -39,15 +47,31 @@ def _events(folder: Path) -> list[dict]:
 def written(tmp_path_factory) -> Path:
     """A run with a prefix, in `run`, and its checkpoint."""
     folder = tmp_path_factory.mktemp("prefix")
-    static = ["model=tiny_mixtral", "quantizer.activations=static", NEWLINE]
+    static = ["model=tiny_mixtral", "quantizer=haq", "quantizer.activations=static", NEWLINE]  # HAQ scales values
     _run(folder / "run", *static, "measure=[perplexity,latency]", "measure.latency.seconds=0",
          "measure.latency.prompt_tokens=8", f"checkpoint.dir={folder / 'checkpoint'}")  # fmt: skip
     return folder
 
 
+def test_smoothing_preserves_the_function_behind_a_prefix(tiny, windows):
+    model = tiny.with_prefix(compute_prefix(tiny, (5, 6, 7), ""))
+    layers = []
+    inputs = PassInputs(
+        model, HAQ(sensitivity=0), ReferenceBackend(), windows.flip(0), CalibrationPolicy(), {"text": windows}
+    )
+    hidden = sequential_pass(inputs, lambda index, layer: layers.append(layer)).hidden["text"]
+    logits = {level: model.head(states) for level, states in hidden.items()}
+    assert float((logits["smoothed"] - logits["fp"]).norm() / logits["fp"].norm()) < 1e-4
+    states = model.prefix.states.values
+    changed = [not torch.allclose(attached(layer)[1], own) for layer, own in zip(layers, states, strict=True)]
+    assert all(changed), "factors are folded into the value projection, and so into the prefix's values"
+    again = model.load_layer(0)
+    assert torch.equal(attached(again)[1], states[0]), "but not into the full-precision model's"
+
+
 def test_full_precision_is_reported_with_and_without(written, tmp_path):
     with_prefix = json.loads((written / "run" / "results.json").read_text())["metrics"]
-    without = _run(tmp_path / "plain", "model=tiny_mixtral", "quantizer.activations=static")["metrics"]
+    without = _run(tmp_path / "plain", "model=tiny_mixtral")["metrics"]
     assert with_prefix["perplexity_fp_no_prefix.python_docs"] == pytest.approx(without["perplexity_fp.python_docs"])
     assert with_prefix["perplexity_fp.python_docs"] != pytest.approx(without["perplexity_fp.python_docs"], rel=1e-3)
     assert "perplexity_fp_no_prefix.python_docs" not in without
@@ -65,9 +89,19 @@ def test_stamps_name_the_prefix(written):
     assert event["text"] == "\n"
 
 
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_nothing_published_is_comparable_behind_a_prefix(tiny):
+    stamps = [{"comparable_with": ["wikitext2 perplexity of GPTQ"]} for _ in range(2)]
+    for model, stamp in zip((tiny, tiny.with_prefix(compute_prefix(tiny, (5,), "x"))), stamps, strict=True):
+        stamp_prefix(model, [Windows(torch.zeros(1, 1), stamp)])
+    assert stamps == [
+        {"comparable_with": ["wikitext2 perplexity of GPTQ"]},
+        {"comparable_with": [], "prefix": {"tokens": [5], "text": "x"}},
+    ]
+
+
 def test_a_checkpoint_has_the_prefix(written, windows):
     folder = written / "checkpoint"
-    assert json.loads((folder / FILE).read_text())["version"] == 2, "older versions would ignore the prefix"
     model = QuantizedModel(folder, ReferenceBackend())
     assert model.prefix is not None
     assert model.prefix.stamp() == json.loads((folder / "config.json").read_text())["quantization_config"]["prefix"]
@@ -92,13 +126,19 @@ def test_a_checkpoint_scores_as_the_run_that_wrote_it(written, tmp_path):
     assert after["protocol"]["python_docs"]["prefix"] == {"tokens": [BYTE], "text": "\n"}
 
 
-def test_a_changed_prefix_file_is_refused(written, tmp_path):
+def test_prefix_tensors_must_fit_the_named_tokens(written, tmp_path):
     copy = Path(shutil.copytree(written / "checkpoint", tmp_path / "copy"))
-    content = bytearray((copy / "prefix.safetensors").read_bytes())
-    content[-1] ^= 1
-    (copy / "prefix.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"prefix\.safetensors does not match its hash"):
-        QuantizedModel(copy, ReferenceBackend())
+    settings = json.loads((copy / "config.json").read_text())
+    for stamp, message in (
+        ({"tokens": [1, 2], "text": "ab"}, "self_attn.prefix_keys' does not fit the config"),
+        (None, "self_attn.prefix_keys' is superfluous"),
+        ({"tokens": "ab"}, r"the prefix in .*config\.json is not readable"),
+    ):
+        settings["quantization_config"]["prefix"] = stamp
+        (copy / "config.json").write_text(json.dumps(settings))
+        accept(copy)
+        with pytest.raises(UserError, match=message):
+            QuantizedModel(copy, ReferenceBackend()).load_layer(0)
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm", "gguf"])

@@ -129,7 +129,6 @@ def test_without_its_prefix_a_model_is_the_original(tiny, windows, logits_of):
         assert attached(layer) is None
         same(bare.forward(layer, 0, hidden), bare.forward(bare.load_layer(0), 0, hidden))
     assert attached(layer) is not None
-    assert "prefix_keys" not in "".join(layer.state_dict())
 
 
 def test_the_prefix_uses_up_positions(tiny):
