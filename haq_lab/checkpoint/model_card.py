@@ -67,7 +67,7 @@ def write_model_card(folder: Path, metrics: dict[str, float | None], protocol: d
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, quantised with {method}",
-        "\n".join(_facts(made, method, bits, _activation_schemes(folder))),
+        "\n".join(_facts(made, method, bits, _activation_schemes(folder), config["quantization_config"].get("prefix"))),
         *_perplexities(metrics, protocol),
         LOADING,
     ]
@@ -83,7 +83,9 @@ def _activation_schemes(folder: Path) -> Counter[ActivationScheme]:
     return counts
 
 
-def _facts(made: dict[str, Any], method: str, bits: int, schemes: Counter[ActivationScheme]) -> Iterator[str]:
+def _facts(
+    made: dict[str, Any], method: str, bits: int, schemes: Counter[ActivationScheme], prefix: dict[str, Any] | None
+) -> Iterator[str]:
     """Yield the rows of a table that says how the checkpoint was made."""
     yield "| | |\n|---|---|"
     revision = made["model"]["revision"]
@@ -93,6 +95,8 @@ def _facts(made: dict[str, Any], method: str, bits: int, schemes: Counter[Activa
     yield f"| weights | {'int8' if bits == 8 else f'{bits} bits, stored as int8'}, one scale per output channel |"
     for scheme, count in schemes.most_common():
         yield f"| activations of {count} linears | int8, {ACTIVATIONS[scheme]} |"
+    if prefix is not None:
+        yield f"| prefix | `{json.dumps(prefix['text'])}` before every sequence, in full precision |"
     if (text := made["calibration"]) is not None:
         windows = f"{text['samples']} windows of {text['seqlen']:,} tokens"
         yield f"| calibration | {text['text']}: {windows}, seed {text['seed']} |"

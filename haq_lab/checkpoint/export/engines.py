@@ -30,7 +30,7 @@ def export(folder: Path, target: Path, engine: str = "transformers") -> None:
         engine: A key of `ENGINES`. `transformers` and `vllm` read compressed-tensors, `gguf` is for llama.cpp.
 
     Raises:
-        UserError: The checkpoint is damaged, the engine cannot run it, or `target` already exists.
+        UserError: The checkpoint is damaged or has a prefix, the engine cannot run it, or `target` already exists.
 
     Example:
         >>> export(Path("checkpoints/smol"), Path("smol.gguf"), "gguf")
@@ -39,4 +39,10 @@ def export(folder: Path, target: Path, engine: str = "transformers") -> None:
         raise invalid("export --for", engine, ENGINES)
     if target.exists():
         raise UserError(f"export: '{target}' already exists. Choose a new path.")
-    ENGINES[engine](QuantizedModel(folder, ReferenceBackend()), target)
+    model = QuantizedModel(folder, ReferenceBackend())
+    if model.prefix is not None:
+        raise UserError(
+            f"export: '{folder}' has the prefix {model.prefix.text!r}, which other engines do not support. "
+            "Quantise the model again with quantizer.prefix=none."
+        )
+    ENGINES[engine](model, target)
