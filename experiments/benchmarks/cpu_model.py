@@ -32,7 +32,9 @@ FORMS: dict[str, Callable[[LayeredModel], Any]] = {
     "torch fp32": lambda smol: whole(smol, None),
     "int8, Python between the products": lambda smol: whole(smol, RTN(), fused=False),
     "int8": lambda smol: whole(smol, RTN()),  # the head as the checkpoint has it, in float32
-    "int8, rotated": lambda smol: whole(smol, RTN(rotation="block")),  # as HAQ: blocks of 64, and of 128 in front of down
+    "int8, rotated": lambda smol: whole(
+        smol, RTN(rotation="block")
+    ),  # as HAQ: blocks of 64, and of 128 in front of down
     "int8, head in bfloat16": lambda smol: whole(smol, RTN(), head=torch.bfloat16),
     "int8, head too": lambda smol: whole(smol, RTN(), head=torch.int8),  # as quantizer.lm_head=true
 }

@@ -47,8 +47,8 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
         title=str(folder),
         title_justify="left",
     )
-    for (name, dtype, form), (number, size) in kinds.items():
-        table.add_row(name, dtype, form, str(number), f"{size / 1e6:,.2f}")
+    for (name, dtype, activations), (number, size) in kinds.items():
+        table.add_row(name, dtype, activations, str(number), f"{size / 1e6:,.2f}")
     total = sum(size for _, size in kinds.values())
     table.add_section()
     table.add_row("all", "", "", str(sum(number for number, _ in kinds.values())), f"{total / 1e6:,.2f}")

@@ -195,7 +195,8 @@ class Backend:
             sequences: As for `linear`.
         """
         inner = [self.product(qx, row_scale, linear, torch.float32) for linear in (weights.gate, weights.up)]
-        quantized = self.swiglu_quantize(*inner, weights.scheme, weights.static_scale, sequences, weights.rotation)
+        scheme, static_scale, rotation = weights.scheme, weights.static_scale, weights.rotation
+        quantized = self.swiglu_quantize(inner[0], inner[1], scheme, static_scale, sequences, rotation)
         return self.product(*quantized, weights.down, torch.float32)
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:

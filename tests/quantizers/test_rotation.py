@@ -15,7 +15,7 @@ from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.rotation import rotate
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.quantizers.apply import quantize_group, smooth_group
-from haq_lab.quantizers.base import ActivationChoice, Solution
+from haq_lab.quantizers.base import ActivationChoice, Smoothing, Solution
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.haq.noise import best_static_scale
 from haq_lab.quantizers.haq.quantizer import HAQ
@@ -32,6 +32,10 @@ class Unrounded(RandomFactors):
         super().__init__()
         object.__setattr__(self, "rotation", rotation)
         object.__setattr__(self, "rotation_block", block)
+
+    def smoothing(self, group, family, weight, statistics, channels):
+        """Factors over two orders of magnitude: sums of more unlike channels are not exact to 1e-4 in float32."""
+        return Smoothing(channels.shared_max(10 ** (2 * torch.rand(weight.shape[1]) - 1)), 0.5)
 
     def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
         return Solution(weight, torch.ones(len(weight)))
