@@ -10,7 +10,7 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 from haq_lab.quantizers.smoothing import ChannelMap
 
+NO_PREFIX, AUTO_PREFIX = "none", "auto"
 COLUMNS = 128  # columns of a Hessian that are multiplied at once
 
 
@@ -65,6 +66,17 @@ class Solution:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+def _check_prefix(value: Any) -> Any:
+    """Return a valid `prefix`, with typed `\\n` and `\\t` as a newline and a tab."""
+    if value is None:
+        return NO_PREFIX
+    if isinstance(value, str) and value:
+        return value.replace("\\n", "\n").replace("\\t", "\t")
+    if isinstance(value, list | tuple) and value and all(type(token) is int for token in value):
+        return tuple(value)
+    raise ValueError("Write none, auto, a text that is not empty, or a list of token ids such as [198]")
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """Round weights to nearest, use a fixed activation scheme, and do not smooth.
@@ -77,6 +89,8 @@ class Quantizer:
         weight_bits: 8, or 4 (levels in [-7, 7], stored as int8).
         lm_head: Whether to quantise the LM head too. Whatever the other settings are, it gets 8 bits, rounding to
             nearest and token-dynamic activations, because calibration does not reach it.
+        prefix: Tokens before every sequence (`haq_lab.prefix`): `none`, a text, token ids, or `auto`, which looks for
+            those that lower the predicted error most.
         rotation: Hadamard rotation of each linear's input before it is quantised (QuaRot, arXiv 2404.00456): `none`,
             `block` (blocks of at most `rotation_block` channels), or `full` (the largest blocks that fit).
         rotation_block: Largest block of `rotation=block`. A linear uses the largest power of two that divides its
@@ -89,6 +103,7 @@ class Quantizer:
     activations: Literal["token", "tensor", "static"] = "token"
     weight_bits: Literal[8, 4] = 8
     lm_head: bool = False
+    prefix: Annotated[str | tuple[int, ...], BeforeValidator(_check_prefix)] = NO_PREFIX
     rotation: Literal["none", "block", "full"] = "none"
     rotation_block: Annotated[int, Field(ge=2)] = 128
 
