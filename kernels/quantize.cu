@@ -172,7 +172,7 @@ __device__ __forceinline__ void mix_staged(int block, int groups) {
     __syncthreads();  // the stage before is finished
     for (int pair = threadIdx.x; pair < groups; pair += blockDim.x) {  // in both planes
       int plane = pair & 1, place = pair >> 1;
-      int first = plane * groups + place / distance * 2 * distance + place % distance;
+      int first = plane * groups + 2 * place - (place & (distance - 1));
       float4 a = planes[first], b = planes[first + distance];
       planes[first] = sum_of(a, b, 1.0f);
       planes[first + distance] = sum_of(a, b, -1.0f);
