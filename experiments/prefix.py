@@ -45,8 +45,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def measure(overrides: list[str]) -> str:
-    """Run one pass and return its row of the table."""
+def measure(overrides: list[str], only_choose: bool) -> str:
+    """Choose the prefix, run one pass unless `only_choose`, and return its row of the table."""
     config, _ = compose_run([*overrides, "measure=[perplexity]", "tracking=none"])
     experiment = build(config)
     model = open_model(experiment.model, experiment.backend)
@@ -56,6 +56,8 @@ def measure(overrides: list[str]) -> str:
     started = time.perf_counter()
     choice = choose_prefix(experiment.quantizer, model, texts, calibration, store)
     searched = time.perf_counter() - started
+    if only_choose:
+        return f"{searched:.0f} s | {choice.report or ''} | {choice.event or ''}"
     name, windows = next(iter(texts.items()))
     inputs = PassInputs(
         choice.model, experiment.quantizer, experiment.backend, calibration.tokens, experiment.calibration.policy,
@@ -76,12 +78,13 @@ def main() -> None:
     parser.add_argument("--prefix", nargs="+", default=["none", "\\n", "auto"])
     parser.add_argument("--activations", nargs="+", default=["static"])
     parser.add_argument("--out", type=Path, help="file to append the rows to")
+    parser.add_argument("--only-choose", action="store_true", help="do not quantise")
     parser.add_argument("overrides", nargs="*", help="overrides of the run, after --")
     given = parser.parse_args()
     for activations in given.activations:
         for prefix in given.prefix:
             settings = [f"quantizer.activations={activations}", f"quantizer.prefix={override_value(prefix)}"]
-            row = f"| {activations} | `{prefix}` | {measure([*given.overrides, *settings])} |"
+            row = f"| {activations} | `{prefix}` | {measure([*given.overrides, *settings], given.only_choose)} |"
             print(row, flush=True)
             if given.out is not None:
                 with given.out.open("a") as stream:
