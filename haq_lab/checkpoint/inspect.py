@@ -12,9 +12,11 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from haq_lab.checkpoint.layer_tensors import read_schemes
+from haq_lab.checkpoint.layer_tensors import read_forms
 from haq_lab.checkpoint.manifest import FILE, Manifest
 from haq_lab.checkpoint.model_card import CARD
+from haq_lab.int8.linear import InputForm
+from haq_lab.int8.rotation import NO_ROTATION
 from haq_lab.storage.listed_files import ACCEPT, TEMPLATES
 from haq_lab.storage.safetensors_file import read_shard, read_shard_header
 from haq_lab.utils.errors import UserError
@@ -30,10 +32,10 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
     kinds: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     for shard in manifest.shards.values():
         header, _ = read_shard_header(folder / shard.file)
-        schemes = read_schemes(header.pop("__metadata__", {}), folder / shard.file)
+        forms = read_forms(header.pop("__metadata__", {}), folder / shard.file)
         for name, entry in header.items():
-            scheme = schemes.get(name.rpartition(".")[0], "") if name.endswith(".weight") else ""
-            count = kinds[re.sub(r"\.\d+\.", ".*.", name), entry["dtype"], scheme]
+            form = forms.get(name.rpartition(".")[0]) if name.endswith(".weight") else None
+            count = kinds[re.sub(r"\.\d+\.", ".*.", name), entry["dtype"], "" if form is None else describe(form)]
             count[0] += 1
             count[1] += entry["data_offsets"][1] - entry["data_offsets"][0]
     table = Table(
@@ -45,13 +47,18 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
         title=str(folder),
         title_justify="left",
     )
-    for (name, dtype, scheme), (number, size) in kinds.items():
-        table.add_row(name, dtype, scheme, str(number), f"{size / 1e6:,.2f}")
+    for (name, dtype, activations), (number, size) in kinds.items():
+        table.add_row(name, dtype, activations, str(number), f"{size / 1e6:,.2f}")
     total = sum(size for _, size in kinds.values())
     table.add_section()
     table.add_row("all", "", "", str(sum(number for number, _ in kinds.values())), f"{total / 1e6:,.2f}")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return table, config["quantization_config"]["provenance"]
+
+
+def describe(form: InputForm) -> str:
+    """Return how a linear takes its input, such as `token` or `token, rotated by 64`."""
+    return form.scheme if form.rotation == NO_ROTATION else f"{form.scheme}, rotated by {form.rotation}"
 
 
 def find_problems(folder: Path) -> Iterator[str]:

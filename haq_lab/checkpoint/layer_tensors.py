@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
@@ -11,8 +12,9 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.linear import Int8Linear
+from haq_lab.int8.linear import InputForm, Int8Linear
 from haq_lab.int8.numerics import ActivationScheme
+from haq_lab.int8.rotation import NO_ROTATION, block_size
 from haq_lab.models.architectures import head_size
 from haq_lab.models.experts import Experts
 from haq_lab.models.int8_experts import Int8Experts
@@ -22,21 +24,21 @@ from haq_lab.storage.json_form import parse_json
 from haq_lab.storage.safetensors_file import DTYPES, Shard, read_shard
 from haq_lab.utils.errors import UserError
 
-SCHEMES = "schemes"  # metadata of a layer's file: the activation scheme of each int8 linear, as JSON
-_SCHEMES = TypeAdapter(dict[str, ActivationScheme])
+# Metadata of a layer's file, as JSON: each int8 linear's activation scheme, and its input's rotation if it has one.
+SCHEMES, ROTATIONS = "schemes", "rotations"
+_SCHEMES, _ROTATIONS = TypeAdapter(dict[str, ActivationScheme]), TypeAdapter(dict[str, int])
+Forms = dict[str, InputForm]  # by the name of an int8 linear
 
 
-def layer_content(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, ActivationScheme]]:
-    """Return the tensors of a quantised layer by name, and the activation scheme of each int8 linear by name."""
+def layer_content(layer: nn.Module) -> tuple[dict[str, Tensor], Forms]:
+    """Return the tensors of a quantised layer by name, and how each int8 linear takes its input by name."""
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, Int8Linear)}
     tensors = {name: to_storable(tensor) for name, tensor in layer.state_dict().items()}
-    return tensors, {name: linear.scheme for name, linear in linears.items()}
+    return tensors, {name: linear.input_form for name, linear in linears.items()}
 
 
-def read_layer(
-    folder: Path, shard: Shard, buffer: Tensor | None = None
-) -> tuple[dict[str, Tensor], dict[str, ActivationScheme]]:
-    """Return the tensors of a layer's file and the activation scheme of each int8 linear, by their full names.
+def read_layer(folder: Path, shard: Shard, buffer: Tensor | None = None) -> tuple[dict[str, Tensor], Forms]:
+    """Return the tensors of a layer's file and how each int8 linear takes its input, by their full names.
 
     Args:
         folder: The checkpoint folder.
@@ -47,17 +49,26 @@ def read_layer(
         UserError: The file is missing or damaged.
     """
     tensors, metadata = read_shard(folder, shard, buffer)
-    return tensors, read_schemes(metadata, folder / shard.file)
+    return tensors, read_forms(metadata, folder / shard.file)
 
 
-def read_schemes(metadata: dict[str, str], path: Path) -> dict[str, ActivationScheme]:
-    """Return the activation schemes in the metadata of a file. Empty for a file that is not a layer.
+def form_metadata(forms: Forms) -> dict[str, str]:
+    """Return the metadata of a layer's file, which `read_forms` reads."""
+    schemes = {name: form.scheme for name, form in forms.items()}
+    rotations = {name: form.rotation for name, form in forms.items() if form.rotation != NO_ROTATION}
+    return {SCHEMES: json.dumps(schemes)} | ({ROTATIONS: json.dumps(rotations)} if rotations else {})
+
+
+def read_forms(metadata: dict[str, str], path: Path) -> Forms:
+    """Return how each int8 linear of a file takes its input. Empty for a file that is not a layer.
 
     Raises:
         UserError: The metadata is damaged. The message names `path`.
     """
     try:
-        return parse_json(metadata.get(SCHEMES, "{}"), _SCHEMES)
+        schemes = parse_json(metadata.get(SCHEMES, "{}"), _SCHEMES)
+        rotations = parse_json(metadata.get(ROTATIONS, "{}"), _ROTATIONS)
+        return {name: InputForm(scheme, rotations.get(name, NO_ROTATION)) for name, scheme in schemes.items()}
     except ValueError as error:
         raise UserError(f"checkpoint: {path}: the schemes are not readable ({error}). Write it again.") from error
 
@@ -66,7 +77,7 @@ def int8_layer(
     model: LayeredModel,
     index: int,
     tensors: dict[str, Tensor],
-    schemes: dict[str, ActivationScheme],
+    forms: Forms,
     backend: Backend,
     where: str,
 ) -> nn.Module:
@@ -78,7 +89,7 @@ def int8_layer(
         model: The model that the layer belongs to.
         index: Index of the layer.
         tensors: Tensors by name, as `layer_content` returns them.
-        schemes: Activation scheme of each int8 linear by name.
+        forms: How each int8 linear takes its input, by name.
         backend: Backend that computes the int8 linears.
         where: Source of the tensors, for error messages.
 
@@ -87,21 +98,20 @@ def int8_layer(
     """
     layer = model.new_layer(index)
     linears = dict(layer.named_modules())
-    weights = {f"{name}.weight" for name in schemes}
+    weights = {f"{name}.weight" for name in forms}
     tensors = {name: tensor if name in weights else tensor.clone() for name, tensor in tensors.items()}
-    for name in _merged_first(schemes, model):
-        scheme = schemes[name]
+    for name in _merged_first(forms, model):
+        form = forms[name]
         parts = ("weight", "weight_scale", "bias", "input_scale")
         levels, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
         linear = linears.get(name)
-        if not isinstance(linear, nn.Linear) or not _fit(linear, scheme, levels, scale, bias, input_scale):
+        if not isinstance(linear, nn.Linear) or not _fit(linear, form, levels, scale, bias, input_scale):
             raise UserError(
                 f"checkpoint: {where}: '{model.family.layers}.{index}.{name}' does not fit the config. "
                 "Write the checkpoint again."
             )
-        layer.set_submodule(
-            name, Int8Linear(cast(Tensor, levels), cast(Tensor, scale), bias, scheme, input_scale, backend)
-        )
+        stored = cast(Tensor, levels), cast(Tensor, scale), bias, form.scheme, input_scale, backend
+        layer.set_submodule(name, Int8Linear(*stored, rotation=form.rotation))
     if (moe := model.family.moe) is not None:
         layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
     if model.prefix is not None:
@@ -132,18 +142,19 @@ def _merged_first(names: Iterable[str], model: LayeredModel) -> list[str]:
 
 def _fit(
     linear: nn.Linear,
-    scheme: ActivationScheme,
+    form: InputForm,
     levels: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
     input_scale: Tensor | None,
 ) -> bool:
-    """Return whether stored tensors have the shapes and types of a linear with this activation scheme."""
+    """Return whether stored tensors have the shapes and types of a linear that takes its input in this form."""
     return (
-        _has(levels, linear.weight.shape, torch.int8)
+        block_size(linear.in_features, max(form.rotation, NO_ROTATION)) == form.rotation
+        and _has(levels, linear.weight.shape, torch.int8)
         and _has(scale, (linear.out_features,), torch.float32)
         and (bias is None or _has(bias, (linear.out_features,), torch.float32))
-        and (_has(input_scale, (), torch.float32) if scheme == "static" else input_scale is None)
+        and (_has(input_scale, (), torch.float32) if form.scheme == "static" else input_scale is None)
     )
 
 

@@ -17,10 +17,9 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from haq_lab.checkpoint.layer_tensors import int8_layer, read_layer
+from haq_lab.checkpoint.layer_tensors import Forms, int8_layer, read_layer
 from haq_lab.checkpoint.manifest import REST, ROUTING, Manifest, layer_file
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
 from haq_lab.prefix.contents import Prefix
@@ -131,12 +130,10 @@ class QuantizedModel(LayeredModel):
         linears = [cast(nn.Linear, layer.get_submodule(name)) for name in names]
         return [(linear.out_features, linear.in_features) for linear in linears] * self.depth
 
-    def _read_layer(
-        self, index: int, buffer: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, ActivationScheme]]:
+    def _read_layer(self, index: int, buffer: Tensor | None = None) -> tuple[dict[str, Tensor], Forms]:
         return read_layer(self.folder, self.manifest.shard(self.folder, layer_file(index)), buffer)
 
-    def _build_layer(self, index: int, stored: dict[str, Tensor], schemes: dict[str, ActivationScheme]) -> nn.Module:
+    def _build_layer(self, index: int, stored: dict[str, Tensor], forms: Forms) -> nn.Module:
         where, prefix = str(self.folder / layer_file(index)), f"{self.family.layers}.{index}."
         for name in stored:
             if not name.startswith(prefix):
@@ -145,8 +142,8 @@ class QuantizedModel(LayeredModel):
                     "Write the checkpoint again."
                 )
         tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-        schemes = {name.removeprefix(prefix): scheme for name, scheme in schemes.items()}
-        return int8_layer(self, index, tensors, schemes, self.backend, where)
+        forms = {name.removeprefix(prefix): form for name, form in forms.items()}
+        return int8_layer(self, index, tensors, forms, self.backend, where)
 
 
 def has_int8_head(folder: Path) -> bool:

@@ -13,11 +13,13 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from haq_lab.checkpoint.layer_tensors import read_schemes
+from haq_lab.checkpoint.layer_tensors import read_forms
 from haq_lab.checkpoint.manifest import Manifest
-from haq_lab.int8.numerics import ActivationScheme
+from haq_lab.int8.linear import InputForm
+from haq_lab.int8.rotation import NO_ROTATION
 from haq_lab.storage.safetensors_file import read_shard_header
 from haq_lab.utils.atomic_files import write_text
+from haq_lab.utils.console import format_change
 
 CARD = "README.md"
 PAPERS = {"SmoothQuant": "2211.10438", "GPTQ": "2210.17323", "HAQ": "2508.07329"}
@@ -66,24 +68,24 @@ def write_model_card(folder: Path, metrics: dict[str, float | None], protocol: d
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, quantised with {method}",
-        "\n".join(_facts(made, method, bits, _activation_schemes(folder), config["quantization_config"].get("prefix"))),
+        "\n".join(_facts(made, method, bits, _input_forms(folder), config["quantization_config"].get("prefix"))),
         *_perplexities(metrics, protocol),
         LOADING,
     ]
     write_text(folder / CARD, "\n\n".join(parts))
 
 
-def _activation_schemes(folder: Path) -> Counter[ActivationScheme]:
-    """Return the number of linears with each activation scheme."""
-    counts: Counter[ActivationScheme] = Counter()
+def _input_forms(folder: Path) -> Counter[InputForm]:
+    """Return the number of linears that take their input in each form."""
+    counts: Counter[InputForm] = Counter()
     for file in Manifest.read(folder).shards:
         header, _ = read_shard_header(folder / file)
-        counts.update(read_schemes(header.get("__metadata__", {}), folder / file).values())
+        counts.update(read_forms(header.get("__metadata__", {}), folder / file).values())
     return counts
 
 
 def _facts(
-    made: dict[str, Any], method: str, bits: int, schemes: Counter[ActivationScheme], prefix: dict[str, Any] | None
+    made: dict[str, Any], method: str, bits: int, forms: Counter[InputForm], prefix: dict[str, Any] | None
 ) -> Iterator[str]:
     """Yield the rows of a table that says how the checkpoint was made."""
     yield "| | |\n|---|---|"
@@ -92,8 +94,9 @@ def _facts(
     paper = f" ([arXiv {PAPERS[method]}](https://arxiv.org/abs/{PAPERS[method]}))" if method in PAPERS else ""
     yield f"| method | {method}{paper} |"
     yield f"| weights | {'int8' if bits == 8 else f'{bits} bits, stored as int8'}, one scale per output channel |"
-    for scheme, count in schemes.most_common():
-        yield f"| activations of {count} linears | int8, {ACTIVATIONS[scheme]} |"
+    for form, count in forms.most_common():
+        rotated = "" if form.rotation == NO_ROTATION else f", after a Hadamard rotation in blocks of {form.rotation}"
+        yield f"| activations of {count} linears | int8, {ACTIVATIONS[form.scheme]}{rotated} |"
     if prefix is not None:
         yield f"| prefix | `{json.dumps(prefix['text'])}` before every sequence, in full precision |"
     if (text := made["calibration"]) is not None:
@@ -110,7 +113,7 @@ def _perplexities(metrics: dict[str, float | None], protocol: dict[str, Any]) ->
         full, quantised = metrics.get(f"perplexity_fp.{text}"), metrics.get(f"perplexity.{text}")
         if full is not None and quantised is not None:
             windows = f"{protocol[text]['windows']} windows of {protocol[text]['seqlen']:,} tokens"
-            change = f"{100 * (quantised / full - 1):+.2f} %"
+            change = format_change(quantised, full, metrics.get(f"dlnppl.{text}.stderr"))
             rows.append(f"| {text} | {windows} | {full:.3f} | {quantised:.3f} | {change} |")
     if rows:
         header = "| text | evaluated on | full precision | quantised | change |\n|---|---|---|---|---|"

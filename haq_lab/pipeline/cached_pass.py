@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
+import pandas as pd
 from torch import Tensor, nn
 
 from haq_lab.calibration.channel_ranges import Ranges
 from haq_lab.checkpoint.layer_tensors import int8_layer, layer_content
 from haq_lab.config.build import Experiment
+from haq_lab.int8.linear import InputForm
 from haq_lab.measure.base import Measure, Study
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.apply import LinearReport
@@ -108,17 +110,17 @@ class CachedPass:
                 raise UserError(
                     f"result_cache: layer {index} was just removed from {self.store.folder}. Start the run again."
                 )
-            yield int8_layer(
-                self.model, index, found.tensors, found.facts, self.experiment.backend, str(self.store.folder)
-            )
+            forms = {name: InputForm(*form) for name, form in found.facts.items()}
+            yield int8_layer(self.model, index, found.tensors, forms, self.experiment.backend, str(self.store.folder))
 
     def store_layer(self, index: int, layer: nn.Module) -> None:
         """Store a finished layer, if the cache has space."""
         if self._depends is None or not self.deploys or self.experiment.quantizer is None:
             return
-        tensors, schemes = layer_content(layer)
+        tensors, forms = layer_content(layer)
         if self.store.has_room(LAYERS, sum(tensor.nbytes for tensor in tensors.values()) * self.model.depth):
-            self.store.put(LAYERS, self._key(LAYERS, layer=index), Artifact(tensors, schemes), self._about)
+            facts = {name: [form.scheme, form.rotation] for name, form in forms.items()}
+            self.store.put(LAYERS, self._key(LAYERS, layer=index), Artifact(tensors, facts), self._about)
 
     def store_pass(self, passed: PassResult) -> None:
         """Store the result of the pass, without hidden states."""
@@ -133,12 +135,20 @@ class CachedPass:
         self.store.put(PASS, self._key(PASS), Artifact(tensors, facts), self._about)
 
     def measured(self, measure: Measure, study: Study) -> dict[str, float]:
-        """Return a measure's metrics, from the cache if they follow from settings and tokens alone."""
+        """Return a measure's metrics, from the cache if they follow from settings and tokens alone.
+
+        The measure's tables are added to the study, also those from the cache.
+        """
         if (found := self._measurement(measure)) is not None:
-            return found.facts
+            study.tables |= {name: pd.DataFrame(columns) for name, columns in found.facts["tables"].items()}
+            metrics: dict[str, float] = found.facts["metrics"]
+            return metrics
+        before = set(study.tables)
         metrics = measure(study)
         if self._cacheable(measure):
-            self.store.put(MEASURED, self._measurement_key(measure), Artifact(facts=metrics), self._about)
+            tables = {name: table.to_dict("list") for name, table in study.tables.items() if name not in before}
+            facts = {"metrics": metrics, "tables": tables}
+            self.store.put(MEASURED, self._measurement_key(measure), Artifact(facts=facts), self._about)
         return metrics
 
     def _cacheable(self, measure: Measure) -> bool:

@@ -10,12 +10,13 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.int8.numerics import ActivationScheme, scale_of
+from haq_lab.int8.rotation import NO_ROTATION, block_size
 from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 from haq_lab.quantizers.smoothing import ChannelMap
@@ -30,11 +31,11 @@ class Smoothing:
 
     Attributes:
         factor: (k,) the smoothing factor of each channel.
-        strength: The smoothing strength that gave the factor.
+        strength: The smoothing strength that gave the factor; None for a factor in closed form.
     """
 
     factor: Tensor
-    strength: float
+    strength: float | None = None
 
 
 @dataclass(frozen=True, config={"arbitrary_types_allowed": True})
@@ -90,6 +91,10 @@ class Quantizer:
             nearest and token-dynamic activations, because calibration does not reach it.
         prefix: Tokens before every sequence (`haq_lab.prefix`): `none`, a text, token ids, or `auto`, which looks for
             those that lower the predicted error most.
+        rotation: Hadamard rotation of each linear's input before it is quantised (QuaRot, arXiv 2404.00456): `none`,
+            `block` (blocks of at most `rotation_block` channels), or `full` (the largest blocks that fit).
+        rotation_block: Largest block of `rotation=block`. A linear uses the largest power of two that divides its
+            width, up to this number.
 
     Example:
         >>> RTN(activations="token", weight_bits=8)  # doctest: +SKIP
@@ -99,11 +104,20 @@ class Quantizer:
     weight_bits: Literal[8, 4] = 8
     lm_head: bool = False
     prefix: Annotated[str | tuple[int, ...], BeforeValidator(_check_prefix)] = NO_PREFIX
+    rotation: Literal["none", "block", "full"] = "none"
+    rotation_block: Annotated[int, Field(ge=2)] = 128
 
     @property
     def needs(self) -> Needs:
         """The calibration statistics that this quantizer needs."""
-        return Needs(inputs=self.activations == "static")
+        static = self.activations == "static"
+        return Needs(inputs=static, sample=static and self.rotation != "none")
+
+    def rotation_of(self, channels: int) -> int:
+        """Return the block of the rotation of an input with this many channels; 1 for no rotation."""
+        if self.rotation == "none":
+            return NO_ROTATION
+        return block_size(channels, self.rotation_block if self.rotation == "block" else None)
 
     def smoothing(
         self,
@@ -132,8 +146,8 @@ class Quantizer:
         """Choose how to quantise the input of a group.
 
         Args:
-            weight: (n, k) stacked weights of the group's linears, after smoothing.
-            statistics: Statistics of the smoothed input, or None if the quantizer needs none.
+            weight: (n, k) stacked weights of the group's linears, after smoothing and rotation.
+            statistics: Statistics of the smoothed and rotated input, or None if the quantizer needs none.
 
         Returns:
             The activation scheme. A static scale covers the largest calibrated value.
@@ -147,8 +161,8 @@ class Quantizer:
         """Round the weights of linears that share an input.
 
         Args:
-            weight: (n, k) stacked weights, after smoothing.
-            statistics: Statistics of the smoothed input, or None if the quantizer needs none.
+            weight: (n, k) stacked weights, after smoothing and rotation.
+            statistics: Statistics of the smoothed and rotated input, or None if the quantizer needs none.
             activation: How the input is quantised.
 
         Returns:

@@ -21,14 +21,13 @@ from haq_lab.calibration.hooks import captured_inputs
 from haq_lab.calibration.observers import channels_of
 from haq_lab.calibration.sensitivity import LayerSensitivity
 from haq_lab.calibration.statistics import Accumulator, Needs
-from haq_lab.int8.numerics import ActivationScheme, round_to_grid, scale_of
+from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.quantizers.haq.noise import COARSE, dynamic_noise, sample_rows
+from haq_lab.quantizers.haq.noise import COARSE, best_static_scale, dynamic_noise
 
 RATIO = 64  # PrefixQuant's threshold: largest magnitude of an outlier token over the median token's
 WINDOWS, LENGTH = 4, 512  # calibration windows that the search reads, and the most tokens of each
 ENOUGH = 1024  # tokens; of more, one in COARSE sampled rows is enough
-CLIPS = 0.6 ** torch.arange(12)  # static scales to try, as shares of the scale without clipping
 FREQUENT = 2  # outlier tokens that are candidates of their own
 MOST = 5  # tokens of a candidate
 WORTH = 0.9  # a prefix is chosen if it lowers the predicted error to this share at most
@@ -139,9 +138,7 @@ def _error(seen: Accumulator, scheme: ActivationScheme, cost: Tensor) -> float:
     if not seen.count:
         return 0.0
     statistics = seen.finish()
-    if scheme != "static":
-        return float(dynamic_noise(statistics, scheme == "token") @ cost) / 2
-    sample, share = sample_rows(statistics, COARSE if seen.count > ENOUGH else 1)  # an expert may have one token
-    covering = scale_of(statistics.channel_max.amax())
-    errors = (round_to_grid(sample, scale).mul_(scale).sub_(sample).square_() @ cost for scale in covering * CLIPS)
-    return min(float(error @ share) for error in errors) / 2
+    if scheme == "static":
+        every = COARSE if seen.count > ENOUGH else 1  # an expert may have one token
+        return best_static_scale(statistics, cost, every)[1] / 2
+    return float(dynamic_noise(statistics, scheme == "token") @ cost) / 2

@@ -28,7 +28,13 @@ class UnsupportedLayerError(Exception):
 class LinearParts(ctypes.Structure):
     """`Linear` of kernels/cpu/decoder.h."""
 
-    _fields_ = [("packed", _PTR), ("scale", _PTR), ("bias", _PTR), ("n", _I64), ("k", _I64), ("activation_scale", _F32)]
+    _fields_ = [
+        *((name, _PTR) for name in ("packed", "scale", "bias")),
+        ("n", _I64),
+        ("k", _I64),
+        ("activation_scale", _F32),
+        ("rotation", _I64),
+    ]
 
     @classmethod
     def of(cls, linear: Int8Linear | MergedLinear) -> LinearParts:
@@ -36,7 +42,9 @@ class LinearParts(ctypes.Structure):
         bias = None if linear.bias is None else linear.bias.data_ptr()
         static_scale = 0.0 if linear.input_scale is None else float(linear.input_scale)
         shape = linear.out_features, linear.in_features
-        return cls(linear.packed.data_ptr(), linear.weight_scale.data_ptr(), bias, *shape, static_scale)
+        return cls(
+            linear.packed.data_ptr(), linear.weight_scale.data_ptr(), bias, *shape, static_scale, linear.rotation
+        )
 
 
 class NormParts(ctypes.Structure):
@@ -60,7 +68,12 @@ class ExpertParts(ctypes.Structure):
 class MoeParts(ctypes.Structure):
     """`Moe` of kernels/cpu/moe.h."""
 
-    _fields_ = [("router", RouterParts), ("experts", ctypes.POINTER(ExpertParts)), ("activation_scale", _F32)]
+    _fields_ = [
+        ("router", RouterParts),
+        ("experts", ctypes.POINTER(ExpertParts)),
+        ("activation_scale", _F32),
+        ("rotation", _I64),
+    ]
 
     @classmethod
     def of(cls, router: nn.Module, experts: nn.Module) -> MoeParts | None:
@@ -77,7 +90,7 @@ class MoeParts(ctypes.Structure):
                 return None
         table = (ExpertParts * len(linears))(*(ExpertParts(*map(LinearParts.of, expert)) for expert in linears))
         scale = 0.0 if experts.input_scale is None else float(experts.input_scale)
-        return cls(router.parts, table, scale)
+        return cls(router.parts, table, scale, experts.rotation)
 
 
 class SequenceParts(ctypes.Structure):

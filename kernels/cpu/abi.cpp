@@ -111,17 +111,19 @@ void haq_pack(const int8_t* w, int64_t n, int64_t k, int64_t column, uint8_t* pa
 }
 
 int haq_linear(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, const uint8_t* packed,
-               int64_t n, const float* weight_scale, const float* bias, float static_scale, void* out,
-               int out_kind) {
+               int64_t n, const float* weight_scale, const float* bias, float static_scale, int64_t rotation,
+               void* out, int out_kind) {
   return failed([&] {
-    multiply({kLevels[level], threads, x, static_cast<Kind>(x_kind), static_scale, packed, m, n, k},
+    multiply({kLevels[level], threads, x, static_cast<Kind>(x_kind), static_scale, packed, m, n, k, nullptr, rotation},
              {nullptr, nullptr, weight_scale, bias, out, static_cast<Kind>(out_kind), n});
   });
 }
 
-void haq_quantize(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, float static_scale,
-                  int8_t* q, float* scale) {
-  quantize_rows(*kLevels[level], threads, x, static_cast<Kind>(x_kind), m, k, static_scale, q, scale);
+int haq_quantize(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, float static_scale,
+                 int64_t rotation, int8_t* q, float* scale) {
+  return failed([&] {
+    quantize_rows(*kLevels[level], threads, x, static_cast<Kind>(x_kind), m, k, static_scale, rotation, q, scale);
+  });
 }
 
 // out (m, n) = silu(gate) * up, where gate_up (m, 2n) holds gate | up in each row.
@@ -179,12 +181,12 @@ int haq_route(int level, int threads, const Router* r, const float* x, int64_t m
 // out (m, k) = the expert of x (m, k) int8; weights packed, gate and up of `inner` rows.
 int haq_expert(int level, int threads, const int8_t* x, const float* row_scale, int64_t m, int64_t k, int64_t inner,
                const uint8_t* gate, const float* gate_scale, const uint8_t* up, const float* up_scale,
-               const uint8_t* down, const float* down_scale, float static_scale, float* out) {
+               const uint8_t* down, const float* down_scale, float static_scale, int64_t rotation, float* out) {
   return failed([&] {
     run_expert(*kLevels[level], threads, x, row_scale, m,
-               {{gate, gate_scale, nullptr, inner, k, 0},
-                {up, up_scale, nullptr, inner, k, 0},
-                {down, down_scale, nullptr, k, inner, static_scale}},
+               {{gate, gate_scale, nullptr, inner, k, 0, 1},
+                {up, up_scale, nullptr, inner, k, 0, 1},
+                {down, down_scale, nullptr, k, inner, static_scale, rotation}},
                out);
   });
 }

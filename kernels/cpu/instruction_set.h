@@ -4,6 +4,7 @@
 #include "rows.h"
 #include "attention.h"
 #include "float_product.h"
+#include "hadamard.h"
 
 namespace haq {
 namespace {
@@ -20,6 +21,7 @@ constexpr Kernels table(const char* name, int row_tile, decltype(Kernels::tile) 
   kernels.tile = tile;
   kernels.finish = finish;
   kernels.silu_mul = silu_mul;
+  kernels.hadamard = hadamard;
   kernels.rms_norm = rms_norm;
   kernels.rotate = rotate;
   kernels.gate_up = gate_up;

@@ -11,6 +11,7 @@ struct Linear {
   const float* bias;         // (n,) or null
   int64_t n, k;
   float activation_scale;    // 0: a scale per row
+  int64_t rotation;          // block of its input's transform (hadamard.h); at most 1: none
 };
 
 } // namespace haq

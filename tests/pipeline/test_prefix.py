@@ -165,7 +165,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, layers_done, monkey
     assert resumed["run"]["resumed_from_layer"] == layers_done
     whole = json.loads((tmp_path / "whole" / "results.json").read_text())["metrics"]
     names = [name for name in whole if name.startswith(("perplexity", "kl"))]
-    assert len(names) == 5
+    assert len(names) == 10
     assert {name: resumed["metrics"][name] for name in names} == {name: whole[name] for name in names}
     assert Manifest.read(tmp_path / "a") == Manifest.read(tmp_path / "b")
 

@@ -75,7 +75,8 @@ def _export(model: QuantizedModel, target: Path, packed: bool, for_vllm: bool = 
         writer = ShardWriter(aside, model.depth + 1)
         writer.add(model.read_outer_tensors())
         for index in range(model.depth):
-            tensors, layer_schemes = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
+            tensors, forms = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
+            layer_schemes = {name: form.scheme for name, form in forms.items()}
             if for_vllm:
                 _refuse_schemes_without_vllm_kernel(layer_schemes, moe)
             schemes |= layer_schemes

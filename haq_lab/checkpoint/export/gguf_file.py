@@ -105,9 +105,9 @@ def _outer_tensors(model: QuantizedModel, architecture: Architecture) -> Iterato
 
 def _layer_tensors(model: QuantizedModel, architecture: Architecture, index: int) -> Iterator[GgufTensor]:
     """Yield the tensors of a layer in an order that is the same for all layers."""
-    tensors, schemes = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
+    tensors, forms = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
     experts: dict[str, dict[int, GgufTensor]] = defaultdict(dict)
-    for linear in schemes:
+    for linear in forms:
         levels, scale = tensors.pop(f"{linear}.weight"), tensors.pop(f"{linear}.weight_scale")
         tensors.pop(f"{linear}.input_scale", None)
         rows = architecture.row_order(linear, model.config)
