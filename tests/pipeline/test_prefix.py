@@ -27,6 +27,7 @@ from haq_lab.pipeline.prefix import stamp_prefix
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.prefix.attention import attached
 from haq_lab.quantizers.haq.quantizer import HAQ
+from haq_lab.results.windows import require_same_windows
 from haq_lab.utils.errors import UserError
 
 NEWLINE = 'quantizer.prefix="\\n"'  # as a shell passes it
@@ -98,6 +99,8 @@ def test_nothing_published_is_comparable_behind_a_prefix(tiny):
         {"comparable_with": ["wikitext2 perplexity of GPTQ"]},
         {"comparable_with": [], "prefix": {"tokens": [5], "text": "x"}},
     ]
+    with pytest.raises(UserError, match="cannot be compared, because prefix is None in 'a'"):
+        require_same_windows("wikitext2", *stamps, ("a", "b"))
 
 
 def test_a_checkpoint_has_the_prefix(written, windows):
