@@ -11,8 +11,7 @@ from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.architectures import Family, Group
-from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, output_error
-from haq_lab.quantizers.grid import round_to_nearest, row_scale
+from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, nearest_solution, output_error
 from haq_lab.quantizers.smoothing import ChannelMap, fold, stack_weights
 
 
@@ -106,13 +105,13 @@ def quantize_group(
         first = 0
         for name in names:
             rows = slice(first, first := first + cast(nn.Linear, layer.get_submodule(name)).out_features)
-            solved = Solution(solution.levels[rows].clone(), solution.scale[rows].clone(), dict(solution.notes))
+            solved = solution.rows(rows)
             if own is not None and own.stands_in:
                 solved.notes.setdefault("fallback", "shared")
             report = LinearReport(index, name, activation.scheme, strength, notes=solved.notes)
             if activation.scale is not None:
                 report.static_scale = float(activation.scale)
-            _measure_errors(report, cast(Tensor, layer.get_submodule(name).weight), quantizer, own, solved)
+            _measure_errors(report, cast(Tensor, layer.get_submodule(name).weight), own, solved)
             reports.append(report)
             _replace_linear(layer, name, solved, activation, backend)
     return reports
@@ -121,16 +120,13 @@ def quantize_group(
 def _measure_errors(
     report: LinearReport,
     weight: Tensor,
-    quantizer: Quantizer,
     statistics: InputStatistics | None,
     solved: Solution,
 ) -> None:
     """Add the output errors of the solution and of rounding to nearest to the report, if there is a Hessian."""
     if statistics is None or statistics.hessian is None:
         return
-    scale = row_scale(weight, quantizer.weight_bits)
-    nearest = Solution(round_to_nearest(weight, scale, quantizer.weight_bits), scale)
-    report.error_rtn = output_error(weight, nearest, statistics.hessian)
+    report.error_rtn = output_error(weight, nearest_solution(weight, solved.format), statistics.hessian)
     report.output_error = output_error(weight, solved, statistics.hessian)
 
 
@@ -150,5 +146,6 @@ def _replace_linear(
         activation.scheme,
         None if activation.scale is None else activation.scale.clone(),
         backend,
+        format=solved.format,
     )
     layer.set_submodule(name, int8)

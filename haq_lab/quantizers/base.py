@@ -6,7 +6,7 @@ baselines override few of them, HAQ overrides all three. `quantizer._target_=my_
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.int8.numerics import ActivationScheme, scale_of
+from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.architectures import Family, Group
-from haq_lab.quantizers.grid import round_to_nearest, row_scale
+from haq_lab.quantizers.grid import round_to_nearest, weight_scale
 from haq_lab.quantizers.smoothing import ChannelMap
+from haq_lab.utils.errors import UserError
 
 COLUMNS = 128  # columns of a Hessian that are multiplied at once
 
@@ -54,13 +56,21 @@ class Solution:
 
     Attributes:
         levels: (n, k) int8.
-        scale: (n,) one scale a row.
+        scale: (n,) one scale a row, or (groups, n).
         notes: Facts about the rounding for the per-layer table.
+        format: Bits of the levels, and columns that share a scale.
     """
 
     levels: Tensor
     scale: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
+    format: WeightFormat = INT8
+
+    def rows(self, rows: slice) -> Solution:
+        """Return a copy of some rows, for one of several linears that were solved together."""
+        return Solution(
+            self.levels[rows].clone(), self.scale[..., rows].contiguous().clone(), dict(self.notes), self.format
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,8 @@ class Quantizer:
     Args:
         activations: Activation scheme: `token` (dynamic, one scale a token), `tensor` (dynamic, one scale for all
             tokens of a sequence that the linear receives) or `static` (a scale from calibration).
-        weight_bits: 8, or 4 (levels in [-7, 7], stored as int8).
+        weight_bits: 8, or 4 (levels in [-7, 7], stored two to a byte).
+        group: Consecutive columns of a 4-bit weight that share a scale: 128, 64 or 32. `none` means one scale a row.
         lm_head: Whether to quantise the LM head too. Whatever the other settings are, it gets 8 bits, rounding to
             nearest and token-dynamic activations, because calibration does not reach it.
 
@@ -82,7 +93,20 @@ class Quantizer:
 
     activations: Literal["token", "tensor", "static"] = "token"
     weight_bits: Literal[8, 4] = 8
+    group: Literal[128, 64, 32, "none"] = "none"
     lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group != "none" and self.weight_bits == 8:
+            raise UserError(
+                f"quantizer.group: {self.group} needs 4-bit weights, but quantizer.weight_bits is 8. "
+                "Choose quantizer.weight_bits=4 or quantizer.group=none."
+            )
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """The format of the weights that `solve` returns."""
+        return WeightFormat(self.weight_bits, None if self.group == "none" else self.group)
 
     @property
     def needs(self) -> Needs:
@@ -136,15 +160,19 @@ class Quantizer:
             activation: How the input is quantised.
 
         Returns:
-            Levels (n, k) and scales (n,).
+            Levels (n, k) and scales, (n,) or (groups, n).
         """
-        scale = row_scale(weight, self.weight_bits)
-        return Solution(round_to_nearest(weight, scale, self.weight_bits), scale)
+        return nearest_solution(weight, self.weight_format)
 
     def _fallback(self, weight: Tensor) -> Solution:
         """Round to nearest and note it, if the Hessian cannot be factorized."""
-        nearest = Quantizer.solve(self, weight, None, ActivationChoice("token"))
-        return Solution(nearest.levels, nearest.scale, {"fallback": "rtn"})
+        return replace(nearest_solution(weight, self.weight_format), notes={"fallback": "rtn"})
+
+
+def nearest_solution(weight: Tensor, format: WeightFormat) -> Solution:
+    """Round a weight (n, k) to nearest, with scales that cover the largest weight of each row or group."""
+    scale = weight_scale(weight, format)
+    return Solution(round_to_nearest(weight, scale, format), scale, format=format)
 
 
 def output_error(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
@@ -154,7 +182,7 @@ def output_error(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
         weight: (n, k) before rounding.
         hessian: (k, k) mean of x x^T.
     """
-    difference = solution.levels.float() * solution.scale[:, None] - weight
+    difference = solution.levels.float() * solution.format.row_scales(solution.scale, weight.shape[1]) - weight
     total = 0.0
     for first in range(0, len(hessian), COLUMNS):  # H is symmetric, so blocks left of its diagonal count twice
         columns = slice(first, first + COLUMNS)

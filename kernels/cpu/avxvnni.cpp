@@ -66,9 +66,56 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
   }
 }
 
+template <int R, int V, bool Ask> // as tile_rows, of 4-bit weights
+HAQ_TARGET void product4_rows(const uint8_t* x, const uint8_t* panel, int64_t first, int64_t last, int32_t* acc) {
+  const __m256i lower = _mm256_set1_epi8(15);
+  for (int column = 0; column < kPanel; column += V * 8) {
+    __m256i sum[R][V];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sum[r][v] = _mm256_setzero_si256();
+    each_pair(x, panel, R, first, last, [&](const uint8_t* chunk, int g, const uint8_t* w) HAQ_TARGET {
+      if (Ask && column == 0) {
+        ask_ahead(w);
+        ask_ahead(w + 64);
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + (column + v * 8) * kGroup));
+        const __m256i even = _mm256_and_si256(both, lower);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(both, 4), lower);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          int32_t four[2];
+          std::memcpy(four, chunk + r * kChunk + g * kGroup, 8);
+          sum[r][v] = _mm256_dpbusd_avx_epi32(sum[r][v], even, _mm256_set1_epi32(four[0]));
+          sum[r][v] = _mm256_dpbusd_avx_epi32(sum[r][v], odd, _mm256_set1_epi32(four[1]));
+        }
+      }
+    });
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + r * kPanel + column + v * 8), sum[r][v]);
+  }
+}
+
+HAQ_TARGET void product4(int rows, const uint8_t* x, const uint8_t* panel, int64_t first, int64_t last, int32_t* acc) {
+  switch (rows) {
+    case 1: return product4_rows<1, 4, true>(x, panel, first, last, acc);
+    case 2: return product4_rows<2, 4, true>(x, panel, first, last, acc);
+    case 3: return product4_rows<3, 2, true>(x, panel, first, last, acc);
+    case 4: return product4_rows<4, 2, true>(x, panel, first, last, acc);
+    case 5: return product4_rows<5, 2, false>(x, panel, first, last, acc);
+    default: return product4_rows<6, 2, false>(x, panel, first, last, acc);
+  }
+}
+
 } // namespace
 
-constexpr Kernels kAvxVnni = table("avxvnni", kRows, tile, attend<4, 1>, float_product<2, 2>);
+constexpr Kernels kAvxVnni = table("avxvnni", kRows, tile, by_spans<product4>, attend<4, 1>, float_product<2, 2>);
 
 } // namespace haq
 #endif

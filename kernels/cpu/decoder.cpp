@@ -39,7 +39,8 @@ struct Step {
 };
 
 void apply(const Step& s, const Linear& linear, const float* x, float* out) {
-  multiply({&s.isa, s.threads, x, kFloat, linear.activation_scale, linear.packed, s.tokens, linear.n, linear.k},
+  multiply({&s.isa, s.threads, x, kFloat, linear.activation_scale, linear.packed, s.tokens, linear.n, linear.k,
+            linear.group},
            {nullptr, nullptr, linear.scale, linear.bias, out, kFloat, linear.n});
 }
 

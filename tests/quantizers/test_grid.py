@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.quantizers import grid
 from haq_lab.quantizers.grid import qmax, round_to_nearest, row_scale, row_scales, searched_row_scale
 
@@ -24,7 +25,7 @@ def draw(seed: int, rows: int, columns: int, spread: float) -> torch.Tensor:
 def test_levels_are_in_bounds_and_within_half_a_step(seed, rows, columns, spread, bits):
     weight = draw(seed, rows, columns, spread)
     scale = row_scale(weight, bits)
-    levels = round_to_nearest(weight, scale, bits)
+    levels = round_to_nearest(weight, scale, WeightFormat(bits))
     assert levels.dtype == torch.int8
     assert int(levels.abs().max()) <= qmax(bits)
     error = (levels.double() * scale.double()[:, None] - weight.double()).abs()
@@ -48,7 +49,7 @@ def test_row_scales_equals_row_scale_for_each_factor(seed, rows, columns, spread
 
 def test_four_bits_are_symmetric():
     assert (qmax(8), qmax(4)) == (127, 7)
-    levels = round_to_nearest(torch.tensor([[-1e9, 1e9, 0.5, 1.5, 2.5, -0.5, -1.5]]), torch.ones(1), 4)
+    levels = round_to_nearest(torch.tensor([[-1e9, 1e9, 0.5, 1.5, 2.5, -0.5, -1.5]]), torch.ones(1), WeightFormat(4))
     assert levels.tolist() == [[-7, 7, 0, 2, 2, 0, -2]]
 
 
@@ -58,7 +59,7 @@ def test_searched_scale_is_never_worse_than_the_unsearched_one(seed, rows, colum
     importance = torch.rand(columns, generator=torch.Generator().manual_seed(seed))
 
     def error(scale):
-        rounded = round_to_nearest(weight, scale, bits).float() * scale[:, None]
+        rounded = round_to_nearest(weight, scale, WeightFormat(bits)).float() * scale[:, None]
         return (rounded - weight).square() @ importance
 
     full, searched = row_scale(weight, bits), searched_row_scale(weight, importance, bits)

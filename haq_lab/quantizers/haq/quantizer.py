@@ -28,7 +28,7 @@ from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.models.architectures import Family, FoldKind, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solution
 from haq_lab.quantizers.gptq_solver import Factor, conditional_variance, factorize, solve
-from haq_lab.quantizers.grid import row_scale, searched_row_scale
+from haq_lab.quantizers.grid import searched_scale, weight_scale
 from haq_lab.quantizers.haq.error_model import ErrorPredictor
 from haq_lab.quantizers.haq.noise import StaticNoise, dynamic_noise, uniform_sensitivity
 from haq_lab.quantizers.smoothing import ChannelMap, smoothing_factor
@@ -47,6 +47,7 @@ class HAQ(Quantizer):
         activations: Activation scheme as for every quantizer, or `auto`: static for inputs where it adds little error,
             token-dynamic for the others.
         weight_bits: 8 or 4.
+        group: Columns of a 4-bit weight that share a scale: 128, 64 or 32; `none` for one scale a row.
         lm_head: Whether to quantise the LM head too.
         adaptive: Whether to choose each group's factor by its predicted error. If false, `smoothing_strength` is used
             for all groups.
@@ -78,6 +79,7 @@ class HAQ(Quantizer):
     auto_limit: Annotated[float, Field(ge=0)] = 2.5e-4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.activations == "auto" and not self.sensitivity:
             raise UserError(
                 "quantizer.activations: auto needs the sensitivity, but quantizer.sensitivity is 0. "
@@ -170,11 +172,11 @@ class HAQ(Quantizer):
         if factor is None:
             return self._fallback(weight)
         if self.scale_search:
-            scale = searched_row_scale(target, factor.conditional_variance(), self.weight_bits)
+            scale = searched_scale(target, factor.conditional_variance(), self.weight_format)
         else:
-            scale = row_scale(target, self.weight_bits)
+            scale = weight_scale(target, self.weight_format)
         notes = {"dampening_frac": factor.dampening_frac, "dead_columns": int(factor.dead.sum())}
-        return Solution(solve(target, factor, scale, self.weight_bits), scale, notes)
+        return Solution(solve(target, factor, scale, self.weight_format), scale, notes, self.weight_format)
 
     def _factor(self, hessian: Tensor) -> Factor | None:
         return factorize(hessian, self.dampening_frac, self.act_order)
