@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from haq_lab.config.override_syntax import override_value
+from haq_lab.config.help import options
+from haq_lab.config.override_syntax import override_value, spelling_of_path
 from haq_lab.utils.errors import UserError, nearest
-from haq_lab.utils.paths import bundled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,17 +127,9 @@ def load(
         >>> model.offload.stats()
     """
     from haq_lab.config.backends import make_backend
-    from haq_lab.pipeline.deployment import load_checkpoint
+    from haq_lab.pipeline.deployment import load_with_options
 
-    if offload is None and not settings:
-        whole, model = load_checkpoint(Path(folder).expanduser(), make_backend(backend))
-    else:
-        from haq_lab.config.offloading import make_offload
-
-        chosen, calibration = make_offload(offload or "none", settings)
-        whole, model = load_checkpoint(
-            Path(folder).expanduser(), make_backend(backend), offload=chosen, calibration=calibration
-        )
+    whole, model = load_with_options(Path(folder).expanduser(), make_backend(backend), offload, settings)
     return whole, model.tokenizer()
 
 
@@ -197,22 +189,19 @@ def _run(overrides: list[str], folder: Path | None) -> RunResult:
 
 def _model_overrides(model: ModelName) -> list[str]:
     """Return the overrides for an option of the group `model`, a folder or a name on the hub."""
-    if (bundled("conf") / "model" / f"{model}.yaml").is_file():
-        return [f"model={model}"]
-    folder = Path(model).expanduser()
-    if (folder / "manifest.json").is_file():
-        return ["model=quantized", f"model.path={override_value(folder)}"]
-    if folder.is_dir() or "/" in str(model):
-        return ["model=hf", f"model.name={override_value(model)}"]
-    options = sorted(path.stem for path in (bundled("conf") / "model").glob("*.yaml"))
-    raise UserError(
-        f"model: '{model}' is no option, folder or hub name. Choose one of {', '.join(options)}, a folder, or "
-        f"ORGANISATION/NAME{nearest(str(model), options)}"
-    )
+    if (name := str(model)) in (known := options("model")):
+        return [f"model={name}"]
+    if (spelling := spelling_of_path("model", name)) is None:
+        raise UserError(
+            f"model: '{name}' is no option, folder or hub name. Choose one of {', '.join(known)}, a folder, or "
+            f"ORGANISATION/NAME{nearest(name, known)}"
+        )
+    return [spelling.option, f"{spelling.setting}={override_value(Path(name).expanduser())}"]
 
 
 def _calibration_overrides(calibration: str | Path) -> list[str]:
     """Return the overrides for an option of the group `calibration`, or for a text file."""
-    if (bundled("conf") / "calibration" / f"{calibration}.yaml").is_file() or not Path(calibration).exists():
+    spelling = spelling_of_path("calibration", str(calibration))
+    if spelling is None or str(calibration) in options("calibration"):
         return [f"calibration={calibration}"]
-    return ["calibration=text", f"calibration.path={override_value(calibration)}"]
+    return [spelling.option, f"{spelling.setting}={override_value(calibration)}"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from typing import Any
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 
+from haq_lab.config.help import options
+from haq_lab.config.object_specs import specify
 from haq_lab.int8.backend import Backend
 from haq_lab.utils.errors import invalid
 from haq_lab.utils.paths import bundled
@@ -31,9 +31,9 @@ def make_backend(name: str = AUTO) -> Backend:
     if name == AUTO:
         has_gpu = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
         name = "cuda" if has_gpu else "cpu"
-    options = {path.stem: path for path in (bundled("conf") / "backend").glob("*.yaml")}
-    if name not in options:
-        raise invalid("backend", name, [AUTO, *sorted(options)])
-    settings: dict[str, Any] = yaml.safe_load(options[name].read_text(encoding="utf-8"))
-    module, _, cls = settings.pop("_target_").rpartition(".")
-    return getattr(importlib.import_module(module), cls)(**settings)
+    if name not in (known := options("backend")):
+        raise invalid("backend", name, [AUTO, *known])
+    spec = specify(OmegaConf.load(bundled("conf") / "backend" / f"{name}.yaml"), "backend")
+    assert spec is not None
+    backend: Backend = spec.create(Backend)
+    return backend

@@ -18,6 +18,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from haq_lab.config.help import GROUPS, HYDRA, KNOWN, MULTIPLE_CHOICE, PLAIN, options, settings_of
+from haq_lab.config.override_syntax import spelling_of_path
 from haq_lab.results.old_names import SETTINGS
 from haq_lab.utils.console import errors, say
 from haq_lab.utils.errors import UserError, invalid, nearest, renamed
@@ -104,8 +105,9 @@ def explain(error: BaseException) -> str:
 
 def unknown_option(group: str, option: str) -> UserError:
     """Return the error for an option that a group does not have. It suggests the spelling for a file or a hub name."""
-    if spelling := _spelling_of_path(group, option):
-        return UserError(f"{group}: '{option}' is not an option of {group}. Write {spelling}.")
+    if spelling := spelling_of_path(group, option):
+        words = f"{spelling.option} {spelling.setting}={option}"
+        return UserError(f"{group}: '{option}' is not an option of {group}. Write {words}.")
     if synonym := SYNONYMS.get((group, option)):
         return UserError(f"{group}: '{option}' is not one of {', '.join(options(group))} (did you mean '{synonym}'?)")
     return invalid(group, option, options(group))
@@ -115,24 +117,6 @@ def unknown_group(name: str) -> UserError:
     """Return the error for a name that a config does not have at its top."""
     hint = nearest(name.partition(".")[0], KNOWN) or ". `python -m haq_lab --help` lists all."
     return UserError(f"{name}: there is no such group or setting{hint}")
-
-
-def _spelling_of_path(group: str, option: str) -> str | None:
-    """Return the overrides for a path or a hub name that was given as an option. None if it is neither."""
-    path = Path(option)
-    if group in ("data", "calibration"):
-        if "/" not in option and not path.suffix and not (option and path.exists()):
-            return None
-        return (
-            f"data=text data.text.path={option}" if group == "data" else f"calibration=text calibration.path={option}"
-        )
-    if group != "model" or not ("/" in option or path.suffix == ".gguf" or (option and path.exists())):
-        return None
-    if path.suffix == ".gguf":
-        return f"model=gguf model.path={option}"
-    if (path / "manifest.json").is_file():
-        return f"model=quantized model.path={option}"
-    return f"model=hf model.name={option}"
 
 
 def _parse_error(error: OverrideParseException) -> str:

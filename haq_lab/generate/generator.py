@@ -101,8 +101,7 @@ class Generator:
         self.stop = Stop()
         self._cache: Cache | None = None
         self._cached: list[int] = []  # the tokens in `_cache`
-        config = model.generation_config
-        assert config is not None
+        config = self.model.generation_config
         config.max_length = None  # `max_tokens` replaces it
         if config.pad_token_id is None:
             config.pad_token_id = 0  # one sequence is never padded, but transformers warns
@@ -121,10 +120,9 @@ class Generator:
         before = self._traffic()
         streamer = _TimedStreamer(self.tokenizer, write)
         cache, self._cache = self._cache if self._continues(prompt) else None, None  # not valid after an exception
-        model: Any = self.model  # transformers types `generate` for a protocol that no model class declares
-        ids = torch.tensor([prompt], device=model.device)
+        ids = torch.tensor([prompt], device=self.model.device)
         start = time.perf_counter()
-        output = model.generate(
+        output = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=limit, streamer=streamer,
             stopping_criteria=[self.stop], return_dict_in_generate=True, tokenizer=self.tokenizer, **self._sampling(),
         )  # fmt: skip
@@ -146,8 +144,7 @@ class Generator:
         """Return how many positions of the context a prompt leaves."""
         if not prompt:
             raise UserError("prompt: it is empty. Write a text.")
-        config: Any = self.model.config
-        limit: int = config.max_position_embeddings
+        limit: int = self.model.config.max_position_embeddings
         if len(prompt) >= limit:
             raise UserError(
                 f"prompt: {len(prompt)} tokens do not fit into the model's context of {limit} tokens. "
@@ -169,9 +166,8 @@ class Generator:
 
     def _is_end(self, token: int) -> bool:
         """Return whether a token ends an answer by the model's generation config."""
-        assert self.model.generation_config is not None
         end = self.model.generation_config.eos_token_id
-        return token in end if isinstance(end, list) else token == end
+        return bool(token in end if isinstance(end, list) else token == end)
 
     def _traffic(self) -> dict[str, Any]:
         """Return the counts of the offloading engine so far, or nothing without offloading."""

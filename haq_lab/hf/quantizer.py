@@ -81,20 +81,14 @@ class HaqLabQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **arguments: Any) -> None:
         from haq_lab.config.backends import make_backend
-        from haq_lab.pipeline.deployment import load_checkpoint
+        from haq_lab.pipeline.deployment import load_with_options
 
         assert self._folder is not None
-        default = "cpu" if self._device == "cpu" else "cuda"
         settings = self.quantization_config
-        backend = make_backend(settings.backend or default)
-        if settings.offload is None and not settings.offload_settings:
-            whole, _ = load_checkpoint(self._folder, backend)
-        else:
-            from haq_lab.config.offloading import make_offload
-
-            offload, calibration = make_offload(settings.offload or "none", settings.offload_settings or {})
-            whole, _ = load_checkpoint(self._folder, backend, offload=offload, calibration=calibration)
-            model.offload = whole.offload
+        backend = make_backend(settings.backend or ("cpu" if self._device == "cpu" else "cuda"))
+        whole, _ = load_with_options(self._folder, backend, settings.offload, settings.offload_settings or {})
+        if (session := getattr(whole, "offload", None)) is not None:
+            model.offload = session
         whole.config.dtype = model.config.dtype
         whole.config.name_or_path = model.config.name_or_path
         whole.config.quantization_config = self.quantization_config

@@ -319,3 +319,8 @@ def check_model_type(model_type: object) -> None:
             f"model: architecture '{model_type}' is not in the family table (haq_lab/models/architectures.py). "
             f"Choose one of {', '.join(known)}, or add a row there{nearest(model_type, known)}."
         )
+
+
+def head_size(config: Any) -> int:
+    """Return the width of an attention head, which not every config states."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

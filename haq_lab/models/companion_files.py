@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from haq_lab.models.layerwise import LayeredModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
-GENERATION = "generation_config.json"  # end tokens and sampling; a chat model often has several end tokens
+from haq_lab.models.layerwise import LayeredModel
 
 
 def copy_companion_files(model: LayeredModel, target: Path) -> None:
@@ -21,5 +21,6 @@ def copy_companion_files(model: LayeredModel, target: Path) -> None:
         UserError: The model has no usable tokenizer.
     """
     model.tokenizer().save_pretrained(target)
-    if (model.folder / GENERATION).is_file():
-        shutil.copyfile(model.folder / GENERATION, target / GENERATION)  # unchanged, because saving validates values
+    generation = model.folder / GENERATION_CONFIG_NAME
+    if generation.is_file():
+        shutil.copyfile(generation, target / generation.name)  # unchanged, because saving validates values

@@ -96,7 +96,7 @@ class OffloadSession:
     def _make_writer(self) -> TierWriter:
         """Return the writer of the slow tier: host memory if the device has its own memory, else a file."""
         if not self._streams.separate_memory:
-            return ReusedExpertFile(self.path) if self._reuse else ExpertFileWriter(self.path).__enter__()
+            return (ReusedExpertFile if self._reuse else ExpertFileWriter)(self.path).__enter__()
         cpu = None if self.settings.on_miss == "fetch" else CpuBackend()  # runs missing experts in the slow tier
         return HostWriter(self.model.depth, self._streams, cpu)
 

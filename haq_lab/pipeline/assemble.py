@@ -114,10 +114,10 @@ class Assembly:
         if self.writer is not None:
             text, routing = self.experiment.calibration.text, passed.routing
             self.writer.finish(None if routing is None else routing.trace(self.model.folder.name, text))
-            self.model = QuantizedModel(self.writer.folder, self.experiment.backend)
-            self._deployment = self._deploy(self.model)
-            for index in range(self.model.depth if self.deploys else 0):
-                self._deployment.add(self.model.load_layer(index))
+            self.model = written = QuantizedModel(self.writer.folder, self.experiment.backend)
+            self._deployment = self._deploy(written)
+            for layer in written.load_layers() if self.deploys else ():
+                self._deployment.add(layer)
         tokens = None if calibration is None else calibration.tokens
         return self._deployment.finish(passed.routing, tokens, self.experiment.calibration.text)
 

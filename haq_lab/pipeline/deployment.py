@@ -10,9 +10,9 @@ a loaded checkpoint computes the same bits as the run that measured it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,31 @@ def load_checkpoint(
     if (folder / GENERATION_CONFIG_NAME).is_file():
         whole.generation_config = GenerationConfig.from_pretrained(folder)
     return whole, model
+
+
+def load_with_options(
+    folder: Path, backend: Backend, offload: str | None, settings: Mapping[str, Any]
+) -> tuple[PreTrainedModel, QuantizedModel]:
+    """Load a checkpoint as `load_checkpoint` does, with offloading by the name of an option.
+
+    Args:
+        folder: Folder of the checkpoint.
+        backend: Backend that computes the int8 linears.
+        offload: An option of the group `offload`. If it is None and there are no settings, all experts stay in memory.
+        settings: Settings of offloading by name.
+
+    Raises:
+        UserError: As `load_checkpoint` and `make_offload`.
+
+    Example:
+        >>> whole, model = load_with_options(Path("checkpoints/smol_moe"), CpuBackend(), "haq", {"budget": "40%"})
+    """
+    if offload is None and not settings:
+        return load_checkpoint(folder, backend)
+    from haq_lab.config.offloading import make_offload  # composes a config, which takes 0.4 s
+
+    chosen, calibration = make_offload(offload or "none", settings)
+    return load_checkpoint(folder, backend, offload=chosen, calibration=calibration)
 
 
 def _open_session(offload: Offload, model: QuantizedModel, calibration: Calibration | None) -> OffloadSession:

@@ -25,6 +25,7 @@ from haq_lab.measure.base import PromptedMeasure, Study
 from haq_lab.measure.memory import reset_peaks
 from haq_lab.measure.metrics import declared_metrics
 from haq_lab.measure.prompts import PromptTexts
+from haq_lab.models.architectures import head_size
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
 from haq_lab.pipeline.cached_pass import CachedPass
@@ -156,8 +157,8 @@ def _describe_gpu(backend: Backend, model: LayeredModel) -> dict[str, Any]:
     if (gpu := backend.describe_gpu()) is None:
         return {}
     heads = model.config.num_attention_heads
-    head_size = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
-    return {"gpu": gpu | {"sdpa_kernel": sdpa_kernel(backend.device, model.dtype, heads, head_size)}}
+    kernel = sdpa_kernel(backend.device, model.dtype, heads, head_size(model.config))
+    return {"gpu": gpu | {"sdpa_kernel": kernel}}
 
 
 def _pass_inputs(

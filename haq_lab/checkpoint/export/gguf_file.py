@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -65,23 +64,32 @@ def export_gguf(model: QuantizedModel, target: Path) -> None:
     add_tokenizer(writer, model, rows=len(cast(Tensor, model.shell.get_input_embeddings().weight)))
     for tensor in outer:
         _add_info(writer, tensor)
-    first = list(_layer_tensors(model, architecture, 0))  # all layers of a model have the same tensors
-    layers = [
-        [tensor._replace(name=tensor.name.replace("blk.0.", f"blk.{index}.")) for tensor in first]
-        for index in range(model.depth)
-    ]
-    for tensor in chain.from_iterable(layers):
-        _add_info(writer, tensor)
+    names = _announce_layers(writer, model, architecture)
     with atomic_file(target) as temporary, closing(writer):
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in outer:
             writer.write_tensor_data(tensor.data)
-        for index, expected in enumerate(layers):
-            for tensor, announced in zip(_layer_tensors(model, architecture, index), expected, strict=True):
-                assert tensor.name == announced.name, f"{tensor.name} is written in place of {announced.name}"
+        for index, announced in enumerate(names):
+            for tensor, name in zip(_layer_tensors(model, architecture, index), announced, strict=True):
+                assert tensor.name == name, f"{tensor.name} is written in place of {name}"
                 writer.write_tensor_data(tensor.data)
+
+
+def _announce_layers(writer: gguf.GGUFWriter, model: QuantizedModel, architecture: Architecture) -> list[list[str]]:
+    """Add the shapes of all layers' tensors to the header, from those of layer 0. Return their names by layer.
+
+    The header stands before the data, and all layers of a model have the same tensors.
+    """
+    names = []
+    first = list(_layer_tensors(model, architecture, 0))
+    for index in range(model.depth):
+        layer = [tensor._replace(name=tensor.name.replace("blk.0.", f"blk.{index}.")) for tensor in first]
+        for tensor in layer:
+            _add_info(writer, tensor)
+        names.append([tensor.name for tensor in layer])
+    return names
 
 
 def _add_info(writer: gguf.GGUFWriter, tensor: GgufTensor) -> None:

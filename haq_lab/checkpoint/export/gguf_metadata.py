@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from haq_lab.checkpoint.model import QuantizedModel
+from haq_lab.models.architectures import head_size
 from haq_lab.utils.errors import UserError
 
 
@@ -128,8 +129,3 @@ def frequency_factors(model: QuantizedModel) -> Tensor | None:
     scaled, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](model.config, torch.device("cpu"))
     plain = rope["rope_theta"] ** -(torch.arange(0, head_size(model.config), 2) / head_size(model.config))
     return plain / scaled
-
-
-def head_size(config: Any) -> int:
-    """Return the number of rows of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

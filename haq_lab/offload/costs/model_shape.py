@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from haq_lab.models.architectures import family_of
+from haq_lab.models.architectures import family_of, head_size
 from haq_lab.utils.errors import UserError
 
 
@@ -62,7 +62,7 @@ class Shape:
             raise UserError(f"model: '{config.model_type}' is a dense model. Choose a Mixture of Experts.")
         hidden, layers = config.hidden_size, config.num_hidden_layers
         width, active = moe.width(config), moe.active(config)
-        head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+        head = head_size(config)
         keys = config.num_key_value_heads * head
         queries = config.num_attention_heads * head
         return cls(

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +210,7 @@ class ExpertFileWriter:
         self.path = path
         self._packer = Packer()
 
-    def __enter__(self) -> ExpertFileWriter:
+    def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self.path.open("wb")
         return self
@@ -229,18 +229,25 @@ class ExpertFileWriter:
             UserError: The experts differ in the shapes or types of their tensors.
         """
         for blob in self._packer.pack(experts):
-            self._stream.write(memoryview(cast(Any, blob.numpy())))
+            self._write(memoryview(cast(Any, blob.numpy())))
+
+    def _write(self, blob: memoryview) -> None:
+        self._stream.write(blob)
 
     def relayout(self, experts: nn.ModuleList) -> None:
         """Return None: the file and the arena use the same layout."""
 
     def open(self) -> ExpertFile:
         """Return the complete file, with none of its pages in the page cache."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())  # the page cache cannot drop pages that are not on the disk yet
+        self._complete()
         expert_file = ExpertFile(self.path, self._packer.parts, self._packer.size, self._packer.experts)
         expert_file.drop_cache()
         return expert_file
+
+    def _complete(self) -> None:
+        """Bring all bytes to the disk. The page cache cannot drop pages that are not there yet."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
 
 
 def bind(expert: nn.Module, parts: list[Part], blob: Tensor | None) -> None:
