@@ -12,9 +12,10 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from haq_lab.checkpoint.layer_tensors import read_schemes
+from haq_lab.checkpoint.layer_tensors import read_metadata
 from haq_lab.checkpoint.manifest import FILE, Manifest
 from haq_lab.checkpoint.model_card import CARD
+from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.storage.listed_files import ACCEPT, TEMPLATES
 from haq_lab.storage.safetensors_file import read_shard, read_shard_header
 from haq_lab.utils.errors import UserError
@@ -30,10 +31,12 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
     kinds: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     for shard in manifest.shards.values():
         header, _ = read_shard_header(folder / shard.file)
-        schemes = read_schemes(header.pop("__metadata__", {}), folder / shard.file)
+        schemes, formats = read_metadata(header.pop("__metadata__", {}), folder / shard.file)
         for name, entry in header.items():
-            scheme = schemes.get(name.rpartition(".")[0], "") if name.endswith(".weight") else ""
-            count = kinds[re.sub(r"\.\d+\.", ".*.", name), entry["dtype"], scheme]
+            linear, _, tensor = name.rpartition(".")
+            scheme = schemes.get(linear, "") if tensor in ("weight", "weight_packed") else ""
+            dtype = describe(formats[linear]) if tensor == "weight_packed" and linear in formats else entry["dtype"]
+            count = kinds[re.sub(r"\.\d+\.", ".*.", name), dtype, scheme]
             count[0] += 1
             count[1] += entry["data_offsets"][1] - entry["data_offsets"][0]
     table = Table(
@@ -52,6 +55,11 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
     table.add_row("all", "", "", str(sum(number for number, _ in kinds.values())), f"{total / 1e6:,.2f}")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return table, config["quantization_config"]["provenance"]
+
+
+def describe(format: WeightFormat) -> str:
+    """Describe a weight format in a few words, such as `I4 in groups of 64`."""
+    return f"I{format.bits}" + ("" if format.group is None else f" in groups of {format.group}")
 
 
 def find_problems(folder: Path) -> Iterator[str]:

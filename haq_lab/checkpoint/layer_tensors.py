@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from pydantic import TypeAdapter
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.numerics import ActivationScheme
+from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.experts import Experts
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
@@ -20,21 +23,48 @@ from haq_lab.storage.json_form import parse_json
 from haq_lab.storage.safetensors_file import DTYPES, Shard, read_shard
 from haq_lab.utils.errors import UserError
 
-SCHEMES = "schemes"  # metadata of a layer's file: the activation scheme of each int8 linear, as JSON
-_SCHEMES = TypeAdapter(dict[str, ActivationScheme])
+# Metadata of a layer's file, as JSON: the activation scheme of each quantised linear, and the format of 4-bit weights.
+SCHEMES, FORMATS = "schemes", "weight_formats"
+_SCHEMES, _FORMATS = TypeAdapter(dict[str, ActivationScheme]), TypeAdapter(dict[str, WeightFormat])
 
 
-def layer_content(layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, ActivationScheme]]:
-    """Return the tensors of a quantised layer by name, and the activation scheme of each int8 linear by name."""
+class LayerContent(NamedTuple):
+    """A quantised layer as it is stored.
+
+    Attributes:
+        tensors: All tensors by name.
+        schemes: The activation scheme of each quantised linear by name.
+        formats: The format of the weights of each linear by name. A linear that is not listed has 8-bit weights.
+    """
+
+    tensors: dict[str, Tensor]
+    schemes: dict[str, ActivationScheme]
+    formats: dict[str, WeightFormat]
+
+    def renamed(self, rename: Callable[[str], str]) -> LayerContent:
+        """Return the same content with other names."""
+        tensors, schemes, formats = ({rename(name): part for name, part in named.items()} for named in self)
+        return LayerContent(tensors, schemes, formats)  # type: ignore[arg-type]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the layer's file."""
+        formats = {name: asdict(format) for name, format in self.formats.items()}
+        return {SCHEMES: json.dumps(self.schemes)} | ({FORMATS: json.dumps(formats)} if formats else {})
+
+
+def layer_content(layer: nn.Module) -> LayerContent:
+    """Return the content of a quantised layer."""
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, Int8Linear)}
-    tensors = {name: to_storable(tensor) for name, tensor in layer.state_dict().items()}
-    return tensors, {name: linear.scheme for name, linear in linears.items()}
+    return LayerContent(
+        {name: to_storable(tensor) for name, tensor in layer.state_dict().items()},
+        {name: linear.scheme for name, linear in linears.items()},
+        {name: linear.format for name, linear in linears.items() if linear.format != INT8},
+    )
 
 
-def read_layer(
-    folder: Path, shard: Shard, buffer: Tensor | None = None
-) -> tuple[dict[str, Tensor], dict[str, ActivationScheme]]:
-    """Return the tensors of a layer's file and the activation scheme of each int8 linear, by their full names.
+def read_layer(folder: Path, shard: Shard, buffer: Tensor | None = None) -> LayerContent:
+    """Return the content of a layer's file, by full names.
 
     Args:
         folder: The checkpoint folder.
@@ -45,17 +75,17 @@ def read_layer(
         UserError: The file is missing or damaged.
     """
     tensors, metadata = read_shard(folder, shard, buffer)
-    return tensors, read_schemes(metadata, folder / shard.file)
+    return LayerContent(tensors, *read_metadata(metadata, folder / shard.file))
 
 
-def read_schemes(metadata: dict[str, str], path: Path) -> dict[str, ActivationScheme]:
-    """Return the activation schemes in the metadata of a file. Empty for a file that is not a layer.
+def read_metadata(metadata: dict[str, str], path: Path) -> tuple[dict[str, ActivationScheme], dict[str, WeightFormat]]:
+    """Return the activation schemes and the weight formats in a file's metadata. Empty for a file that is not a layer.
 
     Raises:
         UserError: The metadata is damaged. The message names `path`.
     """
     try:
-        return parse_json(metadata.get(SCHEMES, "{}"), _SCHEMES)
+        return parse_json(metadata.get(SCHEMES, "{}"), _SCHEMES), parse_json(metadata.get(FORMATS, "{}"), _FORMATS)
     except ValueError as error:
         raise UserError(f"checkpoint: {path}: the schemes are not readable ({error}). Write it again.") from error
 
@@ -63,20 +93,18 @@ def read_schemes(metadata: dict[str, str], path: Path) -> dict[str, ActivationSc
 def int8_layer(
     model: LayeredModel,
     index: int,
-    tensors: dict[str, Tensor],
-    schemes: dict[str, ActivationScheme],
+    content: LayerContent,
     backend: Backend,
     where: str,
 ) -> nn.Module:
-    """Build decoder layer `index` from its tensors, without a float copy of the weights.
+    """Build decoder layer `index` from its content, without a float copy of the weights.
 
-    Only the int8 weights may share memory with `tensors`, if the backend does not change their layout.
+    Only the int8 weights may share memory with the content, if the backend does not change their layout.
 
     Args:
         model: The model that the layer belongs to.
         index: Index of the layer.
-        tensors: Tensors by name, as `layer_content` returns them.
-        schemes: Activation scheme of each int8 linear by name.
+        content: The content, as `layer_content` returns it.
         backend: Backend that computes the int8 linears.
         where: Source of the tensors, for error messages.
 
@@ -85,21 +113,22 @@ def int8_layer(
     """
     layer = model.new_layer(index)
     linears = dict(layer.named_modules())
-    weights = {f"{name}.weight" for name in schemes}
-    tensors = {name: tensor if name in weights else tensor.clone() for name, tensor in tensors.items()}
+    schemes, formats = content.schemes, {name: content.formats.get(name, INT8) for name in content.schemes}
+    weights = {f"{name}.{format.tensor}" for name, format in formats.items()}
+    tensors = {name: tensor if name in weights else tensor.clone() for name, tensor in content.tensors.items()}
     for name in _merged_first(schemes, model):
-        scheme = schemes[name]
-        parts = ("weight", "weight_scale", "bias", "input_scale")
-        levels, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
+        scheme, format = schemes[name], formats[name]
+        parts = (format.tensor, "weight_scale", "bias", "input_scale")
+        stored, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
         linear = linears.get(name)
-        if not isinstance(linear, nn.Linear) or not _fit(linear, scheme, levels, scale, bias, input_scale):
+        if not isinstance(linear, nn.Linear) or not _fit(linear, scheme, format, stored, scale, bias, input_scale):
             raise UserError(
                 f"checkpoint: {where}: '{model.family.layers}.{index}.{name}' does not fit the config. "
                 "Write the checkpoint again."
             )
-        layer.set_submodule(
-            name, Int8Linear(cast(Tensor, levels), cast(Tensor, scale), bias, scheme, input_scale, backend)
-        )
+        levels = format.levels(cast(Tensor, stored), linear.in_features)
+        int8 = Int8Linear(levels, cast(Tensor, scale), bias, scheme, input_scale, backend, format=format)
+        layer.set_submodule(name, int8)
     if (moe := model.family.moe) is not None:
         layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
     _assign(layer, tensors, where)
@@ -116,15 +145,17 @@ def _merged_first(names: Iterable[str], model: LayeredModel) -> list[str]:
 def _fit(
     linear: nn.Linear,
     scheme: ActivationScheme,
-    levels: Tensor | None,
+    format: WeightFormat,
+    stored: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
     input_scale: Tensor | None,
 ) -> bool:
-    """Return whether stored tensors have the shapes and types of a linear with this activation scheme."""
+    """Return whether stored tensors have the shapes and types of a linear with this scheme and weight format."""
+    shape = linear.out_features, linear.in_features
     return (
-        _has(levels, linear.weight.shape, torch.int8)
-        and _has(scale, (linear.out_features,), torch.float32)
+        _has(stored, format.stored_shape(*shape), torch.int8 if format.bits == 8 else torch.uint8)
+        and _has(scale, format.scale_shape(*shape), torch.float32)
         and (bias is None or _has(bias, (linear.out_features,), torch.float32))
         and (_has(input_scale, (), torch.float32) if scheme == "static" else input_scale is None)
     )

@@ -13,9 +13,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from haq_lab.checkpoint.layer_tensors import read_schemes
+from haq_lab.checkpoint.layer_tensors import read_metadata
 from haq_lab.checkpoint.manifest import Manifest
 from haq_lab.int8.numerics import ActivationScheme
+from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.storage.safetensors_file import read_shard_header
 from haq_lab.utils.atomic_files import write_text
 
@@ -55,7 +56,9 @@ def write_model_card(folder: Path, metrics: dict[str, float | None], protocol: d
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     made = config["quantization_config"]["provenance"]
     settings = made["settings"]["quantizer"]
-    method, bits = settings["_target_"].rpartition(".")[2], settings.get("weight_bits", 8)
+    method = settings["_target_"].rpartition(".")[2]
+    schemes, formats = _count(folder)
+    bits = "-".join(sorted({str(format.bits) for format in formats}, reverse=True)) or "8"
     name, revision = made["model"]["label"], made["model"]["revision"]
     data = ModelCardData(
         base_model=made["settings"]["model"]["name"] if revision else None,  # only snapshots of the hub have a revision
@@ -66,30 +69,38 @@ def write_model_card(folder: Path, metrics: dict[str, float | None], protocol: d
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, quantised with {method}",
-        "\n".join(_facts(made, method, bits, _activation_schemes(folder))),
+        "\n".join(_facts(made, method, formats, schemes)),
         *_perplexities(metrics, protocol),
         LOADING,
     ]
     write_text(folder / CARD, "\n\n".join(parts))
 
 
-def _activation_schemes(folder: Path) -> Counter[ActivationScheme]:
-    """Return the number of linears with each activation scheme."""
-    counts: Counter[ActivationScheme] = Counter()
+def _count(folder: Path) -> tuple[Counter[ActivationScheme], Counter[WeightFormat]]:
+    """Return the number of linears with each activation scheme, and with each weight format."""
+    schemes: Counter[ActivationScheme] = Counter()
+    formats: Counter[WeightFormat] = Counter()
     for file in Manifest.read(folder).shards:
         header, _ = read_shard_header(folder / file)
-        counts.update(read_schemes(header.get("__metadata__", {}), folder / file).values())
-    return counts
+        own, narrow = read_metadata(header.get("__metadata__", {}), folder / file)
+        schemes.update(own.values())
+        formats.update(narrow.get(linear, INT8) for linear in own)
+    return schemes, formats
 
 
-def _facts(made: dict[str, Any], method: str, bits: int, schemes: Counter[ActivationScheme]) -> Iterator[str]:
+def _facts(
+    made: dict[str, Any], method: str, formats: Counter[WeightFormat], schemes: Counter[ActivationScheme]
+) -> Iterator[str]:
     """Yield the rows of a table that says how the checkpoint was made."""
     yield "| | |\n|---|---|"
     revision = made["model"]["revision"]
     yield f"| base model | {made['model']['label']}{f', revision {revision}' if revision else ''} |"
     paper = f" ([arXiv {PAPERS[method]}](https://arxiv.org/abs/{PAPERS[method]}))" if method in PAPERS else ""
     yield f"| method | {method}{paper} |"
-    yield f"| weights | {'int8' if bits == 8 else f'{bits} bits, stored as int8'}, one scale per output channel |"
+    for format, count in formats.most_common():
+        shared = "one scale per output channel" if format.group is None else f"one scale per {format.group} inputs"
+        which = "" if len(formats) == 1 else f" of {count} linears"
+        yield f"| weights{which} | int{format.bits}, {shared} |"
     for scheme, count in schemes.most_common():
         yield f"| activations of {count} linears | int8, {ACTIVATIONS[scheme]} |"
     if (text := made["calibration"]) is not None:

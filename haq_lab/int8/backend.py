@@ -136,11 +136,11 @@ class Backend:
         levels = self.unpack(packed, weight_scale.shape[-1], columns, format)
         return (levels.float() * format.row_scales(weight_scale, columns)).to(dtype)
 
-    def weight_block(self, shapes: Iterable[tuple[int, int]]) -> AbstractContextManager[object]:
+    def weight_block(self, weights: Iterable[tuple[int, int, WeightFormat]]) -> AbstractContextManager[object]:
         """Return a context that can be entered repeatedly, in which `pack` stores weights one after the other.
 
         Args:
-            shapes: Shapes (n, k) of all 8-bit weights that will be packed in the context.
+            weights: Shape (n, k) and format of all weights that will be packed in the context.
         """
         return nullcontext()
 

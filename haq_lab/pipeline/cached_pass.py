@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from haq_lab.calibration.channel_ranges import Ranges
-from haq_lab.checkpoint.layer_tensors import int8_layer, layer_content
+from haq_lab.checkpoint.layer_tensors import LayerContent, int8_layer, layer_content, read_metadata
 from haq_lab.config.build import Experiment
 from haq_lab.measure.base import Measure, Study
 from haq_lab.models.layerwise import LayeredModel
@@ -104,17 +105,17 @@ class CachedPass:
                 raise UserError(
                     f"result_cache: layer {index} was just removed from {self.store.folder}. Start the run again."
                 )
-            yield int8_layer(
-                self.model, index, found.tensors, found.facts, self.experiment.backend, str(self.store.folder)
-            )
+            content = LayerContent(found.tensors, *read_metadata(found.facts, Path(str(self.store.folder))))
+            yield int8_layer(self.model, index, content, self.experiment.backend, str(self.store.folder))
 
     def store_layer(self, index: int, layer: nn.Module) -> None:
         """Store a finished layer, if the cache has space."""
         if self._depends is None or not self.deploys or self.experiment.quantizer is None:
             return
-        tensors, schemes = layer_content(layer)
-        if self.store.has_room(LAYERS, sum(tensor.nbytes for tensor in tensors.values()) * self.model.depth):
-            self.store.put(LAYERS, self._key(LAYERS, layer=index), Artifact(tensors, schemes), self._about)
+        content = layer_content(layer)
+        if self.store.has_room(LAYERS, sum(tensor.nbytes for tensor in content.tensors.values()) * self.model.depth):
+            artifact = Artifact(content.tensors, content.metadata)
+            self.store.put(LAYERS, self._key(LAYERS, layer=index), artifact, self._about)
 
     def store_pass(self, passed: PassResult) -> None:
         """Store the result of the pass, without hidden states."""

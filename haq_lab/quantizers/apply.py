@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,7 +13,11 @@ from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, nearest_solution, output_error
+from haq_lab.quantizers.bit_allocation import Bits
 from haq_lab.quantizers.smoothing import ChannelMap, fold, stack_weights
+
+# The bits of linears that are solved together, by the index of their layer and their names.
+Allocation = Mapping[tuple[int, tuple[str, ...]], Bits]
 
 
 @dataclass
@@ -25,6 +30,9 @@ class LinearReport:
         activation_scheme: Activation scheme of its input.
         smoothing_strength: Smoothing strength, or None if the input was not smoothed.
         static_scale: Scale of the input if the activation scheme is static.
+        weight_bits: Bits of a weight.
+        weight_group: Columns that share a scale, or None if each row has one scale.
+        weights: Number of weights.
         error_rtn: Mean squared output error of rounding to nearest; None without a Hessian.
         output_error: Mean squared output error of the weights as rounded; None without a Hessian.
         notes: What the quantizer reports, such as its dampening.
@@ -35,6 +43,9 @@ class LinearReport:
     activation_scheme: str
     smoothing_strength: float | None = None
     static_scale: float | None = None
+    weight_bits: int = 8
+    weight_group: int | None = None
+    weights: int = 0
     error_rtn: float | None = None
     output_error: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +90,7 @@ def quantize_group(
     statistics: InputStatistics | None,
     strength: float | None,
     backend: Backend,
+    allocation: Allocation | None = None,
 ) -> list[LinearReport]:
     """Replace the linears of a group by `Int8Linear`s, in place.
 
@@ -93,6 +105,7 @@ def quantize_group(
         statistics: Statistics of the smoothed input, or None.
         strength: Smoothing strength, for the reports.
         backend: Computes the new linears.
+        allocation: Bits of the linears, if they have been chosen.
 
     Returns:
         One report for each linear.
@@ -101,7 +114,8 @@ def quantize_group(
     reports = []
     for expert, names in group.consumers_by_expert().items():
         own = None if statistics is None else statistics.of(expert)
-        solution = quantizer.solve(stack_weights(layer, names), own, activation)
+        chosen = quantizer if allocation is None else quantizer.with_bits(allocation[index, names])
+        solution = chosen.solve(stack_weights(layer, names), own, activation)
         first = 0
         for name in names:
             rows = slice(first, first := first + cast(nn.Linear, layer.get_submodule(name)).out_features)
@@ -111,6 +125,8 @@ def quantize_group(
             report = LinearReport(index, name, activation.scheme, strength, notes=solved.notes)
             if activation.scale is not None:
                 report.static_scale = float(activation.scale)
+            report.weight_bits, report.weight_group = solved.format.bits, solved.format.group
+            report.weights = solved.levels.numel()
             _measure_errors(report, cast(Tensor, layer.get_submodule(name).weight), own, solved)
             reports.append(report)
             _replace_linear(layer, name, solved, activation, backend)

@@ -17,6 +17,7 @@ from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.int8.numerics import ActivationScheme, scale_of
 from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.architectures import Family, Group
+from haq_lab.quantizers.bit_allocation import Bits
 from haq_lab.quantizers.grid import round_to_nearest, weight_scale
 from haq_lab.quantizers.smoothing import ChannelMap
 from haq_lab.utils.errors import UserError
@@ -107,6 +108,31 @@ class Quantizer:
     def weight_format(self) -> WeightFormat:
         """The format of the weights that `solve` returns."""
         return WeightFormat(self.weight_bits, None if self.group == "none" else self.group)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes of a quantised weight with its share of a group's scale."""
+        scale = 0.0 if self.weight_format.group is None else 4 / self.weight_format.group
+        return (self.average_bits or self.weight_format.bits) / 8 + scale
+
+    @property
+    def average_bits(self) -> float | None:
+        """The largest average number of bits of a weight, if the bits of each linear are to be chosen; else None."""
+        return None
+
+    def with_bits(self, bits: Bits) -> Quantizer:
+        """Return this quantizer for linears whose bits have been chosen. 8-bit weights have one scale a row."""
+        return replace(self, weight_bits=bits, group=self.group if bits == 4 else "none")
+
+    def weight_error(self, weight: Tensor, statistics: InputStatistics, cost: Tensor) -> float:
+        """Predict the KL divergence, in nats a token, that rounding the weights of some linears adds.
+
+        Args:
+            weight: (n, k) stacked weights, after smoothing.
+            statistics: Statistics of the smoothed input.
+            cost: (n,) sensitivity of each output.
+        """
+        raise NotImplementedError
 
     @property
     def needs(self) -> Needs:

@@ -74,7 +74,7 @@ def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: Channe
     for scale in _distinct([getattr(source, "weight_scale", None) for source in sources]):
         scale.div_(rows)
     for weight in _distinct([None if hasattr(source, "weight_scale") else source.weight for source in sources]):
-        weight.div_(rows[:, None])
+        weight.div_(rows if weight.dim() == 1 else rows[:, None])
     for bias in _distinct([getattr(source, "bias", None) for source in sources]):
         bias.div_(rows)
     for weight in _distinct([_weight(layer, name) for layer in layers for name in group.readers]):

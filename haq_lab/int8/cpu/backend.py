@@ -161,10 +161,10 @@ class CpuBackend(Backend):
             return super().unpack(packed, rows, columns, format)
         return native.unpack(native.Packed(packed, rows, columns, format))
 
-    def weight_block(self, shapes: Iterable[tuple[int, int]]) -> AbstractContextManager[object]:
+    def weight_block(self, weights: Iterable[tuple[int, int, WeightFormat]]) -> AbstractContextManager[object]:
         if not self.native:
             return nullcontext()
-        return WeightBlock(sum(native.packed_bytes(rows, columns) for rows, columns in shapes))
+        return WeightBlock(sum(native.packed_bytes(*shape) for shape in weights))
 
     def can_merge_rows(self, rows: int) -> bool:
         return not self.native or rows % native.PANEL == 0

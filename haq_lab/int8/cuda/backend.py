@@ -132,6 +132,8 @@ class CudaBackend(Backend):
         return aligned(scale.to(self.device, torch.float32).reshape(1))
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
+        if weights.format.bits == 4:
+            return super().product(qx, row_scale.reshape(-1, 1), weights, dtype)
         product = self._kernels.gemv if len(qx) <= GEMV_ROWS else self._kernels.gemm
         scale = aligned(weights.scale.to(self.device))
         bias = None if weights.bias is None else aligned(weights.bias.to(self.device, torch.float32))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Sensitivity
 from haq_lab.int8.numerics import round_to_grid, scale_of
+from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.quantizers.grid import cached_rows
 
 CLIPS = tuple(0.84**step for step in range(30))  # static scales to try, as shares of the scale without clipping
@@ -118,18 +119,23 @@ def _squared_error(x: Tensor, scale: Tensor) -> Tensor:
     return round_to_grid(x, scale).mul_(scale).sub_(x).square_()
 
 
-def solved_weight_error(scale: Tensor, cost: Tensor, conditional_variance: Tensor) -> float:
+def solved_weight_error(
+    scale: Tensor, cost: Tensor, conditional_variance: Tensor, format: WeightFormat = INT8
+) -> float:
     """Predict the error that GPTQ leaves: the sum over rows of cost * dw H dw^T.
 
     Each column has uniform rounding noise of variance scale^2 / 12, weighted by its conditional variance. The
     prediction is within 10 % of the measured error (`tests/quantizers`).
 
     Args:
-        scale: (n,) row scales.
+        scale: (n,) row scales, or (groups, n).
         cost: (n,) cost of a squared error in each output.
         conditional_variance: (k,) from `gptq_solver.Factor`. Smoothing by s divides it by s^2.
+        format: Format of the weights.
     """
-    return float(cost @ scale.square() / 12 * conditional_variance.sum())
+    groups = [conditional_variance] if format.group is None else conditional_variance.split(format.group)
+    variances = torch.stack([own.sum() for own in groups])
+    return float(variances @ (scale.view(len(groups), -1).square() @ cost)) / 12
 
 
 def sample_rows(statistics: InputStatistics, every: int = 1) -> tuple[Tensor, Tensor]:

@@ -25,12 +25,13 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
+from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.models.architectures import Family, FoldKind, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solution
 from haq_lab.quantizers.gptq_solver import Factor, conditional_variance, factorize, solve
 from haq_lab.quantizers.grid import searched_scale, weight_scale
 from haq_lab.quantizers.haq.error_model import ErrorPredictor
-from haq_lab.quantizers.haq.noise import StaticNoise, dynamic_noise, uniform_sensitivity
+from haq_lab.quantizers.haq.noise import StaticNoise, dynamic_noise, solved_weight_error, uniform_sensitivity
 from haq_lab.quantizers.smoothing import ChannelMap, smoothing_factor
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.threads import one_thread
@@ -46,7 +47,9 @@ class HAQ(Quantizer):
     Args:
         activations: Activation scheme as for every quantizer, or `auto`: static for inputs where it adds little error,
             token-dynamic for the others.
-        weight_bits: 8 or 4.
+        weight_bits: 8, 4, or `auto`: 8 or 4 for each linear and expert, with the smallest predicted KL divergence.
+            Linears that are multiplied as one (query, key and value; gate and up) get the same bits.
+        bits: With `auto`, the largest average number of bits of a weight, without scales.
         group: Columns of a 4-bit weight that share a scale: 128, 64 or 32; `none` for one scale a row.
         lm_head: Whether to quantise the LM head too.
         adaptive: Whether to choose each group's factor by its predicted error. If false, `smoothing_strength` is used
@@ -68,6 +71,8 @@ class HAQ(Quantizer):
     """
 
     activations: Literal["token", "tensor", "static", "auto"] = "token"  # type: ignore[assignment]
+    weight_bits: Literal[8, 4, "auto"] = 8  # type: ignore[assignment]
+    bits: Annotated[float, Field(ge=4, le=8)] = 5.0
     adaptive: bool = True
     smoothing_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
     fold: tuple[FoldKind, ...] = ("norm", "value", "up")
@@ -85,6 +90,28 @@ class HAQ(Quantizer):
                 "quantizer.activations: auto needs the sensitivity, but quantizer.sensitivity is 0. "
                 "Choose quantizer.sensitivity=8, or another activation scheme."
             )
+
+        if self.weight_bits == "auto" and not self.sensitivity:
+            raise UserError(
+                "quantizer.weight_bits: auto needs the sensitivity, but quantizer.sensitivity is 0. "
+                "Choose quantizer.sensitivity=8, or 4 or 8 bits."
+            )
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        return self.with_bits(4).weight_format if self.weight_bits == "auto" else super().weight_format
+
+    @property
+    def average_bits(self) -> float | None:
+        return self.bits if self.weight_bits == "auto" else None
+
+    def weight_error(self, weight: Tensor, statistics: InputStatistics, cost: Tensor) -> float:
+        variance = conditional_variance(statistics.shrunk_hessian(), self.dampening_frac, self.act_order)
+        if variance is None:
+            assert statistics.hessian is not None
+            variance = statistics.hessian.diagonal()
+        scale = weight_scale(weight, self.weight_format)
+        return solved_weight_error(scale, cost, variance, self.weight_format) / 2
 
     @property
     def needs(self) -> Needs:
@@ -113,7 +140,7 @@ class HAQ(Quantizer):
 
     def _predictor(self, weight: Tensor, statistics: InputStatistics) -> ErrorPredictor:
         variance = conditional_variance(statistics.shrunk_hessian(), self.dampening_frac, self.act_order)
-        return ErrorPredictor(weight, statistics, variance, self.weight_bits)
+        return ErrorPredictor(weight, statistics, variance, self.weight_format.bits)
 
     def _candidates(self, weight: Tensor, statistics: InputStatistics, channels: ChannelMap) -> Iterator[Smoothing]:
         """Yield the smoothing factors to choose from, in SmoothQuant's form with several measures of a channel's size.
