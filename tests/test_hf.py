@@ -5,14 +5,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from launching import TINY, launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
+import haq_lab
 from haq_lab.config.backends import make_backend
 from haq_lab.hf import QUANTIZERS  # the import registers the method
+from haq_lab.hf.quantizer import HaqLabConfig, HaqLabQuantizer
 from haq_lab.pipeline.deployment import load_checkpoint
 from haq_lab.utils.errors import UserError
 
@@ -87,6 +90,30 @@ def test_a_device_map_chooses_the_backend(checkpoint, device):
 def test_a_split_device_map_is_refused(checkpoint):
     with pytest.raises(UserError, match="device_map"):
         AutoModelForCausalLM.from_pretrained(checkpoint, device_map={"model": "cpu", "lm_head": "disk"})
+
+
+@pytest.mark.parametrize("device", [1, "cuda:1", {"": 1}])
+def test_a_device_map_can_name_a_gpu(device):
+    quantizer = HaqLabQuantizer(HaqLabConfig())
+    quantizer.update_device_map(device)
+    with patch("haq_lab.config.backends.make_backend") as make:
+        quantizer._make_backend(None)
+    make.assert_called_once_with("cuda", device="cuda:1")
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # the harness passes its own on
+def test_the_harness_loads_a_checkpoint(checkpoint):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    requests = [instance("loglikelihood", {}, ("The quick", f" {word}"), 0) for word in ("brown fox", "lazy dog", "a")]
+    harness = huggingface.HFLM(pretrained=str(checkpoint), device="cpu", batch_size=3)
+    scores = harness.loglikelihood(requests, disable_tqdm=True)
+    model, tokenizer = haq_lab.load(checkpoint)
+    for request, (score, _) in zip(requests, scores, strict=True):
+        skipped = len(tokenizer("The quick").input_ids) - 1
+        tokens = tokenizer("".join(request.args), return_tensors="pt").input_ids
+        losses = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])
+        assert score == pytest.approx(losses[skipped:].sum().item(), rel=1e-5)
 
 
 def test_saving_is_refused(checkpoint, tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,24 @@ def test_it_runs_from_an_empty_folder(unpacked, tmp_path):
     run = subprocess.run([*command, *TINY], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
     assert len(list(tmp_path.glob("runs/*/results.json"))) == 1
+
+
+@pytest.mark.slow
+def test_its_command_generates_text(unpacked, tmp_path):
+    (entry,) = EntryPoints(
+        EntryPoint(*line.split(" = "), group="console_scripts")
+        for line in next(unpacked.glob("*.dist-info/entry_points.txt")).read_text().splitlines()
+        if " = " in line
+    )
+    assert entry.name == "haq-lab"
+    script = f"from {entry.module} import {entry.attr} as main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+
+    def call(*arguments: str) -> str:
+        command = [sys.executable, "-c", script, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert re.fullmatch(r"haq-lab \d+\.\d+\.\d+\S*\n", call("--version"))
+    call("run", *TINY, "checkpoint.dir=checkpoint")
+    assert call("generate", "checkpoint", "Once", "--max-tokens=4", "--backend=reference", "--temperature=0").strip()
+    assert '"safetensors"' in call("checkpoint", "inspect", "checkpoint")

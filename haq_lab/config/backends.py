@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -16,14 +17,16 @@ from haq_lab.utils.paths import bundled
 AUTO = "auto"
 
 
-def make_backend(name: str = AUTO) -> Backend:
-    """Return the backend of an option of the group `backend`, with its default settings.
+def make_backend(name: str = AUTO, **settings: Any) -> Backend:
+    """Return the backend of an option of the group `backend`.
 
     Args:
         name: The option, such as `cpu`. `auto` is `cuda` on a machine with a GPU and CuPy, else `cpu`.
 
+        settings: Settings of the option that differ from its defaults, such as `device="cuda:1"`.
+
     Raises:
-        UserError: There is no such option, or the machine cannot run it.
+        UserError: There is no such option or setting, or the machine cannot run it.
 
     Example:
         >>> make_backend("cpu").kernels
@@ -33,7 +36,8 @@ def make_backend(name: str = AUTO) -> Backend:
         name = "cuda" if has_gpu else "cpu"
     if name not in (known := options("backend")):
         raise invalid("backend", name, [AUTO, *known])
-    spec = specify(OmegaConf.load(bundled("conf") / "backend" / f"{name}.yaml"), "backend")
+    defaults = OmegaConf.load(bundled("conf") / "backend" / f"{name}.yaml")
+    spec = specify(OmegaConf.merge(defaults, settings), "backend")
     assert spec is not None
     backend: Backend = spec.create(Backend)
     return backend

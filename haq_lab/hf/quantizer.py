@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from haq_lab.int8.backend import Backend
 
 METHOD = "haq_lab"
 
@@ -80,12 +83,11 @@ class HaqLabQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {".*"}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **arguments: Any) -> None:
-        from haq_lab.config.backends import make_backend
         from haq_lab.pipeline.deployment import load_with_options
 
         assert self._folder is not None
         settings = self.quantization_config
-        backend = make_backend(settings.backend or ("cpu" if self._device == "cpu" else "cuda"))
+        backend = self._make_backend(settings.backend)
         whole, _ = load_with_options(self._folder, backend, settings.offload, settings.offload_settings or {})
         if (session := getattr(whole, "offload", None)) is not None:
             model.offload = session
@@ -94,6 +96,14 @@ class HaqLabQuantizer(HfQuantizer):
         whole.config.quantization_config = self.quantization_config
         model.config, model._modules = whole.config, whole._modules
         model.all_tied_weights_keys = whole.all_tied_weights_keys
+
+    def _make_backend(self, name: str | None) -> Backend:
+        """Return the backend that the config names, or the one for the device of `device_map`."""
+        from haq_lab.config.backends import make_backend
+
+        name = name or ("cpu" if self._device == "cpu" else "cuda")
+        on_gpu = name == "cuda" and self._device != "cpu"
+        return make_backend(name, device=self._device) if on_gpu else make_backend(name)
 
     def is_serializable(self) -> bool:
         """Return False. Copy the checkpoint folder, or export it with `python -m haq_lab.checkpoint export`."""
@@ -112,16 +122,17 @@ def register() -> None:
 
 
 def _one_device(device_map: Any) -> str:
-    """Return the type of the device that a `device_map` names."""
+    """Return the device that a `device_map` names: `cpu`, `cuda` or, for example, `cuda:1`."""
     from haq_lab.utils.errors import UserError
 
     if device_map in ("auto", "balanced", "sequential"):
         return "cuda" if torch.cuda.is_available() else "cpu"
     devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    types = {"cuda" if isinstance(device, int) else str(device).partition(":")[0] for device in devices}
-    if len(types) > 1 or not types <= {"cpu", "cuda"}:
-        raise UserError(f"device_map: {device_map} is not supported. Choose 'cpu' or 'cuda'.")
-    return types.pop()
+    names = {f"cuda:{device}" if isinstance(device, int) else str(device) for device in devices}
+    name = names.pop()
+    if names or not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"device_map: {device_map} is not supported. Choose one device, such as 'cpu' or 'cuda:0'.")
+    return name
 
 
 def _local_folder(name: str, checkpoint_files: list[str]) -> Path:
