@@ -23,7 +23,6 @@ from torch import Tensor
 from haq_lab.calibration.dataset import Calibration
 from haq_lab.calibration.hooks import captured_inputs
 from haq_lab.calibration.statistics import InputStatistics
-from haq_lab.int8.weight_format import INT8
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.gptq_solver import factorize, solve
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
@@ -59,13 +58,13 @@ def errors(weight: Tensor, x: Tensor, own: Tensor, seen: int) -> dict[str, float
     def error(levels: Tensor) -> float:
         return float((unseen @ (levels * scale[:, None] - weight).t()).square().sum())
 
-    nearest, found = error(round_to_nearest(weight, scale, INT8)), {}
+    nearest, found = error(round_to_nearest(weight, scale, 8)), {}
     for name, given in candidates(x, own, seen):
         for mark, hessian in (("", given.hessian), ("+", given.shrunk_hessian())):
             assert hessian is not None
             factored = factorize(hessian, 0.01, act_order=True)
             assert factored is not None
-            found[name + mark] = error(solve(weight, factored, scale, INT8)) / nearest
+            found[name + mark] = error(solve(weight, factored, scale, 8)) / nearest
     return found
 
 

@@ -130,7 +130,10 @@ class QuantizedModel(LayeredModel):
         """
         formats = []
         for index in range(self.depth):
-            path, prefix = self.folder / layer_file(index), f"{self.family.layers}.{index}."
+            shard, prefix = self.manifest.shard(self.folder, layer_file(index)), f"{self.family.layers}.{index}."
+            path = self.folder / shard.file
+            if not path.is_file():
+                raise UserError(f"checkpoint: {path} is missing. Copy the whole checkpoint folder.")
             header, _ = read_shard_header(path)
             schemes, narrow = read_metadata(header.get("__metadata__", {}), path)
             formats.append({name.removeprefix(prefix): narrow.get(name, INT8) for name in schemes})

@@ -42,9 +42,7 @@ class WeightFormat:
 
     def row_scales(self, scale: Tensor, columns: int) -> Tensor:
         """Return the scale of each weight, in a shape that broadcasts to (n, columns)."""
-        if self.group is None:
-            return scale[:, None]
-        return scale.t().repeat_interleave(self.group, dim=1)[:, :columns]
+        return spread_scales(scale, columns, self.group)
 
     @property
     def tensor(self) -> str:
@@ -65,6 +63,11 @@ class WeightFormat:
 
 
 INT8 = WeightFormat()
+
+
+def spread_scales(scale: Tensor, columns: int, group: int | None) -> Tensor:
+    """Return weight scales, (n,) or (groups, n), in a shape that broadcasts to (n, columns)."""
+    return scale[:, None] if group is None else scale.t().repeat_interleave(group, dim=1)[:, :columns]
 
 
 def pack_nibbles(levels: Tensor) -> Tensor:

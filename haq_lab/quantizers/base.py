@@ -198,7 +198,7 @@ class Quantizer:
 def nearest_solution(weight: Tensor, format: WeightFormat) -> Solution:
     """Round a weight (n, k) to nearest, with scales that cover the largest weight of each row or group."""
     scale = weight_scale(weight, format)
-    return Solution(round_to_nearest(weight, scale, format), scale, format=format)
+    return Solution(round_to_nearest(weight, scale, format.bits, format.group), scale, format=format)
 
 
 def output_error(weight: Tensor, solution: Solution, hessian: Tensor) -> float:

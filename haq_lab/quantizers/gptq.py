@@ -42,4 +42,5 @@ class GPTQ(Quantizer):
             return self._fallback(weight)
         scale = weight_scale(weight, self.weight_format)
         notes = {"dampening_frac": factor.dampening_frac, "dead_columns": int(factor.dead.sum())}
-        return Solution(solve(weight, factor, scale, self.weight_format), scale, notes, self.weight_format)
+        levels = solve(weight, factor, scale, self.weight_format.bits, self.weight_format.group)
+        return Solution(levels, scale, notes, self.weight_format)

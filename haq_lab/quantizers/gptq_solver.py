@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haq_lab.int8.weight_format import WeightFormat
+from haq_lab.int8.weight_format import spread_scales
 from haq_lab.quantizers.grid import qmax
 
 BLOCK = 16  # most columns that are solved one by one; larger blocks are split in halves
@@ -121,7 +121,7 @@ def _damped(hessian: Tensor, dampening_frac: float, act_order: bool) -> Iterator
         dampening_frac = max(dampening_frac * 10, 1e-4)
 
 
-def solve(weight: Tensor, factor: Factor, scale: Tensor, format: WeightFormat) -> Tensor:
+def solve(weight: Tensor, factor: Factor, scale: Tensor, bits: int, group: int | None = None) -> Tensor:
     """Round a weight column by column, and compensate each error in later columns.
 
     A column keeps the scale of its group, in whatever order the columns are solved.
@@ -130,7 +130,8 @@ def solve(weight: Tensor, factor: Factor, scale: Tensor, format: WeightFormat) -
         weight: (n, k).
         factor: The factor of the input's Hessian.
         scale: (n,) row scales, or (groups, n).
-        format: Format of the weights.
+        bits: Bits of a weight.
+        group: Columns that share a scale; None for row scales.
 
     Returns:
         int8 levels (n, k).
@@ -139,10 +140,10 @@ def solve(weight: Tensor, factor: Factor, scale: Tensor, format: WeightFormat) -
     # Transposed to (k, n), so that a column is contiguous.
     columns = np.ascontiguousarray(alive.t().numpy())
     levels = np.empty_like(columns)
-    steps = format.row_scales(scale, weight.shape[1]).expand(weight.shape)[:, factor.order].t()
-    if format.group is not None:  # else a view of one row, which stays in the cache
+    steps = spread_scales(scale, weight.shape[1], group).expand(weight.shape)[:, factor.order].t()
+    if group is not None:  # else a view of one row, which stays in the cache
         steps = steps.contiguous()
-    _solve_columns(columns, levels, factor.upper.numpy(), steps.numpy(), qmax(format.bits))
+    _solve_columns(columns, levels, factor.upper.numpy(), steps.numpy(), qmax(bits))
     solved = np.empty(weight.shape, dtype=np.int8)
     solved[:, factor.order.numpy()] = levels.T
     return torch.from_numpy(solved)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from haq_lab.int8.numerics import round_to_grid, scale_of
-from haq_lab.int8.weight_format import WeightFormat
+from haq_lab.int8.weight_format import WeightFormat, spread_scales
 
 BLOCK_BYTES = 1 << 18  # bytes of a block of rows; a few blocks fit into a core's cache
 
@@ -95,6 +95,13 @@ def searched_row_scale(weight: Tensor, importance: Tensor, bits: int) -> Tensor:
     return best
 
 
-def round_to_nearest(weight: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:
-    """Return the int8 levels (n, k) of a weight (n, k) rounded to nearest, with scales (n,) or (groups, n)."""
-    return round_to_grid(weight, format.row_scales(scale, weight.shape[1]), qmax(format.bits)).to(torch.int8)
+def round_to_nearest(weight: Tensor, scale: Tensor, bits: int, group: int | None = None) -> Tensor:
+    """Return the int8 levels (n, k) of a weight (n, k) rounded to nearest.
+
+    Args:
+        weight: (n, k).
+        scale: (n,) row scales, or (groups, n).
+        bits: Bits of a weight.
+        group: Columns that share a scale; None for row scales.
+    """
+    return round_to_grid(weight, spread_scales(scale, weight.shape[1], group), qmax(bits)).to(torch.int8)

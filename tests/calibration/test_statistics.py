@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haq_lab.calibration.statistics import EXTREME_ROWS, SAMPLE_ROWS, Accumulator, InputStatistics, Needs
-from haq_lab.int8.weight_format import INT8
 from haq_lab.quantizers.gptq_solver import factorize, solve
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 
@@ -106,9 +105,9 @@ def test_solving_under_few_tokens_is_no_worse_than_rounding():
         return (unseen @ (levels.float() * scale[:, None] - weight).t()).square().mean()
 
     def solved(hessian):
-        return error(solve(weight, factorize(hessian, 0.01, True), scale, INT8))
+        return error(solve(weight, factorize(hessian, 0.01, True), scale, 8))
 
-    nearest = error(round_to_nearest(weight, scale, INT8))
+    nearest = error(round_to_nearest(weight, scale, 8))
     assert solved(statistics.hessian) > 1.2 * nearest
     assert solved(statistics.shrunk_hessian()) < nearest
 

@@ -33,7 +33,7 @@ def draw(seed: int, rows: int, columns: int, spread: float) -> torch.Tensor:
 def test_levels_are_in_bounds_and_within_half_a_step(seed, rows, columns, spread, bits):
     weight = draw(seed, rows, columns, spread)
     scale = row_scale(weight, bits)
-    levels = round_to_nearest(weight, scale, WeightFormat(bits))
+    levels = round_to_nearest(weight, scale, bits)
     assert levels.dtype == torch.int8
     assert int(levels.abs().max()) <= qmax(bits)
     error = (levels.double() * scale.double()[:, None] - weight.double()).abs()
@@ -57,7 +57,7 @@ def test_row_scales_equals_row_scale_for_each_factor(seed, rows, columns, spread
 
 def test_four_bits_are_symmetric():
     assert (qmax(8), qmax(4)) == (127, 7)
-    levels = round_to_nearest(torch.tensor([[-1e9, 1e9, 0.5, 1.5, 2.5, -0.5, -1.5]]), torch.ones(1), WeightFormat(4))
+    levels = round_to_nearest(torch.tensor([[-1e9, 1e9, 0.5, 1.5, 2.5, -0.5, -1.5]]), torch.ones(1), 4)
     assert levels.tolist() == [[-7, 7, 0, 2, 2, 0, -2]]
 
 
@@ -67,7 +67,7 @@ def test_searched_scale_is_never_worse_than_the_unsearched_one(seed, rows, colum
     importance = torch.rand(columns, generator=torch.Generator().manual_seed(seed))
 
     def error(scale):
-        rounded = round_to_nearest(weight, scale, WeightFormat(bits)).float() * scale[:, None]
+        rounded = round_to_nearest(weight, scale, bits).float() * scale[:, None]
         return (rounded - weight).square() @ importance
 
     full, searched = row_scale(weight, bits), searched_row_scale(weight, importance, bits)
@@ -90,8 +90,8 @@ def test_each_group_is_rounded_as_a_weight_of_its_own(columns, group):
         (weight_scale(weight, format), lambda part, own: row_scale(part, 4)),
         (searched_scale(weight, importance, format), lambda part, own: searched_row_scale(part, own, 4)),
     ):
-        levels = round_to_nearest(weight, scale, format)
+        levels = round_to_nearest(weight, scale, 4, group)
         parts = zip(weight.split(group, 1), importance.split(group), scale, levels.split(group, 1), strict=True)
         for part, own, row_scales_, rounded in parts:
             assert torch.equal(row_scales_, alone(part, own))
-            assert torch.equal(rounded, round_to_nearest(part, row_scales_, WeightFormat(4)))
+            assert torch.equal(rounded, round_to_nearest(part, row_scales_, 4))

@@ -10,7 +10,6 @@ import torch
 from haq_lab.calibration.hooks import captured_inputs
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.int8.weight_format import INT8
 from haq_lab.models.architectures import Group
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
@@ -86,7 +85,7 @@ def test_states_of_a_layer_that_share_tensors_are_scaled_once(tiny):
     group = next(group for group in tiny.groups if group.kind == "up")
     source = smoothed.get_submodule(group.source)
     scale = row_scale(source.weight, 8)
-    levels, bias = round_to_nearest(source.weight, scale, INT8), None if source.bias is None else source.bias.clone()
+    levels, bias = round_to_nearest(source.weight, scale, 8), None if source.bias is None else source.bias.clone()
     layer.set_submodule(group.source, Int8Linear(levels, scale.clone(), bias, "token", None, ReferenceBackend()))
     channels = ChannelMap(group, layer, stack_weights(layer, group.consumers).shape[1])
     factor = torch.rand(len(channels.rows)) + 0.5
@@ -129,7 +128,7 @@ def test_folding_into_an_int8_source_scales_its_outputs(tiny, kind):
     group = next(group for group in tiny.groups if group.kind == kind)
     source = layer.get_submodule(group.source)
     scale = row_scale(source.weight, 8)
-    levels = round_to_nearest(source.weight, scale, INT8)
+    levels = round_to_nearest(source.weight, scale, 8)
     bias = None if source.bias is None else source.bias.clone()
     int8 = Int8Linear(levels, scale, bias, "token", None, ReferenceBackend())
     layer.set_submodule(group.source, int8)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from haq_lab.checkpoint.layer_tensors import LayerContent, read_layer
 from haq_lab.checkpoint.manifest import layer_file
@@ -87,7 +87,7 @@ def _export(model: QuantizedModel, target: Path, for_vllm: bool = False) -> None
             if for_vllm and not packed:
                 _refuse_schemes_without_vllm_kernel(content.schemes, moe)
             schemes |= content.schemes
-            converted = _convert_layer(content, packed)
+            converted = _convert_layer(content, packed, _widths(model, index))
             writer.add({model.family.checkpoint_name(name): tensor for name, tensor in converted.items()})
         writer.finish()
         copy_companion_files(model, aside)
@@ -127,7 +127,14 @@ def _refuse_schemes_without_vllm_kernel(schemes: Schemes, moe: Moe | None) -> No
             )
 
 
-def _convert_layer(content: LayerContent, packed: bool) -> dict[str, Tensor]:
+def _widths(model: QuantizedModel, index: int) -> dict[str, int]:
+    """Return the number of inputs of each linear of a layer by its full name."""
+    linears = dict(model.new_layer(index).named_modules()).items()
+    prefix = f"{model.family.layers}.{index}."
+    return {prefix + name: linear.in_features for name, linear in linears if isinstance(linear, nn.Linear)}
+
+
+def _convert_layer(content: LayerContent, packed: bool, widths: dict[str, int]) -> dict[str, Tensor]:
     converted = {}
     for name, tensor in content.tensors.items():
         module, _, kind = name.rpartition(".")
@@ -140,23 +147,18 @@ def _convert_layer(content: LayerContent, packed: bool) -> dict[str, Tensor]:
             converted[f"{module}.weight_packed"] = pack(tensor)
             converted[f"{module}.weight_shape"] = torch.tensor(tensor.shape)
         elif module in content.schemes and kind == "weight_packed":
-            columns = _columns(module, content, tensor)
+            _must_divide(module, content.formats[module].group, widths[module])
             converted[name] = F.pad(tensor, (0, -tensor.shape[1] % 4)).view(torch.int32)
-            converted[f"{module}.weight_shape"] = torch.tensor((len(tensor), columns))
+            converted[f"{module}.weight_shape"] = torch.tensor((len(tensor), widths[module]))
         else:
             converted[name] = tensor
     return converted
 
 
-def _columns(module: str, content: LayerContent, packed: Tensor) -> int:
-    """Return the width of 4-bit weights (n, width / 2).
-
-    Raises:
-        UserError: The width is odd, or is not a multiple of the group.
-    """
-    group, columns = content.formats[module].group, 2 * packed.shape[1]
+def _must_divide(module: str, group: int | None, columns: int) -> None:
+    """Raise UserError if the width of 4-bit weights is not a multiple of their group."""
     if group is None or columns % group == 0:
-        return columns
+        return
     fitting = [str(other) for other in GROUPS if columns % other == 0]
     choice = f"quantizer.group={fitting[0]}" if fitting else "quantizer.group=none"
     raise UserError(

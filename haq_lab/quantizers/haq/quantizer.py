@@ -203,7 +203,8 @@ class HAQ(Quantizer):
         else:
             scale = weight_scale(target, self.weight_format)
         notes = {"dampening_frac": factor.dampening_frac, "dead_columns": int(factor.dead.sum())}
-        return Solution(solve(target, factor, scale, self.weight_format), scale, notes, self.weight_format)
+        levels = solve(target, factor, scale, self.weight_format.bits, self.weight_format.group)
+        return Solution(levels, scale, notes, self.weight_format)
 
     def _factor(self, hessian: Tensor) -> Factor | None:
         return factorize(hessian, self.dampening_frac, self.act_order)
