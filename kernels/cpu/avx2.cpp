@@ -98,26 +98,36 @@ HAQ_TARGET void product4_rows(const uint8_t* x, const uint8_t* panel, int64_t fi
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sum[r][v] = _mm256_setzero_si256();
-    each_pair(x, panel, R, first, last, [&](const uint8_t* chunk, int g, const uint8_t* w) HAQ_TARGET {
+    const uint8_t* w = panel + first / 2 * kGroupBytes;
+    for (int64_t g = first; g < last; g += 2, w += kGroupBytes) {
+      const uint8_t* const pair = staged_pair(x, R, g);
       if (Ask && column == 0) {
         ask_ahead(w);
         ask_ahead(w + 64);
       }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m256i weights[V];
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + (column + v * 4) * kGroup));
-        const __m256i even = _mm256_cvtepu8_epi16(_mm_and_si128(both, lower));
-        const __m256i odd = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), lower));
+        for (int v = 0; v < V; ++v) {
+          __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + (column + v * 4) * kGroup));
+          if (half == 1) both = _mm_srli_epi16(both, 4);
+          weights[v] = _mm256_cvtepu8_epi16(_mm_and_si128(both, lower));
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          int64_t four[2];
-          std::memcpy(four, chunk + r * kChunk + g * kGroup * 2, 16);
-          const __m256i a = _mm256_madd_epi16(even, _mm256_set1_epi64x(four[0]));
-          const __m256i b = _mm256_madd_epi16(odd, _mm256_set1_epi64x(four[1]));
-          sum[r][v] = _mm256_add_epi32(sum[r][v], _mm256_add_epi32(a, b));
+          int64_t four;
+          std::memcpy(&four, pair + r * kChunk + half * kGroup * 2, 8);
+          const __m256i q = _mm256_set1_epi64x(four);
+#pragma GCC unroll 16
+          for (int v = 0; v < V; ++v) {
+            const __m256i product = _mm256_madd_epi16(weights[v], q);
+            __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum[r][v]) : "x"(product)); // as in tile_rows
+          }
         }
+        __asm__ volatile("" ::: "memory"); // or the weights of both halves take registers that the sums need
       }
-    });
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16

@@ -82,38 +82,13 @@ HAQ_TARGET void tile(int rows, const uint8_t* x, const void* panel, bool, int64_
   kTileRows[static_cast<size_t>(rows - 1)](x, static_cast<const uint8_t*>(panel), groups, add, acc);
 }
 
-// A span of 4-bit weights into sums[r][half] of 16 columns each. Few rows have sums of their own for the upper halves of
-// the bytes, which are taken 16-fold as they are: that saves a shift, and hides the latency.
-template <int R, int Sums>
-HAQ_TARGET inline void product4_span(const uint8_t* x, const uint8_t* panel, int64_t first, int64_t last,
-                                     __m512i (&sum)[R][2][Sums]) {
-  const __m512i lower = _mm512_set1_epi8(15), upper = _mm512_set1_epi8(static_cast<char>(0xf0));
-  each_pair(x, panel, R, first, last, [&](const uint8_t* chunk, int g, const uint8_t* w) HAQ_TARGET {
-    if (R <= 8) { // memory is the limit
-      ask_ahead(w);
-      ask_ahead(w + 64);
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      const __m512i both = _mm512_loadu_si512(w + v * 64);
-      const __m512i even = _mm512_and_si512(both, lower);
-      const __m512i odd =
-          Sums == 2 ? _mm512_and_si512(both, upper) : _mm512_and_si512(_mm512_srli_epi16(both, 4), lower);
-#pragma GCC unroll 64
-      for (int r = 0; r < R; ++r) {
-        int32_t four[2];
-        std::memcpy(four, chunk + r * kChunk + g * kGroup, 8);
-        sum[r][v][0] = _mm512_dpbusd_epi32(sum[r][v][0], even, _mm512_set1_epi32(four[0]));
-        sum[r][v][Sums - 1] = _mm512_dpbusd_epi32(sum[r][v][Sums - 1], odd, _mm512_set1_epi32(four[1]));
-      }
-    }
-  });
-}
-
+// 4-bit weights. Few rows have sums of their own for the upper halves of the bytes, which are taken 16-fold as they are:
+// that saves a shift, and hides the latency.
 template <int R>
 HAQ_TARGET void tile4_rows(const Tile4& t) {
-  constexpr bool kFew = R <= 4;
+  constexpr bool kFew = R <= 3;
   constexpr int kSums = kFew ? 2 : 1;
+  const __m512i lower = _mm512_set1_epi8(15), upper = _mm512_set1_epi8(static_cast<char>(0xf0));
   __m512 total[kFew ? R : 1][2];
   if (kFew)
 #pragma GCC unroll 4
@@ -137,7 +112,41 @@ HAQ_TARGET void tile4_rows(const Tile4& t) {
         sum[r][v][0] = _mm512_set1_epi32(-t.offset[r * t.offset_stride + span]);
         if (kSums == 2) sum[r][v][kSums - 1] = _mm512_setzero_si512();
       }
-    product4_span<R, kSums>(t.x, t.panel, first, last, sum);
+    const uint8_t* w = t.panel + first / 2 * kGroupBytes;
+    for (int64_t g = first; g < last; g += 2, w += kGroupBytes) {
+      const uint8_t* const pair = staged_pair(t.x, R, g);
+      if (R <= 8) { // memory is the limit
+        ask_ahead(w);
+        ask_ahead(w + 64);
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m512i own[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          own[v] = _mm512_loadu_si512(w + v * 64);
+          if (half == 1 && !kFew) own[v] = _mm512_srli_epi16(own[v], 4);
+          own[v] = _mm512_and_si512(own[v], half == 1 && kFew ? upper : lower);
+        }
+        constexpr int last_sum = kSums - 1;
+#pragma GCC unroll 64
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < 2; ++v) {
+            __m512i& own_sum = sum[r][v][half * last_sum];
+            const uint8_t* const q = pair + r * kChunk + half * kGroup;
+            if (kFew) {
+              int32_t four;
+              std::memcpy(&four, q, 4);
+              own_sum = _mm512_dpbusd_epi32(own_sum, own[v], _mm512_set1_epi32(four));
+            } else { // by hand, to keep the order: compilers spill the sums otherwise
+              __asm__ volatile("vpdpbusd %1%{1to16%}, %2, %0"
+                               : "+v"(own_sum)
+                               : "m"(*reinterpret_cast<const uint32_t(*)[1]>(q)), "v"(own[v]));
+            }
+          }
+      }
+    }
 #pragma GCC unroll 64
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2

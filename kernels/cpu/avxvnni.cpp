@@ -75,25 +75,33 @@ HAQ_TARGET void product4_rows(const uint8_t* x, const uint8_t* panel, int64_t fi
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sum[r][v] = _mm256_setzero_si256();
-    each_pair(x, panel, R, first, last, [&](const uint8_t* chunk, int g, const uint8_t* w) HAQ_TARGET {
+    const uint8_t* w = panel + first / 2 * kGroupBytes;
+    for (int64_t g = first; g < last; g += 2, w += kGroupBytes) {
+      const uint8_t* const pair = staged_pair(x, R, g);
       if (Ask && column == 0) {
         ask_ahead(w);
         ask_ahead(w + 64);
       }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m256i weights[V];
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + (column + v * 8) * kGroup));
-        const __m256i even = _mm256_and_si256(both, lower);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(both, 4), lower);
+        for (int v = 0; v < V; ++v) {
+          __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + (column + v * 8) * kGroup));
+          if (half == 1) both = _mm256_srli_epi16(both, 4);
+          weights[v] = _mm256_and_si256(both, lower);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          int32_t four[2];
-          std::memcpy(four, chunk + r * kChunk + g * kGroup, 8);
-          sum[r][v] = _mm256_dpbusd_avx_epi32(sum[r][v], even, _mm256_set1_epi32(four[0]));
-          sum[r][v] = _mm256_dpbusd_avx_epi32(sum[r][v], odd, _mm256_set1_epi32(four[1]));
+          int32_t four;
+          std::memcpy(&four, pair + r * kChunk + half * kGroup, 4);
+          const __m256i q = _mm256_set1_epi32(four);
+#pragma GCC unroll 16
+          for (int v = 0; v < V; ++v) sum[r][v] = _mm256_dpbusd_avx_epi32(sum[r][v], weights[v], q);
         }
+        __asm__ volatile("" ::: "memory"); // or the weights of both halves take registers that the sums need
       }
-    });
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16

@@ -28,13 +28,14 @@ void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, b
 
 void product4(int rows, const uint8_t* x, const uint8_t* panel, int64_t first, int64_t last, int32_t* acc) {
   std::memset(acc, 0, static_cast<size_t>(rows) * kPanel * sizeof(int32_t));
-  each_pair(x, panel, rows, first, last, [&](const uint8_t* chunk, int g, const uint8_t* w) {
+  for (int64_t g = first; g < last; g += 2) {
+    const uint8_t* w = panel + g / 2 * kGroupBytes;
     for (int r = 0; r < rows; ++r) {
-      const auto* q = reinterpret_cast<const int8_t*>(chunk + r * kChunk) + g * kGroup;
+      const auto* q = reinterpret_cast<const int8_t*>(staged_pair(x, rows, g) + r * kChunk);
       for (int i = 0; i < kGroupBytes; ++i)
         acc[r * kPanel + i / kGroup] += q[i % kGroup] * (w[i] & 15) + q[kGroup + i % kGroup] * (w[i] >> 4);
     }
-  });
+  }
 }
 
 } // namespace

@@ -7,15 +7,11 @@ namespace {
 
 constexpr int kMostRows = 32; // of a tile, of all instruction sets
 
-// The groups of a span lie in one chunk of the staged rows or in several. Calls body(x, g, w) for each pair of groups
-// from `first` to `last`: g is the pair's first group within its chunk, x the chunk of the tile's first row.
-template <class Body>
-HAQ_TARGET inline void each_pair(const uint8_t* x, const uint8_t* panel, int64_t rows, int64_t first, int64_t last,
-                                 const Body& body) {
-  constexpr int64_t chunk = kChunk / static_cast<int64_t>(sizeof(HAQ_STAGED)) / kGroup; // groups
-  const uint8_t* w = panel + first / 2 * kGroupBytes;
-  for (int64_t g = first; g < last; g += 2, w += kGroupBytes)
-    body(x + g / chunk * rows * kChunk, static_cast<int>(g % chunk), w);
+// Where the groups g and g + 1 of a tile's first row are staged, if g is even. The next row is a chunk further on.
+HAQ_TARGET inline const uint8_t* staged_pair(const uint8_t* x, int64_t rows, int64_t g) {
+  constexpr uint64_t bytes = kGroup * sizeof(HAQ_STAGED), chunk = kChunk / bytes; // of a group; groups
+  const auto group = static_cast<uint64_t>(g);
+  return x + group / chunk * static_cast<uint64_t>(rows * kChunk) + group % chunk * bytes;
 }
 
 // sums = or += (acc - offset) * scale, for one span and `rows` rows. 0 is added first, so that -0 never results.

@@ -51,7 +51,7 @@ def test_4_bit_experts_take_half_the_slot_and_move_half_the_bytes(model, tmp_pat
         session.engage(layers)
         decoded(model.assemble(layers))
         engine = session.engine
-        found[bits] = engine.arena.blob_bytes, engine.counters.bytes_moved / engine.counters.read.sum()
+        found[bits] = engine.arena.blob_bytes, engine.counters.bytes_moved.sum() / engine.counters.read.sum()
         assert session.simulated("x"), "the simulated link carries the packed bytes"
         session.close()
     (wide, moved), (narrow, moved_narrow) = found[8], found[4]
