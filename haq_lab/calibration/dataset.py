@@ -91,7 +91,7 @@ class Calibration:
         """
         text = TEXTS[self.text](**self._place).training_text("calibration.path")
         if text.documents:
-            tokens = random_crops(tokenizer, text.rows, self.samples, self.seqlen, self.seed, "calibration.seqlen")
+            tokens, _ = random_crops(tokenizer, text.rows, self.samples, self.seqlen, self.seed, "calibration.seqlen")
         else:
             whole = encode(tokenizer, text.rows[0])
             tokens = random_windows(whole, self.samples, self.seqlen, self.seed, "calibration.seqlen")

@@ -19,6 +19,7 @@ from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.storage.safetensors_file import read_shard_header
 from haq_lab.utils.atomic_files import write_text
+from haq_lab.utils.console import format_change
 
 CARD = "README.md"
 PAPERS = {"SmoothQuant": "2211.10438", "GPTQ": "2210.17323", "HAQ": "2508.07329"}
@@ -117,7 +118,7 @@ def _perplexities(metrics: dict[str, float | None], protocol: dict[str, Any]) ->
         full, quantised = metrics.get(f"perplexity_fp.{text}"), metrics.get(f"perplexity.{text}")
         if full is not None and quantised is not None:
             windows = f"{protocol[text]['windows']} windows of {protocol[text]['seqlen']:,} tokens"
-            change = f"{100 * (quantised / full - 1):+.2f} %"
+            change = format_change(quantised, full, metrics.get(f"dlnppl.{text}.stderr"))
             rows.append(f"| {text} | {windows} | {full:.3f} | {quantised:.3f} | {change} |")
     if rows:
         header = "| text | evaluated on | full precision | quantised | change |\n|---|---|---|---|---|"

@@ -22,7 +22,7 @@ GROUPS = {
 
 PLAIN = {"checkpoint": ["dir"], "result_cache": ["enabled", "dir", "max_size"]}  # settings outside the groups
 HYDRA = {"": ["launcher", "sweeper"], "run": ["dir"], "sweep": ["dir", "subdir"]}  # Hydra's settings for hints
-KNOWN = [*GROUPS, *PLAIN, "search_metric", "force"]  # all names at the top of a config
+KNOWN = [*GROUPS, *PLAIN, "search_metric", "seeds", "force"]  # all names at the top of a config
 MULTIPLE_CHOICE = ("data", "measure", "tracking")  # groups that take any number of options
 
 HEAD = """Quantise a large language model, offload its experts, and measure quality, memory and latency.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -55,10 +56,17 @@ def register(name: str) -> Callable[[Option], Option]:
 
 @plain_dataclass(frozen=True)
 class Windows:
-    """Token windows (n, t) int64 and their protocol stamp."""
+    """Token windows and their protocol stamp.
+
+    Attributes:
+        tokens: (n, t) int64.
+        protocol: The stamp.
+        documents: (n,) document of each window, if several windows can come from one document.
+    """
 
     tokens: Tensor
     protocol: dict[str, Any]
+    documents: list[int] | None = None
 
 
 @plain_dataclass(frozen=True)
@@ -182,9 +190,9 @@ class C4(_FileOrHubText):
     def load(self, tokenizer: PreTrainedTokenizerBase) -> Windows:
         """Return random crops of the validation split. They may overlap."""
         documents = load_rows("c4", "validation", self.path, "data.c4.path", self.column)
-        crops = random_crops(tokenizer, documents, self.windows or C4_CROPS, self.seqlen, 0, "data.c4.seqlen")
+        crops, chosen = random_crops(tokenizer, documents, self.windows or C4_CROPS, self.seqlen, 0, "data.c4.seqlen")
         tables = self._published("C4 perplexity of GPTQ and HAQ (random crops)")
-        return self._stamp(
+        windows = self._stamp(
             tokenizer,
             crops,
             "\n".join(documents),
@@ -193,6 +201,7 @@ class C4(_FileOrHubText):
             stride="random",
             comparable_with=tables,
         )
+        return replace(windows, documents=chosen)
 
     def training_text(self, setting: str) -> TrainingText:
         """Return the documents of the train split. `setting` is what sets `path`, for error messages."""
@@ -301,7 +310,7 @@ def own_documents(path: str | None, setting: str, column: str = "text") -> Docum
 
 def random_crops(
     tokenizer: PreTrainedTokenizerBase, documents: list[str], count: int, seqlen: int, seed: int, setting: str
-) -> Tensor:
+) -> tuple[Tensor, list[int]]:
     """Draw windows from inside random documents, in the same random order as GPTQ's code.
 
     Args:
@@ -309,7 +318,7 @@ def random_crops(
         setting: The setting that gives `seqlen`, for error messages.
 
     Returns:
-        Token windows (count, seqlen). They may overlap.
+        Token windows (count, seqlen), which may overlap, and the index of each window's document.
 
     Raises:
         UserError: If no document has `seqlen` tokens.
@@ -317,6 +326,7 @@ def random_crops(
     draw = random.Random(seed)
     encoded: dict[int, Tensor] = {}
     crops: list[Tensor] = []
+    chosen: list[int] = []
     if not documents:
         raise UserError(f"{setting}: the text is empty. Choose another text.")
     while len(crops) < count:
@@ -329,7 +339,8 @@ def random_crops(
         if len(tokens) >= seqlen:
             start = draw.randint(0, max(len(tokens) - seqlen - 1, 0))
             crops.append(tokens[start : start + seqlen])
-    return torch.stack(crops)
+            chosen.append(number)
+    return torch.stack(crops), chosen
 
 
 def random_windows(tokens: Tensor, count: int, seqlen: int, seed: int, setting: str) -> Tensor:

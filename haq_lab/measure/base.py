@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +28,7 @@ class Study:
         progress: Shows a line about what is being measured.
         prompts: The prompts of each measure that is a `PromptedMeasure`.
         counting: Context in which the offloading engine counts hits and bytes for the metrics of the run.
+        documents: By dataset, the document (n,) of each window, if several windows can come from one document.
         tables: Tables that a measure adds to its metrics. The run folder gets each as `<name>.csv`.
     """
 
@@ -38,6 +39,7 @@ class Study:
     progress: Callable[[str], None]
     prompts: Mapping[Any, Windows] = field(default_factory=dict)
     counting: Callable[[], AbstractContextManager[None]] = nullcontext
+    documents: Mapping[str, Sequence[int]] = field(default_factory=dict)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 

@@ -70,9 +70,14 @@ _TEXT: dict[str, Any] = {"depends_on": "text", "decimals": 4}
 
 # The first match counts. `*` stands for a dataset, a task or a machine.
 METRICS: dict[str, Metric] = {
+    # Errors and percentiles, which tables show beside the metric itself.
+    "*.stderr": Metric("{} standard error", column="none"),
+    "dlnppl.*.*": Metric("{} change of ln perplexity, {} end of its interval", "nats/token", column="none", decimals=5),
+    "kl.*.*": Metric("{} KL, {} over the tokens", "nats/token", "", 5, depends_on="text", column="none"),
     "perplexity.*": Metric("{} perplexity", "", "lower", baseline="perplexity_fp.*", column="all", **_TEXT),
     "perplexity_fp.*": Metric("{} perplexity in full precision", "", "lower", column="none", **_TEXT),
     "perplexity_smoothed_fp.*": Metric("{} perplexity after smoothing", "", "lower", column="none", **_TEXT),
+    "dlnppl.*": Metric("{} change of ln perplexity", "nats/token", "", 5, depends_on="text", column="none"),
     "kl.*": Metric("{} KL", "nats/token", "lower", 5, depends_on="text"),
     "token_agreement.*": Metric("{} agreement", "%", "higher", 2, 100, depends_on="text"),
     "lm_eval.*_stderr": Metric("{} standard error", column="none"),

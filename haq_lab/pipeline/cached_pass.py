@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from torch import Tensor, nn
 
 from haq_lab.calibration.channel_ranges import Ranges
@@ -130,12 +131,20 @@ class CachedPass:
         self.store.put(PASS, self._key(PASS), Artifact(tensors, facts), self._about)
 
     def measured(self, measure: Measure, study: Study) -> dict[str, float]:
-        """Return a measure's metrics, from the cache if they follow from settings and tokens alone."""
+        """Return a measure's metrics, from the cache if they follow from settings and tokens alone.
+
+        The measure's tables are added to the study, also those from the cache.
+        """
         if (found := self._measurement(measure)) is not None:
-            return found.facts
+            study.tables |= {name: pd.DataFrame(columns) for name, columns in found.facts["tables"].items()}
+            metrics: dict[str, float] = found.facts["metrics"]
+            return metrics
+        before = set(study.tables)
         metrics = measure(study)
         if self._cacheable(measure):
-            self.store.put(MEASURED, self._measurement_key(measure), Artifact(facts=metrics), self._about)
+            tables = {name: table.to_dict("list") for name, table in study.tables.items() if name not in before}
+            facts = {"metrics": metrics, "tables": tables}
+            self.store.put(MEASURED, self._measurement_key(measure), Artifact(facts=facts), self._about)
         return metrics
 
     def _cacheable(self, measure: Measure) -> bool:

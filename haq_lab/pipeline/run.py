@@ -124,6 +124,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
                 progress.stage,
                 {experiment.measures[name]: loaded for name, loaded in prompts.items()},
                 assembly.counting,
+                {name: windows.documents for name, windows in evaluation.items() if windows.documents is not None},
             )
             metrics = _measure(experiment, study, cached)
             metrics |= assembly.metrics() | assembly.simulated(facts["hardware"])

@@ -19,9 +19,10 @@ STAMP = (
     *("split", "join", "level", "text_sha256"),
 )
 NOTE = (
-    "Bold: the best of the quantised runs. Differences in %: perplexity from the full precision of the same run, "
-    "weights from the whole model in fp16, latency and task scores from the table's unquantised run if it has exactly "
-    "one. Peak RAM is not compared, because only some runs quantise, and quantization needs memory too."
+    "Bold: the best of the quantised runs. ±: standard error over the windows. Differences in %: perplexity from the "
+    "full precision of the same run, weights from the whole model in fp16, latency and task scores from the table's "
+    "unquantised run if it has exactly one. Peak RAM is not compared, because only some runs quantise, and "
+    "quantization needs memory too."
 )
 
 
@@ -130,14 +131,20 @@ def _empty_cell(reason: Any) -> Cell:
 
 
 def _difference(name: str, metric: Metric, run: pd.Series, unquantised: pd.DataFrame) -> str:
-    """Return the difference from the metric's baseline in %, or an empty string if there is not exactly one."""
+    """Return the difference from the metric's baseline in %, with its standard error if it is known.
+
+    Without exactly one baseline, return the standard error of the value itself, or an empty string.
+    """
+    if metric.baseline == "" and pd.notna(error := run.get(f"{name}.stderr")):
+        return f"± {metric.format(error)}"
     if metric.baseline == UNQUANTISED:
         reference = unquantised[name].iloc[0] if len(unquantised) == 1 else None
     else:
         reference = run.get(metric.baseline)
     if reference is None or pd.isna(reference) or not reference or run[name] == reference:
         return ""
-    return format_change(run[name], reference)
+    paired = run.get(f"dlnppl.{name.partition('.')[2]}.stderr") if name.startswith("perplexity.") else None
+    return format_change(run[name], reference, paired)
 
 
 def published_table(collection: Collection) -> Table | None:

@@ -38,6 +38,7 @@ def load(*folders: str | Path) -> pd.DataFrame:
         - `config.<name>`: the settings
         - the metrics by their names
         - `change_percent.<dataset>`: change of the perplexity from full precision, in %
+        - `change_percent_stderr.<dataset>`: its standard error, paired over the windows
         - `comparable.<dataset>`: the published tables that the perplexity is comparable with
         - `null.<metric>`: the reason why a metric is null
         - `saved_percent.memory`: size of the weights below that of the whole model in fp16, in %
@@ -117,6 +118,8 @@ def _row(folder: Path) -> dict[str, Any]:
         kind, _, dataset = name.partition(".")
         if kind == "perplexity" and (fp := metrics.get(f"perplexity_fp.{dataset}")):
             row[f"change_percent.{dataset}"] = (value / fp - 1) * 100
+            if (error := metrics.get(f"dlnppl.{dataset}.stderr")) is not None:
+                row[f"change_percent_stderr.{dataset}"] = value / fp * error * 100
     protocol = record.get("protocol", {})
     for text in evaluated_texts(protocol):
         row[f"comparable.{text}"] = "; ".join(protocol[text].get("comparable_with", []))
@@ -174,7 +177,7 @@ def show(runs: pd.DataFrame) -> None:
         for dataset in datasets:
             null = isinstance(run.get(f"null.perplexity.{dataset}"), str)
             cells.append("null" if null else _cell(run.get(f"perplexity.{dataset}"), "{:.4f}"))
-            cells.append(_cell(run.get(f"change_percent.{dataset}"), "{:+.2f} %"))
+            cells.append(_change(run, dataset))
         cells += ["" if pd.isna(run[column]) else metric.format(run[column]) for column, metric in measured.items()]
         table.add_row(*cells)
     print_table(table)
@@ -199,6 +202,13 @@ def show_published(figures: pd.DataFrame) -> None:
         source = ", ".join(filter(None, (row["of"], row["source"])))
         table.add_row(row["run"], row["metric"], *figures_of(row), row["comparable"], source)
     print_table(table)
+
+
+def _change(run: pd.Series, dataset: str) -> str:
+    """Return the change of a perplexity from full precision, with its standard error if the run has one."""
+    if pd.isna(error := run.get(f"change_percent_stderr.{dataset}", math.nan)):
+        return _cell(run.get(f"change_percent.{dataset}"), "{:+.2f} %")
+    return f"{run[f'change_percent.{dataset}']:+.2f} ± {error:.2f} %"
 
 
 def _cell(value: Any, form: str) -> str:

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from haq_lab.measure.metrics import Metric, find_metric
 from haq_lab.utils.console import format_change, print_table, say
 
+ERRORS = (".stderr", ".low", ".high")  # ends of the names of metrics that are shown beside another
 OWN_METRICS = TypeAdapter(dict[str, Metric])
 
 
@@ -27,7 +28,7 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
     title = f"{run['model']}  {run['quantizer']}"
     table = Table(Column("metric", overflow="fold"), "value", title=title, title_justify="left")
     for name, value in metrics.items():
-        if name.startswith("time."):
+        if name.startswith("time.") or name.endswith(ERRORS):
             continue
         if value is None:
             table.add_row(name, f"null ({results.get('not_finite', {}).get(name, 'not finite')})")
@@ -35,7 +36,9 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
         note = ""
         dataset = name.partition(".")[2]
         if name.startswith("perplexity.") and (fp := metrics.get(f"perplexity_fp.{dataset}")):
-            note = f"  ({format_change(value, fp)})"
+            note = f"  ({format_change(value, fp, metrics.get(f'dlnppl.{dataset}.stderr'))})"
+        elif (error := metrics.get(f"{name}.stderr")) is not None:
+            note = f"  (± {format_metric(name, error, declared)})"
         table.add_row(name, format_metric(name, value, declared) + note)
     print_table(table)
     if limitation := run.get("offload_limitation"):

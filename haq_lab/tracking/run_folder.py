@@ -23,12 +23,13 @@ from haq_lab.utils.exclusive_lock import LockedError, exclusive_lock
 SCHEMA = 1
 PARTS = ("run", "config", "protocol", "metrics", "not_finite", "error")
 # Settings that do not change the results; `stages` was the name of `result_cache` in older runs.
-UNRELATED = ("force", "objective", "search_metric", "result_cache", "stages", "tracking")
+UNRELATED = ("force", "objective", "search_metric", "seeds", "result_cache", "stages", "tracking")
 ARCHIVE = "previous"  # earlier results of a folder are moved there and never deleted
 UNFINISHED = ".part"  # suffix of an archive until all files have been moved to it
 RUN_FILES = (  # everything that runs write, apart from checkpoints
     # `results.json` is archived first, so that a run with missing files never looks finished.
     *("results.json", "config.yaml", "layers.csv", "experts.csv", "offload.csv", "latency.csv", "lm_eval.csv"),
+    "windows.csv",
     # `events.jsonl` shows that a run began here. So it is the first file of a run and the last to be removed.
     *("ranges.safetensors", "routing.safetensors", "experts.bin", "figures", "wandb", "error.json", "events.jsonl"),
 )

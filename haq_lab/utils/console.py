@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -71,6 +72,15 @@ class Progress:
         self._bars.advance(self._task)
 
 
-def format_change(value: float, baseline: float) -> str:
-    """Format the relative change of a value from its baseline, such as `+0.40 %`."""
-    return f"{(value / baseline - 1) * 100:+.2f} %"
+def format_change(value: float, baseline: float, error: float | None = None) -> str:
+    """Format the relative change of a value from its baseline, such as `+0.40 %` or `+0.40 ± 0.09 %`.
+
+    Args:
+        value: The value.
+        baseline: The baseline.
+        error: Standard error of the logarithm of value / baseline, if it is known.
+    """
+    change = f"{(value / baseline - 1) * 100:+.2f}"
+    if error is None or math.isnan(error):
+        return f"{change} %"
+    return f"{change} ± {100 * value / baseline * error:.2f} %"

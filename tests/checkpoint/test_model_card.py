@@ -19,7 +19,8 @@ def test_a_run_writes_the_card(written):
     assert card.data.base_model is None  # the model was made here
     results = json.loads((written / "run" / "results.json").read_text())
     full, quantised = (results["metrics"][f"{name}.python_docs"] for name in ("perplexity_fp", "perplexity"))
-    change = f"{100 * (quantised / full - 1):+.2f} %"
+    error = 100 * quantised / full * results["metrics"]["dlnppl.python_docs.stderr"]
+    change = f"{100 * (quantised / full - 1):+.2f} ± {error:.2f} %"
     assert f"| python_docs | 2 windows of 64 tokens | {full:.3f} | {quantised:.3f} | {change} |" in card.text
     assert "| calibration | python_docs: 4 windows of 64 tokens, seed 0 |" in card.text
     assert "from calibration |" in card.text  # the static scheme

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 
-from haq_lab.measure.perplexity import Perplexity, score
+from haq_lab.measure.perplexity import Perplexity, score_windows, summary
 from tests.models.test_layerwise import whole_of
 
 
@@ -20,7 +21,7 @@ def perplexity_of(model, windows) -> float:
 
 def test_full_precision_equals_the_whole_models(full, windows):
     metrics = Perplexity()(full)
-    assert set(metrics) == {"perplexity.text", "perplexity_fp.text"}
+    assert set(metrics) == {"perplexity.text", "perplexity.text.stderr", "perplexity_fp.text"}
     assert metrics["perplexity_fp.text"] == pytest.approx(perplexity_of(whole_of(full.model.folder), windows), rel=1e-5)
     assert metrics["perplexity.text"] == metrics["perplexity_fp.text"]
 
@@ -48,7 +49,8 @@ def test_distances_equal_direct_computation(quantized, windows):
 
 def test_a_model_is_at_no_distance_from_itself(full, windows):
     hidden = full.passed.hidden["text"]["fp"]
-    metrics = score(full.model, windows, {"fp": hidden, "smoothed": hidden, "quantized": hidden}, "text")
+    scored = score_windows(full.model, windows, {"fp": hidden, "smoothed": hidden, "quantized": hidden})
+    metrics = summary(*scored, "text")
     assert metrics["kl.text"] == pytest.approx(0, abs=1e-6)
     assert metrics["token_agreement.text"] == 1
     assert metrics["perplexity.text"] == metrics["perplexity_fp.text"]
@@ -58,4 +60,47 @@ def test_uniform_predictions_have_the_vocabularys_perplexity(full, windows):
     hidden = torch.zeros_like(full.passed.hidden["text"]["fp"])
     if full.model.family.model_type == "opt":
         pytest.skip("OPT's final norm has a bias")
-    assert score(full.model, windows, {"fp": hidden}, "text")["perplexity.text"] == pytest.approx(257, rel=1e-4)
+    metrics = summary(*score_windows(full.model, windows, {"fp": hidden}), "text")
+    assert metrics["perplexity.text"] == pytest.approx(257, rel=1e-4)
+
+
+def test_the_table_has_every_window(quantized, windows):
+    metrics = Perplexity()(quantized)
+    table = quantized.tables["windows"]
+    assert list(table.columns) == [
+        *("data", "window", "document", "tokens", "nll_fp", "nll_smoothed_fp", "nll", "kl", "token_agreement")
+    ]
+    assert len(table) == len(windows)
+    for number, window in enumerate(windows):
+        loss = float(quantized.whole(window[None], labels=window[None]).loss)
+        assert table["nll"][number] == pytest.approx(loss, rel=1e-3)
+    assert math.exp(table["nll"].mean()) == pytest.approx(metrics["perplexity.text"])
+
+
+def test_errors_are_those_of_scipy(quantized):
+    metrics = Perplexity()(quantized)
+    table = quantized.tables["windows"]
+    difference = table["nll"] - table["nll_fp"]
+    stderr = scipy.stats.sem(difference)
+    low, high = scipy.stats.t.interval(0.95, len(table) - 1, difference.mean(), stderr)
+    assert metrics["dlnppl.text.stderr"] == pytest.approx(stderr)
+    assert (metrics["dlnppl.text.low"], metrics["dlnppl.text.high"]) == pytest.approx((low, high))
+    assert metrics["kl.text.stderr"] == pytest.approx(scipy.stats.sem(table["kl"]))
+    relative = scipy.stats.sem(table["nll"])
+    assert metrics["perplexity.text.stderr"] == pytest.approx(metrics["perplexity.text"] * relative)
+
+
+def test_percentiles_are_over_tokens(quantized, windows):
+    hidden = quantized.passed.hidden["text"]
+    fp, quant = (F.log_softmax(quantized.model.head(hidden[level]), -1)[:, :-1] for level in ("fp", "quantized"))
+    each = (fp.exp() * (fp - quant)).sum(-1).flatten()
+    metrics = Perplexity()(quantized)
+    found = [metrics[f"kl.text.{name}"] for name in ("median", "p99", "max")]
+    assert found == pytest.approx([float(each.double().quantile(q)) for q in (0.5, 0.99, 1)], rel=1e-3)
+
+
+def test_a_single_window_has_no_error(quantized, windows):
+    hidden = {level: states[:1] for level, states in quantized.passed.hidden["text"].items()}
+    metrics = summary(*score_windows(quantized.model, windows[:1], hidden), "text")
+    assert "kl.text" in metrics
+    assert not [name for name in metrics if name.endswith(("stderr", "low", "high"))]

@@ -12,7 +12,7 @@ import torch
 from children import in_child, killed
 from launching import TINY, launch
 
-from haq_lab.measure.perplexity import Perplexity, score
+from haq_lab.measure.perplexity import Perplexity, score_windows, summary
 from haq_lab.results.load import load
 from haq_lab.tracking.run_folder import RunFolder
 
@@ -46,8 +46,8 @@ def test_a_perplexity_beyond_a_double_is_infinite(monkeypatch):
         def head(self, hidden, quantized):
             return torch.tensor([0.0, 1000.0]).expand(1, hidden.shape[1], 2)
 
-    metrics = score(Certain(), torch.zeros(1, 3, dtype=torch.long), {"fp": torch.zeros(1, 3, 4)}, "x")
-    assert metrics["perplexity.x"] == math.inf
+    table, _ = score_windows(Certain(), torch.zeros(1, 3, dtype=torch.long), {"fp": torch.zeros(1, 3, 4)})
+    assert summary(table, None, "x")["perplexity.x"] == math.inf
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path):

@@ -48,7 +48,8 @@ def test_the_best_is_marked_and_differences_are_true(studied):
     best = quantised["perplexity.python_docs"].idxmin().removeprefix("tiny_llama ")
     assert [name for name, cell in by_run.items() if cell.best] == [best]
     change = quantised.loc[f"tiny_llama {best}", "change_percent.python_docs"]
-    assert by_run[best].note == f"{change:+.2f} %"
+    error = quantised.loc[f"tiny_llama {best}", "change_percent_stderr.python_docs"]
+    assert by_run[best].note == f"{change:+.2f} ± {error:.2f} %"
 
 
 def test_weights_are_saved_of_the_whole_model_wherever_its_experts_lie(studied):

@@ -1,0 +1,190 @@
+"""Compare runs by the paired differences of their windows, and say whether a difference is beyond noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from haq_lab.measure.estimate import combined, document_sums, estimate
+from haq_lab.results.windows import Scores, require_same_windows, scores, stamps_of, windows_of
+from haq_lab.utils.errors import UserError
+
+METRICS = {"kl": "KL", "nll": "ln perplexity"}  # compared columns of windows.csv, quality by KL first
+FLIPS = 9999  # random sign flips; all are tried if there are fewer
+ALPHA = 0.05  # a difference is beyond noise if its corrected p is less
+
+
+def compare(
+    first: Sequence[Path | str], second: Sequence[Path | str], names: tuple[str, str] = ("A", "B")
+) -> pd.DataFrame:
+    """Compare two groups of runs on the same windows.
+
+    Args:
+        first: Run folders. Several of them are runs that differ only in their seeds.
+        second: Run folders of the other group.
+        names: Names of the groups, for the table.
+
+    Returns:
+        One row for each text and metric (`kl`, in nats a token, and `nll`, the logarithm of the perplexity):
+
+        - `first`, `second`, `data`, `metric`
+        - `first_mean`, `second_mean`: the means, in nats a token
+        - `difference`, `stderr`, `low`, `high`: first minus second, its standard error and its 95 % interval, paired
+          over the windows. The error contains the seeds if a group has several runs.
+        - `p`: of a sign-flip test over documents; `p_holm`: corrected for the number of comparisons (Holm)
+        - `windows_needed`: about how many windows would separate the groups if the difference stays as it is
+        - `verdict`: the better group, or `no difference beyond noise`
+
+        KL is left out if the groups have different full-precision models.
+
+    Raises:
+        UserError: A run has no windows, or the groups were not evaluated on the same windows.
+
+    Example:
+        >>> compare(["runs/sweep/quantizer=haq"], ["runs/sweep/quantizer=gptq"])[["data", "metric", "verdict"]]
+    """
+    return _corrected(_rows(first, second, names))
+
+
+def compare_all(groups: Mapping[str, Sequence[Path | str]]) -> pd.DataFrame:
+    """Compare every pair of groups of runs, as `compare` does. `p_holm` is corrected for all pairs.
+
+    Args:
+        groups: Run folders of each group, by the group's name.
+
+    Raises:
+        UserError: There are fewer than two groups, or two groups cannot be compared.
+    """
+    if len(groups) < 2:
+        raise UserError(f"compare: {len(groups)} group of runs cannot be compared. Name at least two.")
+    rows = [
+        row
+        for (one, own), (other, others) in combinations(groups.items(), 2)
+        for row in _rows(own, others, (one, other))
+    ]
+    return _corrected(rows)
+
+
+def _rows(first: Sequence[Path | str], second: Sequence[Path | str], names: tuple[str, str]) -> list[dict[str, Any]]:
+    folders = [Path(folder) for folder in (*first, *second)]
+    tables = [_table(folder) for folder in folders]
+    stamps = [stamps_of(folder) for folder in folders]
+    texts = [text for text in dict.fromkeys(tables[0]["data"]) if all(text in set(table["data"]) for table in tables)]
+    if not texts:
+        raise UserError(f"compare: '{names[0]}' and '{names[1]}' share no text. Run both with the same data option.")
+    rows = []
+    for text in texts:
+        for folder, stamp in zip(folders[1:], stamps[1:], strict=True):
+            require_same_windows(text, stamps[0][text], stamp[text], (str(folders[0]), str(folder)))
+        for metric in METRICS:
+            if metric == "kl" and not _same_reference(tables, text):
+                continue
+            ours = scores(tables[: len(first)], text, metric)
+            theirs = scores(tables[len(first) :], text, metric)
+            if ours is not None and theirs is not None:
+                rows.append(
+                    {"first": names[0], "second": names[1], "data": text, "metric": metric} | _test(ours, theirs)
+                )
+    return rows
+
+
+def _table(folder: Path) -> pd.DataFrame:
+    if (table := windows_of(folder)) is None:
+        raise UserError(
+            f"compare: '{folder}' has no windows.csv. Name the folder of a finished run with measure=[perplexity]; an "
+            "older run has to run again with force=true."
+        )
+    return table
+
+
+def _same_reference(tables: Sequence[pd.DataFrame], text: str) -> bool:
+    """Return whether all runs compare with the same full-precision model."""
+    found = scores(tables, text, "nll_fp")
+    return found is not None and bool(np.allclose(found.values, found.values[0], rtol=1e-4))
+
+
+def _test(ours: Scores, theirs: Scores) -> dict[str, Any]:
+    """Return the means, the paired difference with its error, and p of two groups."""
+    paired = ours.values.mean(axis=0) - theirs.values.mean(axis=0)
+    text = estimate(paired, ours.documents)
+    parts = [(text.stderr**2, len(set(ours.documents)) - 1)]
+    for group in (ours.values, theirs.values):
+        if len(group) > 1:
+            parts.append((float(group.mean(axis=1).var(ddof=1)) / len(group), len(group) - 1))
+    found = combined(text.mean, parts)
+    half = found.high - found.mean
+    needed = math.inf if not found.mean else len(paired) * (half / found.mean) ** 2
+    return {
+        "first_mean": float(ours.values.mean()),
+        "second_mean": float(theirs.values.mean()),
+        **dict(zip(("difference", "stderr", "low", "high"), found, strict=True)),
+        "p": sign_flip_p(document_sums(paired, ours.documents)),
+        "windows_needed": needed,
+    }
+
+
+def sign_flip_p(values: NDArray[np.float64]) -> float:
+    """Return p of the test that paired differences are symmetric around zero, by flipping their signs.
+
+    Args:
+        values: (n,) differences. All 2^n flips are tried if they are few, otherwise a fixed random sample.
+
+    Example:
+        >>> sign_flip_p(np.array([1.0, 1.0, 1.0, 1.0]))
+        0.125
+    """
+    from scipy.stats import permutation_test
+
+    if len(values) < 2 or not np.isfinite(values).all():
+        return math.nan
+    test = permutation_test(
+        (values,), np.mean, permutation_type="samples", n_resamples=FLIPS, rng=np.random.default_rng(0), vectorized=True
+    )
+    return float(test.pvalue)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's method. NaN stays NaN and counts for nothing.
+
+    Args:
+        p: The p-values.
+
+    Source:
+        Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979).
+
+    Example:
+        >>> holm([0.01, 0.04])
+        [0.02, 0.04]
+    """
+    corrected, largest = list(p), 0.0
+    order = sorted((index for index, value in enumerate(p) if not math.isnan(value)), key=lambda index: p[index])
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, p[index] * (len(order) - place)))
+        corrected[index] = largest
+    return corrected
+
+
+def _corrected(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    least = math.ceil(math.log2(2 * len(rows) / ALPHA)) if rows else 0  # with fewer, no flips are rare enough
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = p
+        row["windows_needed"] = max(row["windows_needed"], least)
+        row["verdict"] = _verdict(row)
+    return pd.DataFrame(rows)
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """Return which group is better. Both the interval and the corrected test must exclude zero."""
+    if math.isnan(row["stderr"]):
+        return "no error is known, because there is only one window"
+    beyond_noise = row["low"] * row["high"] > 0 and row["p_holm"] < ALPHA
+    if not beyond_noise:
+        return "no difference beyond noise"
+    return f"{row['first'] if row['difference'] < 0 else row['second']} is better"
