@@ -1,5 +1,6 @@
 // Activations -> int8, one block of 128 threads a row, plain or fused with what stands before the product:
-// RMSNorm, LayerNorm (smoothing is already folded into their weights) or SwiGLU.
+// RMSNorm, LayerNorm (smoothing is already folded into their weights) or SwiGLU. The `rotate` variants apply a block
+// Hadamard transform before the rounding.
 //
 // A thread takes eight columns at a time (16 bytes of a 16-bit type) and always the same ones, so the row is read once
 // from global memory, kept as fp32 in shared memory, and needs no barrier but those of the reductions. A row too long
@@ -126,9 +127,136 @@ __device__ __forceinline__ void quantize_row(const StagedRow<Source>& row, const
   if (threadIdx.x == 0) out.scales[blockIdx.x] = scale;
 }
 
-template <class T>
+// The block Hadamard transform of haq_lab/int8/rotation.py, between a row's map and its rounding. Every sum has two
+// terms, so the threads that share a block change no bit.
+struct Rotation {
+  int block;    // columns, a power of two that divides K
+  float scale;  // 1 / sqrt(block)
+};
+
+#define WARP_COLUMNS 256  // columns of a warp: larger blocks are finished in shared memory
+
+// The stages within a thread's eight columns, then those between lanes. All lanes of the warp must call it.
+__device__ __forceinline__ void mix(Eight& e, int block) {
+  for (int half = 1; half < 8; half *= 2) {
+    if (half >= block) return;
+    for (int i = 0; i < 8; i++) {
+      if (i & half) continue;
+      float a = e.v[i], b = e.v[i + half];
+      e.v[i] = __fadd_rn(a, b);
+      e.v[i + half] = __fsub_rn(a, b);
+    }
+  }
+  for (int half = 8; half < block && half < WARP_COLUMNS; half *= 2) {
+    bool second = threadIdx.x & (half >> 3);
+    for (int i = 0; i < 8; i++) {
+      float other = __shfl_xor_sync(0xffffffffu, e.v[i], half >> 3);
+      e.v[i] = second ? __fsub_rn(other, e.v[i]) : __fadd_rn(e.v[i], other);
+    }
+  }
+}
+
+__device__ __forceinline__ void scale_all(Eight& e, float scale) {
+  for (int i = 0; i < 8; i++) e.v[i] = __fmul_rn(e.v[i], scale);
+}
+
+__device__ __forceinline__ float4 sum_of(float4 a, float4 b, float sign) {
+  return make_float4(__fadd_rn(a.x, sign * b.x), __fadd_rn(a.y, sign * b.y), __fadd_rn(a.z, sign * b.z),
+                     __fadd_rn(a.w, sign * b.w));
+}
+
+// The stages of blocks larger than a warp's columns, on a row that is staged as a whole.
+__device__ __forceinline__ void mix_staged(int block, int groups) {
+  float4* planes = staged_planes();
+  for (int distance = WARP_COLUMNS >> 3; distance < block >> 3; distance *= 2) {
+    __syncthreads();  // the stage before is finished
+    for (int pair = threadIdx.x; pair < groups; pair += blockDim.x) {  // in both planes
+      int plane = pair & 1, place = pair >> 1;
+      int first = plane * groups + place / distance * 2 * distance + place % distance;
+      float4 a = planes[first], b = planes[first + distance];
+      planes[first] = sum_of(a, b, 1.0f);
+      planes[first + distance] = sum_of(a, b, -1.0f);
+    }
+  }
+  __syncthreads();
+}
+
+// As quantize_row, with the rotation after the map. A part of the row that is not staged is computed twice; `staged` is
+// then a multiple of a warp's groups. A block larger than a warp's columns needs the whole row staged.
+template <bool FIRST, class Source, class Map>
+__device__ __forceinline__ void quantize_rotated(const StagedRow<Source>& row, const Map& map, const Output& out,
+                                                 int groups, const Rotation& rotation) {
+  bool large = rotation.block > WARP_COLUMNS;
+  int staged = row.staged, all = (groups + 31) & ~31;  // whole warps, because their lanes exchange values
+  float4* planes = staged_planes();
+  float largest = 0.0f;
+  for (int group = threadIdx.x; group < all; group += blockDim.x) {
+    Eight e = {};
+    if (group < groups) e = FIRST ? row.source.load(group) : row.read_again(group);
+    if (group < groups)
+      for (int i = 0; i < 8; i++) e.v[i] = map(e.v[i], 8 * group + i);
+    mix(e, rotation.block);
+    if (!large) scale_all(e, rotation.scale);
+    for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(e.v[i]));
+    if (group < staged) {
+      planes[group] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
+      planes[staged + group] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
+    }
+  }
+  if (large) {
+    mix_staged(rotation.block, groups);
+    largest = 0.0f;
+    for (int group = threadIdx.x; group < groups; group += blockDim.x) {
+      Eight e = row.read_again(group);
+      scale_all(e, rotation.scale);
+      for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(e.v[i]));
+    }
+  }
+  float scale = out.static_scale ? *out.static_scale : scale_of(block_reduce<Max>(largest));
+  i8* q = out.q + (long long)blockIdx.x * groups * 8;
+  for (int group = threadIdx.x; group < all; group += blockDim.x) {
+    Eight e = {};
+    if (group < staged) {
+      e = row.read_again(group);
+      if (large) scale_all(e, rotation.scale);
+    } else if (staged < groups) {
+      if (group < groups) {
+        e = row.source.load(group);
+        for (int i = 0; i < 8; i++) e.v[i] = map(e.v[i], 8 * group + i);
+      }
+      mix(e, rotation.block);
+      scale_all(e, rotation.scale);
+    }
+    if (group >= groups) continue;
+    unsigned packed[2] = {0, 0};
+    for (int i = 0; i < 8; i++)
+      packed[i >> 2] |= ((unsigned)quantized(e.v[i], scale) & 0xffu) << (8 * (i & 3));
+    *(uint2*)(q + 8 * group) = make_uint2(packed[0], packed[1]);
+  }
+  if (threadIdx.x == 0) out.scales[blockIdx.x] = scale;
+}
+
+// The last step of every kernel: as it is, or rotated.
+struct Plain {
+  template <bool FIRST, class Source, class Map>
+  __device__ __forceinline__ void finish(const StagedRow<Source>& row, const Map& map, const Output& out,
+                                         int groups) const {
+    quantize_row<FIRST>(row, map, out, groups);
+  }
+};
+
+struct Rotated {
+  Rotation rotation;
+  template <bool FIRST, class Source, class Map>
+  __device__ __forceinline__ void finish(const StagedRow<Source>& row, const Map& map, const Output& out,
+                                         int groups) const {
+    quantize_rotated<FIRST>(row, map, out, groups, rotation);
+  }
+};
+
+template <class T, class Last>
 __device__ __forceinline__ void rmsnorm_quantize(const T* x, const float* weight, float eps, const Output& out,
-                                                 int K, int staged) {
+                                                 int K, int staged, const Last& last) {
   int groups = K >> 3;
   StagedRow<PlainSource<T>> row = {{x + (long long)blockIdx.x * K}, staged};
   float squares = 0.0f;
@@ -138,12 +266,12 @@ __device__ __forceinline__ void rmsnorm_quantize(const T* x, const float* weight
   }
   float mean_square = __fdiv_rn(block_reduce<Sum>(squares), __int2float_rn(K));
   float inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean_square, eps)));
-  quantize_row<false>(row, Normalize{weight, nullptr, 0.0f, inverse}, out, groups);
+  last.template finish<false>(row, Normalize{weight, nullptr, 0.0f, inverse}, out, groups);
 }
 
-template <class T>
+template <class T, class Last>
 __device__ __forceinline__ void layernorm_quantize(const T* x, const float* weight, const float* bias, float eps,
-                                                   const Output& out, int K, int staged) {
+                                                   const Output& out, int K, int staged, const Last& last) {
   int groups = K >> 3;
   StagedRow<PlainSource<T>> row = {{x + (long long)blockIdx.x * K}, staged};
   float sum = 0.0f;
@@ -162,7 +290,7 @@ __device__ __forceinline__ void layernorm_quantize(const T* x, const float* weig
   }
   float variance = __fdiv_rn(block_reduce<Sum>(squares), __int2float_rn(K));
   float inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(variance, eps)));
-  quantize_row<false>(row, Normalize{weight, bias, mean, inverse}, out, groups);
+  last.template finish<false>(row, Normalize{weight, bias, mean, inverse}, out, groups);
 }
 
 #define QUANTIZE_KERNEL(name, T)                                                                                   \
@@ -170,7 +298,7 @@ __device__ __forceinline__ void layernorm_quantize(const T* x, const float* weig
   name(const T* __restrict__ x, const float* __restrict__ static_scale, i8* __restrict__ q,                        \
        float* __restrict__ scales, int K, int staged) {                                                            \
     StagedRow<PlainSource<T>> row = {{x + (long long)blockIdx.x * K}, staged};                                     \
-    quantize_row<true>(row, Identity{}, Output{static_scale, q, scales}, K >> 3);                                  \
+    Plain{}.template finish<true>(row, Identity{}, Output{static_scale, q, scales}, K >> 3);                       \
   }
 
 #define SWIGLU_KERNEL(name, T)                                                                                     \
@@ -179,7 +307,7 @@ __device__ __forceinline__ void layernorm_quantize(const T* x, const float* weig
        i8* __restrict__ q, float* __restrict__ scales, int row_stride, int K, int staged) {                        \
     long long start = (long long)blockIdx.x * row_stride;                                                          \
     StagedRow<SwigluSource<T>> row = {{gate + start, up + start}, staged};                                         \
-    quantize_row<true>(row, Identity{}, Output{static_scale, q, scales}, K >> 3);                                  \
+    Plain{}.template finish<true>(row, Identity{}, Output{static_scale, q, scales}, K >> 3);                       \
   }
 
 #define RMSNORM_KERNEL(name, T)                                                                                    \
@@ -187,7 +315,7 @@ __device__ __forceinline__ void layernorm_quantize(const T* x, const float* weig
   name(const T* __restrict__ x, const float* __restrict__ weight, float eps,                                       \
        const float* __restrict__ static_scale, i8* __restrict__ q, float* __restrict__ scales, int K,              \
        int staged) {                                                                                               \
-    rmsnorm_quantize(x, weight, eps, Output{static_scale, q, scales}, K, staged);                                  \
+    rmsnorm_quantize(x, weight, eps, Output{static_scale, q, scales}, K, staged, Plain{});                         \
   }
 
 #define LAYERNORM_KERNEL(name, T)                                                                                  \
@@ -195,7 +323,41 @@ __device__ __forceinline__ void layernorm_quantize(const T* x, const float* weig
   name(const T* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias, float eps,       \
        const float* __restrict__ static_scale, i8* __restrict__ q, float* __restrict__ scales, int K,              \
        int staged) {                                                                                               \
-    layernorm_quantize(x, weight, bias, eps, Output{static_scale, q, scales}, K, staged);                          \
+    layernorm_quantize(x, weight, bias, eps, Output{static_scale, q, scales}, K, staged, Plain{});                 \
+  }
+
+#define ROTATED_QUANTIZE_KERNEL(name, T)                                                                           \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                        \
+  name(const T* __restrict__ x, const float* __restrict__ static_scale, i8* __restrict__ q,                        \
+       float* __restrict__ scales, int K, int staged, int block, float block_scale) {                              \
+    StagedRow<PlainSource<T>> row = {{x + (long long)blockIdx.x * K}, staged};                                     \
+    Rotated{{block, block_scale}}.template finish<true>(row, Identity{}, Output{static_scale, q, scales}, K >> 3); \
+  }
+
+#define ROTATED_SWIGLU_KERNEL(name, T)                                                                             \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                        \
+  name(const T* __restrict__ gate, const T* __restrict__ up, const float* __restrict__ static_scale,               \
+       i8* __restrict__ q, float* __restrict__ scales, int row_stride,                                             \
+       int K, int staged, int block, float block_scale) {                                                          \
+    long long start = (long long)blockIdx.x * row_stride;                                                          \
+    StagedRow<SwigluSource<T>> row = {{gate + start, up + start}, staged};                                         \
+    Rotated{{block, block_scale}}.template finish<true>(row, Identity{}, Output{static_scale, q, scales}, K >> 3); \
+  }
+
+#define ROTATED_RMSNORM_KERNEL(name, T)                                                                            \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                        \
+  name(const T* __restrict__ x, const float* __restrict__ weight, float eps,                                       \
+       const float* __restrict__ static_scale, i8* __restrict__ q, float* __restrict__ scales, int K,              \
+       int staged, int block, float block_scale) {                                                                 \
+    rmsnorm_quantize(x, weight, eps, Output{static_scale, q, scales}, K, staged, Rotated{{block, block_scale}});   \
+  }
+
+#define ROTATED_LAYERNORM_KERNEL(name, T)                                                                          \
+  extern "C" __global__ void __launch_bounds__(ROW_THREADS)                                                        \
+  name(const T* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias, float eps,       \
+       const float* __restrict__ static_scale, i8* __restrict__ q, float* __restrict__ scales, int K,              \
+       int staged, int block, float block_scale) {                                                                 \
+    layernorm_quantize(x, weight, bias, eps, Output{static_scale, q, scales}, K, staged, Rotated{{block, block_scale}});\
   }
 
 QUANTIZE_KERNEL(quantize_f16, f16)
@@ -210,3 +372,15 @@ RMSNORM_KERNEL(rmsnorm_quantize_f32, float)
 LAYERNORM_KERNEL(layernorm_quantize_f16, f16)
 LAYERNORM_KERNEL(layernorm_quantize_bf16, bf16)
 LAYERNORM_KERNEL(layernorm_quantize_f32, float)
+ROTATED_QUANTIZE_KERNEL(rotate_quantize_f16, f16)
+ROTATED_QUANTIZE_KERNEL(rotate_quantize_bf16, bf16)
+ROTATED_QUANTIZE_KERNEL(rotate_quantize_f32, float)
+ROTATED_SWIGLU_KERNEL(swiglu_rotate_quantize_f16, f16)
+ROTATED_SWIGLU_KERNEL(swiglu_rotate_quantize_bf16, bf16)
+ROTATED_SWIGLU_KERNEL(swiglu_rotate_quantize_f32, float)
+ROTATED_RMSNORM_KERNEL(rmsnorm_rotate_quantize_f16, f16)
+ROTATED_RMSNORM_KERNEL(rmsnorm_rotate_quantize_bf16, bf16)
+ROTATED_RMSNORM_KERNEL(rmsnorm_rotate_quantize_f32, float)
+ROTATED_LAYERNORM_KERNEL(layernorm_rotate_quantize_f16, f16)
+ROTATED_LAYERNORM_KERNEL(layernorm_rotate_quantize_bf16, bf16)
+ROTATED_LAYERNORM_KERNEL(layernorm_rotate_quantize_f32, float)

@@ -3,6 +3,7 @@
     python experiments/benchmarks/cpu_model.py
     python experiments/benchmarks/cpu_model.py --forms int8 "int8, head in bfloat16" "int8, head too"
     python experiments/benchmarks/cpu_model.py --moe --rounds 5
+    python experiments/benchmarks/cpu_model.py --forms int8 "int8, rotated" --rounds 15
 
 Each form reads a prompt and decodes greedily with a KV cache, through the same calls of the same model. The forms run
 in turn. A ratio is the median over the rounds of the ratio to the first form within a round, in wall time and in CPU
@@ -31,6 +32,9 @@ FORMS: dict[str, Callable[[LayeredModel], Any]] = {
     "torch fp32": lambda smol: whole(smol, None),
     "int8, Python between the products": lambda smol: whole(smol, RTN(), fused=False),
     "int8": lambda smol: whole(smol, RTN()),  # the head as the checkpoint has it, in float32
+    "int8, rotated": lambda smol: whole(
+        smol, RTN(rotation="block")
+    ),  # as HAQ: blocks of 64, and of 128 in front of down
     "int8, head in bfloat16": lambda smol: whole(smol, RTN(), head=torch.bfloat16),
     "int8, head too": lambda smol: whole(smol, RTN(), head=torch.int8),  # as quantizer.lm_head=true
 }

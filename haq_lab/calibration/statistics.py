@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from haq_lab.int8.rotation import NO_ROTATION, rotate
+
 SAMPLE_ROWS = 2048  # evenly spaced tokens whose inputs are stored
 EXTREME_ROWS = 64  # stored besides: the tokens with the largest values, which are the outliers
 MIN_TOKENS = 64  # an expert with fewer tokens uses the statistics of the layer
@@ -132,6 +134,41 @@ class InputStatistics:
             self.stands_in,
             self.sensitivity and replace(self.sensitivity, channels=self.sensitivity.channels * factor.square()),
             self.share,
+        )
+
+    def rotated(self, block: int) -> InputStatistics:
+        """Return the statistics of x R, the input after a rotation (`haq_lab.int8.rotation`).
+
+        The moments and the sample follow exactly: H' = R^T H R. The largest values are those of the sample. Without a
+        sample they are upper bounds, because the largest values of the channels do not determine them. The sensitivity
+        is that of a diagonal Fisher matrix: every channel of a block gets the mean of the block.
+
+        Args:
+            block: Block of the rotation. The result is `self` if it is 1.
+        """
+        if block == NO_ROTATION:
+            return self
+
+        def both_sides(moment: Tensor | None) -> Tensor | None:
+            return None if moment is None else rotate(rotate(moment, block).t(), block).t().contiguous()
+
+        sample = None if self.sample is None else rotate(self.sample, block)
+
+        def mean_of_block(values: Tensor) -> Tensor:
+            return values.view(-1, block).mean(dim=1).repeat_interleave(block)
+
+        bounds = mean_of_block(self.channel_max) * block**0.5
+        sensitivity = self.sensitivity
+        if sensitivity is not None:
+            sensitivity = replace(sensitivity, channels=mean_of_block(sensitivity.channels))
+        return replace(
+            self,
+            channel_max=bounds if sample is None else sample.abs().amax(dim=0),
+            hessian=both_sides(self.hessian),
+            cross=both_sides(self.cross),
+            sample=sample,
+            routed={expert: statistics.rotated(block) for expert, statistics in self.routed.items()},
+            sensitivity=sensitivity,
         )
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from haq_lab.checkpoint.layer_tensors import read_metadata
+from haq_lab.checkpoint.layer_tensors import read_formats, read_forms
 from haq_lab.checkpoint.manifest import FILE, Manifest
 from haq_lab.checkpoint.model_card import CARD
+from haq_lab.int8.linear import InputForm
+from haq_lab.int8.rotation import NO_ROTATION
 from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.storage.listed_files import ACCEPT, TEMPLATES
 from haq_lab.storage.safetensors_file import read_shard, read_shard_header
@@ -31,12 +33,15 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
     kinds: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     for shard in manifest.shards.values():
         header, _ = read_shard_header(folder / shard.file)
-        schemes, formats = read_metadata(header.pop("__metadata__", {}), folder / shard.file)
+        metadata = header.pop("__metadata__", {})
+        path = folder / shard.file
+        forms, formats = read_forms(metadata, path), read_formats(metadata, path)
         for name, entry in header.items():
             linear, _, tensor = name.rpartition(".")
-            scheme = schemes.get(linear, "") if tensor in ("weight", "weight_packed") else ""
-            dtype = describe(formats[linear]) if tensor == "weight_packed" and linear in formats else entry["dtype"]
-            count = kinds[re.sub(r"\.\d+\.", ".*.", name), dtype, scheme]
+            form = forms.get(linear) if tensor in ("weight", "weight_packed") else None
+            narrow = tensor == "weight_packed" and linear in formats
+            dtype = describe_weights(formats[linear]) if narrow else entry["dtype"]
+            count = kinds[re.sub(r"\.\d+\.", ".*.", name), dtype, "" if form is None else describe(form)]
             count[0] += 1
             count[1] += entry["data_offsets"][1] - entry["data_offsets"][0]
     table = Table(
@@ -48,8 +53,8 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
         title=str(folder),
         title_justify="left",
     )
-    for (name, dtype, scheme), (number, size) in kinds.items():
-        table.add_row(name, dtype, scheme, str(number), f"{size / 1e6:,.2f}")
+    for (name, dtype, activations), (number, size) in kinds.items():
+        table.add_row(name, dtype, activations, str(number), f"{size / 1e6:,.2f}")
     total = sum(size for _, size in kinds.values())
     table.add_section()
     table.add_row("all", "", "", str(sum(number for number, _ in kinds.values())), f"{total / 1e6:,.2f}")
@@ -57,7 +62,12 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
     return table, config["quantization_config"]["provenance"]
 
 
-def describe(format: WeightFormat) -> str:
+def describe(form: InputForm) -> str:
+    """Return how a linear takes its input, such as `token` or `token, rotated by 64`."""
+    return form.scheme if form.rotation == NO_ROTATION else f"{form.scheme}, rotated by {form.rotation}"
+
+
+def describe_weights(format: WeightFormat) -> str:
     """Describe a weight format in a few words, such as `I4 in groups of 64`."""
     return f"I{format.bits}" + ("" if format.group is None else f" in groups of {format.group}")
 

@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.linear import Int8Linear
+from haq_lab.int8.linear import InputForm, Int8Linear
 from haq_lab.int8.numerics import ActivationScheme
+from haq_lab.int8.rotation import NO_ROTATION, block_size
 from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.experts import Experts
 from haq_lab.models.int8_experts import Int8Experts
@@ -23,9 +24,13 @@ from haq_lab.storage.json_form import parse_json
 from haq_lab.storage.safetensors_file import DTYPES, Shard, read_shard
 from haq_lab.utils.errors import UserError
 
-# Metadata of a layer's file, as JSON: the activation scheme of each quantised linear, and the format of 4-bit weights.
-SCHEMES, FORMATS = "schemes", "weight_formats"
-_SCHEMES, _FORMATS = TypeAdapter(dict[str, ActivationScheme]), TypeAdapter(dict[str, WeightFormat])
+# Metadata of a layer's file, as JSON: each quantised linear's activation scheme, its input's rotation if it has one,
+# and its weights' format if they have 4 bits.
+SCHEMES, ROTATIONS, FORMATS = "schemes", "rotations", "weight_formats"
+_SCHEMES, _ROTATIONS = TypeAdapter(dict[str, ActivationScheme]), TypeAdapter(dict[str, int])
+_FORMATS = TypeAdapter(dict[str, WeightFormat])
+Forms = dict[str, InputForm]  # by the name of a quantised linear
+Formats = dict[str, WeightFormat]
 
 
 class LayerContent(NamedTuple):
@@ -33,24 +38,24 @@ class LayerContent(NamedTuple):
 
     Attributes:
         tensors: All tensors by name.
-        schemes: The activation scheme of each quantised linear by name.
+        forms: How each quantised linear takes its input, by name.
         formats: The format of the weights of each linear by name. A linear that is not listed has 8-bit weights.
     """
 
     tensors: dict[str, Tensor]
-    schemes: dict[str, ActivationScheme]
-    formats: dict[str, WeightFormat]
+    forms: Forms
+    formats: Formats
 
     def renamed(self, rename: Callable[[str], str]) -> LayerContent:
         """Return the same content with other names."""
-        tensors, schemes, formats = ({rename(name): part for name, part in named.items()} for named in self)
-        return LayerContent(tensors, schemes, formats)  # type: ignore[arg-type]
+        tensors, forms, formats = ({rename(name): part for name, part in named.items()} for named in self)
+        return LayerContent(tensors, forms, formats)  # type: ignore[arg-type]
 
     @property
     def metadata(self) -> dict[str, str]:
         """The metadata of the layer's file."""
         formats = {name: asdict(format) for name, format in self.formats.items()}
-        return {SCHEMES: json.dumps(self.schemes)} | ({FORMATS: json.dumps(formats)} if formats else {})
+        return form_metadata(self.forms) | ({FORMATS: json.dumps(formats)} if formats else {})
 
 
 def layer_content(layer: nn.Module) -> LayerContent:
@@ -58,7 +63,7 @@ def layer_content(layer: nn.Module) -> LayerContent:
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, Int8Linear)}
     return LayerContent(
         {name: to_storable(tensor) for name, tensor in layer.state_dict().items()},
-        {name: linear.scheme for name, linear in linears.items()},
+        {name: linear.input_form for name, linear in linears.items()},
         {name: linear.format for name, linear in linears.items() if linear.format != INT8},
     )
 
@@ -75,19 +80,41 @@ def read_layer(folder: Path, shard: Shard, buffer: Tensor | None = None) -> Laye
         UserError: The file is missing or damaged.
     """
     tensors, metadata = read_shard(folder, shard, buffer)
-    return LayerContent(tensors, *read_metadata(metadata, folder / shard.file))
+    path = folder / shard.file
+    return LayerContent(tensors, read_forms(metadata, path), read_formats(metadata, path))
 
 
-def read_metadata(metadata: dict[str, str], path: Path) -> tuple[dict[str, ActivationScheme], dict[str, WeightFormat]]:
-    """Return the activation schemes and the weight formats in a file's metadata. Empty for a file that is not a layer.
+def form_metadata(forms: Forms) -> dict[str, str]:
+    """Return the metadata of a layer's file, which `read_forms` reads."""
+    schemes = {name: form.scheme for name, form in forms.items()}
+    rotations = {name: form.rotation for name, form in forms.items() if form.rotation != NO_ROTATION}
+    return {SCHEMES: json.dumps(schemes)} | ({ROTATIONS: json.dumps(rotations)} if rotations else {})
+
+
+def read_forms(metadata: dict[str, str], path: Path) -> Forms:
+    """Return how each quantised linear of a file takes its input. Empty for a file that is not a layer.
 
     Raises:
         UserError: The metadata is damaged. The message names `path`.
     """
     try:
-        return parse_json(metadata.get(SCHEMES, "{}"), _SCHEMES), parse_json(metadata.get(FORMATS, "{}"), _FORMATS)
+        schemes = parse_json(metadata.get(SCHEMES, "{}"), _SCHEMES)
+        rotations = parse_json(metadata.get(ROTATIONS, "{}"), _ROTATIONS)
+        return {name: InputForm(scheme, rotations.get(name, NO_ROTATION)) for name, scheme in schemes.items()}
     except ValueError as error:
         raise UserError(f"checkpoint: {path}: the schemes are not readable ({error}). Write it again.") from error
+
+
+def read_formats(metadata: dict[str, str], path: Path) -> Formats:
+    """Return the format of the weights of each linear of a file that has not 8 bits.
+
+    Raises:
+        UserError: The metadata is damaged. The message names `path`.
+    """
+    try:
+        return parse_json(metadata.get(FORMATS, "{}"), _FORMATS)
+    except ValueError as error:
+        raise UserError(f"checkpoint: {path}: the formats are not readable ({error}). Write it again.") from error
 
 
 def int8_layer(
@@ -113,22 +140,22 @@ def int8_layer(
     """
     layer = model.new_layer(index)
     linears = dict(layer.named_modules())
-    schemes, formats = content.schemes, {name: content.formats.get(name, INT8) for name in content.schemes}
+    formats = {name: content.formats.get(name, INT8) for name in content.forms}
     weights = {f"{name}.{format.tensor}" for name, format in formats.items()}
     tensors = {name: tensor if name in weights else tensor.clone() for name, tensor in content.tensors.items()}
-    for name in _merged_first(schemes, model):
-        scheme, format = schemes[name], formats[name]
+    for name in _merged_first(content.forms, model):
+        form, format = content.forms[name], formats[name]
         parts = (format.tensor, "weight_scale", "bias", "input_scale")
         stored, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
         linear = linears.get(name)
-        if not isinstance(linear, nn.Linear) or not _fit(linear, scheme, format, stored, scale, bias, input_scale):
+        if not isinstance(linear, nn.Linear) or not _fit(linear, form, format, stored, scale, bias, input_scale):
             raise UserError(
                 f"checkpoint: {where}: '{model.family.layers}.{index}.{name}' does not fit the config. "
                 "Write the checkpoint again."
             )
         levels = format.levels(cast(Tensor, stored), linear.in_features)
-        int8 = Int8Linear(levels, cast(Tensor, scale), bias, scheme, input_scale, backend, format=format)
-        layer.set_submodule(name, int8)
+        given = levels, cast(Tensor, scale), bias, form.scheme, input_scale, backend
+        layer.set_submodule(name, Int8Linear(*given, rotation=form.rotation, format=format))
     if (moe := model.family.moe) is not None:
         layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
     _assign(layer, tensors, where)
@@ -144,20 +171,21 @@ def _merged_first(names: Iterable[str], model: LayeredModel) -> list[str]:
 
 def _fit(
     linear: nn.Linear,
-    scheme: ActivationScheme,
+    form: InputForm,
     format: WeightFormat,
     stored: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
     input_scale: Tensor | None,
 ) -> bool:
-    """Return whether stored tensors have the shapes and types of a linear with this scheme and weight format."""
+    """Return whether stored tensors have the shapes and types of a linear with this input form and weight format."""
     shape = linear.out_features, linear.in_features
     return (
-        _has(stored, format.stored_shape(*shape), torch.int8 if format.bits == 8 else torch.uint8)
+        block_size(linear.in_features, max(form.rotation, NO_ROTATION)) == form.rotation
+        and _has(stored, format.stored_shape(*shape), torch.int8 if format.bits == 8 else torch.uint8)
         and _has(scale, format.scale_shape(*shape), torch.float32)
         and (bias is None or _has(bias, (linear.out_features,), torch.float32))
-        and (_has(input_scale, (), torch.float32) if scheme == "static" else input_scale is None)
+        and (_has(input_scale, (), torch.float32) if form.scheme == "static" else input_scale is None)
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NotRequired  # pydantic needs it before Python 3.12
 
 from pydantic import TypeAdapter
-from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
+from typing_extensions import TypedDict
 
 from haq_lab.storage.json_form import read_json
 from haq_lab.storage.listed_files import ACCEPT, is_inside, unlisted_files
@@ -19,7 +20,7 @@ WORK = "work"
 IDENTITY = "identity.json"  # in WORK: settings of the run that began the checkpoint
 REST = "rest.safetensors"
 ROUTING = "routing.trace"  # the router's choices on the calibration text, if the run recorded them
-VERSION = 1
+VERSION = 2  # version 1 has no rotations; a checkpoint without them is still written as version 1
 
 
 class _Version(TypedDict):
@@ -30,6 +31,7 @@ class _Version(TypedDict):
 class _Content(TypedDict):
     files: dict[str, str]
     shards: list[Shard]
+    rotated: NotRequired[bool]
 
 
 _VERSION, _CONTENT = TypeAdapter(_Version), TypeAdapter(_Content)
@@ -47,10 +49,12 @@ class Manifest:
     Attributes:
         shards: Safetensors files by name.
         files: SHA-256 of the other files by name.
+        rotated: Whether some linears rotate their input (`haq_lab.int8.rotation`). The layers' files say which.
     """
 
     shards: dict[str, Shard]
     files: dict[str, str]
+    rotated: bool = False
 
     @property
     def bytes(self) -> int:
@@ -60,7 +64,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json`. It makes the folder a complete checkpoint, so call this last."""
         shards = [asdict(shard) for shard in self.shards.values()]
-        write_json(folder / FILE, {"format": "haq_lab", "version": VERSION, "files": self.files, "shards": shards})
+        header = {"version": VERSION, "rotated": True} if self.rotated else {"version": 1}
+        write_json(folder / FILE, {"format": "haq_lab", **header, "files": self.files, "shards": shards})
 
     @classmethod
     def read(cls, folder: Path, setting: str = "checkpoint") -> Manifest:
@@ -93,9 +98,9 @@ class Manifest:
                     f"{setting}: '{folder}' was written by a newer version of haq_lab: its format is "
                     f"{version['version']}, and this version reads {VERSION}. Update haq_lab."
                 )
-            if version != {"format": "haq_lab", "version": VERSION}:
+            if version["format"] != "haq_lab" or version["version"] < 1:
                 raise UserError(
-                    f"{setting}: {path} is not in format haq_lab, version {VERSION}. Write the checkpoint again."
+                    f"{setting}: {path} is not in format haq_lab, version 1 to {VERSION}. Write the checkpoint again."
                 )
             content = read_json(path, _CONTENT)
         except (OSError, ValueError) as error:
@@ -106,7 +111,7 @@ class Manifest:
         for name in (*shards, *content["files"]):
             if not is_inside(name):
                 raise UserError(f"{setting}: {path} names '{name}', which is outside the checkpoint. Do not use it.")
-        return cls(shards, content["files"])
+        return cls(shards, content["files"], content.get("rotated", False))
 
     def shard(self, folder: Path, file: str) -> Shard:
         """Return the entry of a safetensors file.

@@ -17,7 +17,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from haq_lab.checkpoint.layer_tensors import LayerContent, int8_layer, read_layer, read_metadata
+from haq_lab.checkpoint.layer_tensors import LayerContent, int8_layer, read_formats, read_forms, read_layer
 from haq_lab.checkpoint.manifest import REST, ROUTING, Manifest, layer_file
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.weight_format import INT8, WeightFormat
@@ -135,8 +135,9 @@ class QuantizedModel(LayeredModel):
             if not path.is_file():
                 raise UserError(f"checkpoint: {path} is missing. Copy the whole checkpoint folder.")
             header, _ = read_shard_header(path)
-            schemes, narrow = read_metadata(header.get("__metadata__", {}), path)
-            formats.append({name.removeprefix(prefix): narrow.get(name, INT8) for name in schemes})
+            metadata = header.get("__metadata__", {})
+            narrow = read_formats(metadata, path)
+            formats.append({name.removeprefix(prefix): narrow.get(name, INT8) for name in read_forms(metadata, path)})
         return formats
 
     def _weights(self) -> Iterator[tuple[int, int, WeightFormat]]:

@@ -13,9 +13,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from haq_lab.checkpoint.layer_tensors import read_metadata
+from haq_lab.checkpoint.layer_tensors import read_formats, read_forms
 from haq_lab.checkpoint.manifest import Manifest
-from haq_lab.int8.numerics import ActivationScheme
+from haq_lab.int8.linear import InputForm
+from haq_lab.int8.rotation import NO_ROTATION
 from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.storage.safetensors_file import read_shard_header
 from haq_lab.utils.atomic_files import write_text
@@ -58,7 +59,7 @@ def write_model_card(folder: Path, metrics: dict[str, float | None], protocol: d
     made = config["quantization_config"]["provenance"]
     settings = made["settings"]["quantizer"]
     method = settings["_target_"].rpartition(".")[2]
-    schemes, formats = _count(folder)
+    forms, formats = _count(folder)
     bits = "-".join(sorted({str(format.bits) for format in formats}, reverse=True)) or "8"
     name, revision = made["model"]["label"], made["model"]["revision"]
     data = ModelCardData(
@@ -70,27 +71,28 @@ def write_model_card(folder: Path, metrics: dict[str, float | None], protocol: d
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, quantised with {method}",
-        "\n".join(_facts(made, method, formats, schemes)),
+        "\n".join(_facts(made, method, formats, forms)),
         *_perplexities(metrics, protocol),
         LOADING,
     ]
     write_text(folder / CARD, "\n\n".join(parts))
 
 
-def _count(folder: Path) -> tuple[Counter[ActivationScheme], Counter[WeightFormat]]:
-    """Return the number of linears with each activation scheme, and with each weight format."""
-    schemes: Counter[ActivationScheme] = Counter()
+def _count(folder: Path) -> tuple[Counter[InputForm], Counter[WeightFormat]]:
+    """Return the number of linears that take their input in each form, and that have each weight format."""
+    forms: Counter[InputForm] = Counter()
     formats: Counter[WeightFormat] = Counter()
     for file in Manifest.read(folder).shards:
         header, _ = read_shard_header(folder / file)
-        own, narrow = read_metadata(header.get("__metadata__", {}), folder / file)
-        schemes.update(own.values())
+        metadata = header.get("__metadata__", {})
+        own, narrow = read_forms(metadata, folder / file), read_formats(metadata, folder / file)
+        forms.update(own.values())
         formats.update(narrow.get(linear, INT8) for linear in own)
-    return schemes, formats
+    return forms, formats
 
 
 def _facts(
-    made: dict[str, Any], method: str, formats: Counter[WeightFormat], schemes: Counter[ActivationScheme]
+    made: dict[str, Any], method: str, formats: Counter[WeightFormat], forms: Counter[InputForm]
 ) -> Iterator[str]:
     """Yield the rows of a table that says how the checkpoint was made."""
     yield "| | |\n|---|---|"
@@ -102,8 +104,9 @@ def _facts(
         shared = "one scale per output channel" if format.group is None else f"one scale per {format.group} inputs"
         which = "" if len(formats) == 1 else f" of {count} linears"
         yield f"| weights{which} | int{format.bits}, {shared} |"
-    for scheme, count in schemes.most_common():
-        yield f"| activations of {count} linears | int8, {ACTIVATIONS[scheme]} |"
+    for form, count in forms.most_common():
+        rotated = "" if form.rotation == NO_ROTATION else f", after a Hadamard rotation in blocks of {form.rotation}"
+        yield f"| activations of {count} linears | int8, {ACTIVATIONS[form.scheme]}{rotated} |"
     if (text := made["calibration"]) is not None:
         windows = f"{text['samples']} windows of {text['seqlen']:,} tokens"
         yield f"| calibration | {text['text']}: {windows}, seed {text['seed']} |"

@@ -15,16 +15,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import nn
 
-from haq_lab.checkpoint.layer_tensors import layer_content, to_storable
+from haq_lab.checkpoint.layer_tensors import layer_content, read_forms, to_storable
 from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, ROUTING, WORK, Manifest, layer_file
 from haq_lab.checkpoint.model_card import CARD
 from haq_lab.checkpoint.provenance import differences
 from haq_lab.checkpoint.resume_state import layers_done, restore_state, save_state
+from haq_lab.int8.rotation import NO_ROTATION
 from haq_lab.models.companion_files import copy_companion_files
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.pass_result import PassState
 from haq_lab.routing.trace import Trace
-from haq_lab.storage.safetensors_file import Shard, write_shard
+from haq_lab.storage.safetensors_file import Shard, read_shard_header, write_shard
 from haq_lab.utils.atomic_files import atomic_folder, sha256, write_json
 from haq_lab.utils.errors import UserError
 
@@ -145,7 +146,13 @@ class CheckpointWriter:
         for name in hashes:
             (self.folder / name).parent.mkdir(exist_ok=True)
             files[name].replace(self.folder / name)
-        Manifest(shards, hashes).write(self.folder)
+        Manifest(shards, hashes, self._rotated()).write(self.folder)
+
+    def _rotated(self) -> bool:
+        """Return whether a linear rotates its input. An earlier run may have written the layers."""
+        file = self.folder / layer_file(0)
+        header, _ = read_shard_header(file)
+        return any(form.rotation != NO_ROTATION for form in read_forms(header.get("__metadata__", {}), file).values())
 
     def _write_listed_files(self, folder: Path, shards: Collection[Shard]) -> None:
         """Write all files of the checkpoint other than the shards. The manifest lists what is written here."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from haq_lab.int8.numerics import ActivationScheme, epilogue, grouped_epilogue, quantize_activations, swiglu
+from haq_lab.int8.rotation import NO_ROTATION, rotate
 from haq_lab.int8.sequences import Sequences
 from haq_lab.int8.weight_format import INT8, WeightFormat
 
@@ -39,7 +40,7 @@ class PackedLinear(NamedTuple):
 
 
 class PackedExpert(NamedTuple):
-    """The three linears of one expert, and the activation scheme of its down projection.
+    """The three linears of one expert, and how its down projection takes its input.
 
     Attributes:
         gate: The gate projection.
@@ -47,6 +48,7 @@ class PackedExpert(NamedTuple):
         down: The down projection.
         scheme: Activation scheme of the down projection's input.
         static_scale: Scalar scale of that input for the static scheme, else None.
+        rotation: Block of that input's rotation (`haq_lab.int8.rotation`); 1 for none.
     """
 
     gate: PackedLinear
@@ -54,6 +56,7 @@ class PackedExpert(NamedTuple):
     down: PackedLinear
     scheme: ActivationScheme
     static_scale: Tensor | None = None
+    rotation: int = NO_ROTATION
 
 
 class Backend:
@@ -155,8 +158,9 @@ class Backend:
         scheme: ActivationScheme,
         static_scale: Tensor | None,
         sequences: Sequences | None = None,
+        rotation: int = NO_ROTATION,
     ) -> Tensor:
-        """Quantise x and compute the linear.
+        """Rotate and quantise x, and compute the linear.
 
         Args:
             x: Activations (m, k), floating.
@@ -164,17 +168,26 @@ class Backend:
             scheme: Activation scheme.
             static_scale: Scalar scale for the static scheme, else None.
             sequences: Sequences of the rows for the `tensor` scheme. None if all rows belong to one sequence.
+            rotation: Block of the input's rotation (`haq_lab.int8.rotation`); 1 for none.
 
         Returns:
             (m, n) of x's type, on x's device.
         """
-        return self.product(*self.quantize(x, scheme, static_scale, sequences), weights, x.dtype).to(x.device)
+        return self.product(*self.quantize(x, scheme, static_scale, sequences, rotation), weights, x.dtype).to(x.device)
 
     def quantize(
-        self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None, sequences: Sequences | None = None
+        self,
+        x: Tensor,
+        scheme: ActivationScheme,
+        static_scale: Tensor | None,
+        sequences: Sequences | None = None,
+        rotation: int = NO_ROTATION,
     ) -> tuple[Tensor, Tensor]:
-        """Quantise activations (m, k) to int8 (m, k) and one float32 scale per row, in the form `product` takes."""
-        return quantize_activations(x, scheme, static_scale, sequences)
+        """Rotate activations (m, k) and quantise them to int8 (m, k) with one float32 scale per row.
+
+        The result has the form that `product` takes. The arguments are those of `linear`.
+        """
+        return quantize_activations(rotate(x, rotation), scheme, static_scale, sequences)
 
     def swiglu_quantize(
         self,
@@ -183,12 +196,13 @@ class Backend:
         scheme: ActivationScheme,
         static_scale: Tensor | None,
         sequences: Sequences | None = None,
+        rotation: int = NO_ROTATION,
     ) -> tuple[Tensor, Tensor]:
-        """Compute silu(gate) * up of float32 (m, k) and quantise it.
+        """Compute silu(gate) * up of float32 (m, k), rotate and quantise it.
 
         The result is bit-identical to `numerics.swiglu` followed by `quantize`.
         """
-        return self.quantize(swiglu(gate, up), scheme, static_scale, sequences)
+        return self.quantize(swiglu(gate, up), scheme, static_scale, sequences, rotation)
 
     def expert(
         self, qx: Tensor, row_scale: Tensor, weights: PackedExpert, sequences: Sequences | None = None
@@ -204,7 +218,8 @@ class Backend:
             sequences: As for `linear`.
         """
         inner = [self.product(qx, row_scale, linear, torch.float32) for linear in (weights.gate, weights.up)]
-        quantized = self.swiglu_quantize(inner[0], inner[1], weights.scheme, weights.static_scale, sequences)
+        scheme, static_scale, rotation = weights.scheme, weights.static_scale, weights.rotation
+        quantized = self.swiglu_quantize(inner[0], inner[1], scheme, static_scale, sequences, rotation)
         return self.product(*quantized, weights.down, torch.float32)
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:

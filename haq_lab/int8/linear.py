@@ -19,8 +19,22 @@ from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend, PackedLinear
 from haq_lab.int8.numerics import ActivationScheme, round_to_grid, scale_of
+from haq_lab.int8.rotation import NO_ROTATION
 from haq_lab.int8.sequences import sequences_of
 from haq_lab.int8.weight_format import INT8, WeightFormat
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """How an int8 linear takes its input, beside the static scale.
+
+    Attributes:
+        scheme: Activation scheme.
+        rotation: Block of the rotation before quantization (`haq_lab.int8.rotation`); 1 for none.
+    """
+
+    scheme: ActivationScheme
+    rotation: int = NO_ROTATION
 
 
 class MergedLinear:
@@ -35,6 +49,7 @@ class MergedLinear:
     def __init__(self, members: Sequence[Int8Linear]):
         first = members[0]
         self.backend, self.scheme, self.input_scale = first.backend, first.scheme, first.input_scale
+        self.rotation = first.rotation
         self.members = members
         self.format = first.format
         self.weight_scale = _join([member.weight_scale for member in members], dim=-1)
@@ -104,14 +119,13 @@ def _join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 def can_merge(members: Sequence[Int8Linear]) -> bool:
     """Return whether linears can become one product.
 
-    They must have the same backend, input width, weight format and activation scheme, all or none must have a bias, and
-    the backend must be able to store their rows in one matrix.
+    They must have the same backend, input width, rotation, weight format and activation scheme, all or none must have a
+    bias, and the backend must be able to store their rows in one matrix.
     """
     return len(members) > 1 and all(
         a.backend is b.backend
         and a.in_features == b.in_features
-        and a.scheme == b.scheme
-        and a.format == b.format
+        and (a.scheme, a.rotation, a.format) == (b.scheme, b.rotation, b.format)
         and (a.bias is None) == (b.bias is None)
         and (a.input_scale is b.input_scale or (a.scheme == "static" and bool(a.input_scale == b.input_scale)))
         and a.backend.can_merge_rows(a.out_features)
@@ -139,6 +153,7 @@ class Int8Linear(nn.Module):
         backend: The backend that stores and computes it.
         copied: Whether the model also has these weights in float, as with a tied head. `parameter_count` then
             counts them once.
+        rotation: Block of the input's rotation (`haq_lab.int8.rotation`); 1 for none. The weights are rotated already.
         format: Bits of the weights, and columns that share a scale.
 
     Attributes:
@@ -160,10 +175,11 @@ class Int8Linear(nn.Module):
         input_scale: Tensor | None,
         backend: Backend,
         copied: bool = False,
+        rotation: int = NO_ROTATION,
         format: WeightFormat = INT8,
     ):
         super().__init__()
-        self.copied, self.format = copied, format
+        self.copied, self.rotation, self.format = copied, rotation, format
         self.out_features, self.in_features = weight.shape
         self.register_buffer("packed", backend.pack(weight, format), persistent=False)
         self.register_buffer("weight_scale", weight_scale)
@@ -209,12 +225,18 @@ class Int8Linear(nn.Module):
         levels, scale, bias, static = (None if tensor is None else tensor.to(backend.device) for tensor in tensors)
         assert levels is not None
         assert scale is not None
-        return Int8Linear(levels, scale, bias, self.scheme, static, backend, format=self.format)
+        how = {"rotation": self.rotation, "format": self.format}
+        return Int8Linear(levels, scale, bias, self.scheme, static, backend, **how)  # type: ignore[arg-type]
 
     @property
-    def input_quantization(self) -> tuple[ActivationScheme, float | None]:
-        """The activation scheme and the static scale. Linears with equal values can share one quantised input."""
-        return self.scheme, None if self.input_scale is None else float(self.input_scale)
+    def input_form(self) -> InputForm:
+        """The activation scheme and the rotation, as a checkpoint stores them."""
+        return InputForm(self.scheme, self.rotation)
+
+    @property
+    def input_quantization(self) -> tuple[ActivationScheme, float | None, int]:
+        """The activation scheme, static scale and rotation. Linears with equal values can share one quantised input."""
+        return self.scheme, None if self.input_scale is None else float(self.input_scale), self.rotation
 
     def hold(self, packed: Tensor) -> None:
         """Use `packed`, a view with the same values, as storage of the weights."""
@@ -253,8 +275,9 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         size = f"in={self.in_features}, out={self.out_features}"
+        rotation = "" if self.rotation == NO_ROTATION else f", rotation={self.rotation}"
         bits = "" if self.format.bits == 8 else f", weight_bits=4, group={self.format.group}"
-        return f"{size}, activations={self.scheme}{bits}, backend={self.backend.name}"
+        return f"{size}, activations={self.scheme}{rotation}{bits}, backend={self.backend.name}"
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -278,7 +301,7 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def to_float(linear: Int8Linear) -> Tensor:
-    """Return the dequantised weights, float32 (n, k)."""
+    """Return the dequantised weights, float32 (n, k). They multiply the rotated input if there is a rotation."""
     return linear.weight.to(torch.float32) * linear.format.row_scales(linear.weight_scale, linear.in_features)
 
 
@@ -313,5 +336,5 @@ def multiply(x: Tensor | QuantizedRows, linear: Int8Linear | MergedLinear) -> Te
     else:
         rows = x.reshape(-1, x.shape[-1])
         sequences = sequences_of(x) if linear.scheme == "tensor" else None
-        y = linear.backend.linear(rows, linear.weights, linear.scheme, linear.input_scale, sequences)
+        y = linear.backend.linear(rows, linear.weights, linear.scheme, linear.input_scale, sequences, linear.rotation)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -16,8 +16,8 @@ from haq_lab.models.experts import Expert, Experts, dispatch
 class Int8Experts(Experts):
     """The int8 experts of an MoE layer. All gate and up projections use the same activation scheme.
 
-    The input is quantised once for all experts, so with the `tensor` scheme its scale covers all tokens of a sequence.
-    The input of a down projection has one scale for those tokens of a sequence that its expert receives.
+    The input is rotated and quantised once for all experts, so with the `tensor` scheme its scale covers all tokens of
+    a sequence. The input of a down projection has one scale for those tokens of a sequence that its expert receives.
 
     An expert's weights are read only through `expert`, and only if a token has chosen it.
 
@@ -25,6 +25,7 @@ class Int8Experts(Experts):
         scheme: Activation scheme of the shared input.
         backend: Backend that quantises the shared input.
         input_scale: Static scale of the shared input, or None.
+        rotation: Block of the shared input's rotation; 1 for none. The router reads the input before it is rotated.
         swiglu: Use `Backend.swiglu_quantize` between the products. Its bits are the same on all backends. The last
             digits of the model's own activation function depend on the device.
         beside: Some experts of the next call run on another device (`Engine.beside`). Their input is copied there
@@ -34,6 +35,7 @@ class Int8Experts(Experts):
     scheme: ActivationScheme
     backend: Backend
     input_scale: Tensor | None
+    rotation: int
     swiglu: bool = False
     beside: bool = False
 
@@ -47,7 +49,7 @@ class Int8Experts(Experts):
         assert len({linear.input_quantization for linear in readers}) == 1, (
             "the experts quantise their shared input differently"
         )
-        int8.scheme, int8.backend = readers[0].scheme, readers[0].backend
+        int8.scheme, int8.backend, int8.rotation = readers[0].scheme, readers[0].backend, readers[0].rotation
         int8.register_buffer("input_scale", readers[0].input_scale, persistent=False)
         return int8
 
@@ -60,7 +62,7 @@ class Int8Experts(Experts):
             weights: (t, k) gate weights.
         """
         sequences = sequences_of(hidden) if self.scheme == "tensor" else None
-        quantized = self.backend.quantize(hidden, self.scheme, self.input_scale, sequences)
+        quantized = self.backend.quantize(hidden, self.scheme, self.input_scale, sequences, self.rotation)
         elsewhere = copy_to_host(*quantized, hidden.shape[1]) if self.beside else quantized
 
         def run(number: int, tokens: Tensor) -> Tensor:
@@ -69,7 +71,9 @@ class Int8Experts(Experts):
             levels, scale = quantized if gate.backend is self.backend else elsewhere
             own = (levels, scale) if len(tokens) == len(hidden) == 1 else (levels[tokens], scale[tokens])
             if self.swiglu:
-                weights = PackedExpert(gate.weights, up.weights, down.weights, down.scheme, down.input_scale)
+                weights = PackedExpert(
+                    gate.weights, up.weights, down.weights, down.scheme, down.input_scale, down.rotation
+                )
                 own_sequences = sequences_of(own[0]) if down.scheme == "tensor" else None
                 return down.backend.expert(*own, weights, own_sequences).to(hidden)
             return down(expert.act_fn(gate.product(*own)) * up.product(*own)).to(hidden)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.calibrator import Calibrator
 from haq_lab.calibration.statistics import CalibrationPolicy, InputStatistics
+from haq_lab.int8.rotation import rotate
 from haq_lab.models.architectures import Group
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.apply import Allocation, smooth_group
@@ -77,11 +78,14 @@ def _choices(
 ) -> dict[tuple[str, ...], Choice]:
     """Return what 8 bits save for the linears of a smoothed group that are solved together, by their names."""
     assert statistics.sensitivity is not None
+    rotation = quantizer.rotation_of(stack_weights(layer, group.consumers).shape[1])
+    statistics = statistics.rotated(rotation)
+    assert statistics.sensitivity is not None
     rows = [len(cast(Tensor, layer.get_submodule(name).weight)) for name in group.consumers]
     costs = dict(zip(group.consumers, statistics.sensitivity.outputs.split(rows), strict=True))
     choices = {}
     for expert, names in group.consumers_by_expert().items():
-        weight, own = stack_weights(layer, names), statistics.of(expert)
+        weight, own = rotate(stack_weights(layer, names), rotation), statistics.of(expert)
         cost = torch.cat([costs[name] for name in names])
         narrow, wide = (quantizer.with_bits(bits).weight_error(weight, own, cost) for bits in (4, 8))
         choices[names] = Choice(weight.numel(), narrow - wide)

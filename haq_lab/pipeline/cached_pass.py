@@ -16,7 +16,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from haq_lab.calibration.channel_ranges import Ranges
-from haq_lab.checkpoint.layer_tensors import LayerContent, int8_layer, layer_content, read_metadata
+from haq_lab.checkpoint.layer_tensors import LayerContent, int8_layer, layer_content, read_formats, read_forms
 from haq_lab.config.build import Experiment
 from haq_lab.measure.base import Measure, Study
 from haq_lab.models.layerwise import LayeredModel
@@ -106,7 +106,8 @@ class CachedPass:
                 raise UserError(
                     f"result_cache: layer {index} was just removed from {self.store.folder}. Start the run again."
                 )
-            content = LayerContent(found.tensors, *read_metadata(found.facts, Path(str(self.store.folder))))
+            path = Path(str(self.store.folder))
+            content = LayerContent(found.tensors, read_forms(found.facts, path), read_formats(found.facts, path))
             yield int8_layer(self.model, index, content, self.experiment.backend, str(self.store.folder))
 
     def store_layer(self, index: int, layer: nn.Module) -> None:

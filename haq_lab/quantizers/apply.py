@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
+from haq_lab.int8.rotation import rotate
 from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, nearest_solution, output_error
 from haq_lab.quantizers.bit_allocation import Bits
@@ -95,7 +96,8 @@ def quantize_group(
     """Replace the linears of a group by `Int8Linear`s, in place.
 
     All linears of the group share one activation choice, so an input that experts share is quantised only once. The
-    weights are solved expert by expert, with the expert's own statistics if there are any.
+    weights are solved expert by expert, with the expert's own statistics if there are any. If the quantizer rotates the
+    input, weights and statistics are rotated first.
 
     Args:
         layer: Decoder layer, already smoothed.
@@ -110,12 +112,16 @@ def quantize_group(
     Returns:
         One report for each linear.
     """
-    activation = quantizer.activation(stack_weights(layer, group.consumers), statistics)
+    stacked = stack_weights(layer, group.consumers)
+    rotation = quantizer.rotation_of(stacked.shape[1])
+    if statistics is not None:
+        statistics = statistics.rotated(rotation)
+    activation = quantizer.activation(rotate(stacked, rotation), statistics)
     reports = []
     for expert, names in group.consumers_by_expert().items():
         own = None if statistics is None else statistics.of(expert)
         chosen = quantizer if allocation is None else quantizer.with_bits(allocation[index, names])
-        solution = chosen.solve(stack_weights(layer, names), own, activation)
+        solution = chosen.solve(rotate(stack_weights(layer, names), rotation), own, activation)
         first = 0
         for name in names:
             rows = slice(first, first := first + cast(nn.Linear, layer.get_submodule(name)).out_features)
@@ -127,9 +133,10 @@ def quantize_group(
                 report.static_scale = float(activation.scale)
             report.weight_bits, report.weight_group = solved.format.bits, solved.format.group
             report.weights = solved.levels.numel()
-            _measure_errors(report, cast(Tensor, layer.get_submodule(name).weight), own, solved)
+            weight = rotate(cast(Tensor, layer.get_submodule(name).weight), rotation)
+            _measure_errors(report, weight, own, solved)
             reports.append(report)
-            _replace_linear(layer, name, solved, activation, backend)
+            _replace_linear(layer, name, solved, activation, rotation, backend)
     return reports
 
 
@@ -147,7 +154,7 @@ def _measure_errors(
 
 
 def _replace_linear(
-    layer: nn.Module, name: str, solved: Solution, activation: ActivationChoice, backend: Backend
+    layer: nn.Module, name: str, solved: Solution, activation: ActivationChoice, rotation: int, backend: Backend
 ) -> None:
     """Replace a linear by an int8 linear.
 
@@ -162,6 +169,7 @@ def _replace_linear(
         activation.scheme,
         None if activation.scale is None else activation.scale.clone(),
         backend,
+        rotation=rotation,
         format=solved.format,
     )
     layer.set_submodule(name, int8)

@@ -7,14 +7,16 @@ baselines override few of them, HAQ overrides all three. `quantizer._target_=my_
 from __future__ import annotations
 
 from dataclasses import field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.int8.numerics import ActivationScheme, scale_of
+from haq_lab.int8.rotation import NO_ROTATION, block_size
 from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.architectures import Family, Group
 from haq_lab.quantizers.bit_allocation import Bits
@@ -31,11 +33,11 @@ class Smoothing:
 
     Attributes:
         factor: (k,) the smoothing factor of each channel.
-        strength: The smoothing strength that gave the factor.
+        strength: The smoothing strength that gave the factor; None for a factor in closed form.
     """
 
     factor: Tensor
-    strength: float
+    strength: float | None = None
 
 
 @dataclass(frozen=True, config={"arbitrary_types_allowed": True})
@@ -87,6 +89,10 @@ class Quantizer:
         group: Consecutive columns of a 4-bit weight that share a scale: 128, 64 or 32. `none` means one scale a row.
         lm_head: Whether to quantise the LM head too. Whatever the other settings are, it gets 8 bits, rounding to
             nearest and token-dynamic activations, because calibration does not reach it.
+        rotation: Hadamard rotation of each linear's input before it is quantised (QuaRot, arXiv 2404.00456): `none`,
+            `block` (blocks of at most `rotation_block` channels), or `full` (the largest blocks that fit).
+        rotation_block: Largest block of `rotation=block`. A linear uses the largest power of two that divides its
+            width, up to this number.
 
     Example:
         >>> RTN(activations="token", weight_bits=8)  # doctest: +SKIP
@@ -96,6 +102,8 @@ class Quantizer:
     weight_bits: Literal[8, 4] = 8
     group: Literal[128, 64, 32, "none"] = "none"
     lm_head: bool = False
+    rotation: Literal["none", "block", "full"] = "none"
+    rotation_block: Annotated[int, Field(ge=2)] = 128
 
     def __post_init__(self) -> None:
         if self.group != "none" and self.weight_bits == 8:
@@ -137,7 +145,14 @@ class Quantizer:
     @property
     def needs(self) -> Needs:
         """The calibration statistics that this quantizer needs."""
-        return Needs(inputs=self.activations == "static")
+        static = self.activations == "static"
+        return Needs(inputs=static, sample=static and self.rotation != "none")
+
+    def rotation_of(self, channels: int) -> int:
+        """Return the block of the rotation of an input with this many channels; 1 for no rotation."""
+        if self.rotation == "none":
+            return NO_ROTATION
+        return block_size(channels, self.rotation_block if self.rotation == "block" else None)
 
     def smoothing(
         self,
@@ -166,8 +181,8 @@ class Quantizer:
         """Choose how to quantise the input of a group.
 
         Args:
-            weight: (n, k) stacked weights of the group's linears, after smoothing.
-            statistics: Statistics of the smoothed input, or None if the quantizer needs none.
+            weight: (n, k) stacked weights of the group's linears, after smoothing and rotation.
+            statistics: Statistics of the smoothed and rotated input, or None if the quantizer needs none.
 
         Returns:
             The activation scheme. A static scale covers the largest calibrated value.
@@ -181,8 +196,8 @@ class Quantizer:
         """Round the weights of linears that share an input.
 
         Args:
-            weight: (n, k) stacked weights, after smoothing.
-            statistics: Statistics of the smoothed input, or None if the quantizer needs none.
+            weight: (n, k) stacked weights, after smoothing and rotation.
+            statistics: Statistics of the smoothed and rotated input, or None if the quantizer needs none.
             activation: How the input is quantised.
 
         Returns:

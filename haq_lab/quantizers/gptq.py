@@ -32,7 +32,7 @@ class GPTQ(Quantizer):
 
     @property
     def needs(self) -> Needs:
-        return Needs(inputs=True, hessian=True)
+        return Needs(inputs=True, hessian=True, sample=super().needs.sample)
 
     def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
         assert statistics is not None

@@ -68,20 +68,6 @@ def factorize(hessian: Tensor, dampening_frac: float, act_order: bool) -> Factor
     return None
 
 
-def conditional_variance(hessian: Tensor, dampening_frac: float, act_order: bool) -> Tensor | None:
-    """Return `Factor.conditional_variance` (k,) of a Hessian (k, k) in half the time of `factorize`.
-
-    None if every attempt fails.
-    """
-    for ordered, order, _ in _damped(hessian, dampening_frac, act_order):
-        root = _root(ordered)
-        if root is not None:
-            variance = torch.empty_like(root[0])
-            variance[order] = root.diagonal().square()
-            return variance
-    return None
-
-
 def _root(matrix: Tensor) -> Tensor | None:
     """Return the upper triangular R with R R^T = matrix, or None if there is none. R^-1 is the factor U of the inverse.
 

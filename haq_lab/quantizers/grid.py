@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from haq_lab.int8.numerics import round_to_grid, scale_of
 from haq_lab.int8.weight_format import WeightFormat, spread_scales
-
-BLOCK_BYTES = 1 << 18  # bytes of a block of rows; a few blocks fit into a core's cache
 
 
 def qmax(bits: int) -> int:
@@ -21,34 +17,6 @@ def qmax(bits: int) -> int:
 def row_scale(weight: Tensor, bits: int) -> Tensor:
     """Return the scale max|w| / qmax of each row: (n, k) -> (n,). A row of zeros gets 1."""
     return scale_of(weight.abs().amax(dim=1), qmax(bits))
-
-
-def row_scales(weight: Tensor, factors: Sequence[Tensor], bits: int) -> Tensor:
-    """Return the row scales of a weight multiplied by each of several smoothing factors.
-
-    The result has the same bits as calling `row_scale` for each factor. It is faster, because each block of rows is
-    multiplied by all factors while it is in the cache.
-
-    Args:
-        weight: (n, k).
-        factors: Positive factors (k,).
-
-    Returns:
-        (factors, n).
-    """
-    largest = torch.empty(len(factors), len(weight))
-    for rows in cached_rows(weight):
-        magnitude = weight[rows].abs()
-        scaled = torch.empty_like(magnitude)
-        for number, factor in enumerate(factors):
-            torch.amax(torch.mul(magnitude, factor, out=scaled), dim=1, out=largest[number, rows])
-    return scale_of(largest, qmax(bits))
-
-
-def cached_rows(matrix: Tensor) -> list[slice]:
-    """Split the rows of a matrix (n, k) into blocks that fit into a core's cache."""
-    step = max(1, BLOCK_BYTES // (matrix.itemsize * matrix.shape[1]))
-    return [slice(first, first + step) for first in range(0, len(matrix), step)]
 
 
 def weight_scale(weight: Tensor, format: WeightFormat) -> Tensor:

@@ -31,7 +31,7 @@ class SmoothQuant(Quantizer):
 
     @property
     def needs(self) -> Needs:
-        return Needs(inputs=True)
+        return Needs(inputs=True, sample=super().needs.sample)
 
     def smoothing(
         self,

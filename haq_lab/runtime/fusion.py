@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.cuda.kernels import K_MULTIPLE, Kernels, aligned
 from haq_lab.int8.linear import Int8Linear, MergedLinear, QuantizedRows
+from haq_lab.int8.rotation import NO_ROTATION
 from haq_lab.models.architectures import Group
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.runtime.equivalence import make_probe, nearly_equal
@@ -58,15 +59,16 @@ class QuantizedNorm(nn.Module):
             aligned.
         kernels: The fused kernels.
         scale: float32 (1,) for the static scheme; None for one scale per token.
+        rotation: Block of the rotation between norm and quantization (`haq_lab.int8.rotation`); 1 for none.
     """
 
-    def __init__(self, norm: nn.Module, kernels: Kernels, scale: Tensor | None):
+    def __init__(self, norm: nn.Module, kernels: Kernels, scale: Tensor | None, rotation: int = NO_ROTATION):
         super().__init__()
         bias: Any = getattr(norm, "bias", None)
         self.weight = _copy(cast(Tensor, norm.weight))
         self.bias = None if bias is None else _copy(bias)
         self.eps: float = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))
-        self._kernels, self._scale = kernels, scale
+        self._kernels, self._scale, self._rotation = kernels, scale, rotation
 
     def forward(self, x: Tensor) -> QuantizedRows:
         """Normalise and quantise x (..., k)."""
@@ -74,15 +76,16 @@ class QuantizedNorm(nn.Module):
         return QuantizedRows(*self.normalize(rows, self._scale), x.shape, x.dtype)
 
     def normalize(self, rows: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Normalise and quantise rows (m, k). Returns int8 (m, k) and float32 scales (m,)."""
+        """Normalise, rotate and quantise rows (m, k). Returns int8 (m, k) and float32 scales (m,)."""
         if self.bias is None:
-            return self._kernels.rmsnorm_quantize(rows, self.weight, self.eps, scale)
-        return self._kernels.layernorm_quantize(rows, self.weight, self.bias, self.eps, scale)
+            return self._kernels.rmsnorm_quantize(rows, self.weight, self.eps, scale, self._rotation)
+        return self._kernels.layernorm_quantize(rows, self.weight, self.bias, self.eps, scale, self._rotation)
 
     def reproduces(self, norm: nn.Module, backend: Backend) -> bool:
         """Return whether `norm` followed by the backend's quantization gives the same result on random rows."""
         x = make_probe(len(self.weight), backend.device)
-        return nearly_equal(self.normalize(x, None), backend.quantize(norm(x), "token", None))
+        wanted = backend.quantize(norm(x), "token", None, rotation=self._rotation)
+        return nearly_equal(self.normalize(x, None), wanted)
 
 
 class GatedMlp(nn.Module):
@@ -100,7 +103,7 @@ class GatedMlp(nn.Module):
         for name, part in mlp.named_children():
             self.add_module(name, part)
         self._parts = gate_up, down  # in a tuple, so that `down` is not registered twice
-        self._kernels, self._scale = kernels, static_scale(down)
+        self._kernels, self._scale, self._rotation = kernels, static_scale(down), down.rotation
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """Compute the MLP for x (..., d). Returns (..., d)."""
@@ -112,7 +115,7 @@ class GatedMlp(nn.Module):
         """Compute the quantised input (..., f) of the down projection for x (..., d)."""
         gate_up, down = self._parts
         product = gate_up.product(x)
-        quantized = self._kernels.swiglu_quantize(product.view(-1, product.shape[-1]), self._scale)
+        quantized = self._kernels.swiglu_quantize(product.view(-1, product.shape[-1]), self._scale, self._rotation)
         return QuantizedRows(*quantized, torch.Size([*product.shape[:-1], down.in_features]), product.dtype)
 
     def reproduces(self, mlp: nn.Module, backend: Backend) -> bool:
@@ -127,8 +130,8 @@ class GatedMlp(nn.Module):
         hook.remove()
         if len(down_inputs) != 1 or not torch.equal(output, down(down_inputs[0])):
             return False
-        wanted = backend.quantize(down_inputs[0], "token", None)
-        return nearly_equal(self._kernels.swiglu_quantize(gate_up.product(x)), wanted)
+        wanted = backend.quantize(down_inputs[0], "token", None, rotation=self._rotation)
+        return nearly_equal(self._kernels.swiglu_quantize(gate_up.product(x), None, self._rotation), wanted)
 
 
 def _copy(parameter: Tensor) -> nn.Parameter:
@@ -147,7 +150,7 @@ def _fuse_norm(layer: nn.Module, group: Group, backend: Backend, kernels: Kernel
         return
     norm = layer.get_submodule(group.source)
     if len({reader.input_quantization for reader in readers}) == 1 and norm.weight.dtype == torch.float32:
-        fused = QuantizedNorm(norm, kernels, static_scale(readers[0]))
+        fused = QuantizedNorm(norm, kernels, static_scale(readers[0]), readers[0].rotation)
         if fused.reproduces(norm, backend):
             layer.set_submodule(group.source, fused)
 
@@ -168,4 +171,9 @@ def _fuse_mlp(layer: nn.Module, group: Group, backend: Backend, kernels: Kernels
 
 def _can_read(linear: nn.Module) -> bool:
     """Return whether a linear can read `QuantizedRows`."""
-    return isinstance(linear, Int8Linear) and linear.scheme != "tensor" and linear.in_features % K_MULTIPLE == 0
+    return (
+        isinstance(linear, Int8Linear)
+        and linear.scheme != "tensor"
+        and linear.in_features % K_MULTIPLE == 0
+        and linear.backend.fused_kernels.can_rotate(linear.in_features, linear.rotation)
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 from haq_lab.int8.cuda.kernels import K_MULTIPLE, Kernels
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.numerics import round_to_grid, swiglu
+from haq_lab.int8.rotation import rotate
 from haq_lab.int8.sequences import sequences_of
 from haq_lab.int8.weight_format import INT8
 from haq_lab.models.experts import Expert, Experts, combine
@@ -32,6 +33,7 @@ class GroupedExperts(Int8Experts):
     _down: tuple[Tensor, Tensor]
     _first: Tensor  # the numbers 0 to E, to find where each expert's rows begin
     _scales: Tensor | None  # (E,), static scales of the down projections' inputs; None for one scale per token
+    _down_rotation: int  # block of the rotation of the down projections' inputs
     _fused: bool  # whether activation and quantization are one kernel
 
     @classmethod
@@ -47,7 +49,10 @@ class GroupedExperts(Int8Experts):
         grouped._first = torch.arange(len(grouped) + 1, device=grouped.backend.device)
         scales = [down.input_scale for _, _, down in parts if down.input_scale is not None]
         grouped._scales = torch.stack(scales).float().to(grouped.backend.device) if scales else None
-        grouped._fused = grouped.swiglu and len({down.input_quantization for _, _, down in parts}) == 1
+        grouped._down_rotation = parts[0][2].rotation
+        same = len({down.input_quantization for _, _, down in parts}) == 1
+        inner, rotation = parts[0][2].in_features, grouped._down_rotation
+        grouped._fused = grouped.swiglu and same and grouped._kernels.can_rotate(inner, rotation)
         return grouped
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -62,7 +67,7 @@ class GroupedExperts(Int8Experts):
             (t, d).
         """
         sequences = sequences_of(hidden) if self.scheme == "tensor" else None
-        levels, scale = self.backend.quantize(hidden, self.scheme, self.input_scale, sequences)
+        levels, scale = self.backend.quantize(hidden, self.scheme, self.input_scale, sequences, self.rotation)
         flat = chosen.flatten()
         pairs = flat.argsort(stable=True)  # pairs of a token and one of its experts, sorted by expert
         experts, tokens = flat[pairs], pairs // chosen.shape[1]
@@ -81,13 +86,14 @@ class GroupedExperts(Int8Experts):
     def _activate(self, gate_up: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         """Compute act(gate) * up of (m, 2 f) and quantise it for the down projections of the rows' experts (m,)."""
         if self._fused:
-            return self._kernels.swiglu_quantize(gate_up, None if self._scales is None else self._scales[:1])
+            scale = None if self._scales is None else self._scales[:1]
+            return self._kernels.swiglu_quantize(gate_up, scale, self._down_rotation)
         gate, up = gate_up.chunk(2, dim=1)
         inner = swiglu(gate, up) if self.swiglu else cast(Expert, self[0]).act_fn(gate) * up
         if self._scales is None:
-            return self.backend.quantize(inner, "token", None)
+            return self.backend.quantize(inner, "token", None, rotation=self._down_rotation)
         scale = self._scales[experts]
-        return round_to_grid(inner, scale[:, None]).to(torch.int8), scale
+        return round_to_grid(rotate(inner, self._down_rotation), scale[:, None]).to(torch.int8), scale
 
 
 def can_group(experts: Int8Experts) -> bool:
@@ -102,7 +108,7 @@ def can_group(experts: Int8Experts) -> bool:
         all(
             linear.packed.numel() and linear.bias is None and linear.format == INT8 for part in parts for linear in part
         )
-        and len({down.scheme for down in downs}) == 1
+        and len({(down.scheme, down.rotation) for down in downs}) == 1
         and downs[0].scheme != "tensor"
         and downs[0].in_features % K_MULTIPLE == 0
     )

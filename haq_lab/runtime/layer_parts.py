@@ -33,6 +33,7 @@ class LinearParts(ctypes.Structure):
         *((name, _PTR) for name in ("packed", "scale", "bias")),
         *((name, _I64) for name in ("n", "k", "group")),
         ("activation_scale", _F32),
+        ("rotation", _I64),
     ]
 
     @classmethod
@@ -41,7 +42,9 @@ class LinearParts(ctypes.Structure):
         bias = None if linear.bias is None else linear.bias.data_ptr()
         static_scale = 0.0 if linear.input_scale is None else float(linear.input_scale)
         shape = linear.out_features, linear.in_features, kernel_group(linear.format, linear.in_features)
-        return cls(linear.packed.data_ptr(), linear.weight_scale.data_ptr(), bias, *shape, static_scale)
+        return cls(
+            linear.packed.data_ptr(), linear.weight_scale.data_ptr(), bias, *shape, static_scale, linear.rotation
+        )
 
 
 class NormParts(ctypes.Structure):
@@ -65,7 +68,12 @@ class ExpertParts(ctypes.Structure):
 class MoeParts(ctypes.Structure):
     """`Moe` of kernels/cpu/moe.h."""
 
-    _fields_ = [("router", RouterParts), ("experts", ctypes.POINTER(ExpertParts)), ("activation_scale", _F32)]
+    _fields_ = [
+        ("router", RouterParts),
+        ("experts", ctypes.POINTER(ExpertParts)),
+        ("activation_scale", _F32),
+        ("rotation", _I64),
+    ]
 
     @classmethod
     def of(cls, router: nn.Module, experts: nn.Module) -> MoeParts | None:
@@ -82,7 +90,7 @@ class MoeParts(ctypes.Structure):
                 return None
         table = (ExpertParts * len(linears))(*(ExpertParts(*map(LinearParts.of, expert)) for expert in linears))
         scale = 0.0 if experts.input_scale is None else float(experts.input_scale)
-        return cls(router.parts, table, scale)
+        return cls(router.parts, table, scale, experts.rotation)
 
 
 class SequenceParts(ctypes.Structure):

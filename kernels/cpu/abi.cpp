@@ -139,25 +139,29 @@ void haq_pack4(const int8_t* w, int64_t n, int64_t k, int64_t column, uint8_t* p
 // As haq_linear with 4-bit weights and weight_scale (groups, n). `row_scale` (m,) are the scales of an int8 x, or null.
 int haq_linear4(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, const uint8_t* packed,
                 int64_t n, int64_t group, const float* weight_scale, const float* bias, const float* row_scale,
-                float static_scale, void* out, int out_kind) {
+                float static_scale, int64_t rotation, void* out, int out_kind) {
   return failed([&] {
-    multiply({kLevels[level], threads, x, static_cast<Kind>(x_kind), static_scale, packed, m, n, k, group, row_scale},
+    multiply({kLevels[level], threads, x, static_cast<Kind>(x_kind), static_scale, packed, m, n, k, group, row_scale,
+              rotation},
              {nullptr, nullptr, weight_scale, bias, out, static_cast<Kind>(out_kind), n});
   });
 }
 
 int haq_linear(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, const uint8_t* packed,
-               int64_t n, const float* weight_scale, const float* bias, float static_scale, void* out,
-               int out_kind) {
+               int64_t n, const float* weight_scale, const float* bias, float static_scale, int64_t rotation,
+               void* out, int out_kind) {
   return failed([&] {
-    multiply({kLevels[level], threads, x, static_cast<Kind>(x_kind), static_scale, packed, m, n, k, 0},
+    multiply({kLevels[level], threads, x, static_cast<Kind>(x_kind), static_scale, packed, m, n, k, 0, nullptr,
+              rotation},
              {nullptr, nullptr, weight_scale, bias, out, static_cast<Kind>(out_kind), n});
   });
 }
 
-void haq_quantize(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, float static_scale,
-                  int8_t* q, float* scale) {
-  quantize_rows(*kLevels[level], threads, x, static_cast<Kind>(x_kind), m, k, static_scale, q, scale);
+int haq_quantize(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, float static_scale,
+                 int64_t rotation, int8_t* q, float* scale) {
+  return failed([&] {
+    quantize_rows(*kLevels[level], threads, x, static_cast<Kind>(x_kind), m, k, static_scale, rotation, q, scale);
+  });
 }
 
 // out (m, n) = silu(gate) * up, where gate_up (m, 2n) holds gate | up in each row.
@@ -216,12 +220,12 @@ int haq_route(int level, int threads, const Router* r, const float* x, int64_t m
 int haq_expert(int level, int threads, const int8_t* x, const float* row_scale, int64_t m, int64_t k, int64_t inner,
                const uint8_t* gate, const float* gate_scale, int64_t gate_group, const uint8_t* up,
                const float* up_scale, int64_t up_group, const uint8_t* down, const float* down_scale,
-               int64_t down_group, float static_scale, float* out) {
+               int64_t down_group, float static_scale, int64_t rotation, float* out) {
   return failed([&] {
     run_expert(*kLevels[level], threads, x, row_scale, m,
-               {{gate, gate_scale, nullptr, inner, k, gate_group, 0},
-                {up, up_scale, nullptr, inner, k, up_group, 0},
-                {down, down_scale, nullptr, k, inner, down_group, static_scale}},
+               {{gate, gate_scale, nullptr, inner, k, gate_group, 0, 1},
+                {up, up_scale, nullptr, inner, k, up_group, 0, 1},
+                {down, down_scale, nullptr, k, inner, down_group, static_scale, rotation}},
                out);
   });
 }

@@ -20,6 +20,21 @@ HAQ_TARGET inline Vec vec_fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 HAQ_TARGET inline Vec vec_add(Vec a, Vec b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+HAQ_TARGET inline Vec vec_sub(Vec a, Vec b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+// In each pair of lanes i and i + H: their sum and their difference. A product with 1 or -1 is exact, so a sum is rounded once.
+template <int H>
+HAQ_TARGET inline __m256 mix8(__m256 a) {
+  const __m256 sign = H == 4 ? _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1)
+                    : H == 2 ? _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1)
+                             : _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1);
+  const __m256 other = H == 4 ? _mm256_permute2f128_ps(a, a, 1) : _mm256_permute_ps(a, H == 2 ? 0x4e : 0xb1);
+  return _mm256_fmadd_ps(a, sign, other);
+}
+template <int H>
+HAQ_TARGET inline Vec vec_mix(Vec a) {
+  if constexpr (H == 8) return {_mm256_add_ps(a.low, a.high), _mm256_sub_ps(a.low, a.high)};
+  else return {mix8<H>(a.low), mix8<H>(a.high)};
+}
 HAQ_TARGET inline Vec vec_mul(Vec a, Vec b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 HAQ_TARGET inline Vec vec_div(Vec a, Vec b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 HAQ_TARGET inline Vec vec_min(Vec a, Vec b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }

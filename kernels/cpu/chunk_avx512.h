@@ -13,6 +13,18 @@ HAQ_TARGET inline void vec_store(float* out, Vec v) { _mm512_storeu_ps(out, v); 
 HAQ_TARGET inline Vec vec_set(float x) { return _mm512_set1_ps(x); }
 HAQ_TARGET inline Vec vec_fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 HAQ_TARGET inline Vec vec_add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+HAQ_TARGET inline Vec vec_sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+// In each pair of lanes i and i + H: their sum and their difference. A product with 1 or -1 is exact, so a sum is rounded
+// once.
+template <int H>
+HAQ_TARGET inline Vec vec_mix(Vec a) {
+  constexpr __mmask16 second = H == 8 ? 0xff00 : H == 4 ? 0xf0f0 : H == 2 ? 0xcccc : 0xaaaa;
+  const __m512 sign = _mm512_mask_blend_ps(second, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+  __m512 other;
+  if constexpr (H >= 4) other = _mm512_shuffle_f32x4(a, a, H == 8 ? 0x4e : 0xb1);
+  else other = _mm512_permute_ps(a, H == 2 ? 0x4e : 0xb1);
+  return _mm512_fmadd_ps(a, sign, other);
+}
 HAQ_TARGET inline Vec vec_mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 HAQ_TARGET inline Vec vec_div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 HAQ_TARGET inline Vec vec_min(Vec a, Vec b) { return _mm512_min_ps(a, b); }

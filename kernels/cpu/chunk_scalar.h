@@ -28,6 +28,17 @@ HAQ_TARGET inline Vec vec_add(Vec a, const Vec& b) {
   for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
   return a;
 }
+HAQ_TARGET inline Vec vec_sub(Vec a, const Vec& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+// In each pair of lanes i and i + H (H a power of two): their sum and their difference.
+template <int H>
+HAQ_TARGET inline Vec vec_mix(const Vec& a) {
+  Vec out;
+  for (int i = 0; i < 16; ++i) out.v[i] = i & H ? a.v[i ^ H] - a.v[i] : a.v[i] + a.v[i ^ H];
+  return out;
+}
 HAQ_TARGET inline Vec vec_mul(Vec a, const Vec& b) {
   for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
   return a;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <new>
 
@@ -25,7 +26,36 @@ constexpr int kWideTiles = 4;               // tiles from which widening a panel
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-thread_local Scratch staged_scratch, row_scratch, worker_scratch;
+thread_local Scratch staged_scratch, row_scratch, worker_scratch, rotated_scratch;
+
+int64_t bytes_of(Kind kind) { return kind == kFloat ? 4 : kind == kBFloat16 ? 2 : 1; }
+
+// A row to quantise: what is in memory, or, with a rotation, its transform in this thread's nearest cache.
+struct Row {
+  const void* values;
+  Kind kind;
+};
+
+Row rotated(const Kernels& isa, const void* x, Kind kind, int64_t k, int64_t rotation) {
+  if (rotation <= 1) return {x, kind};
+  float* out = rotated_scratch.floats(k);
+  isa.hadamard(x, kind, k, rotation, static_cast<float>(1.0 / std::sqrt(static_cast<double>(rotation))), out);
+  return {out, kFloat};
+}
+
+// Calls body(index) for `count` indices; what it throws for want of memory is thrown after all.
+template <class Body>
+void parallel_or_throw(int threads, int64_t count, const Body& body) {
+  std::atomic<bool> out_of_memory{false};
+  parallel_for(threads, count, [&](int64_t index) {
+    try {
+      body(index);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
 
 struct Plan {
   int64_t groups, step, tiles, tile_bytes; // step: groups at a time
@@ -65,13 +95,13 @@ Plan make_plan(const Product& p) {
 // `offsets` (m, spans) are filled in for 4-bit weights.
 void stage_tile(const Product& p, const Plan& plan, int64_t tile, uint8_t* staged, float* scales, int32_t* sums,
                 int32_t* offsets) {
-  const int64_t x_bytes = p.x_kind == kFloat ? 4 : p.x_kind == kBFloat16 ? 2 : 1;
+  const int64_t row_bytes = p.k * bytes_of(p.x_kind);
   const int64_t first = tile * p.isa->row_tile;
   const int64_t last = std::min(p.m, first + p.isa->row_tile);
   for (int64_t row = first; row < last; ++row) {
+    const Row x = rotated(*p.isa, static_cast<const uint8_t*>(p.x) + row * row_bytes, p.x_kind, p.k, p.rotation);
     uint8_t* out = staged + tile * plan.tile_bytes + (row - first) * kChunk;
-    p.isa->stage(static_cast<const uint8_t*>(p.x) + row * p.k * x_bytes, p.x_kind, p.k, p.static_scale, last - first,
-                 out, scales + row, sums + row);
+    p.isa->stage(x.values, x.kind, p.k, p.static_scale, last - first, out, scales + row, sums + row);
     if (p.group) p.isa->offsets(out, last - first, plan.groups, plan.span, offsets + row * plan.spans);
   }
 }
@@ -161,10 +191,11 @@ void run_panels4(const Product& p, const Plan& plan, const Epilogue& e, const ui
 } // namespace
 
 void quantize_rows(const Kernels& isa, int threads, const void* x, Kind kind, int64_t m, int64_t k, float static_scale,
-                   int8_t* q, float* scale) {
-  const int64_t bytes = k * (kind == kFloat ? 4 : 2);
-  parallel_for(threads_for(threads, m * k), m, [&](int64_t row) {
-    isa.quantize(static_cast<const uint8_t*>(x) + row * bytes, kind, k, static_scale, q + row * k, scale + row);
+                   int64_t rotation, int8_t* q, float* scale) {
+  const int64_t bytes = k * bytes_of(kind);
+  parallel_or_throw(threads_for(threads, m * k), m, [&](int64_t index) {
+    const Row row = rotated(isa, static_cast<const uint8_t*>(x) + index * bytes, kind, k, rotation);
+    isa.quantize(row.values, row.kind, k, static_scale, q + index * k, scale + index);
   });
 }
 
@@ -175,32 +206,26 @@ void multiply(const Product& p, Epilogue e) {
   auto* scales = reinterpret_cast<float*>(row_scratch.get(p.m * (8 + 4 * plan.spans)));
   auto* sums = reinterpret_cast<int32_t*>(scales + p.m);
   int32_t* offsets = sums + p.m;
-  parallel_for(threads_for(p.threads, p.m * p.k), plan.tiles,
-               [&](int64_t tile) { stage_tile(p, plan, tile, staged, scales, sums, offsets); });
+  parallel_or_throw(threads_for(p.threads, p.m * p.k), plan.tiles,
+                    [&](int64_t tile) { stage_tile(p, plan, tile, staged, scales, sums, offsets); });
   e.row_sum = sums;
   e.row_scale = p.row_scale ? p.row_scale : scales;
   const int64_t waiting = plan.groups > plan.step ? plan.panels_per_unit * plan.tiles_per_block : 1;
   const int64_t work_bytes = (waiting * p.isa->row_tile + plan.spans) * kPanel * 4 +
                              (plan.wide ? plan.step * kGroupBytes * 2 : 0);
-  std::atomic<bool> out_of_memory{false};
-  parallel_for(p.threads, plan.blocks * plan.chunks, [&](int64_t unit) {
-    try {
-      uint8_t* work = worker_scratch.get(work_bytes);
-      const int64_t first = unit / plan.chunks * plan.tiles_per_block;
-      const int64_t last = std::min(plan.tiles, first + plan.tiles_per_block);
-      const int64_t start = unit % plan.chunks * plan.panels_per_unit;
-      const int64_t stop = std::min(plan.panels, start + plan.panels_per_unit);
-      if (p.isa->begin) p.isa->begin(p.m);
-      if (p.group)
-        run_panels4(p, plan, e, staged, offsets, start, stop, first, last, work);
-      else
-        run_panels(p, plan, e, staged, start, stop, first, last, work);
-      if (p.isa->end) p.isa->end();
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-    }
+  parallel_or_throw(p.threads, plan.blocks * plan.chunks, [&](int64_t unit) {
+    uint8_t* work = worker_scratch.get(work_bytes);
+    const int64_t first = unit / plan.chunks * plan.tiles_per_block;
+    const int64_t last = std::min(plan.tiles, first + plan.tiles_per_block);
+    const int64_t start = unit % plan.chunks * plan.panels_per_unit;
+    const int64_t stop = std::min(plan.panels, start + plan.panels_per_unit);
+    if (p.isa->begin) p.isa->begin(p.m);
+    if (p.group)
+      run_panels4(p, plan, e, staged, offsets, start, stop, first, last, work);
+    else
+      run_panels(p, plan, e, staged, start, stop, first, last, work);
+    if (p.isa->end) p.isa->end();
   });
-  if (out_of_memory) throw std::bad_alloc();
 }
 
 } // namespace haq

@@ -5,6 +5,7 @@
 #include "tile4.h"
 #include "attention.h"
 #include "float_product.h"
+#include "hadamard.h"
 
 namespace haq {
 namespace {
@@ -24,6 +25,7 @@ constexpr Kernels table(const char* name, int row_tile, decltype(Kernels::tile) 
   kernels.finish4 = finish4;
   kernels.offsets = offsets;
   kernels.silu_mul = silu_mul;
+  kernels.hadamard = hadamard;
   kernels.rms_norm = rms_norm;
   kernels.rotate = rotate;
   kernels.gate_up = gate_up;

@@ -79,6 +79,9 @@ struct Kernels {
                 int32_t* sum);
   // The same quantisation into a plain row.
   void (*quantize)(const void* x, Kind kind, int64_t k, float static_scale, int8_t* out, float* scale);
+  // out (k,) = x (k,), kFloat or kBFloat16, with each `block` of values transformed (hadamard.h). out may be x. scale is
+  // 1 / sqrt(block).
+  void (*hadamard)(const void* x, Kind kind, int64_t k, int64_t block, float scale, float* out);
   // acc (rows, 32) = or += staged tile times `groups` groups of a panel. `panel` is what `widen` wrote when
   // `wide`, else packed weights.
   void (*tile)(int rows, const uint8_t* x, const void* panel, bool wide, int64_t groups, bool add,

@@ -12,6 +12,7 @@ struct Linear {
   int64_t n, k;
   int64_t group;             // 0: 8-bit weights; else 4-bit, and so many columns share a scale
   float activation_scale;    // 0: a scale per row
+  int64_t rotation;          // block of its input's transform (hadamard.h); at most 1: none
 };
 
 } // namespace haq

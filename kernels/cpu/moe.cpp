@@ -67,7 +67,9 @@ void run_expert(const Kernels& isa, int threads, const int8_t* x, const float* r
   parallel_for(threads_for(threads, m * f), m,
                [&](int64_t row) { isa.silu_mul(gate + row * f, up + row * f, kFloat, f, inner + row * f); });
   const Linear& down = expert.down;
-  multiply({&isa, threads, inner, kFloat, down.activation_scale, down.packed, m, down.n, f, down.group}, into(out, down));
+  multiply({&isa, threads, inner, kFloat, down.activation_scale, down.packed, m, down.n, f, down.group, nullptr,
+            down.rotation},
+           into(out, down));
 }
 
 void add_experts(const Kernels& isa, int threads, const Moe& moe, const float* x, int64_t m, int64_t width,
@@ -82,7 +84,7 @@ void add_experts(const Kernels& isa, int threads, const Moe& moe, const float* x
   float *weights = logits + m * r.experts, *scales = weights + pairs;
   auto* levels = reinterpret_cast<int8_t*>(scales + m);
   route(isa, threads, r, x, m, width, logits, weights, chosen);
-  quantize_rows(isa, threads, x, kFloat, m, width, moe.activation_scale, levels, scales);
+  quantize_rows(isa, threads, x, kFloat, m, width, moe.activation_scale, moe.rotation, levels, scales);
 
   std::fill(first, first + r.experts + 1, 0);
   for (int64_t pair = 0; pair < pairs; ++pair) ++first[chosen[pair] + 1];

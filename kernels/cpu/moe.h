@@ -20,6 +20,7 @@ struct Moe {
   Router router;
   const Expert* experts;  // one after the other
   float activation_scale; // of what they all read; 0: a scale per row
+  int64_t rotation;       // of what they all read, but not the router; see linear.h
 };
 
 // Of each row of x (m, width) the experts of largest softmax probability, largest first: `chosen` and their `weights`

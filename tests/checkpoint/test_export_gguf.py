@@ -53,7 +53,7 @@ def _llama_order(weight, heads):
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "qwen3_moe"])
 def test_the_weights_are_ours(write, dequantized, architecture, tmp_path):
-    folder = write(HAQ())
+    folder = write(HAQ(rotation="none"))
     export(folder, tmp_path / "model.gguf", "gguf")
     fields, tensors, types = _read(tmp_path / "model.gguf")
     model = QuantizedModel(folder, ReferenceBackend())
@@ -84,7 +84,7 @@ def test_the_weights_are_ours(write, dequantized, architecture, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("architecture", ["llama"])
 def test_transformers_reads_it(write, dequantized, windows, logits_of, tmp_path):
-    folder = write(HAQ())
+    folder = write(HAQ(rotation="none"))
     _with_tokenizer(folder, _byte_level(BYTES))
     export(folder, tmp_path / "model.gguf", "gguf")
     ours = QuantizedModel(folder, ReferenceBackend())
@@ -132,7 +132,7 @@ def test_4_bit_weights_are_stored_unchanged_in_q4_0(write, dequantized, architec
 
 @pytest.mark.parametrize("architecture", ["llama"])
 def test_mixed_bits_are_stored_unchanged_in_q8_0(write, dequantized, architecture, tmp_path):
-    folder = write(HAQ(weight_bits="auto", bits=6, group=32))
+    folder = write(HAQ(rotation="none", weight_bits="auto", bits=6, group=32))
     export(folder, tmp_path / "model.gguf", "gguf")
     _, tensors, types = _read(tmp_path / "model.gguf")
     model = QuantizedModel(folder, ReferenceBackend())

@@ -45,7 +45,7 @@ def _decompressed(tensors, module, config):
 
 @pytest.mark.parametrize("architecture", [*EXPERTS])
 def test_experts_have_int8_weights_and_dynamic_token_scales(write, dequantized, architecture, tmp_path):
-    folder = write(HAQ())
+    folder = write(HAQ(rotation="none"))
     export(folder, tmp_path / "export", "vllm")
     tensors, config = _read(tmp_path / "export")
     assert config.format == "int-quantized"
@@ -117,7 +117,7 @@ def test_4_bit_weights_are_packed_in_groups(write, dequantized, architecture, en
 
 @pytest.mark.parametrize("architecture", ["llama"])
 def test_bits_by_linear_are_groups_of_linears(write, architecture, tmp_path):
-    folder = write(HAQ(weight_bits="auto", bits=6, group=32))
+    folder = write(HAQ(rotation="none", weight_bits="auto", bits=6, group=32))
     export(folder, tmp_path / "export", "vllm")
     _, config = _read(tmp_path / "export")
     formats = QuantizedModel(folder, ReferenceBackend()).weight_formats()
@@ -142,6 +142,6 @@ def test_a_group_that_does_not_divide_the_width_is_refused(write, architecture, 
 
 @pytest.mark.parametrize("architecture", ["mixtral"])
 def test_experts_with_different_bits_are_refused(write, architecture, tmp_path):
-    folder = write(HAQ(weight_bits="auto", bits=6, group=32))
+    folder = write(HAQ(rotation="none", weight_bits="auto", bits=6, group=32))
     with pytest.raises(UserError, match=r"the experts of layer 0 .* have different numbers of bits"):
         export(folder, tmp_path / "export", "vllm")

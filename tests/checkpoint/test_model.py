@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.checkpoint.inspect import find_problems, summarize
-from haq_lab.checkpoint.layer_tensors import read_metadata
+from haq_lab.checkpoint.layer_tensors import read_formats
 from haq_lab.checkpoint.manifest import Manifest
 from haq_lab.checkpoint.model import QuantizedCheckpoint, QuantizedModel
 from haq_lab.checkpoint.writer import CheckpointWriter
@@ -94,8 +94,8 @@ def test_4_bit_weights_take_half_the_bytes_and_give_the_same_bits(
 
 def test_damaged_weight_formats_are_reported(tmp_path):
     for formats in ('{"a": {"bits": 3, "group": 32}}', '{"a": {"bits": 4, "group": 48}}', "[]"):
-        with pytest.raises(UserError, match=r"layer\.safetensors: the schemes are not readable"):
-            read_metadata({"schemes": "{}", "weight_formats": formats}, tmp_path / "layer.safetensors")
+        with pytest.raises(UserError, match=r"layer\.safetensors: the formats are not readable"):
+            read_formats({"weight_formats": formats}, tmp_path / "layer.safetensors")
 
 
 @pytest.mark.parametrize("make_backend", [CpuBackend, ReferenceBackend])

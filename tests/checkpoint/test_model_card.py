@@ -23,7 +23,7 @@ def test_a_run_writes_the_card(written):
     change = f"{100 * (quantised / full - 1):+.2f} ± {error:.2f} %"
     assert f"| python_docs | 2 windows of 64 tokens | {full:.3f} | {quantised:.3f} | {change} |" in card.text
     assert "| calibration | python_docs: 4 windows of 64 tokens, seed 0 |" in card.text
-    assert "from calibration |" in card.text  # the static scheme
+    assert "one scale per tensor, from calibration, after a Hadamard rotation in blocks of " in card.text
     assert "AutoModelForCausalLM.from_pretrained(folder)" in card.text
 
 

@@ -47,6 +47,16 @@ def _quantizes(kind: str) -> Kernel:
     return Kernel("quantize", name, lambda kernels: check_quantize(kernels, kind, 3, 1040, F32, static=False, seed=0))
 
 
+def _rotates(kind: str) -> Kernel:
+    """Blocks larger than a warp's columns, so that they are finished in shared memory."""
+    name = f"{kind}_rotate_quantize_f32".removeprefix("plain_")
+
+    def check(kernels: Kernels) -> None:
+        check_quantize(kernels, kind, 3, 1536, F32, static=False, seed=0, rotation=512)
+
+    return Kernel("quantize", name, check)
+
+
 def _rows(tile: Tile) -> int:
     """A whole tile and a ragged one; of the larger tiles a ragged one alone, for they take the interpreter seconds."""
     return tile.rows + 3 if tile == SMALL else tile.rows - 3
@@ -100,6 +110,7 @@ FINISH = Kernel(
 )
 DEQUANT = Kernel("dequant", "dequant_f16", lambda kernels: check_dequant(kernels, 3, 2192, torch.float16, seed=0))
 QUANTIZE, SWIGLU, RMSNORM, LAYERNORM = map(_quantizes, ("plain", "swiglu", "rmsnorm", "layernorm"))
+ROTATED = tuple(map(_rotates, ("plain", "swiglu", "rmsnorm", "layernorm")))
 
 LARGER = tuple(make(tile) for make in (_multiplies, _sums, _groups) for tile in (LARGE, MEDIUM))
 TILED = (GEMM, SPLIT, GROUPED, *LARGER)
@@ -108,8 +119,8 @@ GEMVS = (_decodes(1), _decodes(2), GEMV, _decodes(8))
 ONCE = (QUANTIZE, SWIGLU)
 TWICE = (RMSNORM, LAYERNORM)
 ROWWISE = (*ONCE, *TWICE)
-ALL = (*TILED, FINISH, *GEMVS, DEQUANT, *ROWWISE)
-FEW = (GEMM, SPLIT, GROUPED, FINISH, GEMV, DEQUANT, *ROWWISE)  # one of each source
+ALL = (*TILED, FINISH, *GEMVS, DEQUANT, *ROWWISE, *ROTATED)
+FEW = (GEMM, SPLIT, GROUPED, FINISH, GEMV, DEQUANT, *ROWWISE, *ROTATED)  # one of each source
 
 READ, OVERWRITE, WAIT, LANES, BOUND = KINDS = (
     "barrier before a read",
@@ -218,6 +229,32 @@ BUGS = (
     Bug(LANES, "wrong lane map of the reduction", "reduce.cuh", "int lanes = 16", "int lanes = 8", ROWWISE),
     Bug(BOUND, "warp bound", "reduce.cuh", "lane < warps", "lane <= warps", TWICE),
     Bug(BOUND, "column bound", "quantize.cu", GROUPS, GROUPS.replace("<", "<=", 1), ROWWISE),
+    Bug(
+        OVERWRITE,
+        "no barrier before a stage in shared memory",
+        "quantize.cu",
+        "    __syncthreads();  // the stage before is finished\n",
+        "",
+        ROTATED,
+    ),
+    Bug(
+        READ,
+        "no barrier after the last stage",
+        "quantize.cu",
+        "    }\n  }\n  __syncthreads();\n}",
+        "    }\n  }\n}",
+        ROTATED,
+    ),
+    Bug(
+        LANES,
+        "wrong sign between lanes",
+        "quantize.cu",
+        "second ? __fsub_rn(other",
+        "!second ? __fsub_rn(other",
+        ROTATED,
+    ),
+    Bug(BOUND, "one stage too few", "quantize.cu", "distance < block >> 3", "distance < block >> 4", ROTATED),
+    Bug(OTHER, "no scale", "quantize.cu", "if (!large) scale_all", "if (large) scale_all", ROTATED),
     Bug(BOUND, "staged part one group too long", "quantize.cu", "if (group >= staged)", "if (group > staged)", ROWWISE),
 )
 
@@ -234,7 +271,7 @@ class Impossible:
 IMPOSSIBLE = (
     Impossible((READ, OVERWRITE), (FINISH, *GEMVS, DEQUANT), "no shared memory, so no barrier"),
     Impossible((OVERWRITE,), ONCE, "one reduction: nothing in shared memory is written twice"),
-    Impossible((WAIT,), (FINISH, *GEMVS, DEQUANT, *ROWWISE), "no asynchronous copy, so nothing to wait for"),
+    Impossible((WAIT,), (FINISH, *GEMVS, DEQUANT, *ROWWISE, *ROTATED), "no asynchronous copy, so nothing to wait for"),
 )
 
 

@@ -58,24 +58,27 @@ def check_quantize(
     static: bool,
     seed: int,
     device: str = "cpu",
+    rotation: int = 1,
 ) -> None:
-    """`kind`: plain, rmsnorm, layernorm or swiglu."""
+    """`kind`: plain, rmsnorm, layernorm or swiglu; `rotation`: block of a rotation before the rounding."""
     draw = Draw(seed, device)
     scale = draw.scale(1) if static else None
     x = draw.activations(m, 2 * k if kind == "swiglu" else k, dtype)
     weight, bias = draw.normal(k), draw.normal(k)
     values = x.cpu().float().numpy()
     if kind == "plain":
-        actual = kernels.quantize_rows(x) if scale is None else kernels.quantize_static(x, scale)
+        plain = kernels.quantize_rows(x, rotation) if scale is None else kernels.quantize_static(x, scale, rotation)
+        actual = plain
     elif kind == "rmsnorm":
-        actual = kernels.rmsnorm_quantize(x, weight, EPS, scale)
+        actual = kernels.rmsnorm_quantize(x, weight, EPS, scale, rotation)
         values = reference.rmsnorm(values, weight.cpu().numpy(), EPS)
     elif kind == "layernorm":
-        actual = kernels.layernorm_quantize(x, weight, bias, EPS, scale)
+        actual = kernels.layernorm_quantize(x, weight, bias, EPS, scale, rotation)
         values = reference.layernorm(values, weight.cpu().numpy(), bias.cpu().numpy(), EPS)
     else:
-        actual = kernels.swiglu_quantize(x, scale)
+        actual = kernels.swiglu_quantize(x, scale, rotation)
         values = reference.swiglu(values[:, :k], values[:, k:])
+    values = reference.rotate(values, rotation)
     q, scales = reference.quantize(values, None if scale is None else scale.item())
     assert_same_bits(actual[1].cpu(), scales)
     assert_same_bits(actual[0].cpu(), q)
@@ -151,8 +154,11 @@ def beyond(tile: Tile | None) -> int:
     return -3 if tile == LARGE else 3
 
 
-def _quantize(kind: str, dtype: torch.dtype) -> Check:
-    return lambda kernels, device: check_quantize(kernels, kind, 3, 1040, dtype, static=False, seed=1, device=device)
+def _quantize(kind: str, dtype: torch.dtype, k: int = 1040, rotation: int = 1) -> Check:
+    def check(kernels: Kernels, device: str) -> None:
+        check_quantize(kernels, kind, 3, k, dtype, static=False, seed=1, device=device, rotation=rotation)
+
+    return check
 
 
 def _product(call: str, dtype: torch.dtype, m: int, tile: Tile | None, split: int | None) -> Check:
@@ -184,6 +190,7 @@ def every_kernel() -> dict[str, Check]:
         name = TYPE_NAMES[dtype]
         for kind in ("plain", "rmsnorm", "layernorm", "swiglu"):
             checks[f"{kind}_quantize_{name}".removeprefix("plain_")] = _quantize(kind, dtype)
+            checks[f"{kind}_rotate_quantize_{name}".removeprefix("plain_")] = _quantize(kind, dtype, 1536, 512)
         for tile in TILES:
             checks[f"gemm_{tile.name}_{name}"] = _product("gemm", dtype, tile.rows + beyond(tile), tile, 1)
             checks[f"grouped_{tile.name}_{name}"] = _grouped(dtype, tile)

@@ -41,6 +41,20 @@ def quantize(values: np.ndarray, scale: float | None = None) -> tuple[Tensor, Te
     return torch.from_numpy(q), torch.from_numpy(scales)
 
 
+def rotate(values: np.ndarray, block: int) -> np.ndarray:
+    """float32 (M, K) in blocks of columns: sums and differences of pairs at distance 1, 2, 4, ..., then the scale."""
+    if block == 1:
+        return values
+    y = values.reshape(-1, block).astype(F)
+    columns = np.arange(block)
+    half = 1
+    while half < block:
+        other = y[:, columns ^ half]
+        y = np.where(columns & half, other - y, y + other)
+        half *= 2
+    return (y * F(1 / np.sqrt(block))).reshape(values.shape)
+
+
 def accumulators(qx: Tensor, qw: Tensor) -> np.ndarray:
     """Exact int32 sums (M, N): float64 holds every partial sum, and BLAS is fast."""
     return (qx.numpy().astype(np.float64) @ qw.numpy().astype(np.float64).T).astype(np.int32)

@@ -102,6 +102,33 @@ def test_quantize_of_a_row_longer_than_shared_memory(host_runner: HostRunner, ki
 
 
 @few
+@given(
+    m=st.integers(1, 3),
+    log_block=st.integers(1, 11),
+    blocks=st.integers(1, 5),
+    dtype=DTYPES,
+    static=st.booleans(),
+    seed=SEEDS,
+)
+@pytest.mark.parametrize("kind", ["plain", "rmsnorm", "layernorm", "swiglu"])
+def test_quantize_with_a_rotation(host: Kernels, kind, m, log_block, blocks, dtype, static, seed):
+    block = 2**log_block
+    k = max(block, 16) * blocks
+    check_quantize(host, kind, m, k, dtype, static=static, seed=seed, rotation=block)
+
+
+@pytest.mark.parametrize("block", [16, 256])
+@pytest.mark.parametrize("kind", ["plain", "rmsnorm", "layernorm", "swiglu"])
+def test_a_rotated_row_longer_than_shared_memory(host_runner: HostRunner, kind, block):
+    small = Kernels(host_runner, architecture=80, multiprocessors=4, shared_limit=128 + 32 * 150)
+    check_quantize(small, kind, 3, 2560, torch.float16, static=False, seed=5, rotation=block)
+    assert not small.can_rotate(2560, 512)
+    assert small.can_rotate(1024, 512)
+    with pytest.raises(ValueError, match="cannot rotate 2560 columns in blocks of 512"):
+        small.quantize_rows(torch.ones(1, 2560), 512)
+
+
+@few
 @given(n=st.integers(1, 6), chunks=st.integers(1, 300), dtype=st.sampled_from(FLOATS[:2]), seed=SEEDS)
 def test_dequant(host: Kernels, n, chunks, dtype, seed):
     check_dequant(host, n, 16 * chunks, dtype, seed=seed)

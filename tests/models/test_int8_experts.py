@@ -22,9 +22,9 @@ class Counting(ReferenceBackend):
     def __init__(self):
         self.quantized, self.products = [], []
 
-    def quantize(self, x, scheme, static_scale, sequences=None):
+    def quantize(self, x, scheme, static_scale, sequences=None, rotation=1):
         self.quantized.append(tuple(x.shape))
-        return super().quantize(x, scheme, static_scale, sequences)
+        return super().quantize(x, scheme, static_scale, sequences, rotation)
 
     def accumulate(self, qx, qw):
         self.products.append((tuple(qx.shape), tuple(qw.shape)))

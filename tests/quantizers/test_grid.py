@@ -8,12 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haq_lab.int8.weight_format import WeightFormat
-from haq_lab.quantizers import grid
 from haq_lab.quantizers.grid import (
     qmax,
     round_to_nearest,
     row_scale,
-    row_scales,
     searched_row_scale,
     searched_scale,
     weight_scale,
@@ -43,16 +41,6 @@ def test_levels_are_in_bounds_and_within_half_a_step(seed, rows, columns, spread
     assert (levels[zero] == 0).all()
     # The largest entry of a row is met exactly, up to float rounding.
     assert (levels.abs().amax(dim=1)[~zero] == qmax(bits)).all()
-
-
-@given(st.integers(0, 2**16), st.integers(1, 9), st.integers(1, 33), st.floats(-30, 30), bits_of)
-def test_row_scales_equals_row_scale_for_each_factor(seed, rows, columns, spread, bits):
-    weight = draw(seed, rows, columns, spread)
-    factors = [10 ** torch.randn(columns, generator=torch.Generator().manual_seed(seed + i)) for i in range(3)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "BLOCK_BYTES", 4 * columns * 2)  # two rows at a time
-        together = row_scales(weight, factors, bits)
-    assert torch.equal(together, torch.stack([row_scale(weight * factor, bits) for factor in factors]))
 
 
 def test_four_bits_are_symmetric():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.numerics import quantize_activations
-from haq_lab.quantizers.haq.noise import StaticNoise, dynamic_noise, solved_weight_error
+from haq_lab.quantizers.haq.noise import best_static_scale, dynamic_noise, static_noise
 
 
 def heavy_tailed(channels: int = 24) -> tuple[InputStatistics, Tensor]:
@@ -24,24 +24,13 @@ def test_dynamic_noise_is_the_mean_squared_rounding_error(scheme):
     torch.testing.assert_close(dynamic_noise(statistics, per_row=scheme == "token"), measured, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("per_row", [True, False])
-def test_noise_of_a_divided_input(per_row):
-    statistics, x = heavy_tailed()
-    factor = torch.linspace(0.5, 2, x.shape[1])
-    divided = dynamic_noise(statistics.divided_by(factor), per_row, every=3)
-    assert torch.equal(dynamic_noise(statistics, per_row, every=3, factor=factor), divided)
-
-
 @pytest.mark.parametrize("clip", [1.0, 0.5, 0.1])
-def test_static_noise_follows_the_rounding_error_clipping_included(clip):
+def test_static_noise_is_the_mean_squared_rounding_error_clipping_included(clip):
     statistics, x = heavy_tailed()
-    factor = torch.linspace(0.5, 2, x.shape[1])
-    scale = (x / factor).abs().amax() / 127 * clip
-    levels, _ = quantize_activations(x / factor, "static", scale)
-    measured = (levels.float() * scale * factor - x).square().mean(0)
-    predicted = StaticNoise(statistics, every=1)(scale * factor)
-    # Tabulated at six steps an octave, geometric means in between.
-    torch.testing.assert_close(predicted, measured, rtol=0.25, atol=1e-6)
+    scale = x.abs().amax() / 127 * clip
+    levels, _ = quantize_activations(x, "static", scale)
+    measured = (levels.float() * scale - x).square().mean(0)
+    torch.testing.assert_close(static_noise(statistics, scale), measured, rtol=1e-4, atol=1e-9)
 
 
 def test_rows_count_by_their_weight():
@@ -58,9 +47,9 @@ def test_best_scale_clips_a_lone_outlier_that_costs_little_and_no_other():
     energy = torch.ones(8)
     statistics = InputStatistics(400, x.abs().amax(0), None, None, x, torch.ones(400))
     covering = 1000 / 127
-    assert StaticNoise(statistics).best_scale(torch.ones(8), energy)[0] == pytest.approx(covering, rel=1e-5)
+    assert best_static_scale(statistics, energy)[0] == pytest.approx(covering, rel=1e-5)
     energy[0] = 1e-9  # now nobody reads the outlier
-    scale, error = StaticNoise(statistics).best_scale(torch.ones(8), energy)
+    scale, error = best_static_scale(statistics, energy)
     assert scale < covering / 10
     assert error < 0.1
 
@@ -76,18 +65,12 @@ def test_unseen_values_prevent_equal_channel_maxima(monkeypatch):
     cost = usual**-2
 
     def error_elsewhere() -> float:
-        noise = StaticNoise(statistics, every=1)
-        factor = min((statistics.channel_max, usual), key=lambda factor: noise.best_scale(factor, cost)[1])
-        scale, _ = noise.best_scale(factor, cost)
-        levels, _ = quantize_activations(unseen / factor, "static", scale)
+        factors = statistics.channel_max, usual
+        chosen = {factor: best_static_scale(statistics.divided_by(factor), cost * factor**2) for factor in factors}
+        factor = min(factors, key=lambda factor: chosen[factor][1])
+        levels, scale = quantize_activations(unseen / factor, "static", chosen[factor][0])
         return float((levels.float() * scale * factor - unseen).square().mean(0) @ cost)
 
     expecting = error_elsewhere()
     monkeypatch.setattr("haq_lab.quantizers.haq.noise.UNSEEN", 0)
     assert expecting < 0.2 * error_elsewhere()
-
-
-def test_weight_error_does_not_depend_on_a_common_factor():
-    scale, ones, variance = torch.rand(6), torch.ones(6), torch.rand(9)
-    once = solved_weight_error(scale, ones, variance)
-    assert solved_weight_error(scale * 4, ones, variance / 16) == pytest.approx(once)

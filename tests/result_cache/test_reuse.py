@@ -23,6 +23,7 @@ QUANTIZERS = {
     "rtn_static": ["quantizer=rtn", "quantizer.activations=static"],
     "smoothquant": ["quantizer=smoothquant"],
     "gptq": ["quantizer=gptq", "quantizer.weight_bits=4"],
+    "quarot": ["quantizer=quarot", "quantizer.activations=static"],
     "haq": ["quantizer=haq", "quantizer.asymmetric_calibration=true", "quantizer.activations=auto"],
     "none": ["quantizer=none"],
 }

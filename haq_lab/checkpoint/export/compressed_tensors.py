@@ -84,9 +84,10 @@ def _export(model: QuantizedModel, target: Path, for_vllm: bool = False) -> None
         writer.add(model.read_outer_tensors())
         for index in range(model.depth):
             content = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
+            layer_schemes = {name: form.scheme for name, form in content.forms.items()}
             if for_vllm and not packed:
-                _refuse_schemes_without_vllm_kernel(content.schemes, moe)
-            schemes |= content.schemes
+                _refuse_schemes_without_vllm_kernel(layer_schemes, moe)
+            schemes |= layer_schemes
             converted = _convert_layer(content, packed, _widths(model, index))
             writer.add({model.family.checkpoint_name(name): tensor for name, tensor in converted.items()})
         writer.finish()
@@ -138,15 +139,15 @@ def _convert_layer(content: LayerContent, packed: bool, widths: dict[str, int]) 
     converted = {}
     for name, tensor in content.tensors.items():
         module, _, kind = name.rpartition(".")
-        if module in content.schemes and kind == "weight_scale":
+        if module in content.forms and kind == "weight_scale":
             converted[name] = tensor[:, None] if tensor.dim() == 1 else tensor.t().contiguous()
-        elif module in content.schemes and kind == "input_scale":
+        elif module in content.forms and kind == "input_scale":
             if not packed:
                 converted[name] = tensor.reshape(1)
-        elif module in content.schemes and kind == "weight" and packed:
+        elif module in content.forms and kind == "weight" and packed:
             converted[f"{module}.weight_packed"] = pack(tensor)
             converted[f"{module}.weight_shape"] = torch.tensor(tensor.shape)
-        elif module in content.schemes and kind == "weight_packed":
+        elif module in content.forms and kind == "weight_packed":
             _must_divide(module, content.formats[module].group, widths[module])
             converted[name] = F.pad(tensor, (0, -tensor.shape[1] % 4)).view(torch.int32)
             converted[f"{module}.weight_shape"] = torch.tensor((len(tensor), widths[module]))

@@ -30,7 +30,8 @@ def export(folder: Path, target: Path, engine: str = "transformers") -> None:
         engine: A key of `ENGINES`. `transformers` and `vllm` read compressed-tensors, `gguf` is for llama.cpp.
 
     Raises:
-        UserError: The checkpoint is damaged, the engine cannot run it, or `target` already exists.
+        UserError: The checkpoint is damaged or has rotated inputs, the engine cannot run it, or `target` already
+            exists.
 
     Example:
         >>> export(Path("checkpoints/smol"), Path("smol.gguf"), "gguf")
@@ -39,4 +40,10 @@ def export(folder: Path, target: Path, engine: str = "transformers") -> None:
         raise invalid("export --for", engine, ENGINES)
     if target.exists():
         raise UserError(f"export: '{target}' already exists. Choose a new path.")
-    ENGINES[engine](QuantizedModel(folder, ReferenceBackend()), target)
+    model = QuantizedModel(folder, ReferenceBackend())
+    if model.manifest.rotated:
+        raise UserError(
+            f"export: '{folder}' rotates the inputs of its linears, which no other engine does. "
+            "Quantise the model with quantizer.rotation=none."
+        )
+    ENGINES[engine](model, target)

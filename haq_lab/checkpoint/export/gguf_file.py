@@ -113,10 +113,10 @@ def _outer_tensors(model: QuantizedModel, architecture: Architecture) -> Iterato
 
 def _layer_tensors(model: QuantizedModel, architecture: Architecture, index: int, narrow: bool) -> Iterator[GgufTensor]:
     """Yield the tensors of a layer in an order that is the same for all layers; linears in Q4_0 if `narrow`."""
-    tensors, schemes, formats = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
+    tensors, forms, formats = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
     shapes, prefix = model.new_layer(index), f"{model.family.layers}.{index}."
     experts: dict[str, dict[int, GgufTensor]] = defaultdict(dict)
-    for linear in schemes:
+    for linear in forms:
         format = formats.get(linear, INT8)
         stored, scale = tensors.pop(f"{linear}.{format.tensor}"), tensors.pop(f"{linear}.weight_scale")
         tensors.pop(f"{linear}.input_scale", None)

@@ -23,6 +23,7 @@ from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.weight_block import WeightBlock
 from haq_lab.int8.numerics import ActivationScheme, epilogue, scale_of
+from haq_lab.int8.rotation import NO_ROTATION, rotate
 from haq_lab.int8.sequences import Sequences
 from haq_lab.int8.weight_format import INT8, WeightFormat
 
@@ -176,29 +177,37 @@ class CpuBackend(Backend):
         scheme: ActivationScheme,
         static_scale: Tensor | None,
         sequences: Sequences | None = None,
+        rotation: int = NO_ROTATION,
     ) -> Tensor:
         if not self.native or sequences is not None:
-            return super().linear(x, weights, scheme, static_scale, sequences)
+            return super().linear(x, weights, scheme, static_scale, sequences, rotation)
         if scheme == "tensor":
-            static_scale = scale_of(x.float().abs().amax()) if x.numel() else None
+            static_scale = scale_of(rotate(x, rotation).float().abs().amax()) if x.numel() else None
         scale = None if scheme == "token" or static_scale is None else float(static_scale)
         bias = None if weights.bias is None else weights.bias.float()
-        packed = _packed(weights, x.shape[1])
-        return native.linear(_supported(x), packed, weights.scale.contiguous(), bias, scale).to(x.dtype)
+        packed, own_scale = _packed(weights, x.shape[1]), weights.scale.contiguous()
+        return native.linear(_supported(x), packed, own_scale, bias, scale, rotation=rotation).to(x.dtype)
 
     def quantize(
-        self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None, sequences: Sequences | None = None
+        self,
+        x: Tensor,
+        scheme: ActivationScheme,
+        static_scale: Tensor | None,
+        sequences: Sequences | None = None,
+        rotation: int = NO_ROTATION,
     ) -> tuple[Tensor, Tensor]:
         if not self.native or sequences is not None:
-            return super().quantize(x, scheme, static_scale, sequences)
+            return super().quantize(x, scheme, static_scale, sequences, rotation)
+        if scheme == "tensor":  # the scale is that of rotated values
+            x, rotation = rotate(x, rotation), NO_ROTATION
         x = _supported(x)
         if scheme == "token":
-            levels, scale = native.quantize_rows(x)
+            levels, scale = native.quantize_rows(x, rotation)
             return levels, scale[:, None]
         if scheme == "tensor":
             static_scale = scale_of(x.float().abs().amax()) if x.numel() else x.new_ones(())
         assert static_scale is not None, "The static scheme needs a scale from calibration."
-        return native.quantize_static(x, float(static_scale)), static_scale.float().expand(len(x), 1)
+        return native.quantize_static(x, float(static_scale), rotation), static_scale.float().expand(len(x), 1)
 
     def swiglu_quantize(
         self,
@@ -207,10 +216,11 @@ class CpuBackend(Backend):
         scheme: ActivationScheme,
         static_scale: Tensor | None,
         sequences: Sequences | None = None,
+        rotation: int = NO_ROTATION,
     ) -> tuple[Tensor, Tensor]:
         if not self.native:
-            return super().swiglu_quantize(gate, up, scheme, static_scale, sequences)
-        return self.quantize(native.silu_mul(torch.cat([gate, up], dim=1)), scheme, static_scale, sequences)
+            return super().swiglu_quantize(gate, up, scheme, static_scale, sequences, rotation)
+        return self.quantize(native.silu_mul(torch.cat([gate, up], dim=1)), scheme, static_scale, sequences, rotation)
 
     def expert(
         self, qx: Tensor, row_scale: Tensor, weights: PackedExpert, sequences: Sequences | None = None
@@ -222,7 +232,7 @@ class CpuBackend(Backend):
         packed = [_packed(linear, width) for linear, width in zip(linears, widths, strict=True)]
         scales = [linear.scale for linear in linears]
         scale = None if weights.static_scale is None else float(weights.static_scale)
-        return native.expert(qx, row_scale.reshape(-1).contiguous(), packed, scales, scale)
+        return native.expert(qx, row_scale.reshape(-1).contiguous(), packed, scales, scale, weights.rotation)
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
         if not self.native:

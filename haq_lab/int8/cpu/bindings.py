@@ -17,6 +17,7 @@ from torch import Tensor
 
 from haq_lab.int8.cpu.library import level, library
 from haq_lab.int8.cpu.weight_block import allocate
+from haq_lab.int8.rotation import NO_ROTATION
 from haq_lab.int8.weight_format import INT8, ZERO, WeightFormat
 
 # Output channels whose weights are stored together, and consecutive k of each (kernels/cpu/kernels.h).
@@ -73,6 +74,13 @@ def _static_scale(scale: float | None) -> float:
     if scale <= 0.0:
         raise ValueError(f"activation scale must be positive, not {scale}.")
     return scale
+
+
+def _rotation(block: int, k: int) -> int:
+    """Return the block of a rotation as the kernels take it."""
+    if block < 1 or block & (block - 1) or k % block:
+        raise ValueError(f"rotation: {block} is not a power of two that divides {k} columns.")
+    return block
 
 
 def pack(weight: Tensor | Sequence[Tensor], format: WeightFormat = INT8) -> Packed:
@@ -139,9 +147,10 @@ class Linear:
         weight_scale: One scale per row, float32 (N,), or per group and row, (groups, N).
         bias: float32 (N,), or None.
         activation_scale: The static scale; None for one scale per row of x.
+        rotation: Block of x's rotation before it is quantised (`haq_lab.int8.rotation`); 1 for none.
 
     Raises:
-        ValueError: A tensor has another shape, type or layout, or the static scale is not positive.
+        ValueError: A tensor has another shape, type or layout, or the static scale or the rotation is not possible.
     """
 
     def __init__(
@@ -150,6 +159,7 @@ class Linear:
         weight_scale: Tensor,
         bias: Tensor | None = None,
         activation_scale: float | None = None,
+        rotation: int = NO_ROTATION,
     ):
         _check(weight_scale, "weight_scale", torch.float32, *packed.format.scale_shape(packed.n, packed.k))
         if bias is not None:
@@ -160,7 +170,7 @@ class Linear:
         self._scale = weight_scale.data_ptr()
         self._bias = None if bias is None else bias.data_ptr()
         self._static_scale = _static_scale(activation_scale)
-        self._group = kernel_group(packed.format, packed.k)
+        self._rotation, self._group = _rotation(rotation, packed.k), kernel_group(packed.format, packed.k)
         self._run = library().haq_linear if packed.format.bits == 8 else library().haq_linear4
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -188,7 +198,7 @@ class Linear:
         m = out.numel() // self.n if self.n else 0
         arguments = (level(), torch.get_num_threads(), x.data_ptr(), kind, m, self.k, self._weights, self.n)
         scales = (self._scale, self._bias) if self._group == 0 else (self._group, self._scale, self._bias, None)
-        failed = self._run(*arguments, *scales, self._static_scale, out.data_ptr(), kind)
+        failed = self._run(*arguments, *scales, self._static_scale, self._rotation, out.data_ptr(), kind)
         if failed:
             raise MemoryError(
                 f"An int8 linear of {m} x {self.n} x {self.k} has no memory for its buffers. Use fewer rows."
@@ -203,6 +213,7 @@ def linear(
     bias: Tensor | None = None,
     activation_scale: float | None = None,
     out: Tensor | None = None,
+    rotation: int = NO_ROTATION,
 ) -> Tensor:
     """Compute one int8 linear. For many calls with the same weights, create a `Linear` once.
 
@@ -213,15 +224,16 @@ def linear(
         bias: float32 (N,), or None.
         activation_scale: The static scale; None for one scale per row of x.
         out: Where to write the result; a new tensor if None.
+        rotation: Block of x's rotation; 1 for none.
 
     Returns:
         (..., N) in x's type.
 
     Raises:
-        ValueError: A tensor has another shape, type or layout, or the static scale is not positive.
+        ValueError: A tensor has another shape, type or layout, or the static scale or the rotation is not possible.
         MemoryError: The kernels could not allocate their buffers.
     """
-    return Linear(packed, weight_scale, bias, activation_scale)(x, out)
+    return Linear(packed, weight_scale, bias, activation_scale, rotation)(x, out)
 
 
 def product4(qx: Tensor, row_scale: Tensor, packed: Packed, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -251,7 +263,7 @@ def product4(qx: Tensor, row_scale: Tensor, packed: Packed, weight_scale: Tensor
     failed = library().haq_linear4(
         level(), torch.get_num_threads(), qx.data_ptr(), _INT8, m, packed.k, packed.data.data_ptr(), packed.n,
         kernel_group(packed.format, packed.k), weight_scale.data_ptr(), None if bias is None else bias.data_ptr(),
-        row_scale.data_ptr(), 0.0, out.data_ptr(), _FLOAT_KINDS[torch.float32],
+        row_scale.data_ptr(), 0.0, NO_ROTATION, out.data_ptr(), _FLOAT_KINDS[torch.float32],
     )  # fmt: skip
     if failed:
         raise MemoryError(f"A product of {m} x {packed.n} x {packed.k} has no memory. Use fewer rows.")
@@ -268,28 +280,31 @@ def accumulate(qx: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
         _check(out, "out", torch.int32, m, packed.n)
     failed = library().haq_linear(
         level(), torch.get_num_threads(), qx.data_ptr(), _INT8, m, packed.k,
-        packed.data.data_ptr(), packed.n, None, None, 0.0, out.data_ptr(), _INT32,
+        packed.data.data_ptr(), packed.n, None, None, 0.0, NO_ROTATION, out.data_ptr(), _INT32,
     )  # fmt: skip
     if failed:
         raise MemoryError(f"An int8 product of {m} x {packed.n} x {packed.k} has no memory. Use fewer rows.")
     return out
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise x (M, K) to int8 (M, K) with one float32 scale per row (M,). The scale is 1 if max|x| / 127 is 0."""
-    return _quantize(x, 0.0)
+def quantize_rows(x: Tensor, rotation: int = NO_ROTATION) -> tuple[Tensor, Tensor]:
+    """Rotate x (M, K) and quantise it to int8 (M, K) with one float32 scale per row (M,).
+
+    The scale is 1 if max|x| / 127 is 0. `rotation` is the block of the rotation; 1 for none.
+    """
+    return _quantize(x, 0.0, rotation)
 
 
-def quantize_static(x: Tensor, scale: float) -> Tensor:
-    """Quantise x (M, K) to int8 (M, K) with one given scale."""
-    return _quantize(x, _static_scale(scale))[0]
+def quantize_static(x: Tensor, scale: float, rotation: int = NO_ROTATION) -> Tensor:
+    """Rotate x (M, K) and quantise it to int8 (M, K) with one given scale."""
+    return _quantize(x, _static_scale(scale), rotation)[0]
 
 
-def _quantize(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, scale: float, rotation: int) -> tuple[Tensor, Tensor]:
     m = _check_x(x, x.shape[-1])
     q = torch.empty(x.shape, dtype=torch.int8)
     scales = torch.empty(x.shape[:-1], dtype=torch.float32)
-    library().haq_quantize(
+    failed = library().haq_quantize(
         level(),
         torch.get_num_threads(),
         x.data_ptr(),
@@ -297,9 +312,12 @@ def _quantize(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         m,
         x.shape[-1],
         scale,
+        _rotation(rotation, x.shape[-1]),
         q.data_ptr(),
         scales.data_ptr(),
     )
+    if failed:
+        raise MemoryError(f"Quantising {m} x {x.shape[-1]} values has no memory for its buffers. Use fewer rows.")
     return q, scales
 
 
@@ -332,6 +350,7 @@ def expert(
     packed: Sequence[Packed],
     scales: Sequence[Tensor],
     activation_scale: float | None = None,
+    rotation: int = NO_ROTATION,
 ) -> Tensor:
     """Compute one expert, down(silu(gate(x)) * up(x)).
 
@@ -343,6 +362,7 @@ def expert(
         packed: gate (F, K), up (F, K) and down (K, F).
         scales: Their weight scales, float32 (F,), (F,) and (K,); with groups, (groups, ...).
         activation_scale: The static scale of down's input; None for one scale per row.
+        rotation: Block of the rotation of down's input; 1 for none.
 
     Returns:
         float32 (M, K).
@@ -366,7 +386,7 @@ def expert(
     out = torch.empty((m, k), dtype=torch.float32)
     failed = library().haq_expert(
         level(), torch.get_num_threads(), qx.data_ptr(), row_scale.data_ptr(), m, k, f,
-        *weights, _static_scale(activation_scale), out.data_ptr(),
+        *weights, _static_scale(activation_scale), _rotation(rotation, f), out.data_ptr(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"An int8 expert of width {f} has no memory for {m} x {k} inputs. Use fewer rows.")

@@ -15,6 +15,7 @@ from haq_lab.int8.cuda.gpu_lock import GpuLock
 from haq_lab.int8.cuda.kernels import GEMV_ROWS, K_MULTIPLE, Kernels, aligned, padded
 from haq_lab.int8.cuda.launch import TYPE_NAMES
 from haq_lab.int8.numerics import ActivationScheme, quantize_activations, scale_of
+from haq_lab.int8.rotation import NO_ROTATION, rotate
 from haq_lab.int8.sequences import Sequences
 from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.utils.errors import UserError
@@ -100,19 +101,26 @@ class CudaBackend(Backend):
         return self._kernels.accumulate(padded(qx), padded(levels))
 
     def quantize(
-        self, x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None, sequences: Sequences | None = None
+        self,
+        x: Tensor,
+        scheme: ActivationScheme,
+        static_scale: Tensor | None,
+        sequences: Sequences | None = None,
+        rotation: int = NO_ROTATION,
     ) -> tuple[Tensor, Tensor]:
         """Quantise as the base class does, with zero columns added up to a multiple of 16."""
         x = padded(x.to(self.device, x.dtype if x.dtype in TYPE_NAMES else torch.float32))
+        if scheme == "tensor" or not self._kernels.can_rotate(x.shape[1], rotation):
+            x, rotation = rotate(x, rotation), NO_ROTATION
         if scheme == "token":
-            return self._kernels.quantize_rows(x)
+            return self._kernels.quantize_rows(x, rotation)
         if sequences is not None:
             levels, row_scale = quantize_activations(x, scheme, static_scale, sequences)
             return levels, row_scale.flatten()
         if scheme == "tensor":
             static_scale = scale_of(x.float().abs().amax()) if x.numel() else torch.ones(1)
         assert static_scale is not None, "The static scheme needs a scale from calibration."
-        return self._kernels.quantize_static(x, self._as_kernel_scale(static_scale))
+        return self._kernels.quantize_static(x, self._as_kernel_scale(static_scale), rotation)
 
     def swiglu_quantize(
         self,
@@ -121,11 +129,13 @@ class CudaBackend(Backend):
         scheme: ActivationScheme,
         static_scale: Tensor | None,
         sequences: Sequences | None = None,
+        rotation: int = NO_ROTATION,
     ) -> tuple[Tensor, Tensor]:
-        if scheme == "tensor" or gate.shape[1] % K_MULTIPLE:
-            return super().swiglu_quantize(gate, up, scheme, static_scale, sequences)
+        k = gate.shape[1]
+        if scheme == "tensor" or k % K_MULTIPLE or not self._kernels.can_rotate(k, rotation):
+            return super().swiglu_quantize(gate, up, scheme, static_scale, sequences, rotation)
         scale = None if static_scale is None else self._as_kernel_scale(static_scale)
-        return self._kernels.swiglu_quantize(torch.cat([gate, up], dim=1), scale)
+        return self._kernels.swiglu_quantize(torch.cat([gate, up], dim=1), scale, rotation)
 
     def _as_kernel_scale(self, scale: Tensor) -> Tensor:
         """Convert one scale for all rows to float32 (1,) on the device."""

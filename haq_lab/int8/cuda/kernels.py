@@ -27,11 +27,14 @@ from haq_lab.int8.cuda.launch import (
     choose_tile,
     k_part,
     staged_groups,
+    staged_groups_rotated,
 )
+from haq_lab.int8.rotation import NO_ROTATION, scale_of_block
 
 ALIGNMENT = 16  # bytes, because the kernels load 16 bytes at once
 K_MULTIPLE = 16
 GEMV_ROWS = 8  # largest number of rows of `gemv`
+WARP_COLUMNS = 256  # largest block that is rotated within a warp; a larger one needs the whole row in shared memory
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -87,16 +90,26 @@ class Kernels:
         self._multiprocessors = multiprocessors
         self._shared_limit = shared_limit
 
-    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantise x (M, K) with one scale per row. Returns int8 (M, K) and float32 scales (M,)."""
-        return self._quantize("quantize", x.shape[0], x.shape[1], x, (x,), (), None)
+    def can_rotate(self, k: int, rotation: int) -> bool:
+        """Return whether the kernels can rotate rows of k columns in blocks of `rotation` columns."""
+        return rotation <= WARP_COLUMNS or staged_groups(k, self._shared_limit) == k // 8
 
-    def quantize_static(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_rows(self, x: Tensor, rotation: int = NO_ROTATION) -> tuple[Tensor, Tensor]:
+        """Quantise x (M, K) with one scale per row. Returns int8 (M, K) and float32 scales (M,).
+
+        Args:
+            x: (M, K), floating.
+            rotation: Block of a rotation before it (`haq_lab.int8.rotation`), for which `can_rotate` is True; 1 for
+                none.
+        """
+        return self._quantize("quantize", x.shape[0], x.shape[1], x, (x,), (), None, rotation)
+
+    def quantize_static(self, x: Tensor, scale: Tensor, rotation: int = NO_ROTATION) -> tuple[Tensor, Tensor]:
         """Quantise x (M, K) with one float32 scale (1,). Returns int8 (M, K) and that scale for each row (M,)."""
-        return self._quantize("quantize", x.shape[0], x.shape[1], x, (x,), (), scale)
+        return self._quantize("quantize", x.shape[0], x.shape[1], x, (x,), (), scale, rotation)
 
     def rmsnorm_quantize(
-        self, x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None
+        self, x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None, rotation: int = NO_ROTATION
     ) -> tuple[Tensor, Tensor]:
         """Apply RMSNorm and quantise.
 
@@ -105,29 +118,39 @@ class Kernels:
             weight: float32 (K,).
             eps: The norm's epsilon.
             scale: Static scale, float32 (1,); None for one scale per row.
+            rotation: As for `quantize_rows`.
 
         Returns:
             int8 (M, K) and float32 scales (M,).
         """
         _check("weight", weight, (x.shape[1],), torch.float32)
         extra = (weight, float(eps))
-        return self._quantize("rmsnorm_quantize", x.shape[0], x.shape[1], x, (x, *extra), (), scale)
+        return self._quantize("rmsnorm_quantize", x.shape[0], x.shape[1], x, (x, *extra), (), scale, rotation)
 
     def layernorm_quantize(
-        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        scale: Tensor | None = None,
+        rotation: int = NO_ROTATION,
     ) -> tuple[Tensor, Tensor]:
         """Apply LayerNorm and quantise. Like `rmsnorm_quantize`, with a float32 `bias` (K,)."""
         _check("weight", weight, (x.shape[1],), torch.float32)
         _check("bias", bias, (x.shape[1],), torch.float32)
         extra = (weight, bias, float(eps))
-        return self._quantize("layernorm_quantize", x.shape[0], x.shape[1], x, (x, *extra), (), scale)
+        return self._quantize("layernorm_quantize", x.shape[0], x.shape[1], x, (x, *extra), (), scale, rotation)
 
-    def swiglu_quantize(self, gate_up: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def swiglu_quantize(
+        self, gate_up: Tensor, scale: Tensor | None = None, rotation: int = NO_ROTATION
+    ) -> tuple[Tensor, Tensor]:
         """Compute silu(gate) * up and quantise it.
 
         Args:
             gate_up: (M, 2 K): gate in the first K columns, up in the others.
             scale: Static scale, float32 (1,); None for one scale per row.
+            rotation: As for `quantize_rows`.
 
         Returns:
             int8 (M, K) and float32 scales (M,).
@@ -136,7 +159,7 @@ class Kernels:
         if gate_up.shape[1] % 2:
             raise ValueError(f"gate_up: {gate_up.shape[1]} columns are not an even number.")
         halves = (gate_up[:, :k], gate_up[:, k:])
-        return self._quantize("swiglu_quantize", m, k, gate_up, halves, (2 * k,), scale)
+        return self._quantize("swiglu_quantize", m, k, gate_up, halves, (2 * k,), scale, rotation)
 
     def _quantize(
         self,
@@ -147,18 +170,27 @@ class Kernels:
         inputs: tuple[Tensor | float, ...],
         strides: tuple[int, ...],
         scale: Tensor | None,
+        rotation: int,
     ) -> tuple[Tensor, Tensor]:
         _check("x", x, (m, x.shape[1]), x.dtype)
         _check_k(k)
+        if k % rotation or not self.can_rotate(k, rotation):
+            raise ValueError(f"rotation: the kernels cannot rotate {k} columns in blocks of {rotation}.")
         if scale is not None:
             _check("scale", scale, (1,), torch.float32)
         q = torch.empty(m, k, dtype=torch.int8, device=x.device)
         scales = torch.empty(m, dtype=torch.float32, device=x.device)
-        # With a static scale and no norm, each row is read only once, so it is not staged in shared memory.
-        once = scale is not None and kernel in ("quantize", "swiglu_quantize")
-        staged = 0 if once else staged_groups(k, self._shared_limit)
+        args: tuple[Tensor | float | None, ...] = (*inputs, scale, q, scales, *strides, k)
+        if rotation != NO_ROTATION:
+            staged = staged_groups_rotated(k, self._shared_limit)
+            kernel, args = kernel.replace("quantize", "rotate_quantize"), (*args, staged, rotation)
+            args = (*args, scale_of_block(rotation))
+        else:
+            # With a static scale and no norm, each row is read only once, so it is not staged in shared memory.
+            once = scale is not None and kernel in ("quantize", "swiglu_quantize")
+            staged = 0 if once else staged_groups(k, self._shared_limit)
+            args = (*args, staged)
         if m:
-            args = (*inputs, scale, q, scales, *strides, k, staged)
             name = f"{kernel}_{_type(x.dtype)}"
             self._run(Launch("quantize", name, (m, 1, 1), 128, 128 + 32 * staged, args))
         return q, scales

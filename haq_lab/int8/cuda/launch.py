@@ -110,6 +110,12 @@ def staged_groups(k: int, shared_limit: int) -> int:
     return min(k // 8, (shared_limit - 128) // 32)
 
 
+def staged_groups_rotated(k: int, shared_limit: int) -> int:
+    """Return the same for a row that is rotated: all of its groups, or those of whole warps."""
+    groups = staged_groups(k, shared_limit)
+    return groups if groups == k // 8 else groups // 32 * 32
+
+
 def kernel_names(module: str, folder: Path | None = None) -> list[str]:
     """Return the names of the kernels in `<module>.cu`, from its one-line instantiations."""
     return re.findall(r"^[A-Z_]+_KERNEL\((\w+),", module_source(module, folder), re.MULTILINE)

@@ -8,15 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from haq_lab.int8.rotation import NO_ROTATION, rotate
 from haq_lab.models.experts import Expert, Experts
 from haq_lab.models.half_linear import HalfLinear
 
 
 class ExpertLinear(HalfLinear):
-    """A linear with 16-bit weights. A GPU multiplies 16-bit numbers and sums in float32."""
+    """A linear with 16-bit weights. A GPU multiplies 16-bit numbers and sums in float32.
+
+    Args:
+        linear: The linear whose weight is shared.
+        rotation: Block of the rotation that the weights expect of the input (`haq_lab.int8.rotation`); 1 for none.
+    """
+
+    def __init__(self, linear: nn.Linear, rotation: int = NO_ROTATION):
+        super().__init__(linear)
+        self.rotation = rotation
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output (..., n) for x (..., k), in x's type."""
+        x = rotate(x, self.rotation).to(x.dtype)
         if x.is_cuda:
             return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
         return super().forward(x)
@@ -33,6 +44,6 @@ def half_experts(experts: nn.ModuleList, dtype: torch.dtype) -> Experts:
     def narrow(linear: nn.Module) -> nn.Module:
         shell = nn.Linear(cast(int, linear.in_features), cast(int, linear.out_features), bias=False, device="meta")
         shell.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-        return ExpertLinear(shell)
+        return ExpertLinear(shell, getattr(linear, "rotation", NO_ROTATION))
 
     return Experts(cast(Expert, expert).with_linears(narrow) for expert in experts)

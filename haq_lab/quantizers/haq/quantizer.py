@@ -1,22 +1,19 @@
 """The HAQ quantizer: smoothed-Hessian quantization to W8A8 (arXiv 2508.07329), and our own additions.
 
-With D = diag(s), the quantised layer computes Q(X D^-1) Q(W D)^T. Its error has two parts. Smoothing lowers one of
-them and raises the other:
+With D = diag(s) and an orthogonal R, the quantised layer computes Q(X D^-1 R) Q(W D R)^T. Its weights are rounded with
+the Hessian of the input as the layer sees it, H' = R^T D^-1 H D^-1 R.
 
-    weights      tr(dW' H' dW'^T)      with H' = D^-1 H D^-1
-    activations  E ||dX' W'^T||^2      under the activation scheme in use
-
-1. `adaptive`: each group gets the factor with the smallest predicted sum of the two (`error_model.py`). Each error is
-   weighted by its effect on the model's predictions (`sensitivity`).
+1. `adaptive`: each input gets the factor s that equalises the energy of a channel and the cost of an error in it. The
+   cost is its effect on the model's predictions (`sensitivity`). The factor has a closed form, so nothing is searched.
 2. `fold`: the inputs of the down and output projections are smoothed too. Their factors are folded into the rows of the
    up and value projections.
-3. `scale_search`, `act_order`: GPTQ solves the weights with H', optionally with searched row scales.
-4. `asymmetric_calibration`: the weights are solved for the input of the quantised model (GPTAQ, arXiv 2504.02692).
+3. `rotation`: a block Hadamard rotation spreads what the factor leaves of an outlier over the channels of its block.
+4. `scale_search`, `act_order`: GPTQ solves the weights with H', optionally with searched row scales.
+5. `asymmetric_calibration`: the weights are solved for the input of the quantised model (GPTAQ, arXiv 2504.02692).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -28,15 +25,19 @@ from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.models.architectures import Family, FoldKind, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solution
-from haq_lab.quantizers.gptq_solver import Factor, conditional_variance, factorize, solve
+from haq_lab.quantizers.gptq_solver import factorize, solve
 from haq_lab.quantizers.grid import searched_scale, weight_scale
-from haq_lab.quantizers.haq.error_model import ErrorPredictor
-from haq_lab.quantizers.haq.noise import StaticNoise, dynamic_noise, solved_weight_error, uniform_sensitivity
+from haq_lab.quantizers.haq.noise import (
+    best_static_scale,
+    dynamic_noise,
+    solved_weight_error,
+    static_noise,
+    uniform_sensitivity,
+)
 from haq_lab.quantizers.smoothing import ChannelMap, smoothing_factor
 from haq_lab.utils.errors import UserError
-from haq_lab.utils.threads import one_thread
 
-STRENGTHS = tuple(step / 16 for step in range(17))
+FLOOR, TINY = 1e-6, 1e-30  # smallest energy or cost of a channel: a share of the mean, and above 0
 CORRECTION_SHARE = 0.25  # share of the cross moment that is corrected; shrunk against overfitting, as in GPTQModel
 
 
@@ -52,8 +53,10 @@ class HAQ(Quantizer):
         bits: With `auto`, the largest average number of bits of a weight, without scales.
         group: Columns of a 4-bit weight that share a scale: 128, 64 or 32; `none` for one scale a row.
         lm_head: Whether to quantise the LM head too.
-        adaptive: Whether to choose each group's factor by its predicted error. If false, `smoothing_strength` is used
-            for all groups.
+        rotation: Hadamard rotation of each input, as for every quantizer.
+        rotation_block: Largest block of `rotation=block`.
+        adaptive: Whether to compute each channel's factor from its energy and its cost (`balancing_factor`). If false,
+            SmoothQuant's factor with `smoothing_strength` is used for all groups.
         smoothing_strength: Smoothing strength if `adaptive` is false.
         fold: Modules that smoothing may be folded into: `norm`, `value` (for the output projection), `up` (for the down
             projection).
@@ -73,6 +76,7 @@ class HAQ(Quantizer):
     activations: Literal["token", "tensor", "static", "auto"] = "token"  # type: ignore[assignment]
     weight_bits: Literal[8, 4, "auto"] = 8  # type: ignore[assignment]
     bits: Annotated[float, Field(ge=4, le=8)] = 5.0
+    rotation: Literal["none", "block", "full"] = "block"
     adaptive: bool = True
     smoothing_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
     fold: tuple[FoldKind, ...] = ("norm", "value", "up")
@@ -90,7 +94,6 @@ class HAQ(Quantizer):
                 "quantizer.activations: auto needs the sensitivity, but quantizer.sensitivity is 0. "
                 "Choose quantizer.sensitivity=8, or another activation scheme."
             )
-
         if self.weight_bits == "auto" and not self.sensitivity:
             raise UserError(
                 "quantizer.weight_bits: auto needs the sensitivity, but quantizer.sensitivity is 0. "
@@ -106,10 +109,9 @@ class HAQ(Quantizer):
         return self.bits if self.weight_bits == "auto" else None
 
     def weight_error(self, weight: Tensor, statistics: InputStatistics, cost: Tensor) -> float:
-        variance = conditional_variance(statistics.shrunk_hessian(), self.dampening_frac, self.act_order)
-        if variance is None:
-            assert statistics.hessian is not None
-            variance = statistics.hessian.diagonal()
+        assert statistics.hessian is not None
+        factor = factorize(statistics.shrunk_hessian(), self.dampening_frac, self.act_order)
+        variance = statistics.hessian.diagonal() if factor is None else factor.conditional_variance()
         scale = weight_scale(weight, self.weight_format)
         return solved_weight_error(scale, cost, variance, self.weight_format) / 2
 
@@ -127,61 +129,31 @@ class HAQ(Quantizer):
         if group.kind not in self.fold:
             return None
         assert statistics is not None
-        candidates = list(self._candidates(weight, statistics, channels))
-        if not self.adaptive:
-            return candidates[0]
-        predictor = self._predictor(weight, statistics)
-        with one_thread():
-            if self.activations != "auto":
-                return predictor.choose(self.activations, candidates, channels)
-            static, token = (predictor.choose(scheme, candidates, channels) for scheme in ("static", "token"))
-        good_enough = self._static_is_good_enough(predictor, statistics.share, static.factor, token.factor)
-        return static if good_enough else token
-
-    def _predictor(self, weight: Tensor, statistics: InputStatistics) -> ErrorPredictor:
-        variance = conditional_variance(statistics.shrunk_hessian(), self.dampening_frac, self.act_order)
-        return ErrorPredictor(weight, statistics, variance, self.weight_format.bits)
-
-    def _candidates(self, weight: Tensor, statistics: InputStatistics, channels: ChannelMap) -> Iterator[Smoothing]:
-        """Yield the smoothing factors to choose from, in SmoothQuant's form with several measures of a channel's size.
-
-        The maximum represents outliers, and the root mean square represents typical tokens. Their geometric mean is
-        between the two.
-        """
         assert statistics.hessian is not None
-        weight_max = channels.shared_max(weight.abs().amax(dim=0))
-        largest = channels.shared_max(statistics.channel_max)
         if not self.adaptive:
-            yield Smoothing(smoothing_factor(largest, weight_max, self.smoothing_strength), self.smoothing_strength)
-            return
-        typical = channels.shared_max(statistics.hessian.diagonal().sqrt())
-        yield Smoothing(torch.ones_like(weight_max), 0.0)
-        for size in (largest, (largest * typical).sqrt(), typical):
-            for strength in STRENGTHS:
-                yield Smoothing(smoothing_factor(size, weight_max, strength), strength)
+            largest = channels.shared_max(statistics.channel_max)
+            weight_max = channels.shared_max(weight.abs().amax(dim=0))
+            return Smoothing(smoothing_factor(largest, weight_max, self.smoothing_strength), self.smoothing_strength)
+        cost = statistics.sensitivity or uniform_sensitivity(weight)
+        energy = channels.shared_sum(statistics.hessian.diagonal())
+        return Smoothing(balancing_factor(energy, channels.shared_sum(cost.channels)))
 
-    # Activations.
-
-    def _static_is_good_enough(self, predictor: ErrorPredictor, share: float, static: Tensor, token: Tensor) -> bool:
-        """Return whether `auto` chooses static, given the best factors (k,) for static and for token-dynamic scales."""
-        (as_static,), (as_token,) = predictor.errors("static", [static]), predictor.errors("token", [token])
-        return as_static - as_token <= self.auto_limit * share
+    # Activations, after 3.
 
     def activation(self, weight: Tensor, statistics: InputStatistics | None) -> ActivationChoice:
         assert statistics is not None
         scheme = self.activations
-        if scheme == "auto":
-            predictor = self._predictor(weight, statistics)
-            smoothed = torch.ones(weight.shape[1])
-            good_enough = self._static_is_good_enough(predictor, statistics.share, smoothed, smoothed)
-            scheme = "static" if good_enough else "token"
-        if scheme != "static":
+        if scheme in ("token", "tensor"):
             return ActivationChoice(scheme)
-        cost = statistics.sensitivity or uniform_sensitivity(weight)
-        scale, _ = StaticNoise(statistics).best_scale(torch.ones(weight.shape[1]), cost.channels)
+        cost = (statistics.sensitivity or uniform_sensitivity(weight)).channels
+        scale, error = best_static_scale(statistics, cost)
+        if scheme == "auto":
+            added = (error - float(dynamic_noise(statistics, per_row=True) @ cost)) / 2  # nats a token
+            if added > self.auto_limit * statistics.share:
+                return ActivationChoice("token")
         return ActivationChoice("static", scale)
 
-    # 3. and 4. Weights.
+    # 4. and 5. Weights.
 
     def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
         assert statistics is not None
@@ -190,12 +162,12 @@ class HAQ(Quantizer):
         if statistics.cross is not None:
             # The linear multiplies x + e. Its rounding noise e adds to H = E[x x^T], but not to E[x_fp x^T].
             if activation.scale is not None:
-                noise = torch.diag(StaticNoise(statistics)(activation.scale.expand(len(hessian))))
+                noise = torch.diag(static_noise(statistics, activation.scale))
             else:
                 noise = torch.diag(dynamic_noise(statistics, per_row=activation.scheme == "token"))
             hessian = hessian + noise
             target = self._corrected(weight, hessian, CORRECTION_SHARE * statistics.cross - noise)
-        factor = self._factor(hessian)
+        factor = factorize(hessian, self.dampening_frac, self.act_order)
         if factor is None:
             return self._fallback(weight)
         if self.scale_search:
@@ -205,9 +177,6 @@ class HAQ(Quantizer):
         notes = {"dampening_frac": factor.dampening_frac, "dead_columns": int(factor.dead.sum())}
         levels = solve(target, factor, scale, self.weight_format.bits, self.weight_format.group)
         return Solution(levels, scale, notes, self.weight_format)
-
-    def _factor(self, hessian: Tensor) -> Factor | None:
-        return factorize(hessian, self.dampening_frac, self.act_order)
 
     def _corrected(self, weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
         """Return the weights (n, k) that best map the quantised linear's input to the full-precision output.
@@ -219,3 +188,21 @@ class HAQ(Quantizer):
         if failed or not torch.isfinite(cross).all():
             return weight
         return weight + torch.cholesky_solve((weight @ cross).t(), lower).t()
+
+
+def balancing_factor(energy: Tensor, cost: Tensor) -> Tensor:
+    """Return the smoothing factor s_j = (energy_j / cost_j)^(1/4), scaled to a geometric mean of 1.
+
+    If the largest value of a row is a constant times its norm, rounding x / s costs E|x / s|^2 times the sum of c s^2.
+    This factor minimises the product: the energy E[x^2] / s^2 and the cost c s^2 of every channel become equal.
+
+    Args:
+        energy: (k,) mean square of each channel.
+        cost: (k,) cost of a squared error in each channel.
+
+    Returns:
+        (k,) positive.
+    """
+    logs = [values.clamp(min=max(float(values.mean()) * FLOOR, TINY)).log() for values in (energy, cost)]
+    factor = (logs[0] - logs[1]) / 4
+    return (factor - factor.mean()).exp()
