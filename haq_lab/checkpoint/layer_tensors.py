@@ -17,9 +17,11 @@ from haq_lab.int8.linear import InputForm, Int8Linear
 from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.int8.rotation import NO_ROTATION, block_size
 from haq_lab.int8.weight_format import INT8, WeightFormat
+from haq_lab.models.architectures import head_size
 from haq_lab.models.experts import Experts
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
+from haq_lab.prefix.attention import KEYS, VALUES, attach
 from haq_lab.storage.json_form import parse_json
 from haq_lab.storage.safetensors_file import DTYPES, Shard, read_shard
 from haq_lab.utils.errors import UserError
@@ -158,8 +160,23 @@ def int8_layer(
         layer.set_submodule(name, Int8Linear(*given, rotation=form.rotation, format=format))
     if (moe := model.family.moe) is not None:
         layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
+    if model.prefix is not None:
+        attach(layer.get_submodule(model.family.attention), *_prefix_states(model, tensors, where))
     _assign(layer, tensors, where)
     return layer.requires_grad_(False)
+
+
+def _prefix_states(model: LayeredModel, tensors: dict[str, Tensor], where: str) -> list[Tensor]:
+    """Remove the keys and values of the prefix from a layer's tensors and return them, (heads, p, head_dim) each."""
+    heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+    shape = 1, heads, len(model.prefix or ()), head_size(model.config)
+    states = []
+    for name in (f"{model.family.attention}.{KEYS}", f"{model.family.attention}.{VALUES}"):
+        if not _has(tensor := tensors.pop(name, None), shape, torch.float32):
+            problem = "is missing" if tensor is None else "does not fit the config"
+            raise UserError(f"checkpoint: {where}: tensor '{name}' {problem}. Write the checkpoint again.")
+        states.append(cast(Tensor, tensor)[0])
+    return states
 
 
 def _merged_first(names: Iterable[str], model: LayeredModel) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -23,6 +23,7 @@ from haq_lab.int8.backend import Backend
 from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
+from haq_lab.prefix.contents import Prefix
 from haq_lab.routing.trace import Trace
 from haq_lab.storage.safetensors_file import read_shard, read_shard_header
 from haq_lab.utils.errors import UserError
@@ -76,6 +77,8 @@ class QuantizedModel(LayeredModel):
             self.manifest.check_files(folder)
             super().__init__(folder)
         del self._outer
+        if (stamp := quantization_of(folder).get("prefix")) is not None:
+            self._use_prefix(Prefix.of_stamp(stamp, f"the prefix in {folder / 'config.json'}"))
         if has_int8_head(folder):
             self.quantize_head(backend)
 
@@ -168,8 +171,13 @@ def has_int8_head(folder: Path) -> bool:
 
     The file stores the head in float; loading quantises it.
     """
+    return bool(quantization_of(folder).get("int8_head", False))
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint folder, or nothing if its config has none."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return bool(config.get("quantization_config", {}).get("int8_head", False))
+    return config.get("quantization_config", {})
 
 
 def open_model(source: ModelSource, backend: Backend) -> LayeredModel:

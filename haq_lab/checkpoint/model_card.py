@@ -71,7 +71,7 @@ def write_model_card(folder: Path, metrics: dict[str, float | None], protocol: d
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, quantised with {method}",
-        "\n".join(_facts(made, method, formats, forms)),
+        "\n".join(_facts(made, method, formats, forms, config["quantization_config"].get("prefix"))),
         *_perplexities(metrics, protocol),
         LOADING,
     ]
@@ -92,7 +92,11 @@ def _count(folder: Path) -> tuple[Counter[InputForm], Counter[WeightFormat]]:
 
 
 def _facts(
-    made: dict[str, Any], method: str, formats: Counter[WeightFormat], forms: Counter[InputForm]
+    made: dict[str, Any],
+    method: str,
+    formats: Counter[WeightFormat],
+    forms: Counter[InputForm],
+    prefix: dict[str, Any] | None,
 ) -> Iterator[str]:
     """Yield the rows of a table that says how the checkpoint was made."""
     yield "| | |\n|---|---|"
@@ -107,6 +111,8 @@ def _facts(
     for form, count in forms.most_common():
         rotated = "" if form.rotation == NO_ROTATION else f", after a Hadamard rotation in blocks of {form.rotation}"
         yield f"| activations of {count} linears | int8, {ACTIVATIONS[form.scheme]}{rotated} |"
+    if prefix is not None:
+        yield f"| prefix | `{json.dumps(prefix['text'])}` before every sequence, in full precision |"
     if (text := made["calibration"]) is not None:
         windows = f"{text['samples']} windows of {text['seqlen']:,} tokens"
         yield f"| calibration | {text['text']}: {windows}, seed {text['seed']} |"

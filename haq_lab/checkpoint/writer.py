@@ -165,6 +165,8 @@ class CheckpointWriter:
             "dtype": config.get("dtype"),
             "provenance": self.provenance,
         }
+        if self.model.prefix is not None:  # its keys and values are in the files of the layers
+            config["quantization_config"]["prefix"] = self.model.prefix.stamp()
         # transformers skips a method that it does not know. It refuses to build a model in an integer type, so it does
         # not read the levels as float weights unless haq_lab.hf is imported.
         config["dtype"] = "int8"

@@ -76,6 +76,9 @@ METRICS: dict[str, Metric] = {
     "kl.*.*": Metric("{} KL, {} over the tokens", "nats/token", "", 5, depends_on="text", column="none"),
     "perplexity.*": Metric("{} perplexity", "", "lower", baseline="perplexity_fp.*", column="all", **_TEXT),
     "perplexity_fp.*": Metric("{} perplexity in full precision", "", "lower", column="none", **_TEXT),
+    "perplexity_fp_no_prefix.*": Metric(
+        "{} perplexity in full precision without the prefix", "", "lower", column="none", **_TEXT
+    ),
     "perplexity_smoothed_fp.*": Metric("{} perplexity after smoothing", "", "lower", column="none", **_TEXT),
     "dlnppl.*": Metric("{} change of ln perplexity", "nats/token", "", 5, depends_on="text", column="none"),
     "kl.*": Metric("{} KL", "nats/token", "lower", 5, depends_on="text"),

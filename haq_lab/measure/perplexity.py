@@ -1,7 +1,8 @@
 """Measure perplexity at three points of the pass, and how far quantization changes the predictions.
 
 Perplexity is per token, as GPTQ and SmoothQuant publish it: exp of the mean negative log-likelihood over all tokens
-of a window except its first. The windows do not overlap. Each figure has a standard error over the windows. The table
+of a window except its first. The windows do not overlap. A prefix is no part of a window, so it is never scored and
+the same tokens are scored with and without one. Each figure has a standard error over the windows. The table
 `windows.csv` has the values of every window.
 """
 
@@ -23,8 +24,13 @@ from haq_lab.measure.estimate import estimate
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.pass_result import Level
 
-METRIC: dict[Level, str] = {"fp": "perplexity_fp", "smoothed": "perplexity_smoothed_fp", "quantized": "perplexity"}
-NLL: dict[Level, str] = {"fp": "nll_fp", "smoothed": "nll_smoothed_fp", "quantized": "nll"}  # columns of windows.csv
+METRIC: dict[Level, str] = {
+    "fp": "perplexity_fp",
+    "fp_no_prefix": "perplexity_fp_no_prefix",
+    "smoothed": "perplexity_smoothed_fp",
+    "quantized": "perplexity",
+}
+NLL = {level: metric.replace("perplexity", "nll") for level, metric in METRIC.items()}  # columns of windows.csv
 TABLE = "windows"
 
 
@@ -61,14 +67,15 @@ def score_windows(
     Args:
         model: The model, for its head.
         windows: Token windows (n, t).
-        hidden: Hidden states (n, t, d) by level: `fp`, and with a quantizer `smoothed` and `quantized`. A checkpoint
-            that was quantised before has `quantized` only.
+        hidden: Hidden states (n, t, d) by level: `fp`, and with a quantizer `smoothed` and `quantized`, and with a
+            prefix `fp_no_prefix`. A checkpoint that was quantised before has `quantized` only.
 
     Returns:
         A row for each window: its number `window`, the scored `tokens`, the mean negative log-likelihood at each level
-        in nats a token (`nll_fp`, `nll_smoothed_fp`, `nll`), `kl` (nats a token, original against quantised) and
-        `token_agreement` (share of positions with the same most likely token). Without a quantizer, `nll` is that of
-        full precision. Also the KL divergence of each token (n * (t - 1),), or None without a quantizer.
+        in nats a token (`nll_fp`, `nll_smoothed_fp`, `nll`, `nll_fp_no_prefix`), `kl` (nats a token, original against
+        quantised, both with the prefix) and `token_agreement` (share of positions with the same most likely token).
+        Without a quantizer, `nll` is that of full precision. Also the KL divergence of each token (n * (t - 1),), or
+        None without a quantizer.
     """
     rows, token_kl = [], []
     for number, window in enumerate(windows):

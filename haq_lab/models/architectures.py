@@ -136,6 +136,7 @@ class Family:
         moe: Names of the router and the experts. None for a dense model.
         head_norms: Names of the query and key norms between projection and rotary embedding. Empty for most models.
         renamed: Pairs of name parts: the part in checkpoints, and the part in our modules.
+        learned_positions: Name of the table of learned positions in the model. None with rotary embeddings.
     """
 
     model_type: str
@@ -146,6 +147,12 @@ class Family:
     moe: Moe | None = None
     head_norms: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    learned_positions: str | None = None
+
+    @property
+    def attention(self) -> str:
+        """Return the name of the attention module within a layer."""
+        return self.groups[0].consumers[0].rpartition(".")[0]
 
     def unsupported(self, config: Any) -> list[tuple[str, tuple[Any, ...]]]:
         """Return the entries of `requires` that a transformers config does not meet."""
@@ -209,6 +216,9 @@ _LLAMA_GROUPS = (*_attention("input_layernorm", "o_proj"), *_GATED_MLP)
 _RELU_MLP = Group("up", "fc1", ("fc2",))
 
 
+_OPT_POSITIONS = "model.decoder.embed_positions"
+
+
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
@@ -245,6 +255,7 @@ FAMILIES: tuple[Family, ...] = (
             ("layer_norm_elementwise_affine", (True,)),
             ("activation_function", ("relu",)),
         ),
+        learned_positions=_OPT_POSITIONS,
     ),
     # OPT-350M normalises after the residual sum. Its norms also feed the residual, so nothing can be folded into
     # them. Norms without weights cannot take a factor either.
@@ -254,6 +265,7 @@ FAMILIES: tuple[Family, ...] = (
         (*_attention(None, "out_proj"), Group("norm", None, ("fc1",)), _RELU_MLP),
         smoothquant_strength=0.5,
         requires=(("activation_function", ("relu",)),),
+        learned_positions=_OPT_POSITIONS,
     ),
     Family("llama", "model.layers", _LLAMA_GROUPS, smoothquant_strength=0.85),
     Family("mistral", "model.layers", _LLAMA_GROUPS, smoothquant_strength=0.8),

@@ -33,6 +33,9 @@ from haq_lab.models.architectures import Family, check_model_type, family_of
 from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
+from haq_lab.prefix.attention import IMPLEMENTATION, attach
+from haq_lab.prefix.contents import Prefix
+from haq_lab.prefix.positions import ShiftedPositions, number_padded_batches
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.hugging_face import quiet_transformers
 
@@ -76,12 +79,14 @@ class LayeredModel:
         depth: Number of decoder layers.
         shell: The transformers model with recorders in place of its layers.
         int8_head: The int8 head, or None.
+        prefix: The prefix that stands before every sequence, or None.
 
     Raises:
         UserError: The config is not supported, or the tensors outside the layers do not fit it.
     """
 
     quantized = False
+    prefix: Prefix | None = None
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, allow_nonfinite: bool = False):
         self._allow_nonfinite = allow_nonfinite
@@ -95,6 +100,7 @@ class LayeredModel:
         self._layer_class = self._find_layer_class()
         self.shell = self._build_shell()
         self.int8_head: Int8Linear | None = None
+        self._bare = self
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 
     @cached_property
@@ -223,7 +229,43 @@ class LayeredModel:
             layer.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
             raise UserError(f"model: layer {index} of {self.folder} does not fit its config: {error}.") from error
+        if self.prefix is not None and (states := self.prefix.states) is not None:
+            attach(layer.get_submodule(self.family.attention), states.keys[index], states.values[index])
         return layer.requires_grad_(False)
+
+    def with_prefix(self, prefix: Prefix) -> LayeredModel:
+        """Return the model with a prefix before every sequence. It shares everything else with this one.
+
+        The layers that it loads have the prefix's keys and values, and fewer positions are left for text.
+        """
+        twin = copy.copy(self)
+        twin._use_prefix(prefix)
+        return twin
+
+    def _use_prefix(self, prefix: Prefix) -> None:
+        self._bare, self.prefix, self._arguments = copy.copy(self), prefix, {}
+        for config in (self.config, self.shell.config):
+            config._attn_implementation = IMPLEMENTATION  # without the buffers of a prefix it is transformers' `sdpa`
+        number_padded_batches(self.shell.get_submodule(self.family.layers.rpartition(".")[0]))
+        self.shell = _shallow_copy(self.shell)
+        self.shell.config = copy.deepcopy(self.shell.config)
+        self.shell.config.max_position_embeddings = self.max_tokens  # `generate`, tasks and the server read it
+        if (name := self.family.learned_positions) is not None:
+            table = ShiftedPositions(self.shell.get_submodule(name), len(prefix))
+            self.shell = _with_submodule(self.shell, name, table)
+
+    def without_prefix(self) -> LayeredModel:
+        """Return the model without its prefix, which shares everything else. Layers that it loads have no prefix."""
+        return self._bare
+
+    def embed_at(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Return the hidden states (1, t, d) of tokens (1, t), and the keyword arguments of each layer for them.
+
+        Args:
+            tokens: Token ids.
+            positions: Their positions (1, t), which may be negative if the model has rotary embeddings.
+        """
+        return self._embed(tokens, positions), [recorder.arguments for recorder in self.recorders]
 
     def embed(self, windows: Tensor, allocate: Allocate = torch.empty) -> Tensor:
         """Return the hidden states (n, t, d) that the first decoder layer receives.
@@ -280,9 +322,9 @@ class LayeredModel:
             self._arguments = {length: [recorder.arguments for recorder in self.recorders]}
         return self._arguments[length]
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Run the shell without the head. The recorders then have the arguments of each layer."""
-        self.shell.base_model(tokens, use_cache=False)
+        self.shell.base_model(tokens, position_ids=positions, use_cache=False)
         return cast(Tensor, self.recorders[0].received)
 
     def batch_size(self, windows: Tensor) -> int:
@@ -291,15 +333,7 @@ class LayeredModel:
 
     def assemble(self, layers: list[nn.Module]) -> nn.Module:
         """Return the whole transformers model with the given decoder layers, for generation and latency."""
-        whole = self._with_int8_head()
-        parent: nn.Module = whole
-        *path, name = self.family.layers.split(".")
-        for part in path:
-            child = _shallow_copy(parent.get_submodule(part))
-            parent._modules[part] = child
-            parent = child
-        parent._modules[name] = nn.ModuleList(layers)
-        return whole
+        return _with_submodule(self._with_int8_head(), self.family.layers, nn.ModuleList(layers))
 
     def _with_int8_head(self) -> PreTrainedModel:
         """Return a shallow copy of the shell with the int8 head if there is one."""
@@ -310,14 +344,23 @@ class LayeredModel:
 
     @property
     def max_tokens(self) -> int:
-        """Return the largest number of positions that the model supports."""
-        return self.config.max_position_embeddings
+        """Return the largest number of tokens in a sequence, after the prefix."""
+        return self.config.max_position_embeddings - len(self.prefix or ())
 
 
 def _shallow_copy(module: M) -> M:
     """Return a copy that shares parameters and children. Replacing a child does not change the original."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
+    return twin
+
+
+def _with_submodule(module: M, name: str, submodule: nn.Module) -> M:
+    """Return a copy of a module that shares everything but the submodule `name`."""
+    first, _, rest = name.partition(".")
+    twin = _shallow_copy(module)
+    child = cast(nn.Module, module._modules[first])
+    twin._modules[first] = _with_submodule(child, rest, submodule) if rest else submodule
     return twin
 
 

@@ -8,7 +8,7 @@ because their code may read anything.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from haq_lab.config.build import Experiment
 from haq_lab.measure.base import Measure, Study
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.apply import LinearReport
+from haq_lab.quantizers.base import NO_PREFIX
 from haq_lab.quantizers.pass_result import PassResult
-from haq_lab.result_cache.keys import key_of, model_hash, tokens_hash
+from haq_lab.result_cache.keys import key_of, model_hash, of_prefix, tokens_hash
 from haq_lab.result_cache.store import Artifact, Store
 from haq_lab.routing.choices import Routing
 from haq_lab.utils.errors import UserError
@@ -65,12 +66,15 @@ class CachedPass:
         statistics: dict[str, Any] = {"calibration": None}
         if calibration is not None:
             statistics = {"calibration": tokens_hash(calibration), "policy": asdict(self.experiment.calibration.policy)}
-        quantizer, backend = _settings(self.experiment.quantizer), self.experiment.backend
-        return statistics | {
+        quantizer, backend = self.experiment.quantizer, self.experiment.backend
+        own = {
             "model": model_hash(self.model.folder),
-            "quantizer": quantizer,
+            "quantizer": _settings(
+                quantizer and replace(quantizer, prefix=NO_PREFIX)
+            ),  # its tokens count, not its name
             "backend": [backend.name, backend.device.type],
         }
+        return statistics | own | of_prefix(self.model)
 
     def find(self) -> PassResult | None:
         """Return the stored result of an equal pass, without hidden states. Return None if anything that this run

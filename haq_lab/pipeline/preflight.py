@@ -20,6 +20,7 @@ from haq_lab.calibration.calibrator import HESSIAN_BYTES
 from haq_lab.config.build import Experiment
 from haq_lab.models.architectures import family_of
 from haq_lab.models.sources import HubModel
+from haq_lab.quantizers.base import NO_PREFIX
 from haq_lab.storage.hidden_state_buffer import RAM_BYTES
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
@@ -223,7 +224,7 @@ def _disk_needs(files: list[tuple[Path, float]]) -> list[Need]:
 def _hidden_bytes(experiment: Experiment, size: Size) -> float:
     """Return the bytes of the hidden states of all levels, including those of calibration."""
     tokens = 0
-    levels = 1 if experiment.quantizer is None else 3
+    levels = 1 if experiment.quantizer is None else 3 + (experiment.quantizer.prefix != NO_PREFIX)
     if any(measure.evaluates for measure in experiment.measures.values()):
         tokens += levels * sum((data.windows or ALL_WINDOWS) * data.seqlen for data in experiment.data.values())
     if experiment.quantizer is not None and experiment.quantizer.needs.inputs:

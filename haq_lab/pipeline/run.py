@@ -31,10 +31,13 @@ from haq_lab.pipeline.assemble import Assembly
 from haq_lab.pipeline.cached_pass import CachedPass
 from haq_lab.pipeline.context import RunContext
 from haq_lab.pipeline.input_hashes import changed_inputs, input_hashes
+from haq_lab.pipeline.prefix import PrefixChoice, choose_prefix, stamp_prefix
 from haq_lab.pipeline.preflight import preflight
 from haq_lab.pipeline.record import write_record
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
+from haq_lab.quantizers.base import AUTO_PREFIX, NO_PREFIX
 from haq_lab.quantizers.pass_result import PassResult
+from haq_lab.result_cache.store import Store
 from haq_lab.results.show_run import show_results
 from haq_lab.tracking.run_folder import RunFolder
 from haq_lab.utils.console import Progress, say
@@ -106,8 +109,10 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
         model = _load_model(experiment, folder, progress)
         facts |= _describe_gpu(experiment.backend, model)
         evaluation, calibration = _load_texts(experiment, model)
-        prompts = _load_prompts(experiment, model)
         store = experiment.result_cache.open()
+        prefix = _choose_prefix(experiment, model, evaluation, calibration, store, folder, progress)
+        model = prefix.model
+        prompts = _load_prompts(experiment, model)
         with Assembly(experiment, model, folder, evaluation, calibration, store) as assembly:
             inputs = _pass_inputs(experiment, model, evaluation, calibration)
             cached = CachedPass(store, experiment, model, inputs.calibration, inputs.evaluation, assembly.deploys)
@@ -129,6 +134,8 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
             metrics = _measure(experiment, study, cached)
             metrics |= assembly.metrics() | assembly.simulated(facts["hardware"])
             metrics |= {f"time.stages_{action}_s": seconds for action, seconds in store.clock.seconds.items()}
+    if prefix.report is not None:
+        facts["prefix"] = prefix.report
     facts |= assembly.facts() | {"reused": [f"{count} x {stage}" for stage, count in store.reused.items()]}
     if own := declared_metrics(experiment.measures.values()):
         facts["own_metrics"] = own
@@ -153,6 +160,28 @@ def _load_model(experiment: Experiment, folder: RunFolder, progress: Progress) -
     return model
 
 
+def _choose_prefix(
+    experiment: Experiment,
+    model: LayeredModel,
+    evaluation: dict[str, Windows],
+    calibration: Windows | None,
+    store: Store,
+    folder: RunFolder,
+    progress: Progress,
+) -> PrefixChoice:
+    """Put the prefix before the model that `quantizer.prefix` names or searches, and add it to the stamps."""
+    texts = {f"data.{name}.seqlen": windows for name, windows in evaluation.items()}
+    if calibration is not None:
+        texts["calibration.seqlen"] = calibration
+    if experiment.quantizer is not None and experiment.quantizer.prefix != NO_PREFIX:
+        progress.stage("prefix")
+    prefix = choose_prefix(experiment.quantizer, model, texts, calibration, store)
+    stamp_prefix(prefix.model, texts.values())
+    if prefix.event is not None:
+        folder.event("prefix", **prefix.event)
+    return prefix
+
+
 def _describe_gpu(backend: Backend, model: LayeredModel) -> dict[str, Any]:
     """Return the record of the GPU that runs a model. Empty without a GPU."""
     if (gpu := backend.describe_gpu()) is None:
@@ -165,11 +194,13 @@ def _describe_gpu(backend: Backend, model: LayeredModel) -> dict[str, Any]:
 def _pass_inputs(
     experiment: Experiment, model: LayeredModel, evaluation: dict[str, Windows], calibration: Windows | None
 ) -> PassInputs:
+    quantizer = experiment.quantizer
+    reads = calibration is not None and quantizer is not None and quantizer.needs.inputs  # not only for the prefix
     return PassInputs(
         model,
-        experiment.quantizer,
+        quantizer,
         experiment.backend,
-        None if calibration is None else calibration.tokens,
+        calibration.tokens if reads and calibration is not None else None,
         experiment.calibration.policy,
         {name: windows.tokens for name, windows in evaluation.items()},
     )
@@ -228,7 +259,10 @@ def search_metric(name: str | None, metrics: dict[str, float | None]) -> float |
 
 
 def _load_texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, Windows], Windows | None]:
-    """Load evaluation windows by dataset, and calibration windows if the quantizer needs them. Refuse an overlap."""
+    """Load evaluation windows by dataset, and calibration windows if the quantizer or its prefix needs them.
+
+    An overlap of the two is refused.
+    """
     tokenizer = model.tokenizer()
     evaluation = {}
     if any(measure.evaluates for measure in experiment.measures.values()):
@@ -236,7 +270,8 @@ def _load_texts(experiment: Experiment, model: LayeredModel) -> tuple[dict[str, 
             _refuse_too_long(f"data.{name}.seqlen", data.seqlen, model)
             evaluation[name] = data.load(tokenizer)
     calibration = None
-    if experiment.quantizer is not None and experiment.quantizer.needs.inputs:
+    quantizer = experiment.quantizer
+    if quantizer is not None and (quantizer.needs.inputs or quantizer.prefix == AUTO_PREFIX):
         _refuse_too_long("calibration.seqlen", experiment.calibration.seqlen, model)
         calibration = experiment.calibration.load(tokenizer)
         check_overlap(calibration, evaluation, experiment.calibration.overlap)
@@ -247,7 +282,9 @@ def _load_prompts(experiment: Experiment, model: LayeredModel) -> dict[str, Wind
     """Load the prompts of each measure that runs prompts, by the name of the measure."""
     texts = PromptTexts(experiment.data, experiment.calibration)
     measures = experiment.measures.items()
-    return {name: one.load_prompts(model, texts) for name, one in measures if isinstance(one, PromptedMeasure)}
+    prompts = {name: one.load_prompts(model, texts) for name, one in measures if isinstance(one, PromptedMeasure)}
+    stamp_prefix(model, prompts.values())
+    return prompts
 
 
 def _refuse_too_long(setting: str, seqlen: int, model: LayeredModel) -> None:

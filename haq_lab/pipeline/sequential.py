@@ -2,7 +2,7 @@
 
 The pass reads each layer once. It runs the calibration windows through the layer once and the evaluation windows up
 to three times: with the original, the smoothed and the quantised weights. So it measures all three perplexities, even
-of a model that does not fit in memory.
+of a model that does not fit in memory. All of them are behind the model's prefix, if it has one.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def sequential_pass(
     for index in range(first, model.depth):
         with clock.stage("load"):
             layer = model.load_layer(index)
-        evaluate(evaluation.first, layer, index)
+        for level in evaluation.as_it_is:
+            evaluate(level, layer, index)
         if quantizer is not None:
             assert calibrator is not None
             smoothed = _copy_sharing_weights(layer) if inputs.evaluation else None  # for the level `smoothed`

@@ -10,7 +10,7 @@ from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from haq_lab.quantizers.grid import round_to_nearest, weight_scale
 from haq_lab.quantizers.smoothing import ChannelMap
 from haq_lab.utils.errors import UserError
 
+NO_PREFIX, AUTO_PREFIX = "none", "auto"
 COLUMNS = 128  # columns of a Hessian that are multiplied at once
 
 
@@ -76,6 +77,17 @@ class Solution:
         )
 
 
+def _check_prefix(value: Any) -> Any:
+    """Return a valid `prefix`, with typed `\\n` and `\\t` as a newline and a tab."""
+    if value is None:
+        return NO_PREFIX
+    if isinstance(value, str) and value:
+        return value.replace("\\n", "\n").replace("\\t", "\t")
+    if isinstance(value, list | tuple) and value and all(type(token) is int for token in value):
+        return tuple(value)
+    raise ValueError("Write none, auto, a text that is not empty, or a list of token ids such as [198]")
+
+
 @dataclass(frozen=True)
 class Quantizer:
     """Round weights to nearest, use a fixed activation scheme, and do not smooth.
@@ -93,6 +105,8 @@ class Quantizer:
             `block` (blocks of at most `rotation_block` channels), or `full` (the largest blocks that fit).
         rotation_block: Largest block of `rotation=block`. A linear uses the largest power of two that divides its
             width, up to this number.
+        prefix: Tokens before every sequence (`haq_lab.prefix`): `none`, a text, token ids, or `auto`, which looks for
+            those that lower the predicted error most.
 
     Example:
         >>> RTN(activations="token", weight_bits=8)  # doctest: +SKIP
@@ -104,6 +118,7 @@ class Quantizer:
     lm_head: bool = False
     rotation: Literal["none", "block", "full"] = "none"
     rotation_block: Annotated[int, Field(ge=2)] = 128
+    prefix: Annotated[str | tuple[int, ...], BeforeValidator(_check_prefix)] = NO_PREFIX
 
     def __post_init__(self) -> None:
         if self.group != "none" and self.weight_bits == 8:

@@ -12,7 +12,7 @@ from haq_lab.quantizers.apply import LinearReport
 from haq_lab.routing.choices import Routing
 from haq_lab.utils.timer import Stopwatch
 
-Level = Literal["fp", "smoothed", "quantized"]
+Level = Literal["fp", "fp_no_prefix", "smoothed", "quantized"]
 
 
 @dataclass

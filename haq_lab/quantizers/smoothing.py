@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.models.architectures import Group
+from haq_lab.prefix.attention import prefix_values
 
 FLOOR = 1e-5  # avoids a factor of 0 for a dead channel or a column of zeros
 
@@ -59,7 +60,7 @@ def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: Channe
     """Divide the source of a group by the factor and multiply the columns of its readers by it, in place.
 
     A source that is already an int8 linear is divided through its weight scales. This is exact, because no rows share a
-    scale.
+    scale. The values of a prefix are outputs of the value projection, so they are divided with it.
 
     Args:
         layers: The same layer in several states (as smoothed, as quantised). A tensor that they share is scaled once.
@@ -77,6 +78,10 @@ def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: Channe
         weight.div_(rows if weight.dim() == 1 else rows[:, None])
     for bias in _distinct([getattr(source, "bias", None) for source in sources]):
         bias.div_(rows)
+    if group.kind == "value":
+        attention = group.source.rpartition(".")[0]
+        for values in _distinct([prefix_values(layer.get_submodule(attention)) for layer in layers]):
+            values.div_(rows.view(values.shape[1], 1, values.shape[3]))
     for weight in _distinct([_weight(layer, name) for layer in layers for name in group.readers]):
         weight.mul_(factor)
 

@@ -38,8 +38,13 @@ def key_of(stage: str, modules: tuple[str, ...], **depends: Any) -> str:
 
 
 def of_text(model: LayeredModel, windows: Tensor) -> dict[str, Any]:
-    """Return the part of a key that identifies a full-precision model and its token windows (n, t)."""
-    return {"model": model_hash(model.folder), "tokens": tokens_hash(windows)}
+    """Return the part of a key that identifies a full-precision model, its prefix and its token windows (n, t)."""
+    return {"model": model_hash(model.folder), "tokens": tokens_hash(windows)} | of_prefix(model)
+
+
+def of_prefix(model: LayeredModel) -> dict[str, Any]:
+    """Return the part of a key that identifies a prefix. Empty without one, so the key is that of a plain model."""
+    return {} if model.prefix is None else {"prefix": list(model.prefix.tokens)}
 
 
 def about(model: LayeredModel, windows: Tensor) -> str:

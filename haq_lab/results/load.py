@@ -183,8 +183,9 @@ def show(runs: pd.DataFrame) -> None:
     print_table(table)
     for _, run in runs.iterrows():
         say(f"{run['name']}: {run['folder']}" + (f"\n    failed: {run['error']}" if run["status"] == "failed" else ""))
-        if not pd.isna(limitation := run.get("offload_limitation")):
-            say(f"    {limitation}")
+        for line in ("prefix", "offload_limitation"):
+            if not pd.isna(text := run.get(line)):
+                say(f"    {text}")
         if run.get("prompts") == RANDOM_PROMPTS:
             say("    Latency and expert metrics were measured with random prompts.")
 

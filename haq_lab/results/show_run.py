@@ -17,7 +17,7 @@ OWN_METRICS = TypeAdapter(dict[str, Metric])
 
 
 def show_results(results: dict[str, Any], folder: Path) -> None:
-    """Print a table of the metrics of a finished run, its limitation if it has one, and its folder.
+    """Print a table of the metrics of a finished run, its prefix and its limitation if it has any, and its folder.
 
     Args:
         results: Content of the run's `results.json`.
@@ -41,8 +41,9 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
             note = f"  (± {format_metric(name, error, declared)})"
         table.add_row(name, format_metric(name, value, declared) + note)
     print_table(table)
-    if limitation := run.get("offload_limitation"):
-        say(limitation)
+    for line in ("prefix", "offload_limitation"):
+        if line in run:
+            say(run[line])
     say(f"run folder: {folder}")
 
 

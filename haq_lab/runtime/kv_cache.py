@@ -19,23 +19,29 @@ class KVCache(DynamicLayer):
     Padding is not stored. Transformers counts it as positions, so `length` includes it. The capacity doubles when it
     is used up, so most decode steps copy and allocate nothing. kernels/cpu/decoder.h describes the layout.
 
+    A prefix is stored before the tokens of every sequence. Transformers does not count it, so `length` does not
+    include it.
+
     Args:
         layers: Number of decoder layers. 1 if each layer may overwrite the keys and values of the layer before it.
         heads: Key-value heads of a layer.
         head_dim: Width of a head.
+        prefix: Keys and values of a prefix, each (layers, heads, p, head_dim), or None.
 
     Attributes:
         length: Number of positions, including padding.
         tokens: Which positions are tokens and not padding, bool (b, length). None if there is no padding.
-        stored: Number of tokens of each sequence. Empty if the cache is new.
+        stored: Number of tokens of each sequence, with the prefix. Empty if the cache is new.
         capacity: Number of tokens of a sequence that fit.
         panels: Keys, float32 (layers, b, heads, capacity / 32, head_dim, 32).
         rows: Values, float32 (layers, b, heads, capacity, head_dim rounded up to a multiple of 32).
     """
 
-    def __init__(self, layers: int, heads: int, head_dim: int):
+    def __init__(self, layers: int, heads: int, head_dim: int, prefix: tuple[Tensor, Tensor] | None = None):
         super().__init__()
         self._shape = layers, heads, head_dim
+        self._prefix = prefix
+        self._before = 0 if prefix is None else prefix[0].shape[2]
         self.reset()
 
     def reset(self) -> None:
@@ -51,7 +57,7 @@ class KVCache(DynamicLayer):
         """Enlarge the capacity so that `more[i]` tokens can be added to sequence i. A new cache gets `len(more)`."""
         is_new = not self.stored
         if is_new:
-            self.stored = [0] * len(more)
+            self.stored = [self._before] * len(more)
         needed = max(stored + new for stored, new in zip(self.stored, more, strict=True))
         if needed <= self.capacity and not is_new:
             return
@@ -63,6 +69,14 @@ class KVCache(DynamicLayer):
         if self.capacity:
             panels[:, :, :, : self.capacity // PANEL], rows[:, :, :, : self.capacity] = self.panels, self.rows
         self.panels, self.rows, self.capacity = panels, rows, capacity
+        if is_new and self._prefix is not None:
+            self._write_prefix(*self._prefix)
+
+    def _write_prefix(self, keys: Tensor, values: Tensor) -> None:
+        """Write the keys and values (layers, heads, p, head_dim) of a prefix before the tokens of every sequence."""
+        self.rows[:, :, :, : self._before, : values.shape[-1]] = values[:, None]
+        for position, key in enumerate(keys.unbind(dim=2)):
+            self.panels[:, :, :, position // PANEL, :, position % PANEL] = key[:, None]
 
     def extend(self, positions: int, more: Sequence[int], tokens: Tensor | None) -> None:
         """Count new positions, whose keys and values the kernels have written.
@@ -87,10 +101,10 @@ class KVCache(DynamicLayer):
             return
         self.length -= removed
         if self.tokens is None:
-            self.stored = [self.length] * len(self.stored)
+            self.stored = [self._before + self.length] * len(self.stored)
         else:
             self.tokens = self.tokens[:, : self.length]
-            self.stored = self.tokens.sum(1).tolist()
+            self.stored = (self._before + self.tokens.sum(1)).tolist()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the sequences by those with the given indices, as beam search does."""
@@ -111,7 +125,8 @@ class KVCache(DynamicLayer):
     def to_dynamic_layers(self) -> list[DynamicLayer]:
         """Convert to transformers' own cache layers, one per decoder layer, for code that the kernels do not cover.
 
-        Keys and values of padding are zeros. No query attends to them.
+        Keys and values of padding are zeros. No query attends to them. The prefix is left out, because the layers have
+        it themselves.
         """
         layers = []
         for panels, rows in zip(self.panels, self.rows, strict=True):
@@ -125,10 +140,10 @@ class KVCache(DynamicLayer):
     def _with_padding(self, x: Tensor) -> Tensor:
         """Put the stored tokens (b, heads, capacity, head_dim) at their positions, (b, heads, length, head_dim)."""
         if self.tokens is None:
-            return x[:, :, : self.length].contiguous()
+            return x[:, :, self._before : self._before + self.length].contiguous()
         padded = x.new_zeros(*x.shape[:2], self.length, x.shape[-1])
         for sequence, tokens in enumerate(self.tokens):
-            padded[sequence, :, tokens] = x[sequence, :, : self.stored[sequence]]
+            padded[sequence, :, tokens] = x[sequence, :, self._before : self.stored[sequence]]
         return padded
 
 

@@ -13,6 +13,8 @@ that differs is not replaced.
 Padding is removed before the call, so batches with left or right padding run natively, and a sequence has the same bits
 alone and in a batch (`padding`).
 
+A prefix (`haq_lab.prefix`) is the beginning of every KV cache. Its keys and values are those of the layers.
+
 A Mixture of Experts is part of the call if all its experts are in memory and use SwiGLU. Otherwise only the attention
 half is native, and the router and experts run as modules (`MoeStack`).
 """
@@ -31,6 +33,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from haq_lab.int8.cpu import library
 from haq_lab.models.int8_experts import Int8Experts
+from haq_lab.prefix.attention import attached
 from haq_lab.runtime.kv_cache import KVCache
 from haq_lab.runtime.layer_parts import LayerParts, SequenceParts
 from haq_lab.runtime.padding import UnsupportedCallError, find_tokens
@@ -65,6 +68,11 @@ class NativeStack(nn.Module):
         self._parts = (LayerParts * len(parts))(*parts)
         self._experts = [module for layer in layers for module in layer.modules() if isinstance(module, Int8Experts)]
         self._logged: set[str] = set()
+        prefixes = [prefix for layer in layers if (prefix := attached(layer)) is not None]
+        self._prefix: tuple[Tensor, Tensor] | None = None
+        if prefixes:
+            keys, values = zip(*prefixes, strict=True)
+            self._prefix = torch.stack(keys), torch.stack(values)
 
     def forward(
         self,
@@ -89,7 +97,7 @@ class NativeStack(nn.Module):
         Raises:
             UserError: The attention mask shows a position that was padding in an earlier call.
         """
-        kv = KVCache(1, self.kv_heads, self.head_dim) if cache is None else self._kv_in(cache)
+        kv = self._scratch() if cache is None else self._kv_in(cache)
         if not self._experts_replaced():
             try:
                 positions, own = _check_call(hidden, position_embeddings, kv)
@@ -116,8 +124,12 @@ class NativeStack(nn.Module):
         return any("forward" in vars(experts) for experts in self._experts)
 
     def new_cache(self) -> KVCache:
-        """Return an empty KV cache for these layers."""
-        return KVCache(len(self.layers), self.kv_heads, self.head_dim)
+        """Return a KV cache for these layers, without tokens."""
+        return KVCache(len(self.layers), self.kv_heads, self.head_dim, self._prefix)
+
+    def _scratch(self) -> KVCache:
+        """Return a KV cache for one call. Its layers share their memory, unless each has its own prefix."""
+        return KVCache(1, self.kv_heads, self.head_dim) if self._prefix is None else self.new_cache()
 
     def _kv_in(self, cache: Cache) -> KVCache | None:
         """Return this stack's KVCache in a model's cache, added if the cache is new. None if it has another kind."""

@@ -30,8 +30,8 @@ def export(folder: Path, target: Path, engine: str = "transformers") -> None:
         engine: A key of `ENGINES`. `transformers` and `vllm` read compressed-tensors, `gguf` is for llama.cpp.
 
     Raises:
-        UserError: The checkpoint is damaged or has rotated inputs, the engine cannot run it, or `target` already
-            exists.
+        UserError: The checkpoint is damaged, rotates inputs or has a prefix, the engine cannot run it, or `target`
+            already exists.
 
     Example:
         >>> export(Path("checkpoints/smol"), Path("smol.gguf"), "gguf")
@@ -45,5 +45,10 @@ def export(folder: Path, target: Path, engine: str = "transformers") -> None:
         raise UserError(
             f"export: '{folder}' rotates the inputs of its linears, which no other engine does. "
             "Quantise the model with quantizer.rotation=none."
+        )
+    if model.prefix is not None:
+        raise UserError(
+            f"export: '{folder}' has the prefix {model.prefix.text!r}, which other engines do not support. "
+            "Quantise the model again with quantizer.prefix=none."
         )
     ENGINES[engine](model, target)
