@@ -60,7 +60,8 @@ class HAQ(Quantizer):
         smoothing_strength: Smoothing strength if `adaptive` is false.
         fold: Modules that smoothing may be folded into: `norm`, `value` (for the output projection), `up` (for the down
             projection).
-        scale_search: Whether to choose each row's scale by its Hessian-weighted error. If false, it is max|w| / qmax.
+        scale_search: Whether to choose each scale of the weights by its Hessian-weighted error. If false, it is
+            max|w| / qmax. If None, the scales of 4-bit weights are searched, because 8 bits gain nothing.
         act_order: Whether to solve the columns in the order of falling diag(H').
         asymmetric_calibration: Whether to solve the weights for the quantised model's own input.
         dampening_frac: Dampening: the share of mean(diag H') that is added to the diagonal.
@@ -80,7 +81,7 @@ class HAQ(Quantizer):
     adaptive: bool = True
     smoothing_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
     fold: tuple[FoldKind, ...] = ("norm", "value", "up")
-    scale_search: bool = False
+    scale_search: bool | None = None
     act_order: bool = True
     asymmetric_calibration: bool = False
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
@@ -170,7 +171,7 @@ class HAQ(Quantizer):
         factor = factorize(hessian, self.dampening_frac, self.act_order)
         if factor is None:
             return self._fallback(weight)
-        if self.scale_search:
+        if self.weight_format.bits == 4 if self.scale_search is None else self.scale_search:
             scale = searched_scale(target, factor.conditional_variance(), self.weight_format)
         else:
             scale = weight_scale(target, self.weight_format)
