@@ -101,12 +101,12 @@ class Quantizer:
         group: Consecutive columns of a 4-bit weight that share a scale: 128, 64 or 32. `none` means one scale a row.
         lm_head: Whether to quantise the LM head too. Whatever the other settings are, it gets 8 bits, rounding to
             nearest and token-dynamic activations, because calibration does not reach it.
+        prefix: Tokens before every sequence (`haq_lab.prefix`): `none`, a text, token ids, or `auto`, which looks for
+            those that lower the predicted error most.
         rotation: Hadamard rotation of each linear's input before it is quantised (QuaRot, arXiv 2404.00456): `none`,
             `block` (blocks of at most `rotation_block` channels), or `full` (the largest blocks that fit).
         rotation_block: Largest block of `rotation=block`. A linear uses the largest power of two that divides its
             width, up to this number.
-        prefix: Tokens before every sequence (`haq_lab.prefix`): `none`, a text, token ids, or `auto`, which looks for
-            those that lower the predicted error most.
 
     Example:
         >>> RTN(activations="token", weight_bits=8)  # doctest: +SKIP
@@ -116,9 +116,9 @@ class Quantizer:
     weight_bits: Literal[8, 4] = 8
     group: Literal[128, 64, 32, "none"] = "none"
     lm_head: bool = False
+    prefix: Annotated[str | tuple[int, ...], BeforeValidator(_check_prefix)] = NO_PREFIX
     rotation: Literal["none", "block", "full"] = "none"
     rotation_block: Annotated[int, Field(ge=2)] = 128
-    prefix: Annotated[str | tuple[int, ...], BeforeValidator(_check_prefix)] = NO_PREFIX
 
     def __post_init__(self) -> None:
         if self.group != "none" and self.weight_bits == 8:

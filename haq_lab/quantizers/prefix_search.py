@@ -23,7 +23,7 @@ from haq_lab.calibration.sensitivity import LayerSensitivity
 from haq_lab.calibration.statistics import Accumulator, Needs
 from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.quantizers.haq.noise import COARSE, StaticNoise, dynamic_noise
+from haq_lab.quantizers.haq.noise import COARSE, best_static_scale, dynamic_noise
 
 RATIO = 64  # PrefixQuant's threshold: largest magnitude of an outlier token over the median token's
 WINDOWS, LENGTH = 4, 512  # calibration windows that the search reads, and the most tokens of each
@@ -140,5 +140,5 @@ def _error(seen: Accumulator, scheme: ActivationScheme, cost: Tensor) -> float:
     statistics = seen.finish()
     if scheme == "static":
         every = COARSE if seen.count > ENOUGH else 1  # an expert may have one token
-        return StaticNoise(statistics, every).best_scale(torch.ones(len(cost)), cost)[1] / 2
+        return best_static_scale(statistics, cost, every)[1] / 2
     return float(dynamic_noise(statistics, scheme == "token") @ cost) / 2

@@ -41,14 +41,14 @@ def export(folder: Path, target: Path, engine: str = "transformers") -> None:
     if target.exists():
         raise UserError(f"export: '{target}' already exists. Choose a new path.")
     model = QuantizedModel(folder, ReferenceBackend())
-    if model.manifest.rotated:
-        raise UserError(
-            f"export: '{folder}' rotates the inputs of its linears, which no other engine does. "
-            "Quantise the model with quantizer.rotation=none."
-        )
     if model.prefix is not None:
         raise UserError(
             f"export: '{folder}' has the prefix {model.prefix.text!r}, which other engines do not support. "
             "Quantise the model again with quantizer.prefix=none."
+        )
+    if model.manifest.rotated:
+        raise UserError(
+            f"export: '{folder}' rotates the inputs of its linears, which no other engine does. "
+            "Quantise the model with quantizer.rotation=none."
         )
     ENGINES[engine](model, target)

@@ -53,7 +53,7 @@ def static_noise(statistics: InputStatistics, scale: Tensor, every: int = 1) -> 
     return weight @ _squared_error(sample, scale)
 
 
-def best_static_scale(statistics: InputStatistics, cost: Tensor) -> tuple[Tensor, float]:
+def best_static_scale(statistics: InputStatistics, cost: Tensor, every: int = COARSE) -> tuple[Tensor, float]:
     """Search the static scale with the smallest error.
 
     With n calibration tokens, one new token in n exceeds the largest value of a channel. If hundreds of channels have
@@ -63,6 +63,7 @@ def best_static_scale(statistics: InputStatistics, cost: Tensor) -> tuple[Tensor
     Args:
         statistics: Statistics of the input, with sampled rows.
         cost: (k,) cost of a squared error in each channel.
+        every: Use one in this many sampled rows.
 
     Returns:
         The scale, a scalar, and its error.
@@ -72,7 +73,7 @@ def best_static_scale(statistics: InputStatistics, cost: Tensor) -> tuple[Tensor
     covering = scale_of(statistics.channel_max.amax())
     scales = [covering * clip for clip in CLIPS]
     errors = [
-        float(((1 - unseen) * static_noise(statistics, scale, COARSE) + unseen * _squared_error(beyond, scale)) @ cost)
+        float(((1 - unseen) * static_noise(statistics, scale, every) + unseen * _squared_error(beyond, scale)) @ cost)
         for scale in scales
     ]
     best = errors.index(min(errors))
