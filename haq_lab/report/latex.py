@@ -7,6 +7,7 @@ import re
 from haq_lab.report.tables import Cell, Table
 
 SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+SPECIAL["±"] = r"\textpm{}"
 SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}  # other characters in TeX's own fonts
 SPECIAL |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
 
@@ -43,4 +44,4 @@ def _cell(cell: Cell) -> str:
 
 def escaped(text: str) -> str:
     """Escape a text, so that LaTeX prints each of its characters."""
-    return re.sub(r"[\\~^&%$#_{}<>|]", lambda match: SPECIAL[match.group()], text)
+    return re.sub(r"[\\~^&%$#_{}<>|±]", lambda match: SPECIAL[match.group()], text)

@@ -6,6 +6,7 @@ Each function returns a `Chart`, or the reason why there is none.
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,11 @@ def perplexity(collection: Collection) -> Chart | str:
             variants[f"{model}, {dataset}"] = _bars(runs, dataset)
     if not variants:
         return "No finished run of a quantised model has a perplexity (measure=[perplexity])."
-    return Chart("Perplexity by method", "Change of perplexity from the full precision of the same run.", variants)
+    return Chart(
+        "Perplexity by method",
+        "Change of perplexity from the full precision of the same run. Whiskers: 95 % interval over the windows.",
+        variants,
+    )
 
 
 def _bars(runs: pd.DataFrame, dataset: str) -> go.Figure:
@@ -45,11 +50,22 @@ def _bars(runs: pd.DataFrame, dataset: str) -> go.Figure:
         orientation="h",
         text=runs[f"change_percent.{dataset}"].map("{:+.2f} %".format),
         textposition="auto",
+        error_x=_whiskers(runs, dataset),
         customdata=runs[["label", f"perplexity.{dataset}", f"perplexity_fp.{dataset}"]],
         hovertemplate="%{customdata[0]}<br>%{customdata[1]:.4f}, full precision %{customdata[2]:.4f}<extra></extra>",
     )
     figure.update_yaxes(autorange="reversed", type="category")  # a name such as 5GB is not a number
     return axes(figure, "change from full precision, %", "")
+
+
+def _whiskers(runs: pd.DataFrame, dataset: str) -> dict[str, Any] | None:
+    """Return the 95 % intervals of the changes of perplexity, as plotly's error bars. None if no run has one."""
+    ends = [f"dlnppl.{dataset}.{end}" for end in ("low", "high")]
+    if not set(ends) <= set(runs):
+        return None
+    low, high = (np.expm1(runs[end].astype(float)) * 100 for end in ends)
+    change = runs[f"change_percent.{dataset}"]
+    return {"type": "data", "symmetric": False, "array": high - change, "arrayminus": change - low}
 
 
 def layers(collection: Collection) -> Chart | str:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from haq_lab.measure.metrics import UNQUANTISED, Metric, find_metric, table_columns
 from haq_lab.report.collect import Collection
+from haq_lab.report.verdicts import best_runs, verdict
 from haq_lab.results.load import RANDOM_PROMPTS, evaluated_texts
 from haq_lab.results.published import beside, figures_of
 from haq_lab.utils.console import format_change
@@ -19,7 +20,8 @@ STAMP = (
     *("split", "join", "level", "text_sha256"),
 )
 NOTE = (
-    "Bold: the best of the quantised runs. ±: standard error over the windows. Differences in %: perplexity from the "
+    "Bold: the best of the quantised runs, with those that are equal within noise. ±: standard error over the windows. "
+    "Differences in %: perplexity from the "
     "full precision of the same run, weights from the whole model in fp16, latency and task scores from the table's "
     "unquantised run if it has exactly one. Peak RAM is not compared, because only some runs quantise, and "
     "quantization needs memory too."
@@ -84,7 +86,7 @@ def _result_table(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) -
         [str(name) for name in runs if runs[name].notna().any() or f"null.{name}" in runs], declared
     )
     baseline, contenders = runs[~runs["quantized"]], runs[runs["quantized"]]
-    best = {name: _best(contenders[name], metric) for name, metric in measured.items()}
+    best = {name: best_runs(contenders, name, metric) for name, metric in measured.items()}
     rows = []
     for _, run in runs.iterrows():
         prompts = "random prompts" if run.get("prompts") == RANDOM_PROMPTS else ""
@@ -94,11 +96,11 @@ def _result_table(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) -
             if pd.isna(value):
                 row.append(_empty_cell(run.get(f"null.{name}")))
                 continue
-            shown = metric.format(value)
-            is_best = bool(run["quantized"]) and shown == best[name]
-            row.append(Cell(shown, is_best, _difference(name, metric, run, baseline)))
+            row.append(Cell(metric.format(value), run["name"] in best[name], _difference(name, metric, run, baseline)))
         rows.append(row)
-    note = " ".join([NOTE, *_limitations(runs)])
+    texts = [name.partition(".")[2] for name in measured if name.startswith("kl.")]
+    verdicts = filter(None, (verdict(contenders, text) for text in texts))
+    note = " ".join([*verdicts, NOTE, *_limitations(runs)])
     return Table(title, ["run", *(metric.head for metric in measured.values())], rows, len(measured), note)
 
 
@@ -112,17 +114,6 @@ def _limitations(runs: pd.DataFrame) -> list[str]:
         return []
     limited = runs[runs["offload_limitation"].notna()]
     return [f"{_name_in_table(run)}: {run['offload_limitation'].rstrip('.')}." for _, run in limited.iterrows()]
-
-
-def _best(values: pd.Series, metric: Metric) -> str | None:
-    """Return the best value as it is shown, so that values that look alike are all marked.
-
-    None if neither direction is better, or if all values look alike.
-    """
-    values = values.dropna()
-    if not metric.direction or values.map(metric.format).nunique() < 2:
-        return None
-    return metric.format(values.min() if metric.direction == "lower" else values.max())
 
 
 def _empty_cell(reason: Any) -> Cell:

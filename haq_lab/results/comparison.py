@@ -72,6 +72,28 @@ def compare_all(groups: Mapping[str, Sequence[Path | str]]) -> pd.DataFrame:
     return _corrected(rows)
 
 
+def compare_with(
+    first: tuple[str, Sequence[Path | str]],
+    others: Mapping[str, Sequence[Path | str]],
+    text: str,
+    metric: str,
+) -> pd.DataFrame:
+    """Compare one group of runs with each of the others on one text, by one metric, as `compare` does.
+
+    Args:
+        first: Name and run folders of the group.
+        others: Run folders of the other groups, by name.
+        text: Name of the text.
+        metric: `kl` or `nll`.
+
+    Raises:
+        UserError: A run has no windows, or the groups were not evaluated on the same windows.
+    """
+    name, folders = first
+    rows = [row for other, own in others.items() for row in _rows(folders, own, (name, other))]
+    return _corrected([row for row in rows if row["data"] == text and row["metric"] == metric])
+
+
 def _rows(first: Sequence[Path | str], second: Sequence[Path | str], names: tuple[str, str]) -> list[dict[str, Any]]:
     folders = [Path(folder) for folder in (*first, *second)]
     tables = [_table(folder) for folder in folders]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from haq_lab.offload.engine.cost_feedback import CostFeedback
 from haq_lab.offload.engine.engine import Engine
 from haq_lab.offload.policies.path_model import fit_path_model
 from haq_lab.offload.policies.placement import PLACEMENTS, place
-from haq_lab.offload.policies.policy import make_policy
+from haq_lab.offload.policies.policy import Visit, make_policy
 from haq_lab.offload.policies.prefetch import NextGate, NextOnPath
 from haq_lab.offload.tiers.cuda_streams import Streams
 from haq_lab.offload.tiers.disk import ExpertFile, ExpertFileWriter, ReadError, expert_tensors, layout
@@ -211,3 +213,11 @@ def test_a_deployed_model_served_from_a_file_has_the_bits_of_one_in_memory(tmp_p
             engine.check()
         finally:
             engine.close()
+
+
+def test_only_experts_guessed_for_this_layer_count_as_hits_in_the_prediction():
+    """Experts 1 and 3 are missing in layer 2. Expert 1 was prefetched for it, and expert 3 for another layer."""
+    engine = SimpleNamespace(feedback=Mock(), _guessed={(2, 1): None, (1, 3): None})
+    visit = Visit(wanted=[0, 1, 3, 4], missing=[1, 3, 4], in_place=[4], replaces={})
+    Engine._predict(engine, 2, np.array([5, 6, 7, 8, 9]), visit)
+    engine.feedback.predict.assert_called_once_with({0: 5, 1: 6}, {3: 8}, {4: 9})

@@ -1,0 +1,65 @@
+"""Say which runs of a table are the best beyond noise, from the values of their windows."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from haq_lab.measure.metrics import Metric
+from haq_lab.results.comparison import compare_with
+from haq_lab.utils.errors import UserError
+
+COLUMNS = {"perplexity": "nll", "kl": "kl"}  # metrics by text, and the columns of windows.csv that they average
+
+
+def best_runs(runs: pd.DataFrame, name: str, metric: Metric) -> set[str]:
+    """Return the names of the runs whose value of a metric is the best, with those that cannot be told from it.
+
+    Perplexity and KL are compared by paired windows. Other metrics tie if they look alike.
+
+    Args:
+        runs: Quantised runs on the same windows.
+        name: Name of the metric.
+        metric: How it is shown.
+
+    Returns:
+        The names. Empty if neither direction is better, or if no run is worse than another.
+    """
+    values = runs.set_index("name")[name].dropna()
+    if not metric.direction or values.empty:
+        return set()
+    first = str(values.idxmin() if metric.direction == "lower" else values.idxmax())
+    kind, _, text = name.partition(".")
+    worse = _worse_by_windows(runs, first, text, COLUMNS[kind]) if kind in COLUMNS else None
+    if worse is None:
+        shown = values.map(metric.format)
+        worse = set(shown[shown != shown[first]].index)
+    return set(map(str, values.index)) - worse if worse else set()
+
+
+def _worse_by_windows(runs: pd.DataFrame, first: str, text: str, column: str) -> set[str] | None:
+    """Return the names of the runs that are worse than `first` beyond noise. None if a run recorded no windows."""
+    folders = runs.set_index("name")["folder"]
+    others = {str(name): [folder] for name, folder in folders.drop(first).items()}
+    try:
+        table = compare_with((first, [folders[first]]), others, text, column)
+    except UserError:  # a run of an older version has no windows.csv
+        return None
+    return set(table[table["verdict"] == f"{first} is better"]["second"]) if len(table) else None
+
+
+def verdict(runs: pd.DataFrame, text: str) -> str:
+    """Return one sentence about the KL divergence of the runs on a text. Empty if there is nothing to compare.
+
+    Args:
+        runs: Quantised runs on the same windows.
+        text: Name of the text.
+    """
+    name = f"kl.{text}"
+    if name not in runs or runs[name].notna().sum() < 2:
+        return ""
+    best = best_runs(runs, name, Metric("KL", direction="lower"))
+    measured = int(runs[name].notna().sum())
+    if not best:
+        return f"On {text}, the KL divergences of the {measured} runs cannot be told apart: more windows are needed."
+    names = " and ".join(sorted(best))
+    return f"On {text}, the KL divergence of {names} is lower than that of the others beyond noise."

@@ -1,0 +1,69 @@
+"""Which runs share the mark of the best."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from haq_lab.measure.metrics import Metric, find_metric
+from haq_lab.report.verdicts import best_runs, verdict
+
+BASE = [0.010, 0.013, 0.011, 0.012, 0.010, 0.012, 0.011, 0.013, 0.012, 0.010]
+RUNS = {
+    "haq": BASE,
+    "gptq": [kl * 1.002 * (1 + (-1) ** i / 50) for i, kl in enumerate(BASE)],
+    "rtn": [3 * kl for kl in BASE],
+}
+
+
+@pytest.fixture
+def runs(tmp_path) -> pd.DataFrame:
+    """Three runs of ten windows. HAQ and GPTQ differ by noise, and RTN is worse."""
+    stamp = {"text_sha256": "a", "seqlen": 8}
+    rows = []
+    for name, kl in RUNS.items():
+        folder = Path(tmp_path / name)
+        folder.mkdir()
+        windows = {"data": "text", "window": range(10), "document": range(10), "nll_fp": 2.0, "nll": 2.1, "kl": kl}
+        pd.DataFrame(windows).to_csv(folder / "windows.csv", index=False)
+        (folder / "results.json").write_text(json.dumps({"schema": 1, "protocol": {"text": stamp}}))
+        rows.append(
+            {"name": name, "folder": str(folder), "kl.text": sum(kl) / 10, "memory.weights_bytes": 1e6 * len(name)}
+        )
+    return pd.DataFrame(rows)
+
+
+def test_runs_that_cannot_be_told_apart_share_the_mark(runs):
+    kl = find_metric("kl.text")
+    assert kl is not None
+    assert best_runs(runs, "kl.text", kl) == {"haq", "gptq"}
+    assert (
+        verdict(runs, "text")
+        == "On text, the KL divergence of gptq and haq is lower than that of the others beyond noise."
+    )
+
+
+def test_no_run_is_marked_if_none_is_worse(runs):
+    near = runs[runs["name"] != "rtn"]
+    assert best_runs(near, "kl.text", Metric("KL", direction="lower")) == set()
+    assert verdict(near, "text").startswith("On text, the KL divergences of the 2 runs cannot be told apart")
+
+
+def test_a_table_of_older_runs_compares_what_it_shows(runs):
+    for folder in runs["folder"]:
+        (Path(folder) / "windows.csv").unlink()
+    assert best_runs(runs, "kl.text", Metric("KL", direction="lower", decimals=3)) == {"haq", "gptq"}
+
+
+@pytest.mark.parametrize(("direction", "best"), [("lower", {"haq", "rtn"}), ("higher", {"gptq"}), ("", set())])
+def test_other_metrics_tie_if_they_look_alike(runs, direction, best):
+    metric = Metric("weights", "MB", direction, 1, 1e-6)
+    assert best_runs(runs, "memory.weights_bytes", metric) == best
+    assert best_runs(runs[runs["name"] != "gptq"], "memory.weights_bytes", metric) == set()
+
+
+def test_one_run_has_no_verdict(runs):
+    assert verdict(runs[:1], "text") == ""
