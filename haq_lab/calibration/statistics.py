@@ -13,6 +13,7 @@ from haq_lab.int8.rotation import NO_ROTATION, rotate
 SAMPLE_ROWS = 2048  # evenly spaced tokens whose inputs are stored
 EXTREME_ROWS = 64  # stored besides: the tokens with the largest values, which are the outliers
 MIN_TOKENS = 64  # an expert with fewer tokens uses the statistics of the layer
+COLUMNS = 256  # columns of a Hessian that are computed at once, and only up to its diagonal
 STAND_IN_WEIGHT = 0.1  # weight of a token in the statistics of an expert that it was not routed to
 
 
@@ -201,7 +202,9 @@ class Accumulator:
         x = x.reshape(-1, x.shape[-1]).float()
         self.channel_max = torch.maximum(self.channel_max, x.abs().amax(dim=0)) if len(x) else self.channel_max
         if self.hessian is not None:
-            self.hessian.addmm_(x.t(), x)
+            for first in range(0, x.shape[1], COLUMNS):  # it is symmetric, so `finish` fills in the other half
+                end = first + COLUMNS
+                self.hessian[first:end, :end].addmm_(x[:, first:end].t(), x[:, :end])
         if self.cross is not None and x_fp is not None:
             self.cross.addmm_((x_fp.reshape(x.shape) - x).t(), x)
         if self.needs.sample:
@@ -215,6 +218,10 @@ class Accumulator:
     def finish(self) -> InputStatistics:
         """Return the statistics of all batches."""
         count = max(self.count, 1)
+        hessian = None if self.hessian is None else self.hessian / count
+        if hessian is not None:
+            for first in range(COLUMNS, len(hessian), COLUMNS):
+                hessian[:first, first : first + COLUMNS] = hessian[first : first + COLUMNS, :first].t()
         sample = weight = None
         if self.needs.sample:
             even = torch.cat(self._even)
@@ -225,7 +232,7 @@ class Accumulator:
         return InputStatistics(
             self.count,
             self.channel_max,
-            None if self.hessian is None else self.hessian / count,
+            hessian,
             None if self.cross is None else self.cross / count,
             sample,
             weight,

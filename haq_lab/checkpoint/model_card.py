@@ -23,7 +23,7 @@ from haq_lab.utils.atomic_files import write_text
 from haq_lab.utils.console import format_change
 
 CARD = "README.md"
-PAPERS = {"SmoothQuant": "2211.10438", "GPTQ": "2210.17323", "HAQ": "2508.07329"}
+PAPERS = {"AWQ": "2306.00978", "SmoothQuant": "2211.10438", "GPTQ": "2210.17323", "HAQ": "2508.07329"}
 ACTIVATIONS = {
     "token": "one scale per token, computed at run time",
     "tensor": "one scale per tensor, computed at run time",

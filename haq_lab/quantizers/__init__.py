@@ -1,1 +1,1 @@
-"""Quantizers: RTN, SmoothQuant, GPTQ and HAQ, and the parts that they share."""
+"""Quantizers: RTN, SmoothQuant, GPTQ, AWQ and HAQ, and the parts that they share."""

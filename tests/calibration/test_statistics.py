@@ -37,6 +37,15 @@ def test_equal_direct_computation_whatever_the_batches(seed, sizes, channels):
         torch.testing.assert_close(statistics.cross, (x_fp - x).t() @ x / count, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [3, 4, 9, 12])
+def test_a_hessian_is_whole_whatever_its_parts(monkeypatch, channels):
+    monkeypatch.setattr("haq_lab.calibration.statistics.COLUMNS", 4)
+    x = torch.randn(50, channels)
+    hessian = accumulate(x, None, [20, 30], Needs(inputs=True, hessian=True)).hessian
+    torch.testing.assert_close(hessian, x.t() @ x / 50)
+    assert torch.equal(hessian.tril(-4), hessian.t().tril(-4))
+
+
 def test_sample_is_even_rows_and_the_extreme_ones():
     x = torch.rand(4 * SAMPLE_ROWS, 3)
     extreme = torch.randperm(len(x))[:EXTREME_ROWS]

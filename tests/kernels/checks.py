@@ -190,7 +190,7 @@ def every_kernel() -> dict[str, Check]:
         name = TYPE_NAMES[dtype]
         for kind in ("plain", "rmsnorm", "layernorm", "swiglu"):
             checks[f"{kind}_quantize_{name}".removeprefix("plain_")] = _quantize(kind, dtype)
-            checks[f"{kind}_rotate_quantize_{name}".removeprefix("plain_")] = _quantize(kind, dtype, 1536, 512)
+            checks[f"{kind}_rotate_quantize_{name}".removeprefix("plain_")] = _quantize(kind, dtype, 512, 512)
         for tile in TILES:
             checks[f"gemm_{tile.name}_{name}"] = _product("gemm", dtype, tile.rows + beyond(tile), tile, 1)
             checks[f"grouped_{tile.name}_{name}"] = _grouped(dtype, tile)

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.weight_format import WeightFormat
+from haq_lab.quantizers.awq import AWQ
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.haq.quantizer import HAQ
@@ -77,6 +78,22 @@ def test_gptq_has_a_smaller_output_error_than_rtn_with_the_same_scale():
     assert torch.equal(solution.scale, nearest.scale)
     assert output_error(weight, solution, seen.hessian) < output_error(weight, nearest, seen.hessian)
     assert solution.notes == {"dampening_frac": 0.01, "dead_columns": 1}
+
+
+def test_awq_takes_the_factor_with_the_least_output_error(tiny):
+    seen, _ = statistics(64)
+    weight, layer, group = torch.randn(48, 64), tiny.load_layer(0), tiny.groups[0]
+    factor = AWQ().smoothing(group, tiny.family, weight, seen, ChannelMap(group, layer, 64))
+
+    def error(strength: float) -> float:
+        own = seen.hessian.diagonal() ** (strength / 2)
+        own = own / (own.max() * own.min()).sqrt()
+        scaled = weight * own
+        return output_error(scaled, RTN().solve(scaled, None, TOKEN), seen.divided_by(own).hessian)
+
+    assert 0 < factor.strength < 1
+    assert error(factor.strength) == pytest.approx(min(error(step / 20) for step in range(20)), rel=1e-5)
+    torch.testing.assert_close(factor.factor.max() * factor.factor.min(), torch.tensor(1.0))
 
 
 def test_output_error_is_the_mean_square_of_the_outputs():

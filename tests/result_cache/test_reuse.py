@@ -22,6 +22,7 @@ QUANTIZERS = {
     "rtn": ["quantizer=rtn"],
     "rtn_static": ["quantizer=rtn", "quantizer.activations=static"],
     "smoothquant": ["quantizer=smoothquant"],
+    "awq": ["quantizer=awq"],
     "gptq": ["quantizer=gptq", "quantizer.weight_bits=4"],
     "quarot": ["quantizer=quarot", "quantizer.activations=static"],
     "haq": ["quantizer=haq", "quantizer.asymmetric_calibration=true", "quantizer.activations=auto"],
