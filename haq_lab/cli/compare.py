@@ -16,11 +16,13 @@ import pandas as pd
 from rich.table import Table
 
 from haq_lab.config.explain import report_user_errors
-from haq_lab.results.comparison import METRICS, compare_all
+from haq_lab.results.comparison import compare_all
 from haq_lab.results.load import load
 from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.console import print_table, say
 from haq_lab.utils.errors import UserError, nearest, nearest_beside
+
+LABELS = {"kl": "KL", "nll": "ln perplexity"}
 
 
 def main(arguments: list[str]) -> None:
@@ -80,7 +82,7 @@ def _show(comparison: pd.DataFrame) -> None:
     for row in comparison.to_dict("records"):
         table.add_row(
             row["data"],
-            METRICS[row["metric"]],
+            LABELS[row["metric"]],
             f"{row['first']}: {row['first_mean']:.5f}",
             f"{row['second']}: {row['second_mean']:.5f}",
             f"{row['difference']:+.5f} ± {row['stderr']:.5f}",

@@ -8,13 +8,14 @@ from haq_lab.measure.metrics import Metric
 from haq_lab.results.comparison import compare_with
 from haq_lab.utils.errors import UserError
 
-COLUMNS = {"perplexity": "nll", "kl": "kl"}  # metrics by text, and the columns of windows.csv that they average
+# Metrics of a text, and the columns of windows.csv that they average.
+COLUMNS = {"perplexity": "nll", "kl": "kl", "token_agreement": "token_agreement"}
 
 
 def best_runs(runs: pd.DataFrame, name: str, metric: Metric) -> set[str]:
     """Return the names of the runs whose value of a metric is the best, with those that cannot be told from it.
 
-    Perplexity and KL are compared by paired windows. Other metrics tie if they look alike.
+    Perplexity, KL and token agreement are compared by paired windows. Other metrics tie if they look alike.
 
     Args:
         runs: Quantised runs on the same windows.

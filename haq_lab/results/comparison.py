@@ -16,7 +16,8 @@ from haq_lab.measure.estimate import combined, document_sums, estimate
 from haq_lab.results.windows import Scores, require_same_windows, scores, stamps_of, windows_of
 from haq_lab.utils.errors import UserError
 
-METRICS = {"kl": "KL", "nll": "ln perplexity"}  # compared columns of windows.csv, quality by KL first
+METRICS = ("kl", "nll")  # compared columns of windows.csv, quality by KL first
+HIGHER_IS_BETTER = ("token_agreement",)
 FLIPS = 9999  # random sign flips; all are tried if there are fewer
 ALPHA = 0.05  # a difference is beyond noise if its corrected p is less
 
@@ -84,17 +85,19 @@ def compare_with(
         first: Name and run folders of the group.
         others: Run folders of the other groups, by name.
         text: Name of the text.
-        metric: `kl` or `nll`.
+        metric: `kl`, `nll` or `token_agreement`.
 
     Raises:
         UserError: A run has no windows, or the groups were not evaluated on the same windows.
     """
     name, folders = first
-    rows = [row for other, own in others.items() for row in _rows(folders, own, (name, other))]
-    return _corrected([row for row in rows if row["data"] == text and row["metric"] == metric])
+    rows = [row for other, own in others.items() for row in _rows(folders, own, (name, other), (metric,))]
+    return _corrected([row for row in rows if row["data"] == text])
 
 
-def _rows(first: Sequence[Path | str], second: Sequence[Path | str], names: tuple[str, str]) -> list[dict[str, Any]]:
+def _rows(
+    first: Sequence[Path | str], second: Sequence[Path | str], names: tuple[str, str], metrics: Sequence[str] = METRICS
+) -> list[dict[str, Any]]:
     folders = [Path(folder) for folder in (*first, *second)]
     tables = [_table(folder) for folder in folders]
     stamps = [stamps_of(folder) for folder in folders]
@@ -105,8 +108,8 @@ def _rows(first: Sequence[Path | str], second: Sequence[Path | str], names: tupl
     for text in texts:
         for folder, stamp in zip(folders[1:], stamps[1:], strict=True):
             require_same_windows(text, stamps[0][text], stamp[text], (str(folders[0]), str(folder)))
-        for metric in METRICS:
-            if metric == "kl" and not _same_reference(tables, text):
+        for metric in metrics:
+            if metric != "nll" and not _same_reference(tables, text):
                 continue
             ours = scores(tables[: len(first)], text, metric)
             theirs = scores(tables[len(first) :], text, metric)
@@ -209,4 +212,5 @@ def _verdict(row: dict[str, Any]) -> str:
     beyond_noise = row["low"] * row["high"] > 0 and row["p_holm"] < ALPHA
     if not beyond_noise:
         return "no difference beyond noise"
-    return f"{row['first'] if row['difference'] < 0 else row['second']} is better"
+    first_is_better = (row["difference"] < 0) != (row["metric"] in HIGHER_IS_BETTER)
+    return f"{row['first'] if first_is_better else row['second']} is better"

@@ -86,7 +86,7 @@ class HAQ(Quantizer):
     asymmetric_calibration: bool = False
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     sensitivity: Annotated[int, Field(ge=0)] = 8
-    auto_limit: Annotated[float, Field(ge=0)] = 2.5e-4
+    auto_limit: Annotated[float, Field(ge=0)] = 7e-5
 
     def __post_init__(self) -> None:
         super().__post_init__()
