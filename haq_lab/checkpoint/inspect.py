@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from haq_lab.checkpoint.layer_tensors import read_forms
+from haq_lab.checkpoint.layer_tensors import read_formats, read_forms
 from haq_lab.checkpoint.manifest import FILE, Manifest
 from haq_lab.checkpoint.model_card import CARD
 from haq_lab.int8.linear import InputForm
 from haq_lab.int8.rotation import NO_ROTATION
+from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.storage.listed_files import ACCEPT, TEMPLATES
 from haq_lab.storage.safetensors_file import read_shard, read_shard_header
 from haq_lab.utils.errors import UserError
@@ -32,10 +33,15 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
     kinds: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
     for shard in manifest.shards.values():
         header, _ = read_shard_header(folder / shard.file)
-        forms = read_forms(header.pop("__metadata__", {}), folder / shard.file)
+        metadata = header.pop("__metadata__", {})
+        path = folder / shard.file
+        forms, formats = read_forms(metadata, path), read_formats(metadata, path)
         for name, entry in header.items():
-            form = forms.get(name.rpartition(".")[0]) if name.endswith(".weight") else None
-            count = kinds[re.sub(r"\.\d+\.", ".*.", name), entry["dtype"], "" if form is None else describe(form)]
+            linear, _, tensor = name.rpartition(".")
+            form = forms.get(linear) if tensor in ("weight", "weight_packed") else None
+            narrow = tensor == "weight_packed" and linear in formats
+            dtype = describe_weights(formats[linear]) if narrow else entry["dtype"]
+            count = kinds[re.sub(r"\.\d+\.", ".*.", name), dtype, "" if form is None else describe(form)]
             count[0] += 1
             count[1] += entry["data_offsets"][1] - entry["data_offsets"][0]
     table = Table(
@@ -59,6 +65,11 @@ def summarize(folder: Path) -> tuple[Table, dict[str, Any]]:
 def describe(form: InputForm) -> str:
     """Return how a linear takes its input, such as `token` or `token, rotated by 64`."""
     return form.scheme if form.rotation == NO_ROTATION else f"{form.scheme}, rotated by {form.rotation}"
+
+
+def describe_weights(format: WeightFormat) -> str:
+    """Describe a weight format in a few words, such as `I4 in groups of 64`."""
+    return f"I{format.bits}" + ("" if format.group is None else f" in groups of {format.group}")
 
 
 def find_problems(folder: Path) -> Iterator[str]:

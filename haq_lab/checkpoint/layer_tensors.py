@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from pydantic import TypeAdapter
@@ -15,6 +16,7 @@ from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import InputForm, Int8Linear
 from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.int8.rotation import NO_ROTATION, block_size
+from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.architectures import head_size
 from haq_lab.models.experts import Experts
 from haq_lab.models.int8_experts import Int8Experts
@@ -24,21 +26,52 @@ from haq_lab.storage.json_form import parse_json
 from haq_lab.storage.safetensors_file import DTYPES, Shard, read_shard
 from haq_lab.utils.errors import UserError
 
-# Metadata of a layer's file, as JSON: each int8 linear's activation scheme, and its input's rotation if it has one.
-SCHEMES, ROTATIONS = "schemes", "rotations"
+# Metadata of a layer's file, as JSON: each quantised linear's activation scheme, its input's rotation if it has one,
+# and its weights' format if they have 4 bits.
+SCHEMES, ROTATIONS, FORMATS = "schemes", "rotations", "weight_formats"
 _SCHEMES, _ROTATIONS = TypeAdapter(dict[str, ActivationScheme]), TypeAdapter(dict[str, int])
-Forms = dict[str, InputForm]  # by the name of an int8 linear
+_FORMATS = TypeAdapter(dict[str, WeightFormat])
+Forms = dict[str, InputForm]  # by the name of a quantised linear
+Formats = dict[str, WeightFormat]
 
 
-def layer_content(layer: nn.Module) -> tuple[dict[str, Tensor], Forms]:
-    """Return the tensors of a quantised layer by name, and how each int8 linear takes its input by name."""
+class LayerContent(NamedTuple):
+    """A quantised layer as it is stored.
+
+    Attributes:
+        tensors: All tensors by name.
+        forms: How each quantised linear takes its input, by name.
+        formats: The format of the weights of each linear by name. A linear that is not listed has 8-bit weights.
+    """
+
+    tensors: dict[str, Tensor]
+    forms: Forms
+    formats: Formats
+
+    def renamed(self, rename: Callable[[str], str]) -> LayerContent:
+        """Return the same content with other names."""
+        tensors, forms, formats = ({rename(name): part for name, part in named.items()} for named in self)
+        return LayerContent(tensors, forms, formats)  # type: ignore[arg-type]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the layer's file."""
+        formats = {name: asdict(format) for name, format in self.formats.items()}
+        return form_metadata(self.forms) | ({FORMATS: json.dumps(formats)} if formats else {})
+
+
+def layer_content(layer: nn.Module) -> LayerContent:
+    """Return the content of a quantised layer."""
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, Int8Linear)}
-    tensors = {name: to_storable(tensor) for name, tensor in layer.state_dict().items()}
-    return tensors, {name: linear.input_form for name, linear in linears.items()}
+    return LayerContent(
+        {name: to_storable(tensor) for name, tensor in layer.state_dict().items()},
+        {name: linear.input_form for name, linear in linears.items()},
+        {name: linear.format for name, linear in linears.items() if linear.format != INT8},
+    )
 
 
-def read_layer(folder: Path, shard: Shard, buffer: Tensor | None = None) -> tuple[dict[str, Tensor], Forms]:
-    """Return the tensors of a layer's file and how each int8 linear takes its input, by their full names.
+def read_layer(folder: Path, shard: Shard, buffer: Tensor | None = None) -> LayerContent:
+    """Return the content of a layer's file, by full names.
 
     Args:
         folder: The checkpoint folder.
@@ -49,7 +82,8 @@ def read_layer(folder: Path, shard: Shard, buffer: Tensor | None = None) -> tupl
         UserError: The file is missing or damaged.
     """
     tensors, metadata = read_shard(folder, shard, buffer)
-    return tensors, read_forms(metadata, folder / shard.file)
+    path = folder / shard.file
+    return LayerContent(tensors, read_forms(metadata, path), read_formats(metadata, path))
 
 
 def form_metadata(forms: Forms) -> dict[str, str]:
@@ -60,7 +94,7 @@ def form_metadata(forms: Forms) -> dict[str, str]:
 
 
 def read_forms(metadata: dict[str, str], path: Path) -> Forms:
-    """Return how each int8 linear of a file takes its input. Empty for a file that is not a layer.
+    """Return how each quantised linear of a file takes its input. Empty for a file that is not a layer.
 
     Raises:
         UserError: The metadata is damaged. The message names `path`.
@@ -73,23 +107,33 @@ def read_forms(metadata: dict[str, str], path: Path) -> Forms:
         raise UserError(f"checkpoint: {path}: the schemes are not readable ({error}). Write it again.") from error
 
 
+def read_formats(metadata: dict[str, str], path: Path) -> Formats:
+    """Return the format of the weights of each linear of a file that has not 8 bits.
+
+    Raises:
+        UserError: The metadata is damaged. The message names `path`.
+    """
+    try:
+        return parse_json(metadata.get(FORMATS, "{}"), _FORMATS)
+    except ValueError as error:
+        raise UserError(f"checkpoint: {path}: the formats are not readable ({error}). Write it again.") from error
+
+
 def int8_layer(
     model: LayeredModel,
     index: int,
-    tensors: dict[str, Tensor],
-    forms: Forms,
+    content: LayerContent,
     backend: Backend,
     where: str,
 ) -> nn.Module:
-    """Build decoder layer `index` from its tensors, without a float copy of the weights.
+    """Build decoder layer `index` from its content, without a float copy of the weights.
 
-    Only the int8 weights may share memory with `tensors`, if the backend does not change their layout.
+    Only the int8 weights may share memory with the content, if the backend does not change their layout.
 
     Args:
         model: The model that the layer belongs to.
         index: Index of the layer.
-        tensors: Tensors by name, as `layer_content` returns them.
-        forms: How each int8 linear takes its input, by name.
+        content: The content, as `layer_content` returns it.
         backend: Backend that computes the int8 linears.
         where: Source of the tensors, for error messages.
 
@@ -98,20 +142,22 @@ def int8_layer(
     """
     layer = model.new_layer(index)
     linears = dict(layer.named_modules())
-    weights = {f"{name}.weight" for name in forms}
-    tensors = {name: tensor if name in weights else tensor.clone() for name, tensor in tensors.items()}
-    for name in _merged_first(forms, model):
-        form = forms[name]
-        parts = ("weight", "weight_scale", "bias", "input_scale")
-        levels, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
+    formats = {name: content.formats.get(name, INT8) for name in content.forms}
+    weights = {f"{name}.{format.tensor}" for name, format in formats.items()}
+    tensors = {name: tensor if name in weights else tensor.clone() for name, tensor in content.tensors.items()}
+    for name in _merged_first(content.forms, model):
+        form, format = content.forms[name], formats[name]
+        parts = (format.tensor, "weight_scale", "bias", "input_scale")
+        stored, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
         linear = linears.get(name)
-        if not isinstance(linear, nn.Linear) or not _fit(linear, form, levels, scale, bias, input_scale):
+        if not isinstance(linear, nn.Linear) or not _fit(linear, form, format, stored, scale, bias, input_scale):
             raise UserError(
                 f"checkpoint: {where}: '{model.family.layers}.{index}.{name}' does not fit the config. "
                 "Write the checkpoint again."
             )
-        stored = cast(Tensor, levels), cast(Tensor, scale), bias, form.scheme, input_scale, backend
-        layer.set_submodule(name, Int8Linear(*stored, rotation=form.rotation))
+        levels = format.levels(cast(Tensor, stored), linear.in_features)
+        given = levels, cast(Tensor, scale), bias, form.scheme, input_scale, backend
+        layer.set_submodule(name, Int8Linear(*given, rotation=form.rotation, format=format))
     if (moe := model.family.moe) is not None:
         layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
     if model.prefix is not None:
@@ -143,16 +189,18 @@ def _merged_first(names: Iterable[str], model: LayeredModel) -> list[str]:
 def _fit(
     linear: nn.Linear,
     form: InputForm,
-    levels: Tensor | None,
+    format: WeightFormat,
+    stored: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
     input_scale: Tensor | None,
 ) -> bool:
-    """Return whether stored tensors have the shapes and types of a linear that takes its input in this form."""
+    """Return whether stored tensors have the shapes and types of a linear with this input form and weight format."""
+    shape = linear.out_features, linear.in_features
     return (
         block_size(linear.in_features, max(form.rotation, NO_ROTATION)) == form.rotation
-        and _has(levels, linear.weight.shape, torch.int8)
-        and _has(scale, (linear.out_features,), torch.float32)
+        and _has(stored, format.stored_shape(*shape), torch.int8 if format.bits == 8 else torch.uint8)
+        and _has(scale, format.scale_shape(*shape), torch.float32)
         and (bias is None or _has(bias, (linear.out_features,), torch.float32))
         and (_has(input_scale, (), torch.float32) if form.scheme == "static" else input_scale is None)
     )

@@ -17,14 +17,15 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from haq_lab.checkpoint.layer_tensors import Forms, int8_layer, read_layer
+from haq_lab.checkpoint.layer_tensors import LayerContent, int8_layer, read_formats, read_forms, read_layer
 from haq_lab.checkpoint.manifest import REST, ROUTING, Manifest, layer_file
 from haq_lab.int8.backend import Backend
+from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
 from haq_lab.prefix.contents import Prefix
 from haq_lab.routing.trace import Trace
-from haq_lab.storage.safetensors_file import read_shard
+from haq_lab.storage.safetensors_file import read_shard, read_shard_header
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.huge_pages import prefer_huge_pages
 
@@ -86,7 +87,7 @@ class QuantizedModel(LayeredModel):
 
     def _shell_tensors(self) -> dict[str, Tensor]:
         if self._contiguous:  # getting the memory takes as long as reading these tensors, which goes on meanwhile
-            self._block = self.backend.weight_block(self._int8_shapes())
+            self._block = self.backend.weight_block(self._weights())
         tensors = self._outer.result()[0]
         for tensor in tensors.values():
             prefer_huge_pages(tensor)  # for the head, whose weights are read for each token
@@ -102,7 +103,7 @@ class QuantizedModel(LayeredModel):
         Raises:
             UserError: The layer's file is damaged or does not fit the config.
         """
-        return self._build_layer(index, *self._read_layer(index))
+        return self._build_layer(index, self._read_layer(index))
 
     def load_layers(self) -> Iterator[nn.Module]:
         """Yield all decoder layers in int8. The file of the next layer is read while a layer is built.
@@ -121,29 +122,48 @@ class QuantizedModel(LayeredModel):
                 if index + 1 < self.depth:
                     ahead = reader.submit(self._read_layer, index + 1, buffers[(index + 1) % 2])
                 with block:
-                    layer = self._build_layer(index, *stored)
+                    layer = self._build_layer(index, stored)
                 yield layer
 
-    def _int8_shapes(self) -> list[tuple[int, int]]:
-        """Return the shapes (n, k) of the int8 weights of all layers."""
-        layer, names = self.new_layer(0), {name for group in self.groups for name in group.consumers}
-        linears = [cast(nn.Linear, layer.get_submodule(name)) for name in names]
-        return [(linear.out_features, linear.in_features) for linear in linears] * self.depth
+    def weight_formats(self) -> list[dict[str, WeightFormat]]:
+        """Return for each layer the format of the weights of each quantised linear, by its name within the layer.
 
-    def _read_layer(self, index: int, buffer: Tensor | None = None) -> tuple[dict[str, Tensor], Forms]:
+        Raises:
+            UserError: A file is missing or is not readable.
+        """
+        formats = []
+        for index in range(self.depth):
+            shard, prefix = self.manifest.shard(self.folder, layer_file(index)), f"{self.family.layers}.{index}."
+            path = self.folder / shard.file
+            if not path.is_file():
+                raise UserError(f"checkpoint: {path} is missing. Copy the whole checkpoint folder.")
+            header, _ = read_shard_header(path)
+            metadata = header.get("__metadata__", {})
+            narrow = read_formats(metadata, path)
+            formats.append({name.removeprefix(prefix): narrow.get(name, INT8) for name in read_forms(metadata, path)})
+        return formats
+
+    def _weights(self) -> Iterator[tuple[int, int, WeightFormat]]:
+        """Yield the shape (n, k) and the format of the quantised weights of all layers."""
+        layer, names = self.new_layer(0), {name for group in self.groups for name in group.consumers}
+        linears = {name: cast(nn.Linear, layer.get_submodule(name)) for name in names}
+        for formats in self.weight_formats():  # of files that are not checked yet, but only sizes depend on it
+            for name, linear in linears.items():
+                yield linear.out_features, linear.in_features, formats.get(name, INT8)
+
+    def _read_layer(self, index: int, buffer: Tensor | None = None) -> LayerContent:
         return read_layer(self.folder, self.manifest.shard(self.folder, layer_file(index)), buffer)
 
-    def _build_layer(self, index: int, stored: dict[str, Tensor], forms: Forms) -> nn.Module:
+    def _build_layer(self, index: int, content: LayerContent) -> nn.Module:
         where, prefix = str(self.folder / layer_file(index)), f"{self.family.layers}.{index}."
-        for name in stored:
+        for name in content.tensors:
             if not name.startswith(prefix):
                 raise UserError(
                     f"checkpoint: {where}: tensor '{name}' does not belong to layer {index}. "
                     "Write the checkpoint again."
                 )
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-        forms = {name.removeprefix(prefix): form for name, form in forms.items()}
-        return int8_layer(self, index, tensors, forms, self.backend, where)
+        content = content.renamed(lambda name: name.removeprefix(prefix))
+        return int8_layer(self, index, content, self.backend, where)
 
 
 def has_int8_head(folder: Path) -> bool:

@@ -13,10 +13,11 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from haq_lab.checkpoint.layer_tensors import read_forms
+from haq_lab.checkpoint.layer_tensors import read_formats, read_forms
 from haq_lab.checkpoint.manifest import Manifest
 from haq_lab.int8.linear import InputForm
 from haq_lab.int8.rotation import NO_ROTATION
+from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.storage.safetensors_file import read_shard_header
 from haq_lab.utils.atomic_files import write_text
 from haq_lab.utils.console import format_change
@@ -57,7 +58,9 @@ def write_model_card(folder: Path, metrics: dict[str, float | None], protocol: d
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     made = config["quantization_config"]["provenance"]
     settings = made["settings"]["quantizer"]
-    method, bits = settings["_target_"].rpartition(".")[2], settings.get("weight_bits", 8)
+    method = settings["_target_"].rpartition(".")[2]
+    forms, formats = _count(folder)
+    bits = "-".join(sorted({str(format.bits) for format in formats}, reverse=True)) or "8"
     name, revision = made["model"]["label"], made["model"]["revision"]
     data = ModelCardData(
         base_model=made["settings"]["model"]["name"] if revision else None,  # only snapshots of the hub have a revision
@@ -68,24 +71,32 @@ def write_model_card(folder: Path, metrics: dict[str, float | None], protocol: d
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, quantised with {method}",
-        "\n".join(_facts(made, method, bits, _input_forms(folder), config["quantization_config"].get("prefix"))),
+        "\n".join(_facts(made, method, formats, forms, config["quantization_config"].get("prefix"))),
         *_perplexities(metrics, protocol),
         LOADING,
     ]
     write_text(folder / CARD, "\n\n".join(parts))
 
 
-def _input_forms(folder: Path) -> Counter[InputForm]:
-    """Return the number of linears that take their input in each form."""
-    counts: Counter[InputForm] = Counter()
+def _count(folder: Path) -> tuple[Counter[InputForm], Counter[WeightFormat]]:
+    """Return the number of linears that take their input in each form, and that have each weight format."""
+    forms: Counter[InputForm] = Counter()
+    formats: Counter[WeightFormat] = Counter()
     for file in Manifest.read(folder).shards:
         header, _ = read_shard_header(folder / file)
-        counts.update(read_forms(header.get("__metadata__", {}), folder / file).values())
-    return counts
+        metadata = header.get("__metadata__", {})
+        own, narrow = read_forms(metadata, folder / file), read_formats(metadata, folder / file)
+        forms.update(own.values())
+        formats.update(narrow.get(linear, INT8) for linear in own)
+    return forms, formats
 
 
 def _facts(
-    made: dict[str, Any], method: str, bits: int, forms: Counter[InputForm], prefix: dict[str, Any] | None
+    made: dict[str, Any],
+    method: str,
+    formats: Counter[WeightFormat],
+    forms: Counter[InputForm],
+    prefix: dict[str, Any] | None,
 ) -> Iterator[str]:
     """Yield the rows of a table that says how the checkpoint was made."""
     yield "| | |\n|---|---|"
@@ -93,7 +104,10 @@ def _facts(
     yield f"| base model | {made['model']['label']}{f', revision {revision}' if revision else ''} |"
     paper = f" ([arXiv {PAPERS[method]}](https://arxiv.org/abs/{PAPERS[method]}))" if method in PAPERS else ""
     yield f"| method | {method}{paper} |"
-    yield f"| weights | {'int8' if bits == 8 else f'{bits} bits, stored as int8'}, one scale per output channel |"
+    for format, count in formats.most_common():
+        shared = "one scale per output channel" if format.group is None else f"one scale per {format.group} inputs"
+        which = "" if len(formats) == 1 else f" of {count} linears"
+        yield f"| weights{which} | int{format.bits}, {shared} |"
     for form, count in forms.most_common():
         rotated = "" if form.rotation == NO_ROTATION else f", after a Hadamard rotation in blocks of {form.rotation}"
         yield f"| activations of {count} linears | int8, {ACTIVATIONS[form.scheme]}{rotated} |"

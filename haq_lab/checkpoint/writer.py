@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import nn
 
-from haq_lab.checkpoint.layer_tensors import form_metadata, layer_content, read_forms, to_storable
+from haq_lab.checkpoint.layer_tensors import layer_content, read_forms, to_storable
 from haq_lab.checkpoint.manifest import FILE, IDENTITY, REST, ROUTING, WORK, Manifest, layer_file
 from haq_lab.checkpoint.model_card import CARD
 from haq_lab.checkpoint.provenance import differences
@@ -123,10 +123,8 @@ class CheckpointWriter:
     def keep(self, index: int, layer: nn.Module, state: PassState) -> None:
         """Write the shard of a layer, then save the state of the pass (`LayerStore.keep`)."""
         prefix = f"{self.model.family.layers}.{index}."
-        content, forms = layer_content(layer)
-        tensors = {prefix + name: tensor for name, tensor in content.items()}
-        metadata = form_metadata({prefix + name: form for name, form in forms.items()})
-        shard = write_shard(self.folder / layer_file(index), tensors, metadata)
+        content = layer_content(layer).renamed(lambda name: prefix + name)
+        shard = write_shard(self.folder / layer_file(index), content.tensors, content.metadata)
         self.shards.append(shard)
         save_state(self.work, index, state, self.shards)
 

@@ -12,9 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from haq_lab.int8.numerics import ActivationScheme, epilogue, quantize_activations, swiglu
+from haq_lab.int8.numerics import ActivationScheme, epilogue, grouped_epilogue, quantize_activations, swiglu
 from haq_lab.int8.rotation import NO_ROTATION, rotate
 from haq_lab.int8.sequences import Sequences
+from haq_lab.int8.weight_format import INT8, WeightFormat
 
 
 class PackedLinear(NamedTuple):
@@ -22,13 +23,20 @@ class PackedLinear(NamedTuple):
 
     Attributes:
         packed: Result of `Backend.pack` for the int8 levels (n, k).
-        scale: One weight scale per row, float32 (n,).
+        scale: The weight scales, float32: (n,), or (groups, n).
         bias: (n,), or None.
+        format: Bits of the weights, and columns that share a scale.
     """
 
     packed: Tensor
     scale: Tensor
     bias: Tensor | None = None
+    format: WeightFormat = INT8
+
+    @property
+    def rows(self) -> int:
+        """Number of rows n."""
+        return self.scale.shape[-1]
 
 
 class PackedExpert(NamedTuple):
@@ -93,34 +101,49 @@ class Backend:
     def close(self) -> None:
         """Release what the backend has reserved on this machine. A run calls it at its end."""
 
-    def pack(self, levels: Tensor) -> Tensor:
-        """Convert int8 levels (n, k) to this backend's weight layout. This is done once for each linear."""
-        return levels
+    def pack(self, levels: Tensor, format: WeightFormat = INT8) -> Tensor:
+        """Convert int8 levels (n, k) to this backend's weight layout. This is done once for each linear.
 
-    def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        The result has about n k bytes, or half as many for 4-bit weights.
+
+        Args:
+            levels: int8 (n, k).
+            format: Format of the weights.
+        """
+        return format.stored(levels)
+
+    def unpack(self, packed: Tensor, rows: int, columns: int, format: WeightFormat = INT8) -> Tensor:
         """Return the exact int8 levels (rows, columns) of packed weights."""
-        return packed
+        return format.levels(packed, columns)
 
-    def dequantize(self, packed: Tensor, weight_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    def dequantize(
+        self,
+        packed: Tensor,
+        weight_scale: Tensor,
+        columns: int,
+        dtype: torch.dtype,
+        format: WeightFormat = INT8,
+    ) -> Tensor:
         """Return the float weights of packed levels.
 
         Args:
             packed: The packed weights.
-            weight_scale: One scale per row, float32 (n,).
+            weight_scale: The weight scales, float32: (n,), or (groups, n).
             columns: k, the number of input features.
             dtype: A 16-bit float type.
+            format: Format of the weights.
 
         Returns:
-            (n, columns) of `dtype`. Each level is multiplied by its row's scale in float32 and then rounded.
+            (n, columns) of `dtype`. Each level is multiplied by its scale in float32 and then rounded.
         """
-        levels = self.unpack(packed, len(weight_scale), columns)
-        return (levels.float() * weight_scale[:, None]).to(dtype)
+        levels = self.unpack(packed, weight_scale.shape[-1], columns, format)
+        return (levels.float() * format.row_scales(weight_scale, columns)).to(dtype)
 
-    def weight_block(self, shapes: Iterable[tuple[int, int]]) -> AbstractContextManager[object]:
+    def weight_block(self, weights: Iterable[tuple[int, int, WeightFormat]]) -> AbstractContextManager[object]:
         """Return a context that can be entered repeatedly, in which `pack` stores weights one after the other.
 
         Args:
-            shapes: Shapes (n, k) of all weights that will be packed in the context.
+            weights: Shape (n, k) and format of all weights that will be packed in the context.
         """
         return nullcontext()
 
@@ -211,7 +234,13 @@ class Backend:
         Returns:
             (m, n) of `dtype`.
         """
-        return epilogue(self.accumulate(qx, weights.packed), row_scale, weights.scale, weights.bias).to(dtype)
+        columns, group = qx.shape[1], weights.format.group
+        levels = self.unpack(weights.packed, weights.rows, columns, weights.format)
+        if weights.format.bits == 8:
+            return epilogue(self.accumulate(qx, levels), row_scale, weights.scale, weights.bias).to(dtype)
+        pairs = zip(qx.split(group or columns, dim=1), levels.split(group or columns, dim=1), strict=True)
+        sums = (self.accumulate(rows.contiguous(), own.contiguous()) for rows, own in pairs)
+        return grouped_epilogue(sums, row_scale, weights.scale.view(-1, weights.rows), weights.bias).to(dtype)
 
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
         """Multiply int8 (m, k) by int8 levels (n, k) transposed. Returns the exact int32 sums (m, n)."""
@@ -234,5 +263,7 @@ class FakeBackend(Backend):
     exact = False
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
-        levels, scale, bias = weights
-        return torch.nn.functional.linear(qx.float() * row_scale, levels.float() * scale[:, None], bias).to(dtype)
+        columns = qx.shape[1]
+        levels = self.unpack(weights.packed, weights.rows, columns, weights.format)
+        float_weights = levels.float() * weights.format.row_scales(weights.scale, columns)
+        return torch.nn.functional.linear(qx.float() * row_scale, float_weights, weights.bias).to(dtype)

@@ -21,6 +21,7 @@ from haq_lab.int8.backend import Backend, PackedLinear
 from haq_lab.int8.numerics import ActivationScheme, round_to_grid, scale_of
 from haq_lab.int8.rotation import NO_ROTATION
 from haq_lab.int8.sequences import sequences_of
+from haq_lab.int8.weight_format import INT8, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ class MergedLinear:
         self.backend, self.scheme, self.input_scale = first.backend, first.scheme, first.input_scale
         self.rotation = first.rotation
         self.members = members
-        self.weight_scale = _join([member.weight_scale for member in members])
+        self.format = first.format
+        self.weight_scale = _join([member.weight_scale for member in members], dim=-1)
         self.bias = None if first.bias is None else _join([m.bias for m in members if m.bias is not None])
         self.rows = [member.out_features for member in members]
         self.out_features, self.in_features = sum(self.rows), first.in_features
         self._input: tuple[Tensor | QuantizedRows, int] | None = None
         self._outputs: dict[int, Tensor] = {}  # of the last input, not yet returned
         for place, member in enumerate(members):
-            member.weight_scale = self.weight_scale.split(self.rows)[place]
+            member.weight_scale = self.weight_scale.split(self.rows, dim=-1)[place]
             if self.bias is not None:
                 member.bias = self.bias.split(self.rows)[place]
             member.merged, member.place = self, place
@@ -73,7 +75,7 @@ class MergedLinear:
     @property
     def weights(self) -> PackedLinear:
         """The linear's tensors, as `Backend.linear` and `Backend.product` take them."""
-        return PackedLinear(self.packed, self.weight_scale, self.bias)
+        return PackedLinear(self.packed, self.weight_scale, self.bias, self.format)
 
     def product(self, x: Tensor | QuantizedRows) -> Tensor:
         """Compute the outputs of all members, (..., sum of their rows), for x (..., k)."""
@@ -100,9 +102,11 @@ class MergedLinear:
         return part
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors (n, ...) one after the other: a view if they are adjacent in memory, else a copy."""
+def _join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Return tensors one after the other along `dim`: a view if they are adjacent in memory, else a copy."""
     first = tensors[0]
+    if first.dim() > 1 and dim == -1:  # the scales of groups
+        return torch.cat([*tensors], dim=dim)
     adjacent = all(
         a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.data_ptr() + a.nbytes == b.data_ptr()
         for a, b in pairwise(tensors)
@@ -115,13 +119,13 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
 def can_merge(members: Sequence[Int8Linear]) -> bool:
     """Return whether linears can become one product.
 
-    They must have the same backend, input width, rotation and activation scheme, all or none must have a bias, and the
-    backend must be able to store their rows in one matrix.
+    They must have the same backend, input width, rotation, weight format and activation scheme, all or none must have a
+    bias, and the backend must be able to store their rows in one matrix.
     """
     return len(members) > 1 and all(
         a.backend is b.backend
         and a.in_features == b.in_features
-        and (a.scheme, a.rotation) == (b.scheme, b.rotation)
+        and (a.scheme, a.rotation, a.format) == (b.scheme, b.rotation, b.format)
         and (a.bias is None) == (b.bias is None)
         and (a.input_scale is b.input_scale or (a.scheme == "static" and bool(a.input_scale == b.input_scale)))
         and a.backend.can_merge_rows(a.out_features)
@@ -134,14 +138,15 @@ ROWS = 4096  # rows of a weight matrix that are converted to float32 at a time
 
 
 class Int8Linear(nn.Module):
-    """One linear layer with int8 weights and int8 activations, y = x W^T + b.
+    """One linear layer with int8 or int4 weights and int8 activations, y = x W^T + b.
 
     `haq_lab.int8.numerics` defines the arithmetic. The weights are stored once, in the backend's layout (`packed`).
-    The property `weight` and the state dict contain the int8 levels, whatever the backend.
+    The property `weight` and the state dict contain the levels, whatever the backend. The state dict holds 4-bit levels
+    as `weight_packed`, two to a byte.
 
     Args:
         weight: Quantised weights, int8 (n, k).
-        weight_scale: One scale per row, float32 (n,).
+        weight_scale: One scale per row, float32 (n,); with groups, float32 (groups, n).
         bias: (n,), or None.
         scheme: Activation scheme.
         input_scale: float32 scalar for the static scheme, else None.
@@ -149,6 +154,7 @@ class Int8Linear(nn.Module):
         copied: Whether the model also has these weights in float, as with a tied head. `parameter_count` then
             counts them once.
         rotation: Block of the input's rotation (`haq_lab.int8.rotation`); 1 for none. The weights are rotated already.
+        format: Bits of the weights, and columns that share a scale.
 
     Attributes:
         merged: The product that this linear is part of, or None.
@@ -170,11 +176,12 @@ class Int8Linear(nn.Module):
         backend: Backend,
         copied: bool = False,
         rotation: int = NO_ROTATION,
+        format: WeightFormat = INT8,
     ):
         super().__init__()
-        self.copied, self.rotation = copied, rotation
+        self.copied, self.rotation, self.format = copied, rotation, format
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("packed", backend.pack(weight), persistent=False)
+        self.register_buffer("packed", backend.pack(weight, format), persistent=False)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("input_scale", input_scale)
@@ -186,12 +193,12 @@ class Int8Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The int8 levels (n, k): `packed` itself if the backend does not change the layout, else a copy."""
-        return self.backend.unpack(self.packed, self.out_features, self.in_features)
+        return self.backend.unpack(self.packed, self.out_features, self.in_features, self.format)
 
     @property
     def weights(self) -> PackedLinear:
         """The linear's tensors, as `Backend.linear` and `Backend.product` take them."""
-        return PackedLinear(self.packed, self.weight_scale, self.bias)
+        return PackedLinear(self.packed, self.weight_scale, self.bias, self.format)
 
     @classmethod
     def rounded(cls, linear: nn.Linear, backend: Backend, copied: bool = False) -> Int8Linear:
@@ -218,7 +225,8 @@ class Int8Linear(nn.Module):
         levels, scale, bias, static = (None if tensor is None else tensor.to(backend.device) for tensor in tensors)
         assert levels is not None
         assert scale is not None
-        return Int8Linear(levels, scale, bias, self.scheme, static, backend, rotation=self.rotation)
+        how = {"rotation": self.rotation, "format": self.format}
+        return Int8Linear(levels, scale, bias, self.scheme, static, backend, **how)  # type: ignore[arg-type]
 
     @property
     def input_form(self) -> InputForm:
@@ -246,27 +254,30 @@ class Int8Linear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + self.format.tensor] = self.format.stored(self.weight)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Raise KeyError if the weights are missing, and ValueError if their shape or type is wrong."""
-        levels: Tensor = state_dict[prefix + "weight"]
-        shape = (self.out_features, self.in_features)
-        if tuple(levels.shape) != shape or levels.dtype != torch.int8:
+        name = prefix + self.format.tensor
+        stored: Tensor = state_dict[name]
+        shape = self.format.stored_shape(self.out_features, self.in_features)
+        dtype = torch.int8 if self.format.bits == 8 else torch.uint8
+        if tuple(stored.shape) != shape or stored.dtype != dtype:
             raise ValueError(
-                f"{prefix}weight: {tuple(levels.shape)} {levels.dtype} is not {shape} torch.int8. "
+                f"{name}: {tuple(stored.shape)} {stored.dtype} is not {shape} {dtype}. "
                 "Load the state dict of the same model."
             )
-        packed = self.backend.pack(levels)
+        packed = self.backend.pack(self.format.levels(stored, self.in_features), self.format)
         is_view = self.packed.untyped_storage().nbytes() > self.packed.nbytes
         self.packed = self.packed.copy_(packed) if is_view else packed
-        others = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
+        others = {key: tensor for key, tensor in state_dict.items() if key != name}
         super()._load_from_state_dict(others, prefix, *arguments)
 
     def extra_repr(self) -> str:
         size = f"in={self.in_features}, out={self.out_features}"
         rotation = "" if self.rotation == NO_ROTATION else f", rotation={self.rotation}"
-        return f"{size}, activations={self.scheme}{rotation}, backend={self.backend.name}"
+        bits = "" if self.format.bits == 8 else f", weight_bits=4, group={self.format.group}"
+        return f"{size}, activations={self.scheme}{rotation}{bits}, backend={self.backend.name}"
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -291,7 +302,7 @@ def parameter_count(module: nn.Module) -> int:
 
 def to_float(linear: Int8Linear) -> Tensor:
     """Return the dequantised weights, float32 (n, k). They multiply the rotated input if there is a rotation."""
-    return linear.weight.to(torch.float32) * linear.weight_scale[:, None]
+    return linear.weight.to(torch.float32) * linear.format.row_scales(linear.weight_scale, linear.in_features)
 
 
 @dataclass(frozen=True, eq=False)

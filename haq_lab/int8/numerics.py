@@ -4,10 +4,19 @@
 
 Integers are symmetric, in [-127, 127], and rounded half to even. Sums are exact in int32. The epilogue multiplies and
 adds in float32, in the order above.
+
+4-bit weights are in [-7, 7] and have one scale for each group g of consecutive columns. (One scale a row means one
+group.) The int32 sum S of a group is exact, and the groups are added in float32:
+
+    t = 0;  for g = 0, 1, ...: t = t + S[g, m, n] * sw[g, n];   y[m, n] = t * sx[m] + b[n]
+
+The groups are added in the order of the columns. Each multiplication and each addition is rounded on its own, so there
+is no fused multiply-add.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -107,4 +116,25 @@ def epilogue(accumulators: Tensor, row_scale: Tensor, column_scale: Tensor, bias
         float32 (m, n).
     """
     y = accumulators.to(torch.float32).mul_(row_scale).mul_(column_scale)
+    return y if bias is None else y.add_(bias)
+
+
+def grouped_epilogue(
+    accumulators: Iterable[Tensor], row_scale: Tensor, group_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Scale and add the int32 sums of all groups of columns, in the order of the columns.
+
+    Args:
+        accumulators: int32 (m, n) for each group.
+        row_scale: Activation scales, float32 (m, 1).
+        group_scale: Weight scales, float32 (groups, n).
+        bias: (n,), or None.
+
+    Returns:
+        float32 (m, n).
+    """
+    y = row_scale.new_zeros(len(row_scale), group_scale.shape[1])
+    for sums, scale in zip(accumulators, group_scale, strict=True):
+        y.add_(sums.to(torch.float32).mul_(scale))
+    y.mul_(row_scale)
     return y if bias is None else y.add_(bias)

@@ -109,6 +109,8 @@ METRICS: dict[str, Metric] = {
     "offload.tokens": Metric("tokens that offloading counted", decimals=0, column="none"),
     "offload.fast_tier_bytes": Metric("fast tier", decimals=1, **_MB),
     "quantizer.dynamic_share": Metric("dynamic linears", "%", "", 1, 100),
+    "quantizer.share_4bit": Metric("weights in 4 bits", "%", "", 1, 100),
+    "quantizer.bits_per_weight": Metric("bits of a weight", "", "", 2),
     "quantizer.fallback_modules": Metric("fallbacks", decimals=0),
 }
 

@@ -221,7 +221,8 @@ class OffloadSession:
         if self.engine is None or self.hardware is None or not self.engine.recorder.decoded:
             return {}
         assert self._profile is not None
-        shape = _shape_of(self.model)
+        assert self._tier is not None
+        shape = _shape_of(self.model, self._tier)
         timeline = simulate_engine(self.settings, self.engine, self._placed, self._profile, self.hardware, shape)
         return timeline.metrics(label)
 
@@ -267,7 +268,7 @@ def build_engine(
     Raises:
         UserError: The budget leaves no slot for an expert.
     """
-    moe, shape = model.family.moe, _shape_of(model)
+    moe, shape = model.family.moe, _shape_of(model, tier)
     assert moe is not None
     reserved = FLOAT * (shape.kv_per_token + shape.work_per_token) * settings.kv_tokens + tier.staging_bytes
     experts = shape.layers * shape.experts
@@ -358,5 +359,7 @@ def _experts_of(layer: nn.Module, model: LayeredModel) -> nn.ModuleList:
     return cast(nn.ModuleList, layer.get_submodule(model.family.moe.experts))
 
 
-def _shape_of(model: LayeredModel) -> Shape:
-    return Shape.of(model.config, model.experts, model.int8_head is not None)
+def _shape_of(model: LayeredModel, tier: SlowTier) -> Shape:
+    shape = Shape.of(model.config, model.experts, model.int8_head is not None)
+    # A blob of int8 experts has scales and padding too, which the costs do not count.
+    return replace(shape, quantized_bytes=min(1.0, tier.moved_bytes / shape.expert))

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
 
 from haq_lab.calibration.channel_ranges import Ranges
-from haq_lab.checkpoint.layer_tensors import int8_layer, layer_content
+from haq_lab.checkpoint.layer_tensors import LayerContent, int8_layer, layer_content, read_formats, read_forms
 from haq_lab.config.build import Experiment
-from haq_lab.int8.linear import InputForm
 from haq_lab.measure.base import Measure, Study
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.apply import LinearReport
@@ -110,17 +110,18 @@ class CachedPass:
                 raise UserError(
                     f"result_cache: layer {index} was just removed from {self.store.folder}. Start the run again."
                 )
-            forms = {name: InputForm(*form) for name, form in found.facts.items()}
-            yield int8_layer(self.model, index, found.tensors, forms, self.experiment.backend, str(self.store.folder))
+            path = Path(str(self.store.folder))
+            content = LayerContent(found.tensors, read_forms(found.facts, path), read_formats(found.facts, path))
+            yield int8_layer(self.model, index, content, self.experiment.backend, str(self.store.folder))
 
     def store_layer(self, index: int, layer: nn.Module) -> None:
         """Store a finished layer, if the cache has space."""
         if self._depends is None or not self.deploys or self.experiment.quantizer is None:
             return
-        tensors, forms = layer_content(layer)
-        if self.store.has_room(LAYERS, sum(tensor.nbytes for tensor in tensors.values()) * self.model.depth):
-            facts = {name: [form.scheme, form.rotation] for name, form in forms.items()}
-            self.store.put(LAYERS, self._key(LAYERS, layer=index), Artifact(tensors, facts), self._about)
+        content = layer_content(layer)
+        if self.store.has_room(LAYERS, sum(tensor.nbytes for tensor in content.tensors.values()) * self.model.depth):
+            artifact = Artifact(content.tensors, content.metadata)
+            self.store.put(LAYERS, self._key(LAYERS, layer=index), artifact, self._about)
 
     def store_pass(self, passed: PassResult) -> None:
         """Store the result of the pass, without hidden states."""

@@ -155,7 +155,9 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
         needs.append(Need("the hub (it does not answer)", missing, 0, "model.name=FOLDER takes a local copy"))
     disk = [(Path(constants.HF_HUB_CACHE), missing), (cache_folder(), max(0.0, hidden - RAM_BYTES))]
     if experiment.checkpoint is not None:
-        disk.append((experiment.checkpoint, HALF * size.shell + size.depth * size.layer + 2 * hidden))
+        disk.append(
+            (experiment.checkpoint, HALF * size.shell + _stored(experiment) * size.depth * size.layer + 2 * hidden)
+        )
     return needs + _disk_needs(disk)
 
 
@@ -191,16 +193,16 @@ def _beside_gpu_bytes(experiment: Experiment, size: Size) -> float:
     """
     if not _deploys(experiment):
         return 0.0
-    stored, experts, lying = _stored(experiment), 0, 0
+    stored, experts, lying = _stored(experiment), 0, 0.0
     if (offload := experiment.offload) is not None:
         experts, lying = size.experts * size.expert, HALF if offload.host_format == "bf16" else stored
     waiting = size.layer - experts if experiment.quantizer is None else 0
     return float(size.depth * (lying * experts + stored * waiting))
 
 
-def _stored(experiment: Experiment) -> int:
+def _stored(experiment: Experiment) -> float:
     """Return the bytes of a weight in a finished layer."""
-    return FLOAT if experiment.quantizer is None else 1
+    return FLOAT if experiment.quantizer is None else experiment.quantizer.bytes_per_weight
 
 
 def _disk_needs(files: list[tuple[Path, float]]) -> list[Need]:

@@ -67,13 +67,18 @@ def pass_metrics(passed: PassResult) -> dict[str, float]:
 
     Returns:
         Seconds of each stage, the number of linears with a fallback, and the share of linears whose activations are
-        quantised dynamically.
+        quantised dynamically. If there are 4-bit weights: their share of the linears' weights, and the mean bits of a
+        weight without scales.
     """
     metrics: dict[str, float] = {f"time.{stage}_s": seconds for stage, seconds in passed.stopwatch.seconds.items()}
     metrics["quantizer.fallback_modules"] = sum("fallback" in report.notes for report in passed.reports)
     if passed.reports:
         dynamic = sum(report.activation_scheme != "static" for report in passed.reports)
         metrics["quantizer.dynamic_share"] = dynamic / len(passed.reports)
+    if narrow := sum(report.weights for report in passed.reports if report.weight_bits == 4):
+        weights = sum(report.weights for report in passed.reports)
+        metrics["quantizer.share_4bit"] = narrow / weights
+        metrics["quantizer.bits_per_weight"] = sum(one.weights * one.weight_bits for one in passed.reports) / weights
     return metrics
 
 

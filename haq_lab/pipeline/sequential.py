@@ -22,8 +22,9 @@ from haq_lab.int8.backend import Backend
 from haq_lab.models.experts import Experts
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
+from haq_lab.pipeline.bit_pass import choose_bits
 from haq_lab.pipeline.evaluation_states import Evaluation
-from haq_lab.quantizers.apply import LinearReport, quantize_group, smooth_group
+from haq_lab.quantizers.apply import Allocation, LinearReport, quantize_group, smooth_group
 from haq_lab.quantizers.base import Quantizer
 from haq_lab.quantizers.pass_result import LayerStore, Level, PassResult, PassState
 from haq_lab.result_cache.store import Store
@@ -95,6 +96,9 @@ def sequential_pass(
         with clock.stage("evaluate"):
             evaluation.advance(level, layer, index)
 
+    allocation = None
+    if quantizer is not None:
+        allocation = choose_bits(model, quantizer, inputs.calibration, inputs.policy, store, clock)
     state = PassState(_hidden_states(result, calibrator), result, next_layer)
     first = 0 if checkpoint is None else checkpoint.restore(state)
     for index in range(first, model.depth):
@@ -106,7 +110,8 @@ def sequential_pass(
             assert calibrator is not None
             smoothed = _copy_sharing_weights(layer) if inputs.evaluation else None  # for the level `smoothed`
             states = [layer] if smoothed is None else [layer, smoothed]
-            result.reports += _quantize_layer(model, states, index, quantizer, backend, calibrator, result.ranges)
+            arguments = quantizer, backend, calibrator, result.ranges, allocation
+            result.reports += _quantize_layer(model, states, index, *arguments)
             del states
             buffer.release()
             if smoothed is not None:
@@ -131,6 +136,7 @@ def _quantize_layer(
     backend: Backend,
     calibrator: Calibrator,
     ranges: Ranges,
+    allocation: Allocation | None,
 ) -> list[LinearReport]:
     """Smooth every copy of a layer and quantise the first copy, group by group."""
     reports: list[LinearReport] = []
@@ -143,7 +149,7 @@ def _quantize_layer(
         if seen is not None and statistics is not None and group.expert is None:
             ranges.add(group.site, seen.channel_max, statistics.channel_max)
         with clock.stage("solve"):
-            reports += quantize_group(layer, index, group, quantizer, statistics, strength, backend)
+            reports += quantize_group(layer, index, group, quantizer, statistics, strength, backend, allocation)
     if (moe := model.family.moe) is not None:
         layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
     if calibrator.routing is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,9 +13,12 @@ from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.rotation import rotate
 from haq_lab.models.architectures import Family, Group
-from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, output_error
-from haq_lab.quantizers.grid import round_to_nearest, row_scale
+from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, nearest_solution, output_error
+from haq_lab.quantizers.bit_allocation import Bits
 from haq_lab.quantizers.smoothing import ChannelMap, fold, stack_weights
+
+# The bits of linears that are solved together, by the index of their layer and their names.
+Allocation = Mapping[tuple[int, tuple[str, ...]], Bits]
 
 
 @dataclass
@@ -27,6 +31,9 @@ class LinearReport:
         activation_scheme: Activation scheme of its input.
         smoothing_strength: Smoothing strength, or None if the input was not smoothed.
         static_scale: Scale of the input if the activation scheme is static.
+        weight_bits: Bits of a weight.
+        weight_group: Columns that share a scale, or None if each row has one scale.
+        weights: Number of weights.
         error_rtn: Mean squared output error of rounding to nearest; None without a Hessian.
         output_error: Mean squared output error of the weights as rounded; None without a Hessian.
         notes: What the quantizer reports, such as its dampening.
@@ -37,6 +44,9 @@ class LinearReport:
     activation_scheme: str
     smoothing_strength: float | None = None
     static_scale: float | None = None
+    weight_bits: int = 8
+    weight_group: int | None = None
+    weights: int = 0
     error_rtn: float | None = None
     output_error: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +91,7 @@ def quantize_group(
     statistics: InputStatistics | None,
     strength: float | None,
     backend: Backend,
+    allocation: Allocation | None = None,
 ) -> list[LinearReport]:
     """Replace the linears of a group by `Int8Linear`s, in place.
 
@@ -96,6 +107,7 @@ def quantize_group(
         statistics: Statistics of the smoothed input, or None.
         strength: Smoothing strength, for the reports.
         backend: Computes the new linears.
+        allocation: Bits of the linears, if they have been chosen.
 
     Returns:
         One report for each linear.
@@ -108,18 +120,21 @@ def quantize_group(
     reports = []
     for expert, names in group.consumers_by_expert().items():
         own = None if statistics is None else statistics.of(expert)
-        solution = quantizer.solve(rotate(stack_weights(layer, names), rotation), own, activation)
+        chosen = quantizer if allocation is None else quantizer.with_bits(allocation[index, names])
+        solution = chosen.solve(rotate(stack_weights(layer, names), rotation), own, activation)
         first = 0
         for name in names:
             rows = slice(first, first := first + cast(nn.Linear, layer.get_submodule(name)).out_features)
-            solved = Solution(solution.levels[rows].clone(), solution.scale[rows].clone(), dict(solution.notes))
+            solved = solution.rows(rows)
             if own is not None and own.stands_in:
                 solved.notes.setdefault("fallback", "shared")
             report = LinearReport(index, name, activation.scheme, strength, notes=solved.notes)
             if activation.scale is not None:
                 report.static_scale = float(activation.scale)
+            report.weight_bits, report.weight_group = solved.format.bits, solved.format.group
+            report.weights = solved.levels.numel()
             weight = rotate(cast(Tensor, layer.get_submodule(name).weight), rotation)
-            _measure_errors(report, weight, quantizer, own, solved)
+            _measure_errors(report, weight, own, solved)
             reports.append(report)
             _replace_linear(layer, name, solved, activation, rotation, backend)
     return reports
@@ -128,16 +143,13 @@ def quantize_group(
 def _measure_errors(
     report: LinearReport,
     weight: Tensor,
-    quantizer: Quantizer,
     statistics: InputStatistics | None,
     solved: Solution,
 ) -> None:
     """Add the output errors of the solution and of rounding to nearest to the report, if there is a Hessian."""
     if statistics is None or statistics.hessian is None:
         return
-    scale = row_scale(weight, quantizer.weight_bits)
-    nearest = Solution(round_to_nearest(weight, scale, quantizer.weight_bits), scale)
-    report.error_rtn = output_error(weight, nearest, statistics.hessian)
+    report.error_rtn = output_error(weight, nearest_solution(weight, solved.format), statistics.hessian)
     report.output_error = output_error(weight, solved, statistics.hessian)
 
 
@@ -158,5 +170,6 @@ def _replace_linear(
         None if activation.scale is None else activation.scale.clone(),
         backend,
         rotation=rotation,
+        format=solved.format,
     )
     layer.set_submodule(name, int8)

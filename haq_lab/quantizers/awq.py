@@ -24,6 +24,7 @@ class AWQ(Quantizer):
     Args:
         activations: Activation scheme: `token`, `tensor` (both dynamic) or `static`.
         weight_bits: 8 or 4.
+        group: Columns of a 4-bit weight that share a scale: 128, 64 or 32; `none` for one scale a row.
         lm_head: Whether to quantise the LM head too.
         rotation: Hadamard rotation of each input, as for every quantizer.
         rotation_block: Largest block of `rotation=block`.

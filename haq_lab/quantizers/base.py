@@ -6,7 +6,7 @@ baselines override few of them, HAQ overrides all three. `quantizer._target_=my_
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,9 +17,12 @@ from torch import Tensor
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.int8.numerics import ActivationScheme, scale_of
 from haq_lab.int8.rotation import NO_ROTATION, block_size
+from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.architectures import Family, Group
-from haq_lab.quantizers.grid import round_to_nearest, row_scale
+from haq_lab.quantizers.bit_allocation import Bits
+from haq_lab.quantizers.grid import round_to_nearest, weight_scale
 from haq_lab.quantizers.smoothing import ChannelMap
+from haq_lab.utils.errors import UserError
 
 NO_PREFIX, AUTO_PREFIX = "none", "auto"
 COLUMNS = 128  # columns of a Hessian that are multiplied at once
@@ -57,13 +60,21 @@ class Solution:
 
     Attributes:
         levels: (n, k) int8.
-        scale: (n,) one scale a row.
+        scale: (n,) one scale a row, or (groups, n).
         notes: Facts about the rounding for the per-layer table.
+        format: Bits of the levels, and columns that share a scale.
     """
 
     levels: Tensor
     scale: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
+    format: WeightFormat = INT8
+
+    def rows(self, rows: slice) -> Solution:
+        """Return a copy of some rows, for one of several linears that were solved together."""
+        return Solution(
+            self.levels[rows].clone(), self.scale[..., rows].contiguous().clone(), dict(self.notes), self.format
+        )
 
 
 def _check_prefix(value: Any) -> Any:
@@ -86,7 +97,8 @@ class Quantizer:
     Args:
         activations: Activation scheme: `token` (dynamic, one scale a token), `tensor` (dynamic, one scale for all
             tokens of a sequence that the linear receives) or `static` (a scale from calibration).
-        weight_bits: 8, or 4 (levels in [-7, 7], stored as int8).
+        weight_bits: 8, or 4 (levels in [-7, 7], stored two to a byte).
+        group: Consecutive columns of a 4-bit weight that share a scale: 128, 64 or 32. `none` means one scale a row.
         lm_head: Whether to quantise the LM head too. Whatever the other settings are, it gets 8 bits, rounding to
             nearest and token-dynamic activations, because calibration does not reach it.
         prefix: Tokens before every sequence (`haq_lab.prefix`): `none`, a text, token ids, or `auto`, which looks for
@@ -102,10 +114,48 @@ class Quantizer:
 
     activations: Literal["token", "tensor", "static"] = "token"
     weight_bits: Literal[8, 4] = 8
+    group: Literal[128, 64, 32, "none"] = "none"
     lm_head: bool = False
     prefix: Annotated[str | tuple[int, ...], BeforeValidator(_check_prefix)] = NO_PREFIX
     rotation: Literal["none", "block", "full"] = "none"
     rotation_block: Annotated[int, Field(ge=2)] = 128
+
+    def __post_init__(self) -> None:
+        if self.group != "none" and self.weight_bits == 8:
+            raise UserError(
+                f"quantizer.group: {self.group} needs 4-bit weights, but quantizer.weight_bits is 8. "
+                "Choose quantizer.weight_bits=4 or quantizer.group=none."
+            )
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """The format of the weights that `solve` returns."""
+        return WeightFormat(self.weight_bits, None if self.group == "none" else self.group)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes of a quantised weight with its share of a group's scale."""
+        scale = 0.0 if self.weight_format.group is None else 4 / self.weight_format.group
+        return (self.average_bits or self.weight_format.bits) / 8 + scale
+
+    @property
+    def average_bits(self) -> float | None:
+        """The largest average number of bits of a weight, if the bits of each linear are to be chosen; else None."""
+        return None
+
+    def with_bits(self, bits: Bits) -> Quantizer:
+        """Return this quantizer for linears whose bits have been chosen. 8-bit weights have one scale a row."""
+        return replace(self, weight_bits=bits, group=self.group if bits == 4 else "none")
+
+    def weight_error(self, weight: Tensor, statistics: InputStatistics, cost: Tensor) -> float:
+        """Predict the KL divergence, in nats a token, that rounding the weights of some linears adds.
+
+        Args:
+            weight: (n, k) stacked weights, after smoothing.
+            statistics: Statistics of the smoothed input.
+            cost: (n,) sensitivity of each output.
+        """
+        raise NotImplementedError
 
     @property
     def needs(self) -> Needs:
@@ -166,15 +216,19 @@ class Quantizer:
             activation: How the input is quantised.
 
         Returns:
-            Levels (n, k) and scales (n,).
+            Levels (n, k) and scales, (n,) or (groups, n).
         """
-        scale = row_scale(weight, self.weight_bits)
-        return Solution(round_to_nearest(weight, scale, self.weight_bits), scale)
+        return nearest_solution(weight, self.weight_format)
 
     def _fallback(self, weight: Tensor) -> Solution:
         """Round to nearest and note it, if the Hessian cannot be factorized."""
-        nearest = Quantizer.solve(self, weight, None, ActivationChoice("token"))
-        return Solution(nearest.levels, nearest.scale, {"fallback": "rtn"})
+        return replace(nearest_solution(weight, self.weight_format), notes={"fallback": "rtn"})
+
+
+def nearest_solution(weight: Tensor, format: WeightFormat) -> Solution:
+    """Round a weight (n, k) to nearest, with scales that cover the largest weight of each row or group."""
+    scale = weight_scale(weight, format)
+    return Solution(round_to_nearest(weight, scale, format.bits, format.group), scale, format=format)
 
 
 def output_error(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
@@ -184,7 +238,7 @@ def output_error(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
         weight: (n, k) before rounding.
         hessian: (k, k) mean of x x^T.
     """
-    difference = solution.levels.float() * solution.scale[:, None] - weight
+    difference = solution.levels.float() * solution.format.row_scales(solution.scale, weight.shape[1]) - weight
     total = 0.0
     for first in range(0, len(hessian), COLUMNS):  # H is symmetric, so blocks left of its diagonal count twice
         columns = slice(first, first + COLUMNS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution
 from haq_lab.quantizers.gptq_solver import factorize, solve
-from haq_lab.quantizers.grid import row_scale
+from haq_lab.quantizers.grid import weight_scale
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class GPTQ(Quantizer):
     Args:
         activations: Activation scheme: `token`, `tensor` (both dynamic) or `static`.
         weight_bits: 8 or 4.
+        group: Columns of a 4-bit weight that share a scale: 128, 64 or 32; `none` for one scale a row.
         lm_head: Whether to quantise the LM head too.
         dampening_frac: Dampening: the share of mean(diag H) that is added to the diagonal.
         act_order: Whether to solve the columns in the order of falling diag(H).
@@ -39,6 +40,7 @@ class GPTQ(Quantizer):
         factor = factorize(statistics.hessian, self.dampening_frac, self.act_order)
         if factor is None:
             return self._fallback(weight)
-        scale = row_scale(weight, self.weight_bits)
+        scale = weight_scale(weight, self.weight_format)
         notes = {"dampening_frac": factor.dampening_frac, "dead_columns": int(factor.dead.sum())}
-        return Solution(solve(weight, factor, scale, self.weight_bits), scale, notes)
+        levels = solve(weight, factor, scale, self.weight_format.bits, self.weight_format.group)
+        return Solution(levels, scale, notes, self.weight_format)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from haq_lab.int8.weight_format import spread_scales
 from haq_lab.quantizers.grid import qmax
 
 BLOCK = 16  # most columns that are solved one by one; larger blocks are split in halves
@@ -106,14 +107,17 @@ def _damped(hessian: Tensor, dampening_frac: float, act_order: bool) -> Iterator
         dampening_frac = max(dampening_frac * 10, 1e-4)
 
 
-def solve(weight: Tensor, factor: Factor, scale: Tensor, bits: int) -> Tensor:
+def solve(weight: Tensor, factor: Factor, scale: Tensor, bits: int, group: int | None = None) -> Tensor:
     """Round a weight column by column, and compensate each error in later columns.
+
+    A column keeps the scale of its group, in whatever order the columns are solved.
 
     Args:
         weight: (n, k).
         factor: The factor of the input's Hessian.
-        scale: (n,) row scales.
+        scale: (n,) row scales, or (groups, n).
         bits: Bits of a weight.
+        group: Columns that share a scale; None for row scales.
 
     Returns:
         int8 levels (n, k).
@@ -122,14 +126,17 @@ def solve(weight: Tensor, factor: Factor, scale: Tensor, bits: int) -> Tensor:
     # Transposed to (k, n), so that a column is contiguous.
     columns = np.ascontiguousarray(alive.t().numpy())
     levels = np.empty_like(columns)
-    _solve_columns(columns, levels, factor.upper.numpy(), scale.numpy(), qmax(bits))
+    steps = spread_scales(scale, weight.shape[1], group).expand(weight.shape)[:, factor.order].t()
+    if group is not None:  # else a view of one row, which stays in the cache
+        steps = steps.contiguous()
+    _solve_columns(columns, levels, factor.upper.numpy(), steps.numpy(), qmax(bits))
     solved = np.empty(weight.shape, dtype=np.int8)
     solved[:, factor.order.numpy()] = levels.T
     return torch.from_numpy(solved)
 
 
-def _solve_columns(columns: np.ndarray, levels: np.ndarray, upper: np.ndarray, step: np.ndarray, top: int) -> None:
-    """Solve `columns` (k, n) into `levels`, and leave the errors divided by their pivots in `columns`.
+def _solve_columns(columns: np.ndarray, levels: np.ndarray, upper: np.ndarray, steps: np.ndarray, top: int) -> None:
+    """Solve `columns` (k, n) with `steps` (k, n) into `levels`, and leave the errors divided by their pivots there.
 
     Splitting in halves makes the compensation between the halves one matrix product. This is GPTQ's lazy batch update,
     applied at every size.
@@ -137,11 +144,11 @@ def _solve_columns(columns: np.ndarray, levels: np.ndarray, upper: np.ndarray, s
     size = len(columns)
     if size > BLOCK:
         half = size // 2
-        _solve_columns(columns[:half], levels[:half], upper[:half, :half], step, top)
+        _solve_columns(columns[:half], levels[:half], upper[:half, :half], steps[:half], top)
         columns[half:] -= upper[:half, half:].T @ columns[:half]
-        _solve_columns(columns[half:], levels[half:], upper[half:, half:], step, top)
+        _solve_columns(columns[half:], levels[half:], upper[half:, half:], steps[half:], top)
         return
     for column in range(size):
-        np.clip(np.rint(columns[column] / step), -top, top, out=levels[column])
-        columns[column] = (columns[column] - levels[column] * step) / upper[column, column]
+        np.clip(np.rint(columns[column] / steps[column]), -top, top, out=levels[column])
+        columns[column] = (columns[column] - levels[column] * steps[column]) / upper[column, column]
         columns[column + 1 :] -= upper[column, column + 1 :, None] * columns[column]

@@ -14,5 +14,6 @@ class RTN(Quantizer):
     Args:
         activations: Activation scheme: `token`, `tensor` (both dynamic) or `static`.
         weight_bits: 8 or 4.
+        group: Columns of a 4-bit weight that share a scale: 128, 64 or 32; `none` for one scale a row.
         lm_head: Whether to quantise the LM head too.
     """

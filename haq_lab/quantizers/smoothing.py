@@ -59,8 +59,8 @@ class ChannelMap:
 def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: ChannelMap) -> None:
     """Divide the source of a group by the factor and multiply the columns of its readers by it, in place.
 
-    A source that is already an int8 linear is divided through its row scales. This is exact, because every row has its
-    own scale. The values of a prefix are outputs of the value projection, so they are divided with it.
+    A source that is already an int8 linear is divided through its weight scales. This is exact, because no rows share a
+    scale. The values of a prefix are outputs of the value projection, so they are divided with it.
 
     Args:
         layers: The same layer in several states (as smoothed, as quantised). A tensor that they share is scaled once.
@@ -72,8 +72,10 @@ def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: Channe
     rows = channels.per_row(factor)
     assert torch.equal(rows[channels.rows], factor), "channels that share a row of the source must have one factor"
     sources = [layer.get_submodule(group.source) for layer in layers]
-    for source in _distinct([getattr(source, "weight_scale", source.weight) for source in sources]):
-        source.div_(rows if source.dim() == 1 else rows[:, None])
+    for scale in _distinct([getattr(source, "weight_scale", None) for source in sources]):
+        scale.div_(rows)
+    for weight in _distinct([None if hasattr(source, "weight_scale") else source.weight for source in sources]):
+        weight.div_(rows if weight.dim() == 1 else rows[:, None])
     for bias in _distinct([getattr(source, "bias", None) for source in sources]):
         bias.div_(rows)
     if group.kind == "value":

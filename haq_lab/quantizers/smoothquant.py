@@ -21,6 +21,7 @@ class SmoothQuant(Quantizer):
     Args:
         activations: Activation scheme: `token`, `tensor` (both dynamic) or `static`.
         weight_bits: 8 or 4.
+        group: Columns of a 4-bit weight that share a scale: 128, 64 or 32; `none` for one scale a row.
         lm_head: Whether to quantise the LM head too.
         smoothing_strength: alpha in s = max|X|^alpha / max|W|^(1-alpha). If null, the published strength of the
             architecture is used (0.5 for OPT, 0.8 to 0.85 for Llama, Mistral and Mixtral).

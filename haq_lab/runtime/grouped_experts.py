@@ -16,6 +16,7 @@ from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.numerics import round_to_grid, swiglu
 from haq_lab.int8.rotation import rotate
 from haq_lab.int8.sequences import sequences_of
+from haq_lab.int8.weight_format import INT8
 from haq_lab.models.experts import Expert, Experts, combine
 from haq_lab.models.int8_experts import Int8Experts, projections
 
@@ -98,13 +99,15 @@ class GroupedExperts(Int8Experts):
 def can_group(experts: Int8Experts) -> bool:
     """Return whether experts can be grouped.
 
-    All weights must be in memory, and the inputs of all down projections must be quantised for all rows at once. That
-    excludes the `tensor` scheme, whose scale depends on the rows of one expert and one sequence.
+    All weights must be in memory in 8 bits, and the inputs of all down projections must be quantised for all rows at
+    once. That excludes the `tensor` scheme, whose scale depends on the rows of one expert and one sequence.
     """
     parts = [projections(cast(Expert, expert)) for expert in experts]
     downs = [down for _, _, down in parts]
     return (
-        all(linear.packed.numel() and linear.bias is None for part in parts for linear in part)
+        all(
+            linear.packed.numel() and linear.bias is None and linear.format == INT8 for part in parts for linear in part
+        )
         and len({(down.scheme, down.rotation) for down in downs}) == 1
         and downs[0].scheme != "tensor"
         and downs[0].in_features % K_MULTIPLE == 0

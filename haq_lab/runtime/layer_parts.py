@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from haq_lab.int8.cpu.bindings import kernel_group
 from haq_lab.int8.linear import Int8Linear, MergedLinear
 from haq_lab.models.architectures import Family, Group
 from haq_lab.models.experts import Expert
@@ -30,8 +31,7 @@ class LinearParts(ctypes.Structure):
 
     _fields_ = [
         *((name, _PTR) for name in ("packed", "scale", "bias")),
-        ("n", _I64),
-        ("k", _I64),
+        *((name, _I64) for name in ("n", "k", "group")),
         ("activation_scale", _F32),
         ("rotation", _I64),
     ]
@@ -41,7 +41,7 @@ class LinearParts(ctypes.Structure):
         """Return the addresses of a linear's tensors. The tensors must not move afterwards."""
         bias = None if linear.bias is None else linear.bias.data_ptr()
         static_scale = 0.0 if linear.input_scale is None else float(linear.input_scale)
-        shape = linear.out_features, linear.in_features
+        shape = linear.out_features, linear.in_features, kernel_group(linear.format, linear.in_features)
         return cls(
             linear.packed.data_ptr(), linear.weight_scale.data_ptr(), bias, *shape, static_scale, linear.rotation
         )

@@ -110,11 +110,49 @@ void haq_pack(const int8_t* w, int64_t n, int64_t k, int64_t column, uint8_t* pa
   });
 }
 
+int64_t haq_packed4_bytes(int64_t n, int64_t k) {
+  return (n + kPanel - 1) / kPanel * kPanel * ((k + kPair - 1) / kPair * kGroup);
+}
+
+// Writes 4-bit w (n, k), a byte each, as the columns from `column` on of a packed matrix of depth k.
+void haq_pack4(const int8_t* w, int64_t n, int64_t k, int64_t column, uint8_t* packed, int threads) {
+  const int64_t pairs = (k + kPair - 1) / kPair, first_panel = column / kPanel;
+  const int64_t panels = (column + n + kPanel - 1) / kPanel - first_panel;
+  parallel_for(n * k < 65536 ? 1 : threads, panels, [&](int64_t unit) {
+    const int64_t panel = first_panel + unit;
+    const int64_t begin = std::max(column, panel * kPanel), end = std::min(column + n, (panel + 1) * kPanel);
+    for (int64_t c = begin; c < end; ++c) {
+      const int8_t* row = w + (c - column) * k;
+      uint8_t* out = packed + panel * pairs * kGroupBytes + c % kPanel * kGroup;
+      for (int64_t pair = 0; pair < pairs; ++pair, out += kGroupBytes) {
+        uint8_t levels[kPair];
+        for (int64_t i = 0; i < kPair; ++i) {
+          const int64_t at = pair * kPair + i;
+          levels[i] = static_cast<uint8_t>(8 + (at < k ? row[at] : 0));
+        }
+        for (int i = 0; i < kGroup; ++i) out[i] = static_cast<uint8_t>(levels[i] | levels[kGroup + i] << 4);
+      }
+    }
+  });
+}
+
+// As haq_linear with 4-bit weights and weight_scale (groups, n). `row_scale` (m,) are the scales of an int8 x, or null.
+int haq_linear4(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, const uint8_t* packed,
+                int64_t n, int64_t group, const float* weight_scale, const float* bias, const float* row_scale,
+                float static_scale, int64_t rotation, void* out, int out_kind) {
+  return failed([&] {
+    multiply({kLevels[level], threads, x, static_cast<Kind>(x_kind), static_scale, packed, m, n, k, group, row_scale,
+              rotation},
+             {nullptr, nullptr, weight_scale, bias, out, static_cast<Kind>(out_kind), n});
+  });
+}
+
 int haq_linear(int level, int threads, const void* x, int x_kind, int64_t m, int64_t k, const uint8_t* packed,
                int64_t n, const float* weight_scale, const float* bias, float static_scale, int64_t rotation,
                void* out, int out_kind) {
   return failed([&] {
-    multiply({kLevels[level], threads, x, static_cast<Kind>(x_kind), static_scale, packed, m, n, k, nullptr, rotation},
+    multiply({kLevels[level], threads, x, static_cast<Kind>(x_kind), static_scale, packed, m, n, k, 0, nullptr,
+              rotation},
              {nullptr, nullptr, weight_scale, bias, out, static_cast<Kind>(out_kind), n});
   });
 }
@@ -178,15 +216,16 @@ int haq_route(int level, int threads, const Router* r, const float* x, int64_t m
   });
 }
 
-// out (m, k) = the expert of x (m, k) int8; weights packed, gate and up of `inner` rows.
+// out (m, k) = the expert of x (m, k) int8; weights packed, gate and up of `inner` rows. A group is 0 for 8-bit weights.
 int haq_expert(int level, int threads, const int8_t* x, const float* row_scale, int64_t m, int64_t k, int64_t inner,
-               const uint8_t* gate, const float* gate_scale, const uint8_t* up, const float* up_scale,
-               const uint8_t* down, const float* down_scale, float static_scale, int64_t rotation, float* out) {
+               const uint8_t* gate, const float* gate_scale, int64_t gate_group, const uint8_t* up,
+               const float* up_scale, int64_t up_group, const uint8_t* down, const float* down_scale,
+               int64_t down_group, float static_scale, int64_t rotation, float* out) {
   return failed([&] {
     run_expert(*kLevels[level], threads, x, row_scale, m,
-               {{gate, gate_scale, nullptr, inner, k, 0, 1},
-                {up, up_scale, nullptr, inner, k, 0, 1},
-                {down, down_scale, nullptr, k, inner, static_scale, rotation}},
+               {{gate, gate_scale, nullptr, inner, k, gate_group, 0, 1},
+                {up, up_scale, nullptr, inner, k, up_group, 0, 1},
+                {down, down_scale, nullptr, k, inner, down_group, static_scale, rotation}},
                out);
   });
 }

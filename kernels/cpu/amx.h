@@ -84,8 +84,46 @@ HAQ_AMX void amx_tile(int rows, const uint8_t* x, const void* panel, bool, int64
   multiply_panel<true>(rows, x, w, groups, add, acc);
 }
 
+// 4-bit weights are unpacked for the tile registers, a span at a time.
+HAQ_AMX void unpack4(const uint8_t* panel, int64_t pairs, uint8_t* out) {
+  const __m512i lower = _mm512_set1_epi8(15);
+  for (int64_t i = 0; i < pairs * kGroupBytes; i += 64) {
+    const __m512i both = _mm512_loadu_si512(panel + i);
+    uint8_t* const to = out + i / kGroupBytes * 2 * kGroupBytes + i % kGroupBytes;
+    _mm512_storeu_si512(to, _mm512_and_si512(both, lower));
+    _mm512_storeu_si512(to + kGroupBytes, _mm512_and_si512(_mm512_srli_epi16(both, 4), lower));
+  }
+}
+
+// acc = the groups [first, last), a block of chunks of the staged rows at a time. The block's groups outside of them
+// are zeros.
+HAQ_AMX void amx_product4(int rows, const uint8_t* x, const uint8_t* panel, int64_t first, int64_t last, int32_t* acc) {
+  constexpr int64_t block = 2 * kGroups;
+  alignas(64) uint8_t weights[block * kGroupBytes];
+  bool add = false;
+  int64_t g = first / kGroups * kGroups;
+  do {
+    const int64_t begin = first > g ? first - g : 0, end = ((last - g < block ? last - g : block) + 1) / 2 * 2;
+    const int64_t chunks = (end + kGroups - 1) / kGroups * kGroups;
+    std::memset(weights, 0, static_cast<size_t>(chunks * kGroupBytes));
+    unpack4(panel + (g + begin) / 2 * kGroupBytes, (end - begin) / 2, weights + begin * kGroupBytes);
+    __asm__ volatile("" ::"r"(weights) : "memory");
+    if (rows <= kHalf)
+      multiply_panel<false>(rows, x + g / kGroups * rows * kChunk, weights, chunks, add, acc);
+    else
+      multiply_panel<true>(rows, x + g / kGroups * rows * kChunk, weights, chunks, add, acc);
+    add = true;
+    g += block;
+  } while (g < last);
+}
+
+HAQ_AMX void amx_tile4(const Tile4& t) {
+  if (t.rows <= kFewRows) return tile4(t);
+  by_spans<amx_product4>(t);
+}
+
 constexpr Kernels with_tile_registers() {
-  Kernels kernels = table("amx", kAmxRows, amx_tile, attend<8, 2>, float_product<8, 2>);
+  Kernels kernels = table("amx", kAmxRows, amx_tile, amx_tile4, attend<8, 2>, float_product<8, 2>);
   kernels.begin = configure;
   kernels.end = release;
   return kernels;

@@ -39,8 +39,8 @@ struct Step {
 };
 
 void apply(const Step& s, const Linear& linear, const float* x, float* out) {
-  multiply({&s.isa, s.threads, x, kFloat, linear.activation_scale, linear.packed, s.tokens, linear.n, linear.k, nullptr,
-            linear.rotation},
+  multiply({&s.isa, s.threads, x, kFloat, linear.activation_scale, linear.packed, s.tokens, linear.n, linear.k,
+            linear.group, nullptr, linear.rotation},
            {nullptr, nullptr, linear.scale, linear.bias, out, kFloat, linear.n});
 }
 

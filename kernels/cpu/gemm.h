@@ -12,6 +12,7 @@ struct Product {
   float static_scale;
   const uint8_t* packed;
   int64_t m, n, k;
+  int64_t group; // 0: 8-bit weights; else 4-bit, k > 0, and so many columns share a scale: 32, 64, 128, or k and more
   const float* row_scale = nullptr; // (M,) of rows that are int8 already
   int64_t rotation = 1; // block of the transform of a row before it is quantised (hadamard.h); at most 1: none
 };

@@ -2,6 +2,7 @@
 // HAQ_TARGET and HAQ_STAGED, includes its chunk header and then this, once.
 #pragma once
 #include "rows.h"
+#include "tile4.h"
 #include "attention.h"
 #include "float_product.h"
 #include "hadamard.h"
@@ -10,7 +11,7 @@ namespace haq {
 namespace {
 
 // `attend` is one of attention.h and `float_product` one of float_product.h, by how many registers there are.
-constexpr Kernels table(const char* name, int row_tile, decltype(Kernels::tile) tile,
+constexpr Kernels table(const char* name, int row_tile, decltype(Kernels::tile) tile, decltype(Kernels::tile4) tile4,
                         decltype(Kernels::attend) attend, decltype(Kernels::float_product) float_product) {
   Kernels kernels{};
   kernels.name = name;
@@ -20,6 +21,9 @@ constexpr Kernels table(const char* name, int row_tile, decltype(Kernels::tile) 
   kernels.quantize = quantize;
   kernels.tile = tile;
   kernels.finish = finish;
+  kernels.tile4 = tile4;
+  kernels.finish4 = finish4;
+  kernels.offsets = offsets;
   kernels.silu_mul = silu_mul;
   kernels.hadamard = hadamard;
   kernels.rms_norm = rms_norm;

@@ -5,6 +5,9 @@
 // multiplies unsigned by signed: acc = sum x * (w + 128), and 128 * sum x is taken off in the epilogue.
 // That is exact for every int8, -128 included: sums wrap modulo 2^32 and the true result fits in 32 bits.
 //
+// Packed 4-bit weights: the same panels, and a byte holds two of them as w + 8: in its lower half one of the first group
+// of 4 consecutive k, in its upper half the same column's of the next group. So 128 bytes are a pair of groups.
+//
 // Staged activations: tiles of `row_tile` rows, the last of what is left; a tile holds, for each 64-byte chunk of
 // k, the chunks of its rows one after the other. Rows are zero beyond K. Addresses in the tile loop are thus
 // constants, and no row stride can make the rows of a tile fall on the same cache sets.
@@ -18,6 +21,7 @@ constexpr int kPanel = 32;
 constexpr int kGroup = 4;
 constexpr int kChunk = 64;
 constexpr int kGroupBytes = kPanel * kGroup;
+constexpr int kPair = 2 * kGroup; // consecutive k of a pair of groups of 4-bit weights
 
 enum Kind : int { kInt32 = 0, kFloat = 1, kBFloat16 = 2, kInt8 = 3, kFloat16 = 4 };
 
@@ -30,6 +34,21 @@ struct Epilogue {
   void* out;                 // (M, N), contiguous
   Kind kind;                 // of out
   int64_t columns;           // N
+};
+
+// A staged tile times a panel of 4-bit weights, of which each `span` groups of 4 k have scales of their own:
+// sums (rows, 32) = or += (int32 sum of a span) * scale in fp32, span by span.
+struct Tile4 {
+  int rows;
+  const uint8_t* x;
+  const uint8_t* panel;
+  int64_t groups, span;  // `span` is even, and divides 16 or is a multiple of 16, or is all groups
+  const float* scale;    // of the first span's 32 columns
+  int64_t scale_stride;  // to the next span's
+  const int32_t* offset; // of the first row's first span: 8 times the sum of the activations
+  int64_t offset_stride; // to the next row's
+  bool add;
+  float* sums;
 };
 
 // Attention of `rows` queries of one head over the keys and values of decoder.h. Row r sees the first
@@ -70,6 +89,11 @@ struct Kernels {
   // Optional: the packed weights as 16-bit values in the same order, for panels used by many tiles.
   void (*widen)(const uint8_t* panel, int64_t groups, uint16_t* out);
   void (*finish)(const int32_t* acc, int rows, int64_t row, int64_t column, const Epilogue& e);
+  // The same for 4-bit weights: what `tile` and `finish` do.
+  void (*tile4)(const Tile4& t);
+  void (*finish4)(const float* sums, int rows, int64_t row, int64_t column, const Epilogue& e);
+  // offset[i] = 8 times the sum of the i-th `span` groups of a staged row of `groups`, in a tile of `rows` rows.
+  void (*offsets)(const uint8_t* staged, int64_t rows, int64_t groups, int64_t span, int32_t* offset);
   void (*silu_mul)(const void* gate, const void* up, Kind kind, int64_t n, void* out);
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t k, float* out);
   void (*rotate)(float* x, const float* cosines, const float* sines, int64_t d);

@@ -60,14 +60,15 @@ void run_expert(const Kernels& isa, int threads, const int8_t* x, const float* r
   float* gate = inner_scratch.floats(3 * m * f);
   float *up = gate + m * f, *inner = up + m * f;
   const auto read = [&](const Linear& linear, float* y) {
-    multiply({&isa, threads, x, kInt8, 0, linear.packed, m, f, linear.k, row_scale}, into(y, linear));
+    multiply({&isa, threads, x, kInt8, 0, linear.packed, m, f, linear.k, linear.group, row_scale}, into(y, linear));
   };
   read(expert.gate, gate);
   read(expert.up, up);
   parallel_for(threads_for(threads, m * f), m,
                [&](int64_t row) { isa.silu_mul(gate + row * f, up + row * f, kFloat, f, inner + row * f); });
   const Linear& down = expert.down;
-  multiply({&isa, threads, inner, kFloat, down.activation_scale, down.packed, m, down.n, f, nullptr, down.rotation},
+  multiply({&isa, threads, inner, kFloat, down.activation_scale, down.packed, m, down.n, f, down.group, nullptr,
+            down.rotation},
            into(out, down));
 }
 

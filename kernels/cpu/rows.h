@@ -130,6 +130,46 @@ HAQ_TARGET void finish(const int32_t* acc, int rows, int64_t row, int64_t column
   finish_rows<uint16_t>(acc, rows, row, column, e);
 }
 
+template <class T>
+HAQ_TARGET inline void finish4_row(const float* __restrict sums, int count, float row_scale,
+                                   const float* __restrict bias, T* __restrict out) {
+  for (int c = 0; c < count; ++c) {
+    const float y = sums[c] * row_scale;
+    store(out + c, bias ? y + bias[c] : y);
+  }
+}
+
+template <class T>
+HAQ_TARGET inline void finish4_rows(const float* sums, int rows, int64_t row, int64_t column, const Epilogue& e) {
+  const int count = static_cast<int>(e.columns - column < kPanel ? e.columns - column : kPanel);
+  const float* bias = e.bias ? e.bias + column : nullptr;
+  for (int r = 0; r < rows; ++r, sums += kPanel) {
+    T* out = static_cast<T*>(e.out) + (row + r) * e.columns + column;
+    if (count == kPanel && !bias)
+      finish4_row(sums, kPanel, e.row_scale[row + r], nullptr, out);
+    else
+      finish4_row(sums, count, e.row_scale[row + r], bias, out);
+  }
+}
+
+HAQ_TARGET void finish4(const float* sums, int rows, int64_t row, int64_t column, const Epilogue& e) {
+  if (e.kind == kFloat) return finish4_rows<float>(sums, rows, row, column, e);
+  finish4_rows<uint16_t>(sums, rows, row, column, e);
+}
+
+HAQ_TARGET void offsets(const uint8_t* staged, int64_t rows, int64_t groups, int64_t span, int32_t* offset) {
+  constexpr int64_t chunk = kChunk / static_cast<int64_t>(sizeof(HAQ_STAGED)) / kGroup; // groups
+  constexpr int64_t step = 8; // groups: the smallest span
+  for (int64_t first = 0; first < groups; first += span, ++offset) {
+    int32_t sum = 0;
+    for (int64_t g = first; g < first + span && g < groups; g += step) { // beyond the last are zeros
+      const auto* q = reinterpret_cast<const HAQ_STAGED*>(staged + g / chunk * rows * kChunk) + g % chunk * kGroup;
+      for (int i = 0; i < step * kGroup; ++i) sum += q[i];
+    }
+    *offset = 8 * sum;
+  }
+}
+
 // exp by 2^n * polynomial (Cephes' coefficients), within 2 ulp; the range keeps 2^n a normal number. Operation for
 // operation what kernels/numeric.cuh does, so that an expert has the same bits on a GPU and beside it.
 HAQ_TARGET inline float exp_poly(float x) {

@@ -26,8 +26,20 @@ void tile(int rows, const uint8_t* x, const void* panel, bool, int64_t groups, b
   }
 }
 
+void product4(int rows, const uint8_t* x, const uint8_t* panel, int64_t first, int64_t last, int32_t* acc) {
+  std::memset(acc, 0, static_cast<size_t>(rows) * kPanel * sizeof(int32_t));
+  for (int64_t g = first; g < last; g += 2) {
+    const uint8_t* w = panel + g / 2 * kGroupBytes;
+    for (int r = 0; r < rows; ++r) {
+      const auto* q = reinterpret_cast<const int8_t*>(staged_pair(x, rows, g) + r * kChunk);
+      for (int i = 0; i < kGroupBytes; ++i)
+        acc[r * kPanel + i / kGroup] += q[i % kGroup] * (w[i] & 15) + q[kGroup + i % kGroup] * (w[i] >> 4);
+    }
+  }
+}
+
 } // namespace
 
-constexpr Kernels kScalar = table("scalar", kRows, tile, attend<4, 1>, float_product<2, 2>);
+constexpr Kernels kScalar = table("scalar", kRows, tile, by_spans<product4>, attend<4, 1>, float_product<2, 2>);
 
 } // namespace haq

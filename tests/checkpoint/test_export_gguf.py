@@ -105,7 +105,7 @@ def test_transformers_reads_it(write, dequantized, windows, logits_of, tmp_path)
 def test_levels_are_stored_unchanged():
     levels = torch.randint(-127, 128, (3, 64)).to(torch.int8)
     scale = torch.tensor([0.013, 1.7e-4, 2.0**-14])
-    stored = quantized_tensor("name", levels, scale)
+    stored = quantized_tensor("name", levels, scale[:, None])
     assert stored.type.name == "Q8_0"
     np.testing.assert_array_equal(
         gguf.dequantize(stored.data, stored.type), (levels * scale.half().float()[:, None]).numpy()
@@ -115,9 +115,37 @@ def test_levels_are_stored_unchanged():
     assert np.abs(gguf.dequantize(stored.data, stored.type) - exact).max() < np.abs(requantised - exact).max() / 4
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_4_bit_weights_are_stored_unchanged_in_q4_0(write, dequantized, architecture, tmp_path):
+    folder = write(RTN(weight_bits=4, group=32))
+    export(folder, tmp_path / "model.gguf", "gguf")
+    _, tensors, types = _read(tmp_path / "model.gguf")
+    model = QuantizedModel(folder, ReferenceBackend())
+    layer = dequantized(model, model.load_layer(1)).state_dict()
+    _near(layer["self_attn.v_proj.weight"], tensors["blk.1.attn_v.weight"])
+    assert types["blk.1.attn_v.weight"] == "Q4_0"
+    if architecture == "mixtral":
+        experts = [layer[f"mlp.experts.{number}.up_proj.weight"] for number in range(model.experts)]
+        _near(torch.stack(experts), tensors["blk.1.ffn_up_exps.weight"])
+        assert types["blk.1.ffn_up_exps.weight"] == "Q4_0"
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_mixed_bits_are_stored_unchanged_in_q8_0(write, dequantized, architecture, tmp_path):
+    folder = write(HAQ(rotation="none", weight_bits="auto", bits=6, group=32))
+    export(folder, tmp_path / "model.gguf", "gguf")
+    _, tensors, types = _read(tmp_path / "model.gguf")
+    model = QuantizedModel(folder, ReferenceBackend())
+    assert {format.bits for layer in model.weight_formats() for format in layer.values()} == {4, 8}
+    for index in range(2):
+        layer = dequantized(model, model.load_layer(index)).state_dict()
+        _near(layer["mlp.down_proj.weight"], tensors[f"blk.{index}.ffn_down.weight"])
+        assert types[f"blk.{index}.ffn_down.weight"] == "Q8_0"
+
+
 def test_rows_that_fill_no_block_are_stored_in_float16():
     levels = torch.randint(-127, 128, (3, 48)).to(torch.int8)
-    stored = quantized_tensor("name", levels, torch.full((3,), 0.25))
+    stored = quantized_tensor("name", levels, torch.full((3, 1), 0.25))
     assert stored.type.name == "F16"
     np.testing.assert_array_equal(stored.data, levels.numpy() / 4)
 

@@ -92,3 +92,56 @@ def test_schemes_without_a_kernel_are_refused(write, activations, needed, tmp_pa
     with pytest.raises(UserError, match=message):
         export(folder, tmp_path / "export", "vllm")
     assert [*tmp_path.iterdir()] == [folder]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_4_bit_weights_are_packed_in_groups(write, dequantized, architecture, engine, tmp_path):
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+
+    folder = write(RTN(weight_bits=4, group=32))
+    export(folder, tmp_path / "export", engine)
+    tensors, config = _read(tmp_path / "export")
+    (group,) = config.config_groups.values()
+    assert config.format == "pack-quantized"
+    assert (group.weights.num_bits, group.weights.strategy, group.weights.group_size) == (4, "group", 32)
+    assert group.input_activations is None, "packed weights are multiplied by 16-bit activations"
+    model = QuantizedModel(folder, ReferenceBackend())
+    weight = dequantized(model, model.load_layer(1)).state_dict()["self_attn.v_proj.weight"]
+    parts = {
+        part: tensors[f"model.layers.1.self_attn.v_proj.{part}"]
+        for part in ("weight_packed", "weight_scale", "weight_shape")
+    }
+    assert torch.equal(PackedQuantizationCompressor.decompress(parts, group)["weight"], weight)
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_bits_by_linear_are_groups_of_linears(write, architecture, tmp_path):
+    folder = write(HAQ(rotation="none", weight_bits="auto", bits=6, group=32))
+    export(folder, tmp_path / "export", "vllm")
+    _, config = _read(tmp_path / "export")
+    formats = QuantizedModel(folder, ReferenceBackend()).weight_formats()
+    for bits in (4, 8):
+        names = {
+            f"model.layers.{index}.{name}"
+            for index, layer in enumerate(formats)
+            for name, format in layer.items()
+            if format.bits == bits
+        }
+        assert names == set(config.config_groups[f"{bits}_bits"].targets)
+        assert config.config_groups[f"{bits}_bits"].weights.num_bits == bits
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_a_group_that_does_not_divide_the_width_is_refused(write, architecture, tmp_path):
+    folder = write(RTN(weight_bits=4, group=128))
+    message = r"has 64 inputs, which are not a multiple of its group of 128.*quantizer.group=64"
+    with pytest.raises(UserError, match=message):
+        export(folder, tmp_path / "export", "vllm")
+
+
+@pytest.mark.parametrize("architecture", ["mixtral"])
+def test_experts_with_different_bits_are_refused(write, architecture, tmp_path):
+    folder = write(HAQ(rotation="none", weight_bits="auto", bits=6, group=32))
+    with pytest.raises(UserError, match=r"the experts of layer 0 .* have different numbers of bits"):
+        export(folder, tmp_path / "export", "vllm")

@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from haq_lab.calibration.statistics import CalibrationPolicy
+from haq_lab.checkpoint.inspect import find_problems, summarize
+from haq_lab.checkpoint.layer_tensors import read_formats
 from haq_lab.checkpoint.manifest import Manifest
 from haq_lab.checkpoint.model import QuantizedCheckpoint, QuantizedModel
 from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear, weight_bytes
+from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
@@ -60,6 +63,39 @@ def test_logits_are_bit_equal(architecture, activations, windows, logits_of, tmp
     linears = [module for layer in loaded for module in layer.modules() if isinstance(module, Int8Linear)]
     assert len(linears) == sum(len(group.consumers) for group in model.groups) * model.depth
     assert not (tmp_path / "checkpoint" / "work").exists()
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama", "mixtral"])
+@pytest.mark.parametrize("make_backend", [CpuBackend, ReferenceBackend])
+def test_4_bit_weights_take_half_the_bytes_and_give_the_same_bits(
+    architecture, make_backend, windows, logits_of, tmp_path
+):
+    model, backend, layers = LayeredModel(TinyModel(architecture).folder()), make_backend(), []
+    writer = CheckpointWriter(tmp_path / "checkpoint", model, {}, {}, force=False)
+    inputs = PassInputs(model, HAQ(weight_bits=4, group=32), backend, windows.flip(0), CalibrationPolicy(), {})
+    sequential_pass(inputs, lambda index, layer: layers.append(layer), writer)
+    writer.finish()
+    writer.close()
+    read = QuantizedModel(tmp_path / "checkpoint", backend, contiguous=True)
+    loaded = list(read.load_layers())
+    assert torch.equal(logits_of(read, loaded, windows), logits_of(model, layers, windows))
+    linears = [module for layer in loaded for module in layer.modules() if isinstance(module, Int8Linear)]
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    packed = sum(linear.packed.numel() for linear in linears)
+    stored = sum(shard.bytes for name, shard in read.manifest.shards.items() if name.startswith("layer"))
+    padding = sum(-linear.out_features % 32 * linear.in_features // 2 for linear in linears)
+    assert weights / 2 <= packed <= weights / 2 + padding
+    assert weights / 2 < stored < weights / 2 * 1.6, "two to a byte, float32 scales for 32 weights, norms and headers"
+    assert {format for layer in read.weight_formats() for format in layer.values()} == {WeightFormat(4, 32)}
+    table, _ = summarize(tmp_path / "checkpoint")
+    assert "I4 in groups of 32" in table.columns[1]._cells
+    assert not list(find_problems(tmp_path / "checkpoint"))
+
+
+def test_damaged_weight_formats_are_reported(tmp_path):
+    for formats in ('{"a": {"bits": 3, "group": 32}}', '{"a": {"bits": 4, "group": 48}}', "[]"):
+        with pytest.raises(UserError, match=r"layer\.safetensors: the formats are not readable"):
+            read_formats({"weight_formats": formats}, tmp_path / "layer.safetensors")
 
 
 @pytest.mark.parametrize("make_backend", [CpuBackend, ReferenceBackend])

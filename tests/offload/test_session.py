@@ -21,6 +21,7 @@ from haq_lab.offload.session import OffloadSession, simulate_engine
 from haq_lab.offload.settings import Offload
 from haq_lab.offload.tiers.disk import ExpertFileWriter, expert_tensors
 from haq_lab.offload.tiers.half_experts import ExpertLinear
+from haq_lab.quantizers.rtn import RTN
 from haq_lab.result_cache.store import Store
 from haq_lab.routing.record import record_trace
 from haq_lab.utils.errors import UserError
@@ -37,6 +38,25 @@ def decoded(whole, steps=6):
         logits.append(output.logits[:, -1])
         tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
     return torch.cat(logits)
+
+
+@torch.no_grad()
+def test_4_bit_experts_take_half_the_slot_and_move_half_the_bytes(model, tmp_path):
+    found = {}
+    for bits, quantizer in ((8, RTN()), (4, RTN(weight_bits=4, group=64))):
+        settings = Offload(budget=4, spare=2, eviction="lru")
+        session = OffloadSession(settings, hardware("rtx3060_12g"), model, tmp_path / str(bits), Store())
+        layers = finished(model, session.add, quantizer)
+        session.find_profile(None, WINDOWS, "random")
+        session.engage(layers)
+        decoded(model.assemble(layers))
+        engine = session.engine
+        found[bits] = engine.arena.blob_bytes, engine.counters.bytes_moved.sum() / engine.counters.read.sum()
+        assert session.simulated("x"), "the simulated link carries the packed bytes"
+        session.close()
+    (wide, moved), (narrow, moved_narrow) = found[8], found[4]
+    assert narrow < 0.65 * wide, "so a budget in bytes holds more experts"
+    assert moved_narrow < 0.65 * moved
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,15 @@ import torch
 from pydantic import ValidationError
 
 from haq_lab.calibration.statistics import InputStatistics
+from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.quantizers.awq import AWQ
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
 from haq_lab.quantizers.gptq import GPTQ
+from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothing import ChannelMap
 from haq_lab.quantizers.smoothquant import SmoothQuant
+from haq_lab.utils.errors import UserError
 
 TOKEN = ActivationChoice("token")
 
@@ -108,6 +111,9 @@ def test_output_error_is_the_mean_square_of_the_outputs():
     [
         (RTN, {"activations": "row"}),
         (RTN, {"weight_bits": 3}),
+        (RTN, {"weight_bits": 4, "group": 48}),
+        (RTN, {"weight_bits": "auto"}),
+        (HAQ, {"weight_bits": "auto", "bits": 3}),
         (SmoothQuant, {"smoothing_strength": 1.5}),
         (GPTQ, {"dampening_frac": 0}),
         (GPTQ, {"dampening_frac": -1}),
@@ -116,3 +122,36 @@ def test_output_error_is_the_mean_square_of_the_outputs():
 def test_settings_that_are_refused(quantizer, setting):
     with pytest.raises(ValidationError):
         quantizer(**setting)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "settings", "message"),
+    [
+        (RTN, {"group": 64}, r"quantizer.group: 64 needs 4-bit weights"),
+        (HAQ, {"group": 64}, r"quantizer.group: 64 needs 4-bit weights"),
+        (HAQ, {"weight_bits": "auto", "sensitivity": 0}, r"quantizer.weight_bits: auto needs the sensitivity"),
+    ],
+)
+def test_combinations_that_are_refused(quantizer, settings, message):
+    with pytest.raises(UserError, match=message):
+        quantizer(**settings)
+
+
+@pytest.mark.parametrize("quantizer", [RTN, SmoothQuant, GPTQ, HAQ])
+def test_smaller_groups_have_a_smaller_error(quantizer):
+    weight, (seen, _) = torch.randn(20, 200), statistics(200)
+    errors = []
+    for group in ("none", 128, 64, 32):
+        solution = quantizer(weight_bits=4, group=group).solve(weight, seen, TOKEN)
+        assert solution.format == WeightFormat(4, None if group == "none" else group)
+        assert solution.scale.shape == solution.format.scale_shape(20, 200)
+        assert solution.levels.abs().max() == 7
+        errors.append(output_error(weight, solution, seen.hessian))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_bytes_of_a_weight():
+    assert RTN().bytes_per_weight == 1
+    assert RTN(weight_bits=4, group=64).bytes_per_weight == 0.5625
+    assert HAQ(weight_bits="auto", bits=5, group=32).bytes_per_weight == 0.75
+    assert HAQ(weight_bits="auto", group=32).with_bits(8) == HAQ()

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.quantizers.grid import qmax, round_to_nearest, row_scale, searched_row_scale
+from haq_lab.int8.weight_format import WeightFormat
+from haq_lab.quantizers.grid import (
+    qmax,
+    round_to_nearest,
+    row_scale,
+    searched_row_scale,
+    searched_scale,
+    weight_scale,
+)
 
 bits_of = st.sampled_from([8, 4])
 
@@ -59,3 +68,18 @@ def test_search_clips_a_lone_large_weight_that_does_not_matter():
     weight = torch.cat([torch.linspace(-1, 1, 63), torch.tensor([1.4])])[None]
     importance = torch.cat([torch.ones(63), torch.zeros(1)])
     assert searched_row_scale(weight, importance, 4) < 0.8 * row_scale(weight, 4)
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 70, 200])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_each_group_is_rounded_as_a_weight_of_its_own(columns, group):
+    weight, importance, format = torch.randn(5, columns), torch.rand(columns), WeightFormat(4, group)
+    for scale, alone in (
+        (weight_scale(weight, format), lambda part, own: row_scale(part, 4)),
+        (searched_scale(weight, importance, format), lambda part, own: searched_row_scale(part, own, 4)),
+    ):
+        levels = round_to_nearest(weight, scale, 4, group)
+        parts = zip(weight.split(group, 1), importance.split(group), scale, levels.split(group, 1), strict=True)
+        for part, own, row_scales_, rounded in parts:
+            assert torch.equal(row_scales_, alone(part, own))
+            assert torch.equal(rounded, round_to_nearest(part, row_scales_, 4))

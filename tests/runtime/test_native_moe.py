@@ -48,7 +48,7 @@ def test_an_expert_is_bit_identical_to_its_parts(isa, m, k, f, static, seed):
 
 
 def test_an_expert_with_wrong_sizes_raises():
-    data = native.pack(torch.ones(8, 8, dtype=torch.int8)).data
+    data = native.pack(torch.ones(8, 8, dtype=torch.int8))
     ok, qx = torch.ones(8), torch.ones(2, 8, dtype=torch.int8)
     native.expert(qx, torch.ones(2), [data] * 3, [ok] * 3)
     with pytest.raises(ValueError, match="packed bytes"):
@@ -57,12 +57,13 @@ def test_an_expert_with_wrong_sizes_raises():
         native.expert(qx, torch.ones(3), [data] * 3, [ok] * 3)
 
 
-def quantised(architecture, activations="token"):
-    """A tiny model, and its layers in int8."""
+def quantised(architecture, activations="token", bits=8):
+    """A tiny model, and its layers in int8, or with 4-bit weights in groups of 32."""
     model = LayeredModel(TinyModel(architecture).folder())
     windows = torch.randint(0, 257, (2, 16)) if activations == "static" else None
     layers: list[torch.nn.Module] = []
-    quantizer, policy = RTN(activations=activations), CalibrationPolicy()
+    group = "none" if bits == 8 else 32
+    quantizer, policy = RTN(activations=activations, weight_bits=bits, group=group), CalibrationPolicy()
     sequential_pass(
         PassInputs(model, quantizer, CpuBackend(), windows, policy, {}), lambda index, layer: layers.append(layer)
     )
@@ -106,11 +107,11 @@ def test_equal_and_nan_logits_are_routed():
 
 
 @architectures
-@pytest.mark.parametrize("activations", ["token", "static"])
+@pytest.mark.parametrize(("activations", "bits"), [("token", 8), ("static", 8), ("token", 4), ("static", 4)])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_layers_in_one_call(architecture, activations, threads):
+def test_layers_in_one_call(architecture, activations, bits, threads):
     torch.set_num_threads(threads)
-    model, layers = quantised(architecture, activations)
+    model, layers = quantised(architecture, activations, bits)
     prompt = torch.randint(0, 257, (1, 70), generator=torch.Generator().manual_seed(1))
     wanted = model.assemble(layers)(prompt, use_cache=False).logits
     whole = deploy(model.assemble(layers), model, CpuBackend())

@@ -5,7 +5,8 @@ checkpoints, with one tensor per expert.
 
 Most exports are `int-quantized`, with int8 weights and activations. An MoE model for transformers is
 `pack-quantized`, with 8-bit weights only. transformers loads only packed experts and fuses them, and its fused
-experts have no activation scheme.
+experts have no activation scheme. A checkpoint with 4-bit weights is `pack-quantized` too, because the engines'
+kernels for packed weights compute with 16-bit activations.
 
 vLLM's int8 experts (`CompressedTensorsW8A8Int8MoEMethod`) take one dynamic scale per token only. Its int8 linears
 (`CompressedTensorsW8A8Int8`) take dynamic scales per token, or one static scale.
@@ -24,72 +25,96 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from haq_lab.checkpoint.layer_tensors import read_layer
+from haq_lab.checkpoint.layer_tensors import LayerContent, read_layer
 from haq_lab.checkpoint.manifest import layer_file
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.numerics import ActivationScheme
+from haq_lab.int8.weight_format import GROUPS, WeightFormat
 from haq_lab.models.architectures import Moe
 from haq_lab.models.companion_files import copy_companion_files
 from haq_lab.storage.hf_shard_writer import ShardWriter
+from haq_lab.storage.tensor_names import expert_of
 from haq_lab.utils.atomic_files import atomic_folder, write_json
 from haq_lab.utils.errors import UserError
 
-WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+WEIGHTS: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 ACTIVATIONS = {
     "token": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     "tensor": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": True},
     "static": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
 Schemes = dict[str, ActivationScheme]
+Formats = dict[str, WeightFormat]
 
 
 def export_for_transformers(model: QuantizedModel, target: Path) -> None:
-    """Export a checkpoint to the new folder `target` for transformers. MoE models keep only their int8 weights.
+    """Export a checkpoint to the new folder `target` for transformers. MoE and 4-bit models keep only their weights.
 
     Raises:
-        UserError: A file is damaged, or the model has an int8 head.
+        UserError: A file is damaged, the model has an int8 head, or a group of 4-bit weights does not fit.
     """
-    _export(model, target, packed=model.family.moe is not None)
+    _export(model, target)
 
 
 def export_for_vllm(model: QuantizedModel, target: Path) -> None:
-    """Export a checkpoint to the new folder `target` for vLLM, with int8 weights and activations.
+    """Export a checkpoint to the new folder `target` for vLLM, with int8 activations unless it has 4-bit weights.
 
     Raises:
-        UserError: A file is damaged, the model has an int8 head, or vLLM has no int8 kernel for an activation scheme.
+        UserError: A file is damaged, the model has an int8 head, vLLM has no int8 kernel for an activation scheme, or a
+            group of 4-bit weights does not fit.
     """
-    _export(model, target, packed=False, for_vllm=True)
+    _export(model, target, for_vllm=True)
 
 
-def _export(model: QuantizedModel, target: Path, packed: bool, for_vllm: bool = False) -> None:
+def _export(model: QuantizedModel, target: Path, for_vllm: bool = False) -> None:
     if model.int8_head is not None:
         raise UserError(
             f"export: the head of '{model.folder}' is quantised, which the export does not support. "
             "Quantise the model with quantizer.lm_head=false."
         )
     moe = model.family.moe
+    formats = _formats(model)
+    narrow = any(format.bits == 4 for format in formats.values())
+    packed = narrow or (moe is not None and not for_vllm)
     schemes: Schemes = {}
     with atomic_folder(target) as aside:
         writer = ShardWriter(aside, model.depth + 1)
         writer.add(model.read_outer_tensors())
         for index in range(model.depth):
-            tensors, forms = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
-            layer_schemes = {name: form.scheme for name, form in forms.items()}
-            if for_vllm:
+            content = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
+            layer_schemes = {name: form.scheme for name, form in content.forms.items()}
+            if for_vllm and not packed:
                 _refuse_schemes_without_vllm_kernel(layer_schemes, moe)
             schemes |= layer_schemes
-            converted = _convert_layer(tensors, layer_schemes, packed)
+            converted = _convert_layer(content, packed, _widths(model, index))
             writer.add({model.family.checkpoint_name(name): tensor for name, tensor in converted.items()})
         writer.finish()
         copy_companion_files(model, aside)
         config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
         ours = config["quantization_config"]
         config["dtype"] = ours["dtype"]
-        groups = _weight_group() if packed else _scheme_groups(schemes, model)
+        groups = _weight_groups(formats, model) if packed else _scheme_groups(schemes, model)
         config["quantization_config"] = _quantization(groups, packed, moe) | {"haq_lab": ours["provenance"]}
         write_json(aside / "config.json", config)
+
+
+def _formats(model: QuantizedModel) -> Formats:
+    """Return the weight format of each quantised linear by its full name.
+
+    Raises:
+        UserError: The experts of a layer differ, which no engine's fused experts support.
+    """
+    formats: Formats = {}
+    for index, own in enumerate(model.weight_formats()):
+        if len({format for name, format in own.items() if expert_of(name) is not None}) > 1:
+            raise UserError(
+                f"export: the experts of layer {index} of '{model.folder}' have different numbers of bits, which fused "
+                "experts do not support. Quantise the model with quantizer.weight_bits=4 or 8."
+            )
+        formats |= {f"{model.family.layers}.{index}.{name}": format for name, format in own.items()}
+    return formats
 
 
 def _refuse_schemes_without_vllm_kernel(schemes: Schemes, moe: Moe | None) -> None:
@@ -103,21 +128,44 @@ def _refuse_schemes_without_vllm_kernel(schemes: Schemes, moe: Moe | None) -> No
             )
 
 
-def _convert_layer(tensors: dict[str, Tensor], schemes: Schemes, packed: bool) -> dict[str, Tensor]:
+def _widths(model: QuantizedModel, index: int) -> dict[str, int]:
+    """Return the number of inputs of each linear of a layer by its full name."""
+    linears = dict(model.new_layer(index).named_modules()).items()
+    prefix = f"{model.family.layers}.{index}."
+    return {prefix + name: linear.in_features for name, linear in linears if isinstance(linear, nn.Linear)}
+
+
+def _convert_layer(content: LayerContent, packed: bool, widths: dict[str, int]) -> dict[str, Tensor]:
     converted = {}
-    for name, tensor in tensors.items():
+    for name, tensor in content.tensors.items():
         module, _, kind = name.rpartition(".")
-        if module in schemes and kind == "weight_scale":
-            converted[name] = tensor[:, None]
-        elif module in schemes and kind == "input_scale":
+        if module in content.forms and kind == "weight_scale":
+            converted[name] = tensor[:, None] if tensor.dim() == 1 else tensor.t().contiguous()
+        elif module in content.forms and kind == "input_scale":
             if not packed:
                 converted[name] = tensor.reshape(1)
-        elif module in schemes and kind == "weight" and packed:
+        elif module in content.forms and kind == "weight" and packed:
             converted[f"{module}.weight_packed"] = pack(tensor)
             converted[f"{module}.weight_shape"] = torch.tensor(tensor.shape)
+        elif module in content.forms and kind == "weight_packed":
+            _must_divide(module, content.formats[module].group, widths[module])
+            converted[name] = F.pad(tensor, (0, -tensor.shape[1] % 4)).view(torch.int32)
+            converted[f"{module}.weight_shape"] = torch.tensor((len(tensor), widths[module]))
         else:
             converted[name] = tensor
     return converted
+
+
+def _must_divide(module: str, group: int | None, columns: int) -> None:
+    """Raise UserError if the width of 4-bit weights is not a multiple of their group."""
+    if group is None or columns % group == 0:
+        return
+    fitting = [str(other) for other in GROUPS if columns % other == 0]
+    choice = f"quantizer.group={fitting[0]}" if fitting else "quantizer.group=none"
+    raise UserError(
+        f"export: '{module}' has {columns} inputs, which are not a multiple of its group of {group}. "
+        f"compressed-tensors has no shorter last group. Quantise the model with {choice}."
+    )
 
 
 def pack(levels: Tensor) -> Tensor:
@@ -141,9 +189,20 @@ def _quantization(groups: dict[str, Any], packed: bool, moe: Moe | None) -> dict
     }
 
 
-def _weight_group() -> dict[str, Any]:
-    """Return one group with all linears, whose activations are not quantised."""
-    return {"all": {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": None}}
+def _weight_groups(formats: Formats, model: QuantizedModel) -> dict[str, Any]:
+    """Return one group of linears for each weight format. Their activations are not quantised."""
+    linears: dict[WeightFormat, list[str]] = {}
+    for name, format in formats.items():
+        linears.setdefault(format, []).append(model.family.checkpoint_name(f"{name}.").rstrip("."))
+    groups = {}
+    for format, names in linears.items():
+        weights = WEIGHTS | {"num_bits": format.bits}
+        if format.group is not None:
+            weights |= {"strategy": "group", "group_size": format.group}
+        key = "all" if len(linears) == 1 else f"{format.bits}_bits"
+        targets = ["Linear"] if len(linears) == 1 else names
+        groups[key] = {"targets": targets, "weights": weights, "input_activations": None}
+    return groups
 
 
 def _scheme_groups(schemes: Schemes, model: QuantizedModel) -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""Export a checkpoint as a GGUF file in Q8_0, which llama.cpp reads.
+"""Export a checkpoint as a GGUF file in Q8_0 or Q4_0, which llama.cpp reads.
 
 Smoothing is folded into the weights and norms of a checkpoint, so they are an ordinary model. A block of Q8_0 has 32
 int8 levels and a float16 scale. It stores our levels unchanged, and the scale of their row rounded to float16. So the
 linears differ from ours by at most 2^-11 of a value if the scale is at least 2^-14. Rounding the dequantised weights
 to new scales, as `llama-quantize` does, would add the error of a second 8-bit rounding.
+
+4-bit weights are stored in Q4_0 in the same manner: a block of 32 gets the scale of its group. If a checkpoint has
+4-bit and 8-bit weights, all are stored in Q8_0.
 
 llama.cpp quantises activations to 8 bits in blocks of 32, whatever the checkpoint's activation scheme. The embedding
 and the head are rounded to Q8_0, as `convert_hf_to_gguf.py --outtype q8_0` does. Rows that are not a multiple of 32
@@ -23,22 +26,23 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
-from torch import Tensor
+from torch import Tensor, nn
 
 from haq_lab.checkpoint.export.gguf_metadata import Architecture, add_model, architecture_of, frequency_factors
 from haq_lab.checkpoint.export.gguf_tokenizer import add_tokenizer
 from haq_lab.checkpoint.layer_tensors import read_layer
 from haq_lab.checkpoint.manifest import layer_file
 from haq_lab.checkpoint.model import QuantizedModel
+from haq_lab.int8.weight_format import INT8
 from haq_lab.storage.tensor_names import expert_of
 from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.errors import UserError
 
-BLOCK = 32  # levels that share a scale in Q8_0
+BLOCK = 32  # levels that share a scale in Q8_0 and Q4_0
 
 
 class GgufTensor(NamedTuple):
-    """A tensor as a GGUF file stores it. Data of type Q8_0 are bytes."""
+    """A tensor as a GGUF file stores it. Data of type Q8_0 or Q4_0 are bytes."""
 
     name: str
     data: np.ndarray
@@ -64,7 +68,8 @@ def export_gguf(model: QuantizedModel, target: Path) -> None:
     add_tokenizer(writer, model, rows=len(cast(Tensor, model.shell.get_input_embeddings().weight)))
     for tensor in outer:
         _add_info(writer, tensor)
-    names = _announce_layers(writer, model, architecture)
+    narrow = all(format.bits == 4 for layer in model.weight_formats() for format in layer.values())
+    names = _announce_layers(writer, model, architecture, narrow)
     with atomic_file(target) as temporary, closing(writer):
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
@@ -72,18 +77,21 @@ def export_gguf(model: QuantizedModel, target: Path) -> None:
         for tensor in outer:
             writer.write_tensor_data(tensor.data)
         for index, announced in enumerate(names):
-            for tensor, name in zip(_layer_tensors(model, architecture, index), announced, strict=True):
+            tensors = _layer_tensors(model, architecture, index, narrow)
+            for tensor, name in zip(tensors, announced, strict=True):
                 assert tensor.name == name, f"{tensor.name} is written in place of {name}"
                 writer.write_tensor_data(tensor.data)
 
 
-def _announce_layers(writer: gguf.GGUFWriter, model: QuantizedModel, architecture: Architecture) -> list[list[str]]:
+def _announce_layers(
+    writer: gguf.GGUFWriter, model: QuantizedModel, architecture: Architecture, narrow: bool
+) -> list[list[str]]:
     """Add the shapes of all layers' tensors to the header, from those of layer 0. Return their names by layer.
 
     The header stands before the data, and all layers of a model have the same tensors.
     """
     names = []
-    first = list(_layer_tensors(model, architecture, 0))
+    first = list(_layer_tensors(model, architecture, 0, narrow))
     for index in range(model.depth):
         layer = [tensor._replace(name=tensor.name.replace("blk.0.", f"blk.{index}.")) for tensor in first]
         for tensor in layer:
@@ -103,17 +111,21 @@ def _outer_tensors(model: QuantizedModel, architecture: Architecture) -> Iterato
         yield _float_tensor("rope_freqs.weight", factors)
 
 
-def _layer_tensors(model: QuantizedModel, architecture: Architecture, index: int) -> Iterator[GgufTensor]:
-    """Yield the tensors of a layer in an order that is the same for all layers."""
-    tensors, forms = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
+def _layer_tensors(model: QuantizedModel, architecture: Architecture, index: int, narrow: bool) -> Iterator[GgufTensor]:
+    """Yield the tensors of a layer in an order that is the same for all layers; linears in Q4_0 if `narrow`."""
+    tensors, forms, formats = read_layer(model.folder, model.manifest.shard(model.folder, layer_file(index)))
+    shapes, prefix = model.new_layer(index), f"{model.family.layers}.{index}."
     experts: dict[str, dict[int, GgufTensor]] = defaultdict(dict)
     for linear in forms:
-        levels, scale = tensors.pop(f"{linear}.weight"), tensors.pop(f"{linear}.weight_scale")
+        format = formats.get(linear, INT8)
+        stored, scale = tensors.pop(f"{linear}.{format.tensor}"), tensors.pop(f"{linear}.weight_scale")
         tensors.pop(f"{linear}.input_scale", None)
         rows = architecture.row_order(linear, model.config)
         expert = expert_of(linear)
         name = _gguf_name(model, architecture, f"{linear}.weight".replace(f".experts.{expert}.", ".experts."))
-        converted = quantized_tensor(name, levels[rows], scale[rows])
+        columns = cast(nn.Linear, shapes.get_submodule(linear.removeprefix(prefix))).in_features
+        levels, scales = format.levels(stored, columns), format.row_scales(scale, columns)
+        converted = quantized_tensor(name, levels[rows], scales[rows], narrow)
         if expert is None:
             yield converted
         else:
@@ -125,21 +137,28 @@ def _layer_tensors(model: QuantizedModel, architecture: Architecture, index: int
         yield _float_tensor(_gguf_name(model, architecture, name), tensor[rows])
 
 
-def quantized_tensor(name: str, levels: Tensor, scale: Tensor) -> GgufTensor:
-    """Return an int8 linear in Q8_0, or in float16 if its rows are not a multiple of 32 long.
+def quantized_tensor(name: str, levels: Tensor, scale: Tensor, narrow: bool = False) -> GgufTensor:
+    """Return a quantised linear in Q8_0 or Q4_0, or in float16 if its rows are not a multiple of 32 long.
 
     Args:
         name: Name of the tensor in the file.
         levels: int8 (n, k).
-        scale: float32 (n,).
+        scale: float32 (n, 1) or (n, k), constant in each block.
+        narrow: Whether to use Q4_0, for levels in [-8, 7].
     """
     n, k = levels.shape
     if k % BLOCK:
-        return GgufTensor(name, (levels * scale[:, None]).to(torch.float16).numpy(), Type.F16)
-    blocks = np.empty((n, k // BLOCK), dtype=[("scale", "<f2"), ("levels", "i1", BLOCK)])
-    blocks["scale"] = scale.numpy()[:, None]
-    blocks["levels"] = levels.numpy().reshape(n, -1, BLOCK)
-    return GgufTensor(name, blocks.view(np.uint8).reshape(n, -1), Type.Q8_0)
+        return GgufTensor(name, (levels * scale).to(torch.float16).numpy(), Type.F16)
+    scales = scale.expand(n, k)[:, ::BLOCK].numpy()
+    blocked = levels.view(n, -1, BLOCK).numpy()
+    if not narrow:
+        blocks = np.empty(scales.shape, dtype=[("scale", "<f2"), ("levels", "i1", BLOCK)])
+        blocks["scale"], blocks["levels"] = scales, blocked
+        return GgufTensor(name, blocks.view(np.uint8).reshape(n, -1), Type.Q8_0)
+    nibbles = (blocked + 8).astype(np.uint8)  # the first half of a block is in the lower halves of the bytes
+    blocks = np.empty(scales.shape, dtype=[("scale", "<f2"), ("levels", "u1", BLOCK // 2)])
+    blocks["scale"], blocks["levels"] = scales, nibbles[..., : BLOCK // 2] | nibbles[..., BLOCK // 2 :] << 4
+    return GgufTensor(name, blocks.view(np.uint8).reshape(n, -1), Type.Q4_0)
 
 
 def _float_tensor(name: str, tensor: Tensor, quantize: bool = False) -> GgufTensor:

@@ -25,7 +25,9 @@ from haq_lab.int8.cpu.weight_block import WeightBlock
 from haq_lab.int8.numerics import ActivationScheme, epilogue, scale_of
 from haq_lab.int8.rotation import NO_ROTATION, rotate
 from haq_lab.int8.sequences import Sequences
+from haq_lab.int8.weight_format import INT8, WeightFormat
 
+INT4 = WeightFormat(4, 64)
 Product = Callable[[Tensor, Tensor], Tensor]
 EXACT_IN_FLOAT32 = 2**24 // 127**2  # 1,040 columns, whose products a float32 can sum exactly
 
@@ -105,12 +107,21 @@ def native_is_exact(isa: str) -> bool:
             wanted = reference.linear(x, PackedLinear(levels, scale.abs(), bias), "token", None)
             if not torch.equal(native.linear(x, native.pack(levels), scale.abs(), bias), wanted):
                 return False
+            levels, scales = levels.clamp(-7, 7), torch.rand(-(-columns // 64), outputs, generator=generator)
+            weights = PackedLinear(INT4.stored(levels), scales, bias, INT4)
+            wanted = reference.linear(x, weights, "token", None)
+            if not torch.equal(native.linear(x, native.pack(levels, INT4), scales, bias), wanted):
+                return False
     return True
 
 
 def _supported(x: Tensor) -> Tensor:
     """Convert x to a type and layout that the native kernels support."""
     return (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+
+
+def _packed(weights: PackedLinear, columns: int) -> native.Packed:
+    return native.Packed(weights.packed, weights.rows, columns, weights.format)
 
 
 class CpuBackend(Backend):
@@ -141,16 +152,20 @@ class CpuBackend(Backend):
     def why_not_native(self) -> str:
         return self._why_not
 
-    def pack(self, levels: Tensor) -> Tensor:
-        return native.pack(levels.contiguous()).data if self.native else levels
+    def pack(self, levels: Tensor, format: WeightFormat = INT8) -> Tensor:
+        if not self.native:
+            return super().pack(levels, format)
+        return native.pack(levels.contiguous(), format).data
 
-    def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
-        return native.unpack(native.Packed(packed, rows, columns)) if packed.dtype == torch.uint8 else packed
+    def unpack(self, packed: Tensor, rows: int, columns: int, format: WeightFormat = INT8) -> Tensor:
+        if not self.native:
+            return super().unpack(packed, rows, columns, format)
+        return native.unpack(native.Packed(packed, rows, columns, format))
 
-    def weight_block(self, shapes: Iterable[tuple[int, int]]) -> AbstractContextManager[object]:
+    def weight_block(self, weights: Iterable[tuple[int, int, WeightFormat]]) -> AbstractContextManager[object]:
         if not self.native:
             return nullcontext()
-        return WeightBlock(sum(native.packed_bytes(rows, columns) for rows, columns in shapes))
+        return WeightBlock(sum(native.packed_bytes(*shape) for shape in weights))
 
     def can_merge_rows(self, rows: int) -> bool:
         return not self.native or rows % native.PANEL == 0
@@ -164,21 +179,14 @@ class CpuBackend(Backend):
         sequences: Sequences | None = None,
         rotation: int = NO_ROTATION,
     ) -> Tensor:
-        packed, weight_scale, bias = weights
-        if packed.dtype != torch.uint8 or sequences is not None:
+        if not self.native or sequences is not None:
             return super().linear(x, weights, scheme, static_scale, sequences, rotation)
         if scheme == "tensor":
             static_scale = scale_of(rotate(x, rotation).float().abs().amax()) if x.numel() else None
         scale = None if scheme == "token" or static_scale is None else float(static_scale)
-        y = native.linear(
-            _supported(x),
-            native.Packed(packed, len(weight_scale), x.shape[1]),
-            weight_scale,
-            None if bias is None else bias.float(),
-            scale,
-            rotation=rotation,
-        )
-        return y.to(x.dtype)
+        bias = None if weights.bias is None else weights.bias.float()
+        packed, own_scale = _packed(weights, x.shape[1]), weights.scale.contiguous()
+        return native.linear(_supported(x), packed, own_scale, bias, scale, rotation=rotation).to(x.dtype)
 
     def quantize(
         self,
@@ -218,19 +226,22 @@ class CpuBackend(Backend):
         self, qx: Tensor, row_scale: Tensor, weights: PackedExpert, sequences: Sequences | None = None
     ) -> Tensor:
         linears = weights.gate, weights.up, weights.down
-        all_native = all(linear.packed.dtype == torch.uint8 and linear.bias is None for linear in linears)
-        if not all_native or weights.scheme == "tensor":
+        if not self.native or any(linear.bias is not None for linear in linears) or weights.scheme == "tensor":
             return super().expert(qx, row_scale, weights, sequences)
-        packed, scales = [linear.packed for linear in linears], [linear.scale for linear in linears]
+        widths = qx.shape[1], qx.shape[1], weights.gate.rows
+        packed = [_packed(linear, width) for linear, width in zip(linears, widths, strict=True)]
+        scales = [linear.scale for linear in linears]
         scale = None if weights.static_scale is None else float(weights.static_scale)
         return native.expert(qx, row_scale.reshape(-1).contiguous(), packed, scales, scale, weights.rotation)
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
-        packed, weight_scale, bias = weights
-        if packed.dtype != torch.uint8:
+        if not self.native:
             return super().product(qx, row_scale, weights, dtype)
-        sums = native.accumulate(qx, native.Packed(packed, len(weight_scale), qx.shape[1]))
-        return epilogue(sums, row_scale, weight_scale, bias).to(dtype)
+        packed = _packed(weights, qx.shape[1])
+        if weights.format.bits == 4:
+            row_scale, bias = row_scale.reshape(-1).contiguous(), None if weights.bias is None else weights.bias.float()
+            return native.product4(qx, row_scale, packed, weights.scale.contiguous(), bias).to(dtype)
+        return epilogue(native.accumulate(qx, packed), row_scale, weights.scale, weights.bias).to(dtype)
 
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
         rows = qx.shape[0]

@@ -18,9 +18,11 @@ from torch import Tensor
 from haq_lab.int8.cpu.library import level, library
 from haq_lab.int8.cpu.weight_block import allocate
 from haq_lab.int8.rotation import NO_ROTATION
+from haq_lab.int8.weight_format import INT8, ZERO, WeightFormat
 
 # Output channels whose weights are stored together, and consecutive k of each (kernels/cpu/kernels.h).
 PANEL, GROUP = 32, 4
+PAIR = 2 * GROUP  # consecutive k of a column's 4 bytes of 4-bit weights
 _INT32, _INT8 = 0, 3
 _FLOAT_KINDS = {torch.float32: 1, torch.bfloat16: 2}
 _WEIGHT_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 4}
@@ -28,17 +30,19 @@ _WEIGHT_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 4}
 
 @dataclass(frozen=True)
 class Packed:
-    """An int8 weight matrix (N, K) in the kernels' layout (kernels/cpu/kernels.h).
+    """An int8 or int4 weight matrix (N, K) in the kernels' layout (kernels/cpu/kernels.h).
 
     Attributes:
         data: The packed weights, uint8.
         n: Rows N.
         k: Columns K.
+        format: Bits of the weights, and columns that share a scale.
     """
 
     data: Tensor
     n: int
     k: int
+    format: WeightFormat = INT8
 
 
 def _check(tensor: Tensor, name: str, dtype: torch.dtype, *shape: int) -> None:
@@ -79,41 +83,58 @@ def _rotation(block: int, k: int) -> int:
     return block
 
 
-def pack(weight: Tensor | Sequence[Tensor]) -> Packed:
+def pack(weight: Tensor | Sequence[Tensor], format: WeightFormat = INT8) -> Packed:
     """Convert int8 weights to the kernels' layout.
 
     Args:
         weight: int8 (N, K), or several matrices of the same K, which are concatenated along N.
+        format: Format of the weights.
 
     Raises:
         UserError: The kernels are not available.
-        ValueError: A tensor is not a contiguous int8 CPU tensor.
+        ValueError: A tensor is not a contiguous int8 CPU tensor, or 4-bit weights have no columns.
     """
     lib = library()
     parts = [weight] if isinstance(weight, Tensor) else list(weight)
     k = parts[0].shape[-1]
     for part in parts:
         _check(part, "weight", torch.int8, part.shape[0], k)
+    if format.bits == 4 and k == 0:
+        raise ValueError("4-bit weights must have at least one column.")
     n = sum(part.shape[0] for part in parts)
-    data = allocate(packed_bytes(n, k))
-    data[packed_bytes(n - n % PANEL, k) :].zero_()  # a last panel that is not full
+    data = allocate(packed_bytes(n, k, format))
+    data[packed_bytes(n - n % PANEL, k, format) :].zero_()  # a last panel that is not full
     column, threads = 0, torch.get_num_threads()
+    write = lib.haq_pack if format.bits == 8 else lib.haq_pack4
     for part in parts:
-        lib.haq_pack(part.data_ptr(), part.shape[0], k, column, data.data_ptr(), threads)
+        write(part.data_ptr(), part.shape[0], k, column, data.data_ptr(), threads)
         column += part.shape[0]
-    return Packed(data, n, k)
+    return Packed(data, n, k, format)
 
 
-def packed_bytes(n: int, k: int) -> int:
+def packed_bytes(n: int, k: int, format: WeightFormat = INT8) -> int:
     """Return the size of packed weights (N, K)."""
-    return library().haq_packed_bytes(n, k)
+    lib = library()
+    return lib.haq_packed_bytes(n, k) if format.bits == 8 else lib.haq_packed4_bytes(n, k)
 
 
 def unpack(packed: Packed) -> Tensor:
     """Return the exact int8 weights (N, K) of a packed matrix."""
+    if packed.format.bits == 4:
+        pairs = -(-packed.k // PAIR)
+        both = packed.data.view(-1, pairs, 1, PANEL, GROUP)
+        levels = torch.cat((both & 15, both >> 4), dim=2).permute(0, 3, 1, 2, 4).reshape(-1, pairs * PAIR)
+        return levels[: packed.n, : packed.k].view(torch.int8) - ZERO
     groups = -(-packed.k // GROUP)
     rows = packed.data.view(-1, groups, PANEL, GROUP).permute(0, 2, 1, 3).reshape(-1, groups * GROUP)
     return (rows[: packed.n, : packed.k] ^ 128).view(torch.int8).contiguous()  # a byte holds w + 128
+
+
+def kernel_group(format: WeightFormat, k: int) -> int:
+    """Return `group` of kernels/cpu/linear.h for weights of width k: 0 for 8-bit weights."""
+    if format.bits == 8:
+        return 0
+    return k if format.group is None else format.group
 
 
 class Linear:
@@ -123,7 +144,7 @@ class Linear:
 
     Args:
         packed: The weights (N, K).
-        weight_scale: One scale per row, float32 (N,).
+        weight_scale: One scale per row, float32 (N,), or per group and row, (groups, N).
         bias: float32 (N,), or None.
         activation_scale: The static scale; None for one scale per row of x.
         rotation: Block of x's rotation before it is quantised (`haq_lab.int8.rotation`); 1 for none.
@@ -140,7 +161,7 @@ class Linear:
         activation_scale: float | None = None,
         rotation: int = NO_ROTATION,
     ):
-        _check(weight_scale, "weight_scale", torch.float32, packed.n)
+        _check(weight_scale, "weight_scale", torch.float32, *packed.format.scale_shape(packed.n, packed.k))
         if bias is not None:
             _check(bias, "bias", torch.float32, packed.n)
         self.n, self.k = packed.n, packed.k
@@ -149,8 +170,8 @@ class Linear:
         self._scale = weight_scale.data_ptr()
         self._bias = None if bias is None else bias.data_ptr()
         self._static_scale = _static_scale(activation_scale)
-        self._rotation = _rotation(rotation, packed.k)
-        self._run = library().haq_linear
+        self._rotation, self._group = _rotation(rotation, packed.k), kernel_group(packed.format, packed.k)
+        self._run = library().haq_linear if packed.format.bits == 8 else library().haq_linear4
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute the linear.
@@ -175,10 +196,9 @@ class Linear:
         else:
             _check(out, "out", dtype, *shape[:-1], self.n)
         m = out.numel() // self.n if self.n else 0
-        failed = self._run(
-            level(), torch.get_num_threads(), x.data_ptr(), kind, m, self.k, self._weights, self.n,
-            self._scale, self._bias, self._static_scale, self._rotation, out.data_ptr(), kind,
-        )  # fmt: skip
+        arguments = (level(), torch.get_num_threads(), x.data_ptr(), kind, m, self.k, self._weights, self.n)
+        scales = (self._scale, self._bias) if self._group == 0 else (self._group, self._scale, self._bias, None)
+        failed = self._run(*arguments, *scales, self._static_scale, self._rotation, out.data_ptr(), kind)
         if failed:
             raise MemoryError(
                 f"An int8 linear of {m} x {self.n} x {self.k} has no memory for its buffers. Use fewer rows."
@@ -214,6 +234,40 @@ def linear(
         MemoryError: The kernels could not allocate their buffers.
     """
     return Linear(packed, weight_scale, bias, activation_scale, rotation)(x, out)
+
+
+def product4(qx: Tensor, row_scale: Tensor, packed: Packed, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply quantised rows by 4-bit weights and scale.
+
+    Args:
+        qx: int8 (M, K).
+        row_scale: float32 (M,).
+        packed: The weights (N, K).
+        weight_scale: float32 (N,) or (groups, N).
+        bias: float32 (N,), or None.
+
+    Returns:
+        float32 (M, N).
+
+    Raises:
+        ValueError: A tensor has another shape, type or layout.
+        MemoryError: The kernels could not allocate their buffers.
+    """
+    m = qx.shape[0]
+    _check(qx, "qx", torch.int8, m, packed.k)
+    _check(row_scale, "row_scale", torch.float32, m)
+    _check(weight_scale, "weight_scale", torch.float32, *packed.format.scale_shape(packed.n, packed.k))
+    if bias is not None:
+        _check(bias, "bias", torch.float32, packed.n)
+    out = torch.empty((m, packed.n), dtype=torch.float32)
+    failed = library().haq_linear4(
+        level(), torch.get_num_threads(), qx.data_ptr(), _INT8, m, packed.k, packed.data.data_ptr(), packed.n,
+        kernel_group(packed.format, packed.k), weight_scale.data_ptr(), None if bias is None else bias.data_ptr(),
+        row_scale.data_ptr(), 0.0, NO_ROTATION, out.data_ptr(), _FLOAT_KINDS[torch.float32],
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"A product of {m} x {packed.n} x {packed.k} has no memory. Use fewer rows.")
+    return out
 
 
 def accumulate(qx: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
@@ -293,20 +347,20 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def expert(
     qx: Tensor,
     row_scale: Tensor,
-    packed: Sequence[Tensor],
+    packed: Sequence[Packed],
     scales: Sequence[Tensor],
     activation_scale: float | None = None,
     rotation: int = NO_ROTATION,
 ) -> Tensor:
     """Compute one expert, down(silu(gate(x)) * up(x)).
 
-    The result is bit-identical to `accumulate` with the epilogue, `silu_mul` and `linear` in this order.
+    The result is bit-identical to the products of gate and up, `silu_mul` and `linear` in this order.
 
     Args:
         qx: int8 (M, K).
         row_scale: Its scales, float32 (M,).
-        packed: `Packed.data` of gate (F, K), up (F, K) and down (K, F).
-        scales: Their weight scales, float32 (F,), (F,) and (K,).
+        packed: gate (F, K), up (F, K) and down (K, F).
+        scales: Their weight scales, float32 (F,), (F,) and (K,); with groups, (groups, ...).
         activation_scale: The static scale of down's input; None for one scale per row.
         rotation: Block of the rotation of down's input; 1 for none.
 
@@ -317,19 +371,22 @@ def expert(
         ValueError: A tensor has another shape, type or layout.
         MemoryError: The kernels could not allocate their buffers.
     """
-    (m, k), f = qx.shape, len(scales[0])
+    (m, k), f = qx.shape, packed[0].n
     _check(qx, "qx", torch.int8, m, k)
     _check(row_scale, "row_scale", torch.float32, m)
-    for data, scale, (rows, columns) in zip(packed, scales, ((f, k), (f, k), (k, f)), strict=True):
-        if data.numel() != packed_bytes(rows, columns) or len(scale) != rows:
+    weights: list[int] = []
+    for part, scale, (rows, columns) in zip(packed, scales, ((f, k), (f, k), (k, f)), strict=True):
+        fits = part.data.numel() == packed_bytes(rows, columns, part.format)
+        if not fits or tuple(scale.shape) != part.format.scale_shape(rows, columns):
             raise ValueError(
-                f"{data.numel()} packed bytes and {len(scale)} scales do not fit weights of {rows} x {columns}."
+                f"{part.data.numel()} packed bytes and {tuple(scale.shape)} scales do not fit weights of "
+                f"{rows} x {columns}."
             )
+        weights += part.data.data_ptr(), scale.data_ptr(), kernel_group(part.format, columns)
     out = torch.empty((m, k), dtype=torch.float32)
-    gate, up, down = ((data.data_ptr(), scale.data_ptr()) for data, scale in zip(packed, scales, strict=True))
     failed = library().haq_expert(
         level(), torch.get_num_threads(), qx.data_ptr(), row_scale.data_ptr(), m, k, f,
-        *gate, *up, *down, _static_scale(activation_scale), _rotation(rotation, f), out.data_ptr(),
+        *weights, _static_scale(activation_scale), _rotation(rotation, f), out.data_ptr(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"An int8 expert of width {f} has no memory for {m} x {k} inputs. Use fewer rows.")

@@ -28,6 +28,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("haq_level_supported", i32, (i32,)),
         ("haq_packed_bytes", i64, (i64, i64)),
         ("haq_pack", None, (ptr, i64, i64, i64, ptr, i32)),
+        ("haq_packed4_bytes", i64, (i64, i64)),
+        ("haq_pack4", None, (ptr, i64, i64, i64, ptr, i32)),
+        ("haq_linear4", i32, (i32, i32, ptr, i32, i64, i64, ptr, i64, i64, ptr, ptr, ptr, f32, i64, ptr, i32)),
         ("haq_linear", i32, (i32, i32, ptr, i32, i64, i64, ptr, i64, ptr, ptr, f32, i64, ptr, i32)),
         ("haq_quantize", i32, (i32, i32, ptr, i32, i64, i64, f32, i64, ptr, ptr)),
         ("haq_silu_mul", None, (i32, i32, ptr, i32, i64, i64, ptr)),
@@ -35,7 +38,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         ("haq_decoder_layers", i32, (i32, i32, ptr, i64, ptr, ptr, i64, ptr, ptr, ptr, ptr, i64, i64)),
         ("haq_attention", i32, (i32, i32, ptr, i64, ptr, ptr, ptr, i64, ptr, ptr, ptr, ptr, i64, i64)),
         ("haq_route", i32, (i32, i32, ptr, ptr, i64, i64, ptr, ptr, ptr)),
-        ("haq_expert", i32, (i32, i32, ptr, ptr, i64, i64, i64, ptr, ptr, ptr, ptr, ptr, ptr, f32, i64, ptr)),
+        ("haq_expert", i32, (i32, i32, ptr, ptr, i64, i64, i64, *(ptr, ptr, i64) * 3, f32, i64, ptr)),
         ("haq_read", ctypes.c_uint64, (i32, i32, ptr, i64)),
     ):
         function = getattr(lib, name)

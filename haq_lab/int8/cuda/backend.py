@@ -17,6 +17,7 @@ from haq_lab.int8.cuda.launch import TYPE_NAMES
 from haq_lab.int8.numerics import ActivationScheme, quantize_activations, scale_of
 from haq_lab.int8.rotation import NO_ROTATION, rotate
 from haq_lab.int8.sequences import Sequences
+from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.utils.errors import UserError
 
 
@@ -78,13 +79,22 @@ class CudaBackend(Backend):
     def describe_gpu(self) -> dict[str, Any] | None:
         return cuda_device.describe_gpu(self.device) if self.device.type == "cuda" else None
 
-    def pack(self, levels: Tensor) -> Tensor:
-        return padded(levels.to(self.device))
+    def pack(self, levels: Tensor, format: WeightFormat = INT8) -> Tensor:
+        return padded(format.stored(levels.to(self.device)))
 
-    def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
-        return packed[:, :columns]
+    def unpack(self, packed: Tensor, rows: int, columns: int, format: WeightFormat = INT8) -> Tensor:
+        return format.levels(packed, columns) if format.bits == 4 else packed[:, :columns]
 
-    def dequantize(self, packed: Tensor, weight_scale: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    def dequantize(
+        self,
+        packed: Tensor,
+        weight_scale: Tensor,
+        columns: int,
+        dtype: torch.dtype,
+        format: WeightFormat = INT8,
+    ) -> Tensor:
+        if format.bits == 4:
+            return super().dequantize(packed, weight_scale, columns, dtype, format)
         return self._kernels.dequant(aligned(packed), aligned(weight_scale), dtype)[:, :columns]
 
     def accumulate(self, qx: Tensor, levels: Tensor) -> Tensor:
@@ -132,6 +142,8 @@ class CudaBackend(Backend):
         return aligned(scale.to(self.device, torch.float32).reshape(1))
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
+        if weights.format.bits == 4:
+            return super().product(qx, row_scale.reshape(-1, 1), weights, dtype)
         product = self._kernels.gemv if len(qx) <= GEMV_ROWS else self._kernels.gemm
         scale = aligned(weights.scale.to(self.device))
         bias = None if weights.bias is None else aligned(weights.bias.to(self.device, torch.float32))

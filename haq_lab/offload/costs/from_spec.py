@@ -37,23 +37,24 @@ def machine_costs(hardware: Hardware, shape: Shape, host: Format = "int8", devic
     operations = hardware.int8_tops * 1e12 * (1.0 if device == "int8" else 0.5) * reached
     bandwidth = hardware.bandwidth_gbs * 1e9 * reached
 
-    def on_device(weights: int, width: int) -> PiecewiseLinear:
+    def on_device(weights: int, width: float) -> PiecewiseLinear:
         estimates = [max(2 * n * weights / operations, width * weights / bandwidth) + LAUNCH for n in TOKENS]
         return PiecewiseLinear(TOKENS, estimates)
 
-    fast = on_device(shape.expert, BYTES[device])
-    moved = shape.expert * BYTES[host]
+    widths = BYTES | {"int8": shape.quantized_bytes}
+    fast = on_device(shape.expert, widths[device])
+    moved = round(shape.expert * widths[host])
     link = bandwidth if hardware.link_gbs is None else hardware.link_gbs * 1e9 * link_reached
     host_rate = hardware.host_gbs * 1e9 * reached
-    in_place = [max(BYTES[host], 2 * n / HOST_OPERATIONS_PER_BYTE) * shape.expert / host_rate for n in TOKENS]
+    in_place = [max(widths[host], 2 * n / HOST_OPERATIONS_PER_BYTE) * shape.expert / host_rate for n in TOKENS]
     if hardware.from_disk:
         in_place = [moved / link + fast(n) for n in TOKENS]
-    conversion = 0.0 if BYTES[host] == BYTES[device] else (BYTES[host] + BYTES[device]) * shape.expert / bandwidth
+    conversion = 0.0 if widths[host] == widths[device] else (widths[host] + widths[device]) * shape.expert / bandwidth
     return Costs(
         fast=fast,
         slow=PiecewiseLinear(TOKENS, in_place),
         fetch=PiecewiseLinear([moved], [moved / link + conversion + LAUNCH]),
-        rest=on_device(shape.rest, BYTES[device]),
+        rest=on_device(shape.rest, widths[device]),
         outside=on_device(shape.outside, shape.head_bytes),
         expert_bytes=moved,
         from_disk=hardware.from_disk,

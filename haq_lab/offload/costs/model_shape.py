@@ -26,6 +26,7 @@ class Shape:
             values, attention output, and the outputs of gate, up and down projection of the k chosen experts.
         head_bytes: Bytes per weight of the head: 2, or 1 if it is int8 (`quantizer.lm_head`).
         tied: Whether the head shares the embedding's tensor. It does so only if both have 16 bits.
+        quantized_bytes: Bytes per weight of a quantised expert, with its scales if it has 4 bits.
     """
 
     layers: int
@@ -38,6 +39,7 @@ class Shape:
     work_per_token: int
     head_bytes: int = 2
     tied: bool = False
+    quantized_bytes: float = 1.0
 
     @property
     def tables_bytes(self) -> int:

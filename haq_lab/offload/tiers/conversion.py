@@ -16,18 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
+from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.models.architectures import PROJECTIONS
 from haq_lab.offload.tiers.arena import page_aligned
 from haq_lab.offload.tiers.base import SlowTier
 from haq_lab.offload.tiers.disk import Part, layout
 
 Sizes = dict[str, tuple[int, int]]  # (outputs, inputs) of each linear of an expert
+Weights = dict[str, WeightFormat]  # of each linear of an expert
 
 
 def linear_sizes(experts: nn.ModuleList) -> Sizes:
     """Return the output and input size of each linear of an expert. All experts of a layer are alike."""
     linears: dict[str, Any] = {name: experts[0].get_submodule(name) for name in PROJECTIONS}
     return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+
+
+def weight_formats(experts: nn.ModuleList) -> Weights:
+    """Return the weight format of each linear of a quantised expert. All experts of a layer are alike."""
+    linears: dict[str, Any] = {name: experts[0].get_submodule(name) for name in PROJECTIONS}
+    return {name: linear.format for name, linear in linears.items()}
 
 
 class Conversion(Protocol):
@@ -52,18 +60,19 @@ class Conversion(Protocol):
 
 
 class Dequantize:
-    """Converts int8 weights with one scale per row to 16-bit floats.
+    """Converts int8 or int4 weights to 16-bit floats.
 
     Args:
         source: Layout of a blob of the slow tier.
         sizes: Output and input size of each linear.
+        formats: Format of the weights of each linear.
         backend: Backend that packed the weights.
         dtype: Type of the weights in the fast tier.
     """
 
-    def __init__(self, source: list[Part], sizes: Sizes, backend: Backend, dtype: torch.dtype):
+    def __init__(self, source: list[Part], sizes: Sizes, formats: Weights, backend: Backend, dtype: torch.dtype):
         self._source = {part.name: part for part in source}
-        self._sizes, self._backend, self._dtype = sizes, backend, dtype
+        self._sizes, self._formats, self._backend, self._dtype = sizes, formats, backend, dtype
         self.parts, self.blob_bytes = layout(
             {f"{name}.weight": torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
         )
@@ -71,23 +80,33 @@ class Dequantize:
     def __call__(self, source: Tensor, target: Tensor) -> None:
         for part, (name, size) in zip(self.parts, self._sizes.items(), strict=True):
             packed, scale = (self._source[f"{name}.{tensor}"].of(source) for tensor in ("packed", "weight_scale"))
-            part.of(target).copy_(self._backend.dequantize(packed, scale, size[1], self._dtype))
+            weights = self._backend.dequantize(packed, scale, size[1], self._dtype, self._formats[name])
+            part.of(target).copy_(weights)
 
 
 class Relayout:
-    """Repacks int8 weights from one backend's layout to another's.
+    """Repacks int8 or int4 weights from one backend's layout to another's.
 
     Args:
         source: Layout of a blob of the slow tier, packed by `packer`.
         target: Layout of a blob of the fast tier, packed by `backend`.
         sizes: Output and input size of each linear.
+        formats: Format of the weights of each linear.
         packer: Backend that packed the slow tier.
         backend: Backend that runs the experts in the fast tier.
     """
 
-    def __init__(self, source: list[Part], target: list[Part], sizes: Sizes, packer: Backend, backend: Backend):
+    def __init__(
+        self,
+        source: list[Part],
+        target: list[Part],
+        sizes: Sizes,
+        formats: Weights,
+        packer: Backend,
+        backend: Backend,
+    ):
         self._source = {part.name: part for part in source}
-        self._sizes, self._packer, self._backend = sizes, packer, backend
+        self._sizes, self._formats, self._packer, self._backend = sizes, formats, packer, backend
         self.parts, self.blob_bytes = layout(
             {part.name: torch.empty(part.shape, dtype=part.dtype, device="meta") for part in target}
         )
@@ -97,7 +116,8 @@ class Relayout:
             tensor = self._source[part.name].of(source)
             linear, _, name = part.name.rpartition(".")
             if name == "packed":
-                tensor = self._backend.pack(self._packer.unpack(tensor, *self._sizes[linear]))
+                format = self._formats[linear]
+                tensor = self._backend.pack(self._packer.unpack(tensor, *self._sizes[linear], format), format)
             part.of(target).copy_(tensor)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from haq_lab.models.int8_experts import Int8Experts
-from haq_lab.offload.tiers.conversion import Cast, Conversion, Dequantize, linear_sizes
+from haq_lab.offload.tiers.conversion import Cast, Conversion, Dequantize, linear_sizes, weight_formats
 from haq_lab.offload.tiers.disk import Part
 from haq_lab.utils.errors import UserError
 
@@ -83,4 +83,4 @@ class Formats:
             return None
         if not isinstance(experts, Int8Experts):
             return Cast(parts, torch.float16)
-        return Dequantize(parts, linear_sizes(experts), experts.backend, torch.float16)
+        return Dequantize(parts, linear_sizes(experts), weight_formats(experts), experts.backend, torch.float16)

@@ -19,7 +19,7 @@ from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.experts import Expert
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.offload.tiers.arena import page_aligned
-from haq_lab.offload.tiers.conversion import Relayout, linear_sizes
+from haq_lab.offload.tiers.conversion import Relayout, linear_sizes, weight_formats
 from haq_lab.offload.tiers.cuda_streams import Streams
 from haq_lab.offload.tiers.disk import Packer, Part, bind, expert_tensors, layout
 from haq_lab.utils.errors import UserError
@@ -154,7 +154,12 @@ class HostWriter:
                 "Choose offload.on_miss=fetch."
             )
         return Relayout(
-            self._packer.parts, self._device_parts, linear_sizes(experts), self._cpu_backend, deployed.backend
+            self._packer.parts,
+            self._device_parts,
+            linear_sizes(experts),
+            weight_formats(experts),
+            self._cpu_backend,
+            deployed.backend,
         )
 
     def open(self) -> HostTier:

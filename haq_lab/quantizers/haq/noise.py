@@ -12,6 +12,7 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Sensitivity
 from haq_lab.int8.numerics import round_to_grid, scale_of
+from haq_lab.int8.weight_format import INT8, WeightFormat
 
 CLIPS = tuple(0.84**step for step in range(30))  # static scales to try, as shares of the scale without clipping
 UNSEEN = 32  # assumed number of tokens with larger values than in calibration
@@ -89,6 +90,25 @@ def expected_excess(count: int) -> float:
 
 def _squared_error(x: Tensor, scale: Tensor) -> Tensor:
     return round_to_grid(x, scale).mul_(scale).sub_(x).square_()
+
+
+def solved_weight_error(
+    scale: Tensor, cost: Tensor, conditional_variance: Tensor, format: WeightFormat = INT8
+) -> float:
+    """Predict the error that GPTQ leaves: the sum over rows of cost * dw H dw^T.
+
+    Each column has uniform rounding noise of variance scale^2 / 12, weighted by its conditional variance. The
+    prediction is within 20 % of the measured error if few compensated weights leave the grid (`tests/quantizers`).
+
+    Args:
+        scale: (n,) row scales, or (groups, n).
+        cost: (n,) cost of a squared error in each output.
+        conditional_variance: (k,) from `gptq_solver.Factor`.
+        format: Format of the weights.
+    """
+    groups = [conditional_variance] if format.group is None else conditional_variance.split(format.group)
+    variances = torch.stack([own.sum() for own in groups])
+    return float(variances @ (scale.view(len(groups), -1).square() @ cost)) / 12
 
 
 def _sample_rows(statistics: InputStatistics, every: int = 1) -> tuple[Tensor, Tensor]:

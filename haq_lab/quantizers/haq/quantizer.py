@@ -22,11 +22,18 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
+from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.models.architectures import Family, FoldKind, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solution
 from haq_lab.quantizers.gptq_solver import factorize, solve
-from haq_lab.quantizers.grid import row_scale, searched_row_scale
-from haq_lab.quantizers.haq.noise import best_static_scale, dynamic_noise, static_noise, uniform_sensitivity
+from haq_lab.quantizers.grid import searched_scale, weight_scale
+from haq_lab.quantizers.haq.noise import (
+    best_static_scale,
+    dynamic_noise,
+    solved_weight_error,
+    static_noise,
+    uniform_sensitivity,
+)
 from haq_lab.quantizers.smoothing import ChannelMap, smoothing_factor
 from haq_lab.utils.errors import UserError
 
@@ -41,7 +48,10 @@ class HAQ(Quantizer):
     Args:
         activations: Activation scheme as for every quantizer, or `auto`: static for inputs where it adds little error,
             token-dynamic for the others.
-        weight_bits: 8 or 4.
+        weight_bits: 8, 4, or `auto`: 8 or 4 for each linear and expert, with the smallest predicted KL divergence.
+            Linears that are multiplied as one (query, key and value; gate and up) get the same bits.
+        bits: With `auto`, the largest average number of bits of a weight, without scales.
+        group: Columns of a 4-bit weight that share a scale: 128, 64 or 32; `none` for one scale a row.
         lm_head: Whether to quantise the LM head too.
         rotation: Hadamard rotation of each input, as for every quantizer.
         rotation_block: Largest block of `rotation=block`.
@@ -50,7 +60,8 @@ class HAQ(Quantizer):
         smoothing_strength: Smoothing strength if `adaptive` is false.
         fold: Modules that smoothing may be folded into: `norm`, `value` (for the output projection), `up` (for the down
             projection).
-        scale_search: Whether to choose each row's scale by its Hessian-weighted error. If false, it is max|w| / qmax.
+        scale_search: Whether to choose each scale of the weights by its Hessian-weighted error. If false, it is
+            max|w| / qmax. If None, the scales of 4-bit weights are searched, because 8 bits gain nothing.
         act_order: Whether to solve the columns in the order of falling diag(H').
         asymmetric_calibration: Whether to solve the weights for the quantised model's own input.
         dampening_frac: Dampening: the share of mean(diag H') that is added to the diagonal.
@@ -64,11 +75,13 @@ class HAQ(Quantizer):
     """
 
     activations: Literal["token", "tensor", "static", "auto"] = "token"  # type: ignore[assignment]
+    weight_bits: Literal[8, 4, "auto"] = 8  # type: ignore[assignment]
+    bits: Annotated[float, Field(ge=4, le=8)] = 5.0
     rotation: Literal["none", "block", "full"] = "block"
     adaptive: bool = True
     smoothing_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
     fold: tuple[FoldKind, ...] = ("norm", "value", "up")
-    scale_search: bool = False
+    scale_search: bool | None = None
     act_order: bool = True
     asymmetric_calibration: bool = False
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
@@ -76,11 +89,32 @@ class HAQ(Quantizer):
     auto_limit: Annotated[float, Field(ge=0)] = 7e-5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.activations == "auto" and not self.sensitivity:
             raise UserError(
                 "quantizer.activations: auto needs the sensitivity, but quantizer.sensitivity is 0. "
                 "Choose quantizer.sensitivity=8, or another activation scheme."
             )
+        if self.weight_bits == "auto" and not self.sensitivity:
+            raise UserError(
+                "quantizer.weight_bits: auto needs the sensitivity, but quantizer.sensitivity is 0. "
+                "Choose quantizer.sensitivity=8, or 4 or 8 bits."
+            )
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        return self.with_bits(4).weight_format if self.weight_bits == "auto" else super().weight_format
+
+    @property
+    def average_bits(self) -> float | None:
+        return self.bits if self.weight_bits == "auto" else None
+
+    def weight_error(self, weight: Tensor, statistics: InputStatistics, cost: Tensor) -> float:
+        assert statistics.hessian is not None
+        factor = factorize(statistics.shrunk_hessian(), self.dampening_frac, self.act_order)
+        variance = statistics.hessian.diagonal() if factor is None else factor.conditional_variance()
+        scale = weight_scale(weight, self.weight_format)
+        return solved_weight_error(scale, cost, variance, self.weight_format) / 2
 
     @property
     def needs(self) -> Needs:
@@ -137,12 +171,13 @@ class HAQ(Quantizer):
         factor = factorize(hessian, self.dampening_frac, self.act_order)
         if factor is None:
             return self._fallback(weight)
-        if self.scale_search:
-            scale = searched_row_scale(target, factor.conditional_variance(), self.weight_bits)
+        if self.weight_format.bits == 4 if self.scale_search is None else self.scale_search:
+            scale = searched_scale(target, factor.conditional_variance(), self.weight_format)
         else:
-            scale = row_scale(target, self.weight_bits)
+            scale = weight_scale(target, self.weight_format)
         notes = {"dampening_frac": factor.dampening_frac, "dead_columns": int(factor.dead.sum())}
-        return Solution(solve(target, factor, scale, self.weight_bits), scale, notes)
+        levels = solve(target, factor, scale, self.weight_format.bits, self.weight_format.group)
+        return Solution(levels, scale, notes, self.weight_format)
 
     def _corrected(self, weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
         """Return the weights (n, k) that best map the quantised linear's input to the full-precision output.

@@ -11,8 +11,8 @@ int haq_level_supported(int);
 int64_t haq_packed_bytes(int64_t, int64_t);
 void haq_pack(const int8_t*, int64_t, int64_t, int64_t, uint8_t*, int);
 int haq_linear(int, int, const void*, int, int64_t, int64_t, const uint8_t*, int64_t, const float*, const float*,
-               float, void*, int);
-void haq_quantize(int, int, const void*, int, int64_t, int64_t, float, int8_t*, float*);
+               float, int64_t, void*, int);
+int haq_quantize(int, int, const void*, int, int64_t, int64_t, float, int64_t, int8_t*, float*);
 void haq_float_linear(int, int, const float*, int64_t, int64_t, const void*, int, int64_t, float*);
 void haq_silu_mul(int, int, const void*, int, int64_t, int64_t, void*);
 int haq_decoder_layers(int, int, const haq::Layer*, int64_t, float*, const haq::Sequence*, int64_t, const float*,
@@ -20,8 +20,12 @@ int haq_decoder_layers(int, int, const haq::Layer*, int64_t, float*, const haq::
 int haq_attention(int, int, const haq::Layer*, int64_t, float*, float*, const haq::Sequence*, int64_t, const float*,
                   const float*, float*, float*, int64_t, int64_t);
 int haq_route(int, int, const haq::Router*, const float*, int64_t, int64_t, float*, float*, int64_t*);
-int haq_expert(int, int, const int8_t*, const float*, int64_t, int64_t, int64_t, const uint8_t*, const float*,
-               const uint8_t*, const float*, const uint8_t*, const float*, float, float*);
+int haq_expert(int, int, const int8_t*, const float*, int64_t, int64_t, int64_t, const uint8_t*, const float*, int64_t,
+               const uint8_t*, const float*, int64_t, const uint8_t*, const float*, int64_t, float, int64_t, float*);
+int64_t haq_packed4_bytes(int64_t, int64_t);
+void haq_pack4(const int8_t*, int64_t, int64_t, int64_t, uint8_t*, int);
+int haq_linear4(int, int, const void*, int, int64_t, int64_t, const uint8_t*, int64_t, int64_t, const float*,
+                const float*, const float*, float, int64_t, void*, int);
 }
 
 static bool run(int level, int threads, int64_t m, int64_t n, int64_t k) {
@@ -34,11 +38,13 @@ static bool run(int level, int threads, int64_t m, int64_t n, int64_t k) {
   for (int64_t i = 0; i < m * k; ++i) qx[i] = static_cast<int8_t>(i * 53 % 255 - 127), x[i] = 0.01f * qx[i];
   std::vector<uint8_t> packed(haq_packed_bytes(n, k));
   haq_pack(w.data(), n, k, 0, packed.data(), threads);
-  haq_linear(level, threads, qx.data(), 3, m, k, packed.data(), n, nullptr, nullptr, 0, acc.data(), 0);
-  haq_linear(level, threads, x.data(), 1, m, k, packed.data(), n, scale.data(), bias.data(), 0, y.data(), 1);
+  haq_linear(level, threads, qx.data(), 3, m, k, packed.data(), n, nullptr, nullptr, 0, 1, acc.data(), 0);
+  haq_linear(level, threads, x.data(), 1, m, k, packed.data(), n, scale.data(), bias.data(), 0, 1, y.data(), 1);
   haq_linear(level, threads, narrow.data(), 2, m, k, packed.data(), n, scale.data(), nullptr, 0.1f,
-             narrow_y.data(), 2);
-  haq_quantize(level, threads, x.data(), 1, m, k, 0, q.data(), row_scale.data());
+             1, narrow_y.data(), 2);
+  if (k % 4 == 0) // a rotation in blocks of 4
+    haq_linear(level, threads, x.data(), 1, m, k, packed.data(), n, scale.data(), bias.data(), 0, 4, y.data(), 1);
+  haq_quantize(level, threads, x.data(), 1, m, k, 0, k % 4 ? 1 : 4, q.data(), row_scale.data());
   for (const int kind : {2, 4}) haq_float_linear(level, threads, x.data(), m, k, halves.data(), kind, n, y.data());
   haq_float_linear(level, threads, x.data(), m, k, floats.data(), 1, n, y.data());
   haq_silu_mul(level, threads, y.data(), 1, m, n / 2, half.data());
@@ -47,6 +53,27 @@ static bool run(int level, int threads, int64_t m, int64_t n, int64_t k) {
       int64_t sum = 0;
       for (int64_t d = 0; d < k; ++d) sum += qx[i * k + d] * w[j * k + d];
       if (acc[i * n + j] != sum) return false;
+    }
+  return true;
+}
+
+// 4-bit weights of scale 0.5: products of quantised rows are exact in fp32.
+static bool run4(int level, int threads, int64_t m, int64_t n, int64_t k, int64_t group) {
+  std::vector<int8_t> w(n * k), qx(m * k);
+  for (int64_t i = 0; i < n * k; ++i) w[i] = static_cast<int8_t>(i * 37 % 15 - 7);
+  for (int64_t i = 0; i < m * k; ++i) qx[i] = static_cast<int8_t>(i * 53 % 255 - 127);
+  std::vector<uint8_t> packed(haq_packed4_bytes(n, k));
+  haq_pack4(w.data(), n, k, 0, packed.data(), threads);
+  std::vector<float> scale((k + group - 1) / group * n, 0.5f), row_scale(m, 2.0f), y(m * n), x(m * k, 0.1f);
+  haq_linear4(level, threads, x.data(), 1, m, k, packed.data(), n, group, scale.data(), nullptr, nullptr, 0,
+              k % 4 ? 1 : 4, y.data(), 1);
+  haq_linear4(level, threads, qx.data(), 3, m, k, packed.data(), n, group, scale.data(), nullptr, row_scale.data(), 0,
+              1, y.data(), 1);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      int64_t sum = 0;
+      for (int64_t d = 0; d < k; ++d) sum += qx[i * k + d] * w[j * k + d];
+      if (y[i * n + j] != static_cast<float>(sum)) return false;
     }
   return true;
 }
@@ -125,8 +152,8 @@ static bool run_layer(int level, int threads) {
             chosen.data());
   std::vector<int8_t> levels(tokens * width, 3);
   haq_expert(level, threads, levels.data(), weights.data(), tokens, width, inner, gate.packed.data(),
-             gate.scale.data(), up.packed.data(), up.scale.data(), down.packed.data(), down.scale.data(), 0,
-             out.data());
+             gate.scale.data(), 0, up.packed.data(), up.scale.data(), 0, down.packed.data(), down.scale.data(), 0, 0,
+             1, out.data());
   for (const auto* some : {&hidden, &normed, &logits, &weights, &out})
     for (const float x : *some)
       if (!(x - x == 0.0f)) return false;
@@ -146,6 +173,12 @@ int main() {
       for (const int threads : {1, 3})
         if (!run(level, threads, s[0], s[1], s[2])) {
           std::printf("wrong sums at %s\n", haq_level_name(level));
+          return 1;
+        }
+    for (const auto& s : shapes)
+      for (const int64_t group : {32, 64, 128, 4096})
+        if (!run4(level, 1 + static_cast<int>(group % 3), s[0], s[1], s[2], group)) {
+          std::printf("wrong sums of 4-bit weights at %s\n", haq_level_name(level));
           return 1;
         }
     for (const int threads : {1, 3})

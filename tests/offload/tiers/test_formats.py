@@ -23,6 +23,7 @@ from haq_lab.utils.errors import UserError
 WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
 PAIRS = [
     (RTN(), "int8", "fp16"),
+    (RTN(weight_bits=4, group=32), "int8", "fp16"),
     (None, "int8", "fp16"),
     (None, "bf16", "int8"),
     (None, "bf16", "fp16"),
@@ -74,7 +75,7 @@ def test_the_output_is_that_of_the_formats_weights_whatever_the_budget(model, tm
     assert all(torch.equal(output, outputs[0]) for output in outputs[1:])
     torch.testing.assert_close(outputs[0], wanted, rtol=1e-4, atol=1e-4)
     numbers = sum(weight.numel() for weight in model.new_layer(0).mlp.experts[0].parameters())
-    moved = {"int8": 4 if quantizer is None else 1, "bf16": 2}[host]
+    moved = {"int8": 4 if quantizer is None else quantizer.bytes_per_weight, "bf16": 2}[host]
     assert stats[0]["slot_bytes"] == pytest.approx(2 * numbers, abs=4096)
     assert stats[0]["offload.bytes_moved"] == 0, "all experts are resident from the start"
     assert stats[-1]["offload.bytes_moved"] / fetched == pytest.approx(moved * numbers, rel=0.2)
