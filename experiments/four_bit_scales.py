@@ -46,7 +46,8 @@ def windows(model: LayeredModel, path: Path, count: int) -> Tensor:
 
 def hessians(model: LayeredModel, tokens: Tensor) -> dict[tuple[int, str], Tensor]:
     """Return the mean of x x^T of each studied linear's input in the full-precision model."""
-    hidden, found = model.embed(tokens), {}
+    hidden = model.embed(tokens)
+    found: dict[tuple[int, str], Tensor] = {}
     for index in range(max(LAYERS) + 1):
         layer = model.load_layer(index)
         for window in hidden.split(1) if index in LAYERS else ():
