@@ -68,7 +68,8 @@ def test_a_run_writes_all_its_files(tiny_run, tmp_path):
     stamp = results["protocol"]["python_docs"]
     assert set(stamp) >= {"tokenizer", "seqlen", "stride", "split", "join", "tokens_scored", "level", "comparable_with"}
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {".lock", "config.yaml", "events.jsonl", "figures", "latency.csv", "layers.csv", "results.json"}
+    tables = {"latency.csv", "layers.csv", "windows.csv"}
+    assert names == {".lock", "config.yaml", "events.jsonl", "figures", "results.json"} | tables
     assert "run folder:" in out
 
 

@@ -90,7 +90,7 @@ def test_a_model_option_is_quantised_once(command, cache, plain_model):
         (["tiny_lama", "x"], "'tiny_lama' is not a folder, nor a model .*did you mean 'tiny_llama'"),
         (["hf", "x"], "'hf' is not a folder, nor a model"),
         (["EMPTY", "x"], "'.*' is not a haq_lab checkpoint because it has no manifest.json"),
-        (["NEWER", "x"], "a newer version of haq_lab: its format is 99, and this version reads 1. Update haq_lab."),
+        (["NEWER", "x"], "a newer version of haq_lab: its format is 99, and this version reads 2. Update haq_lab."),
     ],
 )
 def test_a_mistake_is_one_line(command, chat_model, plain_model, tmp_path, arguments, message):

@@ -52,7 +52,7 @@ def _rotates(kind: str) -> Kernel:
     name = f"{kind}_rotate_quantize_f32".removeprefix("plain_")
 
     def check(kernels: Kernels) -> None:
-        check_quantize(kernels, kind, 3, 512, F32, static=False, seed=0, rotation=512)
+        check_quantize(kernels, kind, 8, 512, F32, static=False, seed=0, rotation=512)
 
     return Kernel("quantize", name, check)
 
