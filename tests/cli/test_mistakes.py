@@ -36,7 +36,7 @@ def tiny_run(tmp_path):
         ("+quantizer.activation=token", "quantizer.activation: .*did you mean 'activations'"),
         (
             "quantizer.dampening_frac=0.1",
-            "quantizer.dampening_frac: only quantizer=gptq, haq, quarot has this setting. Choose only from these options, ",
+            "quantizer.dampening_frac: only quantizer=gptq, haq, quarot has this setting. Choose only from these opt",
         ),
         ("quantizer.damp=0.1", r"quantizer\.damp: there is no such setting any more\. Use quantizer\.dampening_frac"),
         ("++quantizer.asymmetric=true", r"any more\. Use quantizer\.asymmetric_calibration"),
