@@ -179,7 +179,7 @@ def load_results(*folders: str | Path) -> pd.DataFrame:
 def _run(overrides: list[str], folder: Path | None) -> RunResult:
     """Run a config in `folder`, or in the folder that the command line would use."""
     from haq_lab.config.compose import compose_run
-    from haq_lab.pipeline.context import RunContext
+    from haq_lab.config.run_context import RunContext
     from haq_lab.pipeline.run import run as run_config
 
     config, hydra = compose_run(overrides)

@@ -24,10 +24,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from haq_lab.hardware.huge_pages import huge_pages
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.build import build, compiler
-from haq_lab.utils.huge_pages import huge_pages
 
 # (N, K) of SmolLM2-135M (q and o; k and v; gate and up; down; head) and Mixtral (w1; w2); then q/k/v and
 # gate/up of SmolLM2 as one.

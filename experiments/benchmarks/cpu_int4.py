@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 from cpu_gemm import machine, times
 
+from haq_lab.hardware.huge_pages import huge_pages
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
 from haq_lab.int8.weight_format import INT8, WeightFormat
-from haq_lab.utils.huge_pages import huge_pages
 
 # (N, K): q/k/v, gate/up and down of SmolLM2-135M; Mixtral's w1.
 SHAPES = [(960, 576), (3072, 576), (576, 1536), (14336, 4096)]

@@ -18,12 +18,12 @@ import torch
 from cpu_gemm import machine, vector_isas
 from model_speed import clock, model, since, whole
 
+from haq_lab.hardware.huge_pages import huge_pages
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.native_decoder import NativeStack
-from haq_lab.utils.huge_pages import huge_pages
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from haq_lab.checkpoint.layer_tensors import LayerContent, int8_layer, read_formats, read_forms, read_layer
 from haq_lab.checkpoint.manifest import REST, ROUTING, Manifest, layer_file
+from haq_lab.hardware.huge_pages import prefer_huge_pages
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.layerwise import LayeredModel
@@ -27,7 +28,6 @@ from haq_lab.prefix.contents import Prefix
 from haq_lab.routing.trace import Trace
 from haq_lab.storage.safetensors_file import read_shard, read_shard_header
 from haq_lab.utils.errors import UserError
-from haq_lab.utils.huge_pages import prefer_huge_pages
 
 
 @dataclass(frozen=True)

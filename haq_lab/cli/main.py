@@ -40,7 +40,7 @@ _main_process: int | None = None  # id of the process of `main`; some of Hydra's
 
 @hydra.main(version_base="1.3", config_path=str(bundled("conf").resolve()), config_name="config")
 def _job(config: DictConfig) -> float | None:
-    from haq_lab.pipeline.context import RunContext
+    from haq_lab.config.run_context import RunContext
     from haq_lab.pipeline.run import run, search_metric
     from haq_lab.utils.console import say
 

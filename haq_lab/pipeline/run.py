@@ -18,6 +18,7 @@ from haq_lab.checkpoint.model import open_model
 from haq_lab.checkpoint.writer import remove_saved_states
 from haq_lab.config.build import Experiment, build, refuse_ignored_settings, without_disabled_groups
 from haq_lab.config.explain import is_user_error
+from haq_lab.config.run_context import RunContext
 from haq_lab.data.windows import Windows
 from haq_lab.hardware.gpu import sdpa_kernel
 from haq_lab.int8.backend import Backend
@@ -29,7 +30,6 @@ from haq_lab.models.architectures import head_size
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
 from haq_lab.pipeline.cached_pass import CachedPass
-from haq_lab.pipeline.context import RunContext
 from haq_lab.pipeline.input_hashes import changed_inputs, input_hashes
 from haq_lab.pipeline.prefix import PrefixChoice, choose_prefix, stamp_prefix
 from haq_lab.pipeline.preflight import preflight

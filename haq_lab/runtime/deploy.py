@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from haq_lab.hardware.huge_pages import huge_pages
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear, MergedLinear, can_merge
 from haq_lab.models.architectures import Group, Moe
@@ -27,7 +28,6 @@ from haq_lab.runtime.layer_parts import LayerParts, UnsupportedLayerError
 from haq_lab.runtime.native_decoder import make_stack, stack_native_layers
 from haq_lab.runtime.native_head import make_head_native
 from haq_lab.runtime.native_router import native_router
-from haq_lab.utils.huge_pages import huge_pages
 
 
 def deploy(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from haq_lab.hardware.huge_pages import huge_pages
 from haq_lab.int8.cpu.bindings import PANEL
-from haq_lab.utils.huge_pages import huge_pages
 
 
 class KVCache(DynamicLayer):

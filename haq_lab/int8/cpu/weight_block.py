@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from haq_lab.utils.huge_pages import huge_pages, prefer_huge_pages
+from haq_lab.hardware.huge_pages import huge_pages, prefer_huge_pages
 
 
 class WeightBlock:

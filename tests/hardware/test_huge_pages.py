@@ -5,8 +5,8 @@ import mmap
 import pytest
 import torch
 
-from haq_lab.utils import huge_pages as module
-from haq_lab.utils.huge_pages import huge_pages, prefer_huge_pages
+from haq_lab.hardware import huge_pages as module
+from haq_lab.hardware.huge_pages import huge_pages, prefer_huge_pages
 
 
 @pytest.mark.parametrize("count", [0, 1, 4096, (4 << 20) + 5])
