@@ -67,11 +67,11 @@ class CachedPass:
         if calibration is not None:
             statistics = {"calibration": tokens_hash(calibration), "policy": asdict(self.experiment.calibration.policy)}
         quantizer, backend = self.experiment.quantizer, self.experiment.backend
+        if quantizer is not None:
+            quantizer = replace(quantizer, prefix=NO_PREFIX)  # the prefix's tokens count, not its name: `of_prefix`
         own = {
             "model": model_hash(self.model.folder),
-            "quantizer": _settings(
-                quantizer and replace(quantizer, prefix=NO_PREFIX)
-            ),  # its tokens count, not its name
+            "quantizer": _settings(quantizer),
             "backend": [backend.name, backend.device.type],
         }
         return statistics | own | of_prefix(self.model)

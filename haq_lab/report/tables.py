@@ -99,7 +99,8 @@ def _result_table(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) -
             row.append(Cell(metric.format(value), run["name"] in best[name], _difference(name, metric, run, baseline)))
         rows.append(row)
     texts = [name.partition(".")[2] for name in measured if name.startswith("kl.")]
-    verdicts = filter(None, (verdict(contenders, text) for text in texts))
+    counts = {text: int(contenders[f"kl.{text}"].notna().sum()) for text in texts}
+    verdicts = filter(None, (verdict(text, count, best[f"kl.{text}"]) for text, count in counts.items()))
     note = " ".join([*verdicts, NOTE, *_limitations(runs)])
     return Table(title, ["run", *(metric.head for metric in measured.values())], rows, len(measured), note)
 

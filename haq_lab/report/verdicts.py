@@ -48,18 +48,16 @@ def _worse_by_windows(runs: pd.DataFrame, first: str, text: str, column: str) ->
     return set(table[table["verdict"] == f"{first} is better"]["second"]) if len(table) else None
 
 
-def verdict(runs: pd.DataFrame, text: str) -> str:
-    """Return one sentence about the KL divergence of the runs on a text. Empty if there is nothing to compare.
+def verdict(text: str, measured: int, best: set[str]) -> str:
+    """Return one sentence about the KL divergence of runs on a text. Empty if there is nothing to compare.
 
     Args:
-        runs: Quantised runs on the same windows.
         text: Name of the text.
+        measured: Number of quantised runs with a KL divergence.
+        best: The best of them, from `best_runs`.
     """
-    name = f"kl.{text}"
-    if name not in runs or runs[name].notna().sum() < 2:
+    if measured < 2:
         return ""
-    best = best_runs(runs, name, Metric("KL", direction="lower"))
-    measured = int(runs[name].notna().sum())
     if not best:
         return f"On {text}, the KL divergences of the {measured} runs cannot be told apart: more windows are needed."
     names = " and ".join(sorted(best))

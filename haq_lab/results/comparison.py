@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,27 @@ METRICS = ("kl", "nll")  # compared columns of windows.csv, quality by KL first
 HIGHER_IS_BETTER = ("token_agreement",)
 FLIPS = 9999  # random sign flips; all are tried if there are fewer
 ALPHA = 0.05  # a difference is beyond noise if its corrected p is less
+
+
+class _Run(NamedTuple):
+    """The parts of a run folder that a comparison reads."""
+
+    folder: Path
+    windows: pd.DataFrame
+    stamps: dict[str, dict[str, Any]]
+
+
+def _read(folders: Sequence[Path | str]) -> list[_Run]:
+    """Read the runs of a group, each once however many other groups it is compared with."""
+    runs = []
+    for folder in map(Path, folders):
+        if (table := windows_of(folder)) is None:
+            raise UserError(
+                f"compare: '{folder}' has no windows.csv. Name the folder of a finished run with measure=[perplexity]; "
+                "an older run has to run again with force=true."
+            )
+        runs.append(_Run(folder, table, stamps_of(folder)))
+    return runs
 
 
 def compare(
@@ -51,7 +72,7 @@ def compare(
     Example:
         >>> compare(["runs/sweep/quantizer=haq"], ["runs/sweep/quantizer=gptq"])[["data", "metric", "verdict"]]
     """
-    return _corrected(_rows(first, second, names))
+    return _corrected(_rows(_read(first), _read(second), names))
 
 
 def compare_all(groups: Mapping[str, Sequence[Path | str]]) -> pd.DataFrame:
@@ -65,12 +86,9 @@ def compare_all(groups: Mapping[str, Sequence[Path | str]]) -> pd.DataFrame:
     """
     if len(groups) < 2:
         raise UserError(f"compare: {len(groups)} group of runs cannot be compared. Name at least two.")
-    rows = [
-        row
-        for (one, own), (other, others) in combinations(groups.items(), 2)
-        for row in _rows(own, others, (one, other))
-    ]
-    return _corrected(rows)
+    read = {name: _read(folders) for name, folders in groups.items()}
+    pairs = combinations(read, 2)
+    return _corrected([row for one, other in pairs for row in _rows(read[one], read[other], (one, other))])
 
 
 def compare_with(
@@ -91,23 +109,24 @@ def compare_with(
         UserError: A run has no windows, or the groups were not evaluated on the same windows.
     """
     name, folders = first
-    rows = [row for other, own in others.items() for row in _rows(folders, own, (name, other), (metric,))]
+    ours = _read(folders)
+    rows = [row for other, own in others.items() for row in _rows(ours, _read(own), (name, other), (metric,))]
     return _corrected([row for row in rows if row["data"] == text])
 
 
 def _rows(
-    first: Sequence[Path | str], second: Sequence[Path | str], names: tuple[str, str], metrics: Sequence[str] = METRICS
+    first: Sequence[_Run], second: Sequence[_Run], names: tuple[str, str], metrics: Sequence[str] = METRICS
 ) -> list[dict[str, Any]]:
-    folders = [Path(folder) for folder in (*first, *second)]
-    tables = [_table(folder) for folder in folders]
-    stamps = [stamps_of(folder) for folder in folders]
+    runs = [*first, *second]
+    tables = [run.windows for run in runs]
     texts = [text for text in dict.fromkeys(tables[0]["data"]) if all(text in set(table["data"]) for table in tables)]
     if not texts:
         raise UserError(f"compare: '{names[0]}' and '{names[1]}' share no text. Run both with the same data option.")
     rows = []
     for text in texts:
-        for folder, stamp in zip(folders[1:], stamps[1:], strict=True):
-            require_same_windows(text, stamps[0][text], stamp[text], (str(folders[0]), str(folder)))
+        for run in runs[1:]:
+            names_of_runs = str(runs[0].folder), str(run.folder)
+            require_same_windows(text, runs[0].stamps[text], run.stamps[text], names_of_runs)
         for metric in metrics:
             if metric != "nll" and not _same_reference(tables, text):
                 continue
@@ -118,15 +137,6 @@ def _rows(
                     {"first": names[0], "second": names[1], "data": text, "metric": metric} | _test(ours, theirs)
                 )
     return rows
-
-
-def _table(folder: Path) -> pd.DataFrame:
-    if (table := windows_of(folder)) is None:
-        raise UserError(
-            f"compare: '{folder}' has no windows.csv. Name the folder of a finished run with measure=[perplexity]; an "
-            "older run has to run again with force=true."
-        )
-    return table
 
 
 def _same_reference(tables: Sequence[pd.DataFrame], text: str) -> bool:

@@ -16,7 +16,7 @@ from haq_lab.results.old_names import SETTINGS
 from haq_lab.results.published import figures_of
 from haq_lab.results.read_record import read_record
 from haq_lab.tracking.run_folder import ARCHIVE
-from haq_lab.utils.console import print_table, say
+from haq_lab.utils.console import format_percent, print_table, say
 from haq_lab.utils.errors import UserError, nearest_beside
 
 RANDOM_PROMPTS = "random"  # text of the stamp `protocol.latency` if the prompts are random token ids
@@ -207,9 +207,10 @@ def show_published(figures: pd.DataFrame) -> None:
 
 def _change(run: pd.Series, dataset: str) -> str:
     """Return the change of a perplexity from full precision, with its standard error if the run has one."""
-    if pd.isna(error := run.get(f"change_percent_stderr.{dataset}", math.nan)):
-        return _cell(run.get(f"change_percent.{dataset}"), "{:+.2f} %")
-    return f"{run[f'change_percent.{dataset}']:+.2f} ± {error:.2f} %"
+    change = run.get(f"change_percent.{dataset}")
+    return (
+        "" if change is None or pd.isna(change) else format_percent(change, run.get(f"change_percent_stderr.{dataset}"))
+    )
 
 
 def _cell(value: Any, form: str) -> str:

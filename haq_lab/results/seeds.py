@@ -12,7 +12,7 @@ from rich.table import Table
 
 from haq_lab.measure.metrics import find_metric
 from haq_lab.results.windows import over_seeds, scores, windows_of
-from haq_lab.utils.console import print_table, say
+from haq_lab.utils.console import format_percent, print_table, say
 
 SEED = "seed"  # last part of the names of settings that are seeds, such as `calibration.seed`
 UNRELATED = ("config.checkpoint.", "config.result_cache.", "config.tracking.", "config.force", "config.seeds")
@@ -106,7 +106,7 @@ def show_seeds(groups: pd.DataFrame) -> None:
             )
             cells.append("" if math.isnan(kl) else f"{kl:.5f}")
             cells.append("" if math.isnan(low) else f"{max(low, 0):.5f} to {high:.5f}")
-            cells.append("" if math.isnan(change) else f"{change:+.2f} ± {error:.2f} %")
+            cells.append("" if math.isnan(change) else format_percent(change, error))
             cells.append("" if math.isnan(spread) else f"{spread:.2f} %")
         table.add_row(*cells)
     print_table(table)

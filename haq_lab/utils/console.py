@@ -80,7 +80,9 @@ def format_change(value: float, baseline: float, error: float | None = None) -> 
         baseline: The baseline.
         error: Standard error of the logarithm of value / baseline, if it is known.
     """
-    change = f"{(value / baseline - 1) * 100:+.2f}"
-    if error is None or math.isnan(error):
-        return f"{change} %"
-    return f"{change} ± {100 * value / baseline * error:.2f} %"
+    return format_percent((value / baseline - 1) * 100, None if error is None else 100 * value / baseline * error)
+
+
+def format_percent(change: float, error: float | None = None) -> str:
+    """Format a change in percent, with its standard error in percent if it is known."""
+    return f"{change:+.2f} %" if error is None or math.isnan(error) else f"{change:+.2f} ± {error:.2f} %"

@@ -18,6 +18,8 @@ RUNS = {
     "rtn": [3 * kl for kl in BASE],
 }
 
+KL = Metric("KL", direction="lower")
+
 
 @pytest.fixture
 def runs(tmp_path) -> pd.DataFrame:
@@ -43,15 +45,17 @@ def test_runs_that_cannot_be_told_apart_share_the_mark(runs):
         assert metric is not None
         assert best_runs(runs, name, metric) == {"haq", "gptq"}
     assert (
-        verdict(runs, "text")
+        verdict("text", 3, best_runs(runs, "kl.text", KL))
         == "On text, the KL divergence of gptq and haq is lower than that of the others beyond noise."
     )
 
 
 def test_no_run_is_marked_if_none_is_worse(runs):
     near = runs[runs["name"] != "rtn"]
-    assert best_runs(near, "kl.text", Metric("KL", direction="lower")) == set()
-    assert verdict(near, "text").startswith("On text, the KL divergences of the 2 runs cannot be told apart")
+    assert best_runs(near, "kl.text", KL) == set()
+    assert verdict("text", 2, best_runs(near, "kl.text", KL)).startswith(
+        "On text, the KL divergences of the 2 runs cannot be told apart"
+    )
 
 
 def test_a_table_of_older_runs_compares_what_it_shows(runs):
@@ -68,4 +72,4 @@ def test_other_metrics_tie_if_they_look_alike(runs, direction, best):
 
 
 def test_one_run_has_no_verdict(runs):
-    assert verdict(runs[:1], "text") == ""
+    assert verdict("text", 1, set()) == ""
