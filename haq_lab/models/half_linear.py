@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
+from haq_lab.int8.cpu.float_linear import float_linear
 
 NATIVE_ROWS = 16  # up to this number of rows, our kernel, which converts in registers, is faster
 BLOCK_BYTES = 16 << 20  # of converted weights in memory at a time
@@ -40,7 +40,7 @@ class _Widened(torch.autograd.Function):
         context.save_for_backward(table)
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) <= NATIVE_ROWS and _native_supports(rows, table):
-            return native.float_linear(rows.contiguous(), table).view(*x.shape[:-1], len(table))
+            return float_linear(rows.contiguous(), table).view(*x.shape[:-1], len(table))
         y = rows.new_empty(len(rows), len(table))
         for part in _blocks(table, x.dtype):
             torch.mm(rows, table[part].to(x.dtype).t(), out=y[:, part])

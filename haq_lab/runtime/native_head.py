@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.cpu import bindings as native
+from haq_lab.int8.cpu.float_linear import float_linear
 from haq_lab.models.half_linear import HalfLinear
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,7 +24,7 @@ class NativeHead(HalfLinear):
         """Return the logits (..., n) for x (..., k). Torch computes other types than float32, and gradients."""
         if x.dtype != torch.float32 or (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
             return super().forward(x)
-        y = native.float_linear(x.reshape(-1, self.in_features).contiguous(), self.weight)
+        y = float_linear(x.reshape(-1, self.in_features).contiguous(), self.weight)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 

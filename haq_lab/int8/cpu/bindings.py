@@ -25,7 +25,6 @@ PANEL, GROUP = 32, 4
 PAIR = 2 * GROUP  # consecutive k of a column's 4 bytes of 4-bit weights
 _INT32, _INT8 = 0, 3
 _FLOAT_KINDS = {torch.float32: 1, torch.bfloat16: 2}
-_WEIGHT_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 4}
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class Packed:
     format: WeightFormat = INT8
 
 
-def _check(tensor: Tensor, name: str, dtype: torch.dtype, *shape: int) -> None:
+def check(tensor: Tensor, name: str, dtype: torch.dtype, *shape: int) -> None:
+    """Raise ValueError unless a tensor has this type and shape, and is contiguous in CPU memory."""
     if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or not tensor.is_cpu:
         raise ValueError(
             f"{name} must be a contiguous CPU tensor {dtype} {shape}, "
@@ -98,7 +98,7 @@ def pack(weight: Tensor | Sequence[Tensor], format: WeightFormat = INT8) -> Pack
     parts = [weight] if isinstance(weight, Tensor) else list(weight)
     k = parts[0].shape[-1]
     for part in parts:
-        _check(part, "weight", torch.int8, part.shape[0], k)
+        check(part, "weight", torch.int8, part.shape[0], k)
     if format.bits == 4 and k == 0:
         raise ValueError("4-bit weights must have at least one column.")
     n = sum(part.shape[0] for part in parts)
@@ -161,9 +161,9 @@ class Linear:
         activation_scale: float | None = None,
         rotation: int = NO_ROTATION,
     ):
-        _check(weight_scale, "weight_scale", torch.float32, *packed.format.scale_shape(packed.n, packed.k))
+        check(weight_scale, "weight_scale", torch.float32, *packed.format.scale_shape(packed.n, packed.k))
         if bias is not None:
-            _check(bias, "bias", torch.float32, packed.n)
+            check(bias, "bias", torch.float32, packed.n)
         self.n, self.k = packed.n, packed.k
         self._tensors = (packed, weight_scale, bias)  # keeps their memory allocated
         self._weights = packed.data.data_ptr()
@@ -194,7 +194,7 @@ class Linear:
         if out is None:
             out = torch.empty((*shape[:-1], self.n), dtype=dtype)
         else:
-            _check(out, "out", dtype, *shape[:-1], self.n)
+            check(out, "out", dtype, *shape[:-1], self.n)
         m = out.numel() // self.n if self.n else 0
         arguments = (level(), torch.get_num_threads(), x.data_ptr(), kind, m, self.k, self._weights, self.n)
         scales = (self._scale, self._bias) if self._group == 0 else (self._group, self._scale, self._bias, None)
@@ -254,11 +254,11 @@ def product4(qx: Tensor, row_scale: Tensor, packed: Packed, weight_scale: Tensor
         MemoryError: The kernels could not allocate their buffers.
     """
     m = qx.shape[0]
-    _check(qx, "qx", torch.int8, m, packed.k)
-    _check(row_scale, "row_scale", torch.float32, m)
-    _check(weight_scale, "weight_scale", torch.float32, *packed.format.scale_shape(packed.n, packed.k))
+    check(qx, "qx", torch.int8, m, packed.k)
+    check(row_scale, "row_scale", torch.float32, m)
+    check(weight_scale, "weight_scale", torch.float32, *packed.format.scale_shape(packed.n, packed.k))
     if bias is not None:
-        _check(bias, "bias", torch.float32, packed.n)
+        check(bias, "bias", torch.float32, packed.n)
     out = torch.empty((m, packed.n), dtype=torch.float32)
     failed = library().haq_linear4(
         level(), torch.get_num_threads(), qx.data_ptr(), _INT8, m, packed.k, packed.data.data_ptr(), packed.n,
@@ -273,11 +273,11 @@ def product4(qx: Tensor, row_scale: Tensor, packed: Packed, weight_scale: Tensor
 def accumulate(qx: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     """Multiply int8 `qx` (M, K) by packed weights (N, K) transposed. Returns the exact int32 sums (M, N)."""
     m = qx.shape[0]
-    _check(qx, "qx", torch.int8, m, packed.k)
+    check(qx, "qx", torch.int8, m, packed.k)
     if out is None:
         out = torch.empty((m, packed.n), dtype=torch.int32)
     else:
-        _check(out, "out", torch.int32, m, packed.n)
+        check(out, "out", torch.int32, m, packed.n)
     failed = library().haq_linear(
         level(), torch.get_num_threads(), qx.data_ptr(), _INT8, m, packed.k,
         packed.data.data_ptr(), packed.n, None, None, 0.0, NO_ROTATION, out.data_ptr(), _INT32,
@@ -372,8 +372,8 @@ def expert(
         MemoryError: The kernels could not allocate their buffers.
     """
     (m, k), f = qx.shape, packed[0].n
-    _check(qx, "qx", torch.int8, m, k)
-    _check(row_scale, "row_scale", torch.float32, m)
+    check(qx, "qx", torch.int8, m, k)
+    check(row_scale, "row_scale", torch.float32, m)
     weights: list[int] = []
     for part, scale, (rows, columns) in zip(packed, scales, ((f, k), (f, k), (k, f)), strict=True):
         fits = part.data.numel() == packed_bytes(rows, columns, part.format)
@@ -390,34 +390,6 @@ def expert(
     )  # fmt: skip
     if failed:
         raise MemoryError(f"An int8 expert of width {f} has no memory for {m} x {k} inputs. Use fewer rows.")
-    return out
-
-
-def float_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply by float weights, which are not converted in memory.
-
-    Sums are float32, in another order than torch's. A row of the result does not depend on the other rows of x.
-
-    Args:
-        x: float32 (M, K).
-        weight: float32, bfloat16 or float16 (N, K).
-
-    Returns:
-        float32 (M, N).
-
-    Raises:
-        ValueError: A tensor has another shape, type or layout.
-    """
-    m, (n, k) = x.shape[0], weight.shape
-    _check(x, "x", torch.float32, m, k)
-    if weight.dtype not in _WEIGHT_KINDS:
-        raise ValueError(f"weight must be float32, bfloat16 or float16, not {weight.dtype}.")
-    _check(weight, "weight", weight.dtype, n, k)
-    out = torch.empty((m, n), dtype=torch.float32)
-    kind = _WEIGHT_KINDS[weight.dtype]
-    library().haq_float_linear(
-        level(), torch.get_num_threads(), x.data_ptr(), m, k, weight.data_ptr(), kind, n, out.data_ptr()
-    )
     return out
 
 
