@@ -17,7 +17,7 @@ from haq_lab.calibration.hooks import observe, record_inputs
 from haq_lab.calibration.observers import ExpertInside, ExpertsInput, SharedInput, channels_of
 from haq_lab.calibration.sensitivity import LayerSensitivity, measure_sensitivity
 from haq_lab.calibration.statistics import CalibrationPolicy, InputStatistics, Needs
-from haq_lab.models.architectures import Group
+from haq_lab.models.families.family import Group
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.result_cache.store import Store
 from haq_lab.routing.choices import Routing

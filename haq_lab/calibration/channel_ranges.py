@@ -19,7 +19,7 @@ class Ranges:
     """The input ranges of all layers. Inputs inside experts are left out, because they would be most of the file.
 
     Attributes:
-        before: For each site (`haq_lab.models.architectures.Group.site`), the largest |x| (k,) of every layer so far,
+        before: For each site (`haq_lab.models.families.family.Group.site`), the largest |x| (k,) of every layer so far,
             before smoothing.
         after: The same after smoothing.
     """

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import Accumulator, CalibrationPolicy, InputStatistics, Needs
 from haq_lab.int8.sequences import only_rows
-from haq_lab.models.architectures import Group
+from haq_lab.models.families.family import Group
 from haq_lab.models.experts import Expert
 from haq_lab.routing.choices import Routing
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import Sensitivity
-from haq_lab.models.architectures import Group
+from haq_lab.models.families.family import Group
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
 from haq_lab.utils.malloc import release_memory

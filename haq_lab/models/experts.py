@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.int8.sequences import only_rows
-from haq_lab.models.architectures import PROJECTIONS, Moe
+from haq_lab.models.families.family import PROJECTIONS, Moe
 
 FUSED = ("gate_up_proj", "down_proj")  # names of the fused weights in transformers
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from haq_lab.calibration.calibrator import Calibrator
 from haq_lab.calibration.statistics import CalibrationPolicy, InputStatistics
 from haq_lab.int8.rotation import rotate
-from haq_lab.models.architectures import Group
+from haq_lab.models.families.family import Group
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.apply import Allocation, smooth_group
 from haq_lab.quantizers.base import Quantizer

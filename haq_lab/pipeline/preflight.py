@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from haq_lab.calibration.calibrator import HESSIAN_BYTES
 from haq_lab.config.build import Experiment
-from haq_lab.models.architectures import family_of
+from haq_lab.models.families.lookup import family_of
 from haq_lab.models.sources import HubModel
 from haq_lab.quantizers.base import NO_PREFIX
 from haq_lab.storage.hidden_state_buffer import RAM_BYTES

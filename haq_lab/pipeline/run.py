@@ -26,7 +26,7 @@ from haq_lab.measure.base import PromptedMeasure, Study
 from haq_lab.measure.memory import reset_peaks
 from haq_lab.measure.metrics import declared_metrics
 from haq_lab.measure.prompts import PromptTexts
-from haq_lab.models.architectures import head_size
+from haq_lab.models.families.lookup import head_size
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
 from haq_lab.pipeline.cached_pass import CachedPass

@@ -12,7 +12,7 @@ from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.rotation import rotate
-from haq_lab.models.architectures import Family, Group
+from haq_lab.models.families.family import Family, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, nearest_solution, output_error
 from haq_lab.quantizers.bit_allocation import Bits
 from haq_lab.quantizers.smoothing import ChannelMap, fold, stack_weights

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
-from haq_lab.models.architectures import Family, Group
+from haq_lab.models.families.family import Family, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, output_error
 from haq_lab.quantizers.smoothing import FLOOR, ChannelMap
 

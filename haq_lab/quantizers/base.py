@@ -18,7 +18,7 @@ from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.int8.numerics import ActivationScheme, scale_of
 from haq_lab.int8.rotation import NO_ROTATION, block_size
 from haq_lab.int8.weight_format import INT8, WeightFormat
-from haq_lab.models.architectures import Family, Group
+from haq_lab.models.families.family import Family, Group
 from haq_lab.quantizers.bit_allocation import Bits
 from haq_lab.quantizers.grid import round_to_nearest, weight_scale
 from haq_lab.quantizers.smoothing import ChannelMap

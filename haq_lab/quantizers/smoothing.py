@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from haq_lab.models.architectures import Group
+from haq_lab.models.families.family import Group
 from haq_lab.prefix.attention import prefix_values
 
 FLOOR = 1e-5  # avoids a factor of 0 for a dead channel or a column of zeros

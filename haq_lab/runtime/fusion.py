@@ -22,7 +22,7 @@ from haq_lab.int8.backend import Backend
 from haq_lab.int8.cuda.kernels import K_MULTIPLE, Kernels, aligned
 from haq_lab.int8.linear import Int8Linear, MergedLinear, QuantizedRows
 from haq_lab.int8.rotation import NO_ROTATION
-from haq_lab.models.architectures import Group
+from haq_lab.models.families.family import Group
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.runtime.equivalence import make_probe, nearly_equal
 from haq_lab.runtime.grouped_experts import GroupedExperts, can_group

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from haq_lab.data.windows import PythonDocs
-from haq_lab.models.architectures import family_of
+from haq_lab.models.families.lookup import family_of
 from haq_lab.utils.hugging_face import quiet_transformers
 
 WINDOWS, SEQLEN = 4, 1024

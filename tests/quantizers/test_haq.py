@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import InputStatistics
 from haq_lab.int8.numerics import quantize_activations
-from haq_lab.models.architectures import FAMILIES, Group
+from haq_lab.models.families.family import Group
+from haq_lab.models.families.lookup import FAMILIES
 from haq_lab.quantizers.base import ActivationChoice, Solution, output_error
 from haq_lab.quantizers.haq.noise import best_static_scale, dynamic_noise, uniform_sensitivity
 from haq_lab.quantizers.haq.quantizer import HAQ, balancing_factor

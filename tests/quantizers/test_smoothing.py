@@ -10,7 +10,7 @@ import torch
 from haq_lab.calibration.hooks import captured_inputs
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.architectures import Group
+from haq_lab.models.families.family import Group
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.quantizers.apply import smooth_group

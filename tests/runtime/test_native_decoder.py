@@ -12,7 +12,7 @@ from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear, parameter_count, to_float, weight_bytes
-from haq_lab.models.architectures import family_of
+from haq_lab.models.families.lookup import family_of
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from haq_lab.checkpoint.model import QuantizedModel
-from haq_lab.models.architectures import head_size
+from haq_lab.models.families.lookup import head_size
 from haq_lab.utils.errors import UserError
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from haq_lab.models.architectures import Moe
+from haq_lab.models.families.family import Moe
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.offload.costs.cost_model import Costs, PiecewiseLinear
 from haq_lab.offload.tiers.arena import page_aligned

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from haq_lab.models.architectures import family_of, head_size
+from haq_lab.models.families.lookup import family_of, head_size
 from haq_lab.utils.errors import UserError
 
 
@@ -52,7 +52,7 @@ class Shape:
         """Return the shape of an MoE model.
 
         Args:
-            config: The transformers config of a model in the family table (`haq_lab.models.architectures`).
+            config: The transformers config of a model in the family table (`haq_lab.models.families`).
             experts: Number of experts in a layer.
             int8_head: Whether the head is in int8.
 

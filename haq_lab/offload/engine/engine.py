@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from haq_lab.models.architectures import Moe
+from haq_lab.models.families.family import Moe
 from haq_lab.offload.engine.cost_feedback import CostFeedback
 from haq_lab.offload.engine.counters import Counters
 from haq_lab.offload.engine.recorder import Recorder

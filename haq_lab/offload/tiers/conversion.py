@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.weight_format import WeightFormat
-from haq_lab.models.architectures import PROJECTIONS
+from haq_lab.models.families.family import PROJECTIONS
 from haq_lab.offload.tiers.arena import page_aligned
 from haq_lab.offload.tiers.base import SlowTier
 from haq_lab.offload.tiers.disk import Part, layout

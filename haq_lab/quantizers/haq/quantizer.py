@@ -23,7 +23,7 @@ from torch import Tensor
 
 from haq_lab.calibration.statistics import InputStatistics, Needs
 from haq_lab.int8.weight_format import WeightFormat
-from haq_lab.models.architectures import Family, FoldKind, Group
+from haq_lab.models.families.family import Family, FoldKind, Group
 from haq_lab.quantizers.base import ActivationChoice, Quantizer, Smoothing, Solution
 from haq_lab.quantizers.gptq_solver import factorize, solve
 from haq_lab.quantizers.grid import searched_scale, weight_scale

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from two_tiers import finished
 
 from haq_lab.int8.linear import to_float
-from haq_lab.models.architectures import PROJECTIONS
+from haq_lab.models.families.family import PROJECTIONS
 from haq_lab.models.experts import Experts
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.offload.session import OffloadSession

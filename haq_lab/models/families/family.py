@@ -1,12 +1,6 @@
-"""Describe the supported architectures in one table, `FAMILIES`.
-
-A row names the decoder layers, the linears that share an input, the module into which a smoothing factor can be
-folded, and the experts. To add an architecture, add a row.
+"""Describe one architecture: the linears that share an input, what takes a smoothing factor, and the experts.
 
 Module names are relative to a decoder layer. `{e}` is a placeholder for the expert index.
-
-    family = family_of(model.config)
-    groups = family.resolve(model.config)
 """
 
 from __future__ import annotations
@@ -15,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from haq_lab.storage.tensor_names import expert_of
-from haq_lab.utils.errors import UserError, nearest
 
 FoldKind = Literal["norm", "value", "up"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # names of an expert's linears in our modules
@@ -194,145 +187,3 @@ class Family:
         for theirs, ours in self.renamed:
             tensor = tensor.replace(ours, theirs)
         return tensor
-
-
-def _attention(norm: str | None, output: str) -> tuple[Group, ...]:
-    queries = tuple(f"self_attn.{name}_proj" for name in "qkv")
-    return (
-        Group("norm", norm, queries),
-        Group("value", "self_attn.v_proj", (f"self_attn.{output}",)),
-    )
-
-
-_GATED_MLP = (
-    Group("norm", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    Group("up", "mlp.up_proj", ("mlp.down_proj",)),
-)
-
-
-_LLAMA_GROUPS = (*_attention("input_layernorm", "o_proj"), *_GATED_MLP)
-
-
-_RELU_MLP = Group("up", "fc1", ("fc2",))
-
-
-_OPT_POSITIONS = "model.decoder.embed_positions"
-
-
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-
-
-def _moe_groups(moe: Moe) -> tuple[Group, ...]:
-    gate, up, down = moe.linears("{e}")
-    return (
-        *_attention("input_layernorm", "o_proj"),
-        Group("norm", "post_attention_layernorm", (gate, up), float_consumers=(moe.router,)),
-        Group("up", up, (down,)),
-    )
-
-
-_MIXTRAL = Moe("num_local_experts")
-
-
-_QWEN3_MOE = Moe("num_experts", width_field="moe_intermediate_size", normalized_field="norm_topk_prob")
-
-
-_OLMOE = Moe("num_experts", normalized_field="norm_topk_prob")
-
-
-FAMILIES: tuple[Family, ...] = (
-    Family(
-        "opt",
-        "model.decoder.layers",
-        (
-            *_attention("self_attn_layer_norm", "out_proj"),
-            Group("norm", "final_layer_norm", ("fc1",)),
-            _RELU_MLP,
-        ),
-        smoothquant_strength=0.5,
-        requires=(
-            ("do_layer_norm_before", (True,)),
-            ("layer_norm_elementwise_affine", (True,)),
-            ("activation_function", ("relu",)),
-        ),
-        learned_positions=_OPT_POSITIONS,
-    ),
-    # OPT-350M normalises after the residual sum. Its norms also feed the residual, so nothing can be folded into
-    # them. Norms without weights cannot take a factor either.
-    Family(
-        "opt",
-        "model.decoder.layers",
-        (*_attention(None, "out_proj"), Group("norm", None, ("fc1",)), _RELU_MLP),
-        smoothquant_strength=0.5,
-        requires=(("activation_function", ("relu",)),),
-        learned_positions=_OPT_POSITIONS,
-    ),
-    Family("llama", "model.layers", _LLAMA_GROUPS, smoothquant_strength=0.85),
-    Family("mistral", "model.layers", _LLAMA_GROUPS, smoothquant_strength=0.8),
-    Family(
-        "mixtral",
-        "model.layers",
-        _moe_groups(_MIXTRAL),
-        smoothquant_strength=0.8,
-        moe=_MIXTRAL,
-        renamed=(
-            (".block_sparse_moe.", ".mlp."),
-            (".w1.", ".gate_proj."),
-            (".w3.", ".up_proj."),
-            (".w2.", ".down_proj."),
-        ),
-    ),
-    # SmoothQuant's authors published no strength for the next two, so they use Mixtral's.
-    Family(
-        "qwen3_moe",
-        "model.layers",
-        _moe_groups(_QWEN3_MOE),
-        smoothquant_strength=0.8,
-        requires=(("mlp_only_layers", ([], None)), ("decoder_sparse_step", (1,))),  # every layer must be an MoE layer
-        moe=_QWEN3_MOE,
-        head_norms=_HEAD_NORMS,
-    ),
-    # With clip_qkv, values are clipped, so a factor cannot be folded through them.
-    Family(
-        "olmoe",
-        "model.layers",
-        _moe_groups(_OLMOE),
-        smoothquant_strength=0.8,
-        requires=(("clip_qkv", (None,)),),
-        moe=_OLMOE,
-        head_norms=_HEAD_NORMS,
-    ),
-)
-
-
-def family_of(config: Any) -> Family:
-    """Return the first row of `FAMILIES` that describes a transformers config.
-
-    Raises:
-        UserError: No row describes the config. A guess could silently leave layers unquantised.
-    """
-    check_model_type(config.model_type)
-    rows = [family for family in FAMILIES if family.model_type == config.model_type]
-    for family in rows:
-        if not family.unsupported(config):
-            return family
-    field, values = rows[-1].unsupported(config)[0]  # the last row of a model type requires least
-    raise UserError(
-        f"model: this variant of '{config.model_type}' is not supported: {field}={getattr(config, field)!r}. "
-        f"Choose a model with {field}={values[0]!r}, or add a row to haq_lab/models/architectures.py."
-    )
-
-
-def check_model_type(model_type: object) -> None:
-    """Raise UserError if no row of `FAMILIES` has this model type."""
-    known = sorted({family.model_type for family in FAMILIES})
-    if model_type not in known:
-        raise UserError(
-            f"model: architecture '{model_type}' is not in the family table (haq_lab/models/architectures.py). "
-            f"Choose one of {', '.join(known)}, or add a row there{nearest(model_type, known)}."
-        )
-
-
-def head_size(config: Any) -> int:
-    """Return the width of an attention head, which not every config states."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

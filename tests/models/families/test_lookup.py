@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import MixtralConfig, OlmoeConfig, OPTConfig, Qwen3MoeConfig
 
-from haq_lab.models.architectures import FAMILIES, Group, family_of
+from haq_lab.models.families.family import Group
+from haq_lab.models.families.lookup import FAMILIES, family_of
 from haq_lab.storage.tensor_names import expert_of
 from haq_lab.utils.errors import UserError
 

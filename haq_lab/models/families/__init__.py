@@ -1,0 +1,1 @@
+"""Describe the supported architectures: one row of a table for each."""
