@@ -39,12 +39,12 @@ MILLISECONDS = "latency.decode_ms_per_token.mean"
 
 
 @contextmanager
-def busy(code: str | None, count: int) -> Iterator[None]:
+def busy(code: str, count: int) -> Iterator[None]:
     """Keep a number of processes busy within the block."""
     alone = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([sys.executable, "-c", code], env=alone) for _ in range(count if code else 0)]
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=alone) for _ in range(count)]
     try:
-        time.sleep(2 if processes else 0)
+        time.sleep(2)  # they import and allocate meanwhile
         yield
     finally:
         for process in processes:

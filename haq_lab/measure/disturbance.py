@@ -10,15 +10,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+
 from haq_lab.hardware.activity import QUIET
 
+Metrics = Mapping[Any, Any] | pd.Series  # metrics by name, from `results.json` or as a row of `haq_lab.results.load`
 WAITED = 1.05  # wall time over processor time; more means that the thread waited
 SPREAD = 0.25  # 95th percentile of a decoded token over the median, minus 1
 MARK = "~"
 _MARKED = ("latency.prefill_ms", "latency.decode_ms_per_token.", "latency.tokens_per_s")
 
 
-def disturbances(metrics: Mapping[Any, Any]) -> list[str]:
+def disturbances(metrics: Metrics) -> list[str]:
     """Return the reasons why the latency of a run is not that of a quiet machine. Empty if there are none.
 
     Args:
@@ -44,7 +47,7 @@ def disturbances(metrics: Mapping[Any, Any]) -> list[str]:
     return reasons
 
 
-def mark(name: str, metrics: Mapping[Any, Any]) -> str:
+def mark(name: str, metrics: Metrics) -> str:
     """Return the mark before the figure of a metric: `~` if it is a time and other work disturbed it, else nothing.
 
     Args:
@@ -54,7 +57,7 @@ def mark(name: str, metrics: Mapping[Any, Any]) -> str:
     return MARK if name.startswith(_MARKED) and disturbances(metrics) else ""
 
 
-def advice(metrics: Mapping[Any, Any]) -> str:
+def advice(metrics: Metrics) -> str:
     """Return a sentence about the latency of a run if other work disturbed it, with what to do. Otherwise nothing.
 
     Args:
@@ -70,7 +73,7 @@ def advice(metrics: Mapping[Any, Any]) -> str:
     return " ".join([f"{MARK} the machine was busy when latency was measured: {', and '.join(reasons)}.", *hints])
 
 
-def _value(metrics: Mapping[Any, Any], name: str) -> float:
+def _value(metrics: Metrics, name: str) -> float:
     """Return a metric, or NaN if the run has none. NaN exceeds no limit."""
     value = metrics.get(name)
     return math.nan if value is None else float(value)
