@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from haq_lab.measure.disturbance import MARK, disturbances, mark
 from haq_lab.measure.metrics import UNQUANTISED, Metric, find_metric, table_columns
 from haq_lab.report.collect import Collection
 from haq_lab.report.verdicts import best_runs, verdict
@@ -23,8 +24,8 @@ NOTE = (
     "Bold: the best of the quantised runs, with those that are equal within noise. ±: standard error over the windows. "
     "Differences in %: perplexity from the "
     "full precision of the same run, weights from the whole model in fp16, latency and task scores from the table's "
-    "unquantised run if it has exactly one. Peak RAM is not compared, because only some runs quantise, and "
-    "quantization needs memory too."
+    "unquantised run if it has exactly one. RAM to run is the peak while the model reads a prompt and decodes, beyond "
+    "Python and the libraries. x fp32: speed over that of the unquantised model, whose tokens alternate with the run's."
 )
 
 
@@ -87,6 +88,7 @@ def _result_table(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) -
     )
     baseline, contenders = runs[~runs["quantized"]], runs[runs["quantized"]]
     best = {name: best_runs(contenders, name, metric) for name, metric in measured.items()}
+    best |= {name: set() for name in measured if any(mark(name, run) for _, run in runs.iterrows())}
     rows = []
     for _, run in runs.iterrows():
         prompts = "random prompts" if run.get("prompts") == RANDOM_PROMPTS else ""
@@ -96,12 +98,13 @@ def _result_table(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) -
             if pd.isna(value):
                 row.append(_empty_cell(run.get(f"null.{name}")))
                 continue
-            row.append(Cell(metric.format(value), run["name"] in best[name], _difference(name, metric, run, baseline)))
+            shown = mark(name, run) + metric.format(value)
+            row.append(Cell(shown, run["name"] in best[name], _difference(name, metric, run, baseline)))
         rows.append(row)
     texts = [name.partition(".")[2] for name in measured if name.startswith("kl.")]
     counts = {text: int(contenders[f"kl.{text}"].notna().sum()) for text in texts}
     verdicts = filter(None, (verdict(text, count, best[f"kl.{text}"]) for text, count in counts.items()))
-    note = " ".join([*verdicts, NOTE, *_limitations(runs)])
+    note = " ".join([*verdicts, NOTE, *_busy_machines(runs), *_limitations(runs)])
     return Table(title, ["run", *(metric.head for metric in measured.values())], rows, len(measured), note)
 
 
@@ -115,6 +118,13 @@ def _limitations(runs: pd.DataFrame) -> list[str]:
         return []
     limited = runs[runs["offload_limitation"].notna()]
     return [f"{_name_in_table(run)}: {run['offload_limitation'].rstrip('.')}." for _, run in limited.iterrows()]
+
+
+def _busy_machines(runs: pd.DataFrame) -> list[str]:
+    """Return a sentence for each run whose latency other work disturbed."""
+    disturbed = [(run, reasons) for _, run in runs.iterrows() if (reasons := disturbances(run))]
+    sentences = [f"{_name_in_table(run)}: {', and '.join(reasons)}." for run, reasons in disturbed]
+    return [f"{MARK}: the machine was busy when latency was measured.", *sentences] if sentences else []
 
 
 def _empty_cell(reason: Any) -> Cell:
