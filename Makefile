@@ -41,8 +41,12 @@ wheel: setup
 	cd build/empty && bin/haq-lab --version && bin/haq-lab --help
 
 # The newest versions of all packages, for the containers.
-lock:
-	uv lock --upgrade --default-index https://pypi.org/simple
+lock: setup
+	for kind in cpu cuda; do \
+	    $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-header --python-version 3.11 \
+	        $$(test $$kind = cpu && echo "--torch-backend cpu --no-emit-package torch" || echo "--extra cuda13") \
+	        --extra report --extra serve --extra wandb pyproject.toml --output-file docker/$$kind.lock || exit 1; \
+	done
 
 setup: .venv/.installed
 

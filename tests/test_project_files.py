@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -68,7 +71,7 @@ def test_only_the_job_that_publishes_may_ask_for_a_token():
 def test_a_container_runs_the_demo_without_root_and_keeps_its_cache(path):
     steps = [line.partition(" ")[::2] for line in path.read_text().splitlines() if re.match(r"[A-Z]+ ", line)]
     told = {name: value for name, value in steps if name in ("USER", "VOLUME", "CMD")}
-    assert told == {"USER": "haq", "VOLUME": "/cache", "CMD": '["haq-lab-demo"]'}
+    assert told == {"USER": "1000", "VOLUME": "/cache", "CMD": '["haq-lab-demo"]'}
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert ignored[0] == "*"
     for value in (value for name, value in steps if name == "COPY"):
@@ -84,3 +87,10 @@ def test_the_container_runs_the_demo_of_the_makefile():
     commands = [line for line in (ROOT / "docker" / "demo.sh").read_text().splitlines() if line.startswith("haq-lab")]
     assert len(commands) == 2
     assert all(f"\t{command}\n" in demo for command in commands)
+
+
+def test_hadolint_finds_nothing():
+    if (hadolint := shutil.which("hadolint", path=str(Path(sys.executable).parent))) is None:
+        pytest.skip("hadolint is not installed")
+    told = subprocess.run([hadolint, *map(str, DOCKERFILES)], capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stdout) == (0, "")

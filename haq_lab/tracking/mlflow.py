@@ -1,7 +1,6 @@
 """Track runs with MLflow: one MLflow run for each run, in one experiment.
 
-The runs go to the server or folder that `uri` or `MLFLOW_TRACKING_URI` names. MLflow's client adds no tags of its own
-here, so a run has neither the user's name nor the command line.
+MLflow's client, unlike its module, adds no tags of its own, so a run has neither user's name nor command line.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING
 from pydantic.dataclasses import dataclass
 
 from haq_lab.tracking.run_folder import RunFolder
-from haq_lab.tracking.tracker import INTERACTIVE, flat_settings
+from haq_lab.tracking.tracker import flat_settings, interactive
 from haq_lab.utils.extras import need
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_PARAMS, MAX_METRICS = 100, 1000  # that MLflow takes in one request
+MAX_PARAMS = 100  # that MLflow takes in one request
+LOCAL = "file:mlruns"  # MLflow's default is a database, which needs the whole of MLflow
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}  # a run does not wait
 
 
@@ -30,8 +30,7 @@ class MLflow:
 
     Args:
         experiment: The MLflow experiment. It is created if necessary.
-        uri: The tracking server or store, such as `http://host:5000`. None: the environment variable
-            `MLFLOW_TRACKING_URI`, or MLflow's default in the current folder.
+        uri: The server or store, such as `http://host:5000`. None: `MLFLOW_TRACKING_URI`, or the folder `mlruns`.
 
     Raises:
         UserError: MLflow is not installed.
@@ -50,7 +49,7 @@ class MLflow:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        self._client = MlflowClient(self.uri)
+        self._client = MlflowClient(self.uri or os.environ.get("MLFLOW_TRACKING_URI") or LOCAL)
         found = self._client.get_experiment_by_name(self.experiment)
         experiment = found.experiment_id if found else self._client.create_experiment(self.experiment)
         tags = {} if group is None else {"group": group}
@@ -62,20 +61,16 @@ class MLflow:
     def metrics(self, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [Metric(name, value, timestamp=0, step=0) for name, value in values.items()]
-        for first in range(0, len(metrics), MAX_METRICS):
-            self._client.log_batch(self._run, metrics=metrics[first : first + MAX_METRICS])
+        self._client.log_batch(self._run, metrics=[Metric(name, value, 0, 0) for name, value in values.items()])
 
     def table(self, name: str, content: pd.DataFrame) -> None:
         self._client.log_table(self._run, content, f"tables/{name}.json")
 
     def figure(self, path: Path) -> None:
-        if not path.name.endswith(INTERACTIVE):
+        if (drawn := interactive(path)) is None:
             self._client.log_artifact(self._run, str(path), "figures")
-            return
-        from plotly.io import read_json
-
-        self._client.log_figure(self._run, read_json(path), f"figures/{path.name.removesuffix(INTERACTIVE)}.html")
+        else:
+            self._client.log_figure(self._run, drawn, f"figures/{path.name.partition('.')[0]}.html")
 
     def artifact(self, path: Path, kind: str) -> None:
         self._client.log_artifact(self._run, str(path), kind)

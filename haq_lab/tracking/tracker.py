@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from haq_lab.tracking.run_folder import RunFolder
 
@@ -122,6 +123,20 @@ def perplexity_ratios(metrics: Mapping[str, float]) -> dict[str, float]:
         for name, part in parts.items()
         if not part.endswith(".stderr")
     }
+
+
+def interactive(path: Path) -> Any | None:
+    """Return plotly's figure of a file, or None if the file is an image."""
+    if not path.name.endswith(INTERACTIVE):
+        return None
+    from plotly.io import read_json
+
+    return read_json(path)
+
+
+def artifact_name(path: Path, kind: str) -> str:
+    """Return a name for a file that a run wrote, such as `checkpoint-smol`, in characters that services allow."""
+    return re.sub(r"[^\w.-]", "-", f"{kind}-{path.parent.name}")
 
 
 def flat_settings(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -7,7 +7,6 @@ All files stay in the run folder. docs/tracking.md lists what is uploaded. The e
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic.dataclasses import dataclass
 
 from haq_lab.tracking.run_folder import RunFolder
-from haq_lab.tracking.tracker import INTERACTIVE
+from haq_lab.tracking.tracker import artifact_name, interactive
 from haq_lab.utils.extras import need
 
 if TYPE_CHECKING:
@@ -110,25 +109,17 @@ class Wandb:
             content: dict[str, Any] = dict(self._metrics)
             for name, table in self._tables.items():
                 content[name] = wandb.Table(dataframe=table.astype(object).where(table.notna(), None))
-            content |= {f"figures/{path.name.partition('.')[0]}": _drawn(path) for path in self._figures}
+            for path in self._figures:
+                drawn = interactive(path)
+                name = f"figures/{path.name.partition('.')[0]}"
+                content[name] = wandb.Image(str(path)) if drawn is None else wandb.Plotly(drawn)
             self._run.log(content)
             for path, kind in self._artifacts:
-                label = re.sub(r"[^\w.-]", "-", f"{kind}-{path.parent.name}")[:MAX_NAME]
+                label = artifact_name(path, kind)[:MAX_NAME]
                 artifact = wandb.Artifact(label, type=kind, metadata={"folder": str(path.parent)})
                 artifact.add_file(str(path))
                 self._run.log_artifact(artifact)
             self._run.finish()
-
-
-def _drawn(path: Path) -> Any:
-    """Return a figure as W&B's object."""
-    import wandb
-
-    if not path.name.endswith(INTERACTIVE):
-        return wandb.Image(str(path))
-    from plotly.io import read_json
-
-    return wandb.Plotly(read_json(path))
 
 
 def _mode_limit() -> Mode:
