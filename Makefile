@@ -1,11 +1,12 @@
 # make demo      quantise a real model with four quantizers and compare them
 # make test      run the tests (make test-all: with the full grids)
-# make check     run the linters and the type checker
+# make check     run the linters and the type checker, and build the documentation
+# make docs      update the generated pages and build the documentation in build/site
 # Each target first installs what it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check setup clean
+.PHONY: demo test test-all check docs setup clean
 
 demo: .venv/.package
 	$(BIN)/python -m haq_lab -m +experiment=demo quantizer=none,rtn,smoothquant,gptq,haq hydra.sweep.dir=runs/demo
@@ -22,6 +23,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: setup
+	$(BIN)/python -m docs.tools.pages
+	$(BIN)/mkdocs build --strict --quiet
 
 setup: .venv/.installed
 
