@@ -84,7 +84,7 @@ def comparable_groups(collection: Collection) -> list[tuple[str, pd.DataFrame]]:
 
 
 def result_tables(collection: Collection) -> list[Table]:
-    """Return the tables of each group of comparable runs: quality, then cost and offloading if they do not fit beside."""
+    """Return the tables of each group of comparable runs: quality, and if they do not fit beside, cost and offloading."""
     groups = comparable_groups(collection)
     return [table for title, runs in groups for table in _result_tables(runs, title, collection.metrics)]
 
@@ -107,7 +107,8 @@ def _result_tables(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) 
         head = ["run", *(measured[name].head for name in names)]
         note = _verdicts(contenders, names, best)
         tables.append(Table(f"{title}: {part}" if part else title, head, rows, len(names), note))
-    return [*tables[:-1], replace(tables[-1], note=" ".join([tables[-1].note, *_busy_machines(runs), *_limitations(runs)]).strip())]
+    note = " ".join(filter(None, [tables[-1].note, *_busy_machines(runs), *_limitations(runs)]))
+    return [*tables[:-1], replace(tables[-1], note=note)]
 
 
 def measured_metrics(runs: pd.DataFrame, declared: dict[str, Metric]) -> dict[str, Metric]:
@@ -151,7 +152,8 @@ def _full_precision(runs: pd.DataFrame, names: list[str]) -> list[list[Cell]]:
 
 def _cell(name: str, metric: Metric, run: pd.Series, baseline: pd.DataFrame, best: set[str]) -> Cell:
     if pd.notna(value := run[name]):
-        return Cell(mark(name, run) + metric.format(value), run["name"] in best, _difference(name, metric, run, baseline))
+        shown = mark(name, run) + metric.format(value)
+        return Cell(shown, run["name"] in best, _difference(name, metric, run, baseline))
     reason = run.get(f"null.{name}")  # a metric that the run did not measure has none
     return Cell("null", note=reason) if isinstance(reason, str) else Cell("")
 
