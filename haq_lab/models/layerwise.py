@@ -29,11 +29,11 @@ from transformers.initialization import no_init_weights
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.sequences import batch_of, declare_batches
-from haq_lab.models.families.family import Family
-from haq_lab.models.families.lookup import check_model_type, family_of
 from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
+from haq_lab.models.families.family import Family
+from haq_lab.models.families.lookup import check_model_type, family_of
 from haq_lab.prefix.attention import IMPLEMENTATION, attach
 from haq_lab.prefix.contents import Prefix
 from haq_lab.prefix.positions import ShiftedPositions, number_padded_batches

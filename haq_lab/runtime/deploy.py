@@ -18,8 +18,8 @@ from torch import nn
 from haq_lab.hardware.huge_pages import huge_pages
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear, MergedLinear, can_merge
-from haq_lab.models.families.family import Group, Moe
 from haq_lab.models.experts import Expert
+from haq_lab.models.families.family import Group, Moe
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.runtime.equivalence import computation_key, is_silu

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from haq_lab.int8.cpu.bindings import kernel_group
 from haq_lab.int8.linear import Int8Linear, MergedLinear
-from haq_lab.models.families.family import Family, Group
 from haq_lab.models.experts import Expert
+from haq_lab.models.families.family import Family, Group
 from haq_lab.models.int8_experts import Int8Experts, projections
 from haq_lab.prefix.attention import attached
 from haq_lab.runtime.equivalence import CLOSE
