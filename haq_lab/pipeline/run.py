@@ -16,7 +16,7 @@ from torch import nn
 from haq_lab.calibration.dataset import check_overlap
 from haq_lab.checkpoint.model import open_model
 from haq_lab.checkpoint.writer import remove_saved_states
-from haq_lab.config.build import Experiment, build, refuse_ignored_settings, without_disabled_groups
+from haq_lab.config.build import Experiment, build, refuse_ignored_settings, without_default_tracker, without_disabled_groups
 from haq_lab.config.explain import is_user_error
 from haq_lab.config.run_context import RunContext
 from haq_lab.data.windows import Windows
@@ -91,7 +91,7 @@ def run(config: DictConfig, context: RunContext) -> dict[str, Any]:
     with folder.locked():
         try:
             refuse_ignored_settings(config, context.overrides, sweep=context.sweep is not None)
-            experiment = build(config)
+            experiment = build(without_default_tracker(config, context.overrides))
             with closing(experiment.backend):
                 facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
                 folder.begin(OmegaConf.to_yaml(config, resolve=True))

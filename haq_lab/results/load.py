@@ -17,6 +17,7 @@ from haq_lab.results.old_names import SETTINGS
 from haq_lab.results.published import figures_of
 from haq_lab.results.read_record import read_record
 from haq_lab.tracking.run_folder import ARCHIVE
+from haq_lab.tracking.tracker import flat_settings
 from haq_lab.utils.console import format_percent, print_table, say
 from haq_lab.utils.errors import UserError, nearest_beside
 
@@ -110,7 +111,7 @@ def _row(folder: Path) -> dict[str, Any]:
     row["overrides"] = " ".join(record.get("run", {}).get("overrides", []))
     row["error"] = (failure or {}).get("error", {}).get("message") if not results else None
     row |= {name: value for name, value in record.get("run", {}).items() if not isinstance(value, list | dict)}
-    row |= {f"config.{SETTINGS.get(name, name)}": value for name, value in _flat(record.get("config", {}))}
+    row |= {f"config.{SETTINGS.get(name, name)}": value for name, value in flat_settings(record.get("config", {})).items()}
     row["quantized"] = _is_quantized(row)
     if row.get("model"):
         row["_model"] = record.get("config", {}).get("model") or {}
@@ -146,15 +147,6 @@ def _is_quantized(row: dict[str, Any]) -> bool:
     """Return whether a run's model was quantised, by the run itself or before it (`model=quantized`)."""
     chosen = row.get("quantizer") or "none"
     return chosen != "none" or str(row.get("config.model._target_", "")).endswith(".QuantizedCheckpoint")
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the settings of a nested config by their full names."""
-    items: list[tuple[str, Any]] = []
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        items += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
-    return items
 
 
 def show(runs: pd.DataFrame) -> None:
