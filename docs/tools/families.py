@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,6 +24,7 @@ from haq_lab.checkpoint.export.gguf_metadata import architecture_of
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.backend import Backend, ReferenceBackend
 from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.families.family import Family
 from haq_lab.models.families.lookup import FAMILIES, family_of
 from haq_lab.models.sources import TinyModel
@@ -35,7 +35,15 @@ from haq_lab.runtime.native_decoder import MoeStack, NativeStack
 from haq_lab.utils.errors import UserError
 
 FUSED = {"norms": QuantizedNorm, "MLP": GatedMlp, "experts": GroupedExperts}
-HEAD = ("`model_type`", "quantised", "share", "smoothing folds into", "native on a CPU", "fused on CUDA", "offloads")
+HEAD = (
+    "`model_type`",
+    "quantised linears",
+    "share",
+    "smoothing folds into",
+    "native on a CPU",
+    "fused on CUDA",
+    "offloads",
+)
 
 
 class TorchKernels:
@@ -78,22 +86,19 @@ class FusingBackend(ReferenceBackend):
 def families() -> str:
     """Return the table, one row a model type."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        rows = []
-        for kind in dict.fromkeys(family.model_type for family in FAMILIES):
-            with contextlib.suppress(ValidationError):  # until every architecture has a tiny model
-                rows.append(_row(kind, Path(folder) / kind))
+        rows = [_row(kind, Path(folder) / kind) for kind in dict.fromkeys(family.model_type for family in FAMILIES)]
     return table((*HEAD, "exports to"), rows)
 
 
 def _row(kind: str, folder: Path) -> tuple[str, ...]:
-    source = TinyModel(kind).folder()  # type: ignore[arg-type]
-    checkpoint = haq_lab.quantize(source, "rtn", out=folder / "checkpoint")
+    checkpoint = haq_lab.quantize(TinyModel(kind).folder(), "rtn", out=folder / "checkpoint")
     model = QuantizedModel(checkpoint, CpuBackend())
-    groups = model.family.resolve(model.config)
-    linears = len({_without_expert(name) for group in groups for name in group.consumers})
+    linears = [
+        name for layer in model.load_layers() for name, one in layer.named_modules() if isinstance(one, Int8Linear)
+    ]
     return (
         code(kind),
-        f"{linears} linears a layer" + (", those of each expert" if model.family.moe else ""),
+        ", ".join(dict.fromkeys(name.rpartition(".")[2].removesuffix("_proj") for name in linears)),
         f"{_share(kind, model):.1%}",
         _folds(model.family),
         _native(model),
@@ -101,10 +106,6 @@ def _row(kind: str, folder: Path) -> tuple[str, ...]:
         "yes" if model.family.moe else "",
         ", ".join(_exports(model, folder)),
     )
-
-
-def _without_expert(name: str) -> str:
-    return ".".join("N" if part.isdigit() else part for part in name.split("."))
 
 
 def _share(kind: str, model: QuantizedModel) -> float:
