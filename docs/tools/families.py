@@ -33,16 +33,12 @@ from haq_lab.runtime.fusion import GatedMlp, QuantizedNorm
 from haq_lab.runtime.grouped_experts import GroupedExperts
 from haq_lab.runtime.native_decoder import MoeStack, NativeStack
 from haq_lab.utils.errors import UserError
+from haq_lab.utils.hugging_face import quiet_transformers
 
 FUSED = {"norms": QuantizedNorm, "MLP": GatedMlp, "experts": GroupedExperts}
 HEAD = (
-    "`model_type`",
-    "quantised linears",
-    "share",
-    "smoothing folds into",
-    "native on a CPU",
-    "fused on CUDA",
-    "offloads",
+    *("`model_type`", "quantised linears", "share", "smoothing folds into"),
+    *("native on a CPU", "fused on CUDA", "offloads", "exports to"),
 )
 
 
@@ -85,17 +81,16 @@ class FusingBackend(ReferenceBackend):
 
 def families() -> str:
     """Return the table, one row a model type."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), quiet_transformers():
         rows = [_row(kind, Path(folder) / kind) for kind in dict.fromkeys(family.model_type for family in FAMILIES)]
-    return table((*HEAD, "exports to"), rows)
+    return table(HEAD, rows)
 
 
 def _row(kind: str, folder: Path) -> tuple[str, ...]:
     checkpoint = haq_lab.quantize(TinyModel(kind).folder(), "rtn", out=folder / "checkpoint")
     model = QuantizedModel(checkpoint, CpuBackend())
-    linears = [
-        name for layer in model.load_layers() for name, one in layer.named_modules() if isinstance(one, Int8Linear)
-    ]
+    modules = [pair for layer in model.load_layers() for pair in layer.named_modules()]
+    linears = [name for name, module in modules if isinstance(module, Int8Linear)]
     return (
         code(kind),
         ", ".join(dict.fromkeys(name.rpartition(".")[2].removesuffix("_proj") for name in linears)),
