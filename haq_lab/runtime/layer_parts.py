@@ -14,8 +14,8 @@ from torch import nn
 
 from haq_lab.int8.cpu.bindings import kernel_group
 from haq_lab.int8.linear import Int8Linear, MergedLinear
-from haq_lab.models.families.family import Family, Group
 from haq_lab.models.experts import Expert
+from haq_lab.models.families.family import Group, Moe
 from haq_lab.models.int8_experts import Int8Experts, projections
 from haq_lab.runtime.native_router import NativeRouter, RouterParts
 
@@ -76,12 +76,16 @@ class MoeParts(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, router: nn.Module, experts: nn.Module) -> MoeParts | None:
+    def of(cls, layer: nn.Module, moe: Moe) -> MoeParts | None:
         """Return the addresses of a Mixture of Experts' tensors, which must not move afterwards.
 
         Returns:
-            None if an expert is not in memory, or if the kernels cannot compute the router or an expert.
+            None if an expert is not in memory, or if the kernels cannot compute the router, an expert or another part
+            of the block, such as a shared expert.
         """
+        router, experts = (layer.get_submodule(name) for name in (moe.router, moe.experts))
+        if len(list(layer.get_submodule(moe.block).children())) > 2:
+            return None
         if not isinstance(router, NativeRouter) or not isinstance(experts, Int8Experts) or not experts.swiglu:
             return None
         linears = [projections(cast(Expert, expert)) for expert in experts]
@@ -111,26 +115,28 @@ class LayerParts(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, layer: nn.Module, groups: Sequence[Group], family: Family) -> LayerParts:
+    def of(cls, layer: nn.Module, groups: Sequence[Group], moe: Moe | None, head_norms: Sequence[str]) -> LayerParts:
         """Describe a decoder layer whose linears have been merged.
 
         Args:
             layer: The decoder layer.
-            groups: The family's groups, with the experts' names written out.
-            family: The model's row of the family table.
+            groups: Its linears, grouped by shared input.
+            moe: Names of its router and experts, or None if it has none.
+            head_norms: Names of the query and key norms. The layer may lack them.
 
         Raises:
             UnsupportedLayerError: A part of the layer is missing, or the kernels cannot compute it.
         """
-        inputs, outputs = _find_groups(groups, family)
+        inputs, outputs = _find_groups(groups, moe)
         for name in (name for group in (*inputs[: len(outputs)], *outputs) for name in group.consumers):
             _check_linear(layer, name)
-        norms = _find_norms(layer, inputs, family)
+        names = [name for name in head_norms if name in dict(layer.named_modules())]
+        norms = _find_norms(layer, [*(str(group.source) for group in inputs), *names])
         linears = _find_products(layer, inputs, outputs)
         attention = _find_attention(layer, inputs[0])
         heads, kv_heads = _count_heads(linears, attention.head_dim)
-        _check_head_norms(norms[2:], family.head_norms, (heads, kv_heads), attention.head_dim)
-        moe = family.moe and MoeParts.of(*map(layer.get_submodule, (family.moe.router, family.moe.experts)))
+        _check_head_norms(norms[2:], names, (heads, kv_heads), attention.head_dim)
+        moe_parts = moe and MoeParts.of(layer, moe)
         return cls(
             heads,
             kv_heads,
@@ -138,7 +144,7 @@ class LayerParts(ctypes.Structure):
             attention.scaling,
             **dict(zip(("attention", "mlp", "queries", "keys"), map(NormParts.of, norms), strict=False)),
             **dict(zip(("qkv", "output", "gate_up", "down"), map(LinearParts.of, linears), strict=False)),
-            moe=moe or MoeParts(),
+            moe=moe_parts or MoeParts(),
         )
 
     @property
@@ -152,10 +158,10 @@ class LayerParts(ctypes.Structure):
         return self.kv_heads, self.head_dim, self.includes_mlp
 
 
-def _find_groups(groups: Sequence[Group], family: Family) -> tuple[list[Group], list[Group]]:
+def _find_groups(groups: Sequence[Group], moe: Moe | None) -> tuple[list[Group], list[Group]]:
     """Return the groups behind the two norms, and those of the output projections (attention, then a dense MLP)."""
     inputs = [group for group in groups if group.kind == "norm" and group.source is not None]
-    kinds = ("value", "up") if family.moe is None else ("value",)
+    kinds = ("value", "up") if moe is None else ("value",)
     outputs = [group for kind in kinds for group in groups if group.kind == kind]
     if len(inputs) != 2 or len(outputs) != len(kinds):
         raise UnsupportedLayerError("it is not a norm and attention followed by a norm and an MLP")
@@ -180,10 +186,10 @@ def _obstacle(linear: Any) -> str | None:
     return None
 
 
-def _find_norms(layer: nn.Module, inputs: Sequence[Group], family: Family) -> list[nn.Module]:
-    """Return the norms before attention and MLP, then those of queries and keys if the family has them."""
+def _find_norms(layer: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Return the norms with these names."""
     norms: list[nn.Module] = []
-    for name in (*(group.source for group in inputs if group.source is not None), *family.head_norms):
+    for name in names:
         norm: Any = layer.get_submodule(name)
         if not hasattr(norm, "variance_epsilon"):
             raise UnsupportedLayerError(f"{name} is not an RMSNorm")
@@ -210,8 +216,9 @@ def _find_products(layer: nn.Module, inputs: Sequence[Group], outputs: Sequence[
 def _find_attention(layer: nn.Module, group: Group) -> Any:
     name = group.consumers[0].rpartition(".")[0]
     attention: Any = layer.get_submodule(name)
-    if not hasattr(attention, "scaling"):
-        raise UnsupportedLayerError(f"{name} has no attribute `scaling`")
+    for attribute in ("scaling", "head_dim"):
+        if not hasattr(attention, attribute):
+            raise UnsupportedLayerError(f"{name} has no attribute `{attribute}`")
     if getattr(attention, "sliding_window", None) is not None:
         raise UnsupportedLayerError(f"{name} has a sliding window")
     return attention

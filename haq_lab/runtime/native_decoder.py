@@ -100,7 +100,7 @@ class NativeStack(nn.Module):
         kv = self._scratch() if cache is None else self._kv_in(cache)
         if not self._experts_replaced():
             try:
-                positions, own = _check_call(hidden, position_embeddings, kv)
+                positions, own = _check_call(hidden, position_embeddings, kv, self.head_dim)
                 batch, new = hidden.shape[:2]
                 tokens = find_tokens(attention_mask, batch, new, own.length, own.tokens)
             except UnsupportedCallError as reason:
@@ -269,13 +269,15 @@ class MoeStack(NativeStack):
 
 
 def _check_call(
-    hidden: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, kv: KVCache | None
+    hidden: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, kv: KVCache | None, head_dim: int
 ) -> tuple[tuple[Tensor, Tensor], KVCache]:
     """Return the position embeddings and the cache. Raises UnsupportedCallError if the kernels cannot use them."""
     if hidden.dtype != torch.float32:
         raise UnsupportedCallError(f"the hidden states are {hidden.dtype}, not float32")
     if position_embeddings is None:
         raise UnsupportedCallError("there are no rotary position embeddings")
+    if not isinstance(position_embeddings, tuple) or position_embeddings[0].shape[-1] != head_dim:
+        raise UnsupportedCallError("the rotary position embeddings do not cover a whole head")
     if kv is None:
         raise UnsupportedCallError("the KV cache is not a DynamicCache, or an earlier call has filled it")
     if kv.stored and len(kv.stored) != len(hidden):

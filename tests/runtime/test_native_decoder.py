@@ -39,14 +39,14 @@ def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=
         if isinstance(module, torch.nn.Linear):
             layer.set_submodule(name, Int8Linear.rounded(module, backend))
     layer.input_layernorm.weight.uniform_(0.5, 1.5)
-    groups = family_of(config).resolve(config)
+    groups = family_of(config).resolve(config, dict(layer.named_modules()))
     merge_linears(layer, groups)
     return layer, groups
 
 
 def native_form(layer, groups):
     """The layer as a stack of one, or None if the stack does not reproduce it."""
-    part = LayerParts.of(layer, groups, family_of(LlamaConfig()))
+    part = LayerParts.of(layer, groups, None, ())
     stack = NativeStack([layer], [part], 0)
     return stack if stack.reproduces_its_layers() else None
 
@@ -166,7 +166,7 @@ def sliding_window():
 def test_a_layer_that_is_not_native_has_a_reason(make, reason):
     layer, groups = make()
     with pytest.raises(UnsupportedLayerError, match=reason):
-        LayerParts.of(layer, groups, family_of(LlamaConfig()))
+        LayerParts.of(layer, groups, None, ())
 
 
 def norm_in_layer_1(layers):
