@@ -65,8 +65,8 @@ def choose_prefix(
         return _as_it_is(model)
     if not model.family.takes_prefix:
         raise UserError(
-            f"quantizer.prefix: a '{model.config.model_type}' takes no prefix, because some of its layers have no usual "
-            "keys and values. Choose quantizer.prefix=none."
+            f"quantizer.prefix: a '{model.config.model_type}' takes no prefix, because some of its layers have no "
+            "usual keys and values. Choose quantizer.prefix=none."
         )
     longest = max((windows.tokens.shape[1] for windows in texts.values()), default=1)
     tokenizer = model.tokenizer()

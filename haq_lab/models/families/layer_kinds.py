@@ -79,7 +79,8 @@ class LayerKinds:
             if name not in named and not f"{name}.".startswith(kept):
                 raise UserError(
                     f"model: '{name}' of layer {index} is not in the family table's row of "
-                    f"'{self._family.model_type}'. Choose another variant of the model, or add it to haq_lab/models/families."
+                    f"'{self._family.model_type}'. Choose another variant of the model, or add it to "
+                    "haq_lab/models/families."
                 )
 
 
