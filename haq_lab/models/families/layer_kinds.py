@@ -94,13 +94,5 @@ def empty_model(config: Any, layers: int, dtype: torch.dtype | None = None) -> P
     """
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention_function(config), trust_remote_code=False
-        )
-
-
-def attention_function(config: Any) -> str:
-    """Return the name of transformers' attention function for a model: `sdpa`, or `eager` if it has no support."""
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    return "sdpa" if model_class._supports_sdpa else "eager"
+    with quiet_transformers():  # transformers chooses `sdpa`, or `eager` for attention that sdpa cannot compute
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
