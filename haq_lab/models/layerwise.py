@@ -38,6 +38,7 @@ from haq_lab.models.families.lookup import check_model_type, family_of
 from haq_lab.prefix.attention import IMPLEMENTATION, attach
 from haq_lab.prefix.contents import Prefix
 from haq_lab.prefix.positions import ShiftedPositions, number_padded_batches
+from haq_lab.storage.narrow_floats import refused_format
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.hugging_face import quiet_transformers
 
@@ -366,10 +367,10 @@ def _read_config(folder: Path, quantized: bool) -> Any:
         check_model_type(fields.get("model_type"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if "quantization_config" in fields:
-            if not quantized:
-                method = fields["quantization_config"].get("quant_method")
+            if not quantized and (form := refused_format(fields["quantization_config"])) is not None:
                 raise UserError(
-                    f"model: {folder} is already quantised by {method}. Use model=quantized for haq_lab checkpoints."
+                    f"model: {folder} is already quantised by {form}. Choose a checkpoint in float32, float16, bfloat16, "
+                    "float8 or MXFP4. Use model=quantized for haq_lab checkpoints."
                 )
             del config.quantization_config
         return config

@@ -26,6 +26,7 @@ from haq_lab.measure.base import PromptedMeasure, Study
 from haq_lab.measure.memory import reset_peaks
 from haq_lab.measure.metrics import declared_metrics
 from haq_lab.measure.prompts import PromptTexts
+from haq_lab.models.families.float_share import FloatShare
 from haq_lab.models.families.lookup import head_size
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
@@ -108,6 +109,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     with Progress() as progress:
         model = _load_model(experiment, folder, progress)
         facts |= _describe_gpu(experiment.backend, model)
+        in_float = _report_float(experiment, model, folder)
         evaluation, calibration = _load_texts(experiment, model)
         store = experiment.result_cache.open()
         prefix = _choose_prefix(experiment, model, evaluation, calibration, store, folder, progress)
@@ -131,7 +133,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
                 assembly.counting,
                 {name: windows.documents for name, windows in evaluation.items() if windows.documents is not None},
             )
-            metrics = _measure(experiment, study, cached)
+            metrics = _measure(experiment, study, cached) | in_float
             metrics |= assembly.metrics() | assembly.simulated(facts["hardware"])
             metrics |= {f"time.stages_{action}_s": seconds for action, seconds in store.clock.seconds.items()}
     if prefix.report is not None:
@@ -158,6 +160,16 @@ def _load_model(experiment: Experiment, folder: RunFolder, progress: Progress) -
         say(f"model: weight files that transformers does not read are ignored: {', '.join(names)}")
         folder.event("unread_weight_files", names=names)
     return model
+
+
+def _report_float(experiment: Experiment, model: LayeredModel, folder: RunFolder) -> dict[str, float]:
+    """Say which parameters of the layers stay in float, and return their share as a metric."""
+    if experiment.quantizer is None and not model.quantized:
+        return {}
+    share = FloatShare.of(model.kinds, model.depth)
+    say(str(share))
+    folder.event("in_float", parameters=share.parameters, by_module=share.by_module)
+    return {"quantizer.float_share": share.share}
 
 
 def _choose_prefix(
