@@ -52,15 +52,15 @@ def test_a_quantizer(tmp_path):
 
 @pytest.mark.slow
 def test_a_family(copied, cache):
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoModelForCausalLM, Ernie4_5Config
 
     from haq_lab.models.random_tiny import byte_tokenizer
 
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=257, bos_token_id=0, eos_token_id=0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(copied / "qwen2")
-    byte_tokenizer().save_pretrained(copied / "qwen2")
-    model = ["model=hf", f"model.name={copied / 'qwen2'}", "quantizer=smoothquant"]
+    config = Ernie4_5Config(**shape, num_key_value_heads=2, vocab_size=257, bos_token_id=0, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(copied / "ernie")
+    byte_tokenizer().save_pretrained(copied / "ernie")
+    model = ["model=hf", f"model.name={copied / 'ernie'}", "quantizer=smoothquant"]
     metrics = _extended(copied, 1, *model)["metrics"]
     smoothed, fp = metrics["perplexity_smoothed_fp.python_docs"], metrics["perplexity_fp.python_docs"]
     assert smoothed == pytest.approx(fp, rel=1e-4)

@@ -234,7 +234,15 @@ class LayeredModel:
         """Return the model with a prefix before every sequence. It shares everything else with this one.
 
         The layers that it loads have the prefix's keys and values, and fewer positions are left for text.
+
+        Raises:
+            UserError: The model's attention is not `sdpa`, which the prefix needs.
         """
+        if (attention := self.config._attn_implementation) not in ("sdpa", IMPLEMENTATION):
+            raise UserError(
+                f"quantizer.prefix: '{self.family.model_type}' has {attention} attention, which takes no prefix. "
+                "Choose quantizer.prefix=none."
+            )
         twin = copy.copy(self)
         twin._use_prefix(prefix)
         return twin

@@ -24,7 +24,7 @@ from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.runtime.equivalence import computation_key, is_swiglu
 from haq_lab.runtime.fusion import fuse
-from haq_lab.runtime.layer_parts import LayerParts, UnsupportedLayerError
+from haq_lab.runtime.layer_parts import ACTIVATIONS, LayerParts, UnsupportedLayerError
 from haq_lab.runtime.native_decoder import make_stack, stack_native_layers
 from haq_lab.runtime.native_head import make_head_native
 from haq_lab.runtime.native_router import native_router
@@ -55,40 +55,58 @@ def deploy(
     make_head_native(whole, backend)
     move_to_huge_pages(layers)
     parts: list[LayerParts | None] = []
-    block = None if model.family.moe is None else model.family.moe.block
     reasons: dict[int, str] = {}
-    reproduced: set[Hashable] = set()
+    reproduced: dict[Hashable, int] = {}
     for index, layer in enumerate(layers):
         try:
             parts.append(_native_parts(layer, index, model, reproduced))
         except UnsupportedLayerError as error:
             parts.append(None)
             reasons[index] = str(error)
+    _refuse_some_windows(parts, reasons)
     if reasons and report is not None and not backend.uses_gpu:
         report(_notice(reasons, len(layers), backend))
-    whole.set_submodule(model.family.layers, nn.ModuleList(stack_native_layers(layers, parts, block)))
+    kinds = getattr(model.config, "layer_types", None)
+    stacked = stack_native_layers(layers, parts, _moe_block(model), kinds)
+    whole.set_submodule(model.family.layers, nn.ModuleList(stacked))
     return whole
 
 
-def _native_parts(layer: nn.Module, index: int, model: LayeredModel, reproduced: set[Hashable]) -> LayerParts:
+def _native_parts(layer: nn.Module, index: int, model: LayeredModel, reproduced: dict[Hashable, int]) -> LayerParts:
     """Describe a layer to the native decoder.
 
     Args:
         layer: The decoder layer.
         index: Its index.
         model: The model's description.
-        reproduced: Computation keys of the layers that the decoder reproduces. Layers with these keys are not run.
+        reproduced: Computation keys of the layers that the decoder reproduces, and the activation with which it does.
+            Layers with these keys are not run.
 
     Raises:
         UnsupportedLayerError: The decoder cannot reproduce the layer.
     """
-    moe, key = model.moe_of(index), computation_key(layer)
-    parts = LayerParts.of(layer, model.groups_of(index), moe, model.family.head_norms)
-    block = None if moe is None else moe.block
-    if key not in reproduced and not make_stack([layer], [parts], 0, block).reproduces_its_layers():
-        raise UnsupportedLayerError("the native kernels do not reproduce its output")
-    reproduced.add(key)
-    return parts
+    parts, key = LayerParts.of(layer, model.groups_of(index), model.family), computation_key(layer)
+    for activation in ACTIVATIONS if key not in reproduced else [reproduced[key]]:
+        parts.activation = activation
+        if key in reproduced or make_stack([layer], [parts], 0, _moe_block(model)).reproduces_its_layers():
+            reproduced[key] = activation
+            return parts
+    raise UnsupportedLayerError("the native kernels do not reproduce its output")
+
+
+def _refuse_some_windows(parts: list[LayerParts | None], reasons: dict[int, str]) -> None:
+    """Make no layer with a sliding window native if one is not, in place.
+
+    transformers makes one attention mask for all of them, whose size follows from the first one's KV cache.
+    """
+    if None in parts:
+        for index, part in enumerate(parts):
+            if part is not None and part.window:
+                parts[index], reasons[index] = None, "other layers are not native, and it has a sliding window"
+
+
+def _moe_block(model: LayeredModel) -> str | None:
+    return None if model.family.moe is None else model.family.moe.block
 
 
 def _notice(reasons: Mapping[int, str], depth: int, backend: Backend) -> str:

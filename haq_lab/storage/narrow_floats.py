@@ -52,9 +52,7 @@ def stored_parts(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {name: own for name, own in parts.items() if name not in scales}
 
 
-def widen_float8(
-    levels: Tensor, scales: Tensor, dtype: torch.dtype, block: tuple[int, int] | None = None
-) -> Tensor:
+def widen_float8(levels: Tensor, scales: Tensor, dtype: torch.dtype, block: tuple[int, int] | None = None) -> Tensor:
     """Return levels * scales (..., n, k).
 
     Args:

@@ -82,7 +82,7 @@ def test_the_weights_are_ours(write, dequantized, architecture, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture", ["llama"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_transformers_reads_it(write, dequantized, windows, logits_of, tmp_path):
     folder = write(HAQ(rotation="none"))
     _with_tokenizer(folder, _byte_level(BYTES))

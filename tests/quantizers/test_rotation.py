@@ -51,10 +51,10 @@ class UnroundedBackend(FakeBackend):
 def rotated_layers(model, quantizer, backend):
     layers = [model.load_layer(index) for index in range(model.depth)]
     for index, layer in enumerate(layers):
-        for group in model.groups_of(0):
+        for group in model.groups_of(index):
             smooth_group([layer], group, model.family, quantizer, None)
             quantize_group(layer, index, group, quantizer, None, None, backend)
-        if (moe := model.family.moe) is not None:
+        if (moe := model.moe_of(index)) is not None:
             layer.set_submodule(moe.experts, Int8Experts.of(layer.get_submodule(moe.experts)))
     return layers
 

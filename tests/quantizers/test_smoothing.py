@@ -35,8 +35,8 @@ class RandomFactors(Quantizer):
 def smoothed_layers(model: LayeredModel, kinds: tuple[str, ...]) -> tuple[list, int]:
     quantizer = RandomFactors(kinds)
     layers, folded = [model.load_layer(index) for index in range(model.depth)], 0
-    for layer in layers:
-        for group in model.groups_of(0):
+    for index, layer in enumerate(layers):
+        for group in model.groups_of(index):
             _, strength = smooth_group([layer], group, model.family, quantizer, None)
             folded += strength is not None
     return layers, folded

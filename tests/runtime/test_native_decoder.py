@@ -16,6 +16,7 @@ from haq_lab.models.families.lookup import family_of
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
+from haq_lab.prefix.attention import attach
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import deploy, merge_linears
 from haq_lab.runtime.layer_parts import LayerParts, LinearParts, UnsupportedLayerError
@@ -46,7 +47,7 @@ def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=
 
 def native_form(layer, groups):
     """The layer as a stack of one, or None if the stack does not reproduce it."""
-    part = LayerParts.of(layer, groups, None, ())
+    part = LayerParts.of(layer, groups, family_of(LlamaConfig()))
     stack = NativeStack([layer], [part], 0)
     return stack if stack.reproduces_its_layers() else None
 
@@ -147,6 +148,7 @@ def separate_linears():
 def sliding_window():
     layer, groups = llama_layer()
     layer.self_attn.sliding_window = 16
+    attach(layer.self_attn, torch.zeros(2, 3, 32), torch.zeros(2, 3, 32))
     return layer, groups
 
 
@@ -160,13 +162,13 @@ def sliding_window():
         (half_norm, "input_layernorm has weights of type torch.bfloat16, not float32"),
         (layer_norm, "input_layernorm is not an RMSNorm"),
         (separate_linears, "mlp.gate_proj, mlp.up_proj cannot be merged into one product"),
-        (sliding_window, "self_attn has a sliding window"),
+        (sliding_window, "self_attn has a sliding window and a prefix"),
     ],
 )
 def test_a_layer_that_is_not_native_has_a_reason(make, reason):
     layer, groups = make()
     with pytest.raises(UnsupportedLayerError, match=reason):
-        LayerParts.of(layer, groups, None, ())
+        LayerParts.of(layer, groups, family_of(LlamaConfig()))
 
 
 def norm_in_layer_1(layers):

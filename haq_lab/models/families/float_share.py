@@ -1,8 +1,8 @@
 """Find which parameters of a model's decoder layers stay in float when the model is quantised.
 
-    share = FloatShare.of(model.kinds, model.depth)
-    share.share              # 0.013
-    str(share)               # "1.3 % of the layers' parameters stay in float: mlp.gate (1.2 %), norms (0.1 %)"
+share = FloatShare.of(model.kinds, model.depth)
+share.share              # 0.013
+str(share)               # "1.3 % of the layers' parameters stay in float: mlp.gate (1.2 %), norms (0.1 %)"
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ other modules in place of attention. SmoothQuant's authors published a strength 
 from __future__ import annotations
 
 from haq_lab.models.families.family import Family, Group, Moe
-from haq_lab.models.families.parts import GATED_MLP, HEAD_NORMS, attention
+from haq_lab.models.families.parts import HEAD_NORMS, attention, gated_mlp
 
 STRENGTH = 0.8
 W1_W3_W2 = ("w1", "w3", "w2")
@@ -40,7 +40,7 @@ def experts(
     )
 
 
-ATTENTION = attention("input_layernorm", "o_proj")
+ATTENTION = attention("input_layernorm")
 
 # Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). Queries may be compressed too.
 LATENT_ATTENTION = (
@@ -79,7 +79,7 @@ MIXTURES: tuple[Family, ...] = (
     Family(
         "qwen3_moe",
         "model.layers",
-        (*ATTENTION, *GATED_MLP, *experts(_QWEN_MOE)),
+        (*ATTENTION, *gated_mlp(), *experts(_QWEN_MOE)),
         smoothquant_strength=STRENGTH,
         moe=_QWEN_MOE,
         head_norms=HEAD_NORMS,
@@ -97,7 +97,11 @@ MIXTURES: tuple[Family, ...] = (
     Family(
         "qwen2_moe",
         "model.layers",
-        (*ATTENTION, *GATED_MLP, *experts(_QWEN_MOE, shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate")),
+        (
+            *ATTENTION,
+            *gated_mlp(),
+            *experts(_QWEN_MOE, shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate"),
+        ),
         smoothquant_strength=STRENGTH,
         moe=_QWEN_MOE,
     ),
@@ -105,7 +109,7 @@ MIXTURES: tuple[Family, ...] = (
         Family(
             model_type,
             "model.layers",
-            (*LATENT_ATTENTION, *GATED_MLP, *experts(_DEEPSEEK, shared="mlp.shared_experts")),
+            (*LATENT_ATTENTION, *gated_mlp(), *experts(_DEEPSEEK, shared="mlp.shared_experts")),
             smoothquant_strength=STRENGTH,
             moe=_DEEPSEEK,
             takes_prefix=False,
@@ -116,7 +120,7 @@ MIXTURES: tuple[Family, ...] = (
     Family(
         "glm4_moe",
         "model.layers",
-        (*ATTENTION, *GATED_MLP, *experts(_DEEPSEEK, shared="mlp.shared_experts")),
+        (*ATTENTION, *gated_mlp(), *experts(_DEEPSEEK, shared="mlp.shared_experts")),
         smoothquant_strength=STRENGTH,
         moe=_DEEPSEEK,
         head_norms=HEAD_NORMS,
