@@ -143,7 +143,7 @@ def _record_for_backward(
 
 def _input_modules(group: Group, experts: str | None) -> tuple[str, ...]:
     """Return the modules whose input is the group's input."""
-    if experts is None or not group.float_consumers:
+    if experts is None or not group.feeds_experts:
         return group.consumers
     return (experts, *group.consumers_by_expert().get(None, ()))
 

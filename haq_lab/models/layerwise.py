@@ -377,8 +377,8 @@ def _read_config(folder: Path, quantized: bool) -> Any:
         if "quantization_config" in fields:
             if not quantized and (form := refused_format(fields["quantization_config"])) is not None:
                 raise UserError(
-                    f"model: {folder} is already quantised by {form}. Choose a checkpoint in float32, float16, bfloat16, "
-                    "float8 or MXFP4. Use model=quantized for haq_lab checkpoints."
+                    f"model: {folder} is already quantised by {form}. Choose a checkpoint in float32, float16, "
+                    "bfloat16, float8 or MXFP4. Use model=quantized for haq_lab checkpoints."
                 )
             del config.quantization_config
         return config

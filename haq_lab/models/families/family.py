@@ -113,7 +113,7 @@ class Moe:
 
     def count(self, config: Any) -> int:
         """Return the number of experts in a layer."""
-        return getattr(config, self.count_field)
+        return getattr(config, self.count_field) or 0
 
     def active(self, config: Any) -> int:
         """Return the number of active experts for each token, k."""

@@ -6,6 +6,9 @@ other modules in place of attention. SmoothQuant's authors published a strength 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from haq_lab.models.families.family import Family, Group, Moe
 from haq_lab.models.families.parts import HEAD_NORMS, attention, gated_mlp
 
@@ -19,6 +22,8 @@ def experts(
     shared: str | None = None,
     shared_gate: str | None = None,
     folds_up: bool = True,
+    gain_offset: float = 0.0,
+    router_reads: bool = True,
 ) -> tuple[Group, ...]:
     """Return the groups of a block of experts.
 
@@ -28,13 +33,16 @@ def experts(
         shared: Name of the shared expert, an MLP that every token uses. None if there is none.
         shared_gate: Name of the linear that computes the weight of the shared expert. None if the weight is 1.
         folds_up: Whether a factor can be folded into the experts' up projections.
+        gain_offset: As in `Group`.
+        router_reads: Whether the router reads the same input as the experts.
     """
+    router = moe.router if router_reads else None
     gate, up, down = moe.linears("{e}")
     inner = () if shared is None else (Group("up", f"{shared}.up_proj", (f"{shared}.down_proj",)),)
     readers = () if shared is None else (f"{shared}.gate_proj", f"{shared}.up_proj")
-    in_float = (moe.router,) if shared_gate is None else (moe.router, shared_gate)
+    in_float = tuple(name for name in (router, shared_gate) if name is not None)
     return (
-        Group("norm", norm, (*readers, gate, up), float_consumers=in_float),
+        Group("norm", norm, (*readers, gate, up), in_float, gain_offset),
         *inner,
         Group("up", up if folds_up else None, (down,)),
     )
@@ -47,8 +55,23 @@ LATENT_ATTENTION = (
     Group("norm", "input_layernorm", tuple(f"self_attn.{n}" for n in ("q_proj", "q_a_proj", "kv_a_proj_with_mqa"))),
     Group("norm", "self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
     Group("norm", "self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
-    Group("value", None, ("self_attn.o_proj",)),
+    Group("value", "self_attn.kv_b_proj", ("self_attn.o_proj",)),
 )
+
+# Linear attention (Gated DeltaNet) in most layers. Its small projections of decay and step stay in float.
+DELTA_NET = tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "qkvz"))
+HYBRID_ATTENTION = (
+    Group(
+        "norm",
+        "input_layernorm",
+        (*(f"self_attn.{name}_proj" for name in "qkv"), *DELTA_NET),
+        tuple(f"linear_attn.in_proj_{name}" for name in ("b", "a", "ba")),
+        gain_offset=1.0,
+    ),
+    Group("value", "self_attn.v_proj", ("self_attn.o_proj",)),
+    Group("up", None, ("linear_attn.out_proj",)),
+)
+SHARED: dict[str, Any] = {"shared": "mlp.shared_expert", "shared_gate": "mlp.shared_expert_gate"}
 
 _MIXTRAL = Moe("num_local_experts", stored=W1_W3_W2)
 _QWEN_MOE = Moe("num_experts", width_field="moe_intermediate_size", normalized_field="norm_topk_prob")
@@ -57,6 +80,7 @@ _DEEPSEEK = Moe("n_routed_experts", width_field="moe_intermediate_size", normali
 _GRANITE = Moe("num_local_experts", router="block_sparse_moe.router", experts="block_sparse_moe.experts")
 _PHI = Moe("num_local_experts", router="mlp.router", stored=W1_W3_W2)
 _GPT_OSS = Moe("num_local_experts", router="mlp.router")
+_GEMMA4 = Moe("num_experts", "top_k_experts", width_field="moe_intermediate_size", router="router", experts="experts")
 _LFM2 = Moe(
     "num_experts",
     width_field="moe_intermediate_size",
@@ -100,7 +124,7 @@ MIXTURES: tuple[Family, ...] = (
         (
             *ATTENTION,
             *gated_mlp(),
-            *experts(_QWEN_MOE, shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate"),
+            *experts(_QWEN_MOE, **SHARED),
         ),
         smoothquant_strength=STRENGTH,
         moe=_QWEN_MOE,
@@ -154,20 +178,52 @@ MIXTURES: tuple[Family, ...] = (
         moe=_PHI,
         renamed=((".block_sparse_moe.", ".mlp."), (".mlp.gate.", ".mlp.router.")),
     ),
-    # Most layers have a short convolution in place of attention. Its linears are quantised.
+    *(
+        Family(
+            model_type,
+            "model.layers",
+            (*HYBRID_ATTENTION, *gated_mlp(gain_offset=1.0), *experts(moe, gain_offset=1.0, **SHARED)),
+            smoothquant_strength=STRENGTH,
+            moe=moe,
+            head_norms=HEAD_NORMS,
+            takes_prefix=False,
+        )
+        for model_type, moe in (
+            ("qwen3_next", _QWEN_MOE),
+            ("qwen3_5_moe_text", replace(_QWEN_MOE, normalized_field=None)),
+        )
+    ),
+    # The router has its own norm of the residual stream. Values are normalised, so nothing folds there.
+    Family(
+        "gemma4_text",
+        "model.layers",
+        (
+            Group("norm", "input_layernorm", tuple(f"self_attn.{name}_proj" for name in "qkv")),
+            Group("value", None, ("self_attn.o_proj",)),
+            *gated_mlp("pre_feedforward_layernorm"),
+            *experts(_GEMMA4, norm="pre_feedforward_layernorm_2", router_reads=False),
+        ),
+        smoothquant_strength=STRENGTH,
+        requires=(("num_kv_shared_layers", (0,)), ("hidden_size_per_layer_input", (0, None))),
+        moe=_GEMMA4,
+        takes_prefix=False,
+        in_float=("router",),
+    ),
+    # Most layers have a short convolution in place of attention. Its linears are quantised. The last rows of its input
+    # projection are what is convolved, so its output is linear in them.
     Family(
         "lfm2_moe",
         "model.layers",
         (
             Group("norm", "operator_norm", (*(f"self_attn.{name}_proj" for name in "qkv"), "conv.in_proj")),
             Group("value", "self_attn.v_proj", ("self_attn.out_proj",)),
-            Group("up", None, ("conv.out_proj",)),
+            Group("up", "conv.in_proj", ("conv.out_proj",), fused=True),
             Group("norm", "ffn_norm", ("feed_forward.w1", "feed_forward.w3")),
             Group("up", "feed_forward.w3", ("feed_forward.w2",)),
             *experts(_LFM2, norm="ffn_norm"),
         ),
         smoothquant_strength=STRENGTH,
-        requires=(("use_expert_bias", (True,)),),
+        requires=(("use_expert_bias", (True,)), ("conv_bias", (False,))),
         moe=_LFM2,
         head_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
         takes_prefix=False,

@@ -57,6 +57,18 @@ def _deepseek(hidden: int, **fields: Any) -> Fields:
     return _experts(hidden, first_k_dense_replace=1, n_group=4, topk_group=2) | routed | fields
 
 
+def _delta_net(hidden: int, layers: int) -> Fields:
+    """Return the fields of a model with linear attention in every second layer."""
+    return {
+        "head_dim": hidden // 4,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": hidden // 8,
+        "linear_value_head_dim": 3 * hidden // 16,
+        "layer_types": [("linear_attention", "full_attention")[index % 2] for index in range(layers)],
+    }
+
+
 LATENT: Fields = {  # widths that are not powers of two
     "kv_lora_rank": 24,
     "qk_nope_head_dim": 12,
@@ -135,6 +147,30 @@ TINY: dict[str, Callable[[int, int], Fields]] = {
             "num_experts_per_tok": 2,
             "attention_bias": True,
             "lm_head_bias": True,
+        }
+    ),
+    "qwen3_next": lambda hidden, layers: (
+        _experts(hidden, num_experts=6, shared_expert_intermediate_size=hidden, norm_topk_prob=True)
+        | _delta_net(hidden, layers)
+    ),
+    "qwen3_5_moe_text": lambda hidden, layers: (
+        _experts(hidden, num_experts=6, shared_expert_intermediate_size=hidden) | _delta_net(hidden, layers)
+    ),
+    "gemma4_text": lambda hidden, layers: (
+        _gated(hidden)
+        | {
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 2,
+            "moe_intermediate_size": hidden // 2,
+            "head_dim": hidden // 4,
+            "global_head_dim": hidden // 2,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "final_logit_softcapping": 8.0,
+            "sliding_window": 24,
+            "layer_types": [("sliding_attention", "full_attention")[index % 2] for index in range(layers)],
         }
     ),
     "lfm2_moe": lambda hidden, layers: _experts(
