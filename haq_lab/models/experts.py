@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from haq_lab.int8.sequences import only_rows
 from haq_lab.models.families.family import PROJECTIONS, Moe
+from haq_lab.storage.tensor_names import expert_of
 
 FUSED = ("gate_up_proj", "down_proj")  # names of the fused weights in transformers; biases end with `_bias`
 Gating = Callable[[Tensor, Tensor], Tensor]  # (m, f) outputs of gate and up projection -> input of the down projection
@@ -231,6 +232,28 @@ def split_fused(tensors: dict[str, Tensor], moe: Moe, layout: FusedLayout) -> di
             if bias is not None:
                 split[f"{linear}.bias"] = bias
     return split
+
+
+def fuse_experts(tensors: dict[str, Tensor], moe: Moe, layout: FusedLayout) -> dict[str, Tensor]:
+    """Return a layer's tensors with those of its experts fused, as transformers stores them.
+
+    Args:
+        tensors: The layer's tensors by name, with float weights `NAME.weight` and biases `NAME.bias` of each expert.
+        moe: The names of the experts and their linears.
+        layout: Layout of the fused tensors.
+    """
+    fused = {name: tensor for name, tensor in tensors.items() if expert_of(name) is None}
+    count = 1 + max(number for name in tensors if (number := expert_of(name)) is not None)
+    for kind, suffix in (("weight", ""), ("bias", "_bias")):
+        if f"{moe.linears(0)[0]}.{kind}" not in tensors:
+            continue
+        names = zip(*(moe.linears(number) for number in range(count)), strict=True)
+        gate, up, down = (torch.stack([tensors[f"{name}.{kind}"] for name in own]) for own in names)
+        both = torch.stack((gate, up), dim=2).flatten(1, 2) if layout.interleaved else torch.cat((gate, up), dim=1)
+        for name, tensor in zip(FUSED, (both, down), strict=True):
+            turned = tensor.transpose(1, 2) if layout.transposed and kind == "weight" else tensor
+            fused[f"{moe.experts}.{name}{suffix}"] = turned.contiguous()
+    return fused
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -100,6 +100,7 @@ class Moe:
         experts: Name of the module list of the experts.
         router_buffers: Names of the buffers that the router takes beside the hidden states.
         stored: Names of an expert's linears in checkpoints, in the order of `PROJECTIONS`.
+        fused: Whether transformers reads the experts only as fused tensors of a layer.
     """
 
     count_field: str
@@ -110,6 +111,7 @@ class Moe:
     experts: str = "mlp.experts"
     router_buffers: tuple[str, ...] = ()
     stored: tuple[str, str, str] = PROJECTIONS
+    fused: bool = False
 
     def count(self, config: Any) -> int:
         """Return the number of experts in a layer."""

@@ -71,11 +71,18 @@ class LayerKinds:
             self._modules[index] = frozenset(name for name, _ in self.build(index).named_modules())
         return self._modules[index]
 
+    def float_linears(self, index: int) -> list[str]:
+        """Return the names of a layer's linears that stay in float."""
+        quantised = {name for group in self.groups(index) for name in group.consumers}
+        return [name for name in self._linears_of(index) if name not in quantised]
+
+    def _linears_of(self, index: int) -> list[str]:
+        return [name for name, module in self.build(index).named_modules() if isinstance(module, nn.Linear)]
+
     def _refuse_unnamed(self, index: int, groups: tuple[Group, ...]) -> None:
         named = {name for group in groups for name in group.readers}
-        linears = [name for name, module in self.build(index).named_modules() if isinstance(module, nn.Linear)]
         kept = tuple(f"{module}." for module in self._family.in_float)
-        for name in linears:
+        for name in self._linears_of(index):
             if name not in named and not f"{name}.".startswith(kept):
                 raise UserError(
                     f"model: '{name}' of layer {index} is not in the family table's row of "

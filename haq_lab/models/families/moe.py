@@ -77,10 +77,12 @@ _MIXTRAL = Moe("num_local_experts", stored=W1_W3_W2)
 _QWEN_MOE = Moe("num_experts", width_field="moe_intermediate_size", normalized_field="norm_topk_prob")
 _OLMOE = Moe("num_experts", normalized_field="norm_topk_prob")
 _DEEPSEEK = Moe("n_routed_experts", width_field="moe_intermediate_size", normalized_field="norm_topk_prob")
-_GRANITE = Moe("num_local_experts", router="block_sparse_moe.router", experts="block_sparse_moe.experts")
+_GRANITE = Moe("num_local_experts", router="block_sparse_moe.router", experts="block_sparse_moe.experts", fused=True)
 _PHI = Moe("num_local_experts", router="mlp.router", stored=W1_W3_W2)
-_GPT_OSS = Moe("num_local_experts", router="mlp.router")
-_GEMMA4 = Moe("num_experts", "top_k_experts", width_field="moe_intermediate_size", router="router", experts="experts")
+_GPT_OSS = Moe("num_local_experts", router="mlp.router", fused=True)
+_GEMMA4 = Moe(
+    "num_experts", "top_k_experts", width_field="moe_intermediate_size", router="router", experts="experts", fused=True
+)
 _LFM2 = Moe(
     "num_experts",
     width_field="moe_intermediate_size",
