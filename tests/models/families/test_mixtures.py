@@ -11,7 +11,7 @@ import torch
 from launching import TINY, launch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
-from two_tiers import finished
+from two_tiers import NEAREST, finished
 
 from haq_lab.calibration.hooks import captured_inputs
 from haq_lab.calibration.statistics import CalibrationPolicy
@@ -39,7 +39,7 @@ from haq_lab.utils.errors import UserError
 from haq_lab.utils.hugging_face import quiet_transformers
 from tests.models.test_layerwise import whole_of
 from tests.quantizers.test_rotation import Unrounded, UnroundedBackend, rotated_layers
-from tests.quantizers.test_smoothing import smoothed_layers
+from tests.quantizers.test_smoothing import relative, smoothed_layers
 
 MIXTURES = sorted(family.model_type for family in FAMILIES if family.moe is not None)
 DENSE_BETWEEN = "dense_between"
@@ -169,6 +169,20 @@ def test_offloading_does_not_change_a_bit(model, tmp_path, windows):
     metrics = session.metrics()
     assert 0 < metrics["offload.hit_rate_pairs"] <= 1
     assert session.table().layer.tolist() == list(model.kinds.moe_layers)
+    session.close()
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss"])
+@pytest.mark.parametrize("quantised", [True, False])
+def test_biases_move_with_16_bit_experts(model, quantised, tmp_path, windows):
+    quantizer = NEAREST if quantised else None
+    expected = decoded(model.assemble(finished(model, quantizer=quantizer)))
+    settings = Offload(budget="50%", spare=2, eviction="lru", device_format="fp16")
+    session = OffloadSession(settings, None, model, tmp_path / "experts", Store())
+    layers = finished(model, session.add, quantizer)
+    session.find_profile(None, windows, "random")
+    session.engage(layers)
+    assert relative(decoded(model.assemble(layers)) - expected, expected) < 0.05
     session.close()
 
 
