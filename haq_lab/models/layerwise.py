@@ -97,9 +97,9 @@ class LayeredModel:
         self.folder = folder
         self.dtype = dtype
         self.family: Family = family_of(self.config)
-        self.experts = self.family.experts(self.config)
         self.depth: int = self.config.num_hidden_layers
         self.kinds = LayerKinds(self.family, self.config)
+        self.experts = self.family.experts(self.config) if self.kinds.moe_layers else 0
         self.shell = self._build_shell()
         self.int8_head: Int8Linear | None = None
         self._bare = self

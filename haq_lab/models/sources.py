@@ -121,9 +121,13 @@ class HubModel:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         weights = ["*.bin", "*.bin.index.json"] if self.allow_pickle else []
-        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", *weights]
+        patterns = ["*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt", *weights]
+        folders = ["*/*"]  # some repositories have the weights a second time, in another engine's format
         try:
-            return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
+            path = snapshot_download(
+                self.name, revision=self.revision, allow_patterns=patterns, ignore_patterns=folders
+            )
+            return Path(path)
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise UserError(
                 f"model.name: '{self.name}' is not a local folder and could not be downloaded from the hub "

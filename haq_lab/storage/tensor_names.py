@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import re
 
-_EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def expert_of(name: str) -> int | None:
     """Return the index of the expert that a tensor or module belongs to, or None."""
     match = _EXPERT.search(name)
     return int(match[1]) if match else None
-
-
-def experts_of(name: str) -> str:
-    """Return the name of the experts module that contains a module of an expert."""
-    match = _EXPERT.search(name)
-    assert match is not None, f"'{name}' is not in an expert"
-    return name[: match.start(1) - 1]

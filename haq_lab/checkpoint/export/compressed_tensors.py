@@ -76,7 +76,7 @@ def _export(model: QuantizedModel, target: Path, for_vllm: bool = False) -> None
             f"export: the head of '{model.folder}' is quantised, which the export does not support. "
             "Quantise the model with quantizer.lm_head=false."
         )
-    moe = model.family.moe
+    moe = model.family.moe if model.experts else None
     if for_vllm and moe is not None and moe.fused:
         raise UserError(
             f"export: the experts of a '{model.config.model_type}' are fused in its checkpoints, and vLLM has no int8 "

@@ -74,7 +74,7 @@ def architecture_of(model: QuantizedModel) -> Architecture:
             f"architectures {', '.join(ARCHITECTURES)}."
         )
     found = ARCHITECTURES[family.model_type]
-    if family.moe is not None and len(model.kinds.moe_layers) < model.depth:
+    if model.experts and len(model.kinds.moe_layers) < model.depth:
         raise UserError(
             f"export --for gguf: llama.cpp's '{family.model_type}' has experts in every layer, but this model has them "
             f"in {len(model.kinds.moe_layers)} of {model.depth}. Choose --for transformers."

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from haq_lab.storage.tensor_names import expert_of, experts_of
+from haq_lab.storage.tensor_names import expert_of
 
 FoldKind = Literal["norm", "value", "up"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # names of an expert's linears in our modules
@@ -54,9 +54,7 @@ class Group:
     @property
     def site(self) -> str:
         """Return the module whose input hook sees the shared input of all tokens, whatever the routing."""
-        if self.float_consumers or not self.feeds_experts:
-            return (self.float_consumers or self.consumers)[0]
-        return experts_of(self.consumers[-1])
+        return self.float_consumers[0] if self.float_consumers else self.consumers[0]
 
     @property
     def feeds_experts(self) -> bool:
@@ -115,7 +113,7 @@ class Moe:
 
     def count(self, config: Any) -> int:
         """Return the number of experts in a layer."""
-        return getattr(config, self.count_field) or 0
+        return getattr(config, self.count_field)
 
     def active(self, config: Any) -> int:
         """Return the number of active experts for each token, k."""
@@ -163,7 +161,6 @@ class Family:
         cached: Names of the linears whose outputs the KV cache holds.
         attention: Name of the attention module within a layer.
         takes_prefix: Whether keys and values can be put before those of every sequence, in every layer.
-        in_float: Names of modules whose linears stay in float.
     """
 
     model_type: str
@@ -179,7 +176,6 @@ class Family:
     cached: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
     attention: str = "self_attn"
     takes_prefix: bool = True
-    in_float: tuple[str, ...] = ()
 
     def unsupported(self, config: Any) -> list[tuple[str, tuple[Any, ...]]]:
         """Return the entries of `requires` that a transformers config does not meet."""
@@ -225,7 +221,7 @@ class Family:
 
     def checkpoint_name(self, tensor: str) -> str:
         """Return the name in checkpoints of a tensor that is named as in our modules."""
-        for theirs, ours in (*self.renamed, *self._renamed_projections(tensor)):
+        for theirs, ours in (*self._renamed_projections(tensor), *reversed(self.renamed)):
             tensor = tensor.replace(ours, theirs)
         return tensor
 

@@ -81,9 +81,8 @@ class LayerKinds:
 
     def _refuse_unnamed(self, index: int, groups: tuple[Group, ...]) -> None:
         named = {name for group in groups for name in group.readers}
-        kept = tuple(f"{module}." for module in self._family.in_float)
         for name in self._linears_of(index):
-            if name not in named and not f"{name}.".startswith(kept):
+            if name not in named:
                 raise UserError(
                     f"model: '{name}' of layer {index} is not in the family table's row of "
                     f"'{self._family.model_type}'. Choose another variant of the model, or add it to "

@@ -23,7 +23,6 @@ def experts(
     shared_gate: str | None = None,
     folds_up: bool = True,
     gain_offset: float = 0.0,
-    router_reads: bool = True,
 ) -> tuple[Group, ...]:
     """Return the groups of a block of experts.
 
@@ -34,13 +33,11 @@ def experts(
         shared_gate: Name of the linear that computes the weight of the shared expert. None if the weight is 1.
         folds_up: Whether a factor can be folded into the experts' up projections.
         gain_offset: As in `Group`.
-        router_reads: Whether the router reads the same input as the experts.
     """
-    router = moe.router if router_reads else None
     gate, up, down = moe.linears("{e}")
     inner = () if shared is None else (Group("up", f"{shared}.up_proj", (f"{shared}.down_proj",)),)
     readers = () if shared is None else (f"{shared}.gate_proj", f"{shared}.up_proj")
-    in_float = tuple(name for name in (router, shared_gate) if name is not None)
+    in_float = (moe.router,) if shared_gate is None else (moe.router, shared_gate)
     return (
         Group("norm", norm, (*readers, gate, up), in_float, gain_offset),
         *inner,
@@ -80,9 +77,6 @@ _DEEPSEEK = Moe("n_routed_experts", width_field="moe_intermediate_size", normali
 _GRANITE = Moe("num_local_experts", router="block_sparse_moe.router", experts="block_sparse_moe.experts", fused=True)
 _PHI = Moe("num_local_experts", router="mlp.router", stored=W1_W3_W2)
 _GPT_OSS = Moe("num_local_experts", router="mlp.router", fused=True)
-_GEMMA4 = Moe(
-    "num_experts", "top_k_experts", width_field="moe_intermediate_size", router="router", experts="experts", fused=True
-)
 _LFM2 = Moe(
     "num_experts",
     width_field="moe_intermediate_size",
@@ -194,22 +188,6 @@ MIXTURES: tuple[Family, ...] = (
             ("qwen3_next", _QWEN_MOE),
             ("qwen3_5_moe_text", replace(_QWEN_MOE, normalized_field=None)),
         )
-    ),
-    # The router has its own norm of the residual stream. Values are normalised, so nothing folds there.
-    Family(
-        "gemma4_text",
-        "model.layers",
-        (
-            Group("norm", "input_layernorm", tuple(f"self_attn.{name}_proj" for name in "qkv")),
-            Group("value", None, ("self_attn.o_proj",)),
-            *gated_mlp("pre_feedforward_layernorm"),
-            *experts(_GEMMA4, norm="pre_feedforward_layernorm_2", router_reads=False),
-        ),
-        smoothquant_strength=STRENGTH,
-        requires=(("num_kv_shared_layers", (0,)), ("hidden_size_per_layer_input", (0, None))),
-        moe=_GEMMA4,
-        takes_prefix=False,
-        in_float=("router",),
     ),
     # Most layers have a short convolution in place of attention. Its linears are quantised. The last rows of its input
     # projection are what is convolved, so its output is linear in them.

@@ -156,23 +156,6 @@ TINY: dict[str, Callable[[int, int], Fields]] = {
     "qwen3_5_moe_text": lambda hidden, layers: (
         _experts(hidden, num_experts=6, shared_expert_intermediate_size=hidden) | _delta_net(hidden, layers)
     ),
-    "gemma4_text": lambda hidden, layers: (
-        _gated(hidden)
-        | {
-            "enable_moe_block": True,
-            "num_experts": 6,
-            "top_k_experts": 2,
-            "moe_intermediate_size": hidden // 2,
-            "head_dim": hidden // 4,
-            "global_head_dim": hidden // 2,
-            "num_global_key_value_heads": 1,
-            "attention_k_eq_v": True,
-            "hidden_size_per_layer_input": 0,
-            "final_logit_softcapping": 8.0,
-            "sliding_window": 24,
-            "layer_types": [("sliding_attention", "full_attention")[index % 2] for index in range(layers)],
-        }
-    ),
     "lfm2_moe": lambda hidden, layers: _experts(
         hidden,
         num_experts=6,

@@ -88,7 +88,7 @@ def test_every_linear_of_the_layers_is_named(model):
     for index in range(model.depth):
         readers = {name for group in model.groups_of(index) for name in group.readers}
         linears = {name for name, module in model.new_layer(index).named_modules() if isinstance(module, nn.Linear)}
-        assert linears - readers <= {f"{name}.proj" for name in model.family.in_float}
+        assert linears <= readers
 
 
 def test_a_linear_that_no_row_names_is_refused(tmp_path, monkeypatch):
@@ -247,7 +247,26 @@ def test_a_prefix_is_refused_where_keys_and_values_are_unusual(architecture, tmp
 
 
 def test_variants_that_no_row_describes_are_refused(tmp_path):
-    fields = tiny_fields("gemma4_text", 2, 64) | {"num_kv_shared_layers": 1}
-    AutoConfig.for_model("gemma4_text", **fields).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="num_kv_shared_layers=1"):
+    fields = tiny_fields("lfm2_moe", 2, 64) | {"conv_bias": True}
+    AutoConfig.for_model("lfm2_moe", **fields).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="conv_bias=True"):
         LayeredModel(tmp_path)
+
+
+def test_a_mixture_without_experts_is_a_dense_model(tmp_path, windows):
+    model = LayeredModel(dense_between(tmp_path, dense=(0, 1, 2)))
+    assert model.experts == 0
+    assert (
+        sequential_pass(
+            PassInputs(model, SmoothQuant(), ReferenceBackend(), windows, CalibrationPolicy(), {}), lambda *_: None
+        ).routing
+        is None
+    )
+    with pytest.raises(UserError, match="has no experts to offload"):
+        OffloadSession(Offload(), None, model, tmp_path, Store())
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_names_convert_both_ways(model):
+    for name in model.weights.names():
+        assert model.family.checkpoint_name(model.family.module_name(name)) == name
