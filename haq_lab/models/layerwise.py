@@ -32,9 +32,9 @@ from haq_lab.int8.sequences import batch_of, declare_batches
 from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
-from haq_lab.models.families.family import Family, Group, Moe
+from haq_lab.models.families.family import WRAPPED, Family, Group, Moe
 from haq_lab.models.families.layer_kinds import LayerKinds, empty_model
-from haq_lab.models.families.lookup import check_model_type, family_of
+from haq_lab.models.families.lookup import check_model_type, family_of, text_config_of
 from haq_lab.prefix.attention import IMPLEMENTATION, attach
 from haq_lab.prefix.contents import Prefix
 from haq_lab.prefix.positions import ShiftedPositions, number_padded_batches
@@ -147,6 +147,8 @@ class LayeredModel:
     def read_outer_tensors(self) -> dict[str, Tensor]:
         """Return the tensors outside the layers as stored, with their names in our modules."""
         names = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
+        if any(WRAPPED in name for name in names):
+            names = [name for name in names if WRAPPED in name or name.startswith("lm_head.")]
         return {self._module_name(name): tensor for name, tensor in self.weights.read(names).items()}
 
     # Some checkpoints omit the base model's prefix ("decoder.layers.0" for "model.decoder.layers.0").
@@ -381,7 +383,7 @@ def _read_config(folder: Path, quantized: bool) -> Any:
                     "bfloat16, float8 or MXFP4. Use model=quantized for haq_lab checkpoints."
                 )
             del config.quantization_config
-        return config
+        return text_config_of(config)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, StrictDataclassError) as error:
         raise UserError(
             f"model: config.json in {folder} cannot be used ({error}). Choose a supported checkpoint."

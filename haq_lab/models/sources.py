@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 
 from haq_lab.models.build_cache import build_once
+from haq_lab.models.families.lookup import text_config_of
 from haq_lab.models.families.tiny import TINY
 from haq_lab.models.gguf_header import check_lengths
 from haq_lab.models.random_tiny import build_tiny
@@ -86,8 +87,10 @@ class HubModel:
         try:
             offline = self.local is None and not hub_is_reachable()
             source = self.local or self.name
-            return AutoConfig.from_pretrained(
-                source, revision=self.revision, local_files_only=offline, trust_remote_code=False
+            return text_config_of(
+                AutoConfig.from_pretrained(
+                    source, revision=self.revision, local_files_only=offline, trust_remote_code=False
+                )
             )
         except (OSError, ValueError, KeyError):
             return None if self.architecture is None else CONFIG_MAPPING[self.architecture]()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from haq_lab.storage.tensor_names import expert_of
 
+WRAPPED = "language_model."  # part of the names of the language model's tensors in a multimodal checkpoint
 FoldKind = Literal["norm", "value", "up"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # names of an expert's linears in our modules
 
@@ -160,6 +161,7 @@ class Family:
         learned_positions: Name of the table of learned positions in the model. None with rotary embeddings.
         cached: Names of the linears whose outputs the KV cache holds.
         attention: Name of the attention module within a layer.
+        wrapper: Model type of a multimodal model whose language model this is. Only the language model is read.
         takes_prefix: Whether keys and values can be put before those of every sequence, in every layer.
     """
 
@@ -175,6 +177,7 @@ class Family:
     learned_positions: str | None = None
     cached: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
     attention: str = "self_attn"
+    wrapper: str | None = None
     takes_prefix: bool = True
 
     def unsupported(self, config: Any) -> list[tuple[str, tuple[Any, ...]]]:
@@ -215,6 +218,7 @@ class Family:
 
     def module_name(self, tensor: str) -> str:
         """Return the name in our modules of a tensor that is named as in a checkpoint."""
+        tensor = tensor.replace(WRAPPED, "")
         for theirs, ours in (*self.renamed, *self._renamed_projections(tensor)):
             tensor = tensor.replace(theirs, ours)
         return tensor

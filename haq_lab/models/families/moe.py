@@ -182,11 +182,12 @@ MIXTURES: tuple[Family, ...] = (
             smoothquant_strength=STRENGTH,
             moe=moe,
             head_norms=HEAD_NORMS,
+            wrapper=wrapper,
             takes_prefix=False,
         )
-        for model_type, moe in (
-            ("qwen3_next", _QWEN_MOE),
-            ("qwen3_5_moe_text", replace(_QWEN_MOE, normalized_field=None)),
+        for model_type, wrapper, moe in (
+            ("qwen3_next", None, _QWEN_MOE),
+            ("qwen3_5_moe_text", "qwen3_5_moe", replace(_QWEN_MOE, normalized_field=None)),
         )
     ),
     # Most layers have a short convolution in place of attention. Its linears are quantised. The last rows of its input

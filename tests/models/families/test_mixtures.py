@@ -10,7 +10,7 @@ import pytest
 import torch
 from launching import TINY, launch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3MoeConfig
 from two_tiers import NEAREST, finished
 
 from haq_lab.calibration.hooks import captured_inputs
@@ -24,7 +24,7 @@ from haq_lab.models.families.tiny import tiny_fields
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.random_tiny import byte_tokenizer
-from haq_lab.models.sources import TinyModel
+from haq_lab.models.sources import HubModel, TinyModel
 from haq_lab.offload.costs.model_shape import Shape
 from haq_lab.offload.session import OffloadSession
 from haq_lab.offload.settings import Offload
@@ -251,6 +251,23 @@ def test_variants_that_no_row_describes_are_refused(tmp_path):
     AutoConfig.for_model("lfm2_moe", **fields).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="conv_bias=True"):
         LayeredModel(tmp_path)
+
+
+def test_the_language_model_of_a_multimodal_checkpoint_is_read(tmp_path, windows, logits_of):
+    """Its other tensors are not read, so they are in no checkpoint either."""
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
+    text = tiny_fields("qwen3_5_moe_text", 2, 64)
+    config = AutoConfig.for_model("qwen3_5_moe", text_config=text, vision_config=vision)
+    with quiet_transformers():
+        AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model = LayeredModel(tmp_path)
+    assert model.family.model_type == "qwen3_5_moe_text"
+    assert HubModel(str(tmp_path)).config().model_type == "qwen3_5_moe_text"
+    assert set(model.read_outer_tensors()) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    layers = [model.load_layer(index) for index in range(model.depth)]
+    expected = whole_of(tmp_path)(windows).logits
+    torch.testing.assert_close(logits_of(model, layers, windows), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_mixture_without_experts_is_a_dense_model(tmp_path, windows):
