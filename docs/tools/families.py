@@ -1,0 +1,7 @@
+"""The table of supported architectures."""
+
+from __future__ import annotations
+
+
+def families() -> str:
+    return "Text."
