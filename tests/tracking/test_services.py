@@ -78,12 +78,7 @@ def _trackio(tmp_path: Path, *overrides: str) -> str:
     folder = tmp_path / "secret-folder" / "run"
     environment = {**os.environ, "TRACKIO_DIR": str(home), "PYTHONPATH": str(Path(__file__).parents[2])}
     told = subprocess.run(
-        [*command, f"hydra.run.dir={folder}"],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
+        [*command, f"hydra.run.dir={folder}"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (told.returncode, told.stderr) == (0, "")
     assert "_failed" not in (folder / "events.jsonl").read_text()
