@@ -22,7 +22,7 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Values of a sign, two bits of exponent and one of mantissa (OCP Microscaling Formats v1.0, section 5.3.3).
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 BIAS = 127  # of the exponent that an MXFP4 scale is
-UNUSED = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale")  # of activations, which stay in float
+UNUSED = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale")  # of activations
 
 
 def stored_parts(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
