@@ -69,8 +69,8 @@ def _delta_net(hidden: int, layers: int) -> Fields:
     }
 
 
-LATENT: Fields = {  # widths that are not powers of two
-    "kv_lora_rank": 24,
+LATENT: Fields = {  # widths that are not powers of two, but multiples of 16
+    "kv_lora_rank": 48,
     "qk_nope_head_dim": 12,
     "qk_rope_head_dim": 8,
     "v_head_dim": 20,
@@ -117,7 +117,7 @@ TINY: dict[str, Callable[[int, int], Fields]] = {
     "deepseek_v2": lambda hidden, layers: (
         _deepseek(hidden, topk_method="group_limited_greedy", q_lora_rank=None) | LATENT
     ),
-    "deepseek_v3": lambda hidden, layers: _deepseek(hidden, norm_topk_prob=True, q_lora_rank=40) | LATENT,
+    "deepseek_v3": lambda hidden, layers: _deepseek(hidden, norm_topk_prob=True, q_lora_rank=80) | LATENT,
     "glm4_moe": lambda hidden, layers: _deepseek(
         hidden, n_shared_experts=1, head_dim=hidden // 4, use_qk_norm=True, attention_bias=True
     ),
