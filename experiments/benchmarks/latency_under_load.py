@@ -3,12 +3,12 @@
     python experiments/benchmarks/latency_under_load.py                      # both loads, 1 and 2 threads: five minutes
     python experiments/benchmarks/latency_under_load.py --loads spin --threads 1 --seconds 10
 
-For each number of threads, one run measures SmolLM2-135M in int8 against full precision while the machine is quiet, and
-one identical run for each load. A load is as many busy processes as there are processors. `spin` computes in registers.
-`memory` also copies memory, which slows both models by contention. Each run is a process of its own.
+A run measures SmolLM2-135M in int8 against full precision on a quiet machine. An identical run follows for each load.
+A load is as many busy processes as there are processors. `spin` computes in registers. `memory` also copies memory,
+which slows both models by contention. Each run is a process of its own.
 
-The exit code is 1 if a ratio under load differs by more than 5 % from that of the quiet run, or if the table does not
-mark the bare latency under load.
+The exit code is 1 if a ratio under load differs by more than 5 % from the quiet one. It is also 1 if a bare latency under
+load is not marked.
 """
 
 from __future__ import annotations

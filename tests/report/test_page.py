@@ -252,12 +252,14 @@ def test_the_report_says_how_busy_a_machine_was(studied, tmp_path):
         quiet = {"latency.wall_over_cpu": 1.0, "latency.spread": 0.0, "latency.machine.others_share": share}
         content["metrics"] |= quiet | {"latency.machine.throttled": 0}
         path.write_text(json.dumps(content))
-    (table,) = result_tables(collect(tmp_path))
+    tables = result_tables(collect(tmp_path))
+    (table,) = (table for table in tables if "decode, ms/token" in table.head)
     column = table.head.index("decode, ms/token")
     assert sum(row[column].text.startswith("~") for row in table.rows) == 1
     assert not any(row[column].best for row in table.rows), "a marked time is no measure of the others"
-    assert table.note.count("the machine was busy when latency was measured") == 1
-    assert "others used 45 % of the processors." in table.note
+    notes = " ".join(table.note for table in tables)
+    assert notes.count("the machine was busy when latency was measured") == 1
+    assert "others used 45 % of the processors." in notes
 
 
 def test_a_column_has_one_baseline():
