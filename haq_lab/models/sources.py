@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 
 from haq_lab.models.build_cache import build_once
+from haq_lab.models.families.lookup import text_config_of
 from haq_lab.models.families.tiny import TINY, tiny_fields
 from haq_lab.models.gguf_header import check_lengths
 from haq_lab.models.random_tiny import build_tiny
@@ -87,8 +88,10 @@ class HubModel:
         try:
             offline = self.local is None and not hub_is_reachable()
             source = self.local or self.name
-            return AutoConfig.from_pretrained(
-                source, revision=self.revision, local_files_only=offline, trust_remote_code=False
+            return text_config_of(
+                AutoConfig.from_pretrained(
+                    source, revision=self.revision, local_files_only=offline, trust_remote_code=False
+                )
             )
         except (OSError, ValueError, KeyError):
             return None if self.architecture is None else CONFIG_MAPPING[self.architecture]()
@@ -122,9 +125,13 @@ class HubModel:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         weights = ["*.bin", "*.bin.index.json"] if self.allow_pickle else []
-        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", *weights]
+        patterns = ["*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt", *weights]
+        folders = ["*/*"]  # some repositories have the weights a second time, in another engine's format
         try:
-            return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
+            path = snapshot_download(
+                self.name, revision=self.revision, allow_patterns=patterns, ignore_patterns=folders
+            )
+            return Path(path)
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise UserError(
                 f"model.name: '{self.name}' is not a local folder and could not be downloaded from the hub "

@@ -285,7 +285,7 @@ def _check_call(
         raise UnsupportedCallError(f"the hidden states are {hidden.dtype}, not float32")
     if position_embeddings is None:
         raise UnsupportedCallError("there are no rotary position embeddings")
-    if kv is not None and position_embeddings[0].shape[-1] != kv.head_dim:
+    if kv is not None and (isinstance(position_embeddings, Tensor) or position_embeddings[0].shape[-1] != kv.head_dim):
         raise UnsupportedCallError("the rotary position embeddings are not as wide as a head")
     if kv is None:
         raise UnsupportedCallError("the KV cache is not a DynamicCache, or an earlier call has filled it")

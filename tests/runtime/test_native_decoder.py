@@ -40,7 +40,7 @@ def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=
         if isinstance(module, torch.nn.Linear):
             layer.set_submodule(name, Int8Linear.rounded(module, backend))
     layer.input_layernorm.weight.uniform_(0.5, 1.5)
-    groups = family_of(config).resolve(config)
+    groups = family_of(config).resolve(config, dict(layer.named_modules()))
     merge_linears(layer, groups)
     return layer, groups
 

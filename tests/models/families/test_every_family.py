@@ -75,7 +75,8 @@ def test_layer_by_layer_equals_transformers(model, windows, logits_of):
 def test_smoothing_preserves_the_function(model, windows, logits_of):
     before = logits_of(model, _float_layers(model), windows)
     layers, folded = smoothed_layers(model, ("norm", "value", "up"))
-    assert folded == model.depth * sum(group.source is not None for group in model.groups) > 0
+    groups = [group for index in range(model.depth) for group in model.groups_of(index)]
+    assert folded == sum(group.source is not None for group in groups) > 0
     assert relative(logits_of(model, layers, windows) - before, before) < 1e-4
 
 
@@ -97,10 +98,11 @@ def test_quantizers(model, windows, logits_of, quantizer):
         model, QUANTIZERS[quantizer], ReferenceBackend(), windows.flip(0), CalibrationPolicy(), {"text": windows}
     )
     result = sequential_pass(inputs, lambda index, layer: layers.append(layer))
-    floats = [name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)]
-    assert floats == []
-    names = [name for group in model.groups for name in group.consumers]
-    assert sorted(report.linear for report in result.reports) == sorted(model.depth * names)
+    groups = [group for index in range(model.depth) for group in model.groups_of(index)]
+    floats = {name for layer in layers for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    assert floats <= {name for group in groups for name in group.float_consumers}
+    names = [name for group in groups for name in group.consumers]
+    assert sorted(report.linear for report in result.reports) == sorted(names)
     hidden = result.hidden["text"]
     logits = {level: model.head(states).log_softmax(-1) for level, states in hidden.items()}
     assert relative(hidden["smoothed"] - hidden["fp"], hidden["fp"]) < 1e-3
@@ -290,8 +292,10 @@ def test_odd_configs_equal_transformers(name, windows, tmp_path):
     assert metrics["perplexity.text"] == pytest.approx(_perplexity(tmp_path, windows), rel=1e-5)
 
 
-# Rows whose layers the native CPU decoder computes. The others have LayerNorm, or rotate only some rows of a head.
-NATIVE = set(TINY) - {"opt", "glm4", "starcoder2", "stablelm"}
+# Rows whose layers the native CPU decoder computes. The others have LayerNorm, rotate only some rows of a head, or have
+# latent attention, no attention, sinks, or experts whose output is scaled.
+NATIVE = set(TINY) - {"opt", "glm4", "starcoder2", "stablelm", "glm4_moe", "phimoe", "lfm2_moe", "qwen3_next"}
+NATIVE -= {"qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe"}
 
 
 @every_row
