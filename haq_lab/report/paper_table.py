@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -165,7 +164,7 @@ def _full_precision(runs: pd.DataFrame, columns: list[Column]) -> list[tuple[str
     for _, run in runs[~runs["quantized"]].iterrows():
         values = [
             ""
-            if pd.isna(run[one.name]) or one.text and one.metric != KINDS["perplexity"]
+            if pd.isna(run[one.name]) or (one.text and one.metric != KINDS["perplexity"])
             else _digits(one.metric, run[one.name])
             for one in columns
         ]
