@@ -336,14 +336,6 @@ def test_any_measure_can_stand_alone(measures, tmp_path):
     assert any(name.startswith(measures) for name in metrics)
 
 
-def test_latency_against_full_precision_needs_its_weights(tmp_path):
-    checkpoint = ["model=quantized", "model.path=x", "quantizer=none", "measure=[latency]"]
-    with pytest.raises(UserError, match=r"^measure.latency.against: none has no effect .* against=null\.$"):
-        build(_composed(*checkpoint, "measure.latency.against=none"))
-    with pytest.raises(UserError, match=r"measure.latency.against: .*'rtn'"):
-        build(_composed("measure=[latency]", "measure.latency.against=rtn"))
-
-
 def _small(experiment: str, texts: dict[str, Path]) -> list[str]:
     """Overrides that let an experiment run here: a tiny model, which has experts where they are offloaded."""
     config = _composed(f"+experiment={experiment}")
