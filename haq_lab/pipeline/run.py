@@ -16,7 +16,13 @@ from torch import nn
 from haq_lab.calibration.dataset import check_overlap
 from haq_lab.checkpoint.model import open_model
 from haq_lab.checkpoint.writer import remove_saved_states
-from haq_lab.config.build import Experiment, build, refuse_ignored_settings, without_default_tracker, without_disabled_groups
+from haq_lab.config.build import (
+    Experiment,
+    build,
+    refuse_ignored_settings,
+    without_default_tracker,
+    without_disabled_groups,
+)
 from haq_lab.config.explain import is_user_error
 from haq_lab.config.run_context import RunContext
 from haq_lab.data.windows import Windows

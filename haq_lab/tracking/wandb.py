@@ -1,6 +1,7 @@
 """Track runs with W&B: one W&B run for each run, and one group for each sweep.
 
-All files stay in the run folder. docs/tracking.md lists what is uploaded. The environment variable `WANDB_MODE` can only restrict the setting `mode`.
+All files stay in the run folder. docs/tracking.md lists what is uploaded.
+The environment variable `WANDB_MODE` can only restrict the setting `mode`.
 `WANDB_RUN_ID` and `WANDB_RESUME` are ignored, because all runs of a sweep would get the same id.
 """
 
@@ -31,7 +32,10 @@ XDG = ("XDG_DATA_HOME", "XDG_CACHE_HOME")  # W&B evaluates these defaults, altho
 PRIVATE = {
     **dict.fromkeys(("x_disable_meta", "x_disable_machine_info", "x_disable_stats"), True),
     **dict.fromkeys(("disable_git", "disable_code"), True),
-    **{"x_save_requirements": False, "host": "private", "username": "private", "email": "private"},
+    "x_save_requirements": False,
+    "host": "private",
+    "username": "private",
+    "email": "private",
 }
 IDENTITY = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
 

@@ -200,7 +200,9 @@ def test_a_sweep_is_a_run_of_its_group_with_its_table_and_the_reports_figures(tm
     records = _records(sweep)
     run = next(record["run"] for record in records if record["type"] == "run")
     assert run["display_name"] == "sweep sweep"
-    one = next(record["run"] for record in _records(next(sweep.glob("*/results.json")).parent) if record["type"] == "run")
+    one = next(
+        record["run"] for record in _records(next(sweep.glob("*/results.json")).parent) if record["type"] == "run"
+    )
     assert run["run_group"] == one["run_group"]
     logged = next(record["history"]["item"] for record in records if record["type"] == "history")
     assert logged["figures/perplexity-by-method._type"] == "plotly-file"
