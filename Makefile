@@ -1,7 +1,7 @@
 # make demo      quantise a real model with four quantizers and compare them
 # make test      run the tests (make test-all: with the full grids)
-# make check     run the linters and the type checker
-# make docs      build the docs site
+# make check     run the linters and the type checker, and build the documentation
+# make docs      update the generated pages and build the documentation in build/site
 # make wheel     build wheel and sdist, check them, and try the wheel in an empty environment
 # Each target first installs what it needs into .venv.
 PYTHON ?= python3
@@ -25,9 +25,11 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs: setup
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m docs.tools.pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # VERSION=1.2.3 also checks that this is the version, which a release's tag names.
 wheel: setup

@@ -4,6 +4,7 @@
 
     folder = haq_lab.quantize("smol", "haq", out="checkpoints/smol")
     model, tokenizer = haq_lab.load(folder)
+    haq_lab.results.compare("runs/first", "runs/second")
 
 The functions are imported when they are first used, so `import haq_lab` is fast and loads no torch.
 Their types are in `__init__.pyi`. This file must not name them in an import, because then every key of the result cache
@@ -14,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__all__ = ["__version__", "evaluate", "load", "load_results", "quantize", "run"]
+__all__ = ["__version__", "evaluate", "load", "load_results", "quantize", "results", "run"]
 
 try:
     __version__ = version("haq-lab")
@@ -23,6 +24,8 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 
 def __getattr__(name: str) -> Any:
+    if name == "results":
+        return import_module("haq_lab.results")
     if name in __all__:
         return getattr(import_module("haq_lab.api"), name)
     raise AttributeError(f"module 'haq_lab' has no attribute '{name}'")

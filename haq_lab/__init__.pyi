@@ -1,3 +1,4 @@
+from haq_lab import results as results
 from haq_lab.api import evaluate as evaluate
 from haq_lab.api import load as load
 from haq_lab.api import load_results as load_results

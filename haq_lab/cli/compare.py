@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import pandas as pd
 from rich.table import Table
 
 from haq_lab.config.explain import report_user_errors
-from haq_lab.results.comparison import compare_all
+from haq_lab.results.comparison import compare_all, run_folders
 from haq_lab.results.load import load
 from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.console import print_table, say
-from haq_lab.utils.errors import UserError, nearest, nearest_beside
+from haq_lab.utils.errors import UserError, nearest
 
 LABELS = {"kl": "KL", "nll": "ln perplexity"}
 
@@ -47,22 +46,12 @@ def main(arguments: list[str]) -> None:
         if given.by:
             table = compare_all(_groups_of_column(given.runs, given.by))
         else:
-            table = compare_all({name: _folders(name) for name in given.runs})
+            table = compare_all({name: run_folders(name) for name in given.runs})
         _show(table)
         if given.csv:
             with atomic_file(given.csv) as temporary:
                 table.to_csv(temporary, index=False)
             say(f"table: {given.csv}")
-
-
-def _folders(pattern: str) -> list[Path]:
-    """Return the run folders that a pattern names."""
-    paths = map(Path, sorted(glob(pattern)))  # noqa: PTH207  # Path.glob refuses absolute patterns
-    folders = [path for path in paths if (path / "results.json").is_file()]
-    if not folders:
-        hint = nearest_beside(Path(pattern)) or ". Name the folder of a finished run."
-        raise UserError(f"RUNS: '{pattern}' is not the folder of a finished run{hint}")
-    return folders
 
 
 def _groups_of_column(folders: list[str], column: str) -> dict[str, Sequence[Path]]:

@@ -1,4 +1,7 @@
-"""Write one HTML page about runs, replays and plans: `python -m haq_lab.report DIR... -o FILE [--latex FILE]`."""
+"""Write one HTML page about runs, replays and plans.
+
+python -m haq_lab.report DIR... -o FILE [--latex FILE] [--latex-columns perplexity,kl] [--latex-width one]
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,20 @@ def main(arguments: list[str] | None = None) -> None:
         "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default: report.html)"
     )
     parser.add_argument("--title", help="title of the page (default: the names of the folders)")
-    parser.add_argument("--latex", type=Path, metavar="FILE", help="also write the result tables as LaTeX")
+    parser.add_argument("--latex", type=Path, metavar="FILE", help="also write tables as in a paper, in LaTeX")
+    parser.add_argument(
+        "--latex-columns",
+        default="perplexity,kl",
+        metavar="NAMES",
+        help="columns of the LaTeX tables: perplexity, change, kl, token_agreement, or full names of other metrics, such "
+        "as memory.weights_bytes (default: perplexity,kl)",
+    )
+    parser.add_argument(
+        "--latex-width",
+        default="one",
+        metavar="one|two",
+        help="columns of the page that a LaTeX table spans (default: one)",
+    )
     given = parser.parse_args(arguments)
     with report_user_errors("haq_lab.report"):
         _write(given)
@@ -37,19 +53,18 @@ def main(arguments: list[str] | None = None) -> None:
 def _write(given: argparse.Namespace) -> None:
     need("the report", "report", "matplotlib", "plotly")
     from haq_lab.report.collect import collect
-    from haq_lab.report.latex import latex
     from haq_lab.report.page import page
-    from haq_lab.report.tables import published_table, result_tables
+    from haq_lab.report.paper_table import latex
 
     collection = collect(*given.folders)
     if collection.runs.empty and not collection.studies:
         raise UserError(f"there are no runs, replays or plans below {', '.join(given.folders)}. Name another folder.")
     title = given.title or ", ".join(Path(folder).resolve().name for folder in given.folders)
+    tables = latex(collection, given.latex_columns.split(","), given.latex_width) if given.latex else ""
     write_text(given.out, page(collection, title))
     say(f"report: {given.out} ({given.out.stat().st_size / 1e6:.1f} MB)")
     if given.latex:
-        published = published_table(collection)
-        write_text(given.latex, latex([*result_tables(collection), *([published] if published else [])]))
+        write_text(given.latex, tables)
         say(f"tables: {given.latex}")
 
 

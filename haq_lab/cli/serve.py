@@ -1,6 +1,6 @@
 """Serve a quantised checkpoint: `python -m haq_lab.serve DIR [offload=haq offload.budget=40%]`.
 
-The server has the API of OpenAI, so its clients work without a change. `docs/serve.md` has examples.
+The server has the API of OpenAI, so its clients work without a change. `docs/guides/serve.md` has examples.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from haq_lab.config.help import FOR_ALL, GROUPS, KNOWN, MULTIPLE_CHOICE, options
 from haq_lab.config.object_specs import ObjectSpec, refuse_foreign_targets, specify
 from haq_lab.hardware.spec import Hardware
 from haq_lab.int8.backend import Backend
-from haq_lab.measure.base import Measure
+from haq_lab.measure.base import Measure, needs_reference
 from haq_lab.models.sources import ModelSource
 from haq_lab.offload.settings import Offload
 from haq_lab.quantizers.base import Quantizer
@@ -151,6 +151,11 @@ def build(config: DictConfig) -> Experiment:
     for name, measure in measures.items():
         if measure.evaluates and not data:
             raise UserError(f"data: measure={name} needs a text. Choose one or more of {', '.join(options('data'))}.")
+        if needs_reference(measure) and quantized:
+            raise UserError(
+                f"measure.{name}.against: none has no effect because the checkpoint of model=quantized has no weights "
+                f"in full precision. Choose measure.{name}.against=null."
+            )
     calibration = _create(specs["calibration"], "calibration", Calibration)
     trackers = [spec.create(Tracker) for spec in chosen["tracking"].values()]
     result_cache = _create(specs["result_cache"], "result_cache", ResultCache)

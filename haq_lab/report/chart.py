@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from itertools import cycle, product
 from typing import Any, NamedTuple
 
+import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import ArrayLike, NDArray
+
+from haq_lab.utils.plotting import linear_width, needs_log
 
 # Seven hues that colour-blind readers can distinguish, on a white or a nearly black page.
 COLOURS = ("#3b78d8", "#e07b16", "#1f9e89", "#d64550", "#8a63d2", "#b3941f", "#2ba8d9")
@@ -39,6 +43,46 @@ class Chart:
     title: str
     caption: str
     variants: dict[str, go.Figure]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scale of an axis that contains zero: linear, or logarithmic on both sides of it (asinh).
+
+    Attributes:
+        values: The values on the axis.
+        log: Whether the scale is logarithmic.
+    """
+
+    values: tuple[float, ...]
+    log: bool
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Scale:
+        """Return the scale for values: logarithmic if one of them would hide the others' differences.
+
+        Example:
+            >>> Scale.of([0.5, 3.0, 140.0]).log
+            True
+        """
+        values = tuple(map(float, values))
+        return cls(values, needs_log(values))
+
+    def place(self, values: ArrayLike) -> NDArray[np.float64]:
+        """Return the places of values on the axis."""
+        plain = np.asarray(values, dtype=float)
+        return np.arcsinh(plain / linear_width(self.values)) if self.log else plain
+
+    def axis(self) -> dict[str, Any]:
+        """Return plotly's settings of the axis, with ticks at zero and at powers of ten if it is logarithmic."""
+        if not self.log:
+            return {}
+        sizes = [abs(value) for value in self.values if np.isfinite(value)]
+        powers = linear_width(self.values) * 10.0 ** np.arange(
+            1 + np.floor(np.log10(max(sizes) / linear_width(self.values)))
+        )
+        ticks = [*(-powers[::-1] if min(self.values) < 0 else []), 0.0, *powers]
+        return {"tickvals": self.place(ticks).tolist(), "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def styled(figure: go.Figure, height: int, **layout: Any) -> go.Figure:

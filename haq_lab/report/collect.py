@@ -14,13 +14,12 @@ from haq_lab.measure.metrics import Metric
 from haq_lab.results import load as results
 from haq_lab.results.old_names import LAYER_COLUMNS
 from haq_lab.results.read_record import read_record
+from haq_lab.results.run_labels import FULL_PRECISION, with_labels
 from haq_lab.tracking.run_folder import ARCHIVE
 from haq_lab.utils.console import errors, say
 
 TABLES = ("layers", "experts", "latency")  # tables of runs (`<name>.csv`) from which charts are drawn
 STUDIES = ("hit_rates", "plan")  # tables of `python -m haq_lab.offload replay` and `plan`
-
-LONGEST = 80  # characters of a run's name
 
 
 @dataclass
@@ -28,7 +27,8 @@ class Collection:
     """All data of a report.
 
     Attributes:
-        runs: Table of runs from `haq_lab.results.load`, with short names.
+        runs: Table of runs from `haq_lab.results.load` with the columns of `haq_lab.results.run_labels`, and `repeated`:
+            whether an earlier run measured the same full-precision model. Names are unique.
         tables: Tables of the finished runs by name (`TABLES`). The column `run` has the name of the run.
         ranges: Ranges of the inputs' channels, by run.
         studies: Tables of replays and plans by name (`STUDIES`). The column `study` has the name of the folder.
@@ -44,9 +44,8 @@ class Collection:
     metrics: dict[str, Metric] = field(default_factory=dict)
 
     def by_model(self) -> list[tuple[str, pd.DataFrame]]:
-        """Return the finished runs of each model. Their column `label` is the name without the model."""
-        groups = self.finished.groupby("model", sort=False)
-        return [(str(model), runs.assign(label=runs["name"].str.removeprefix(f"{model} "))) for model, runs in groups]
+        """Return the runs of each model that are shown. Their column `label` is the name without the model."""
+        return [(str(model), runs) for model, runs in self.shown.groupby("model", sort=False)]
 
     def by_study(self, kind: str) -> list[tuple[str, pd.DataFrame]]:
         """Return the table of each study of a kind (one of `STUDIES`)."""
@@ -58,6 +57,11 @@ class Collection:
     def finished(self) -> pd.DataFrame:
         """The finished runs."""
         return self.runs[self.runs["status"] == "finished"]
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The finished runs of results and figures: full precision once, not once for each scheme of a sweep."""
+        return self.finished[~self.finished["repeated"]]
 
 
 def collect(*folders: str | Path) -> Collection:
@@ -81,6 +85,7 @@ def collect(*folders: str | Path) -> Collection:
                 stacks.setdefault(kind, []).append(table.assign(run=name))
         if (ranges := _ranges(folder / FILE)) is not None:
             collection.ranges[name] = ranges
+    collection.runs["repeated"] = _repeated(collection.runs, collection.protocol)
     collection.tables = {kind: pd.concat(stack, ignore_index=True) for kind, stack in stacks.items()}
     for kind in STUDIES:
         stack = [
@@ -95,22 +100,29 @@ def collect(*folders: str | Path) -> Collection:
 
 
 def _named(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return runs with short, unique names: the settings that differ between the runs of a model.
+    """Return runs with unique names in words. If there are several models, the model comes first."""
+    runs = with_labels(runs)
+    again = runs.groupby(["of", "label"]).cumcount()
+    runs["label"] = [
+        f"{label} ({count + 1})" if count else label for label, count in zip(runs["label"], again, strict=True)
+    ]
+    several = runs["of"].nunique() > 1
+    runs["name"] = [
+        f"{of}: {label}" if several and of else label for of, label in zip(runs["of"], runs["label"], strict=True)
+    ]
+    models = runs["model"].fillna("") if "model" in runs else ""
+    return runs.assign(model=models, repeated=False).reset_index(drop=True)
 
-    If there are several models, the model comes first. A run that failed before its model was known keeps its name.
-    """
-    models = runs["model"].fillna("") if "model" in runs else pd.Series("", runs.index)
-    for model in filter(None, models.unique()):
-        own = runs[models == model]
-        rows = (
-            own.astype(object).where(own.notna(), None).assign(name=own["folder"].map(lambda folder: Path(folder).name))
-        )
-        names = results.short_names(rows.to_dict("records"))
-        runs.loc[own.index, "name"] = [f"{model} {name}".strip() if models.nunique() > 1 else name for name in names]
-    cut = runs["name"].map(lambda name: name if len(name) <= LONGEST else f"{name[:LONGEST]}...")
-    again = cut.groupby(cut).cumcount()
-    runs["name"] = [name if not count else f"{name} ({count + 1})" for name, count in zip(cut, again, strict=True)]
-    return runs.assign(model=models).sort_values(["model", "name"], ignore_index=True)
+
+def _repeated(runs: pd.DataFrame, protocol: dict[str, dict[str, Any]]) -> pd.Series:
+    """Return whether each run measures full precision again: the same model, settings and windows as an earlier run."""
+    of_full_precision = runs[(runs["status"] == "finished") & (runs["method"] == FULL_PRECISION)]
+    stamps = [
+        str([(text, protocol[name][text]) for text in results.evaluated_texts(protocol[name])])
+        for name in of_full_precision["name"]
+    ]
+    again = of_full_precision.assign(stamps=stamps)[["of", "variant", "stamps"]].duplicated()
+    return again.reindex(runs.index, fill_value=False)
 
 
 def _studies(folders: tuple[str | Path, ...], kind: str) -> list[Path]:

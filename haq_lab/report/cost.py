@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from haq_lab.offload.simulate.capacity_plan import mark_pareto
-from haq_lab.report.chart import COLOURS, GREY, Chart, axes, bar_height, looks, styled, wrapped
+from haq_lab.report.chart import COLOURS, GREY, Chart, Scale, axes, bar_height, looks, styled, wrapped
 from haq_lab.report.collect import Collection
 
 MEMORY = "memory.weights_bytes"
@@ -44,7 +44,7 @@ def latency(collection: Collection) -> Chart | str:
 def pareto(collection: Collection) -> Chart | str:
     """Draw memory against each perplexity and latency, and simulated plans, each with its Pareto front."""
     variants = {}
-    changes = [name for name in map(str, collection.finished) if name.startswith("change_percent.")]
+    changes = [name for name in map(str, collection.shown) if name.startswith("change_percent.")]
     costs = {name: f"{name.partition('.')[2]}, change of perplexity from full precision, %" for name in changes}
     costs["latency.decode_ms_per_token.mean"] = "decode, ms per token"
     for (model, runs), (name, label) in product(collection.by_model(), costs.items()):
@@ -71,8 +71,8 @@ def pareto(collection: Collection) -> Chart | str:
 
 def _methods(runs: pd.DataFrame) -> pd.Series:
     """Return the method of each run, which decides its colour: quantizer, and offloading policy if these differ."""
-    quantizer, offload = (runs[name].fillna("none") for name in ("quantizer", "offload"))
-    return quantizer if offload.nunique() == 1 else quantizer + ", " + offload
+    offload = runs["offload"].fillna("none")
+    return runs["method"] if offload.nunique() == 1 else runs["method"] + ", " + offload
 
 
 def _front(points: pd.DataFrame, group: str, x: str, y: str, log: bool = False) -> go.Figure:
@@ -83,24 +83,26 @@ def _front(points: pd.DataFrame, group: str, x: str, y: str, log: bool = False) 
         group: Column that decides the colours.
         x: Title of the axis of memory.
         y: Title of the axis of costs.
-        log: Whether the axis of costs is logarithmic.
+        log: Whether the axis of costs is logarithmic. Otherwise it is so if one cost would hide the others.
     """
     figure = styled(go.Figure(), 430)
+    scale = Scale((), False) if log else Scale.of(points["cost"])
+    points = points.assign(place=scale.place(points["cost"]))
     for name, look in looks(list(points[group].unique())).items():
         rows = points[points[group] == name]
         figure.add_scatter(
             x=rows["memory"],
-            y=rows["cost"],
-            customdata=rows["label"],
+            y=rows["place"],
+            customdata=rows[["label", "cost"]],
             name=str(name),
             mode="markers",
             marker={"color": look.colour, "symbol": look.symbol, "size": 10, "opacity": 0.85},
-            hovertemplate="%{customdata}<br>%{x:,.4g}: %{y:.4g}<extra></extra>",
+            hovertemplate="%{customdata[0]}<br>%{x:,.4g}: %{customdata[1]:.4g}<extra></extra>",
         )
     front = mark_pareto(points, "memory", "cost").query("pareto").sort_values("memory")
     line = {"color": GREY, "width": 1.5}
-    figure.add_scatter(x=front["memory"], y=front["cost"], mode="lines", line=line, showlegend=False, hoverinfo="skip")
+    figure.add_scatter(x=front["memory"], y=front["place"], mode="lines", line=line, showlegend=False, hoverinfo="skip")
     axes(figure, x, y)
     figure.update_xaxes(rangemode="nonnegative")  # with a single point, the axis would begin below 0
-    figure.update_yaxes(type="log" if log else "linear")
+    figure.update_yaxes(type="log" if log else "linear", **scale.axis())
     return figure

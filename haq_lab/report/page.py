@@ -15,13 +15,15 @@ import jinja2
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from haq_lab.report import cost, quality, routing, tables
+from haq_lab.report import cost, provenance, quality, routing, tables
 from haq_lab.report.chart import Chart
 from haq_lab.report.collect import Collection
+from haq_lab.results.run_labels import CHECKPOINT, FULL_PRECISION
 
 TEMPLATE = Path(__file__).with_name("page.html")
 CHARTS: dict[str, Callable[[Collection], Chart | str]] = {
     "Perplexity by method": quality.perplexity,
+    "KL divergence by method": quality.divergence,
     "Pareto fronts": cost.pareto,
     "Error and strength by layer": quality.layers,
     "Outliers before and after smoothing": quality.outliers,
@@ -73,9 +75,10 @@ def page(collection: Collection, title: str) -> str:
         published=published,
         charts=charts,
         missing=missing,
-        runs=tables.run_table(collection),
-        protocol=tables.protocol_table(collection),
-        provenance=tables.provenance_table(collection),
+        reading=tables.NOTE,
+        runs=provenance.run_table(collection),
+        protocol=provenance.protocol_table(collection),
+        provenance=provenance.provenance_table(collection),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9)).decode() if charts else "",
     )
 
@@ -92,12 +95,14 @@ def _summary(collection: Collection) -> list[tuple[Any, str]]:
     counts = collection.runs["status"].value_counts().to_dict()
     summary: list[tuple[Any, str]] = [(counts.get("finished", 0), "runs finished")]
     summary += [(counts[status], status) for status in ("failed", "unfinished") if status in counts]
-    for column, one, many in (
-        ("model", "model", "models"),
-        ("quantizer", "quantizer", "quantizers"),
-        ("offload", "offload policy", "offload policies"),
+    finished = collection.finished
+    methods = [name for name in finished.get("method", []) if name not in (FULL_PRECISION, CHECKPOINT)]
+    offload = [str(name) for name in finished.get("offload", []) if pd.notna(name) and name != "none"]
+    for found, one, many in (
+        (filter(None, collection.runs.get("model", [])), "model", "models"),
+        (methods, "method", "methods"),
+        (offload, "offload policy", "offload policies"),
     ):
-        names = [str(name) for name in collection.runs.get(column, []) if pd.notna(name) and name not in ("", "none")]
-        if names := list(dict.fromkeys(names)):
+        if names := list(dict.fromkeys(found)):
             summary.append((", ".join(names), many if len(names) > 1 else one))
     return summary

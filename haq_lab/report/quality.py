@@ -1,4 +1,4 @@
-"""Draw the effects of quantization: perplexity by method, output error and smoothing by layer, and outliers.
+"""Draw the effects of quantization: perplexity and KL by method, output error and smoothing by layer, and outliers.
 
 Each function returns a `Chart`, or the reason why there is none.
 """
@@ -6,7 +6,7 @@ Each function returns a `Chart`, or the reason why there is none.
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,56 +16,98 @@ from plotly.subplots import make_subplots
 from torch import Tensor, stack
 
 from haq_lab.calibration.channel_ranges import Ranges
-from haq_lab.report.chart import HEAT, Chart, axes, bar_height, looks, styled, whole_numbers, wrapped
+from haq_lab.report.chart import HEAT, Chart, Scale, axes, bar_height, looks, styled, whole_numbers, wrapped
 from haq_lab.report.collect import Collection
-from haq_lab.results.figures import mean_over_experts
+from haq_lab.results.figures import change_interval, mean_over_experts
+from haq_lab.results.windows import over_seeds, scores, windows_of
 
 TINY = 1e-12  # lower bound of a median, for layers in which most channels are 0
+SCALE = "The axis is logarithmic if one run would hide the differences of the others."
 CELLS = 128  # columns of an outlier map; each shows the largest of several channels
 
 
 def perplexity(collection: Collection) -> Chart | str:
     """Draw the change of perplexity from full precision: one bar for each run, one variant for each dataset."""
     variants = {}
-    columns = [name for name in map(str, collection.finished) if name.startswith("change_percent.")]
-    for (model, runs), column in product(collection.by_model(), columns):
-        runs = runs[runs[column].notna() & runs["quantized"]]
-        if not runs.empty:
-            dataset = column.partition(".")[2]
-            variants[f"{model}, {dataset}"] = _bars(runs, dataset)
+    for model, dataset, runs in _measured(collection, "change_percent."):
+        change = runs[f"change_percent.{dataset}"]
+        known = runs[[f"perplexity.{dataset}", f"perplexity_fp.{dataset}"]].to_numpy()
+        told = [f"{quantised:.4f}, full precision {fp:.4f}" for quantised, fp in known]
+        texts = list(map("{:+.2f} %".format, change))
+        figure = _bars(runs["label"], change, change_interval(runs, dataset), texts, told)
+        variants[f"{model}, {dataset}"] = axes(figure, "change from full precision, %", "")
     if not variants:
         return "No finished run of a quantised model has a perplexity (measure=[perplexity])."
-    return Chart(
-        "Perplexity by method",
-        "Change of perplexity from the full precision of the same run. Whiskers: 95 % interval over the windows.",
-        variants,
-    )
+    caption = "Change of perplexity from the full precision of the same run. Whiskers: 95 % interval over the windows."
+    return Chart("Perplexity by method", f"{caption} {SCALE}", variants)
 
 
-def _bars(runs: pd.DataFrame, dataset: str) -> go.Figure:
-    figure = styled(go.Figure(), 100 + bar_height(runs["label"]))
+def divergence(collection: Collection) -> Chart | str:
+    """Draw the KL divergence from full precision: one bar for each run, one variant for each dataset."""
+    variants = {}
+    for model, dataset, runs in _measured(collection, "kl."):
+        values = runs[f"kl.{dataset}"]
+        texts = list(map("{:.5f}".format, values))
+        figure = _bars(
+            runs["label"], values, _intervals(runs, dataset), texts, [f"{text} nats/token" for text in texts]
+        )
+        variants[f"{model}, {dataset}"] = axes(figure, "nats per token", "")
+    if not variants:
+        return "No finished run of a quantised model has a KL divergence (measure=[perplexity])."
+    caption = "KL divergence from the full precision of the same run. Whiskers: 95 % interval over the windows."
+    return Chart("KL divergence by method", f"{caption} {SCALE}", variants)
+
+
+def _measured(collection: Collection, kind: str) -> list[tuple[str, str, pd.DataFrame]]:
+    """Return model, dataset and runs for each dataset on which quantised runs have metrics of a kind, such as `kl.`."""
+    datasets = [name.partition(".")[2] for name in map(str, collection.shown) if name.startswith("change_percent.")]
+    found = []
+    for (model, runs), dataset in product(collection.by_model(), datasets):
+        if f"{kind}{dataset}" in runs:
+            own = runs[runs[f"{kind}{dataset}"].notna() & runs["quantized"]]
+            found += [(model, dataset, own)] if len(own) else []
+    return found
+
+
+def _bars(
+    labels: pd.Series, values: pd.Series, ends: tuple[pd.Series, pd.Series], texts: list[str], told: list[str]
+) -> go.Figure:
+    """Draw horizontal bars with whiskers.
+
+    Args:
+        labels: Names of the bars.
+        values: Their lengths.
+        ends: Lower and upper ends of their whiskers, NaN for none.
+        texts: Text beside each bar.
+        told: What a hover tells, besides the label.
+    """
+    figure, scale = styled(go.Figure(), 100 + bar_height(labels)), Scale.of(values)
+    place, low, high = (scale.place(numbers) for numbers in (values, *ends))
+    whiskers = {"type": "data", "symmetric": False, "array": high - place, "arrayminus": place - low}
     figure.add_bar(
-        y=runs["label"].map(wrapped),
-        x=runs[f"change_percent.{dataset}"],
+        y=labels.map(wrapped),
+        x=place,
         orientation="h",
-        text=runs[f"change_percent.{dataset}"].map("{:+.2f} %".format),
+        text=texts,
         textposition="auto",
-        error_x=_whiskers(runs, dataset),
-        customdata=runs[["label", f"perplexity.{dataset}", f"perplexity_fp.{dataset}"]],
-        hovertemplate="%{customdata[0]}<br>%{customdata[1]:.4f}, full precision %{customdata[2]:.4f}<extra></extra>",
+        error_x=None if np.isnan(low).all() else whiskers,
+        customdata=np.stack([labels, told], axis=1),
+        hovertemplate="%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
     )
-    figure.update_yaxes(autorange="reversed", type="category")  # a name such as 5GB is not a number
-    return axes(figure, "change from full precision, %", "")
+    figure.update_xaxes(**scale.axis())
+    return figure.update_yaxes(autorange="reversed", type="category")  # a name such as 5GB is not a number
 
 
-def _whiskers(runs: pd.DataFrame, dataset: str) -> dict[str, Any] | None:
-    """Return the 95 % intervals of the changes of perplexity, as plotly's error bars. None if no run has one."""
-    ends = [f"dlnppl.{dataset}.{end}" for end in ("low", "high")]
-    if not set(ends) <= set(runs):
-        return None
-    low, high = (np.expm1(runs[end].astype(float)) * 100 for end in ends)
-    change = runs[f"change_percent.{dataset}"]
-    return {"type": "data", "symmetric": False, "array": high - change, "arrayminus": change - low}
+def _intervals(runs: pd.DataFrame, dataset: str) -> tuple[pd.Series, pd.Series]:
+    """Return both ends of the 95 % interval of each run's KL divergence, NaN for runs that recorded no windows."""
+    ends = []
+    for folder in runs["folder"]:
+        table = windows_of(Path(folder))
+        found = None if table is None else scores([table], dataset, "kl")
+        mean = None if found is None else over_seeds(found)
+        ends.append((np.nan, np.nan) if mean is None else (max(mean.low, 0.0), mean.high))
+    low, high = zip(*ends, strict=True)
+    return pd.Series(low, runs.index, dtype=float), pd.Series(high, runs.index, dtype=float)
 
 
 def layers(collection: Collection) -> Chart | str:

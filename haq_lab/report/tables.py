@@ -1,30 +1,32 @@
-"""Make the tables of the page: results with the best values marked, published figures, runs, protocols, provenance."""
+"""Make the tables of results: quality with the best values marked, cost, and published figures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
+from haq_lab.measure.disturbance import MARK, disturbances, mark
 from haq_lab.measure.metrics import UNQUANTISED, Metric, find_metric, table_columns
 from haq_lab.report.collect import Collection
 from haq_lab.report.verdicts import best_runs, verdict
 from haq_lab.results.load import RANDOM_PROMPTS, evaluated_texts
 from haq_lab.results.published import beside, figures_of
+from haq_lab.results.run_labels import FULL_PRECISION
 from haq_lab.utils.console import format_change
 
-PROVENANCE = ("started", "python", "torch", "cpu", "threads", "checkpoint", "folder")
-STAMP = (
-    *("tokenizer", "seqlen", "stride", "windows", "samples", "seed", "tokens_scored"),
-    *("split", "join", "level", "text_sha256"),
-)
+WIDEST = 6  # columns with numbers, so that a table fits a screen of 1,280 pixels
+PARTS = {  # tables of a model besides the first one, by the beginning of their metrics' names
+    "cost": ("memory.", "latency.", "quantizer."),
+    "offloading": ("offload.",),
+}
 NOTE = (
-    "Bold: the best of the quantised runs, with those that are equal within noise. ±: standard error over the windows. "
-    "Differences in %: perplexity from the "
-    "full precision of the same run, weights from the whole model in fp16, latency and task scores from the table's "
-    "unquantised run if it has exactly one. Peak RAM is not compared, because only some runs quantise, and "
-    "quantization needs memory too."
+    "Marked: the best of the quantised runs, with those that are equal within noise or as printed. ±: standard error "
+    "over the windows. Differences in %: perplexity from the full precision of the same run, weights from the whole "
+    "model in fp16, latency and task scores from the table's unquantised run if it has exactly one. RAM to run is the "
+    "peak while the model reads a prompt and decodes, beyond Python and the libraries. x fp32: speed over that of the "
+    "unquantised model, whose tokens alternate with the run's."
 )
 
 
@@ -62,14 +64,14 @@ class Table:
     note: str = ""
 
 
-def result_tables(collection: Collection) -> list[Table]:
-    """Return one table for each model and set of evaluation windows, so that the runs of a table are comparable."""
+def comparable_groups(collection: Collection) -> list[tuple[str, pd.DataFrame]]:
+    """Return the runs of each model and set of evaluation windows, with a title. The runs of a group are comparable."""
     groups: dict[tuple[str, tuple[Any, ...]], list[pd.Series]] = {}
-    for _, run in collection.finished.iterrows():
+    for _, run in collection.shown.iterrows():
         protocol = collection.protocol[run["name"]]
-        windows = tuple((text, _stamp(protocol[text])) for text in evaluated_texts(protocol))
+        windows = tuple((text, frozen_stamp(protocol[text])) for text in evaluated_texts(protocol))
         groups.setdefault((str(run["model"]), windows), []).append(run)
-    tables = []
+    titled = []
     for (model, windows), runs in groups.items():
         evaluated = [other for of, other in groups if of == model and other]
         title = model
@@ -77,36 +79,94 @@ def result_tables(collection: Collection) -> list[Table]:
             title += f", windows {evaluated.index(windows) + 1}"
         elif evaluated and not windows:
             title += ", not evaluated on text"
-        tables.append(_result_table(pd.DataFrame(runs), title, collection.metrics))
-    return tables
+        titled.append((title, pd.DataFrame(runs)))
+    return titled
 
 
-def _result_table(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) -> Table:
-    measured = table_columns(
-        [str(name) for name in runs if runs[name].notna().any() or f"null.{name}" in runs], declared
-    )
+def result_tables(collection: Collection) -> list[Table]:
+    """Return the tables of each group of comparable runs: quality, and if they do not fit beside, cost and offloading."""
+    groups = comparable_groups(collection)
+    return [table for title, runs in groups for table in _result_tables(runs, title, collection.metrics)]
+
+
+def _result_tables(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) -> list[Table]:
+    measured = measured_metrics(runs, declared)
     baseline, contenders = runs[~runs["quantized"]], runs[runs["quantized"]]
     best = {name: best_runs(contenders, name, metric) for name, metric in measured.items()}
-    rows = []
-    for _, run in runs.iterrows():
-        prompts = "random prompts" if run.get("prompts") == RANDOM_PROMPTS else ""
-        row = [Cell(_name_in_table(run), note=prompts)]
-        for name, metric in measured.items():
-            value = run[name]
-            if pd.isna(value):
-                row.append(_empty_cell(run.get(f"null.{name}")))
-                continue
-            row.append(Cell(metric.format(value), run["name"] in best[name], _difference(name, metric, run, baseline)))
-        rows.append(row)
-    texts = [name.partition(".")[2] for name in measured if name.startswith("kl.")]
-    counts = {text: int(contenders[f"kl.{text}"].notna().sum()) for text in texts}
-    verdicts = filter(None, (verdict(text, count, best[f"kl.{text}"]) for text, count in counts.items()))
-    note = " ".join([*verdicts, NOTE, *_limitations(runs)])
-    return Table(title, ["run", *(metric.head for metric in measured.values())], rows, len(measured), note)
+    best |= {name: set() for name in measured if any(mark(name, run) for _, run in runs.iterrows())}
+    tables = []
+    for part, names in _parts(list(measured)):
+        rows = [] if len(baseline) else _full_precision(contenders, names)
+        for _, run in runs.iterrows():
+            prompts = run.get("prompts") == RANDOM_PROMPTS and any(
+                name.startswith(("latency.", "offload.")) for name in names
+            )
+            cells = [_cell(name, measured[name], run, baseline, best[name]) for name in names]
+            if any(cell.text for cell in cells) or not names:
+                rows.append([Cell(run["label"], note="random prompts" if prompts else ""), *cells])
+        head = ["run", *(measured[name].head for name in names)]
+        note = _verdicts(contenders, names, best)
+        tables.append(Table(f"{title}: {part}" if part else title, head, rows, len(names), note))
+    note = " ".join(filter(None, [tables[-1].note, *_busy_machines(runs), *_limitations(runs)]))
+    return [*tables[:-1], replace(tables[-1], note=note)]
 
 
-def _name_in_table(run: pd.Series) -> str:
-    return str(run["name"]).removeprefix(f"{run['model']} ")
+def measured_metrics(runs: pd.DataFrame, declared: dict[str, Metric]) -> dict[str, Metric]:
+    """Return the metrics that at least one of the runs has, or that are null for a reason, in the order of tables."""
+    names = [str(name) for name in runs if runs[name].notna().any() or f"null.{name}" in runs]
+    return table_columns(names, declared)
+
+
+def _parts(names: list[str]) -> list[tuple[str, list[str]]]:
+    """Return the metrics of each table of a model: all in one if they fit, otherwise quality, cost and offloading."""
+    if len(names) <= WIDEST:
+        return [("", names)]
+    parts: dict[str, list[str]] = {"": []}
+    for name in names:
+        part = next((part for part, begins in PARTS.items() if name.startswith(begins)), "")
+        parts.setdefault(part, []).append(name)
+    return [
+        (f"{part} ({number})".strip() if number > 1 else part, names[start : start + width])
+        for part, names in parts.items()
+        for width in [_width(len(names))]
+        for number, start in enumerate(range(0, len(names), width), start=1)
+    ]
+
+
+def _width(columns: int) -> int:
+    """Return how many columns each of several tables has, so that they are about equally wide."""
+    tables = max(1, -(-columns // WIDEST))
+    return max(1, -(-columns // tables))
+
+
+def _full_precision(runs: pd.DataFrame, names: list[str]) -> list[list[Cell]]:
+    """Return a row of the perplexities in full precision that all runs share. None if there are none."""
+    cells = []
+    for name in names:
+        kind, _, text = name.partition(".")
+        metric, shared = find_metric(name), runs.get(f"perplexity_fp.{text}", pd.Series(dtype=float)).dropna()
+        known = kind == "perplexity" and metric is not None and len(set(shared)) == 1
+        cells.append(Cell(metric.format(shared.iloc[0]) if known and metric else ""))
+    return [[Cell(FULL_PRECISION), *cells]] if any(cell.text for cell in cells) else []
+
+
+def _cell(name: str, metric: Metric, run: pd.Series, baseline: pd.DataFrame, best: set[str]) -> Cell:
+    if pd.notna(value := run[name]):
+        shown = mark(name, run) + metric.format(value)
+        return Cell(shown, run["name"] in best, _difference(name, metric, run, baseline))
+    reason = run.get(f"null.{name}")  # a metric that the run did not measure has none
+    return Cell("null", note=reason) if isinstance(reason, str) else Cell("")
+
+
+def _verdicts(contenders: pd.DataFrame, names: list[str], best: dict[str, set[str]]) -> str:
+    """Return a sentence for each text whose KL divergence is in a table."""
+    labels = contenders.set_index("name")["label"]
+    sentences = []
+    for name in names:
+        if name.startswith("kl."):
+            winners = {labels[winner] for winner in best[name]}
+            sentences.append(verdict(name.partition(".")[2], int(contenders[name].notna().sum()), winners))
+    return " ".join(filter(None, sentences))
 
 
 def _limitations(runs: pd.DataFrame) -> list[str]:
@@ -114,12 +174,14 @@ def _limitations(runs: pd.DataFrame) -> list[str]:
     if "offload_limitation" not in runs:
         return []
     limited = runs[runs["offload_limitation"].notna()]
-    return [f"{_name_in_table(run)}: {run['offload_limitation'].rstrip('.')}." for _, run in limited.iterrows()]
+    return [f"{run['label']}: {run['offload_limitation'].rstrip('.')}." for _, run in limited.iterrows()]
 
 
-def _empty_cell(reason: Any) -> Cell:
-    """Return the cell of a metric that is null for a reason, or that the run did not measure."""
-    return Cell("null", note=reason) if isinstance(reason, str) else Cell("")
+def _busy_machines(runs: pd.DataFrame) -> list[str]:
+    """Return a sentence for each run whose latency other work disturbed."""
+    disturbed = [(run, reasons) for _, run in runs.iterrows() if (reasons := disturbances(run))]
+    sentences = [f"{run['label']}: {', and '.join(reasons)}." for run, reasons in disturbed]
+    return [f"{MARK}: the machine was busy when latency was measured.", *sentences] if sentences else []
 
 
 def _difference(name: str, metric: Metric, run: pd.Series, unquantised: pd.DataFrame) -> str:
@@ -141,7 +203,7 @@ def _difference(name: str, metric: Metric, run: pd.Series, unquantised: pd.DataF
 
 def published_table(collection: Collection) -> Table | None:
     """Return a table of published figures beside ours. None if there are no published figures for the runs."""
-    table = beside(collection.finished)
+    table = beside(collection.shown)
     if table.empty:
         return None
     rows = []
@@ -155,56 +217,6 @@ def published_table(collection: Collection) -> Table | None:
     return Table("Published figures beside ours", head, rows, 3, note)
 
 
-def run_table(collection: Collection) -> Table:
-    """Return a table of all runs with their choices, failed and unfinished runs included."""
-    groups = [name for name in ("experiment", "model", "quantizer", "backend", "offload") if name in collection.runs]
-    groups = [name for name in groups if (collection.runs[name].fillna("none") != "none").any()]
-    stages = [name for name in map(str, collection.runs) if name.startswith("time.")]
-    rows = []
-    for _, run in collection.runs.iterrows():
-        row = [Cell(str(run["name"])), Cell(str(run["status"]))]
-        row += [Cell("" if pd.isna(run[name]) else str(run[name])) for name in groups]
-        seconds = sum(run[name] for name in stages if pd.notna(run[name]))
-        rows.append([*row, Cell(f"{seconds:,.1f}" if seconds else "")])
-    return Table("Runs", ["run", "status", *groups, "stages, s"], rows, 1)
-
-
-def protocol_table(collection: Collection) -> Table:
-    """Return a table of all different protocol stamps, each with its runs."""
-    stamps: dict[Any, tuple[dict[str, Any], list[str]]] = {}
-    for name, texts in collection.protocol.items():
-        for text, stamp in texts.items():
-            stamps.setdefault((text, _stamp(stamp)), (stamp, []))[1].append(name)
-    present = [name for name in STAMP if any(name in stamp for stamp, _ in stamps.values())]
-    rows = []
-    for (text, _), (stamp, names) in stamps.items():
-        label, comparable = f"{text} ({stamp.get('text')})", ""
-        if evaluated_texts({text: stamp}):
-            label, comparable = text, ", ".join(stamp.get("comparable_with", [])) or "nothing published"
-        elif text == "latency" and stamp.get("text") == RANDOM_PROMPTS:
-            label = "latency (random prompts)"
-        runs = (
-            "all"
-            if len(names) == len(collection.protocol)
-            else f"{len(names)}: {names[0]}" + ", ..." * (len(names) > 1)
-        )
-        rows.append(list(map(Cell, [label, *(str(stamp.get(name, "")) for name in present), comparable, runs])))
-    return Table("Protocol stamps", ["text", *present, "comparable with", "runs"], rows)
-
-
-def provenance_table(collection: Collection) -> Table:
-    """Return a table with the time, versions, machine, folder and command of each run."""
-    names = [name for name in PROVENANCE if name in collection.runs]
-    rows = []
-    for _, run in collection.runs.iterrows():
-        texts = [
-            "" if pd.isna(run[name]) else f"{run[name]:g}" if isinstance(run[name], float) else run[name]
-            for name in names
-        ]
-        rows.append([Cell(str(text)) for text in (run["name"], *texts, f"python -m haq_lab {run['overrides']}")])
-    return Table("Provenance", ["run", *names, "command"], rows)
-
-
-def _stamp(stamp: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+def frozen_stamp(stamp: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     """Return a protocol stamp in a form that can be compared and hashed."""
     return tuple(sorted((name, str(value)) for name, value in stamp.items()))

@@ -9,13 +9,14 @@ from haq_lab.results.comparison import compare_with
 from haq_lab.utils.errors import UserError
 
 # Metrics of a text, and the columns of windows.csv that they average.
-COLUMNS = {"perplexity": "nll", "kl": "kl", "token_agreement": "token_agreement"}
+COLUMNS = {"perplexity": "nll", "change_percent": "nll", "kl": "kl", "token_agreement": "token_agreement"}
 
 
 def best_runs(runs: pd.DataFrame, name: str, metric: Metric) -> set[str]:
     """Return the names of the runs whose value of a metric is the best, with those that cannot be told from it.
 
-    Perplexity, KL and token agreement are compared by paired windows. Other metrics tie if they look alike.
+    Perplexity, KL and token agreement are compared by paired windows. Values that are printed with the same digits
+    share the mark, because a reader sees no difference between them.
 
     Args:
         runs: Quantised runs on the same windows.
@@ -31,10 +32,10 @@ def best_runs(runs: pd.DataFrame, name: str, metric: Metric) -> set[str]:
     first = str(values.idxmin() if metric.direction == "lower" else values.idxmax())
     kind, _, text = name.partition(".")
     worse = _worse_by_windows(runs, first, text, COLUMNS[kind]) if kind in COLUMNS else None
-    if worse is None:
-        shown = values.map(metric.format)
-        worse = set(shown[shown != shown[first]].index)
-    return set(map(str, values.index)) - worse if worse else set()
+    printed = values.map(metric.format)
+    best = {first} if worse is None else set(map(str, values.index)) - worse
+    best = set(map(str, printed[printed.isin(printed[list(best)])].index))
+    return best if len(best) < len(values) else set()
 
 
 def _worse_by_windows(runs: pd.DataFrame, first: str, text: str, column: str) -> set[str] | None:

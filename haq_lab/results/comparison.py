@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from glob import glob
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 
 from haq_lab.measure.estimate import combined, document_sums, estimate
 from haq_lab.results.windows import Scores, require_same_windows, scores, stamps_of, windows_of
-from haq_lab.utils.errors import UserError
+from haq_lab.utils.errors import UserError, nearest_beside
+
+Runs = str | Path | Sequence[str | Path]  # a folder, a pattern of folders, or several folders
 
 METRICS = ("kl", "nll")  # compared columns of windows.csv, quality by KL first
 HIGHER_IS_BETTER = ("token_agreement",)
@@ -30,10 +33,27 @@ class _Run(NamedTuple):
     stamps: dict[str, dict[str, Any]]
 
 
-def _read(folders: Sequence[Path | str]) -> list[_Run]:
+def run_folders(pattern: str | Path) -> list[Path]:
+    """Return the folders of the finished runs that a pattern names.
+
+    Args:
+        pattern: A run folder, or a pattern such as `runs/sweep/*quantizer=haq*`.
+
+    Raises:
+        UserError: There is none.
+    """
+    paths = [Path(pattern), *map(Path, sorted(glob(str(pattern))))]  # noqa: PTH207  # Path.glob refuses absolute ones
+    folders = [path for path in dict.fromkeys(paths) if (path / "results.json").is_file()]
+    if not folders:
+        hint = nearest_beside(Path(pattern)) or ". Name the folder of a finished run."
+        raise UserError(f"RUNS: '{pattern}' is not the folder of a finished run{hint}")
+    return folders
+
+
+def _read(group: Runs) -> list[_Run]:
     """Read the runs of a group, each once however many other groups it is compared with."""
     runs = []
-    for folder in map(Path, folders):
+    for folder in run_folders(group) if isinstance(group, str | Path) else map(Path, group):
         if (table := windows_of(folder)) is None:
             raise UserError(
                 f"compare: '{folder}' has no windows.csv. Name the folder of a finished run with measure=[perplexity]; "
@@ -43,14 +63,13 @@ def _read(folders: Sequence[Path | str]) -> list[_Run]:
     return runs
 
 
-def compare(
-    first: Sequence[Path | str], second: Sequence[Path | str], names: tuple[str, str] = ("A", "B")
-) -> pd.DataFrame:
-    """Compare two groups of runs on the same windows.
+def compare(first: Runs, second: Runs, names: tuple[str, str] = ("A", "B")) -> pd.DataFrame:
+    """Compare two groups of runs on the same windows. In Python it is also `haq_lab.results.compare`.
 
     Args:
-        first: Run folders. Several of them are runs that differ only in their seeds.
-        second: Run folders of the other group.
+        first: A run folder, a pattern of folders such as `runs/sweep/*quantizer=haq*`, or a list of folders. Several
+            folders are runs that differ only in their seeds.
+        second: The other group.
         names: Names of the groups, for the table.
 
     Returns:
@@ -70,12 +89,12 @@ def compare(
         UserError: A run has no windows, or the groups were not evaluated on the same windows.
 
     Example:
-        >>> compare(["runs/sweep/quantizer=haq"], ["runs/sweep/quantizer=gptq"])[["data", "metric", "verdict"]]
+        >>> compare("runs/sweep/quantizer=haq", "runs/sweep/quantizer=gptq")[["data", "metric", "verdict"]]
     """
     return _corrected(_rows(_read(first), _read(second), names))
 
 
-def compare_all(groups: Mapping[str, Sequence[Path | str]]) -> pd.DataFrame:
+def compare_all(groups: Mapping[str, Runs]) -> pd.DataFrame:
     """Compare every pair of groups of runs, as `compare` does. `p_holm` is corrected for all pairs.
 
     Args:
@@ -92,8 +111,8 @@ def compare_all(groups: Mapping[str, Sequence[Path | str]]) -> pd.DataFrame:
 
 
 def compare_with(
-    first: tuple[str, Sequence[Path | str]],
-    others: Mapping[str, Sequence[Path | str]],
+    first: tuple[str, Runs],
+    others: Mapping[str, Runs],
     text: str,
     metric: str,
 ) -> pd.DataFrame:

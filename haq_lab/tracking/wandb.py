@@ -1,7 +1,7 @@
 """Track runs with W&B: one W&B run for each run, and one group for each sweep.
 
-All files stay in the run folder. docs/tracking.md lists what is uploaded.
-The environment variable `WANDB_MODE` can only restrict the setting `mode`.
+All files stay in the run folder. docs/guides/tracking.md lists what is uploaded. The environment variable `WANDB_MODE`
+can only restrict the setting `mode`.
 `WANDB_RUN_ID` and `WANDB_RESUME` are ignored, because all runs of a sweep would get the same id.
 """
 

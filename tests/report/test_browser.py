@@ -42,8 +42,15 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(opened, size,
     page, wrong = opened(size, scheme)
     assert wrong == []
     assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    tables = page.locator(".scroll")
+    assert tables.count() >= 6
+    for place in range(tables.count()):  # no table has to be scrolled
+        assert tables.nth(place).evaluate("(box) => box.scrollWidth - box.clientWidth") <= 0, tables.nth(
+            place
+        ).inner_text()
     sections = page.locator("section")
-    assert sections.count() == 7
+    assert sections.count() == 8
     assert page.locator("section .plot svg.main-svg").count() >= sections.count()
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
 

@@ -50,6 +50,18 @@ def test_runs_that_cannot_be_told_apart_share_the_mark(runs):
     )
 
 
+def test_runs_that_are_printed_alike_share_the_mark_even_if_they_differ_beyond_noise(runs):
+    assert best_runs(runs, "kl.text", Metric("KL", direction="lower", decimals=5)) == {"haq", "gptq"}
+    for place, name in enumerate(("haq", "gptq", "rtn")):
+        path = Path(runs["folder"][place]) / "windows.csv"
+        windows = pd.read_csv(path)
+        windows["kl"] = [kl + {"haq": 0, "gptq": 1e-6, "rtn": 0.01}[name] for kl in BASE]
+        windows.to_csv(path, index=False)
+    runs["kl.text"] = [sum(BASE) / 10 + extra for extra in (0, 1e-6, 0.01)]
+    assert best_runs(runs, "kl.text", Metric("KL", direction="lower", decimals=7)) == {"haq"}
+    assert best_runs(runs, "kl.text", Metric("KL", direction="lower", decimals=4)) == {"haq", "gptq"}
+
+
 def test_no_run_is_marked_if_none_is_worse(runs):
     near = runs[runs["name"] != "rtn"]
     assert best_runs(near, "kl.text", KL) == set()

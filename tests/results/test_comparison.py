@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from launching import TINY, launch
 
+import haq_lab
 from haq_lab.cli.results import main
 from haq_lab.results.comparison import compare, compare_all, holm, sign_flip_p
 from haq_lab.results.load import load
@@ -52,6 +53,17 @@ def test_a_clear_difference_has_a_verdict(near, far):
     assert kl["p"] == 2 / 2**8  # only the observed signs and their opposites are as extreme
     assert kl["p_holm"] == 2 * kl["p"]
     assert kl["verdict"] == "near is better"
+
+
+def test_notebooks_have_a_short_spelling(near, far, monkeypatch):
+    expected = compare([near], [far])
+    pd.testing.assert_frame_equal(haq_lab.results.compare(near, str(far)), expected)
+    monkeypatch.chdir(near.parent)
+    pd.testing.assert_frame_equal(haq_lab.results.compare("nea*", "far"), expected)
+    with pytest.raises(UserError, match=r"RUNS: 'fra' is not the folder of a finished run \(did you mean 'far'"):
+        haq_lab.results.compare("near", "fra")
+    with pytest.raises(AttributeError, match="comparee"):
+        haq_lab.results.comparee  # noqa: B018
 
 
 def test_noise_has_none(near, far):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pandas as pd
+import pytest
 
 from haq_lab.results.figures import comparison_figure, layer_figure, mean_over_experts
 
@@ -34,14 +38,33 @@ def test_a_run_without_errors_has_its_figure(tmp_path):
     assert layer_figure(_layers(None), tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_of_one_name_have_bars_of_their_own_and_missing_texts_are_named(tmp_path, monkeypatch):
+def _drawn(runs: pd.DataFrame, monkeypatch):
+    """The panel of a figure of one dataset."""
     drawn = []
     monkeypatch.setattr("haq_lab.results.figures.save", lambda figure, path: drawn.append(figure) or path)
-    runs = pd.DataFrame({"name": ["same", "same", "other"], "change_percent.c4": [1.0, 2.0, None]})
-    runs = pd.concat([runs, pd.DataFrame([{"name": "null", "null.perplexity.c4": "too large"}])], ignore_index=True)
-    comparison_figure(runs, tmp_path / "a.png")
+    comparison_figure(runs, Path("a.png"))
     (panel,) = drawn[0].axes
-    assert [round(bar.get_width(), 3) for bar in panel.patches] == [1, 2, 0, 0]
+    return panel
+
+
+def test_runs_of_one_name_have_bars_of_their_own_and_missing_texts_are_named(monkeypatch):
+    runs = pd.DataFrame({"quantizer": ["haq", "haq", "rtn", "gptq"], "change_percent.c4": [1.0, 2.0, None, None]})
+    runs = runs.assign(folder="a", quantized=True)
+    runs["null.perplexity.c4"] = [None, None, None, "too large"]
+    panel = _drawn(runs, monkeypatch)
+    assert [round(bar.get_width(), 3) for bar in panel.patches] == [0, 0, 1, 2]
     assert len({bar.get_y() for bar in panel.patches}) == 4
-    assert [text.get_text() for text in panel.texts] == ["+1.00 %", "+2.00 %", "not evaluated", "null (too large)"]
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["same", "same", "other", "null"]
+    assert [text.get_text() for text in panel.texts] == ["not evaluated", "null (too large)", "+1.00 %", "+2.00 %"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["RTN", "GPTQ", "HAQ", "HAQ"]
+
+
+def test_whiskers_are_intervals_and_a_large_bar_hides_nothing(monkeypatch):
+    runs = pd.DataFrame({"quantizer": ["none", "rtn", "smoothquant", "haq"], "change_percent.c4": [0, 140, 3, 0.5]})
+    runs = runs.assign(folder="a", quantized=runs["quantizer"] != "none")
+    runs["dlnppl.c4.low"] = np.log1p([np.nan, 1.3, 0.02, 0.004])
+    runs["dlnppl.c4.high"] = np.log1p([np.nan, 1.5, 0.04, 0.006])
+    panel = _drawn(runs, monkeypatch)
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["RTN", "SmoothQuant", "HAQ"]
+    assert panel.get_xscale() == "asinh"
+    ends = panel.collections[0].get_segments()
+    assert np.ravel([segment[:, 0] for segment in ends]) == pytest.approx([130, 150, 2, 4, 0.4, 0.6])
