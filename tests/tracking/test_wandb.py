@@ -185,7 +185,7 @@ def test_a_private_run_names_neither_the_machine_nor_paths_nor_settings(tmp_path
         assert (outcome.code, outcome.err) == (0, "")
         assert "wandb_failed" not in (folder / "events.jsonl").read_text()
         told[name] = _sent(folder)
-    secrets = [socket.gethostname(), "secret-folder", sys.executable, "calibration", "python_docs.seqlen"]
+    secrets = [json.dumps(socket.gethostname()), "secret-folder", sys.executable, "calibration", "python_docs.seqlen"]
     assert [secret for secret in secrets if secret in told["private"]] == []
     assert [secret for secret in secrets if secret not in told["open"]] == []  # so the test would find them
     assert "perplexity.python_docs" in told["private"]
