@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -20,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 
 from haq_lab.models.build_cache import build_once
-from haq_lab.models.families.tiny import TINY
+from haq_lab.models.families.tiny import TINY, tiny_fields
 from haq_lab.models.gguf_header import check_lengths
 from haq_lab.models.random_tiny import build_tiny
 from haq_lab.storage.weight_files import SUFFIXES, weight_files
@@ -210,7 +211,9 @@ class TinyModel:
         return f"tiny_{self.architecture}"
 
     def folder(self) -> Path:
-        name = f"{self.label}-{self.layers}x{self.hidden}-{self.seed}"
+        fields = json.dumps(tiny_fields(self.architecture, self.layers, self.hidden), sort_keys=True)
+        digest = hashlib.sha256(fields.encode()).hexdigest()[:8]  # so that a changed config is another model
+        name = f"{self.label}-{self.layers}x{self.hidden}-{self.seed}-{digest}"
         return build_once(
             name, lambda target: build_tiny(target, self.architecture, self.layers, self.hidden, self.seed)
         )

@@ -137,7 +137,7 @@ class NativeStack(nn.Module):
         """Return this stack's KVCache in a model's cache, added if the cache is new. None if it has another kind."""
         while len(cache.layers) < self.first + len(self.layers):
             cache.layers.append(DynamicLayer())
-        kv = cache.layers[self.first]
+        kv: Any = cache.layers[self.first]
         if type(kv) in (DynamicLayer, DynamicSlidingWindowLayer) and kv.get_seq_length() == 0:
             kv = cache.layers[self.first] = self.new_cache()
         return kv if isinstance(kv, KVCache) else None

@@ -30,6 +30,7 @@ from haq_lab.utils.paths import bundled
 QUANTIZERS = [name for name in options("quantizer") if name != "none"]
 NEEDED = {
     "model=hf": ["model.name=x"],
+    "model=tiny": ["model.architecture=qwen2"],
     "model=gguf": ["model.path=x"],
     "model=quantized": ["model.path=x", "quantizer=none"],
 }

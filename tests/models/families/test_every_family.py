@@ -29,12 +29,15 @@ from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.deployment import load_checkpoint
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
+from haq_lab.prefix.contents import Prefix
 from haq_lab.quantizers.base import Quantizer
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothquant import SmoothQuant
 from haq_lab.runtime.deploy import deploy
+from haq_lab.runtime.native_decoder import NativeStack, Passed
+from haq_lab.utils.errors import UserError
 from tests.models.test_layerwise import whole_of
 from tests.quantizers.test_rotation import Unrounded, UnroundedBackend, rotated_layers
 from tests.quantizers.test_smoothing import relative, smoothed_layers
@@ -320,3 +323,39 @@ def test_native_layers_compute_the_same(model, architecture, caplog):
         errors = (outputs[1] - outputs[0]).norm(dim=-1) / outputs[0].norm(dim=-1)
         assert errors.median() < 0.01
     assert not [record for record in caplog.records if "native decoder not used" in record.getMessage()]
+
+
+def test_native_stacks_get_the_arguments_of_their_kind(windows, tmp_path):
+    """Two layers with a window and two without, whose rotary positions differ too."""
+    kinds = ["sliding_attention"] * 2 + ["full_attention"] * 2
+    fields = tiny_fields("gemma3_text", 4, 64) | {"layer_types": kinds, "sliding_window": 8}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **fields)).save_pretrained(tmp_path)
+    model, layers = LayeredModel(tmp_path), []
+    inputs = PassInputs(model, RTN(), CpuBackend(), None, CalibrationPolicy(), {})
+    sequential_pass(inputs, lambda index, layer: layers.append(layer))
+    plain, whole = model.assemble(layers), deploy(model.assemble(layers), model, CpuBackend())
+    assert [type(module) for module in whole.model.layers] == [NativeStack, Passed] * 2
+    wanted, got = plain(windows).logits, whole(windows).logits
+    assert ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median() < 0.01
+    first = whole(windows[:, :30], use_cache=True)
+    rest = torch.cat([whole(windows[:, [at]], cache=first.cache, use_cache=True).logits for at in range(30, 34)], dim=1)
+    assert ((rest - wanted[:, 30:34]).norm(dim=-1) / wanted[:, 30:34].norm(dim=-1)).median() < 0.01
+
+
+def test_padding_after_a_prompt_behind_a_window_is_not_native(caplog):
+    model = LayeredModel(TinyModel("mistral").folder())
+    layers: list[nn.Module] = []
+    inputs = PassInputs(model, RTN(), CpuBackend(), None, CalibrationPolicy(), {})
+    sequential_pass(inputs, lambda index, layer: layers.append(layer))
+    plain, whole = model.assemble(layers), deploy(model.assemble(layers), model, CpuBackend())
+    ids, mask = torch.randint(1, 257, (1, 40)), torch.ones(1, 40, dtype=torch.long)
+    mask[:, 30:34] = 0
+    wanted, got = plain(ids, attention_mask=mask).logits, whole(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[:, 34:], wanted[:, 34:], rtol=1e-4, atol=1e-4)
+    assert "padding follows tokens, and there is a sliding window" in caplog.text
+
+
+def test_soft_caps_take_no_prefix():
+    model = LayeredModel(TinyModel("gemma2").folder())
+    with pytest.raises(UserError, match=r"quantizer\.prefix: 'gemma2' has eager attention, which takes no prefix"):
+        model.with_prefix(Prefix((1,), "a", None))
