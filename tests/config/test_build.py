@@ -68,7 +68,6 @@ SPELLINGS = [
     "quantizer=haq quantizer.activations=auto",
     "quantizer=haq quantizer.adaptive=false quantizer.smoothing_strength=0.5",
     "quantizer=haq quantizer.fold=[norm]",
-    "quantizer=haq quantizer.fold=[]",
     "quantizer=haq quantizer.scale_search=false",
     "quantizer=haq quantizer.act_order=false",
     "quantizer=haq quantizer.asymmetric_calibration=false",
@@ -84,7 +83,6 @@ SPELLINGS = [
     "calibration=python_docs",
     "model=tiny_mixtral calibration.route=all calibration.min_tokens=200",
     "+experiment=demo measure=[perplexity] data=[text] data.text.path=a.txt",  # less than the experiment sets up
-    "measure=[perplexity,memory,latency]",
     "measure=perplexity",
     "measure=[memory,latency] measure.latency.wait=60 measure.latency.against=none measure.memory.prompt_tokens=8",
     "model=smol_moe offload=haq hardware=rtx3060_12g",
