@@ -65,7 +65,7 @@ def _row(by_option: dict[str, dict[str, Setting]], setting: str, name: str, diff
     values = dict.fromkeys(one.values for one in having.values() if one.values)
     meanings = dict.fromkeys(one.meaning for one in having.values() if one.meaning)
     usual, *others = _defaults(by_option, setting).items()
-    default = code(usual[0]) if usual[0] else ""
+    default = code(usual[0]) if usual[0] else "needed"
     for value, those in others:
         default += f"; {', '.join(those)}: {code(value)}"
     only = "" if len(having) == len(by_option) else ", ".join(map(code, having))

@@ -24,7 +24,7 @@ from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.runtime.equivalence import computation_key, is_silu
 from haq_lab.runtime.fusion import fuse
-from haq_lab.runtime.layer_parts import ACTIVATIONS, LayerParts, UnsupportedLayerError
+from haq_lab.runtime.layer_parts import LayerParts, UnsupportedLayerError
 from haq_lab.runtime.native_decoder import make_stack, stack_native_layers
 from haq_lab.runtime.native_head import make_head_native
 from haq_lab.runtime.native_router import native_router
@@ -56,7 +56,7 @@ def deploy(
     move_to_huge_pages(layers)
     parts: list[LayerParts | None] = []
     reasons: dict[int, str] = {}
-    reproduced: dict[Hashable, int] = {}
+    reproduced: set[Hashable] = set()
     for index, layer in enumerate(layers):
         try:
             parts.append(_native_parts(layer, model, reproduced))
@@ -72,25 +72,22 @@ def deploy(
     return whole
 
 
-def _native_parts(layer: nn.Module, model: LayeredModel, reproduced: dict[Hashable, int]) -> LayerParts:
+def _native_parts(layer: nn.Module, model: LayeredModel, reproduced: set[Hashable]) -> LayerParts:
     """Describe a layer to the native decoder.
 
     Args:
         layer: The decoder layer.
         model: The model's description.
-        reproduced: Computation keys of the layers that the decoder reproduces, and the activation with which it does.
-            Layers with these keys are not run.
+        reproduced: Computation keys of the layers that the decoder reproduces. Layers with these keys are not run.
 
     Raises:
         UnsupportedLayerError: The decoder cannot reproduce the layer.
     """
     parts, key = LayerParts.of(layer, model.groups, model.family), computation_key(layer)
-    for activation in ACTIVATIONS if key not in reproduced else [reproduced[key]]:
-        parts.activation = activation
-        if key in reproduced or make_stack([layer], [parts], 0, _moe_block(model)).reproduces_its_layers():
-            reproduced[key] = activation
-            return parts
-    raise UnsupportedLayerError("the native kernels do not reproduce its output")
+    if key not in reproduced and not make_stack([layer], [parts], 0, _moe_block(model)).reproduces_its_layers():
+        raise UnsupportedLayerError("the native kernels do not reproduce its output")
+    reproduced.add(key)
+    return parts
 
 
 def _refuse_some_windows(parts: list[LayerParts | None], reasons: dict[int, str]) -> None:

@@ -6,10 +6,12 @@ The family table says which modules play which role, so module names are not gue
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from haq_lab.int8.cpu.bindings import kernel_group
@@ -24,7 +26,8 @@ from haq_lab.runtime.native_router import NativeRouter, RouterParts
 _I64, _F32, _PTR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 # Of a layer: before the two halves, after them, and of queries and keys.
 NORMS = ("attention", "mlp", "attention_output", "mlp_output", "queries", "keys")
-ACTIVATIONS = (0, 1)  # of the MLP's gate: SiLU, and GELU in tanh's approximation
+# Of the MLP's gate, in the order of `Activation` of kernels/cpu/kernels.h.
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, partial(F.gelu, approximate="tanh"))
 
 
 class UnsupportedLayerError(Exception):
@@ -150,6 +153,7 @@ class LayerParts(ctypes.Structure):
             head_dim=attention.head_dim,
             window=_window(attention),
             rotary=bool(getattr(attention, "use_rope", True)),
+            activation=0 if family.moe is not None else _activation(layer, outputs[1]),
             scaling=attention.scaling,
             soft_cap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
             residual=residual,
@@ -253,6 +257,18 @@ def _window(attention: Any) -> int:
     """Return the number of positions that a query sees, or 0 if it sees all before it."""
     config = getattr(attention, "config", None)
     return getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0
+
+
+def _activation(layer: nn.Module, down: Group) -> int:
+    """Return which of `ACTIVATIONS` an MLP's only child beside the linears computes."""
+    mlp = layer.get_submodule(down.consumers[0].rpartition(".")[0])
+    others = [child for child in mlp.children() if not isinstance(child, Int8Linear)]
+    x = torch.linspace(-10, 10, 401)
+    found = others[0](x) if len(others) == 1 else None
+    for number, activation in enumerate(ACTIVATIONS):
+        if isinstance(found, Tensor) and torch.allclose(found, activation(x), rtol=CLOSE, atol=CLOSE):
+            return number
+    raise UnsupportedLayerError("its MLP's activation is neither SiLU nor GELU in tanh's approximation")
 
 
 def _count_heads(linears: Sequence[Any], head_dim: int) -> tuple[int, int]:

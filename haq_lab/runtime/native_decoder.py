@@ -210,7 +210,6 @@ class NativeStack(nn.Module):
         got = torch.cat([self.step(hidden[:, p], cosines[:, p], sines[:, p], kv) for p in parts], dim=1)
         return (got - wanted).norm(dim=-1) / (wanted - hidden).norm(dim=-1)
 
-
     def _probe_mask(self) -> Tensor:
         """Return the mask that is added to the scores of the random tokens, (1, 1, tokens, tokens)."""
         seen = torch.ones(PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool).tril()

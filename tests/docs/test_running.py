@@ -30,6 +30,8 @@ EXTRA = {  # arguments that make a command fast
     "plan": ["--tokens=2"],
 }
 MOST_JOBS = 4  # of a larger sweep, only the first job runs
+ELSEWHERE = ("extending",)  # tests/test_extending.py runs the commands of this page, and applies its diffs first
+WITH_COMMANDS = [page for page in PAGES if commands(page) and page.stem not in ELSEWHERE]
 SIZES = ("calibration.samples=", "calibration.seqlen=", "measure.latency.", "tracking=")
 
 
@@ -109,7 +111,9 @@ def _run(command: Command, number: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if commands(page) and page.stem not in ELSEWHERE], ids=lambda page: page.stem
+)
 def test_the_commands_of_a_page_run(page, work):
     numbers = count()
     for command in commands(page):

@@ -103,7 +103,17 @@ def test_long_prompts():
 
 def test_a_layer_with_another_activation_is_not_native():
     layer, groups = llama_layer(hidden_act="gelu")
-    assert native_form(layer, groups) is None, "the outputs are compared"
+    with pytest.raises(UnsupportedLayerError, match="activation is neither SiLU nor GELU"):
+        native_form(layer, groups)
+
+
+def test_a_layer_with_another_residual_is_not_native():
+    """The outputs are compared: nothing in the layer's attributes says what this forward does."""
+    layer, groups = llama_layer()
+    assert native_form(layer, groups) is not None
+    whole = type(layer).forward
+    layer.forward = lambda hidden, **others: hidden + 0.9 * (whole(layer, hidden, **others) - hidden)
+    assert native_form(layer, groups) is None
 
 
 def reference_backend():
@@ -184,7 +194,10 @@ def gelu_in_all_layers(layers):
     ("change", "notice"),
     [
         (norm_in_layer_1, "native decoder not used for 1 of 2 layers: layer 1: input_layernorm is not an RMSNorm"),
-        (gelu_in_all_layers, "native decoder not used: layer 0: the native kernels do not reproduce its output"),
+        (
+            gelu_in_all_layers,
+            "native decoder not used: layer 0: its MLP's activation is neither SiLU nor GELU in tanh's approximation",
+        ),
         (lambda layers: None, None),
     ],
 )

@@ -70,8 +70,8 @@ def architecture_of(model: QuantizedModel) -> Architecture:
     config, family = model.config, model.family
     if family.model_type not in ARCHITECTURES:
         raise UserError(
-            f"export --for gguf: '{family.model_type}' is not supported. Choose --for transformers, or a model of the "
-            f"architectures {', '.join(ARCHITECTURES)}."
+            f"export --for gguf: architecture '{family.model_type}' is not supported. Choose --for transformers, or a "
+            f"model of the architectures {', '.join(ARCHITECTURES)}."
         )
     found = ARCHITECTURES[family.model_type]
     rope = config.rope_parameters["rope_type"]

@@ -50,7 +50,7 @@ TINY: dict[str, Callable[[int, int], Fields]] = {
     "gemma3_text": lambda hidden, layers: _gemma(hidden, layers, key_values=1),
     "phi3": lambda hidden, layers: _gated(hidden),
     "olmo2": lambda hidden, layers: _gated(hidden),
-    "smollm3": lambda hidden, layers: _gated(hidden, key_values=1) | {"no_rope_layer_interval": 2},
+    "smollm3": lambda hidden, layers: _gated(hidden) | {"no_rope_layer_interval": 2},
     "granite": lambda hidden, layers: _gated(hidden) | MULTIPLIERS,
     "glm4": lambda hidden, layers: _gated(hidden) | {"head_dim": hidden // 2},
     "starcoder2": lambda hidden, layers: _gated(hidden, key_values=1) | {"sliding_window": 24},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from launching import TINY as QUICK
 from launching import launch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import haq_lab.hf  # noqa: F401  # registers the checkpoints with transformers
@@ -20,21 +19,22 @@ from haq_lab.checkpoint.export.engines import export
 from haq_lab.checkpoint.manifest import layer_file
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.checkpoint.writer import CheckpointWriter
-from haq_lab.data.windows import PythonDocs
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear
+from haq_lab.measure.perplexity import score_windows, summary
 from haq_lab.models.families.lookup import FAMILIES
 from haq_lab.models.families.tiny import TINY, tiny_fields
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.models.random_tiny import byte_tokenizer
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.deployment import load_checkpoint
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
+from haq_lab.quantizers.base import Quantizer
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothquant import SmoothQuant
+from haq_lab.runtime.deploy import deploy
 from tests.models.test_layerwise import whole_of
 from tests.quantizers.test_rotation import Unrounded, UnroundedBackend, rotated_layers
 from tests.quantizers.test_smoothing import relative, smoothed_layers
@@ -106,43 +106,46 @@ def test_quantizers(model, windows, logits_of, quantizer):
     assert divergence / float(-bits) < 0.2
 
 
-def _perplexity(folder: Path) -> float:
-    """The perplexity of a checkpoint by transformers alone, on the text of `QUICK`."""
+def _perplexity(folder: Path, windows: Tensor) -> float:
+    """The perplexity of a checkpoint by transformers alone."""
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    windows = PythonDocs(windows=2, seqlen=64).load(AutoTokenizer.from_pretrained(folder)).tokens
     losses = [F.cross_entropy(whole(window[None]).logits[0, :-1], window[1:]) for window in windows]
     return math.exp(float(torch.stack(losses).mean()))
 
 
-@pytest.fixture(scope="module")
-def run_of(cache, tmp_path_factory):
-    """The folder of a run of HAQ that wrote a checkpoint, once for each architecture."""
-    done: dict[str, Path] = {}
-
-    def run(architecture: str) -> Path:
-        if architecture not in done:
-            done[architecture] = folder = tmp_path_factory.mktemp(architecture)
-            where = [f"checkpoint.dir={folder / 'checkpoint'}", f"hydra.run.dir={folder / 'run'}"]
-            model = ["model=tiny", f"model.architecture={architecture}"]
-            outcome = launch(*QUICK, *model, "quantizer=haq", "quantizer.sensitivity=1", "calibration.samples=2", *where)
-            assert outcome.code == 0, outcome.err
-        return done[architecture]
-
-    return run
+def _metrics(model: LayeredModel, quantizer: Quantizer | None, windows: Tensor, writer=None) -> dict[str, float]:
+    """The perplexities of a pass over the windows."""
+    inputs = PassInputs(model, quantizer, ReferenceBackend(), windows.flip(0), CalibrationPolicy(), {"text": windows})
+    result = sequential_pass(inputs, lambda *_: None, writer)
+    return summary(*score_windows(model, windows, result.hidden["text"]), "text")
 
 
 @every_row
-def test_a_run_equals_transformers_in_full_precision(run_of, folder, architecture):
-    metrics = json.loads((run_of(architecture) / "run" / "results.json").read_text())["metrics"]
-    expected = _perplexity(folder)
-    assert metrics["perplexity_fp.python_docs"] == pytest.approx(expected, rel=1e-5)
-    assert metrics["perplexity_smoothed_fp.python_docs"] == pytest.approx(expected, rel=1e-4)
+def test_perplexity_equals_that_of_transformers(model, windows):
+    metrics, expected = _metrics(model, SmoothQuant(), windows), _perplexity(model.folder, windows)
+    assert metrics["perplexity_fp.text"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["perplexity_smoothed_fp.text"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_command_runs_any_row(tmp_path):
+    outcome = launch(*QUICK, "model=tiny", "model.architecture=gemma2", f"hydra.run.dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    outcome = launch(*QUICK, "model=tiny", "model.architecture=gema2", f"hydra.run.dir={tmp_path / 'other'}")
+    assert (outcome.code, "did you mean 'gemma2'" in outcome.err) == (2, True)
+
+
+def _write(folder: Path, model: LayeredModel, quantizer: Quantizer, windows: Tensor) -> None:
+    writer = CheckpointWriter(folder, model, {}, {}, force=False)
+    _metrics(model, quantizer, windows, writer)
+    writer.finish()
+    writer.close()
 
 
 @every_row
-def test_the_checkpoint_loads_everywhere(run_of, architecture, windows, logits_of):
+def test_the_checkpoint_loads_everywhere(model, windows, logits_of, tmp_path):
     """By layers, as a whole, and by transformers: the same bits. The whole model also generates with a cache."""
-    folder = run_of(architecture) / "checkpoint"
+    folder = tmp_path / "checkpoint"
+    _write(folder, model, HAQ(sensitivity=2), windows)
     model = QuantizedModel(folder, ReferenceBackend())
     ours, _ = load_checkpoint(folder, ReferenceBackend())
     expected = ours(windows).logits
@@ -163,12 +166,7 @@ def test_the_checkpoint_loads_everywhere(run_of, architecture, windows, logits_o
 def test_transformers_reads_the_export(model, windows, tmp_path):
     """Without our code: no tensor is missing or unexpected, and the static scales give nearly our logits."""
     pytest.importorskip("compressed_tensors")
-    writer = CheckpointWriter(tmp_path / "checkpoint", model, {}, {}, force=False)
-    quantizer = HAQ(activations="static", rotation="none", sensitivity=0)
-    inputs = PassInputs(model, quantizer, ReferenceBackend(), windows.flip(0), CalibrationPolicy(), {})
-    sequential_pass(inputs, lambda *_: None, writer)
-    writer.finish()
-    writer.close()
+    _write(tmp_path / "checkpoint", model, HAQ(activations="static", rotation="none", sensitivity=0), windows)
     export(tmp_path / "checkpoint", tmp_path / "export")
     theirs, found = AutoModelForCausalLM.from_pretrained(
         tmp_path / "export", dtype=torch.float32, output_loading_info=True
@@ -176,7 +174,9 @@ def test_transformers_reads_the_export(model, windows, tmp_path):
     assert not any(found.values()), found
     ours, _ = load_checkpoint(tmp_path / "checkpoint", ReferenceBackend())
     assert relative(theirs(windows).logits, ours(windows).logits) > 0
-    assert relative(theirs(windows).logits - ours(windows).logits, ours(windows).logits) < (0.5 if model.experts else 0.1)
+    assert relative(theirs(windows).logits - ours(windows).logits, ours(windows).logits) < (
+        0.5 if model.experts else 0.1
+    )
 
 
 @every_row
@@ -199,9 +199,9 @@ def test_a_killed_pass_resumes(model, windows, tmp_path):
         try:
             sequential_pass(inputs, on_layer, writer)
             writer.finish()
+            writer.close()
         except Killed:
-            pass
-        writer.close()
+            writer.release()
         return len(done)
 
     assert write(tmp_path / "killed", dies=True) == 1
@@ -222,10 +222,14 @@ ODD = {
     "float16": ("qwen3", {}, torch.float16),
     "bfloat16": ("gemma3_text", {}, torch.bfloat16),
     "bfloat16_untied": ("gemma2", {"tie_word_embeddings": False}, torch.bfloat16),
-    "linear_rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, torch.float32),
+    "linear_rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+        torch.float32,
+    ),
     "dynamic_rope": (
         "qwen3",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 64},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 32},
         torch.float32,
     ),
     "yarn": (
@@ -275,13 +279,44 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_configs_equal_transformers(name, tmp_path):
+def test_odd_configs_equal_transformers(name, windows, tmp_path):
     architecture, changes, dtype = ODD[name]
     config = AutoConfig.for_model(architecture, **tiny_fields(architecture, 2, 64) | changes)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    model = ["model=hf", f"model.name={tmp_path / 'model'}", "quantizer=none"]
-    outcome = launch(*[argument for argument in QUICK if "quantizer" not in argument], *model, f"hydra.run.dir={tmp_path / 'run'}")
-    assert outcome.code == 0, outcome.err
-    metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
-    assert metrics["perplexity.python_docs"] == pytest.approx(_perplexity(tmp_path / "model"), rel=1e-5)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path)
+    metrics = _metrics(LayeredModel(tmp_path), None, windows)
+    assert metrics["perplexity.text"] == pytest.approx(_perplexity(tmp_path, windows), rel=1e-5)
+
+
+# Rows whose layers the native CPU decoder computes. The others have LayerNorm, or rotate only some rows of a head.
+NATIVE = set(TINY) - {"opt", "glm4", "starcoder2", "stablelm"}
+
+
+@every_row
+def test_native_layers_compute_the_same(model, architecture, caplog):
+    """A prompt longer than the sliding window, and a step after it; alone, and in a batch padded on the left."""
+    layers: list[nn.Module] = []
+    inputs = PassInputs(model, RTN(), CpuBackend(), None, CalibrationPolicy(), {})
+    sequential_pass(inputs, lambda index, layer: layers.append(layer))
+    lines: list[str] = []
+    plain, whole = model.assemble(layers), deploy(model.assemble(layers), model, CpuBackend(), lines.append)
+    assert (lines == []) == (architecture in NATIVE), lines
+    ids = torch.randint(1, 257, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for given in (
+        {"input_ids": ids[1:]},
+        {"input_ids": ids, "attention_mask": mask, "position_ids": positions},
+    ):
+        outputs = []
+        for one in (plain, whole):
+            first = one(**given, use_cache=True)
+            after = {"input_ids": ids[: len(first.logits), :1], "cache": first.cache, "use_cache": True}
+            if "attention_mask" in given:
+                more = {"attention_mask": F.pad(mask, (0, 1), value=1), "position_ids": positions[:, -1:] + 1}
+                after |= more
+            outputs.append(torch.cat([first.logits, one(**after).logits], dim=1))
+        outputs = [logits[:, 9:] for logits in outputs]
+        errors = (outputs[1] - outputs[0]).norm(dim=-1) / outputs[0].norm(dim=-1)
+        assert errors.median() < 0.01
+    assert not [record for record in caplog.records if "native decoder not used" in record.getMessage()]
