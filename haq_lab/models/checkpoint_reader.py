@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from haq_lab.storage.weight_files import weight_files
 from haq_lab.utils.errors import UserError
 
-# Bytes up to which a tensor is copied. Norms, biases and routers stay when the matrices are quantised. A view of the file
-# would keep the pages of all tensors that were read with it in memory.
+# Bytes up to which a tensor is copied. Norms, biases and routers stay when the matrices are quantised. A view of the
+# file would keep the pages of all tensors that were read with it in memory.
 SMALL = 4 << 20
 WIDE = (torch.float16, torch.bfloat16, torch.float32)  # types that are not converted
 
