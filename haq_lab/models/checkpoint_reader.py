@@ -14,6 +14,9 @@ from haq_lab.storage.narrow_floats import stored_parts, widen_float8, widen_mxfp
 from haq_lab.storage.weight_files import weight_files
 from haq_lab.utils.errors import UserError
 
+# Bytes up to which a tensor is copied. Norms, biases and routers stay when the matrices are quantised. A view of the
+# file would keep the pages of all tensors that were read with it in memory.
+SMALL = 4 << 20
 WIDE = (torch.float16, torch.bfloat16, torch.float32)  # types that are not converted
 
 
@@ -99,7 +102,8 @@ class Weights:
                 f"model: tensor '{name}' in {path} has NaN or infinite entries. Use a checkpoint with finite weights, "
                 "or set model.allow_nonfinite=true."
             )
-        return tensor.to(dtype or tensor.dtype)
+        tensor = tensor.to(dtype or tensor.dtype)
+        return tensor.clone() if tensor.nbytes <= SMALL else tensor
 
 
 def _block_of(folder: Path) -> tuple[int, int] | None:
