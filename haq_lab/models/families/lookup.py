@@ -1,7 +1,7 @@
 """Find the row of the family table that describes a model.
 
-    family = family_of(model.config)
-    groups = family.resolve(model.config)
+family = family_of(model.config)
+groups = family.resolve(model.config)
 """
 
 from __future__ import annotations
