@@ -242,7 +242,7 @@ def test_limitations_and_random_prompts_are_stated(studied, tmp_path):
     assert sum("offload=haq ignores the path of a token." in table.note for table in tables) == 1
     assert [row[0].note for table in tables for row in table.rows if row[0].note] == [
         "random prompts"
-    ] * 3  # cost in two parts, offloading
+    ] * 2  # cost, offloading
     assert "latency (random prompts)" in page(found, "title")
 
 
