@@ -6,7 +6,7 @@
     model, tokenizer = haq_lab.load(folder)
     haq_lab.evaluate(folder, data=["python_docs"])
 
-The command line uses the same code. docs/api.md has more examples.
+The command line uses the same code. docs/start/python.md has more examples.
 """
 
 from __future__ import annotations

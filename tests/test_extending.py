@@ -25,14 +25,15 @@ def copied(tmp_path) -> Path:
     return tmp_path
 
 
-def _extended(folder: Path, number: int, *overrides: str, project: Path | None = None) -> dict:
+def _extended(folder: Path, number: int, *overrides: str, project: Path | None = None, tiny: list[str] = TINY) -> dict:
     """Apply a diff in `folder`, run there what it adds, in a process of its own, and return the results.
 
     Args:
         project: Where the code is; `folder` itself where the diff changes it.
+        tiny: Settings of a small run, before `overrides`.
     """
     subprocess.run(["git", "apply", "-p1", "-"], input=DIFFS[number], text=True, cwd=folder, check=True)
-    command = [sys.executable, "-m", "haq_lab", *TINY, *overrides, f"hydra.run.dir={folder / 'run'}"]
+    command = [sys.executable, "-m", "haq_lab", *tiny, *overrides, f"hydra.run.dir={folder / 'run'}"]
     environment = os.environ | {"PYTHONPATH": str(project or folder)}
     told = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
@@ -40,7 +41,7 @@ def _extended(folder: Path, number: int, *overrides: str, project: Path | None =
 
 
 def test_there_is_a_short_diff_for_each():
-    assert [len(re.findall(r"^[+-](?![+-])", diff, flags=re.MULTILINE)) < 60 for diff in DIFFS] == [True] * 4
+    assert [len(re.findall(r"^[+-](?![+-])", diff, flags=re.MULTILINE)) < 60 for diff in DIFFS] == [True] * 6
 
 
 def test_a_quantizer(tmp_path):
@@ -52,15 +53,15 @@ def test_a_quantizer(tmp_path):
 
 @pytest.mark.slow
 def test_a_family(copied, cache):
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoModelForCausalLM, Ernie4_5Config
 
     from haq_lab.models.random_tiny import byte_tokenizer
 
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=257, bos_token_id=0, eos_token_id=0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(copied / "qwen2")
-    byte_tokenizer().save_pretrained(copied / "qwen2")
-    model = ["model=hf", f"model.name={copied / 'qwen2'}", "quantizer=smoothquant"]
+    config = Ernie4_5Config(**shape, num_key_value_heads=2, vocab_size=257, bos_token_id=0, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(copied / "ernie")
+    byte_tokenizer().save_pretrained(copied / "ernie")
+    model = ["model=hf", f"model.name={copied / 'ernie'}", "quantizer=smoothquant"]
     metrics = _extended(copied, 1, *model)["metrics"]
     smoothed, fp = metrics["perplexity_smoothed_fp.python_docs"], metrics["perplexity_fp.python_docs"]
     assert smoothed == pytest.approx(fp, rel=1e-4)
@@ -88,3 +89,25 @@ def test_a_tracker(tmp_path):
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line.items() >= results["metrics"].items()
     assert list((tmp_path / "run").glob("wandb/offline-run-*"))
+
+
+@pytest.mark.slow
+def test_a_metric(tmp_path):
+    """In a file of the user's own, beside the measures that are options."""
+    top = ["+measure.top._target_=top_agreement.TopAgreement", "+measure.top.k=3"]
+    results = _extended(tmp_path, 4, *top, project=ROOT)
+    metrics = results["metrics"]
+    assert metrics["token_agreement.python_docs"] <= metrics["top3_agreement.python_docs"] <= 1
+    assert results["run"]["own_metrics"]["top*_agreement.*"]["unit"] == "%"
+
+
+@pytest.mark.slow
+def test_a_dataset(tmp_path):
+    """In a file of the user's own, for evaluation and for calibration."""
+    code = ["data=[]", "+data.code._target_=stdlib_code.Stdlib", "+data.code.windows=2", "+data.code.seqlen=64"]
+    settings = [one for one in TINY if not one.startswith("data.")]
+    results = _extended(
+        tmp_path, 5, *code, "quantizer=gptq", "calibration=text", "calibration.text=stdlib", project=ROOT, tiny=settings
+    )
+    assert results["metrics"]["perplexity.code"] != results["metrics"]["perplexity_fp.code"]
+    assert results["protocol"]["calibration"]["source"] == "Python's standard library"

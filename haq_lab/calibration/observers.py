@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import Accumulator, CalibrationPolicy, InputStatistics, Needs
 from haq_lab.int8.sequences import only_rows
-from haq_lab.models.families.family import Group
 from haq_lab.models.experts import Expert
+from haq_lab.models.families.family import Group
 from haq_lab.routing.choices import Routing
 
 TOKENS_PER_CHANNEL = 4  # tokens of the layer that an expert with too few gets, so that its Hessian has full rank

@@ -17,8 +17,8 @@ from haq_lab.int8.linear import InputForm, Int8Linear
 from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.int8.rotation import NO_ROTATION, block_size
 from haq_lab.int8.weight_format import INT8, WeightFormat
-from haq_lab.models.families.lookup import head_size
 from haq_lab.models.experts import Experts
+from haq_lab.models.families.lookup import head_size
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.prefix.attention import KEYS, VALUES, attach

@@ -40,14 +40,17 @@ _main_process: int | None = None  # id of the process of `main`; some of Hydra's
 
 @hydra.main(version_base="1.3", config_path=str(bundled("conf").resolve()), config_name="config")
 def _job(config: DictConfig) -> float | None:
+    from haq_lab.config.architecture import refuse_unknown_architecture
     from haq_lab.config.run_context import RunContext
-    from haq_lab.pipeline.run import run, search_metric
     from haq_lab.utils.console import say
 
     job: Any = HydraConfig.get()
     if job.mode is RunMode.MULTIRUN:
         say(f"\nrun {job.job.num + 1}: {' '.join(job.overrides.task) or 'default'}")
     try:
+        refuse_unknown_architecture(config)
+        from haq_lab.pipeline.run import run, search_metric  # after the refusal, because it imports torch
+
         results = run(config, RunContext.of_hydra(job, Path(job.runtime.output_dir)))
         return search_metric(config.search_metric, results["metrics"])
     except Exception as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from haq_lab.config.explain import report_user_errors
 from haq_lab.utils.console import Progress, say
 from haq_lab.utils.errors import UserError, nearest, nearest_beside
+from haq_lab.utils.extras import need
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -105,6 +106,7 @@ def _trace(given: argparse.Namespace) -> None:
 
 
 def _replay(given: argparse.Namespace) -> None:
+    need("the replay", "report", "matplotlib")
     from haq_lab.offload.simulate.figures import curve_figure, heat_figure
     from haq_lab.offload.simulate.hit_rate_curves import CONTENDERS, closed, hit_rates
     from haq_lab.routing.statistics import drift, entropy, jaccard, repeat_rate
@@ -136,6 +138,7 @@ def _replay(given: argparse.Namespace) -> None:
 
 
 def _plan(given: argparse.Namespace) -> None:
+    need("the plan", "report", "matplotlib")
     from transformers import AutoConfig
 
     from haq_lab.checkpoint.model import has_int8_head

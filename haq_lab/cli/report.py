@@ -12,6 +12,7 @@ from haq_lab.config.explain import report_user_errors
 from haq_lab.utils.atomic_files import write_text
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
+from haq_lab.utils.extras import need
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _write(given: argparse.Namespace) -> None:
+    need("the report", "report", "matplotlib", "plotly")
     from haq_lab.report.collect import collect
     from haq_lab.report.page import page
     from haq_lab.report.paper_table import latex

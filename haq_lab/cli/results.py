@@ -20,6 +20,7 @@ from haq_lab.results.seeds import seed_table, show_seeds
 from haq_lab.utils.atomic_files import atomic_file
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError, invalid
+from haq_lab.utils.extras import need
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,6 +68,7 @@ def _show(runs: pd.DataFrame, given: argparse.Namespace) -> None:
             runs.to_csv(temporary, index=False)
         say(f"table: {given.csv}")
     if given.figure:
+        need("--figure", "report", "matplotlib")
         from haq_lab.results.figures import comparison_figure
         from haq_lab.utils.plotting import FORMATS
 

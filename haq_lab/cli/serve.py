@@ -1,17 +1,16 @@
 """Serve a quantised checkpoint: `python -m haq_lab.serve DIR [offload=haq offload.budget=40%]`.
 
-The server has the API of OpenAI, so its clients work without a change. `docs/serve.md` has examples.
+The server has the API of OpenAI, so its clients work without a change. `docs/guides/serve.md` has examples.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 from haq_lab.config.explain import report_user_errors
 from haq_lab.utils.console import say
-from haq_lab.utils.errors import UserError
+from haq_lab.utils.extras import need
 from haq_lab.utils.threads import limit_thread_spinning
 
 EXTRA = ("fastapi", "uvicorn", "openai", "prometheus_client")  # modules of the extra `serve`
@@ -47,8 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _serve(given: argparse.Namespace) -> None:
     """Load the checkpoint and serve it until SIGTERM or Ctrl-C."""
-    if missing := [module for module in EXTRA if importlib.util.find_spec(module) is None]:
-        raise UserError(f"{missing[0]} is not installed. Run: pip install 'haq-lab[serve]'")
+    need("the server", "serve", *EXTRA)
     from haq_lab.api import load
     from haq_lab.config.offloading import parse_offload
     from haq_lab.serve.app import build_app

@@ -6,6 +6,7 @@ allowed types, ranges and values. The whole config is validated before the first
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +18,20 @@ from omegaconf import DictConfig
 from haq_lab.calibration.dataset import Calibration
 from haq_lab.checkpoint.model import QuantizedCheckpoint
 from haq_lab.config.explain import unknown_group, unknown_option
-from haq_lab.config.help import GROUPS, KNOWN, MULTIPLE_CHOICE, options, settings_of
+from haq_lab.config.help import FOR_ALL, GROUPS, KNOWN, MULTIPLE_CHOICE, options, settings_of
 from haq_lab.config.object_specs import ObjectSpec, refuse_foreign_targets, specify
 from haq_lab.hardware.spec import Hardware
 from haq_lab.int8.backend import Backend
-from haq_lab.measure.base import Measure
+from haq_lab.measure.base import Measure, needs_reference
 from haq_lab.models.sources import ModelSource
 from haq_lab.offload.settings import Offload
 from haq_lab.quantizers.base import Quantizer
 from haq_lab.result_cache.settings import ResultCache
 from haq_lab.results.old_names import SETTINGS
 from haq_lab.tracking.tracker import Tracker
+from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError, invalid, renamed, unknown_setting
+from haq_lab.utils.extras import installed
 from haq_lab.utils.paths import bundled
 
 
@@ -43,6 +46,7 @@ class Experiment:
     data: dict[str, Any]
     measures: dict[str, Measure]
     trackers: list[Tracker]
+    private: bool
     checkpoint: Path | None
     offload: Offload | None
     hardware: Hardware | None
@@ -88,6 +92,22 @@ def refuse_ignored_settings(config: DictConfig, overrides: Sequence[str], sweep:
                 )
 
 
+def without_default_tracker(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return a config without the default tracker if W&B is not installed. A tracker that the user names is kept.
+
+    Args:
+        config: The composed config.
+        overrides: The overrides of the command line.
+    """
+    named = any(re.match(r"[+~]*tracking(\.offline)?[.=]", override) for override in overrides)
+    if named or "offline" not in (config.get("tracking") or {}) or installed("wandb"):
+        return config
+    say("tracking: W&B is not installed, so it gets no copy of this run. Run: pip install 'haq-lab[wandb]'")
+    config = config.copy()
+    del config.tracking.offline
+    return config
+
+
 def _disabled_groups(config: DictConfig) -> list[str]:
     """Return the groups that are set to `none`, whose `_target_` is null."""
     nodes = {group: config.get(group) for group in GROUPS}
@@ -131,6 +151,11 @@ def build(config: DictConfig) -> Experiment:
     for name, measure in measures.items():
         if measure.evaluates and not data:
             raise UserError(f"data: measure={name} needs a text. Choose one or more of {', '.join(options('data'))}.")
+        if needs_reference(measure) and quantized:
+            raise UserError(
+                f"measure.{name}.against: none has no effect because the checkpoint of model=quantized has no weights "
+                f"in full precision. Choose measure.{name}.against=null."
+            )
     calibration = _create(specs["calibration"], "calibration", Calibration)
     trackers = [spec.create(Tracker) for spec in chosen["tracking"].values()]
     result_cache = _create(specs["result_cache"], "result_cache", ResultCache)
@@ -155,11 +180,21 @@ def build(config: DictConfig) -> Experiment:
         data=data,
         measures=measures,
         trackers=trackers,
+        private=_is_private(config),
         checkpoint=checkpoint,
         offload=offload,
         hardware=hardware,
         result_cache=result_cache,
     )
+
+
+def make_trackers(config: DictConfig) -> list[Tracker]:
+    """Create the trackers of a config.
+
+    Raises:
+        UserError: A setting is not valid, or the package of a tracker is not installed.
+    """
+    return [spec.create(Tracker) for spec in _specify_chosen(config, "tracking").values()]
 
 
 def model_option(name: str, settings: Sequence[str]) -> ModelSource:
@@ -193,8 +228,15 @@ def _check_names(config: DictConfig) -> None:
     for name in map(str, config):
         if name not in KNOWN:
             raise unknown_group(name)
-    if not isinstance(config.force, bool):
-        raise invalid("force", config.force, ["true", "false"])
+    for name, value in (("force", config.force), ("tracking.private", _is_private(config))):
+        if not isinstance(value, bool):
+            raise invalid(name, value, ["true", "false"])
+
+
+def _is_private(config: DictConfig) -> bool:
+    """Return the setting `tracking.private`, which a config without the group does not have."""
+    nodes = config.get("tracking")
+    return nodes.get("private", False) if isinstance(nodes, DictConfig) else False
 
 
 def _specify_chosen(config: DictConfig, group: str) -> dict[str, ObjectSpec]:
@@ -204,7 +246,8 @@ def _specify_chosen(config: DictConfig, group: str) -> dict[str, ObjectSpec]:
         raise invalid(group, nodes, options(group))
     configured = {str(name) for name, node in nodes.items() if isinstance(node, DictConfig) and "_target_" not in node}
     unchosen = configured & set(options(group))
-    specs = {str(name): specify(node, f"{group}.{name!s}") for name, node in nodes.items() if name not in unchosen}
+    skipped = {*unchosen, *FOR_ALL.get(group, [])}
+    specs = {str(name): specify(node, f"{group}.{name!s}") for name, node in nodes.items() if name not in skipped}
     return {name: spec for name, spec in specs.items() if spec is not None}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from haq_lab.config.help import GROUPS, HYDRA, KNOWN, MULTIPLE_CHOICE, PLAIN, options, settings_of
+from haq_lab.config.help import FOR_ALL, GROUPS, HYDRA, KNOWN, MULTIPLE_CHOICE, PLAIN, options, settings_of
 from haq_lab.config.override_syntax import spelling_of_path
 from haq_lab.results.old_names import SETTINGS
 from haq_lab.utils.console import errors, say
@@ -209,7 +209,7 @@ def _unknown_key(key: str) -> str:
             return f"{key}: '{inner}' is not among the options chosen. Add it to {group}=[...]."
     else:
         known = [name for option in options(group) for name in settings_of(group, option)]
-        known += options(group) if group in MULTIPLE_CHOICE and not inner else []
+        known += [*options(group), *FOR_ALL.get(group, [])] if group in MULTIPLE_CHOICE and not inner else []
         known += HYDRA.get(inner, []) if group == "hydra" else []
     having = [option for option in options(group) if option != "none" and name in settings_of(group, option)]
     if having and not inner:

@@ -24,6 +24,7 @@ PLAIN = {"checkpoint": ["dir"], "result_cache": ["enabled", "dir", "max_size"]} 
 HYDRA = {"": ["launcher", "sweeper"], "run": ["dir"], "sweep": ["dir", "subdir"]}  # Hydra's settings for hints
 KNOWN = [*GROUPS, *PLAIN, "search_metric", "seeds", "force"]  # all names at the top of a config
 MULTIPLE_CHOICE = ("data", "measure", "tracking")  # groups that take any number of options
+FOR_ALL = {"tracking": ["private"]}  # settings of such a group that hold for all its options
 
 HEAD = """Quantise a large language model, offload its experts, and measure quality, memory and latency.
 
@@ -50,6 +51,7 @@ result_cache.max_size=20GB           size of the result cache
 -m hydra/launcher=local|slurm|cluster    run the jobs of a sweep in parallel (extras: joblib, submitit, ray)
 -m hydra/sweeper=search search_metric=METRIC quantizer.smoothing_strength='interval(0,1)'
                      search for the best settings with optuna. The same command resumes the search.
+tracking.private=true    trackers get neither settings, paths, the command line nor the name of this machine
 force=true           run again, even if this config has a finished run
 hydra.run.dir=DIR    folder of the run
 hydra.sweep.dir=DIR  folder of the sweep. Each job has its own folder in it.

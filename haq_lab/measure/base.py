@@ -30,6 +30,9 @@ class Study:
         counting: Context in which the offloading engine counts hits and bytes for the metrics of the run.
         documents: By dataset, the document (n,) of each window, if several windows can come from one document.
         tables: Tables that a measure adds to its metrics. The run folder gets each as `<name>.csv`.
+        reference: Loads the model in full precision and without offloading, ready to run. None if the run has none.
+        offloaded: Whether experts are offloaded.
+        aside: Context in which the offloading engine counts nothing.
     """
 
     model: LayeredModel
@@ -41,6 +44,9 @@ class Study:
     counting: Callable[[], AbstractContextManager[None]] = nullcontext
     documents: Mapping[str, Sequence[int]] = field(default_factory=dict)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    reference: Callable[[], nn.Module] | None = None
+    offloaded: bool = False
+    aside: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Measure(Protocol):
@@ -66,3 +72,8 @@ class PromptedMeasure(Measure, Protocol):
     def load_prompts(self, model: LayeredModel, texts: PromptTexts) -> Windows:
         """Return the prompts and their stamp, which `results.json` records as `protocol.<measure>`."""
         ...
+
+
+def needs_reference(measure: object) -> bool:
+    """Return whether a measure compares the model with the full-precision model (its setting `against`)."""
+    return getattr(measure, "against", None) is not None

@@ -8,7 +8,6 @@ measure=[lm_eval]                                                               
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import os
@@ -24,6 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from haq_lab.measure.base import Study
 from haq_lab.utils.errors import UserError, nearest
+from haq_lab.utils.extras import need
 
 OWN = Path(__file__).with_name("tasks")
 Positive = Annotated[int, Field(ge=1)]
@@ -136,11 +136,7 @@ def _table(results: dict[str, Any]) -> pd.DataFrame:
 
 def _require() -> None:
     """Check that the harness and its dependencies are installed. Importing them would take seconds."""
-    for package in ("lm_eval", "peft"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"measure: lm_eval needs the package '{package}'. Install it with pip install 'haq-lab[lm_eval]'."
-            )
+    need("measure=[lm_eval]", "lm-eval", "lm_eval", "peft")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from haq_lab.calibration.dataset import Calibration
 from haq_lab.data.windows import Windows
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.utils.errors import UserError
 
 RANDOM = "random"
@@ -75,3 +76,19 @@ def random_prompts(vocabulary: int, tokens: int, count: int, seed: int) -> Windo
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(0, vocabulary, (count, tokens), generator=generator)
     return Windows(drawn, {"text": RANDOM, "tokens": tokens, "seed": seed})
+
+
+def refuse_too_long(setting: str, prompt: int, decoded: int, model: LayeredModel) -> None:
+    """Raise UserError if a prompt and the tokens that are decoded after it have more positions than the model.
+
+    Args:
+        setting: The setting that gives `prompt`, for the message.
+        prompt: Tokens in the prompt.
+        decoded: Tokens to decode.
+        model: The model.
+    """
+    if prompt + decoded > (limit := model.max_tokens):
+        raise UserError(
+            f"{setting}: {prompt} and {decoded} decoded tokens are more than the model's {limit} positions. "
+            f"Choose at most {limit} for both together."
+        )

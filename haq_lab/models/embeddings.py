@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from haq_lab.models.half_linear import HalfLinear
@@ -36,6 +36,14 @@ def keep_stored_type(shell: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     for module in shell.modules():
         if isinstance(module, nn.Embedding):
-            module.register_forward_hook(lambda module, tokens, rows: rows.to(dtype))
+            module.register_forward_hook(lambda module, tokens, rows: _widened(module, tokens[0], rows, dtype))
     linear: Any = shell.get_output_embeddings()
     shell.set_output_embeddings(HalfLinear(linear))
+
+
+def _widened(embedding: nn.Embedding, tokens: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows of tokens in `dtype`. A scale, as in Gemma, would be rounded to the stored type otherwise."""
+    scale = getattr(embedding, "embed_scale", None)
+    if scale is None or rows.dtype == dtype:
+        return rows.to(dtype)
+    return nn.Embedding.forward(embedding, tokens).to(dtype) * scale.to(dtype)

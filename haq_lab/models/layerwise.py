@@ -29,11 +29,11 @@ from transformers.initialization import no_init_weights
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.sequences import batch_of, declare_batches
-from haq_lab.models.families.family import Family
-from haq_lab.models.families.lookup import check_model_type, family_of
 from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
+from haq_lab.models.families.family import Family
+from haq_lab.models.families.lookup import check_model_type, family_of
 from haq_lab.prefix.attention import IMPLEMENTATION, attach
 from haq_lab.prefix.contents import Prefix
 from haq_lab.prefix.positions import ShiftedPositions, number_padded_batches
@@ -115,9 +115,8 @@ class LayeredModel:
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers
         with quiet_transformers():
-            return AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
+            # transformers chooses `sdpa`, or `eager` for attention that sdpa cannot compute, such as soft caps.
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False)
 
     def _find_layer_class(self) -> type[nn.Module]:
         with torch.device("meta"):
@@ -238,7 +237,15 @@ class LayeredModel:
         """Return the model with a prefix before every sequence. It shares everything else with this one.
 
         The layers that it loads have the prefix's keys and values, and fewer positions are left for text.
+
+        Raises:
+            UserError: The model's attention is not `sdpa`, which the prefix needs.
         """
+        if (attention := self.config._attn_implementation) not in ("sdpa", IMPLEMENTATION):
+            raise UserError(
+                f"quantizer.prefix: '{self.family.model_type}' has {attention} attention, which takes no prefix. "
+                "Choose quantizer.prefix=none."
+            )
         twin = copy.copy(self)
         twin._use_prefix(prefix)
         return twin

@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -20,11 +20,12 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 
 from haq_lab.models.build_cache import build_once
+from haq_lab.models.families.tiny import TINY
 from haq_lab.models.gguf_header import check_lengths
 from haq_lab.models.random_tiny import build_tiny
 from haq_lab.storage.weight_files import SUFFIXES, weight_files
 from haq_lab.utils.atomic_files import cached_sha256, write_json
-from haq_lab.utils.errors import UserError, nearest_beside
+from haq_lab.utils.errors import UserError, invalid, nearest_beside
 from haq_lab.utils.hugging_face import hub_is_reachable
 
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")  # keys under which trainers save the tensors
@@ -189,16 +190,20 @@ class TinyModel:
     """A small model with random weights and a real architecture, for tests and first experiments.
 
     Args:
-        architecture: Model type in transformers.
+        architecture: Model type in transformers, one of the family table.
         layers: Number of decoder layers.
         hidden: Hidden size. A multiple of 32.
         seed: Seed of the random weights.
     """
 
-    architecture: Literal["opt", "llama", "mixtral", "qwen3_moe", "olmoe"]
+    architecture: str
     layers: Annotated[int, Field(ge=1)] = 2
     hidden: Annotated[int, Field(ge=32, multiple_of=32)] = 64
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.architecture not in TINY:
+            raise invalid("model.architecture", self.architecture, sorted(TINY))
 
     @property
     def label(self) -> str:

@@ -173,6 +173,17 @@ class OffloadSession:
         with self.engine.counting():
             yield
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the steps within the block out of `metrics`, `simulated` and `table`. They change what is resident."""
+        if self.engine is None:
+            yield
+            return
+        with self.engine.aside():
+            yield
+        if not self.engine.counters.tokens:  # the steps that will be counted start from here
+            self._placed = self.engine.policy.resident.copy()
+
     def metrics(self) -> dict[str, float]:
         """Return the engine's metrics by name, or nothing if there is no engine."""
         return {} if self.engine is None else self.engine.stats()

@@ -128,6 +128,10 @@ class Assembly:
         """Return a context. The metrics of offloading cover only the steps within it."""
         return nullcontext() if self._offload is None else self._offload.counting()
 
+    def aside(self) -> AbstractContextManager[None]:
+        """Return a context. The metrics of offloading leave out the steps within it."""
+        return nullcontext() if self._offload is None else self._offload.aside()
+
     def metrics(self) -> dict[str, float]:
         """Return the metrics of offloading and of the checkpoint, by their full names."""
         metrics = {} if self._offload is None else self._offload.metrics()

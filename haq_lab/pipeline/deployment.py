@@ -20,9 +20,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from haq_lab.checkpoint.manifest import FILE, ROUTING
-from haq_lab.checkpoint.model import QuantizedModel
+from haq_lab.checkpoint.model import QuantizedModel, open_model
 from haq_lab.int8.backend import Backend
 from haq_lab.models.layerwise import LayeredModel
+from haq_lab.models.sources import ModelSource
 from haq_lab.result_cache.store import Store
 from haq_lab.routing.record import record_trace
 from haq_lab.routing.trace import Trace
@@ -124,6 +125,24 @@ def load_checkpoint(
     if (folder / GENERATION_CONFIG_NAME).is_file():
         whole.generation_config = GenerationConfig.from_pretrained(folder)
     return whole, model
+
+
+@torch.no_grad()
+def load_full_precision(source: ModelSource, backend: Backend) -> nn.Module:
+    """Load a model without quantization, as a run with `quantizer=none` runs it.
+
+    Args:
+        source: The model's source. Not a quantised checkpoint.
+        backend: The backend of the run.
+
+    Returns:
+        The model, ready to run.
+    """
+    model = open_model(source, backend)
+    deployment = Deployment(model, backend)
+    for index in range(model.depth):
+        deployment.add(model.load_layer(index))
+    return deployment.finish()
 
 
 def load_with_options(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from haq_lab.calibration.calibrator import HESSIAN_BYTES
 from haq_lab.config.build import Experiment
+from haq_lab.measure.base import needs_reference
 from haq_lab.models.families.lookup import family_of
 from haq_lab.models.sources import HubModel
 from haq_lab.quantizers.base import NO_PREFIX
@@ -138,6 +139,8 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
     deployed = _deployed_bytes(experiment, size)
     if experiment.quantizer is not None and experiment.quantizer.lm_head:
         deployed += size.shell  # an upper bound: the int8 head alone
+    if any(map(needs_reference, experiment.measures.values())):
+        deployed += FLOAT * (size.shell + size.depth * size.layer)
     on_gpu, free_on_gpu = 0.0, 0
     if experiment.backend.uses_gpu:
         on_gpu = (1 + FLOAT) * size.layer + deployed + (HALF * size.shell if _deploys(experiment) else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,10 +11,12 @@ from haq_lab.calibration import channel_ranges as ranges
 from haq_lab.checkpoint import manifest
 from haq_lab.config.build import Experiment
 from haq_lab.quantizers.pass_result import PassResult
-from haq_lab.results.figures import layer_figure
 from haq_lab.tracking.run_folder import RunFolder
 from haq_lab.tracking.tracker import RunRecord, track_run
 from haq_lab.utils.atomic_files import atomic_file
+from haq_lab.utils.console import say
+from haq_lab.utils.errors import UserError
+from haq_lab.utils.extras import need
 
 
 def write_record(
@@ -46,9 +49,7 @@ def write_record(
     for name, table in tables.items():
         with atomic_file(folder.path / f"{name}.csv") as path:
             table.to_csv(path, index=False)
-    figures = []
-    if "layers" in tables:
-        figures.append(layer_figure(tables["layers"], folder.path / "figures" / "layers.png"))
+    figures = _draw(tables, folder)
     if passed.routing is not None:
         trace = passed.routing.trace(experiment.model.label, experiment.calibration.text)
         trace.save(folder.path / "routing.safetensors")
@@ -58,8 +59,22 @@ def write_record(
     artifacts = {} if experiment.checkpoint is None else {experiment.checkpoint / manifest.FILE: "checkpoint"}
     finite = {name: value for name, value in metrics.items() if name not in results.get("not_finite", {})}
     record = RunRecord(folder.path.name, facts["sweep"], finite, tables, figures, artifacts)
-    track_run(experiment.trackers, folder, record)
+    track_run(experiment.trackers, folder, record, experiment.private)
     return results
+
+
+def _draw(tables: dict[str, pd.DataFrame], folder: RunFolder) -> list[Path]:
+    """Draw the figures of a run, and return their files. Without matplotlib, say what would draw them."""
+    if "layers" not in tables:
+        return []
+    try:
+        need("figures/layers.png", "report", "matplotlib")
+    except UserError as missing:
+        say(str(missing))
+        return []
+    from haq_lab.results.figures import layer_figure
+
+    return [layer_figure(tables["layers"], folder.path / "figures" / "layers.png")]
 
 
 def pass_metrics(passed: PassResult) -> dict[str, float]:

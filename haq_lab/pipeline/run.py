@@ -16,20 +16,21 @@ from torch import nn
 from haq_lab.calibration.dataset import check_overlap
 from haq_lab.checkpoint.model import open_model
 from haq_lab.checkpoint.writer import remove_saved_states
-from haq_lab.config.build import Experiment, build, refuse_ignored_settings, without_disabled_groups
+from haq_lab.config.build import Experiment, build, refuse_ignored_settings, without_default_tracker, without_disabled_groups
 from haq_lab.config.explain import is_user_error
 from haq_lab.config.run_context import RunContext
 from haq_lab.data.windows import Windows
 from haq_lab.hardware.gpu import sdpa_kernel
 from haq_lab.int8.backend import Backend
 from haq_lab.measure.base import PromptedMeasure, Study
-from haq_lab.measure.memory import reset_peaks
+from haq_lab.measure.memory import libraries, reset_peaks
 from haq_lab.measure.metrics import declared_metrics
 from haq_lab.measure.prompts import PromptTexts
 from haq_lab.models.families.lookup import head_size
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
 from haq_lab.pipeline.cached_pass import CachedPass
+from haq_lab.pipeline.deployment import load_full_precision
 from haq_lab.pipeline.input_hashes import changed_inputs, input_hashes
 from haq_lab.pipeline.prefix import PrefixChoice, choose_prefix, stamp_prefix
 from haq_lab.pipeline.preflight import preflight
@@ -43,6 +44,7 @@ from haq_lab.tracking.run_folder import RunFolder
 from haq_lab.utils.console import Progress, say
 from haq_lab.utils.environment import machine
 from haq_lab.utils.errors import UserError, invalid
+from haq_lab.utils.malloc import release_memory
 
 
 def run(config: DictConfig, context: RunContext) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def run(config: DictConfig, context: RunContext) -> dict[str, Any]:
     with folder.locked():
         try:
             refuse_ignored_settings(config, context.overrides, sweep=context.sweep is not None)
-            experiment = build(config)
+            experiment = build(without_default_tracker(config, context.overrides))
             with closing(experiment.backend):
                 facts |= {"model": experiment.model.label, "kernels": experiment.backend.kernels}
                 folder.begin(OmegaConf.to_yaml(config, resolve=True))
@@ -103,6 +105,7 @@ def run(config: DictConfig, context: RunContext) -> dict[str, Any]:
 @torch.no_grad()
 def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
     """Load, quantise and evaluate, measure and record. Return the content of `results.json`."""
+    libraries()
     reset_peaks(experiment.backend.device)
     preflight(experiment, facts["overrides"])
     with Progress() as progress:
@@ -130,6 +133,9 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
                 {experiment.measures[name]: loaded for name, loaded in prompts.items()},
                 assembly.counting,
                 {name: windows.documents for name, windows in evaluation.items() if windows.documents is not None},
+                reference=lambda: _reference(experiment, whole),
+                offloaded=experiment.offload is not None,
+                aside=assembly.aside,
             )
             metrics = _measure(experiment, study, cached)
             metrics |= assembly.metrics() | assembly.simulated(facts["hardware"])
@@ -229,11 +235,23 @@ def _quantise_and_evaluate(
 
 
 def _measure(experiment: Experiment, study: Study, cached: CachedPass) -> dict[str, float]:
-    """Run all measures on the deployed model."""
+    """Run all measures. Those that need hidden states come first, so that the memory of the others is their own."""
+    measures = experiment.measures.values()
     metrics: dict[str, float] = {}
-    for measure in experiment.measures.values():
+    for measure in (measure for measure in measures if measure.evaluates):
+        metrics |= cached.measured(measure, study)
+    study.passed.hidden.clear()
+    release_memory()
+    for measure in (measure for measure in measures if not measure.evaluates):
         metrics |= cached.measured(measure, study)
     return metrics
+
+
+def _reference(experiment: Experiment, whole: nn.Module) -> nn.Module:
+    """Return the full-precision model of a run, which is the deployed model `whole` if the run changes nothing."""
+    if experiment.quantizer is None and experiment.offload is None:
+        return whole
+    return load_full_precision(experiment.model, experiment.backend)
 
 
 def _protocol(evaluation: dict[str, Windows], calibration: Windows | None) -> dict[str, Any]:

@@ -29,16 +29,24 @@ class ChannelMap:
 
     The map is one to one, except for attention with grouped-query heads. There one row of `v_proj` serves all query
     heads of its key-value head, so their channels must share one factor.
+
+    Attributes:
+        rows: (k,) for each channel, its row among those of the source that compute the input.
+        source_rows: Number of these rows.
+        first: Index of the first of them. It is not 0 if the source is a fused projection.
     """
 
     def __init__(self, group: Group, layer: nn.Module, channels: int):
         self.rows = torch.arange(channels)
+        source: Any = None if group.source is None else layer.get_submodule(group.source)
         if group.kind == "value" and group.source is not None:
             attention: Any = layer.get_submodule(group.source.rpartition(".")[0])
             head: int = attention.head_dim
-            repeats = channels // len(_weight(layer, group.source))
-            self.rows = self.rows // head // repeats * head + self.rows % head
+            # A fused projection has a row of queries for each channel, and as many rows of keys as of values.
+            values = (source.out_features - channels) // 2 if group.fused else source.out_features
+            self.rows = self.rows // head // (channels // values) * head + self.rows % head
         self.source_rows = int(self.rows.max()) + 1
+        self.first = source.out_features - self.source_rows if group.fused else 0
 
     def shared_max(self, values: Tensor) -> Tensor:
         """Replace each channel's value by the largest value of the channels that share its row."""
@@ -71,13 +79,14 @@ def fold(layers: list[nn.Module], group: Group, factor: Tensor, channels: Channe
     assert group.source is not None, "a group without a source cannot be smoothed"
     rows = channels.per_row(factor)
     assert torch.equal(rows[channels.rows], factor), "channels that share a row of the source must have one factor"
-    sources = [layer.get_submodule(group.source) for layer in layers]
+    sources, first = [layer.get_submodule(group.source) for layer in layers], channels.first
     for scale in _distinct([getattr(source, "weight_scale", None) for source in sources]):
-        scale.div_(rows)
+        scale[..., first:].div_(rows)
     for weight in _distinct([None if hasattr(source, "weight_scale") else source.weight for source in sources]):
-        weight.div_(rows if weight.dim() == 1 else rows[:, None])
+        own = weight[first:].add_(group.gain_offset)
+        own.div_(rows if weight.dim() == 1 else rows[:, None]).sub_(group.gain_offset)
     for bias in _distinct([getattr(source, "bias", None) for source in sources]):
-        bias.div_(rows)
+        bias[first:].div_(rows)
     if group.kind == "value":
         attention = group.source.rpartition(".")[0]
         for values in _distinct([prefix_values(layer.get_submodule(attention)) for layer in layers]):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from haq_lab.measure.disturbance import MARK, disturbances, mark
 from haq_lab.measure.metrics import UNQUANTISED, Metric, find_metric, table_columns
 from haq_lab.report.collect import Collection
 from haq_lab.report.verdicts import best_runs, verdict
@@ -24,8 +25,9 @@ PARTS = {  # tables of a model besides the first one, by the beginning of their 
 NOTE = (
     "Marked: the best of the quantised runs, with those that are equal within noise or as printed. ±: standard error "
     "over the windows. Differences in %: perplexity from the full precision of the same run, weights from the whole "
-    "model in fp16, latency and task scores from the table's unquantised run if it has exactly one. Peak RAM is not "
-    "compared, because only some runs quantise, and quantization needs memory too."
+    "model in fp16, latency and task scores from the table's unquantised run if it has exactly one. RAM to run is the "
+    "peak while the model reads a prompt and decodes, beyond Python and the libraries. x fp32: speed over that of the "
+    "unquantised model, whose tokens alternate with the run's."
 )
 
 
@@ -92,6 +94,7 @@ def _result_tables(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) 
     measured = measured_metrics(runs, declared)
     baseline, contenders = runs[~runs["quantized"]], runs[runs["quantized"]]
     best = {name: best_runs(contenders, name, metric) for name, metric in measured.items()}
+    best |= {name: set() for name in measured if any(mark(name, run) for _, run in runs.iterrows())}
     tables = []
     for part, names in _parts(list(measured)):
         rows = [] if len(baseline) else _full_precision(contenders, names)
@@ -105,7 +108,8 @@ def _result_tables(runs: pd.DataFrame, title: str, declared: dict[str, Metric]) 
         head = ["run", *(measured[name].head for name in names)]
         note = _verdicts(contenders, names, best)
         tables.append(Table(f"{title}: {part}" if part else title, head, rows, len(names), note))
-    return [*tables[:-1], replace(tables[-1], note=" ".join([tables[-1].note, *_limitations(runs)]).strip())]
+    note = " ".join(filter(None, [tables[-1].note, *_busy_machines(runs), *_limitations(runs)]))
+    return [*tables[:-1], replace(tables[-1], note=note)]
 
 
 def measured_metrics(runs: pd.DataFrame, declared: dict[str, Metric]) -> dict[str, Metric]:
@@ -149,7 +153,8 @@ def _full_precision(runs: pd.DataFrame, names: list[str]) -> list[list[Cell]]:
 
 def _cell(name: str, metric: Metric, run: pd.Series, baseline: pd.DataFrame, best: set[str]) -> Cell:
     if pd.notna(value := run[name]):
-        return Cell(metric.format(value), run["name"] in best, _difference(name, metric, run, baseline))
+        shown = mark(name, run) + metric.format(value)
+        return Cell(shown, run["name"] in best, _difference(name, metric, run, baseline))
     reason = run.get(f"null.{name}")  # a metric that the run did not measure has none
     return Cell("null", note=reason) if isinstance(reason, str) else Cell("")
 
@@ -171,6 +176,13 @@ def _limitations(runs: pd.DataFrame) -> list[str]:
         return []
     limited = runs[runs["offload_limitation"].notna()]
     return [f"{run['label']}: {run['offload_limitation'].rstrip('.')}." for _, run in limited.iterrows()]
+
+
+def _busy_machines(runs: pd.DataFrame) -> list[str]:
+    """Return a sentence for each run whose latency other work disturbed."""
+    disturbed = [(run, reasons) for _, run in runs.iterrows() if (reasons := disturbances(run))]
+    sentences = [f"{run['label']}: {', and '.join(reasons)}." for run, reasons in disturbed]
+    return [f"{MARK}: the machine was busy when latency was measured.", *sentences] if sentences else []
 
 
 def _difference(name: str, metric: Metric, run: pd.Series, unquantised: pd.DataFrame) -> str:

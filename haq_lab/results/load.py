@@ -10,17 +10,23 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from haq_lab.measure.metrics import find_metric, table_columns
+from haq_lab.measure.disturbance import advice, mark
+from haq_lab.measure.metrics import Metric, find_metric, table_columns
 from haq_lab.results.model_names import distinct_names
 from haq_lab.results.old_names import SETTINGS
 from haq_lab.results.published import figures_of
 from haq_lab.results.read_record import read_record
 from haq_lab.tracking.run_folder import ARCHIVE
+from haq_lab.tracking.tracker import flat_settings
 from haq_lab.utils.console import format_percent, print_table, say
 from haq_lab.utils.errors import UserError, nearest_beside
 
 RANDOM_PROMPTS = "random"  # text of the stamp `protocol.latency` if the prompts are random token ids
-NOT_EVALUATED = ("calibration", "latency")  # stamps of texts on which no perplexity is measured
+NOT_EVALUATED = ("calibration", "latency", "memory")  # stamps of texts on which no perplexity is measured
+MILLISECONDS = {  # ratios to the full-precision model, and the times that they replace in the table
+    "latency.speed_vs_fp.prefill": "latency.prefill_ms",
+    "latency.speed_vs_fp.decode": "latency.decode_ms_per_token.mean",
+}
 RECORDS = ("results.json", "error.json", "config.yaml")
 
 
@@ -105,7 +111,7 @@ def _row(folder: Path) -> dict[str, Any]:
     row["overrides"] = " ".join(record.get("run", {}).get("overrides", []))
     row["error"] = (failure or {}).get("error", {}).get("message") if not results else None
     row |= {name: value for name, value in record.get("run", {}).items() if not isinstance(value, list | dict)}
-    row |= {f"config.{SETTINGS.get(name, name)}": value for name, value in _flat(record.get("config", {}))}
+    row |= {f"config.{SETTINGS.get(name, name)}": value for name, value in flat_settings(record.get("config", {})).items()}
     row["quantized"] = _is_quantized(row)
     if row.get("model"):
         row["_model"] = record.get("config", {}).get("model") or {}
@@ -143,15 +149,6 @@ def _is_quantized(row: dict[str, Any]) -> bool:
     return chosen != "none" or str(row.get("config.model._target_", "")).endswith(".QuantizedCheckpoint")
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the settings of a nested config by their full names."""
-    items: list[tuple[str, Any]] = []
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        items += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
-    return items
-
-
 def show(runs: pd.DataFrame) -> None:
     """Print a table of runs: their names, perplexities and other metrics.
 
@@ -169,7 +166,12 @@ def show(runs: pd.DataFrame) -> None:
         table.add_column("over\nfp", justify="right", no_wrap=True)
     names = [name for name in map(str, runs) if not name.startswith("perplexity.")]
     columns = table_columns(names, runs.attrs.get("own_metrics"))
-    measured = {name: metric for name, metric in columns.items() if metric.column == "all" or not find_metric(name)}
+    hidden = _replaced_by_ratios(runs)
+    measured = {
+        name: metric
+        for name, metric in columns.items()
+        if (metric.column == "all" or not find_metric(name)) and name not in hidden
+    }
     for metric in measured.values():
         table.add_column(metric.head.replace(", ", "\n"), justify="right", no_wrap=True)
     for _, run in runs.iterrows():
@@ -178,7 +180,7 @@ def show(runs: pd.DataFrame) -> None:
             null = isinstance(run.get(f"null.perplexity.{dataset}"), str)
             cells.append("null" if null else _cell(run.get(f"perplexity.{dataset}"), "{:.4f}"))
             cells.append(_change(run, dataset))
-        cells += ["" if pd.isna(run[column]) else metric.format(run[column]) for column, metric in measured.items()]
+        cells += [_measured(run, name, metric) for name, metric in measured.items()]
         table.add_row(*cells)
     print_table(table)
     for _, run in runs.iterrows():
@@ -186,6 +188,8 @@ def show(runs: pd.DataFrame) -> None:
         for line in ("prefix", "offload_limitation"):
             if not pd.isna(text := run.get(line)):
                 say(f"    {text}")
+        if sentence := "" if all(name in hidden for name in MILLISECONDS.values()) else advice(run):
+            say(f"    {sentence}")
         if run.get("prompts") == RANDOM_PROMPTS:
             say("    Latency and expert metrics were measured with random prompts.")
 
@@ -203,6 +207,27 @@ def show_published(figures: pd.DataFrame) -> None:
         source = ", ".join(filter(None, (row["of"], row["source"])))
         table.add_row(row["run"], row["metric"], *figures_of(row), row["comparable"], source)
     print_table(table)
+
+
+def _replaced_by_ratios(runs: pd.DataFrame) -> set[str]:
+    """Return the times that the table leaves out, because every run has its ratio to the full-precision model."""
+    return {
+        time
+        for ratio, time in MILLISECONDS.items()
+        if ratio in runs and time in runs and not (runs[ratio].isna() & runs[time].notna()).any()
+    }
+
+
+def _measured(run: pd.Series, name: str, metric: Metric) -> str:
+    """Return a metric with its standard error if the run has one, and with a mark if other work disturbed it."""
+    if pd.isna(run[name]):
+        return ""
+    error = run.get(f"{name}.stderr")
+    return (
+        mark(name, run)
+        + metric.format(run[name])
+        + ("" if error is None or pd.isna(error) else f" ± {metric.format(error)}")
+    )
 
 
 def _change(run: pd.Series, dataset: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from rich.table import Column, Table
 
+from haq_lab.measure.disturbance import advice, mark
 from haq_lab.measure.metrics import Metric, find_metric
 from haq_lab.utils.console import format_change, print_table, say
 
@@ -39,8 +40,10 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
             note = f"  ({format_change(value, fp, metrics.get(f'dlnppl.{dataset}.stderr'))})"
         elif (error := metrics.get(f"{name}.stderr")) is not None:
             note = f"  (± {format_metric(name, error, declared)})"
-        table.add_row(name, format_metric(name, value, declared) + note)
+        table.add_row(name, mark(name, metrics) + format_metric(name, value, declared) + note)
     print_table(table)
+    if sentence := advice(metrics):
+        say(sentence)
     for line in ("prefix", "offload_limitation"):
         if line in run:
             say(run[line])

@@ -18,8 +18,8 @@ from torch import nn
 from haq_lab.hardware.huge_pages import huge_pages
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear, MergedLinear, can_merge
-from haq_lab.models.families.family import Group, Moe
 from haq_lab.models.experts import Expert
+from haq_lab.models.families.family import Group, Moe
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.runtime.equivalence import computation_key, is_silu
@@ -63,9 +63,12 @@ def deploy(
         except UnsupportedLayerError as error:
             parts.append(None)
             reasons[index] = str(error)
+    _refuse_some_windows(parts, reasons)
     if reasons and report is not None and not backend.uses_gpu:
         report(_notice(reasons, len(layers), backend))
-    whole.set_submodule(model.family.layers, nn.ModuleList(stack_native_layers(layers, parts, _moe_block(model))))
+    kinds = getattr(model.config, "layer_types", None)
+    stacked = stack_native_layers(layers, parts, _moe_block(model), kinds)
+    whole.set_submodule(model.family.layers, nn.ModuleList(stacked))
     return whole
 
 
@@ -85,6 +88,17 @@ def _native_parts(layer: nn.Module, model: LayeredModel, reproduced: set[Hashabl
         raise UnsupportedLayerError("the native kernels do not reproduce its output")
     reproduced.add(key)
     return parts
+
+
+def _refuse_some_windows(parts: list[LayerParts | None], reasons: dict[int, str]) -> None:
+    """Make no layer with a sliding window native if one is not, in place.
+
+    transformers makes one attention mask for all of them, whose size follows from the first one's KV cache.
+    """
+    if None in parts:
+        for index, part in enumerate(parts):
+            if part is not None and part.window:
+                parts[index], reasons[index] = None, "other layers are not native, and it has a sliding window"
 
 
 def _moe_block(model: LayeredModel) -> str | None:

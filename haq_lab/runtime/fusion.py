@@ -157,7 +157,8 @@ def _fuse_norm(layer: nn.Module, group: Group, backend: Backend, kernels: Kernel
 
 def _fuse_mlp(layer: nn.Module, group: Group, backend: Backend, kernels: Kernels) -> None:
     """Fuse an MLP if gate and up are merged in this order and one module contains them and the down projection."""
-    assert group.source is not None
+    if group.source is None:
+        return
     up: Any = layer.get_submodule(group.source)
     down: Any = layer.get_submodule(group.consumers[0])
     name = group.source.rpartition(".")[0]

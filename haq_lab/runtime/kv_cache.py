@@ -27,6 +27,7 @@ class KVCache(DynamicLayer):
         heads: Key-value heads of a layer.
         head_dim: Width of a head.
         prefix: Keys and values of a prefix, each (layers, heads, p, head_dim), or None.
+        is_sliding: Whether the layers have a sliding window. All keys stay in the cache nevertheless.
 
     Attributes:
         length: Number of positions, including padding.
@@ -37,8 +38,16 @@ class KVCache(DynamicLayer):
         rows: Values, float32 (layers, b, heads, capacity, head_dim rounded up to a multiple of 32).
     """
 
-    def __init__(self, layers: int, heads: int, head_dim: int, prefix: tuple[Tensor, Tensor] | None = None):
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        prefix: tuple[Tensor, Tensor] | None = None,
+        is_sliding: bool = False,
+    ):
         super().__init__()
+        self.head_dim, self.is_sliding = head_dim, is_sliding  # transformers reads the second
         self._shape = layers, heads, head_dim
         self._prefix = prefix
         self._before = 0 if prefix is None else prefix[0].shape[2]

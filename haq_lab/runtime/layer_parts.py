@@ -6,20 +6,28 @@ The family table says which modules play which role, so module names are not gue
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from haq_lab.int8.cpu.bindings import kernel_group
 from haq_lab.int8.linear import Int8Linear, MergedLinear
-from haq_lab.models.families.family import Family, Group
 from haq_lab.models.experts import Expert
+from haq_lab.models.families.family import Family, Group
 from haq_lab.models.int8_experts import Int8Experts, projections
+from haq_lab.prefix.attention import attached
+from haq_lab.runtime.equivalence import CLOSE
 from haq_lab.runtime.native_router import NativeRouter, RouterParts
 
 _I64, _F32, _PTR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+# Of a layer: before the two halves, after them, and of queries and keys.
+NORMS = ("attention", "mlp", "attention_output", "mlp_output", "queries", "keys")
+# Of the MLP's gate, in the order of `Activation` of kernels/cpu/kernels.h.
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, partial(F.gelu, approximate="tanh"))
 
 
 class UnsupportedLayerError(Exception):
@@ -48,15 +56,14 @@ class LinearParts(ctypes.Structure):
 
 
 class NormParts(ctypes.Structure):
-    """`Norm` of kernels/cpu/decoder.h."""
+    """`Norm` of kernels/cpu/decoder.h. All null: there is no such norm."""
 
-    _fields_ = [("weight", _PTR), ("width", _I64), ("eps", _F32)]
+    _fields_ = [("gain", _PTR), ("width", _I64), ("eps", _F32)]
 
     @classmethod
-    def of(cls, norm: nn.Module) -> NormParts:
-        """Return the address of a norm's weights. The weights must not move afterwards."""
-        rms_norm: Any = norm
-        return cls(rms_norm.weight.data_ptr(), rms_norm.weight.numel(), rms_norm.variance_epsilon)
+    def of(cls, gain: Tensor, eps: float) -> NormParts:
+        """Return the address of a norm's gains. They must not move afterwards."""
+        return cls(gain.data_ptr(), gain.numel(), eps)
 
 
 class ExpertParts(ctypes.Structure):
@@ -100,15 +107,21 @@ class SequenceParts(ctypes.Structure):
 
 
 class LayerParts(ctypes.Structure):
-    """`Layer` of kernels/cpu/decoder.h. The experts are null if a Mixture of Experts is not fully native."""
+    """`Layer` of kernels/cpu/decoder.h. The experts are null if a Mixture of Experts is not fully native.
+
+    Attributes:
+        gains: The gains of the norms, which must live as long as the structure is used.
+    """
 
     _fields_ = [
-        *((name, _I64) for name in ("heads", "kv_heads", "head_dim")),
-        ("scaling", _F32),
-        *((name, NormParts) for name in ("attention", "mlp", "queries", "keys")),
+        *((name, _I64) for name in ("heads", "kv_heads", "head_dim", "window", "rotary", "activation")),
+        *((name, _F32) for name in ("scaling", "soft_cap", "residual")),
+        *((name, NormParts) for name in NORMS),
         *((name, LinearParts) for name in ("qkv", "output", "gate_up", "down")),
         ("moe", MoeParts),
     ]
+
+    gains: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, layer: nn.Module, groups: Sequence[Group], family: Family) -> LayerParts:
@@ -129,17 +142,27 @@ class LayerParts(ctypes.Structure):
         linears = _find_products(layer, inputs, outputs)
         attention = _find_attention(layer, inputs[0])
         heads, kv_heads = _count_heads(linears, attention.head_dim)
-        _check_head_norms(norms[2:], family.head_norms, (heads, kv_heads), attention.head_dim)
+        _check_head_norms(norms, family.head_norms, (heads, kv_heads), attention.head_dim)
+        residual = float(getattr(layer, "residual_multiplier", 1.0))
+        if family.moe is not None and (residual != 1.0 or family.output_norms or "mlp" not in norms):
+            raise UnsupportedLayerError("its experts have no norm before them, or what they add is scaled")
         moe = family.moe and MoeParts.of(*map(layer.get_submodule, (family.moe.router, family.moe.experts)))
-        return cls(
-            heads,
-            kv_heads,
-            attention.head_dim,
-            attention.scaling,
-            **dict(zip(("attention", "mlp", "queries", "keys"), map(NormParts.of, norms), strict=False)),
+        parts = cls(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=attention.head_dim,
+            window=_window(attention),
+            rotary=bool(getattr(attention, "use_rope", True)),
+            activation=0 if family.moe is not None else _activation(layer, outputs[1]),
+            scaling=attention.scaling,
+            soft_cap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
+            residual=residual,
+            **{name: NormParts.of(gain, eps) for name, (gain, eps) in norms.items()},
             **dict(zip(("qkv", "output", "gate_up", "down"), map(LinearParts.of, linears), strict=False)),
             moe=moe or MoeParts(),
         )
+        parts.gains = tuple(gain for gain, _ in norms.values())
+        return parts
 
     @property
     def includes_mlp(self) -> bool:
@@ -147,14 +170,14 @@ class LayerParts(ctypes.Structure):
         return bool(self.gate_up.packed or self.moe.experts)
 
     @property
-    def stack_key(self) -> tuple[int, int, bool]:
-        """What all layers of one stack must share: key-value heads, head width, and whether the MLP is included."""
-        return self.kv_heads, self.head_dim, self.includes_mlp
+    def stack_key(self) -> tuple[int, int, int, bool]:
+        """What all layers of one stack must share: key-value heads, head width, window, and whether it has the MLP."""
+        return self.kv_heads, self.head_dim, self.window, self.includes_mlp
 
 
 def _find_groups(groups: Sequence[Group], family: Family) -> tuple[list[Group], list[Group]]:
     """Return the groups behind the two norms, and those of the output projections (attention, then a dense MLP)."""
-    inputs = [group for group in groups if group.kind == "norm" and group.source is not None]
+    inputs = [group for group in groups if group.kind == "norm"]
     kinds = ("value", "up") if family.moe is None else ("value",)
     outputs = [group for kind in kinds for group in groups if group.kind == kind]
     if len(inputs) != 2 or len(outputs) != len(kinds):
@@ -180,17 +203,27 @@ def _obstacle(linear: Any) -> str | None:
     return None
 
 
-def _find_norms(layer: nn.Module, inputs: Sequence[Group], family: Family) -> list[nn.Module]:
-    """Return the norms before attention and MLP, then those of queries and keys if the family has them."""
-    norms: list[nn.Module] = []
-    for name in (*(group.source for group in inputs if group.source is not None), *family.head_norms):
-        norm: Any = layer.get_submodule(name)
-        if not hasattr(norm, "variance_epsilon"):
-            raise UnsupportedLayerError(f"{name} is not an RMSNorm")
-        if norm.weight.dtype != torch.float32:
-            raise UnsupportedLayerError(f"{name} has weights of type {norm.weight.dtype}, not float32")
-        norms.append(norm)
-    return norms
+def _find_norms(layer: nn.Module, inputs: Sequence[Group], family: Family) -> dict[str, tuple[Tensor, float]]:
+    """Return the gain and the epsilon of each norm that the layer has, by its name in the structure."""
+    before = [group.source for group in inputs]
+    names = *before, *(family.output_norms or (None, None)), *(family.head_norms or (None, None))
+    return {ours: _rms_norm(layer, theirs) for ours, theirs in zip(NORMS, names, strict=True) if theirs is not None}
+
+
+def _rms_norm(layer: nn.Module, name: str) -> tuple[Tensor, float]:
+    """Return the gain of an RMSNorm, which is its weight or 1 + weight, and its epsilon."""
+    norm: Any = layer.get_submodule(name)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    weight = getattr(norm, "weight", None)
+    if eps is None or weight is None:
+        raise UnsupportedLayerError(f"{name} is not an RMSNorm")
+    if weight.dtype != torch.float32:
+        raise UnsupportedLayerError(f"{name} has weights of type {weight.dtype}, not float32")
+    found = norm(torch.ones_like(weight)) * (1 + eps) ** 0.5
+    for gain in (weight, 1 + weight):
+        if torch.allclose(found, gain, rtol=CLOSE, atol=CLOSE):
+            return gain, eps
+    raise UnsupportedLayerError(f"{name} is not an RMSNorm")
 
 
 def _find_products(layer: nn.Module, inputs: Sequence[Group], outputs: Sequence[Group]) -> list[Any]:
@@ -200,10 +233,13 @@ def _find_products(layer: nn.Module, inputs: Sequence[Group], outputs: Sequence[
     """
     products: list[Any] = []
     for group, output in zip(inputs, outputs, strict=False):
-        merged = {cast(Int8Linear, layer.get_submodule(name)).merged for name in group.consumers}
+        linears = [cast(Int8Linear, layer.get_submodule(name)) for name in group.consumers]
+        merged: set[Any] = {linear.merged for linear in linears} if len(linears) > 1 else {*linears}
         if len(merged) != 1 or None in merged:
             raise UnsupportedLayerError(f"{', '.join(group.consumers)} cannot be merged into one product")
         products += [merged.pop(), layer.get_submodule(output.consumers[0])]
+    if len(products) > 2 and products[2].out_features != 2 * products[3].in_features:
+        raise UnsupportedLayerError("its MLP has no gate")
     return products
 
 
@@ -212,9 +248,27 @@ def _find_attention(layer: nn.Module, group: Group) -> Any:
     attention: Any = layer.get_submodule(name)
     if not hasattr(attention, "scaling"):
         raise UnsupportedLayerError(f"{name} has no attribute `scaling`")
-    if getattr(attention, "sliding_window", None) is not None:
-        raise UnsupportedLayerError(f"{name} has a sliding window")
+    if _window(attention) and attached(layer) is not None:
+        raise UnsupportedLayerError(f"{name} has a sliding window and a prefix")
     return attention
+
+
+def _window(attention: Any) -> int:
+    """Return the number of positions that a query sees, or 0 if it sees all before it."""
+    config = getattr(attention, "config", None)
+    return getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0
+
+
+def _activation(layer: nn.Module, down: Group) -> int:
+    """Return which of `ACTIVATIONS` an MLP's only child beside the linears computes."""
+    mlp = layer.get_submodule(down.consumers[0].rpartition(".")[0])
+    others = [child for child in mlp.children() if not isinstance(child, Int8Linear)]
+    x = torch.linspace(-10, 10, 401)
+    found = others[0](x) if len(others) == 1 else None
+    for number, activation in enumerate(ACTIVATIONS):
+        if isinstance(found, Tensor) and torch.allclose(found, activation(x), rtol=CLOSE, atol=CLOSE):
+            return number
+    raise UnsupportedLayerError("its MLP's activation is neither SiLU nor GELU in tanh's approximation")
 
 
 def _count_heads(linears: Sequence[Any], head_dim: int) -> tuple[int, int]:
@@ -223,7 +277,10 @@ def _count_heads(linears: Sequence[Any], head_dim: int) -> tuple[int, int]:
     return heads, (linears[0].out_features // head_dim - heads) // 2
 
 
-def _check_head_norms(norms: Sequence[Any], names: Sequence[str], heads: Sequence[int], head_dim: int) -> None:
-    for norm, name, count in zip(norms, names, heads, strict=False):
-        if count * head_dim % norm.weight.numel():
-            raise UnsupportedLayerError(f"{name} has {norm.weight.numel()} weights, which do not divide its heads")
+def _check_head_norms(
+    norms: Mapping[str, tuple[Tensor, float]], names: Sequence[str], heads: Sequence[int], head_dim: int
+) -> None:
+    for ours, name, count in zip(("queries", "keys"), names, heads, strict=False):
+        width = norms[ours][0].numel()
+        if count * head_dim % width:
+            raise UnsupportedLayerError(f"{name} has {width} weights, which do not divide its heads")

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from haq_lab.int8.cpu import library
 from haq_lab.models.int8_experts import Int8Experts
@@ -65,7 +65,9 @@ class NativeStack(nn.Module):
         self.first = first
         self.kv_heads, self.head_dim = parts[0].kv_heads, parts[0].head_dim
         self.width: int = parts[0].output.n
+        self.window: int = parts[0].window
         self._parts = (LayerParts * len(parts))(*parts)
+        self._gains = [part.gains for part in parts]  # which the structures point to
         self._experts = [module for layer in layers for module in layer.modules() if isinstance(module, Int8Experts)]
         self._logged: set[str] = set()
         prefixes = [prefix for layer in layers if (prefix := attached(layer)) is not None]
@@ -102,7 +104,7 @@ class NativeStack(nn.Module):
             try:
                 positions, own = _check_call(hidden, position_embeddings, kv)
                 batch, new = hidden.shape[:2]
-                tokens = find_tokens(attention_mask, batch, new, own.length, own.tokens)
+                tokens = find_tokens(attention_mask, batch, new, own.length, own.tokens, self.window)
             except UnsupportedCallError as reason:
                 self._log_once(str(reason))
             else:
@@ -125,7 +127,7 @@ class NativeStack(nn.Module):
 
     def new_cache(self) -> KVCache:
         """Return a KV cache for these layers, without tokens."""
-        return KVCache(len(self.layers), self.kv_heads, self.head_dim, self._prefix)
+        return KVCache(len(self.layers), self.kv_heads, self.head_dim, self._prefix, self.window > 0)
 
     def _scratch(self) -> KVCache:
         """Return a KV cache for one call. Its layers share their memory, unless each has its own prefix."""
@@ -136,7 +138,7 @@ class NativeStack(nn.Module):
         while len(cache.layers) < self.first + len(self.layers):
             cache.layers.append(DynamicLayer())
         kv = cache.layers[self.first]
-        if type(kv) is DynamicLayer and kv.get_seq_length() == 0:
+        if type(kv) in (DynamicLayer, DynamicSlidingWindowLayer) and kv.get_seq_length() == 0:
             kv = cache.layers[self.first] = self.new_cache()
         return kv if isinstance(kv, KVCache) else None
 
@@ -200,13 +202,20 @@ class NativeStack(nn.Module):
         hidden = torch.randn(1, PROBE_TOKENS, self.width, generator=generator)
         angles = torch.randn(1, PROBE_TOKENS, self.head_dim // 2, generator=generator).repeat(1, 1, 2)
         cosines, sines = angles.cos(), angles.sin()
-        wanted = hidden.clone()
+        wanted, mask = hidden.clone(), self._probe_mask()
         for layer in self.layers:
-            wanted = layer(wanted, position_embeddings=(cosines, sines), attention_mask=None)
+            wanted = layer(wanted, position_embeddings=(cosines, sines), attention_mask=mask)
         kv, last = self.new_cache(), PROBE_TOKENS - 1
         parts = (slice(last), slice(last, None))
         got = torch.cat([self.step(hidden[:, p], cosines[:, p], sines[:, p], kv) for p in parts], dim=1)
         return (got - wanted).norm(dim=-1) / (wanted - hidden).norm(dim=-1)
+
+    def _probe_mask(self) -> Tensor:
+        """Return the mask that is added to the scores of the random tokens, (1, 1, tokens, tokens)."""
+        seen = torch.ones(PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool).tril()
+        if self.window:
+            seen = seen.triu(1 - self.window)
+        return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
 
 
 class MoeStack(NativeStack):
@@ -276,6 +285,8 @@ def _check_call(
         raise UnsupportedCallError(f"the hidden states are {hidden.dtype}, not float32")
     if position_embeddings is None:
         raise UnsupportedCallError("there are no rotary position embeddings")
+    if kv is not None and position_embeddings[0].shape[-1] != kv.head_dim:
+        raise UnsupportedCallError("the rotary position embeddings are not as wide as a head")
     if kv is None:
         raise UnsupportedCallError("the KV cache is not a DynamicCache, or an earlier call has filled it")
     if kv.stored and len(kv.stored) != len(hidden):
@@ -310,8 +321,18 @@ def make_stack(layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: 
     return MoeStack(layers, parts, first, block)
 
 
+class Passed(nn.Module):
+    """Stands at the place of a layer that an earlier stack has run, and returns its input."""
+
+    def forward(self, hidden: Tensor, **others: Any) -> Tensor:
+        return hidden
+
+
 def stack_native_layers(
-    layers: Sequence[nn.Module], parts: Sequence[LayerParts | None], block: str | None = None
+    layers: Sequence[nn.Module],
+    parts: Sequence[LayerParts | None],
+    block: str | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> list[nn.Module]:
     """Replace each run of consecutive native layers by a stack.
 
@@ -319,16 +340,21 @@ def stack_native_layers(
         layers: All decoder layers of the model.
         parts: Their descriptions for the kernels; None for a layer that is not native.
         block: Name of the MoE block within a layer; None for a dense model.
+        kinds: The kind of each layer, on which the arguments of its call depend. None if all are the same.
 
     Returns:
-        Stacks, and the unchanged layers that are not native, in the model's order.
+        Stacks, and the unchanged layers that are not native, in the model's order. If there are several kinds, each
+        module is at the index of its first layer, because the model chooses its arguments by this index.
     """
+    kinds = kinds or [""] * len(layers)
+    several = len(set(kinds)) > 1
     result: list[nn.Module] = []
     run: list[tuple[nn.Module, LayerParts]] = []
     for index, (layer, part) in enumerate(zip([*layers, None], [*parts, None], strict=True)):
-        if run and (part is None or part.stack_key != run[0][1].stack_key):
+        if run and (part is None or part.stack_key != run[0][1].stack_key or kinds[index] != kinds[index - 1]):
             run_layers, run_parts = zip(*run, strict=True)
             result.append(make_stack(run_layers, run_parts, index - len(run), block))
+            result += [Passed() for _ in run[1:] if several]
             run = []
         if layer is not None and part is not None:
             run.append((layer, part))

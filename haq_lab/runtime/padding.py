@@ -16,18 +16,21 @@ class UnsupportedCallError(Exception):
     """A call that the native decoder cannot compute. The message is the reason in plain words."""
 
 
-def find_tokens(mask: Tensor | None, batch: int, new: int, past: int, earlier: Tensor | None) -> Tensor | None:
+def find_tokens(
+    mask: Tensor | None, batch: int, new: int, past: int, earlier: Tensor | None, window: int = 0
+) -> Tensor | None:
     """Return which positions of a batch are tokens and not padding.
 
     Padding may be anywhere: on the left, on the right, or between a padded prompt and its continuation.
 
     Args:
-        mask: True where a query may attend to a key, bool (batch or 1, 1, new, past + new). None means causal
-            attention without padding.
+        mask: True, or 0 to be added, where a query may attend to a key: (batch or 1, 1, new, past + new). None means
+            causal attention without padding.
         batch: Number of sequences.
         new: Number of new positions, including padding.
         past: Number of positions in the KV cache, including padding.
         earlier: The result for the positions in the cache.
+        window: Number of positions that a query sees, its own among them; 0 if it sees all before it.
 
     Returns:
         bool (batch, past + new), or None if there is no padding.
@@ -36,28 +39,44 @@ def find_tokens(mask: Tensor | None, batch: int, new: int, past: int, earlier: T
         UnsupportedCallError: The mask is not causal attention to the tokens.
         UserError: The mask shows a position that was padding in an earlier call, so the cache has no key for it.
     """
-    tokens = None if mask is None else _last_row(mask, batch, new, past)
+    if mask is not None and mask.is_floating_point():
+        mask = mask == 0
+    tokens = None if mask is None else _seen(mask, batch, new, past, earlier, window)
     if earlier is not None:
         _refuse_shown_padding(tokens, earlier)
     if mask is None or tokens is None:
+        if window and past + new > window:
+            raise UnsupportedCallError("there is no attention mask for the sliding window")
         return None
     if not bool((tokens[:, :past] if earlier is None else tokens[:, :past] == earlier).all()):
         raise UnsupportedCallError("the attention mask hides tokens that an earlier call has shown")
     # The rows of padding do not matter, because they are not computed.
     causal = torch.ones(new, past + new, dtype=torch.bool, device=mask.device).tril(past)
+    if window:
+        causal = causal.triu(past + 1 - window)
     same = (mask[:, 0] == (causal & tokens[:, None])) | ~tokens[:, past:, None]
     if not bool(same.all()):
         raise UnsupportedCallError("the attention mask is not causal")
-    return None if bool(tokens.all()) else tokens
+    if bool(tokens.all()):
+        return None
+    if window and past + new > window and bool((tokens[:, :-1] & ~tokens[:, 1:]).any()):
+        raise UnsupportedCallError("padding follows tokens, and there is a sliding window")
+    return tokens
 
 
-def _last_row(mask: Tensor, batch: int, new: int, past: int) -> Tensor:
-    """Return the keys that the last position sees, bool (batch, past + new)."""
+def _seen(mask: Tensor, batch: int, new: int, past: int, earlier: Tensor | None, window: int) -> Tensor:
+    """Return the keys that a position sees, bool (batch, past + new): the last position, or each one itself.
+
+    With a sliding window, the last position does not see all tokens. The earlier ones are then those of the cache.
+    """
     if mask.dtype != torch.bool or mask.ndim != 4:
         raise UnsupportedCallError("the attention mask is not a boolean mask with four dimensions")
     if mask.shape[0] not in (1, batch) or mask.shape[1:] != (1, new, past + new):
         raise UnsupportedCallError(f"the attention mask of shape {tuple(mask.shape)} does not fit the KV cache")
-    return mask[:, 0, -1].expand(batch, -1)
+    if not window:
+        return mask[:, 0, -1].expand(batch, -1)
+    before = mask.new_ones(batch, past) if earlier is None else earlier
+    return torch.cat([before, mask[:, 0].diagonal(past, 1, 2).expand(batch, -1)], dim=1)
 
 
 def _refuse_shown_padding(tokens: Tensor | None, earlier: Tensor) -> None:

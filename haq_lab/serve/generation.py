@@ -22,6 +22,7 @@ from transformers.cli.serving.utils import (
 )
 
 from haq_lab.serve.metrics import Metrics
+from haq_lab.serve.stop_strings import Cut, CutQueue, stop_strings
 
 SEED = "seed"  # attribute of the generation settings of a request
 STOP_SECONDS = 30  # how long a stopping server waits for the token that is being computed
@@ -65,15 +66,16 @@ class RequestQueue(GenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], Any]:
-        """Queue a request whose text is streamed.
+        """Queue a request whose text is streamed. The text ends before the stop string that stopped it.
 
         Raises:
             HTTPException: The prompt is empty or too long.
         """
         job = self._new_job(model, inputs, gen_config)
-        return super().generate_streaming(
+        queue, streamer = super().generate_streaming(
             cast(PreTrainedModel, job), processor, inputs, gen_config, request_id, response_parser
         )
+        return cast(asyncio.Queue[Any], CutQueue(queue, stop_strings(gen_config.stop_strings))), streamer
 
     async def generate_non_streaming(
         self,
@@ -85,16 +87,20 @@ class RequestQueue(GenerateManager):
     ) -> tuple[str, int, Any]:
         """Queue a request and return its text, the length of its prompt and its tokens.
 
+        The text ends before the stop string that stopped it. The tokens include it.
+
         Raises:
             HTTPException: The prompt is empty or too long.
         """
         job = self._new_job(model, inputs, gen_config)
         answer = super().generate_non_streaming(cast(PreTrainedModel, job), processor, inputs, gen_config, request_id)
         try:
-            return await asyncio.shield(asyncio.create_task(answer))
+            text, length, tokens = await asyncio.shield(asyncio.create_task(answer))
         except asyncio.CancelledError:  # the client has left
             job.cancelled.set()
             raise
+        cut = Cut(stop_strings(gen_config.stop_strings))
+        return cut.feed(text) + cut.finish(), length, tokens
 
     def cancel_all(self) -> None:
         """End all answers after their next token."""

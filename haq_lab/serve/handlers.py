@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
 from pydantic import BaseModel, Field, Json, ValidationError
@@ -12,6 +12,8 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import BaseHandler
 
 from haq_lab.serve.generation import SEED
+
+_StopString = Annotated[str, Field(min_length=1)]
 
 
 class _Body(BaseModel):
@@ -25,7 +27,7 @@ class _Body(BaseModel):
     frequency_penalty: float | None = Field(None, gt=-1, le=2)
     logit_bias: dict[int, float] | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | None = None
+    stop: _StopString | list[_StopString] | None = None
     generation_config: Json[dict[str, Any]] | None = None
 
     n: Literal[1] | None = None

@@ -1,29 +1,42 @@
 """Track runs with W&B: one W&B run for each run, and one group for each sweep.
 
-All files stay in the run folder. The environment variable `WANDB_MODE` can only restrict the setting `mode`.
+All files stay in the run folder. docs/guides/tracking.md lists what is uploaded. The environment variable `WANDB_MODE`
+can only restrict the setting `mode`.
 `WANDB_RUN_ID` and `WANDB_RESUME` are ignored, because all runs of a sweep would get the same id.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 from pydantic.dataclasses import dataclass
 
 from haq_lab.tracking.run_folder import RunFolder
+from haq_lab.tracking.tracker import artifact_name, interactive
+from haq_lab.utils.extras import need
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_NAME = 128  # W&B's limit for names and groups
 Mode = Literal["disabled", "offline", "online"]
 MODES: tuple[Mode, ...] = ("disabled", "offline", "online")  # each sends more than the one before it
 MODE_LIMITS: dict[str, Mode] = {"disabled": "disabled", "dryrun": "offline", "offline": "offline"}  # by WANDB_MODE
 XDG = ("XDG_DATA_HOME", "XDG_CACHE_HOME")  # W&B evaluates these defaults, although it does not use them
+# Settings of W&B that leave out the machine, the process and the repository.
+PRIVATE = {
+    **dict.fromkeys(("x_disable_meta", "x_disable_machine_info", "x_disable_stats"), True),
+    **dict.fromkeys(("disable_git", "disable_code"), True),
+    "x_save_requirements": False,
+    "host": "private",
+    "username": "private",
+    "email": "private",
+}
 IDENTITY = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
 
 
@@ -35,10 +48,19 @@ class Wandb:
         mode: `offline` writes files that `python -m haq_lab.tracking sync` can upload later. `online` uploads at once.
             `WANDB_MODE=offline` turns `online` into `offline`. `WANDB_MODE=disabled` turns the tracker off.
         project: The W&B project.
+        private: Whether W&B's own description of the machine, the process and the repository is left out. The setting
+            `tracking.private` gives it.
+
+    Raises:
+        UserError: W&B is not installed.
     """
 
     mode: Literal["offline", "online"] = "offline"
     project: str = "haq_lab"
+    private: bool = False
+
+    def __post_init__(self) -> None:
+        need(f"tracking={self.mode}", "wandb", "wandb")
 
     def start(self, folder: RunFolder, name: str, group: str | None) -> None:
         """Begin a W&B run with an id of its own. Names that are too long for W&B are cut."""
@@ -55,7 +77,8 @@ class Wandb:
             import wandb
 
             os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # W&B advertises it if a process uses openai
-            settings = wandb.Settings(silent=True, console="off", init_timeout=20, login_timeout=20, finish_timeout=120)
+            timeouts = {"init_timeout": 20, "login_timeout": 20, "finish_timeout": 120}
+            settings = wandb.Settings(silent=True, console="off", **timeouts, **(PRIVATE if self.private else {}))
             self._run = wandb.init(
                 project=self.project,
                 id=secrets.token_hex(8),
@@ -90,10 +113,13 @@ class Wandb:
             content: dict[str, Any] = dict(self._metrics)
             for name, table in self._tables.items():
                 content[name] = wandb.Table(dataframe=table.astype(object).where(table.notna(), None))
-            content |= {f"figures/{path.stem}": wandb.Image(str(path)) for path in self._figures}
+            for path in self._figures:
+                drawn = interactive(path)
+                name = f"figures/{path.name.partition('.')[0]}"
+                content[name] = wandb.Image(str(path)) if drawn is None else wandb.Plotly(drawn)
             self._run.log(content)
             for path, kind in self._artifacts:
-                label = re.sub(r"[^\w.-]", "-", f"{kind}-{path.parent.name}")[:MAX_NAME]
+                label = artifact_name(path, kind)[:MAX_NAME]
                 artifact = wandb.Artifact(label, type=kind, metadata={"folder": str(path.parent)})
                 artifact.add_file(str(path))
                 self._run.log_artifact(artifact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from rich.console import Console
@@ -32,7 +33,10 @@ def print_table(table: Table) -> None:
 
 
 class Progress:
-    """A progress bar over the layers, and a line for each stage before and after them."""
+    """A progress bar over the layers, and a line for each stage before and after them.
+
+    Without a terminal, such as in a log file, each stage is one line with its time, printed when the stage ends.
+    """
 
     def __init__(self) -> None:
         self._bars = Bars(
@@ -43,8 +47,10 @@ class Progress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not (console.is_terminal or console.is_jupyter),
         )
         self._task = self._bars.add_task("start", total=None)
+        self._stage, self._started = "", 0.0
 
     def __enter__(self) -> Progress:
         self._bars.start()
@@ -52,9 +58,18 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bars.stop()
+        if error[0] is None:
+            self._begin("")
+
+    def _begin(self, name: str) -> None:
+        """End a stage and begin the next one."""
+        if self._stage and self._bars.disable:
+            say(f"{self._stage}: {time.perf_counter() - self._started:.1f} s")
+        self._stage, self._started = name, time.perf_counter()
 
     def stage(self, name: str) -> None:
         """Show a stage of unknown length."""
+        self._begin(name)
         self._bars.update(self._task, description=name)
 
     def layers(self, depth: int, name: str, done: int = 0) -> None:
@@ -65,6 +80,7 @@ class Progress:
             name: Description of the pass.
             done: Number of layers that are already done.
         """
+        self._begin(name)
         self._bars.reset(self._task, total=depth, completed=done, description=name)
 
     def layer_done(self) -> None:

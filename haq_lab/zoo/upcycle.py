@@ -24,10 +24,10 @@ from transformers import MixtralConfig, PreTrainedConfig
 from haq_lab.calibration.dataset import Calibration
 from haq_lab.calibration.hooks import record_inputs
 from haq_lab.data.text import fingerprint, python_docs
-from haq_lab.models.families.family import PROJECTIONS, Moe
-from haq_lab.models.families.lookup import family_of
 from haq_lab.models.build_cache import build_once
 from haq_lab.models.companion_files import copy_companion_files
+from haq_lab.models.families.family import PROJECTIONS, Moe
+from haq_lab.models.families.lookup import family_of
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
 from haq_lab.storage.hf_shard_writer import ShardWriter

@@ -119,7 +119,7 @@ HAQ_TARGET inline Vec vec_exp(Vec x) {
 }
 
 // silu(gate) * up
-HAQ_TARGET void gate_up(const float* gate, const float* up, int64_t n, float* out) {
+HAQ_TARGET void silu_up(const float* gate, const float* up, int64_t n, float* out) {
   const Vec one = vec_set(1.0f), minus = vec_set(-1.0f);
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
@@ -129,8 +129,40 @@ HAQ_TARGET void gate_up(const float* gate, const float* up, int64_t n, float* ou
   for (; i < n; ++i) out[i] = gate[i] / (1.0f + exp_poly(-gate[i])) * up[i];
 }
 
-// exp(scaling * (score - maximum)) over the first `seen` scores, zeros up to `width`; returns 1 / their sum.
-HAQ_TARGET float soften(float* scores, int64_t seen, int64_t width, float scaling) {
+// gelu(gate) * up, where gelu(x) = x / 2 * (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / pi) * (x + 0.044715 x^3)
+HAQ_TARGET void gelu_up(const float* gate, const float* up, int64_t n, float* out) {
+  constexpr float linear = -1.5957691216057308f, cubic = linear * 0.044715f; // of -2 y
+  const Vec one = vec_set(1.0f);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const Vec g = vec_load(gate + i);
+    const Vec factor = vec_fma(vec_mul(g, g), vec_set(cubic), vec_set(linear));
+    const Vec divisor = vec_add(one, vec_exp(vec_mul(g, factor)));
+    vec_store(out + i, vec_mul(vec_div(g, divisor), vec_load(up + i)));
+  }
+  for (; i < n; ++i) {
+    const float g = gate[i];
+    out[i] = g / (1.0f + exp_poly(g * (g * g * cubic + linear))) * up[i];
+  }
+}
+
+HAQ_TARGET void gate_up(Activation activation, const float* gate, const float* up, int64_t n, float* out) {
+  activation == kSilu ? silu_up(gate, up, n, out) : gelu_up(gate, up, n, out);
+}
+
+// scores (width,) = cap * tanh(scaling * score / cap) = cap - 2 cap / (1 + exp(2 scaling score / cap))
+HAQ_TARGET void cap_scores(float* scores, int64_t width, float scaling, float cap) {
+  const Vec factor = vec_set(2.0f * scaling / cap), one = vec_set(1.0f), most = vec_set(cap), twice = vec_set(-2.0f * cap);
+  for (int64_t i = 0; i < width; i += 16) {
+    const Vec divisor = vec_add(one, vec_exp(vec_mul(vec_load(scores + i), factor)));
+    vec_store(scores + i, vec_add(most, vec_div(twice, divisor)));
+  }
+}
+
+// exp(scaling * (score - maximum)) over the scores from `unseen` to `seen`, and zeros elsewhere up to `width`; returns
+// 1 / their sum.
+HAQ_TARGET float soften(float* scores, int64_t unseen, int64_t seen, int64_t width, float scaling) {
+  for (int64_t i = 0; i < unseen; ++i) scores[i] = -std::numeric_limits<float>::infinity();
   for (int64_t i = seen; i < width; ++i) scores[i] = -std::numeric_limits<float>::infinity();
   Vec most = vec_load(scores);
   for (int64_t i = 16; i < width; i += 16) most = vec_max(most, vec_load(scores + i));
@@ -141,13 +173,19 @@ HAQ_TARGET float soften(float* scores, int64_t seen, int64_t width, float scalin
     sums = vec_add(sums, weights);
     vec_store(scores + i, weights);
   }
+  for (int64_t i = 0; i < unseen; ++i) scores[i] = 0.0f;
   for (int64_t i = seen; i < width; ++i) scores[i] = 0.0f;
   return 1.0f / vec_sum(sums);
 }
 
 template <int R, int V>
-HAQ_TARGET void attend(const Attention& a) {
+HAQ_TARGET void attend(const Attention& given) {
+  Attention a = given;
   const int64_t d = a.head_dim, value_width = (d + kPanel - 1) / kPanel * kPanel;
+  const int64_t skipped = (a.seen > a.window ? a.seen - a.window : 0) / kPanel * kPanel; // that no row sees
+  a.keys += skipped * d;
+  a.values += skipped * value_width;
+  a.seen -= skipped;
   const int64_t all = a.seen + (a.rows - 1) * a.more_seen; // keys that the last row sees
   const int64_t width = (all + kPanel - 1) / kPanel * kPanel;
   Reading one_token(a, width * d, all * value_width);
@@ -157,8 +195,12 @@ HAQ_TARGET void attend(const Attention& a) {
     product32<R, V>(a.rows, a.queries, a.query_stride, a.keys + j * d, kPanel, d, reading, a.scores + j,
                     a.score_stride);
   float factor[kAttendRows];
-  for (int r = 0; r < a.rows; ++r)
-    factor[r] = soften(a.scores + r * a.score_stride, a.seen + r * a.more_seen, width, a.scaling);
+  for (int r = 0; r < a.rows; ++r) {
+    float* scores = a.scores + r * a.score_stride;
+    const int64_t seen = a.seen + r * a.more_seen, unseen = seen > a.window ? seen - a.window : 0;
+    if (a.soft_cap != 0.0f) cap_scores(scores, width, a.scaling, a.soft_cap);
+    factor[r] = soften(scores, unseen, seen, width, a.soft_cap != 0.0f ? 1.0f : a.scaling);
+  }
   float block[kAttendRows * kPanel];
   for (int64_t c = 0; c < d; c += kPanel) {
     product32<R, V>(a.rows, a.scores, a.score_stride, a.values + c, value_width, all, c == 0 ? reading : nullptr, block,

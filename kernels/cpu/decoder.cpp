@@ -1,4 +1,4 @@
-// RMS norm, q/k/v, rotation, attention, output, residual; RMS norm, gate/up, SiLU, down, residual. The products
+// RMS norm, q/k/v, rotation, attention, output, residual; RMS norm, gate/up, activation, down, residual. The products
 // are those of gemm.cpp; what lies between them is float32.
 #include "decoder.h"
 
@@ -52,10 +52,11 @@ void each_token(const Step& s, int64_t width, const Body& body) {
 
 // x and out (count,), which may be the same
 void normalize(const Step& s, const Norm& norm, const float* x, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += norm.width) s.isa.rms_norm(x + i, norm.weight, norm.eps, norm.width, out + i);
+  for (int64_t i = 0; i < count; i += norm.width) s.isa.rms_norm(x + i, norm.gain, norm.eps, norm.width, out + i);
 }
 
 const float* normed(const Step& s, const Norm& norm) {
+  if (!norm.gain) return s.hidden;
   float* out = normed_scratch.floats(s.tokens * s.width);
   each_token(s, s.width, [&](int64_t t) { normalize(s, norm, s.hidden + t * s.width, s.width, out + t * s.width); });
   return out;
@@ -69,9 +70,9 @@ void remember(const Step& s, const Piece& piece, float* qkv) {
   parallel_for(threads_for(s.threads, piece.tokens * l.qkv.n), piece.tokens, [&](int64_t token) {
     const int64_t t = piece.first + token, position = piece.past + token;
     float* row = qkv + t * l.qkv.n;
-    if (l.queries.weight) normalize(s, l.queries, row, l.heads * d, row);
-    if (l.keys.weight) normalize(s, l.keys, row + l.heads * d, l.kv_heads * d, row + l.heads * d);
-    for (int64_t h = 0; h < l.heads + l.kv_heads; ++h)
+    if (l.queries.gain) normalize(s, l.queries, row, l.heads * d, row);
+    if (l.keys.gain) normalize(s, l.keys, row + l.heads * d, l.kv_heads * d, row + l.heads * d);
+    for (int64_t h = 0; l.rotary && h < l.heads + l.kv_heads; ++h)
       s.isa.rotate(row + h * d, s.cosines + t * d, s.sines + t * d, d);
     for (int64_t h = 0; h < l.kv_heads; ++h) {
       const float* key = row + (l.heads + h) * d;
@@ -113,7 +114,9 @@ void attend_unit(const Step& s, const Piece& piece, int64_t unit, const float* q
   a.head_dim = d;
   a.seen = piece.past + token + 1;
   a.more_seen = one ? 0 : 1;
+  a.window = l.window > 0 ? l.window : most;
   a.scaling = l.scaling;
+  a.soft_cap = l.soft_cap;
   a.scores = score_scratch.floats(kAttendRows * most);
   a.score_stride = most;
   a.out = out + row * out_width + (one ? head + first : head) * d;
@@ -135,10 +138,11 @@ void attend(const Step& s, const float* qkv, float* out) {
   if (out_of_memory) throw std::bad_alloc();
 }
 
-// hidden += y (tokens, width)
-void add(const Step& s, const float* y) {
+// hidden += residual * norm(y), of y (tokens, width), which is used up
+void add(const Step& s, const Norm& norm, float* y) {
   each_token(s, s.width, [&](int64_t t) {
-    for (int64_t i = t * s.width; i < (t + 1) * s.width; ++i) s.hidden[i] += y[i];
+    if (norm.gain) normalize(s, norm, y + t * s.width, s.width, y + t * s.width);
+    for (int64_t i = t * s.width; i < (t + 1) * s.width; ++i) s.hidden[i] += s.layer.residual * y[i];
   });
 }
 
@@ -150,7 +154,7 @@ void attention_half(const Step& s) {
   for (const Piece* piece = s.pieces; piece != s.end; ++piece) remember(s, *piece, wide);
   attend(s, wide, narrow);
   apply(s, l.output, narrow, wide); // the queries are done with
-  add(s, wide);
+  add(s, l.attention_output, wide);
 }
 
 void mlp_half(const Step& s) {
@@ -161,10 +165,10 @@ void mlp_half(const Step& s) {
   apply(s, l.gate_up, normed(s, l.mlp), wide);
   each_token(s, inner, [&](int64_t t) {
     const float* gate = wide + t * 2 * inner;
-    s.isa.gate_up(gate, gate + inner, inner, narrow + t * inner);
+    s.isa.gate_up(static_cast<Activation>(l.activation), gate, gate + inner, inner, narrow + t * inner);
   });
   apply(s, l.down, narrow, wide);
-  add(s, wide);
+  add(s, l.mlp_output, wide);
 }
 
 void moe_half(const Step& s) {

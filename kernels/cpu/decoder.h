@@ -10,16 +10,22 @@ namespace haq {
 
 // An RMS norm of each `width` values on their own.
 struct Norm {
-  const float* weight; // (width,); null: there is no such norm
+  const float* gain; // (width,); null: there is no such norm
   int64_t width;
   float eps;
 };
 
 struct Layer {
   int64_t heads, kv_heads, head_dim;
+  int64_t window;     // positions that a query sees, its own among them; 0: all before it
+  int64_t rotary;     // whether queries and keys are rotated by their position
+  int64_t activation; // of the MLP's gate: an Activation
   float scaling;
-  Norm attention, mlp;  // before the two halves
-  Norm queries, keys;   // before the rotation: of one head's width, or of all heads'
+  float soft_cap;     // of the attention scores; 0: none
+  float residual;     // factor of what a half adds
+  Norm attention, mlp;               // before the two halves
+  Norm attention_output, mlp_output; // after them, of what they add
+  Norm queries, keys; // before the rotation: of one head's width, or of all heads'
   Linear qkv, output;
   Linear gate_up, down; // where the MLP is dense
   Moe moe;              // where it is a Mixture of Experts whose `experts` are not null

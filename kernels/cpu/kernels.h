@@ -51,15 +51,16 @@ struct Tile4 {
   float* sums;
 };
 
-// Attention of `rows` queries of one head over the keys and values of decoder.h. Row r sees the first
-// seen + r * more_seen positions.
+// Attention of `rows` queries of one head over the keys and values of decoder.h. Row r sees the last `window` of the
+// first seen + r * more_seen positions.
 struct Attention {
   int rows; // at most kAttendRows
   const float* queries;
   int64_t query_stride;
   const float *keys, *values, *next_keys; // next: of the head that comes after it, or null
-  int64_t head_dim, seen, more_seen;
+  int64_t head_dim, seen, more_seen, window;
   float scaling;
+  float soft_cap; // c: a score s becomes c * tanh(s / c); 0: it stays
   float* scores; // (rows, score_stride): work; score_stride is a multiple of 32, at least what the last row sees
   int64_t score_stride;
   float* out;
@@ -67,6 +68,8 @@ struct Attention {
 };
 
 constexpr int kAttendRows = 8;
+
+enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 }; // of an MLP's gate; the second is gelu in tanh's approximation
 
 struct Kernels {
   const char* name;
@@ -97,7 +100,8 @@ struct Kernels {
   void (*silu_mul)(const void* gate, const void* up, Kind kind, int64_t n, void* out);
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t k, float* out);
   void (*rotate)(float* x, const float* cosines, const float* sines, int64_t d);
-  void (*gate_up)(const float* gate, const float* up, int64_t n, float* out); // silu(gate) * up
+  // activation(gate) * up
+  void (*gate_up)(Activation activation, const float* gate, const float* up, int64_t n, float* out);
   void (*attend)(const Attention& a);
   // out (m, rows) = x (m, k) times w (rows, k) transposed, the weights in bfloat16, float16 or fp32, sums in fp32
   // (float_product.h). The rows of out are out_stride values apart.

@@ -51,22 +51,23 @@ def _llama_order(weight, heads):
     return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mixtral", "qwen3_moe"])
 def test_the_weights_are_ours(write, dequantized, architecture, tmp_path):
     folder = write(HAQ(rotation="none"))
     export(folder, tmp_path / "model.gguf", "gguf")
     fields, tensors, types = _read(tmp_path / "model.gguf")
     model = QuantizedModel(folder, ReferenceBackend())
     layer = dequantized(model, model.load_layer(1)).state_dict()
-    permuted = architecture != "qwen3_moe"
+    permuted = architecture in ("llama", "mixtral")
     for name, heads in (("q", 4), ("k", 2)):
         weight = layer[f"self_attn.{name}_proj.weight"]
         _near(_llama_order(weight, heads) if permuted else weight, tensors[f"blk.1.attn_{name}.weight"])
     _near(layer["self_attn.v_proj.weight"], tensors["blk.1.attn_v.weight"])
     _near(layer["post_attention_layernorm.weight"], tensors["blk.1.ffn_norm.weight"])
-    if architecture == "llama":
+    if architecture in ("llama", "qwen3"):
         _near(layer["mlp.down_proj.weight"], tensors["blk.1.ffn_down.weight"])
-        assert "output.weight" not in tensors  # llama.cpp uses the embedding
+        # llama.cpp uses the embedding if there is no head.
+        assert ("output.weight" in tensors) == (not model.config.tie_word_embeddings)
     else:
         for name in ("gate", "up", "down"):
             experts = [layer[f"mlp.experts.{number}.{name}_proj.weight"] for number in range(model.experts)]
@@ -82,7 +83,7 @@ def test_the_weights_are_ours(write, dequantized, architecture, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture", ["llama"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_transformers_reads_it(write, dequantized, windows, logits_of, tmp_path):
     folder = write(HAQ(rotation="none"))
     _with_tokenizer(folder, _byte_level(BYTES))
@@ -168,7 +169,7 @@ def _hashes(folder, file):
 @pytest.mark.parametrize(
     ("architecture", "fields", "message"),
     [
-        ("opt", {}, r"llama\.cpp has no architecture 'opt'\. Choose --for transformers"),
+        ("opt", {}, r"architecture 'opt' is not supported\. Choose --for transformers"),
         ("olmoe", {}, r"num_key_value_heads is 2, but llama\.cpp's olmoe models need 4\."),
         ("qwen3_moe", {"norm_topk_prob": False}, r"norm_topk_prob is False, but .*qwen3moe models need True\."),
         ("llama", {"hidden_act": "gelu"}, r"hidden_act is gelu, but llama\.cpp's llama models need silu\."),

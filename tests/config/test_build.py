@@ -85,6 +85,7 @@ SPELLINGS = [
     "+experiment=demo measure=[perplexity] data=[text] data.text.path=a.txt",  # less than the experiment sets up
     "measure=[perplexity,memory,latency]",
     "measure=perplexity",
+    "measure=[memory,latency] measure.latency.wait=60 measure.latency.against=none measure.memory.prompt_tokens=8",
     "model=smol_moe offload=haq hardware=rtx3060_12g",
     "offload=fiddler hardware=jetson_orin_64g hardware.memory_gb=32",
     "measure=[lm_eval] measure.lm_eval.tasks=[arc_easy] measure.lm_eval.limit=8 measure.lm_eval.fewshot=0",
@@ -332,6 +333,14 @@ def test_any_measure_can_stand_alone(measures, tmp_path):
     quick = ["measure.latency.seconds=0", "measure.latency.iterations=1"] if measures == "latency" else []
     metrics = _metrics(tmp_path, f"measure=[{measures}]", *quick)
     assert any(name.startswith(measures) for name in metrics)
+
+
+def test_latency_against_full_precision_needs_its_weights(tmp_path):
+    checkpoint = ["model=quantized", "model.path=x", "quantizer=none", "measure=[latency]"]
+    with pytest.raises(UserError, match=r"^measure.latency.against: none has no effect .* against=null\.$"):
+        build(_composed(*checkpoint, "measure.latency.against=none"))
+    with pytest.raises(UserError, match=r"measure.latency.against: .*'rtn'"):
+        build(_composed("measure=[latency]", "measure.latency.against=rtn"))
 
 
 def _small(experiment: str, texts: dict[str, Path]) -> list[str]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from haq_lab.calibration.dataset import Calibration
 from haq_lab.data.windows import PythonDocs, Windows
 from haq_lab.measure.base import Study
-from haq_lab.measure.latency import Latency, _generate
+from haq_lab.measure.latency import Latency, _speed_over_reference
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.utils.errors import UserError
 from tests.measure.conftest import TEXTS, study_of
@@ -49,9 +48,12 @@ class Watched(nn.Module):
 
 def test_all_metrics_are_there(quantized):
     metrics = measured(quantized, **QUICK)
+    metrics = {name: value for name, value in metrics.items() if not name.startswith("latency.machine.")}
+    assert metrics.pop("latency.spread") >= 0
     assert set(metrics) == {
         "latency.prefill_ms",
         "latency.tokens_per_s",
+        "latency.wall_over_cpu",
         *(f"latency.decode_ms_per_token.{name}" for name in ("mean", "p50", "p95", "std")),
     }
     assert all(value > 0 for value in metrics.values())
@@ -181,11 +183,86 @@ def test_the_figures_are_those_of_a_known_clock(full, monkeypatch):
     assert list(table.loc[table["phase"] == "decode", "ms"]) == pytest.approx(list(decoded))
 
 
-def test_each_sample_waits_for_the_models_gpu(monkeypatch):
-    """With `backend.device=cuda:1 backend.share=true`, torch's current device is still GPU 0."""
-    second, waited = torch.device("cuda", 1), []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    output = MagicMock()
-    output.logits.__getitem__.return_value.argmax.return_value = SimpleNamespace(is_cuda=True, device=second)
-    assert len(_generate(lambda *tokens, **options: output, torch.zeros(1, 3), 2)) == 3
-    assert waited == [second] * 3
+def clocks(monkeypatch, wall: list[float], cpu: list[float]) -> None:
+    """Replace the clocks of wall time and processor time by values that a model advances."""
+    monkeypatch.setattr("haq_lab.measure.latency.time.perf_counter", lambda: wall[0])
+    monkeypatch.setattr("haq_lab.measure.timing.time.thread_time", lambda: cpu[0])
+
+
+class Steady(nn.Module):
+    """A model whose steps take a time that is drawn around a mean. Wall time is longer if the thread waits."""
+
+    def __init__(self, seconds: float, wall: list[float], cpu: list[float], waiting: float = 1.0):
+        super().__init__()
+        self.seconds, self.wall, self.cpu, self.waiting = seconds, wall, cpu, waiting
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens: Tensor, cache, **options):
+        self.cpu[0] += self.seconds
+        self.wall[0] += self.seconds * self.waiting
+        return SimpleNamespace(logits=torch.zeros(1, tokens.shape[1], 5), cache=object())
+
+
+def test_against_full_precision_the_ratio_is_that_of_processor_times(full, monkeypatch):
+    wall, cpu = [0.0], [0.0]
+    clocks(monkeypatch, wall, cpu)
+    reference = Steady(0.06, wall, cpu, waiting=5)
+    study = dataclasses.replace(full, whole=Steady(0.02, wall, cpu), reference=lambda: reference, tables={})
+    metrics = measured(study, **QUICK, against="none")
+    for phase in ("prefill", "decode"):
+        assert metrics[f"latency.speed_vs_fp.{phase}"] == pytest.approx(3)
+        assert metrics[f"latency.speed_vs_fp.{phase}.stderr"] == pytest.approx(0, abs=1e-9)
+    assert metrics["latency.wall_over_cpu"] == pytest.approx(1), "the reference's waiting is not the model's"
+    table = study.tables["latency"]
+    assert list(table) == ["phase", "repetition", "ms", "cpu_ms", "reference_ms", "reference_cpu_ms"]
+    assert list(table["phase"]) == ["prefill", *["decode"] * 3] * 2
+    assert list(table["repetition"]) == [0] * 4 + [1] * 4
+    for column, expected in {"ms": 20, "cpu_ms": 20, "reference_ms": 300, "reference_cpu_ms": 60}.items():
+        assert list(table[column]) == pytest.approx([expected] * 8)
+
+
+def test_with_offloading_the_ratio_contains_the_waiting(full, monkeypatch):
+    wall, cpu = [0.0], [0.0]
+    clocks(monkeypatch, wall, cpu)
+    model, reference = Steady(0.02, wall, cpu, waiting=3), Steady(0.03, wall, cpu)
+    study = dataclasses.replace(full, whole=model, reference=lambda: reference, tables={}, offloaded=True)
+    metrics = measured(study, **QUICK, against="none")
+    assert metrics["latency.speed_vs_fp.decode"] == pytest.approx(0.5)
+    assert not {"latency.wall_over_cpu", "latency.spread"} & set(metrics), "waiting for experts is no disturbance"
+
+
+def test_waiting_for_a_processor_is_recorded(full, monkeypatch):
+    wall, cpu = [0.0], [0.0]
+    clocks(monkeypatch, wall, cpu)
+    study = dataclasses.replace(full, whole=Steady(0.02, wall, cpu, waiting=1.4), tables={})
+    metrics = measured(study, **QUICK)
+    assert metrics["latency.wall_over_cpu"] == pytest.approx(1.4)
+    assert metrics["latency.spread"] == pytest.approx(0)
+    assert not any(name.startswith("latency.speed_vs_fp") for name in metrics)
+
+
+def test_the_error_of_the_ratio_comes_from_the_repetitions():
+    """Each repetition has its own ratio, and its steps are no independent values."""
+    own = np.full((3, 1, 5), 0.01)
+    reference = own * np.array([2.0, 4.0, 8.0])[:, None, None]
+    metrics = _speed_over_reference(np.concatenate([own, reference], axis=1))
+    assert metrics["latency.speed_vs_fp.decode"] == pytest.approx(4)
+    assert metrics["latency.speed_vs_fp.decode.stderr"] == pytest.approx(4 * np.log(2) / np.sqrt(3))
+    single = _speed_over_reference(np.concatenate([own, reference], axis=1)[:1])
+    assert set(single) == {"latency.speed_vs_fp.prefill", "latency.speed_vs_fp.decode"}
+
+
+def test_it_waits_for_a_quiet_moment_before_the_warm_up(full, monkeypatch):
+    events = []
+    watched = Watched(full.whole)
+    watched.register_forward_pre_hook(lambda *arguments: events.append("forward"))
+
+    def wait(seconds, report):
+        events.append(f"waits {seconds}")
+        return 12.5
+
+    monkeypatch.setattr("haq_lab.measure.latency.wait_until_quiet", wait)
+    metrics = measured(dataclasses.replace(full, whole=watched), **QUICK, wait=60)
+    assert events[:2] == ["waits 60.0", "forward"]
+    assert metrics["latency.machine.waited_s"] == 12.5
+    assert "latency.machine.waited_s" not in measured(dataclasses.replace(full, whole=watched), **QUICK)

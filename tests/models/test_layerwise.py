@@ -40,7 +40,7 @@ VARIANTS = {
 
 def whole_of(folder: Path) -> torch.nn.Module:
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def save(config, folder: Path) -> Path:

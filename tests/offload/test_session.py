@@ -90,6 +90,30 @@ def test_a_session_serves_counts_and_simulates(model, tmp_path, settings, machin
     assert not list(tmp_path.iterdir())
 
 
+@torch.no_grad()
+def test_steps_aside_are_not_counted(model, tmp_path):
+    """Neither before the counted steps nor after them, and the simulation starts from what they leave."""
+    settings = Offload(budget="50%", spare=2, on_miss="predict", prefetch="next_gate")
+    session = OffloadSession(settings, None, model, tmp_path, Store())
+    layers = finished(model, session.add)
+    session.find_profile(None, WINDOWS, "random")
+    session.engage(layers)
+    whole = model.assemble(layers)
+    with session.aside():
+        decoded(whole)
+    assert "offload.hit_rate_pairs" not in session.metrics()
+    assert session.engine.recorder.decoded == 0
+    assert (session._placed == session.residents()).all()
+    with session.counting():
+        decoded(whole)
+    counted, start = session.metrics(), session._placed.copy()
+    with session.aside():
+        decoded(whole)
+    assert session.metrics() == counted
+    assert (session._placed == start).all()
+    session.close()
+
+
 def test_beside_a_device_with_its_own_memory_experts_lie_in_the_hosts(model, tmp_path):
     expected = decoded(model.assemble(finished(model)))
     streams = SeparateMemoryStreams("cpu")

@@ -84,6 +84,12 @@ def test_a_local_folder_needs_no_hub(local, monkeypatch):
     assert _lines(kept, experiment.model)["memory"].needed == pytest.approx(
         needs["memory"].needed + 2 * 1.45e9, rel=0.01
     )
+    compared = build(_composed(*setting, *few, "measure=[perplexity,latency]", "measure.latency.against=none"))
+    total = preflight.measure_size(experiment.model.config()).total
+    assert (
+        _lines(compared, experiment.model)["memory"].needed
+        == _lines(kept, experiment.model)["memory"].needed + 4 * total
+    )
 
 
 @pytest.mark.parametrize(("budget", "resident"), [("50%", 8), ("4", 4 + 4), ("1GB", 1e9 / EXPERT)])

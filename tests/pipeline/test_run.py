@@ -11,8 +11,11 @@ import pytest
 import torch
 from children import in_child, killed
 from launching import TINY, launch
+from transformers import AutoModelForCausalLM
 
+from haq_lab.measure.latency import Latency
 from haq_lab.measure.perplexity import Perplexity, score_windows, summary
+from haq_lab.models.sources import TinyModel
 from haq_lab.results.load import load
 from haq_lab.tracking.run_folder import RunFolder
 
@@ -89,3 +92,40 @@ def test_an_already_finished_run_removes_the_saved_states_of_a_killed_one(tmp_pa
     done = launch(*command)
     assert "already finished" in done.out
     assert not (tmp_path / "model" / "work").exists()
+
+
+AGAINST = ["measure=[latency,perplexity]", "measure.latency.against=none", "measure.latency.prompt_tokens=8"]
+AGAINST += ["measure.latency.decode_tokens=2", "measure.latency.seconds=0", "measure.latency.iterations=2"]
+
+
+@pytest.mark.parametrize("extra", [["quantizer.lm_head=true"], ["quantizer.prefix=[7]"], ["checkpoint.dir={}"], []])
+def test_the_reference_is_the_unquantised_model_whatever_the_quantizer_changes(extra, tmp_path, monkeypatch):
+    tokens = torch.arange(1, 13)[None]
+    found = {}
+
+    def compare(self, study):
+        found["hidden"] = dict(study.passed.hidden)
+        found["quantized"], found["reference"] = (one(tokens).logits for one in (study.whole, study.reference()))
+        return {}
+
+    monkeypatch.setattr(Latency, "__call__", compare)
+    extra = [setting.format(tmp_path / "checkpoint") for setting in extra]
+    done = launch(*TINY, *AGAINST, *extra, f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+    expected = AutoModelForCausalLM.from_pretrained(TinyModel("llama").folder())(tokens).logits
+    torch.testing.assert_close(found["reference"], expected)
+    assert not torch.allclose(found["quantized"], expected, atol=1e-5)
+    assert found["hidden"] == {}, "hidden states of the evaluation have left memory"
+
+
+@pytest.mark.parametrize("quantizer", ["none", "rtn"])
+def test_a_run_reports_its_speed_over_full_precision(quantizer, tmp_path):
+    done = launch(*TINY, *AGAINST, f"quantizer={quantizer}", f"hydra.run.dir={tmp_path}")
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    for phase in ("prefill", "decode"):
+        assert metrics[f"latency.speed_vs_fp.{phase}"] > 0
+        assert metrics[f"latency.speed_vs_fp.{phase}.stderr"] >= 0
+    assert "x fp32" in done.out
+    header = (tmp_path / "latency.csv").read_text().splitlines()[0]
+    assert header == "phase,repetition,ms,cpu_ms,reference_ms,reference_cpu_ms"

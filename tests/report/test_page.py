@@ -246,6 +246,24 @@ def test_limitations_and_random_prompts_are_stated(studied, tmp_path):
     assert "latency (random prompts)" in page(found, "title")
 
 
+def test_the_report_says_how_busy_a_machine_was(studied, tmp_path):
+    shutil.copytree(studied / "dense", tmp_path / "dense")
+    paths = sorted((tmp_path / "dense").rglob("results.json"))
+    for path, share in zip(paths, (0.02, 0.02, 0.45), strict=True):
+        content = json.loads(path.read_text())
+        quiet = {"latency.wall_over_cpu": 1.0, "latency.spread": 0.0, "latency.machine.others_share": share}
+        content["metrics"] |= quiet | {"latency.machine.throttled": 0}
+        path.write_text(json.dumps(content))
+    tables = result_tables(collect(tmp_path))
+    (table,) = (table for table in tables if "decode, ms/token" in table.head)
+    column = table.head.index("decode, ms/token")
+    assert sum(row[column].text.startswith("~") for row in table.rows) == 1
+    assert not any(row[column].best for row in table.rows), "a marked time is no measure of the others"
+    notes = " ".join(table.note for table in tables)
+    assert notes.count("the machine was busy when latency was measured") == 1
+    assert "others used 45 % of the processors." in notes
+
+
 def test_a_column_has_one_baseline():
     run = pd.Series({"memory.weights_bytes": 1.0, "memory.weights_fp16_bytes": 2.0, "latency.prefill_ms": 3.0})
     run["memory.peak_rss_bytes"] = 9.0

@@ -45,3 +45,20 @@ def test_own_metrics_null_metrics_and_limitations_are_shown(tmp_path, capsys):
     assert "2.2 J" in shown
     assert "null (too large)" in shown
     assert "offload=haq ignores the path." in shown
+
+
+def test_times_of_a_busy_machine_are_marked_and_the_advice_follows(tmp_path, capsys):
+    run = {"model": "m", "quantizer": "rtn"}
+    metrics = {
+        "latency.prefill_ms": 30.0,
+        "latency.speed_vs_fp.prefill": 3.5,
+        "latency.speed_vs_fp.prefill.stderr": 0.1,
+    }
+    show_results({"run": run, "metrics": metrics | {"latency.wall_over_cpu": 1.01}}, tmp_path)
+    assert "~" not in capsys.readouterr().out
+    show_results({"run": run, "metrics": metrics | {"latency.wall_over_cpu": 1.4}}, tmp_path)
+    shown = capsys.readouterr().out
+    assert "~30.0 ms" in shown
+    assert " 3.50 x fp32  (± 0.10 x fp32)" in shown
+    assert "~ the machine was busy when latency was measured: wall time exceeds processor time by 40 %." in shown
+    assert "measure.latency.wait=60 waits for a quiet moment" in shown

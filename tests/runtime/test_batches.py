@@ -237,7 +237,7 @@ def test_other_masks_run_through_the_original_layers(caplog):
     ("change", "reason"),
     [
         (lambda given: given | {"attention_mask": torch.ones(2, 1, 5, 5, dtype=torch.bool)}, "is not causal"),
-        (lambda given: given | {"attention_mask": torch.zeros(2, 1, 5, 5)}, "is not a boolean mask"),
+        (lambda given: given | {"attention_mask": torch.zeros(2, 1, 5, 5)}, "is not causal"),
         (lambda given: given | {"cache": "static"}, "is not a DynamicCache"),
     ],
 )

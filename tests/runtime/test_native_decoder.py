@@ -16,6 +16,7 @@ from haq_lab.models.families.lookup import family_of
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
+from haq_lab.prefix.attention import attach
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import deploy, merge_linears
 from haq_lab.runtime.layer_parts import LayerParts, LinearParts, UnsupportedLayerError
@@ -102,7 +103,17 @@ def test_long_prompts():
 
 def test_a_layer_with_another_activation_is_not_native():
     layer, groups = llama_layer(hidden_act="gelu")
-    assert native_form(layer, groups) is None, "the outputs are compared"
+    with pytest.raises(UnsupportedLayerError, match="activation is neither SiLU nor GELU"):
+        native_form(layer, groups)
+
+
+def test_a_layer_with_another_residual_is_not_native():
+    """The outputs are compared: nothing in the layer's attributes says what this forward does."""
+    layer, groups = llama_layer()
+    assert native_form(layer, groups) is not None
+    whole = type(layer).forward
+    layer.forward = lambda hidden, **others: hidden + 0.9 * (whole(layer, hidden, **others) - hidden)
+    assert native_form(layer, groups) is None
 
 
 def reference_backend():
@@ -147,6 +158,7 @@ def separate_linears():
 def sliding_window():
     layer, groups = llama_layer()
     layer.self_attn.sliding_window = 16
+    attach(layer.self_attn, torch.zeros(2, 3, 32), torch.zeros(2, 3, 32))
     return layer, groups
 
 
@@ -160,7 +172,7 @@ def sliding_window():
         (half_norm, "input_layernorm has weights of type torch.bfloat16, not float32"),
         (layer_norm, "input_layernorm is not an RMSNorm"),
         (separate_linears, "mlp.gate_proj, mlp.up_proj cannot be merged into one product"),
-        (sliding_window, "self_attn has a sliding window"),
+        (sliding_window, "self_attn has a sliding window and a prefix"),
     ],
 )
 def test_a_layer_that_is_not_native_has_a_reason(make, reason):
@@ -182,7 +194,10 @@ def gelu_in_all_layers(layers):
     ("change", "notice"),
     [
         (norm_in_layer_1, "native decoder not used for 1 of 2 layers: layer 1: input_layernorm is not an RMSNorm"),
-        (gelu_in_all_layers, "native decoder not used: layer 0: the native kernels do not reproduce its output"),
+        (
+            gelu_in_all_layers,
+            "native decoder not used: layer 0: its MLP's activation is neither SiLU nor GELU in tanh's approximation",
+        ),
         (lambda layers: None, None),
     ],
 )

@@ -150,7 +150,7 @@ def test_each_layer_is_reproduced_only_with_its_norms(architecture):
     assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
     if model.family.head_norms:
         part = LayerParts.of(layers[0], model.groups, model.family)
-        part.moe, part.keys.weight = MoeParts(), None
+        part.moe, part.keys.gain = MoeParts(), None
         assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
 
 

@@ -60,6 +60,28 @@ def test_answers_equal_those_of_generate(kind, request):
         assert plain.usage.prompt_tokens == len(PROMPT)
 
 
+def stopped(served, stop: str | list[str], stream: bool) -> tuple[str, str]:
+    """Return a chat's answer and a continued text with stop strings."""
+    if stream:
+        chat = streamed_chat(served, PROMPT, stop=stop)[0]
+    with served.client() as client:
+        settings = {"model": "tiny", "max_tokens": TOKENS, "stop": stop}
+        if not stream:
+            chat = client.chat.completions.create(messages=MESSAGE, **settings).choices[0].message.content
+            return chat, client.completions.create(prompt=PROMPT, **settings).choices[0].text
+        chunks = client.completions.create(prompt=PROMPT, stream=True, **settings)
+        return chat, "".join(chunk.choices[0].text for chunk in chunks)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_ends_before_the_text_that_stops_it(dense, stream):
+    chat, text = dense.chatted(PROMPT, TOKENS), dense.generated(PROMPT, TOKENS)
+    assert stopped(dense, [chat[4:7], "never"], stream)[0] == chat[: chat.find(chat[4:7])]
+    assert stopped(dense, text[4:7], stream)[1] == text[: text.find(text[4:7])]
+    assert stopped(dense, chat[-2:] + "never", stream)[0] == chat, "its beginning was held back until the end"
+    assert stopped(dense, text[-2:] + "never", stream)[1] == text
+
+
 def test_a_temperature_samples_and_a_seed_repeats(dense):
     settings = {"temperature": 1.5, "seed": 7}
     torch.manual_seed(7)
@@ -139,6 +161,7 @@ def test_an_answer_ends_with_the_context(dense):
         ("completions", {"prompt": "a", "n": 2}, "n: Input should be 1"),
         ("completions", {"prompt": "a", "logprobs": 3}, "logprobs: "),
         ("completions", {"prompt": "a", "seed": -1}, "seed: "),
+        ("completions", {"prompt": "a", "stop": ["b", ""]}, "stop.*: String should have at least 1 character"),
         ("completions", {"prompt": "a", "generation_config": "{"}, "generation_config: Invalid JSON"),
         ("completions", {"prompt": "a", "generation_config": '{"max_new_tokens": -1}'}, "max_new_tokens"),
         ("completions", {"prompt": "a", "tempreature": 1}, "tempreature"),

@@ -128,7 +128,10 @@ def test_a_port_in_use_is_one_line(checkpoint_of, capsys):
 def test_a_missing_extra_is_named(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     outcome = refused(capsys, "folder")
-    assert outcome.err == "haq_lab.serve: fastapi is not installed. Run: pip install 'haq-lab[serve]'\n"
+    assert outcome.err == (
+        "haq_lab.serve: the server needs the package 'fastapi', which is not installed. "
+        "Run: pip install 'haq-lab[serve]'\n"
+    )
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 from launching import TINY, launch
 
+from haq_lab.cli.wandb_sync import pending_runs
 from haq_lab.tracking.run_folder import RunFolder
 from haq_lab.tracking.tracker import RunRecord, track_run
 from haq_lab.tracking.wandb import Wandb
@@ -37,7 +39,7 @@ def test_a_sweep_is_one_group_and_stays_inside_its_folders(tmp_path, monkeypatch
     assert (outcome.code, outcome.err) == (0, "")
     assert not list(home.rglob("*wandb*"))  # matplotlib keeps its fonts there
     assert not list(here.iterdir())
-    folders = [path for path in (tmp_path / "sweep").iterdir() if path.is_dir()]
+    folders = [path.parent for path in (tmp_path / "sweep").glob("*/results.json")]
     assert len(folders) == 2
     for folder in folders:
         assert "wandb_failed" not in (folder / "events.jsonl").read_text()
@@ -150,3 +152,68 @@ def test_the_environment_can_only_restrict_the_mode(mode, variables, used, start
     assert started("run", mode).get("mode") == used
     assert (tmp_path / "run" / "wandb").exists() == (used is not None)
     assert not (tmp_path / "run" / "events.jsonl").exists()  # no tracker has failed
+
+
+def test_the_summary_has_ratio_and_interval_and_the_windows_are_a_table(tmp_path):
+    outcome = launch(*TRACKED, f"hydra.run.dir={tmp_path / 'run'}")
+    assert (outcome.code, outcome.err) == (0, "")
+    records = _records(tmp_path / "run")
+    logged = next(record["history"]["item"] for record in records if record["type"] == "history")
+    ratio = [float(logged[f"perplexity_ratio.python_docs{part}"]) for part in (".low", "", ".high")]
+    assert ratio[0] < ratio[1] < ratio[2]
+    metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    assert ratio[1] == pytest.approx(metrics["perplexity.python_docs"] / metrics["perplexity_fp.python_docs"])
+    assert "perplexity_ratio.python_docs.stderr" not in logged
+    files = next((tmp_path / "run").glob("wandb/offline-run-*")) / "files"
+    table = json.loads((files / logged["windows.path"]).read_text())
+    assert len(table["data"]) == len(pd.read_csv(tmp_path / "run" / "windows.csv")) == 2
+
+
+def _sent(folder: Path) -> str:
+    """All that W&B would upload of a run: its records and its files, without where they lie on this machine."""
+    records = [record for record in _records(folder) if record["type"] not in ("artifact", "header", "footer")]
+    (run,) = folder.glob("wandb/offline-run-*")
+    files = [path.read_bytes().decode(errors="replace") for path in (run / "files").rglob("*") if path.is_file()]
+    return "\n".join([json.dumps(records), *files])
+
+
+def test_a_private_run_names_neither_the_machine_nor_paths_nor_settings(tmp_path):
+    told = {}
+    for name in ("private", "open"):
+        folder = tmp_path / "secret-folder" / name
+        outcome = launch(*TRACKED, f"tracking.private={name == 'private'}", f"hydra.run.dir={folder}")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert "wandb_failed" not in (folder / "events.jsonl").read_text()
+        told[name] = _sent(folder)
+    secrets = [socket.gethostname(), "secret-folder", sys.executable, "calibration", "python_docs.seqlen"]
+    assert [secret for secret in secrets if secret in told["private"]] == []
+    assert [secret for secret in secrets if secret not in told["open"]] == []  # so the test would find them
+    assert "perplexity.python_docs" in told["private"]
+
+
+def test_a_sweep_is_a_run_of_its_group_with_its_table_and_the_reports_figures(tmp_path):
+    sweep = tmp_path / "sweep"
+    command = ["-m", *TRACKED, f"hydra.sweep.dir={sweep}", "quantizer=rtn,none"]
+    outcome = launch(*command)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert not (sweep / "events.jsonl").exists()  # nothing has failed
+    records = _records(sweep)
+    run = next(record["run"] for record in records if record["type"] == "run")
+    assert run["display_name"] == "sweep sweep"
+    one = next(record["run"] for record in _records(next(sweep.glob("*/results.json")).parent) if record["type"] == "run")
+    assert run["run_group"] == one["run_group"]
+    logged = next(record["history"]["item"] for record in records if record["type"] == "history")
+    assert logged["figures/perplexity-by-method._type"] == "plotly-file"
+    files = next(sweep.glob("wandb/offline-run-*")) / "files"
+    table = json.loads((files / logged["runs.path"]).read_text())
+    assert len(table["data"]) == 2
+    assert {"name", "quantizer", "perplexity.python_docs", "change_percent.python_docs"} <= set(table["columns"])
+    launch(*command)
+    assert len(list(sweep.glob("wandb/offline-run-*"))) == 1  # nothing new, so nothing is sent
+    assert sorted(pending_runs(sweep)) == sorted(sweep.rglob("offline-run-*"))  # `haq_lab.tracking sync` finds it
+
+
+def test_a_private_sweep_is_not_sent(tmp_path):
+    launch("-m", *TRACKED, "tracking.private=true", f"hydra.sweep.dir={tmp_path}", "quantizer=rtn,none")
+    assert len(list(tmp_path.glob("*/wandb"))) == 2
+    assert not (tmp_path / "wandb").exists()

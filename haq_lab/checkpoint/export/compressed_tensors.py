@@ -32,8 +32,8 @@ from haq_lab.checkpoint.manifest import layer_file
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.int8.weight_format import GROUPS, WeightFormat
-from haq_lab.models.families.family import Moe
 from haq_lab.models.companion_files import copy_companion_files
+from haq_lab.models.families.family import Moe
 from haq_lab.storage.hf_shard_writer import ShardWriter
 from haq_lab.storage.tensor_names import expert_of
 from haq_lab.utils.atomic_files import atomic_folder, write_json

@@ -53,6 +53,8 @@ _LLAMA = Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True, scaled_rope=True)
 ARCHITECTURES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2, interleaved=False),
+    "qwen3": Architecture(gguf.MODEL_ARCH.QWEN3, interleaved=False),
     "mixtral": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True, normalized=True, scaled_rope=True),
     "qwen3_moe": Architecture(gguf.MODEL_ARCH.QWEN3MOE, interleaved=False, normalized=True),
     "olmoe": Architecture(gguf.MODEL_ARCH.OLMOE, interleaved=False, normalized=False),
@@ -63,12 +65,12 @@ def architecture_of(model: QuantizedModel) -> Architecture:
     """Return llama.cpp's architecture for a model.
 
     Raises:
-        UserError: llama.cpp has no such architecture or not this variant of it.
+        UserError: The export does not support the architecture, or llama.cpp has not this variant of it.
     """
     config, family = model.config, model.family
     if family.model_type not in ARCHITECTURES:
         raise UserError(
-            f"export --for gguf: llama.cpp has no architecture '{family.model_type}'. Choose --for transformers, or a "
+            f"export --for gguf: architecture '{family.model_type}' is not supported. Choose --for transformers, or a "
             f"model of the architectures {', '.join(ARCHITECTURES)}."
         )
     found = ARCHITECTURES[family.model_type]
@@ -76,6 +78,7 @@ def architecture_of(model: QuantizedModel) -> Architecture:
     needs: dict[str, tuple[object, object]] = {
         "hidden_act": (config.hidden_act, "silu"),
         "rope_type": (rope, rope if found.scaled_rope and rope in ("linear", "llama3") else "default"),
+        "use_sliding_window": (getattr(config, "use_sliding_window", False), False),
         "partial_rotary_factor": (config.rope_parameters.get("partial_rotary_factor", 1.0), 1.0),
     }
     if family.moe is not None and family.moe.normalized_field is not None:

@@ -6,6 +6,7 @@ job and after the last one. The new files are the failures of this sweep.
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from haq_lab.cli.sweeps.setup import refuse_shared_folders, resume_search
+from haq_lab.cli.sweeps.upload import upload_sweep
 from haq_lab.tracking.run_folder import read_results
 from haq_lab.utils.console import errors, say
 from haq_lab.utils.errors import UserError
@@ -28,10 +30,11 @@ class JobFailed(Exception):
 
 
 class Watch(Callback):
-    """Hydra callback that prepares a sweep, and notes the failures that its folder already has."""
+    """Hydra callback that prepares a sweep, notes the failures that its folder already has, and tracks its end."""
 
     folder: ClassVar[Path | None] = None
     before: ClassVar[dict[Path, int]] = {}
+    started: ClassVar[float] = 0.0  # seconds since the epoch
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Prepare a sweep before its first job. Exit with code 2 if its jobs would share a folder."""
@@ -44,6 +47,12 @@ class Watch(Callback):
         resume_search(config)
         Watch.folder = Path(str(config.hydra.sweep.dir))
         Watch.before = _failures(Watch.folder)
+        Watch.started = time.time()
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Send the sweep's table and figures to the trackers of its runs."""
+        if Watch.folder is not None:
+            upload_sweep(Watch.folder, Watch.started)
 
 
 def forget() -> None:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from haq_lab.models.families.family import Family, Group
-from haq_lab.models.families.parts import GATED_MLP, attention
+from haq_lab.models.families.parts import FUSED_ATTENTION, FUSED_MLP, HEAD_NORMS, attention, gated_mlp
 
-LLAMA_GROUPS = (*attention("input_layernorm", "o_proj"), *GATED_MLP)
+UNPUBLISHED = 0.8  # SmoothQuant's authors published no strength for these models, so they use Mistral's
+
+LLAMA_GROUPS = (*attention("input_layernorm"), *gated_mlp())
+GEMMA_GROUPS = (
+    *attention("input_layernorm", gain_offset=1.0),
+    *gated_mlp("pre_feedforward_layernorm", gain_offset=1.0),
+)
+GEMMA_OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+CAUSAL = (("use_bidirectional_attention", (None, False)),)
 
 RELU_MLP = Group("up", "fc1", ("fc2",))
 
@@ -40,4 +48,48 @@ DENSE: tuple[Family, ...] = (
     ),
     Family("llama", "model.layers", LLAMA_GROUPS, smoothquant_strength=0.85),
     Family("mistral", "model.layers", LLAMA_GROUPS, smoothquant_strength=0.8),
+    Family("qwen2", "model.layers", LLAMA_GROUPS, UNPUBLISHED),
+    Family("qwen3", "model.layers", LLAMA_GROUPS, UNPUBLISHED, head_norms=HEAD_NORMS),
+    # Gemma has a norm before and one after each half. What follows the second norm is the residual sum.
+    Family("gemma2", "model.layers", GEMMA_GROUPS, UNPUBLISHED, requires=CAUSAL, output_norms=GEMMA_OUTPUT_NORMS),
+    Family(
+        "gemma3_text",
+        "model.layers",
+        GEMMA_GROUPS,
+        UNPUBLISHED,
+        requires=CAUSAL,
+        head_norms=HEAD_NORMS,
+        output_norms=GEMMA_OUTPUT_NORMS,
+    ),
+    Family("phi3", "model.layers", (*FUSED_ATTENTION, *FUSED_MLP), UNPUBLISHED),
+    # OLMo 2 normalises after each half. Linears read the residual stream itself, so nothing folds into their input.
+    Family(
+        "olmo2",
+        "model.layers",
+        (*attention(None), *gated_mlp(None)),
+        UNPUBLISHED,
+        head_norms=HEAD_NORMS,
+        output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+    Family("smollm3", "model.layers", LLAMA_GROUPS, UNPUBLISHED),
+    Family("granite", "model.layers", LLAMA_GROUPS, UNPUBLISHED),
+    Family(
+        "glm4",
+        "model.layers",
+        (*attention("input_layernorm"), *FUSED_MLP),
+        UNPUBLISHED,
+        output_norms=("post_self_attn_layernorm", "post_mlp_layernorm"),
+    ),
+    # The activation between c_fc and c_proj is neither a product nor homogeneous, so nothing folds through it.
+    Family(
+        "starcoder2",
+        "model.layers",
+        (
+            *attention("input_layernorm"),
+            Group("norm", "post_attention_layernorm", ("mlp.c_fc",)),
+            Group("up", None, ("mlp.c_proj",)),
+        ),
+        UNPUBLISHED,
+    ),
+    Family("stablelm", "model.layers", LLAMA_GROUPS, UNPUBLISHED, requires=(("use_parallel_residual", (False,)),)),
 )

@@ -29,12 +29,16 @@ class Group:
         consumers: Names of the quantised linears.
         float_consumers: Names of the linears that share the input but stay in full precision, such as the router of
             an MoE layer. Their columns are multiplied by s too.
+        gain_offset: What the norm adds to its weight to get its gain. Gemma's norms multiply by 1 + weight.
+        fused: Whether the source is several projections in one linear. Its last rows compute the input.
     """
 
     kind: FoldKind
     source: str | None
     consumers: tuple[str, ...]
     float_consumers: tuple[str, ...] = ()
+    gain_offset: float = 0.0
+    fused: bool = False
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -128,6 +132,7 @@ class Family:
         requires: Config fields with the values that the row supports. Other fields may have any value.
         moe: Names of the router and the experts. None for a dense model.
         head_norms: Names of the query and key norms between projection and rotary embedding. Empty for most models.
+        output_norms: Names of the norms of what attention and MLP add to the residual stream. Empty for most models.
         renamed: Pairs of name parts: the part in checkpoints, and the part in our modules.
         learned_positions: Name of the table of learned positions in the model. None with rotary embeddings.
     """
@@ -139,6 +144,7 @@ class Family:
     requires: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     moe: Moe | None = None
     head_norms: tuple[str, ...] = ()
+    output_norms: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     learned_positions: str | None = None
 

@@ -1,8 +1,4 @@
-"""Find the row of the family table that describes a model.
-
-family = family_of(model.config)
-groups = family.resolve(model.config)
-"""
+"""Find the row of the family table that describes a model."""
 
 from __future__ import annotations
 

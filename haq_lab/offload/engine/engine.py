@@ -285,6 +285,19 @@ class Engine:
         yield
         self._counted = self.stats(), self.table()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the steps within the block out of `stats`, `table` and `recorder`. Use it between two steps."""
+        kept = self.recorder, self.counters, self._counted
+        times = None if self.feedback is None else (self.feedback.predicted, self.feedback.measured)
+        self._start_counting()
+        yield
+        self.transfer.settle()
+        self.recorder, self.counters, self._counted = kept
+        self.transfer.counters = self.counters
+        if self.feedback is not None and times is not None:
+            self.feedback.predicted, self.feedback.measured = times
+
     def _start_counting(self) -> None:
         """Forget all that was counted and recorded so far."""
         self.transfer.settle()

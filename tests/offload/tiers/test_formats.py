@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from two_tiers import finished
 
 from haq_lab.int8.linear import to_float
-from haq_lab.models.families.family import PROJECTIONS
 from haq_lab.models.experts import Experts
+from haq_lab.models.families.family import PROJECTIONS
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.offload.session import OffloadSession
 from haq_lab.offload.settings import Offload

@@ -1,0 +1,93 @@
+"""The configs of the small random models: one for each architecture of the family table.
+
+Their dimensions are odd where the architecture allows it: one key-value head, heads whose width is not the hidden size
+over the heads, windows shorter than a text, and multipliers that are not 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Fields = dict[str, Any]  # of a transformers config
+
+
+SOFT_CAPS: Fields = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0}
+MULTIPLIERS: Fields = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.3,
+}
+
+
+def _gated(hidden: int, key_values: int = 2) -> Fields:
+    return {"intermediate_size": 3 * hidden // 2, "num_key_value_heads": key_values}
+
+
+def _gemma(hidden: int, layers: int, key_values: int) -> Fields:
+    """Return the fields of a Gemma in which every second layer has a sliding window."""
+    return _gated(hidden, key_values) | {
+        "head_dim": hidden // 2,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 24,
+        "layer_types": [("sliding_attention", "full_attention")[index % 2] for index in range(layers)],
+    }
+
+
+# By model type: the fields that differ from `shared_fields`, given the hidden size and the number of layers.
+TINY: dict[str, Callable[[int, int], Fields]] = {
+    "opt": lambda hidden, layers: {"ffn_dim": 4 * hidden, "word_embed_proj_dim": hidden, "init_std": 0.1},
+    "llama": lambda hidden, layers: {
+        "intermediate_size": 5 * hidden // 2,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "mistral": lambda hidden, layers: _gated(hidden) | {"sliding_window": 24},
+    "qwen2": lambda hidden, layers: _gated(hidden) | {"tie_word_embeddings": True},
+    "qwen3": lambda hidden, layers: _gated(hidden, key_values=1) | {"head_dim": hidden // 2},
+    "gemma2": lambda hidden, layers: _gemma(hidden, layers, key_values=2) | SOFT_CAPS,
+    "gemma3_text": lambda hidden, layers: _gemma(hidden, layers, key_values=1),
+    "phi3": lambda hidden, layers: _gated(hidden),
+    "olmo2": lambda hidden, layers: _gated(hidden),
+    "smollm3": lambda hidden, layers: _gated(hidden) | {"no_rope_layer_interval": 2},
+    "granite": lambda hidden, layers: _gated(hidden) | MULTIPLIERS,
+    "glm4": lambda hidden, layers: _gated(hidden) | {"head_dim": hidden // 2},
+    "starcoder2": lambda hidden, layers: _gated(hidden, key_values=1) | {"sliding_window": 24},
+    "stablelm": lambda hidden, layers: _gated(hidden) | {"use_qkv_bias": True},
+    "mixtral": lambda hidden, layers: _gated(hidden) | {"num_experts_per_tok": 2, "num_local_experts": 8},
+    "qwen3_moe": lambda hidden, layers: {
+        "moe_intermediate_size": hidden // 2,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+        "num_experts": 16,
+        "norm_topk_prob": True,
+    },
+    "olmoe": lambda hidden, layers: {
+        "intermediate_size": hidden // 2,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+        "num_experts": 16,
+    },
+}
+
+
+def tiny_fields(architecture: str, layers: int, hidden: int) -> Fields:
+    """Return the fields of the transformers config of a small random model.
+
+    Args:
+        architecture: A model type of `TINY`.
+        layers: Number of decoder layers.
+        hidden: Hidden size. A multiple of 32.
+    """
+    return {
+        "vocab_size": 257,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "initializer_range": 0.1,
+    } | TINY[architecture](hidden, layers)
