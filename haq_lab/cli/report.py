@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--latex-columns",
         default="perplexity,kl",
         metavar="NAMES",
-        help="columns of the LaTeX tables: perplexity, change, kl, token_agreement, or full names of other metrics, such "
-        "as memory.weights_bytes (default: perplexity,kl)",
+        help="columns of the LaTeX tables: perplexity, change, kl, token_agreement, or full names of other metrics, "
+        "such as memory.weights_bytes (default: perplexity,kl)",
     )
     parser.add_argument(
         "--latex-width",

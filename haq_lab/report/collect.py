@@ -27,8 +27,8 @@ class Collection:
     """All data of a report.
 
     Attributes:
-        runs: Table of runs from `haq_lab.results.load` with the columns of `haq_lab.results.run_labels`, and `repeated`:
-            whether an earlier run measured the same full-precision model. Names are unique.
+        runs: Table of runs from `haq_lab.results.load` with the columns of `haq_lab.results.run_labels`, and
+            `repeated`: whether an earlier run measured the same full-precision model. Names are unique.
         tables: Tables of the finished runs by name (`TABLES`). The column `run` has the name of the run.
         ranges: Ranges of the inputs' channels, by run.
         studies: Tables of replays and plans by name (`STUDIES`). The column `study` has the name of the folder.

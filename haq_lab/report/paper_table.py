@@ -1,4 +1,4 @@
-"""Lay out results as in a paper: methods are rows, texts and metrics are columns, schemes are columns or parts of rows."""
+"""Lay out results as in a paper: methods are rows, texts and metrics are columns. Schemes are columns if they fit."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def latex(collection: Collection, columns: Sequence[str] = DEFAULT, width: str =
 
     Args:
         collection: All data of the report.
-        columns: Metrics in the order of the columns: `perplexity`, `change`, `kl`, `token_agreement`, or the full name of
-            another metric, such as `memory.weights_bytes`.
+        columns: Metrics in the order of the columns: `perplexity`, `change`, `kl`, `token_agreement`, or the full name
+            of another metric, such as `memory.weights_bytes`.
         width: Columns of the page that a table spans: `one` or `two`.
 
     Raises:
@@ -92,9 +92,13 @@ def _table(runs: pd.DataFrame, columns: list[Column], title: str, label: str, wi
     quantised = runs[runs["quantized"]]
     schemes = list(dict.fromkeys(quantised["scheme"]))
     across = "" not in schemes and 1 < len(schemes) * len(columns) <= FITTING[width] and len(schemes) > 1
-    best = {column.name: best_runs(quantised, column.name, column.metric) for column in columns}
+    best = {
+        (scheme, column.name): best_runs(quantised[quantised["scheme"] == scheme], column.name, column.metric)
+        for scheme in schemes
+        for column in columns
+    }
     cells = {
-        (part, row, column.name): _number(run, column, str(run["name"]) in best[column.name])
+        (part, row, column.name): _number(run, column, str(run["name"]) in best[part, column.name])
         for (part, row), run in _keyed(quantised)
         for column in columns
     }
@@ -122,7 +126,9 @@ def _table(runs: pd.DataFrame, columns: list[Column], title: str, label: str, wi
         for column in columns
         for group in ([[one] for one in schemes] if across else [schemes])
     ]
-    caption = f"{escaped(title)}{_only_scheme(schemes)}. Bold: the best, with those that are equal within noise."
+    caption = (
+        f"{escaped(title)}{_only_scheme(schemes)}. Bold: the best of each scheme, with those equal to it within noise."
+    )
     if any("(" in cell for cell in cells.values()):
         caption += " In brackets: standard error of the last digits."
     return environment("l" + "".join(kinds), lines, caption, label, width)
@@ -162,10 +168,9 @@ def _full_precision(runs: pd.DataFrame, columns: list[Column]) -> list[tuple[str
     """Return name and values of the rows of full precision: its own runs, or what the quantised runs measured."""
     rows = []
     for _, run in runs[~runs["quantized"]].iterrows():
+        known = [one.name for one in columns if not one.text or one.metric == KINDS["perplexity"]]  # KL would be 0
         values = [
-            ""
-            if pd.isna(run[one.name]) or (one.text and one.metric != KINDS["perplexity"])
-            else _digits(one.metric, run[one.name])
+            _digits(one.metric, run[one.name]) if one.name in known and pd.notna(run[one.name]) else ""
             for one in columns
         ]
         rows.append((", ".join(filter(None, (FULL_PRECISION, run["variant"]))), values))
@@ -222,4 +227,5 @@ def _siunitx(cells: list[str]) -> str:
         return "c"
     sign = "+" if any(number[1] for number in numbers) else ""
     whole, decimals, error = (max(len(number[part] or "") for number in numbers) for part in (2, 3, 4))
-    return rf"S[table-format={sign}{whole}.{decimals}{f'({error})' if error else ''},detect-weight]"
+    options = "detect-weight" + ",retain-explicit-plus" * bool(sign)
+    return rf"S[table-format={sign}{whole}.{decimals}{f'({error})' if error else ''},{options}]"

@@ -23,6 +23,8 @@ from haq_lab.results.windows import over_seeds, scores, windows_of
 
 TINY = 1e-12  # lower bound of a median, for layers in which most channels are 0
 SCALE = "The axis is logarithmic if one run would hide the differences of the others."
+SPACE = "\N{EN SPACE}"  # keeps a text off its whisker
+ROOM = 0.3  # space for the text behind the longest bar, as a part of the bars' space
 CELLS = 128  # columns of an outlier map; each shows the largest of several channels
 
 
@@ -78,23 +80,32 @@ def _bars(
         labels: Names of the bars.
         values: Their lengths.
         ends: Lower and upper ends of their whiskers, NaN for none.
-        texts: Text beside each bar.
+        texts: Text behind each whisker.
         told: What a hover tells, besides the label.
     """
-    figure, scale = styled(go.Figure(), 100 + bar_height(labels)), Scale.of(values)
+    figure, scale = styled(go.Figure(), 100 + bar_height(labels), showlegend=False), Scale.of(values)
     place, low, high = (scale.place(numbers) for numbers in (values, *ends))
+    names = labels.map(wrapped)
     whiskers = {"type": "data", "symmetric": False, "array": high - place, "arrayminus": place - low}
     figure.add_bar(
-        y=labels.map(wrapped),
+        y=names,
         x=place,
         orientation="h",
-        text=texts,
-        textposition="auto",
         error_x=None if np.isnan(low).all() else whiskers,
         customdata=np.stack([labels, told], axis=1),
         hovertemplate="%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
     )
-    figure.update_xaxes(**scale.axis())
+    right, left = np.fmax(np.fmax(place, high), 0), np.fmin(np.fmin(place, low), 0)
+    text = {"mode": "text", "text": [f"{SPACE}{text}" for text in texts], "textposition": "middle right", "cliponaxis": False, "hoverinfo": "skip"}
+    figure.add_scatter(x=right, y=names, **text)
+    space = np.ptp([*right[np.isfinite(right)], *left[np.isfinite(left)], 0.0])
+    figure.update_xaxes(
+        range=[
+            left[np.isfinite(left)].min(initial=0) - 0.03 * space,
+            right[np.isfinite(right)].max(initial=0) + ROOM * space,
+        ],
+        **scale.axis(),
+    )
     return figure.update_yaxes(autorange="reversed", type="category")  # a name such as 5GB is not a number
 
 

@@ -16,7 +16,8 @@ from haq_lab.results.published import beside, figures_of
 from haq_lab.results.run_labels import FULL_PRECISION
 from haq_lab.utils.console import format_change
 
-WIDEST = 6  # columns with numbers, so that a table fits a screen of 1,280 pixels
+WIDEST = 8  # columns with numbers, so that a table fits a screen of 1,280 pixels
+WIDEST_QUALITY = 6  # the same of quality, whose heads are longer: three columns for each of two texts
 PARTS = {  # tables of a model besides the first one, by the beginning of their metrics' names
     "cost": ("memory.", "latency.", "quantizer."),
     "offloading": ("offload.",),
@@ -84,7 +85,7 @@ def comparable_groups(collection: Collection) -> list[tuple[str, pd.DataFrame]]:
 
 
 def result_tables(collection: Collection) -> list[Table]:
-    """Return the tables of each group of comparable runs: quality, and if they do not fit beside, cost and offloading."""
+    """Return the tables of each group of comparable runs: quality, then cost and offloading if they do not fit too."""
     groups = comparable_groups(collection)
     return [table for title, runs in groups for table in _result_tables(runs, title, collection.metrics)]
 
@@ -119,7 +120,7 @@ def measured_metrics(runs: pd.DataFrame, declared: dict[str, Metric]) -> dict[st
 
 def _parts(names: list[str]) -> list[tuple[str, list[str]]]:
     """Return the metrics of each table of a model: all in one if they fit, otherwise quality, cost and offloading."""
-    if len(names) <= WIDEST:
+    if len(names) <= WIDEST_QUALITY:
         return [("", names)]
     parts: dict[str, list[str]] = {"": []}
     for name in names:
@@ -128,14 +129,14 @@ def _parts(names: list[str]) -> list[tuple[str, list[str]]]:
     return [
         (f"{part} ({number})".strip() if number > 1 else part, names[start : start + width])
         for part, names in parts.items()
-        for width in [_width(len(names))]
+        for width in [_width(len(names), WIDEST if part else WIDEST_QUALITY)]
         for number, start in enumerate(range(0, len(names), width), start=1)
     ]
 
 
-def _width(columns: int) -> int:
+def _width(columns: int, widest: int) -> int:
     """Return how many columns each of several tables has, so that they are about equally wide."""
-    tables = max(1, -(-columns // WIDEST))
+    tables = max(1, -(-columns // widest))
     return max(1, -(-columns // tables))
 
 

@@ -90,6 +90,7 @@ def comparison_figure(runs: pd.DataFrame, path: Path) -> Path:
         panel.tick_params(axis="y", length=0)
         if needs_log(values):
             panel.set_xscale("asinh", linear_width=linear_width(values))
+            panel.xaxis.set_major_formatter("{x:g}")
         panel.axvline(0, color="#333333", linewidth=0.8)
         panel.set(xlabel="change of perplexity from full precision, %", title=dataset)
         panel.spines[["top", "right", "left"]].set_visible(False)

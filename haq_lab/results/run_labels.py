@@ -25,7 +25,14 @@ METHODS = {
 FULL_PRECISION = METHODS["none"]
 CHECKPOINT = "checkpoint"  # a model that was quantised before the run
 SCHEMES = {"token": "per token", "tensor": "per tensor", "auto": "auto", "static": "static"}
-IN_COLUMNS = ("model", "quantizer", "quantizer.activations", "experiment")  # settings that have words of their own
+IN_COLUMNS = (
+    "model",
+    "quantizer",
+    "quantizer._target_",
+    "quantizer.activations",
+    "experiment",
+    "measure",
+)  # settings that need no words
 NOT_NAMED = re.compile(
     r"hydra\.|tracking|result_cache\.|checkpoint\.|force|seeds$|search_metric"
 )  # no effect on results
@@ -66,7 +73,8 @@ def with_labels(runs: pd.DataFrame) -> pd.DataFrame:
     )
     given = pd.Series(overrides, index=runs.index, dtype=object)
     for _, own in runs.groupby("of", sort=False):
-        variants = _variants(list(given[own.index]), list(own["method"]))
+        finished = (own["status"] == "finished") if "status" in own else pd.Series(True, own.index)
+        variants = _variants(list(given[own.index]), list(own["method"]), list(finished))
         all_per_token = set(own["scheme"]) <= {"", SCHEMES["token"]}
         parts = zip(own["method"], [""] * len(own) if all_per_token else own["scheme"], variants, strict=True)
         runs.loc[own.index, "variant"] = variants
@@ -107,19 +115,25 @@ def _scheme(row: Row, overrides: dict[str, str]) -> str:
     return "" if _method(row, overrides) in (FULL_PRECISION, CHECKPOINT) else SCHEMES.get(str(chosen), str(chosen))
 
 
-def _variants(overrides: list[dict[str, str]], methods: list[str]) -> list[str]:
-    """Return the words of the overrides that the runs of a model do not share, for each run."""
-    runs = list(zip(overrides, methods, strict=True))
+def _variants(overrides: list[dict[str, str]], methods: list[str], finished: list[bool]) -> list[str]:
+    """Return the words of the overrides that the runs of a model do not share, for each run.
+
+    A finished run is compared with finished runs only, so that a failed attempt does not make all names longer.
+    """
+    runs = list(zip(overrides, methods, finished, strict=True))
     settings = dict.fromkeys(setting for own in overrides for setting in own if not NOT_NAMED.match(setting))
-    differing = [
-        setting
-        for setting in settings
-        if setting not in IN_COLUMNS
-        and len({own.get(setting) for own, method in runs if _matters(setting, method)}) > 1
-    ]
+    differing: dict[bool, list[str]] = {}
+    for done in {*finished}:
+        compared = [(own, method) for own, method, other in runs if other or not done]
+        differing[done] = [
+            setting
+            for setting in settings
+            if setting not in IN_COLUMNS
+            and len({own.get(setting) for own, method in compared if _matters(setting, method)}) > 1
+        ]
     return [
-        ", ".join(_words(name, own[name]) for name in differing if name in own and _matters(name, method))
-        for own, method in runs
+        ", ".join(_words(name, own[name]) for name in differing[done] if name in own and _matters(name, method))
+        for own, method, done in runs
     ]
 
 

@@ -240,7 +240,9 @@ def test_limitations_and_random_prompts_are_stated(studied, tmp_path):
     tables = result_tables(found)
     assert [table.title for table in tables] == before  # the stamp of the prompts does not split a table
     assert sum("offload=haq ignores the path of a token." in table.note for table in tables) == 1
-    assert [row[0].note for table in tables for row in table.rows if row[0].note] == ["random prompts"] * 2
+    assert [row[0].note for table in tables for row in table.rows if row[0].note] == [
+        "random prompts"
+    ] * 2  # cost, offloading
     assert "latency (random prompts)" in page(found, "title")
 
 

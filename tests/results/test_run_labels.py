@@ -52,6 +52,15 @@ def test_other_differences_are_words():
     assert labels(rows[0]) == ["HAQ"]  # one run differs from no other
 
 
+def test_a_failed_attempt_does_not_make_other_names_longer():
+    failed = row("haq", "quantizer.fold=[norm]", status="failed", folder="failed")
+    assert labels(row("rtn", status="finished"), row("haq", status="finished"), failed) == [
+        "RTN",
+        "HAQ",
+        "HAQ, fold norm",
+    ]
+
+
 def test_a_long_label_is_cut():
     rows = [row("haq", f"quantizer.prefix={'x' * 100}{number}") for number in range(2)]
     assert all(len(label) <= LONGEST + 3 for label in labels(*rows))
