@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,7 +91,9 @@ class Weights:
         if len(stored) > 1:
             try:
                 wide = dtype or torch.float32
-                tensor = widen_mxfp4(*stored, wide) if packed else widen_float8(*stored, wide, self._block)
+                levels, scales = stored
+                widen = widen_mxfp4 if packed else partial(widen_float8, block=self._block)
+                tensor = widen(levels, scales, wide)
             except ValueError as error:
                 raise UserError(f"model: tensor '{name}' in {path} is damaged: {error}. Download it again.") from error
         if not tensor.is_floating_point():

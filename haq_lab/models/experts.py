@@ -186,7 +186,10 @@ class FusedLayout:
         """Return the gate's and the up projection's part of (2f, ...)."""
         if outputs is None:
             return None, None
-        return (outputs[::2], outputs[1::2]) if self.interleaved else outputs.chunk(2)
+        if self.interleaved:
+            return outputs[::2], outputs[1::2]
+        gate, up = outputs.chunk(2)
+        return gate, up
 
 
 def gating_of(fused: Any) -> Gating:

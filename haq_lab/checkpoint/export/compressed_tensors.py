@@ -206,7 +206,7 @@ def _without_fused_experts(content: LayerContent, model: QuantizedModel, index: 
 
 def _stored_dtype(model: QuantizedModel) -> torch.dtype:
     """Return the type of the floats of the checkpoint that was quantised."""
-    return getattr(torch, str(quantization_of(model.folder)["dtype"] or "float32"))  # type: ignore[no-any-return]
+    return getattr(torch, str(quantization_of(model.folder)["dtype"] or "float32"))
 
 
 def _quantization(groups: dict[str, Any], packed: bool, model: QuantizedModel) -> dict[str, Any]:
