@@ -18,7 +18,15 @@ SPECIAL |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}  # 
 SPECIAL |= {letter: f"\\{letter}" for letter in "&%$#_{}"}
 SPECIAL |= {letter: f"{{{letter}}}" for letter in "[]*"}  # after `\\`, these would be its arguments
 SPECIAL |= {'"': "''{}"}  # active with some languages of babel
-SPECIAL |= {"\N{MULTIPLICATION SIGN}": r"$\times$", "µ": r"$\mu$", "μ": r"$\mu$", "\N{EN DASH}": "--", "—": "---", "→": r"$\to$", "≤": r"$\le$"}
+SPECIAL |= {
+    "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "µ": r"$\mu$",
+    "μ": r"$\mu$",
+    "\N{EN DASH}": "--",
+    "—": "---",
+    "→": r"$\to$",
+    "≤": r"$\le$",
+}
 SPECIAL |= {"≥": r"$\ge$", "…": r"\dots{}", "\N{NO-BREAK SPACE}": "~", "ß": r"\ss{}"}
 LIGATURES = re.compile(r"(?<=[-'`,!?])(?=[-'`,])")  # between characters that TeX would join
 ACCENTS = {"\u0300": "`", "\u0301": "'", "\u0302": "^", "\u0303": "~", "\u0308": '"', "\u030a": "r", "\u0327": "c"}

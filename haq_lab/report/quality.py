@@ -96,7 +96,13 @@ def _bars(
         hovertemplate="%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
     )
     right, left = np.fmax(np.fmax(place, high), 0), np.fmin(np.fmin(place, low), 0)
-    text = {"mode": "text", "text": [f"{SPACE}{text}" for text in texts], "textposition": "middle right", "cliponaxis": False, "hoverinfo": "skip"}
+    text = {
+        "mode": "text",
+        "text": [f"{SPACE}{text}" for text in texts],
+        "textposition": "middle right",
+        "cliponaxis": False,
+        "hoverinfo": "skip",
+    }
     figure.add_scatter(x=right, y=names, **text)
     space = np.ptp([*right[np.isfinite(right)], *left[np.isfinite(left)], 0.0])
     figure.update_xaxes(
