@@ -90,7 +90,7 @@ def main() -> None:
             for batch in hidden.split(model.batch_size(hidden)):
                 with captured_inputs(layer, ["mlp.gate"], stop=True) as inputs:
                     model.forward(layer, index, batch)
-                parts.append(inputs["mlp.gate"].reshape(-1, hidden.shape[-1]))
+                parts.append(inputs["mlp.gate"][0].reshape(-1, hidden.shape[-1]))
             x = torch.cat(parts)
             _, _, routed = layer.mlp.gate(x)
             for number, expert in enumerate(layer.mlp.experts):

@@ -53,7 +53,7 @@ def hessians(model: LayeredModel, tokens: Tensor) -> dict[tuple[int, str], Tenso
         for window in hidden.split(1) if index in LAYERS else ():
             with captured_inputs(layer, list(LINEARS), stop=True) as inputs:
                 model.forward(layer, index, window)
-            for name, x in inputs.items():
+            for name, (x, *_) in inputs.items():
                 rows = x.reshape(-1, x.shape[-1])
                 found[index, name] = found.get((index, name), 0) + rows.t() @ rows / tokens.numel()
         model.run(layer, index, hidden)

@@ -12,11 +12,23 @@ import pytest
 from launching import TINY, launch
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ["pandas", "matplotlib", "plotly", "datasets", "wandb", "mlflow", "trackio", "numba", "lm_eval", "ray", "optuna"]
+HEAVY = [
+    "pandas",
+    "matplotlib",
+    "plotly",
+    "datasets",
+    "wandb",
+    "mlflow",
+    "trackio",
+    "numba",
+    "lm_eval",
+    "ray",
+    "optuna",
+]
 LOAD = "import haq_lab; model, tokenizer = haq_lab.load(sys.argv[1], backend='reference')"
 GENERATE = f"{LOAD}; model.generate(**tokenizer('a', return_tensors='pt'), max_new_tokens=2)"
 FROM_PRETRAINED = (
-    "import haq_lab.hf; from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    "import haq_lab.hf; import transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
 )
 
 

@@ -138,7 +138,8 @@ def test_the_core_runs_without_extras_and_names_those_that_a_feature_needs(unpac
     run = call("haq_lab", *tiny, "checkpoint.dir=checkpoint", "hydra.run.dir=run")
     assert (run.returncode, run.stderr) == (0, "")
     assert re.findall(r"pip install '(.*?)'", run.stdout) == ["haq-lab[wandb]", "haq-lab[report]"]
-    assert call("haq_lab.generate", "checkpoint", "Once", "--max-tokens=2", "--backend=reference").returncode == 0
+    written = call("haq_lab.generate", "checkpoint", "Once", "--max-tokens=2", "--backend=reference")
+    assert written.returncode == 0, written.stderr
     needs = "needs the package '{}', which is not installed. Run: pip install 'haq-lab[{}]'\n"
     for module, arguments, feature, package, extra in (
         ("haq_lab.report", ["run"], "haq_lab.report: the report", "matplotlib", "report"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from unittest import mock
 
 from docs.tools.tables import code, table
@@ -40,10 +41,11 @@ def parsed(main: Callable[..., None], arguments: list[str] | None) -> Parsed:
 
         return parse
 
-    patches = {method: stop(method) for method in METHODS}
-    argv = [sys.argv[0], *(arguments or [])]
     try:
-        with mock.patch.multiple(argparse.ArgumentParser, **patches), mock.patch.object(sys, "argv", argv):
+        with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(sys, "argv", [sys.argv[0], *(arguments or [])]))
+            for method in METHODS:
+                patches.enter_context(mock.patch.object(argparse.ArgumentParser, method, stop(method)))
             main()
     except Parsed as result:
         return result
@@ -97,11 +99,11 @@ def _value(action: argparse.Action) -> str:
     return str(action.metavar or action.dest.upper())
 
 
-def _row(action: argparse.Action) -> Iterator[str]:
-    yield code(" ".join(filter(None, [", ".join(action.option_strings), _value(action)])))
-    yield (action.help or "") % {**vars(action), "prog": ""}
+def _row(action: argparse.Action) -> tuple[str, str, str]:
+    name = code(" ".join(filter(None, [", ".join(action.option_strings), _value(action)])))
     has_default = action.option_strings and action.nargs != 0 and action.default not in (None, [])
-    yield code(_default(action.default)) if has_default else ""
+    about = (action.help or "") % {**vars(action), "prog": ""}
+    return name, about, code(_default(action.default)) if has_default else ""
 
 
 def _default(value: object) -> str:

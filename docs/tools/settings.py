@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -63,14 +64,21 @@ def _group(group: str, about: str) -> str:
 def _row(by_option: dict[str, dict[str, Setting]], setting: str, name: str, differs: bool) -> tuple[str, ...]:
     having = {option: own[setting] for option, own in by_option.items() if setting in own}
     values = dict.fromkeys(one.values for one in having.values() if one.values)
-    meanings = dict.fromkeys(one.meaning for one in having.values() if one.meaning)
+    meanings = Counter(one.meaning for one in having.values() if one.meaning) or Counter([""])
     usual, *others = _defaults(by_option, setting).items()
     default = code(usual[0]) if usual[0] else "needed"
     for value, those in others:
         default += f"; {', '.join(those)}: {code(value)}"
-    only = "" if len(having) == len(by_option) else ", ".join(map(code, having))
+    only = f"{len(having)} options" if len(having) > MANY else ", ".join(map(code, having))
+    only = "" if len(having) == len(by_option) else only
     longest = max(values, key=len, default="")
-    return code(name), "by option" if differs else default, longest, next(iter(meanings), ""), only
+    return (
+        code(name),
+        "by option" if differs else default,
+        longest,
+        meanings.most_common(1)[0][0],
+        only,
+    )
 
 
 def _defaults(by_option: dict[str, dict[str, Setting]], setting: str) -> dict[str, list[str]]:
@@ -149,7 +157,8 @@ def _shown(value: Any) -> str:
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") if text and text[:2] != "`" else text
+    """Return a text with a capital at its beginning, unless it begins with a value such as `true:`."""
+    return text[:1].upper() + text[1:].rstrip(".") if re.match(r"[a-z-]+[ ,]", text) else text.rstrip(".")
 
 
 def _first_comment(path: Path) -> str:

@@ -7,8 +7,8 @@ A run measures SmolLM2-135M in int8 against full precision on a quiet machine. A
 A load is as many busy processes as there are processors. `spin` computes in registers. `memory` also copies memory,
 which slows both models by contention. Each run is a process of its own.
 
-The exit code is 1 if a ratio under load differs by more than 5 % from the quiet one. It is also 1 if a bare latency under
-load is not marked.
+The exit code is 1 if a ratio under load differs by more than 5 % from the quiet one. It is also 1 if a bare latency
+under load is not marked.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def main() -> None:
         deploy(bench.whole, bench.model, CpuBackend())
         outside, blob = weight_bytes(bench.whole), bench.store.blob_bytes
         total = bench.profile.layers * bench.profile.expert_count
-        shape = Shape.of(bench.model.config, bench.profile.expert_count)
+        shape = Shape.of(bench.model.config)
 
         def context(tokens: int, prompt: int) -> int:
             return FLOAT * (shape.kv_per_token * tokens + shape.work_per_token * prompt)

@@ -49,7 +49,7 @@ class Calibrator:
 
     Example:
         >>> calibrator.enter(layer, index)  # doctest: +SKIP
-        >>> for group in model.groups:
+        >>> for group in model.groups_of(index):
         ...     statistics = calibrator.statistics(layer, index, group)
         ...     ...  # quantise the group
         >>> calibrator.leave(layer, index)
@@ -81,7 +81,7 @@ class Calibrator:
             if needs.cross and policy.inputs == "quantized":
                 self.hidden_fp = buffer.copy(self.hidden)
             if model.experts:
-                self.routing = Routing(model.experts, (windows.shape[0], windows.shape[1]))
+                self.routing = Routing(model.experts, model.kinds.moe_layers, (windows.shape[0], windows.shape[1]))
         self._inputs_fp: dict[str, Tensor] = {}
         self._statistics: dict[str, InputStatistics] = {}
 
@@ -95,12 +95,13 @@ class Calibrator:
         if self.hidden is None:
             return
         if self.hidden_fp is not None:
-            sites = [group.site for group in self.model.groups if group.expert is None]
+            sites = [group.site for group in self.model.groups_of(index) if group.expert is None]
             with self.clock.stage("forward"):
                 self._inputs_fp = record_inputs(self.model, layer, index, self.hidden_fp, sites)
         if self.policy.inputs == "fp":
             observe = partial(self._observe_layer, layer, index)
-            self._statistics = self._cached.statistics(index, self.needs, self.routing, observe)
+            routing = None if self.model.moe_of(index) is None else self.routing
+            self._statistics = self._cached.statistics(index, self.needs, routing, observe)
 
     def statistics(self, layer: nn.Module, index: int, group: Group) -> InputStatistics | None:
         """Return the statistics of one group's input, and forget them.
@@ -114,7 +115,7 @@ class Calibrator:
         if self.hidden is None:
             return None
         if group.site not in self._statistics:
-            self._observe(layer, index, self.hidden, self._groups_to_observe(layer, group))
+            self._observe(layer, index, self.hidden, self._groups_to_observe(layer, index, group))
         statistics = self._statistics.pop(group.site)
         if self._sensitivity:
             statistics.sensitivity = self._sensitivity[index][group.site]
@@ -137,20 +138,21 @@ class Calibrator:
     def _observe_layer(self, layer: nn.Module, index: int) -> dict[str, InputStatistics]:
         """Gather the statistics of all groups of an unchanged layer, and advance the hidden states past it."""
         assert self.hidden is not None
+        groups = self.model.groups_of(index)
         for earlier in range(self._at[CALIBRATION], index):
             self._advance(self.model.load_layer(earlier), earlier, self.hidden)
-        self._observe(layer, index, self.hidden, [group for group in self.model.groups if group.expert is None])
-        for group in self.model.groups:
+        self._observe(layer, index, self.hidden, [group for group in groups if group.expert is None])
+        for group in groups:
             if group.site not in self._statistics:
-                self._observe(layer, index, self.hidden, self._groups_to_observe(layer, group))
+                self._observe(layer, index, self.hidden, self._groups_to_observe(layer, index, group))
         self._advance(layer, index, self.hidden)
         return self._statistics
 
-    def _groups_to_observe(self, layer: nn.Module, group: Group) -> list[Group]:
+    def _groups_to_observe(self, layer: nn.Module, index: int, group: Group) -> list[Group]:
         """Return the groups to observe in one forward: `group`, and as many later experts as memory allows."""
         if group.expert is None:
             return [group]
-        groups = self.model.groups
+        groups = self.model.groups_of(index)
         later = takewhile(lambda other: other.expert is not None, groups[groups.index(group) :])
         limit = HESSIAN_BYTES // (4 * channels_of(layer, group) ** 2) if self.needs.hessian else len(groups)
         return list(later)[: max(limit, 1)]
@@ -163,13 +165,13 @@ class Calibrator:
 
     def _observer(self, layer: nn.Module, index: int, group: Group, tokens: int) -> SharedInput | ExpertInside:
         inputs_fp = self._inputs_fp.get(group.site)
-        moe = self.model.family.moe
+        moe = self.model.moe_of(index)
         if moe is None or self.routing is None:
             return SharedInput(layer, group, self.needs, tokens, inputs_fp)
         if group.expert is not None:
             counts = self.routing.counts(index)
             few = int(counts[group.expert]) < self.policy.min_tokens
             return ExpertInside(layer, group, self.needs, moe.experts, tokens, counts, few)
-        if moe.router in group.float_consumers:
-            return ExpertsInput(layer, group, self.needs, tokens, inputs_fp, self.policy, self.routing)
+        if group.feeds_experts:
+            return ExpertsInput(layer, group, self.needs, moe.experts, tokens, inputs_fp, self.policy, self.routing)
         return SharedInput(layer, group, self.needs, tokens, inputs_fp)

@@ -13,6 +13,8 @@ from haq_lab.int8.sequences import batch_of
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.utils.timer import Stopwatch
 
+Inputs = dict[str, tuple[Tensor, ...]]  # by site: its arguments; a linear has one, (..., k)
+
 
 class Observer(Protocol):
     """Gathers the inputs of some modules of a layer.
@@ -23,11 +25,11 @@ class Observer(Protocol):
 
     sites: tuple[str, ...]
 
-    def add(self, inputs: dict[str, Tensor], rows: slice) -> None:
+    def add(self, inputs: Inputs, rows: slice) -> None:
         """Add one batch.
 
         Args:
-            inputs: The inputs (..., k) by site. A site that no token reached is missing.
+            inputs: The inputs of each site. A site that no token reached is missing.
             rows: Position of the batch's tokens among all tokens.
         """
         ...
@@ -38,12 +40,12 @@ class _AllCaptured(Exception):
 
 
 @contextmanager
-def captured_inputs(layer: nn.Module, sites: list[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Capture the inputs of some linears during a forward of `layer` within the block.
+def captured_inputs(layer: nn.Module, sites: list[str], stop: bool = False) -> Iterator[Inputs]:
+    """Capture the inputs of some modules during a forward of `layer` within the block.
 
     Args:
         layer: A decoder layer.
-        sites: Names of the linears.
+        sites: Names of the modules.
         stop: Whether to end the forward, and leave the block, once all inputs are captured.
 
     Yields:
@@ -52,13 +54,13 @@ def captured_inputs(layer: nn.Module, sites: list[str], stop: bool = False) -> I
     Example:
         >>> with captured_inputs(layer, ["self_attn.o_proj"]) as inputs:  # doctest: +SKIP
         ...     model.forward(layer, index, hidden)
-        >>> inputs["self_attn.o_proj"].shape
+        >>> inputs["self_attn.o_proj"][0].shape
     """
-    inputs: dict[str, Tensor] = {}
+    inputs: Inputs = {}
 
     def capture(site: str):
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs[site] = arguments[0]
+            inputs[site] = arguments
             if stop and len(inputs) == len(sites):
                 raise _AllCaptured
 
@@ -120,7 +122,7 @@ def record_inputs(
         with captured_inputs(layer, sites) as inputs:
             output = model.forward(layer, index, batch)
         for site in sites:
-            x = inputs[site].reshape(-1, inputs[site].shape[-1])
+            x = inputs[site][0].reshape(-1, inputs[site][0].shape[-1])
             # With post-norm (OPT-350M), q, k and v read `batch` itself, which is overwritten below.
             recorded[site].append(x.clone() if x.data_ptr() == batch.data_ptr() else x)
         batch.copy_(output)

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from haq_lab.calibration.hooks import Inputs
 from haq_lab.calibration.statistics import Accumulator, CalibrationPolicy, InputStatistics, Needs
 from haq_lab.int8.sequences import only_rows
 from haq_lab.models.experts import Expert
@@ -33,9 +34,9 @@ class SharedInput:
         self.channels = channels_of(layer, group)
         self._all = Accumulator(self.channels, tokens, needs)
 
-    def add(self, inputs: dict[str, Tensor], rows: slice) -> None:
+    def add(self, inputs: Inputs, rows: slice) -> None:
         """Add one batch of inputs."""
-        self._all.add(inputs[self.group.site], None if self.inputs_fp is None else self.inputs_fp[rows])
+        self._all.add(inputs[self.sites[0]][0], None if self.inputs_fp is None else self.inputs_fp[rows])
 
     def finish(self) -> InputStatistics:
         """Return the statistics of all batches."""
@@ -43,7 +44,7 @@ class SharedInput:
 
 
 class ExpertsInput(SharedInput):
-    """Observes the input that the router and all experts share, and the router's choices.
+    """Observes the input that all experts share, and the router's choices.
 
     The choices are added to `routing`. With `route=topk`, each expert also gets statistics of its own tokens.
     """
@@ -53,6 +54,7 @@ class ExpertsInput(SharedInput):
         layer: nn.Module,
         group: Group,
         needs: Needs,
+        experts: str,
         tokens: int,
         inputs_fp: Tensor | None,
         policy: CalibrationPolicy,
@@ -60,17 +62,16 @@ class ExpertsInput(SharedInput):
     ):
         super().__init__(layer, group, needs, tokens, inputs_fp)
         self.policy, self.routing = policy, routing
-        self._router = layer.get_submodule(group.site)
+        self.sites = (experts,)
         self._chosen: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._by_expert: dict[int, Accumulator] = {}
         if policy.route == "topk" and needs.hessian:
             self._by_expert = {e: Accumulator(self.channels, tokens, needs) for e in range(routing.experts)}
 
-    def add(self, inputs: dict[str, Tensor], rows: slice) -> None:
+    def add(self, inputs: Inputs, rows: slice) -> None:
         super().add(inputs, rows)
-        x = inputs[self.group.site].reshape(-1, self.channels)
-        _, weights, chosen = self._router(x)
+        x, chosen, weights = inputs[self.sites[0]]
         self._chosen.append(chosen)
         self._weights.append(weights)
         for expert, accumulator in self._by_expert.items():
@@ -116,12 +117,12 @@ class ExpertInside:
         self._share = routed / int(counts.sum())
         self._rows = Accumulator(channels, tokens // self._stride + routed if few else routed, needs)
 
-    def add(self, inputs: dict[str, Tensor], rows: slice) -> None:
+    def add(self, inputs: Inputs, rows: slice) -> None:
         """Add one batch, which may have no token of this expert."""
         if self._site in inputs:
-            self._rows.add(inputs[self._site], None)
+            self._rows.add(inputs[self._site][0], None)
         if self._few:
-            hidden = inputs[self._experts]
+            hidden = inputs[self._experts][0]
             spaced = torch.arange(-rows.start % self._stride, len(hidden), self._stride)
             with only_rows(spaced):
                 self._rows.add(self._expert.activate(hidden[spaced]), None)

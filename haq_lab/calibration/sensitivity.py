@@ -85,16 +85,17 @@ def _differentiate_layer(model: LayeredModel, index: int, hidden: Tensor, gradie
         gradient: (n, t, d) gradient after the layer. It is overwritten by the gradient before the layer.
     """
     layer = model.load_layer(index)
-    experts = None if model.family.moe is None else model.family.moe.experts
-    sums = {group.site: _SquaredGradients(layer, group, experts) for group in model.groups}
+    groups, moe = model.groups_of(index), model.moe_of(index)
+    experts = None if moe is None else moe.experts
+    sums = {group.site: _SquaredGradients(layer, group, experts) for group in groups}
     size = model.batch_size(hidden)
     for states, after in zip(hidden.split(size), gradient.split(size), strict=True):
-        with torch.enable_grad(), _record_for_backward(layer, model.groups, experts) as seen:
+        with torch.enable_grad(), _record_for_backward(layer, groups, experts) as seen:
             leaf = states.detach().clone().requires_grad_()
             model.forward(layer, index, leaf).backward(after)
         assert leaf.grad is not None
         after.copy_(leaf.grad)
-        for group in model.groups:
+        for group in groups:
             sums[group.site].add(seen)
     tokens = hidden.shape[0] * hidden.shape[1]
     return {site: squares.finish(tokens) for site, squares in sums.items()}
@@ -142,7 +143,9 @@ def _record_for_backward(
 
 def _input_modules(group: Group, experts: str | None) -> tuple[str, ...]:
     """Return the modules whose input is the group's input."""
-    return (experts,) if experts is not None and group.float_consumers else group.consumers
+    if experts is None or not group.feeds_experts:
+        return group.consumers
+    return (experts, *group.consumers_by_expert().get(None, ()))
 
 
 class _SquaredGradients:
@@ -158,7 +161,8 @@ class _SquaredGradients:
         """Add one batch, in which an expert may have no token."""
         gradients = [_gradient(seen[f"{name}.in"]) for name in self._input_modules if f"{name}.in" in seen]
         if gradients:
-            self._channels += _sum_of_squares(torch.stack(gradients).sum(dim=0))
+            rows = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+            self._channels += _sum_of_squares(torch.stack(rows).sum(dim=0))
         for name, total in self._outputs.items():
             if f"{name}.out" in seen:
                 total += _sum_of_squares(_gradient(seen[f"{name}.out"]))

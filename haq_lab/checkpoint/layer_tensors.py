@@ -18,6 +18,7 @@ from haq_lab.int8.numerics import ActivationScheme
 from haq_lab.int8.rotation import NO_ROTATION, block_size
 from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.experts import Experts
+from haq_lab.models.families.family import Group
 from haq_lab.models.families.lookup import head_size
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
@@ -145,7 +146,7 @@ def int8_layer(
     formats = {name: content.formats.get(name, INT8) for name in content.forms}
     weights = {f"{name}.{format.tensor}" for name, format in formats.items()}
     tensors = {name: tensor if name in weights else tensor.clone() for name, tensor in content.tensors.items()}
-    for name in _merged_first(content.forms, model):
+    for name in _merged_first(content.forms, model.groups_of(index)):
         form, format = content.forms[name], formats[name]
         parts = (format.tensor, "weight_scale", "bias", "input_scale")
         stored, scale, bias, input_scale = (tensors.pop(f"{name}.{part}", None) for part in parts)
@@ -158,7 +159,7 @@ def int8_layer(
         levels = format.levels(cast(Tensor, stored), linear.in_features)
         given = levels, cast(Tensor, scale), bias, form.scheme, input_scale, backend
         layer.set_submodule(name, Int8Linear(*given, rotation=form.rotation, format=format))
-    if (moe := model.family.moe) is not None:
+    if (moe := model.moe_of(index)) is not None:
         layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
     if model.prefix is not None:
         attach(layer.get_submodule(model.family.attention), *_prefix_states(model, tensors, where))
@@ -179,9 +180,9 @@ def _prefix_states(model: LayeredModel, tensors: dict[str, Tensor], where: str) 
     return states
 
 
-def _merged_first(names: Iterable[str], model: LayeredModel) -> list[str]:
+def _merged_first(names: Iterable[str], groups: Iterable[Group]) -> list[str]:
     """Sort the names of linears. Those that will be merged come first, because they must be packed side by side."""
-    merged = [name for group in model.groups for name in group.consumers_by_expert().get(None, ())]
+    merged = [name for group in groups for name in group.consumers_by_expert().get(None, ())]
     order = {name: place for place, name in enumerate(merged)}
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
@@ -211,18 +212,20 @@ def _has(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> boo
 
 
 def _assign(layer: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Assign the tensors that are not quantised: norms and a router."""
-    parameters = {name: tensor for name, tensor in layer.named_parameters() if tensor.is_meta}
-    for name in sorted({*tensors} ^ {*parameters}):
-        problem = "missing" if name in parameters else "superfluous"
+    """Assign the tensors that are not quantised, such as norms and a router."""
+    wanted = {name: tensor for name, tensor in [*layer.named_parameters(), *layer.named_buffers()] if tensor.is_meta}
+    for name in sorted({*tensors} ^ {*wanted}):
+        problem = "missing" if name in wanted else "superfluous"
         raise UserError(f"checkpoint: {where}: tensor '{name}' is {problem}. Write the checkpoint again.")
     for name, tensor in tensors.items():
-        if tensor.shape != parameters[name].shape:
+        if tensor.shape != wanted[name].shape:
             raise UserError(
                 f"checkpoint: {where}: tensor '{name}' does not fit the config. Write the checkpoint again."
             )
         parent, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(parent), attribute, nn.Parameter(tensor, requires_grad=False))
+        is_parameter = isinstance(wanted[name], nn.Parameter)
+        own = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        setattr(layer.get_submodule(parent), attribute, own)
 
 
 def to_storable(tensor: Tensor) -> Tensor:

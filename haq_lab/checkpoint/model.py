@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -22,6 +22,7 @@ from haq_lab.checkpoint.manifest import REST, ROUTING, Manifest, layer_file
 from haq_lab.hardware.huge_pages import prefer_huge_pages
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.weight_format import INT8, WeightFormat
+from haq_lab.models.families.family import Group
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import ModelSource
 from haq_lab.prefix.contents import Prefix
@@ -145,11 +146,14 @@ class QuantizedModel(LayeredModel):
 
     def _weights(self) -> Iterator[tuple[int, int, WeightFormat]]:
         """Yield the shape (n, k) and the format of the quantised weights of all layers."""
-        layer, names = self.new_layer(0), {name for group in self.groups for name in group.consumers}
-        linears = {name: cast(nn.Linear, layer.get_submodule(name)) for name in names}
-        for formats in self.weight_formats():  # of files that are not checked yet, but only sizes depend on it
-            for name, linear in linears.items():
-                yield linear.out_features, linear.in_features, formats.get(name, INT8)
+        sizes: dict[tuple[Group, ...], dict[str, tuple[int, int]]] = {}  # layers of one kind are alike
+        for index, formats in enumerate(self.weight_formats()):  # of unchecked files, but only sizes depend on it
+            if (groups := self.groups_of(index)) not in sizes:
+                layer = self.new_layer(index)
+                linears: dict[str, Any] = {n: layer.get_submodule(n) for group in groups for n in group.consumers}
+                sizes[groups] = {name: (each.out_features, each.in_features) for name, each in linears.items()}
+            for name, size in sizes[groups].items():
+                yield *size, formats.get(name, INT8)
 
     def _read_layer(self, index: int, buffer: Tensor | None = None) -> LayerContent:
         return read_layer(self.folder, self.manifest.shard(self.folder, layer_file(index)), buffer)

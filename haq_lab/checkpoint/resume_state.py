@@ -41,7 +41,7 @@ def save_state(work: Path, index: int, state: PassState, shards: list[Shard]) ->
         "shards": [asdict(shard) for shard in shards],
         "reports": [asdict(report) for report in result.reports],
         "at": state.at,
-        "experts_per_token": 0 if result.routing is None else result.routing.chosen[0].shape[1],
+        "experts_per_token": result.routing.chosen[0].shape[1] if result.routing and result.routing.chosen else 0,
     }
     with atomic_folder(work / f"state-{index:05}") as aside:
         for number, tensor in enumerate([*state.hidden.values(), *_routing(result)]):
@@ -93,8 +93,9 @@ def _restore(work: Path, newest: Path, state: PassState) -> list[Shard]:
     targets = list(state.hidden.values())
     if (routing := result.routing) is not None:
         tokens, k = routing.windows[0] * routing.windows[1], record["experts_per_token"]
-        routing.chosen += [torch.empty(tokens, k, dtype=routing.dtype) for _ in range(done)]
-        routing.weights += [torch.empty(tokens, k, dtype=torch.float16) for _ in range(done)]
+        routed = [layer for layer in routing.layers if layer < done]
+        routing.chosen += [torch.empty(tokens, k, dtype=routing.dtype) for _ in routed]
+        routing.weights += [torch.empty(tokens, k, dtype=torch.float16) for _ in routed]
         targets += _routing(result)
     for number, tensor in enumerate(targets):
         path = newest / f"{number}.bin"

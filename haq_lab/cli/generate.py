@@ -19,9 +19,9 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
+from haq_lab.hardware.threads import limit_thread_spinning
 from haq_lab.utils.errors import UserError, nearest
 from haq_lab.utils.paths import bundled, cache_folder
-from haq_lab.utils.threads import limit_thread_spinning
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 OFFLOAD = re.compile(r"offload(\.[\w.]+)?=")

@@ -26,9 +26,9 @@ import haq_lab.config.compose  # noqa: F401  # registers the resolver `folder_na
 from haq_lab.cli.sweeps.failures import JobFailed, Watch, forget, new_failures
 from haq_lab.config.explain import explain, is_user_error
 from haq_lab.config.help import help_text
+from haq_lab.hardware.threads import limit_thread_spinning
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.paths import bundled
-from haq_lab.utils.threads import limit_thread_spinning
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 NO_TRIAL = "No trials are completed yet"  # optuna's message if each trial of a search failed

@@ -167,7 +167,7 @@ def _plan(given: argparse.Namespace) -> None:
             raise UserError(
                 f"plan: --shape: config.json in {given.shape} cannot be used ({reason}). Choose a supported checkpoint."
             ) from error
-        shape = Shape.of(config, profile.expert_count, given.int8_head or has_int8_head(Path(given.shape)))
+        shape = Shape.of(config, given.int8_head or has_int8_head(Path(given.shape)))
     if {(trace.layers, trace.expert_count) for trace in (profile, test)} != {(shape.layers, shape.experts)}:
         profile, test = (trace.stretched(shape.layers, shape.experts) for trace in (profile, test))
         say(f"The trace is of another model. Its layers are repeated or left out to get {shape.layers} layers.")

@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 
 from haq_lab.config.explain import report_user_errors
+from haq_lab.hardware.threads import limit_thread_spinning
 from haq_lab.utils.console import say
 from haq_lab.utils.extras import need
-from haq_lab.utils.threads import limit_thread_spinning
 
 EXTRA = ("fastapi", "uvicorn", "openai", "prometheus_client")  # modules of the extra `serve`
 

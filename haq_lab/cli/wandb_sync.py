@@ -13,6 +13,7 @@ from haq_lab.tracking.run_folder import ARCHIVE
 from haq_lab.tracking.wandb import IDENTITY
 from haq_lab.utils.console import Progress, say
 from haq_lab.utils.errors import UserError, nearest_beside
+from haq_lab.utils.extras import need
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,6 +53,7 @@ def upload(folders: list[Path]) -> None:
     Raises:
         UserError: Some runs could not be uploaded. The same command tries again.
     """
+    need("sync", "wandb", "wandb")
     runs = list(dict.fromkeys(run for folder in folders for run in pending_runs(folder)))
     environment = {name: value for name, value in os.environ.items() if name not in IDENTITY}
     failed: dict[Path, str] = {}

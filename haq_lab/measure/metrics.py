@@ -126,6 +126,7 @@ METRICS: dict[str, Metric] = {
     "quantizer.dynamic_share": Metric("dynamic linears", "%", "", 1, 100),
     "quantizer.share_4bit": Metric("weights in 4 bits", "%", "", 1, 100),
     "quantizer.bits_per_weight": Metric("bits of a weight", "", "", 2),
+    "quantizer.float_share": Metric("parameters of the layers in float", "%", "", 2, 100, column="none"),
     "quantizer.fallback_modules": Metric("fallbacks", decimals=0),
 }
 

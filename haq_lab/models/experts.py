@@ -2,13 +2,17 @@
 
 transformers 5 stores a layer's experts in two fused tensors, `gate_up_proj` (E, 2f, d) and `down_proj` (E, d, f).
 Here each expert has three linears, so code that quantises linears finds them. Their weights are views of the fused
-tensors, so nothing is copied.
+tensors, so nothing is copied. Some architectures transpose the tensors, interleave gate and up, or have biases
+(`FusedLayout`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -16,24 +20,24 @@ from torch import Tensor, nn
 
 from haq_lab.int8.sequences import only_rows
 from haq_lab.models.families.family import PROJECTIONS, Moe
+from haq_lab.storage.tensor_names import expert_of
 
-FUSED = ("gate_up_proj", "down_proj")  # names of the fused weights in transformers
+FUSED = ("gate_up_proj", "down_proj")  # names of the fused weights in transformers; biases end with `_bias`
+Gating = Callable[[Tensor, Tensor], Tensor]  # (m, f) outputs of gate and up projection -> input of the down projection
 
 
 class Expert(nn.Module):
-    """One expert of an MoE layer: down(act(gate(x)) * up(x)).
+    """One expert of an MoE layer: down(gating(gate(x), up(x))).
 
     Args:
-        gate_up: (2f, d) weights of the gate and up projections.
-        down: (d, f) weight of the down projection.
-        act_fn: Activation function.
+        linears: The gate, up and down projections.
+        gating: Combines the outputs of gate and up projection.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor, act_fn: Callable[[Tensor], Tensor]):
+    def __init__(self, linears: Iterable[nn.Module], gating: Gating):
         super().__init__()
-        gate, up = gate_up.chunk(2)
-        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)
-        self.act_fn = act_fn
+        self.gate_proj, self.up_proj, self.down_proj = linears
+        self.gating = gating
 
     def with_linears(self, make: Callable[[nn.Module], nn.Module]) -> Expert:
         """Return a copy of the expert in which `make` has replaced each linear."""
@@ -45,7 +49,7 @@ class Expert(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         """Return the input (m, f) of the down projection for hidden states (m, d)."""
-        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.gating(self.gate_proj(x), self.up_proj(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the expert's output (m, d) for hidden states (m, d)."""
@@ -57,15 +61,21 @@ class Experts(nn.ModuleList):
 
     Attributes:
         order: Order in which the next call runs the chosen experts. None runs them by index.
+        layout: Layout of the fused tensors that hold the experts' weights in checkpoints of this architecture.
     """
 
     order: list[int] | None = None
+    layout: FusedLayout
 
     @classmethod
     def unfused(cls, fused: Any) -> Experts:
         """Return the experts of a fused transformers module. Their weights are views of its tensors."""
-        pairs = zip(fused.gate_up_proj, fused.down_proj, strict=True)
-        return cls(Expert(gate_up, down, fused.act_fn) for gate_up, down in pairs)
+        layout = FusedLayout.of(fused)
+        tensors = {name: tensor.detach() for name, tensor in fused.named_parameters()}
+        parts, gating = layout.split(tensors), gating_of(fused)
+        experts = cls(Expert(map(_linear, *own), gating) for own in parts)
+        experts.layout = layout
+        return experts
 
     def expert(self, number: int) -> Expert:
         """Return an expert.
@@ -137,28 +147,122 @@ def combine(results: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-def split_fused(tensors: dict[str, Tensor], moe: Moe) -> dict[str, Tensor]:
-    """Return a layer's tensors with fused expert weights replaced by views for each expert.
+@dataclass(frozen=True)
+class FusedLayout:
+    """Layout of fused expert tensors, as transformers describes it on the module of the experts.
+
+    Attributes:
+        transposed: The tensors are (E, inputs, outputs), not (E, outputs, inputs).
+        interleaved: The outputs are gate 0, up 0, gate 1, up 1 and so on. If false, all gates come first.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+
+    @classmethod
+    def of(cls, fused: Any) -> FusedLayout:
+        """Return the layout of a fused module of transformers."""
+        return cls(getattr(fused, "is_transposed", False), not getattr(fused, "is_concatenated", True))
+
+    def split(self, tensors: dict[str, Tensor]) -> list[tuple[list[Tensor], list[Tensor | None]]]:
+        """Split fused tensors.
+
+        Args:
+            tensors: `gate_up_proj`, `down_proj` and their biases `gate_up_proj_bias` and `down_proj_bias`, if any.
+
+        Returns:
+            For each expert, views of its three weights and of its three biases. A bias may be None.
+        """
+        both, down = (tensors[name].transpose(1, 2) if self.transposed else tensors[name] for name in FUSED)
+        biases = [tensors.get(f"{name}_bias") for name in FUSED]
+        none = [None] * len(down)
+        gate_up_bias, down_bias = (none if bias is None else bias.unbind() for bias in biases)
+        return [
+            ([*self._halves(both[number]), down[number]], [*self._halves(gate_up_bias[number]), down_bias[number]])
+            for number in range(len(down))
+        ]
+
+    def _halves(self, outputs: Tensor | None) -> tuple[Any, Any]:
+        """Return the gate's and the up projection's part of (2f, ...)."""
+        if outputs is None:
+            return None, None
+        if self.interleaved:
+            return outputs[::2], outputs[1::2]
+        gate, up = outputs.chunk(2)
+        return gate, up
+
+
+def gating_of(fused: Any) -> Gating:
+    """Return what a fused module of transformers computes between its two products, without its weights."""
+    if (act_fn := getattr(fused, "act_fn", None)) is not None:
+        return gated_by(act_fn)
+    plain = {name: value for name, value in vars(fused).items() if isinstance(value, (bool, int, float))}
+    return partial(_apply_gate, type(fused)._apply_gate, SimpleNamespace(**plain), FusedLayout.of(fused).interleaved)
+
+
+def gated_by(act_fn: Callable[[Tensor], Tensor]) -> Gating:
+    """Return the gating act_fn(gate) * up."""
+    return partial(_gate, act_fn)
+
+
+def _gate(act_fn: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return act_fn(gate) * up
+
+
+def _apply_gate(function: Any, attributes: Any, interleaved: bool, gate: Tensor, up: Tensor) -> Tensor:
+    both = torch.stack((gate, up), dim=-1).flatten(-2) if interleaved else torch.cat((gate, up), dim=-1)
+    return cast(Tensor, function(attributes, both))
+
+
+def split_fused(tensors: dict[str, Tensor], moe: Moe, layout: FusedLayout) -> dict[str, Tensor]:
+    """Return a layer's tensors with fused expert tensors replaced by views for each expert.
 
     Most checkpoints store each expert separately. This handles those that store them fused, as transformers does.
 
     Args:
         tensors: The layer's tensors by name.
         moe: The names of the experts and their linears.
+        layout: Layout of the fused tensors.
     """
-    gate_up, down = (tensors.get(f"{moe.experts}.{name}") for name in FUSED)
-    if gate_up is None or down is None:
+    names = [f"{name}{suffix}" for name in FUSED for suffix in ("", "_bias")]
+    fused = {name: tensors[full] for name in names if (full := f"{moe.experts}.{name}") in tensors}
+    if not all(name in fused for name in FUSED):
         return tensors
-    split = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in FUSED}
-    for number, (both, out) in enumerate(zip(gate_up, down, strict=True)):
-        gate, up = both.chunk(2)
-        weights = zip(moe.linears(number), (gate, up, out), strict=True)
-        split |= {f"{name}.weight": tensor for name, tensor in weights}
+    split = {name: tensor for name, tensor in tensors.items() if name.removeprefix(f"{moe.experts}.") not in fused}
+    for number, (weights, biases) in enumerate(layout.split(fused)):
+        for linear, weight, bias in zip(moe.linears(number), weights, biases, strict=True):
+            split[f"{linear}.weight"] = weight
+            if bias is not None:
+                split[f"{linear}.bias"] = bias
     return split
 
 
-def _linear(weight: Tensor) -> nn.Linear:
-    """Return a linear whose weight shares memory with `weight`."""
+def fuse_experts(tensors: dict[str, Tensor], moe: Moe, layout: FusedLayout) -> dict[str, Tensor]:
+    """Return a layer's tensors with those of its experts fused, as transformers stores them.
+
+    Args:
+        tensors: The layer's tensors by name, with float weights `NAME.weight` and biases `NAME.bias` of each expert.
+        moe: The names of the experts and their linears.
+        layout: Layout of the fused tensors.
+    """
+    fused = {name: tensor for name, tensor in tensors.items() if expert_of(name) is None}
+    count = 1 + max(number for name in tensors if (number := expert_of(name)) is not None)
+    for kind, suffix in (("weight", ""), ("bias", "_bias")):
+        if f"{moe.linears(0)[0]}.{kind}" not in tensors:
+            continue
+        names = zip(*(moe.linears(number) for number in range(count)), strict=True)
+        gate, up, down = (torch.stack([tensors[f"{name}.{kind}"] for name in own]) for own in names)
+        both = torch.stack((gate, up), dim=2).flatten(1, 2) if layout.interleaved else torch.cat((gate, up), dim=1)
+        for name, tensor in zip(FUSED, (both, down), strict=True):
+            turned = tensor.transpose(1, 2) if layout.transposed and kind == "weight" else tensor
+            fused[f"{moe.experts}.{name}{suffix}"] = turned.contiguous()
+    return fused
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear whose tensors share memory with the given ones."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return linear

@@ -76,7 +76,7 @@ class Int8Experts(Experts):
                 )
                 own_sequences = sequences_of(own[0]) if down.scheme == "tensor" else None
                 return down.backend.expert(*own, weights, own_sequences).to(hidden)
-            return down(expert.act_fn(gate.product(*own)) * up.product(*own)).to(hidden)
+            return down(expert.gating(gate.product(*own), up.product(*own))).to(hidden)
 
         return dispatch(hidden, chosen, weights, run, self.order)
 

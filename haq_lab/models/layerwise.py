@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from haq_lab.int8.backend import Backend
@@ -32,11 +32,13 @@ from haq_lab.int8.sequences import batch_of, declare_batches
 from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
-from haq_lab.models.families.family import Family
-from haq_lab.models.families.lookup import check_model_type, family_of
+from haq_lab.models.families.family import WRAPPED, Family, Group, Moe
+from haq_lab.models.families.layer_kinds import LayerKinds, empty_model
+from haq_lab.models.families.lookup import check_model_type, family_of, text_config_of
 from haq_lab.prefix.attention import IMPLEMENTATION, attach
 from haq_lab.prefix.contents import Prefix
 from haq_lab.prefix.positions import ShiftedPositions, number_padded_batches
+from haq_lab.storage.narrow_floats import refused_format
 from haq_lab.utils.errors import UserError
 from haq_lab.utils.hugging_face import quiet_transformers
 
@@ -75,8 +77,8 @@ class LayeredModel:
         quantized: Whether the layers are stored in int8 (`haq_lab.checkpoint.model`).
         config: The transformers config.
         family: The row of the architecture in the family table.
-        groups: The linears of one decoder layer, grouped by shared input.
-        experts: Number of experts in a layer. 0 for a dense model.
+        experts: Number of experts in a layer that has experts. 0 for a dense model.
+        kinds: What each layer consists of: its linears, grouped by shared input, and its experts.
         depth: Number of decoder layers.
         shell: The transformers model with recorders in place of its layers.
         int8_head: The int8 head, or None.
@@ -95,10 +97,9 @@ class LayeredModel:
         self.folder = folder
         self.dtype = dtype
         self.family: Family = family_of(self.config)
-        self.groups = self.family.resolve(self.config)
-        self.experts = self.family.experts(self.config)
         self.depth: int = self.config.num_hidden_layers
-        self._layer_class = self._find_layer_class()
+        self.kinds = LayerKinds(self.family, self.config)
+        self.experts = self.family.experts(self.config) if self.kinds.moe_layers else 0
         self.shell = self._build_shell()
         self.int8_head: Int8Linear | None = None
         self._bare = self
@@ -111,20 +112,9 @@ class LayeredModel:
 
     # The shell is the model without its layers.
 
-    def _empty_model(self, layers: int) -> PreTrainedModel:
-        config = copy.deepcopy(self.config)
-        config.num_hidden_layers = layers
-        with quiet_transformers():
-            # transformers chooses `sdpa`, or `eager` for attention that sdpa cannot compute, such as soft caps.
-            return AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False)
-
-    def _find_layer_class(self) -> type[nn.Module]:
-        with torch.device("meta"):
-            return type(self._empty_model(1).get_submodule(f"{self.family.layers}.0"))
-
     def _build_shell(self) -> PreTrainedModel:
         with no_init_weights():  # memory pages that are never written are never allocated
-            shell = self._empty_model(0).eval()
+            shell = empty_model(self.config, 0, self.dtype).eval()
         self.config._attn_implementation = shell.config._attn_implementation
         shell.config.num_hidden_layers = self.depth
         self.recorders = [_Recorder() for _ in range(self.depth)]
@@ -157,6 +147,8 @@ class LayeredModel:
     def read_outer_tensors(self) -> dict[str, Tensor]:
         """Return the tensors outside the layers as stored, with their names in our modules."""
         names = [name for name in self.weights.names() if not self._is_layer_tensor(name)]
+        if any(WRAPPED in name for name in names):
+            names = [name for name in names if WRAPPED in name or name.startswith("lm_head.")]
         return {self._module_name(name): tensor for name, tensor in self.weights.read(names).items()}
 
     # Some checkpoints omit the base model's prefix ("decoder.layers.0" for "model.decoder.layers.0").
@@ -200,13 +192,20 @@ class LayeredModel:
                 "rows. Use the model's own tokenizer, or call resize_token_embeddings."
             )
 
+    def groups_of(self, index: int) -> tuple[Group, ...]:
+        """Return the linears of decoder layer `index`, grouped by shared input (`LayerKinds.groups`)."""
+        return self.kinds.groups(index)
+
+    def moe_of(self, index: int) -> Moe | None:
+        """Return the names of the router and the experts of decoder layer `index`, or None if it has no experts."""
+        return self.kinds.moe(index)
+
     def new_layer(self, index: int) -> nn.Module:
         """Return decoder layer `index` on the meta device, without weights and with split experts."""
-        with torch.device("meta"), no_init_weights():
-            layer = self._layer_class(self.config, index).eval().requires_grad_(False)
-            if self.family.moe is not None:
-                name = self.family.moe.experts
-                layer.set_submodule(name, Experts.unfused(layer.get_submodule(name)))
+        layer = self.kinds.build(index)
+        if (moe := self.moe_of(index)) is not None:
+            with torch.device("meta"):
+                layer.set_submodule(moe.experts, Experts.unfused(layer.get_submodule(moe.experts)))
         return layer
 
     def load_layer(self, index: int) -> nn.Module:
@@ -223,8 +222,8 @@ class LayeredModel:
             if self._module_name(name).startswith(prefix) and not name.endswith(COMPUTED)
         }
         tensors = {names[name]: tensor for name, tensor in self.weights.read(names, self.dtype).items()}
-        if self.family.moe is not None:
-            tensors = split_fused(tensors, self.family.moe)
+        if (moe := self.moe_of(index)) is not None:
+            tensors = split_fused(tensors, moe, cast(Experts, layer.get_submodule(moe.experts)).layout)
         try:
             layer.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
@@ -378,13 +377,13 @@ def _read_config(folder: Path, quantized: bool) -> Any:
         check_model_type(fields.get("model_type"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if "quantization_config" in fields:
-            if not quantized:
-                method = fields["quantization_config"].get("quant_method")
+            if not quantized and (form := refused_format(fields["quantization_config"])) is not None:
                 raise UserError(
-                    f"model: {folder} is already quantised by {method}. Use model=quantized for haq_lab checkpoints."
+                    f"model: {folder} is already quantised by {form}. Choose a checkpoint in float32, float16, "
+                    "bfloat16, float8 or MXFP4. Use model=quantized for haq_lab checkpoints."
                 )
             del config.quantization_config
-        return config
+        return text_config_of(config)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, StrictDataclassError) as error:
         raise UserError(
             f"model: config.json in {folder} cannot be used ({error}). Choose a supported checkpoint."

@@ -49,6 +49,9 @@ def build_tiny(folder: Path, architecture: str, layers: int, hidden: int, seed: 
                     parameter.copy_(torch.where(outliers, 12.0, 1.0) * (0.5 + torch.rand_like(parameter)))
                 elif name.endswith("bias"):
                     parameter.normal_(std=0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("bias"):  # corrects the choice of experts
+                    buffer.normal_(std=0.1)
     with quiet_transformers():
         model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

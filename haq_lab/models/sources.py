@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -20,7 +21,8 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 
 from haq_lab.models.build_cache import build_once
-from haq_lab.models.families.tiny import TINY
+from haq_lab.models.families.lookup import text_config_of
+from haq_lab.models.families.tiny import TINY, tiny_fields
 from haq_lab.models.gguf_header import check_lengths
 from haq_lab.models.random_tiny import build_tiny
 from haq_lab.storage.weight_files import SUFFIXES, weight_files
@@ -86,8 +88,10 @@ class HubModel:
         try:
             offline = self.local is None and not hub_is_reachable()
             source = self.local or self.name
-            return AutoConfig.from_pretrained(
-                source, revision=self.revision, local_files_only=offline, trust_remote_code=False
+            return text_config_of(
+                AutoConfig.from_pretrained(
+                    source, revision=self.revision, local_files_only=offline, trust_remote_code=False
+                )
             )
         except (OSError, ValueError, KeyError):
             return None if self.architecture is None else CONFIG_MAPPING[self.architecture]()
@@ -121,9 +125,13 @@ class HubModel:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         weights = ["*.bin", "*.bin.index.json"] if self.allow_pickle else []
-        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", *weights]
+        patterns = ["*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt", *weights]
+        folders = ["*/*"]  # some repositories have the weights a second time, in another engine's format
         try:
-            return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
+            path = snapshot_download(
+                self.name, revision=self.revision, allow_patterns=patterns, ignore_patterns=folders
+            )
+            return Path(path)
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise UserError(
                 f"model.name: '{self.name}' is not a local folder and could not be downloaded from the hub "
@@ -210,7 +218,9 @@ class TinyModel:
         return f"tiny_{self.architecture}"
 
     def folder(self) -> Path:
-        name = f"{self.label}-{self.layers}x{self.hidden}-{self.seed}"
+        fields = json.dumps(tiny_fields(self.architecture, self.layers, self.hidden), sort_keys=True)
+        digest = hashlib.sha256(fields.encode()).hexdigest()[:8]  # so that a changed config is another model
+        name = f"{self.label}-{self.layers}x{self.hidden}-{self.seed}-{digest}"
         return build_once(
             name, lambda target: build_tiny(target, self.architecture, self.layers, self.hidden, self.seed)
         )

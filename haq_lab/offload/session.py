@@ -92,28 +92,31 @@ class OffloadSession:
         self._writer = self._make_writer()
         self._tier: SlowTier | None = None
         self.engine: Engine | None = None
+        self._added = 0  # layers
 
     def _make_writer(self) -> TierWriter:
         """Return the writer of the slow tier: host memory if the device has its own memory, else a file."""
         if not self._streams.separate_memory:
             return (ReusedExpertFile if self._reuse else ExpertFileWriter)(self.path).__enter__()
         cpu = None if self.settings.on_miss == "fetch" else CpuBackend()  # runs missing experts in the slow tier
-        return HostWriter(self.model.depth, self._streams, cpu)
+        return HostWriter(len(self.model.kinds.moe_layers), self._streams, cpu)
 
     def add(self, layer: nn.Module) -> None:
-        """Write a layer's experts to the slow tier.
+        """Write a layer's experts to the slow tier. Its other weights stay in memory, shared experts included.
 
         Args:
-            layer: The next decoder layer, in its final form.
+            layer: The next decoder layer, in its final form. It may have no experts.
         """
-        experts, formats = _experts_of(layer, self.model), self.settings.formats
+        moe, self._added = self.model.moe_of(self._added), self._added + 1
+        if moe is None:
+            return
+        experts, formats = cast(nn.ModuleList, layer.get_submodule(moe.experts)), self.settings.formats
         formats.prepare(experts)
         with naming_path(self.path):
             self._writer.add(experts)
         self._last_experts = experts
         if formats.fast_tier_dtype is not None:
-            assert self.model.family.moe is not None
-            layer.set_submodule(self.model.family.moe.experts, half_experts(experts, formats.fast_tier_dtype))
+            layer.set_submodule(moe.experts, half_experts(experts, formats.fast_tier_dtype))
 
     def find_profile(self, routing: Routing | None, calibration: Tensor | None, text: str) -> None:
         """Get the routing trace for placement and prediction, unless `offload.profile` names one.
@@ -161,7 +164,7 @@ class OffloadSession:
     @property
     def limitation(self) -> str | None:
         """A sentence if a part of the eviction rule is off for a model of this size, else None."""
-        return EVICTION_RULES[self.settings.eviction].limitation(self.model.depth, self.model.experts)
+        return EVICTION_RULES[self.settings.eviction].limitation(len(self.model.kinds.moe_layers), self.model.experts)
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -238,8 +241,10 @@ class OffloadSession:
         return timeline.metrics(label)
 
     def table(self) -> pd.DataFrame:
-        """Return the engine's counts, one row a layer, with the number of resident experts."""
-        return pd.DataFrame([] if self.engine is None else self.engine.table())
+        """Return the engine's counts, one row a layer with experts, with the number of resident experts."""
+        rows = [] if self.engine is None else self.engine.table()
+        layers = self.model.kinds.moe_layers  # the engine counts only these
+        return pd.DataFrame([row | {"layer": layers[row["layer"]]} for row in rows])
 
     def close(self) -> None:
         """Stop the engine and delete the slow tier, unless its file is reused."""
@@ -281,6 +286,7 @@ def build_engine(
     """
     moe, shape = model.family.moe, _shape_of(model, tier)
     assert moe is not None
+    layers = [layers[index] for index in model.kinds.moe_layers]
     reserved = FLOAT * (shape.kv_per_token + shape.work_per_token) * settings.kv_tokens + tier.staging_bytes
     experts = shape.layers * shape.experts
     slots = settings.parsed_budget.slots(experts, tier.blob_bytes, settings.spare, reserved)
@@ -295,7 +301,7 @@ def build_engine(
     policy = build_policy(settings, place(settings.placement, profile, slots, settings.seed), profile, costs)
     prefetch: Prefetch | None = None
     if settings.prefetch == "next_gate":
-        prefetch = NextGate([layer.get_submodule(moe.router) for layer in layers])
+        prefetch = NextGate([moe.router_of(layer) for layer in layers])
     elif settings.prefetch == "path":
         prefetch = NextOnPath(profile)
     guesses = min(profile.k, settings.spare - 1) if prefetch is not None else 0
@@ -349,7 +355,7 @@ def simulate_engine(
 
 
 def _require_experts(model: LayeredModel) -> None:
-    if model.family.moe is None:
+    if not model.kinds.moe_layers:
         raise UserError(f"offload: a '{model.config.model_type}' has no experts to offload. Choose offload=none.")
 
 
@@ -359,18 +365,13 @@ def _open_profile(settings: Offload, model: LayeredModel) -> Trace | None:
         return None
     try:
         profile = Trace.open(Path(settings.profile).expanduser())
-        profile.must_be_of(model.depth, model.family.experts(model.config))
+        profile.must_be_of(len(model.kinds.moe_layers), model.experts)
     except UserError as error:
         raise UserError(f"offload.profile: {error}") from error
     return profile
 
 
-def _experts_of(layer: nn.Module, model: LayeredModel) -> nn.ModuleList:
-    assert model.family.moe is not None
-    return cast(nn.ModuleList, layer.get_submodule(model.family.moe.experts))
-
-
 def _shape_of(model: LayeredModel, tier: SlowTier) -> Shape:
-    shape = Shape.of(model.config, model.experts, model.int8_head is not None)
+    shape = Shape.of(model.config, int8_head=model.int8_head is not None)
     # A blob of int8 experts has scales and padding too, which the costs do not count.
     return replace(shape, quantized_bytes=min(1.0, tier.moved_bytes / shape.expert))

@@ -60,7 +60,7 @@ def choose_bits(
         for index in range(model.depth):
             layer = model.load_layer(index)
             calibrator.enter(layer, index)
-            for group in model.groups:
+            for group in model.groups_of(index):
                 statistics = calibrator.statistics(layer, index, group)
                 statistics, _ = smooth_group([layer], group, model.family, quantizer, statistics)
                 assert statistics is not None

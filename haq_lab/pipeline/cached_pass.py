@@ -90,10 +90,10 @@ class CachedPass:
         if found.facts["routing"] is not None:
             experts, windows = found.facts["routing"]
             chosen, weights = (
-                [found.tensors[f"{name}|{index}"] for index in range(self.model.depth)]
+                [found.tensors[f"{name}|{number}"] for number in range(len(self.model.kinds.moe_layers))]
                 for name in ("chosen", "weights")
             )
-            passed.routing = Routing(experts, tuple(windows), chosen, weights)
+            passed.routing = Routing(experts, self.model.kinds.moe_layers, tuple(windows), chosen, weights)
         ranges = {name: rows for name, rows in found.tensors.items() if name.startswith(RANGES)}
         passed.ranges = Ranges.of({name.removeprefix(RANGES): rows for name, rows in ranges.items()})
         return passed
@@ -131,8 +131,8 @@ class CachedPass:
         tensors = {f"{RANGES}{name}": rows for name, rows in passed.ranges.tensors().items()}
         if (routing := passed.routing) is not None:
             facts["routing"] = [routing.experts, routing.windows]
-            for index, (chosen, weights) in enumerate(zip(routing.chosen, routing.weights, strict=True)):
-                tensors |= {f"chosen|{index}": chosen, f"weights|{index}": weights}
+            for number, (chosen, weights) in enumerate(zip(routing.chosen, routing.weights, strict=True)):
+                tensors |= {f"chosen|{number}": chosen, f"weights|{number}": weights}
         self.store.put(PASS, self._key(PASS), Artifact(tensors, facts), self._about)
 
     def measured(self, measure: Measure, study: Study) -> dict[str, float]:

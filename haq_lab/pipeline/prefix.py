@@ -63,6 +63,11 @@ def choose_prefix(
     """
     if quantizer is None or quantizer.prefix == NO_PREFIX:
         return _as_it_is(model)
+    if not model.family.takes_prefix:
+        raise UserError(
+            f"quantizer.prefix: a '{model.config.model_type}' takes no prefix, because some of its layers have no "
+            "usual keys and values. Choose quantizer.prefix=none."
+        )
     longest = max((windows.tokens.shape[1] for windows in texts.values()), default=1)
     tokenizer = model.tokenizer()
     if quantizer.prefix != AUTO_PREFIX:

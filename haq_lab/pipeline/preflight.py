@@ -5,7 +5,6 @@ Sizes follow from the model's config. Its modules are built on the meta device a
 
 from __future__ import annotations
 
-import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,19 @@ from typing import Any
 import psutil
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM
+from torch import nn
 
 from haq_lab.calibration.calibrator import HESSIAN_BYTES
 from haq_lab.config.build import Experiment
 from haq_lab.measure.base import needs_reference
+from haq_lab.models.families.layer_kinds import LayerKinds, empty_model
 from haq_lab.models.families.lookup import family_of
 from haq_lab.models.sources import HubModel
 from haq_lab.quantizers.base import NO_PREFIX
 from haq_lab.storage.hidden_state_buffer import RAM_BYTES
 from haq_lab.utils.console import say
 from haq_lab.utils.errors import UserError
-from haq_lab.utils.hugging_face import hub_is_reachable, quiet_transformers
+from haq_lab.utils.hugging_face import hub_is_reachable
 from haq_lab.utils.paths import cache_folder
 
 FLOAT, HALF = 4, 2  # bytes of a number: float32 to compute, 16 bits in checkpoints
@@ -62,15 +62,17 @@ class Size:
 
     Attributes:
         shell: Parameters outside the layers.
-        layer: Parameters of one layer.
+        layers: Parameters of all layers.
+        layer: Parameters of the largest layer.
         depth: Number of layers.
         width: Width of the hidden states.
         widest: Largest input width of a linear.
-        experts: Number of experts in a layer.
+        experts: Number of experts of the model.
         expert: Parameters of one expert.
     """
 
     shell: int
+    layers: int
     layer: int
     depth: int
     width: int
@@ -80,7 +82,7 @@ class Size:
 
     @property
     def total(self) -> int:
-        return self.shell + self.depth * self.layer
+        return self.shell + self.layers
 
 
 def preflight(experiment: Experiment, overrides: list[str]) -> None:
@@ -113,21 +115,21 @@ def preflight(experiment: Experiment, overrides: list[str]) -> None:
 def measure_size(config: Any) -> Size:
     """Count the parameters of a transformers config without allocating them."""
     family = family_of(config)
-    experts = family.experts(config)
-    counts = []
-    for layers in (0, 1):
-        bare = copy.deepcopy(config)
-        bare.num_hidden_layers = layers
-        with torch.device("meta"), quiet_transformers():
-            model = AutoModelForCausalLM.from_config(bare, trust_remote_code=False)
-        counts.append(sum(parameter.numel() for parameter in model.parameters()))
-    widest = max(parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1)
-    each = 0
-    if family.moe is not None:
-        each = sum(p.numel() for p in model.get_submodule(f"{family.layers}.0.{family.moe.experts}").parameters())
-        each //= experts
-    depth, width = config.num_hidden_layers, config.hidden_size
-    return Size(counts[0], counts[1] - counts[0], depth, width, widest, experts, each)
+    kinds = LayerKinds(family, config)
+    with torch.device("meta"):
+        shell = _count(empty_model(config, 0))
+    layers = [kinds.build(index) for index in range(config.num_hidden_layers)]
+    counts = [_count(layer) for layer in layers]
+    widest = max(parameter.shape[-1] for layer in layers for parameter in layer.parameters() if parameter.ndim > 1)
+    experts, each = family.experts(config), 0
+    if (moe := family.moe) is not None and kinds.moe_layers:
+        each = _count(layers[kinds.moe_layers[0]].get_submodule(moe.experts)) // experts
+    experts *= len(kinds.moe_layers)
+    return Size(shell, sum(counts), max(counts), len(layers), config.hidden_size, widest, experts, each)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Need]:
@@ -158,9 +160,7 @@ def list_needs(experiment: Experiment, source: HubModel, size: Size) -> list[Nee
         needs.append(Need("the hub (it does not answer)", missing, 0, "model.name=FOLDER takes a local copy"))
     disk = [(Path(constants.HF_HUB_CACHE), missing), (cache_folder(), max(0.0, hidden - RAM_BYTES))]
     if experiment.checkpoint is not None:
-        disk.append(
-            (experiment.checkpoint, HALF * size.shell + _stored(experiment) * size.depth * size.layer + 2 * hidden)
-        )
+        disk.append((experiment.checkpoint, HALF * size.shell + _stored(experiment) * size.layers + 2 * hidden))
     return needs + _disk_needs(disk)
 
 
@@ -178,15 +178,15 @@ def _deployed_bytes(experiment: Experiment, size: Size) -> float:
         return 0.0
     stored = _stored(experiment)
     if (offload := experiment.offload) is None:
-        return float(stored * size.depth * size.layer)
+        return float(stored * size.layers)
     narrow = offload.formats.fast_tier_dtype
-    expert, total = (narrow.itemsize if narrow else stored) * size.expert, size.depth * size.experts
+    expert, total = (narrow.itemsize if narrow else stored) * size.expert, size.experts
     budget = offload.parsed_budget
     if budget.bytes is not None:
         tier = float(budget.bytes)
     else:
         tier = expert * (budget.share * total if budget.share is not None else (budget.experts or 0) + offload.spare)
-    return stored * size.depth * (size.layer - size.experts * size.expert) + tier
+    return stored * (size.layers - size.experts * size.expert) + tier
 
 
 def _beside_gpu_bytes(experiment: Experiment, size: Size) -> float:
@@ -199,8 +199,8 @@ def _beside_gpu_bytes(experiment: Experiment, size: Size) -> float:
     stored, experts, lying = _stored(experiment), 0, 0.0
     if (offload := experiment.offload) is not None:
         experts, lying = size.experts * size.expert, HALF if offload.host_format == "bf16" else stored
-    waiting = size.layer - experts if experiment.quantizer is None else 0
-    return float(size.depth * (lying * experts + stored * waiting))
+    waiting = size.layers - experts if experiment.quantizer is None else 0
+    return float(lying * experts + stored * waiting)
 
 
 def _stored(experiment: Experiment) -> float:

@@ -16,7 +16,13 @@ from torch import nn
 from haq_lab.calibration.dataset import check_overlap
 from haq_lab.checkpoint.model import open_model
 from haq_lab.checkpoint.writer import remove_saved_states
-from haq_lab.config.build import Experiment, build, refuse_ignored_settings, without_default_tracker, without_disabled_groups
+from haq_lab.config.build import (
+    Experiment,
+    build,
+    refuse_ignored_settings,
+    without_default_tracker,
+    without_disabled_groups,
+)
 from haq_lab.config.explain import is_user_error
 from haq_lab.config.run_context import RunContext
 from haq_lab.data.windows import Windows
@@ -26,6 +32,7 @@ from haq_lab.measure.base import PromptedMeasure, Study
 from haq_lab.measure.memory import libraries, reset_peaks
 from haq_lab.measure.metrics import declared_metrics
 from haq_lab.measure.prompts import PromptTexts
+from haq_lab.models.families.float_share import FloatShare
 from haq_lab.models.families.lookup import head_size
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.assemble import Assembly
@@ -111,6 +118,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
     with Progress() as progress:
         model = _load_model(experiment, folder, progress)
         facts |= _describe_gpu(experiment.backend, model)
+        in_float = _report_float(experiment, model, folder)
         evaluation, calibration = _load_texts(experiment, model)
         store = experiment.result_cache.open()
         prefix = _choose_prefix(experiment, model, evaluation, calibration, store, folder, progress)
@@ -137,7 +145,7 @@ def _study(experiment: Experiment, folder: RunFolder, facts: dict[str, Any]) -> 
                 offloaded=experiment.offload is not None,
                 aside=assembly.aside,
             )
-            metrics = _measure(experiment, study, cached)
+            metrics = _measure(experiment, study, cached) | in_float
             metrics |= assembly.metrics() | assembly.simulated(facts["hardware"])
             metrics |= {f"time.stages_{action}_s": seconds for action, seconds in store.clock.seconds.items()}
     if prefix.report is not None:
@@ -164,6 +172,16 @@ def _load_model(experiment: Experiment, folder: RunFolder, progress: Progress) -
         say(f"model: weight files that transformers does not read are ignored: {', '.join(names)}")
         folder.event("unread_weight_files", names=names)
     return model
+
+
+def _report_float(experiment: Experiment, model: LayeredModel, folder: RunFolder) -> dict[str, float]:
+    """Say which parameters of the layers stay in float, and return their share as a metric."""
+    if experiment.quantizer is None and not model.quantized:
+        return {}
+    share = FloatShare.of(model.kinds, model.depth)
+    say(str(share))
+    folder.event("in_float", parameters=share.parameters, by_module=share.by_module)
+    return {"quantizer.float_share": share.share}
 
 
 def _choose_prefix(

@@ -142,7 +142,7 @@ def _quantize_layer(
     reports: list[LinearReport] = []
     layer, clock = states[0], calibrator.clock
     calibrator.enter(layer, index)
-    for group in model.groups:
+    for group in model.groups_of(index):
         seen = calibrator.statistics(layer, index, group)
         with clock.stage("smooth"):
             statistics, strength = smooth_group(states, group, model.family, quantizer, seen)
@@ -150,9 +150,9 @@ def _quantize_layer(
             ranges.add(group.site, seen.channel_max, statistics.channel_max)
         with clock.stage("solve"):
             reports += quantize_group(layer, index, group, quantizer, statistics, strength, backend, allocation)
-    if (moe := model.family.moe) is not None:
+    if (moe := model.moe_of(index)) is not None:
         layer.set_submodule(moe.experts, Int8Experts.of(cast(Experts, layer.get_submodule(moe.experts))))
-    if calibrator.routing is not None:
+    if moe is not None and calibrator.routing is not None:
         counts = calibrator.routing.counts(index).tolist()
         for report in reports:
             if (expert := expert_of(report.linear)) is not None:

@@ -112,13 +112,13 @@ def measure_effect(
     error = 0.0
     for index in range(model.depth):
         layer = model.load_layer(index)
-        sites = {group.site: channels_of(layer, group) for group in model.groups}
+        sites = {group.site: channels_of(layer, group) for group in model.groups_of(index)}
         seen = {site: Accumulator(width, windows.numel(), Needs(sample=True)) for site, width in sites.items()}
         first = 0
         for batch in hidden.split(model.batch_size(hidden)):
             with captured_inputs(layer, list(sites)) as inputs:
                 output = model.forward(layer, index, batch)
-            for site, x in inputs.items():
+            for site, (x, *_) in inputs.items():
                 seen[site].add(x, None)
                 if x.numel() == batch.shape[0] * batch.shape[1] * sites[site]:  # an expert has some of the tokens
                     largest = x.abs().amax(dim=-1).view(batch.shape[:2])

@@ -41,10 +41,13 @@ class ChannelMap:
         source: Any = None if group.source is None else layer.get_submodule(group.source)
         if group.kind == "value" and group.source is not None:
             attention: Any = layer.get_submodule(group.source.rpartition(".")[0])
-            head: int = attention.head_dim
+            # In latent attention, a head of the source has some rows of keys, then those of its values.
+            keys = getattr(attention, "qk_nope_head_dim", 0)
+            head: int = attention.v_head_dim if keys else attention.head_dim
             # A fused projection has a row of queries for each channel, and as many rows of keys as of values.
             values = (source.out_features - channels) // 2 if group.fused else source.out_features
-            self.rows = self.rows // head // (channels // values) * head + self.rows % head
+            repeats = 1 if keys else channels // values
+            self.rows = self.rows // head // repeats * (keys + head) + keys + self.rows % head
         self.source_rows = int(self.rows.max()) + 1
         self.first = source.out_features - self.source_rows if group.fused else 0
 
@@ -58,8 +61,11 @@ class ChannelMap:
         return torch.zeros(self.source_rows).index_add_(0, self.rows, values)[self.rows]
 
     def per_row(self, values: Tensor) -> Tensor:
-        """Return one value per row of the source. Channels that share a row must have equal values."""
-        out = torch.empty(self.source_rows)
+        """Return one value per row of the source, 1 for rows that no channel reads.
+
+        Channels that share a row must have equal values.
+        """
+        out = torch.ones(self.source_rows)
         out[self.rows] = values
         return out
 

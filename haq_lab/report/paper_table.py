@@ -178,8 +178,8 @@ def _full_precision(runs: pd.DataFrame, columns: list[Column]) -> list[tuple[str
         values = []
         for column in columns:
             shared = set(runs.get(f"perplexity_fp.{column.text}", pd.Series(dtype=float)).dropna())
-            known = column.metric == KINDS["perplexity"] and len(shared) == 1
-            values.append(_digits(column.metric, shared.pop()) if known else "")
+            is_shared = column.metric == KINDS["perplexity"] and len(shared) == 1
+            values.append(_digits(column.metric, shared.pop()) if is_shared else "")
         rows = [(FULL_PRECISION, values)] if any(values) else []
     return rows
 

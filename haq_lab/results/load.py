@@ -111,7 +111,9 @@ def _row(folder: Path) -> dict[str, Any]:
     row["overrides"] = " ".join(record.get("run", {}).get("overrides", []))
     row["error"] = (failure or {}).get("error", {}).get("message") if not results else None
     row |= {name: value for name, value in record.get("run", {}).items() if not isinstance(value, list | dict)}
-    row |= {f"config.{SETTINGS.get(name, name)}": value for name, value in flat_settings(record.get("config", {})).items()}
+    row |= {
+        f"config.{SETTINGS.get(name, name)}": value for name, value in flat_settings(record.get("config", {})).items()
+    }
     row["quantized"] = _is_quantized(row)
     if row.get("model"):
         row["_model"] = record.get("config", {}).get("model") or {}

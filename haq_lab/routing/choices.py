@@ -18,12 +18,15 @@ class Routing:
 
     Attributes:
         experts: Number of experts in a layer.
+        layers: Indices of the layers with experts.
         windows: Shape (n, t) of the token windows.
-        chosen: (n * t, k) chosen experts of each layer, the most probable first. Their type is `dtype`.
-        weights: (n * t, k) float16 gate weights of each layer.
+        chosen: (n * t, k) chosen experts of each of these layers so far, the largest weight first. Their type is
+            `dtype`.
+        weights: (n * t, k) float16 gate weights of each of these layers so far.
     """
 
     experts: int
+    layers: tuple[int, ...]
     windows: tuple[int, int]
     chosen: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
@@ -34,18 +37,19 @@ class Routing:
         return torch.from_numpy(np.empty(0, expert_dtype(self.experts))).dtype
 
     def add_layer(self, chosen: Tensor, weights: Tensor) -> None:
-        """Add the choices of the next layer.
+        """Add the choices of the next layer with experts.
 
         Args:
             chosen: (n * t, k) chosen experts.
             weights: (n * t, k) their gate weights.
         """
+        chosen, weights = by_weight(chosen, weights)
         self.chosen.append(chosen.to(self.dtype))
         self.weights.append(weights.to(torch.float16))
 
     def counts(self, layer: int) -> Tensor:
         """Return the number of tokens of each expert in a layer, (experts,)."""
-        return self.chosen[layer].flatten().long().bincount(minlength=self.experts)
+        return self.chosen[self.layers.index(layer)].flatten().long().bincount(minlength=self.experts)
 
     def table(self) -> pd.DataFrame:
         """Return a row for each layer and expert.
@@ -55,7 +59,7 @@ class Routing:
             (mean).
         """
         rows = []
-        for layer, (chosen, weights) in enumerate(zip(self.chosen, self.weights, strict=True)):
+        for layer, chosen, weights in zip(self.layers, self.chosen, self.weights, strict=True):
             counts = self.counts(layer)
             sums = torch.zeros(self.experts).index_add_(0, chosen.flatten().long(), weights.flatten().float())
             for expert, count in enumerate(counts.tolist()):
@@ -80,3 +84,14 @@ class Routing:
             model,
             text,
         )
+
+
+def by_weight(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort each token's choices by falling gate weight. Some routers return them in another order.
+
+    Args:
+        chosen: (t, k) chosen experts.
+        weights: (t, k) their gate weights.
+    """
+    order = weights.argsort(dim=1, descending=True, stable=True)
+    return chosen.gather(1, order), weights.gather(1, order)

@@ -1,4 +1,4 @@
-"""Record a routing trace: run a text through a model layer by layer, with a hook on every router."""
+"""Record a routing trace: run a text through a model layer by layer, with a hook on the experts of every layer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from haq_lab.models.families.family import Moe
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.routing.trace import Trace, expert_dtype
+from haq_lab.routing.choices import Routing
+from haq_lab.routing.trace import Trace
 from haq_lab.utils.errors import UserError
 
 
@@ -38,39 +40,40 @@ def record_trace(
     Raises:
         UserError: The model has no experts.
     """
-    if model.family.moe is None:
+    if not model.kinds.moe_layers:
         raise UserError(f"model: a '{model.config.model_type}' has no experts. Choose a Mixture of Experts.")
     count, length = windows.shape
-    expert_count = model.family.experts(model.config)
+    routing = Routing(model.experts, model.kinds.moe_layers, (count, length))
     hidden = model.embed(windows)
-    experts, weights = [], []
     for index in range(model.depth):
         layer = model.load_layer(index)
-        chosen, gates = _run_and_record(model, layer, index, hidden)
-        experts.append(chosen.numpy().astype(expert_dtype(expert_count)))
-        weights.append(gates.to(torch.float16).numpy())
+        if (moe := model.moe_of(index)) is None:
+            model.run(layer, index, hidden)
+        else:
+            routing.add_layer(*_run_and_record(model, layer, index, moe, hidden))
         finished()
     return Trace(
-        np.stack(experts, 1),
-        np.stack(weights, 1),
+        torch.stack(routing.chosen, 1).numpy(),
+        torch.stack(routing.weights, 1).numpy(),
         np.tile(np.arange(length) >= prompt, count),
         np.arange(count, dtype=np.int64) * length,
-        expert_count,
+        model.experts,
         model.folder.name,
         text,
     )
 
 
-def _run_and_record(model: LayeredModel, layer: torch.nn.Module, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _run_and_record(
+    model: LayeredModel, layer: torch.nn.Module, index: int, moe: Moe, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
     """Run a layer on hidden states, in place, and return its router's choices and gate weights, each (n * t, k)."""
-    assert model.family.moe is not None
     batches: list[tuple[Tensor, Tensor]] = []
 
-    def on_routing(module: Any, inputs: Any, output: Any) -> None:
-        _, gates, chosen = output
+    def on_routing(module: Any, inputs: Any) -> None:
+        _, chosen, gates = inputs
         batches.append((chosen, gates))
 
-    hook = layer.get_submodule(model.family.moe.router).register_forward_hook(on_routing)
+    hook = layer.get_submodule(moe.experts).register_forward_pre_hook(on_routing)
     try:
         model.run(layer, index, hidden)
     finally:

@@ -22,7 +22,7 @@ from haq_lab.models.experts import Expert
 from haq_lab.models.families.family import Group, Moe
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
-from haq_lab.runtime.equivalence import computation_key, is_silu
+from haq_lab.runtime.equivalence import computation_key, is_swiglu
 from haq_lab.runtime.fusion import fuse
 from haq_lab.runtime.layer_parts import LayerParts, UnsupportedLayerError
 from haq_lab.runtime.native_decoder import make_stack, stack_native_layers
@@ -46,12 +46,12 @@ def deploy(
     """
     whole.to(backend.device)
     layers = list(whole.get_submodule(model.family.layers).children())
-    for layer in layers:
-        merge_linears(layer, model.groups)
+    for index, layer in enumerate(layers):
+        merge_linears(layer, model.groups_of(index))
         specify_swiglu(layer, backend)
-        if model.family.moe is not None:
-            make_router_native(layer, model.family.moe, model.config, backend)
-        fuse(layer, model.groups, backend)
+        if (moe := model.moe_of(index)) is not None:
+            make_router_native(layer, moe, model.config, backend)
+        fuse(layer, model.groups_of(index), backend)
     make_head_native(whole, backend)
     move_to_huge_pages(layers)
     parts: list[LayerParts | None] = []
@@ -59,7 +59,7 @@ def deploy(
     reproduced: set[Hashable] = set()
     for index, layer in enumerate(layers):
         try:
-            parts.append(_native_parts(layer, model, reproduced))
+            parts.append(_native_parts(layer, index, model, reproduced))
         except UnsupportedLayerError as error:
             parts.append(None)
             reasons[index] = str(error)
@@ -72,18 +72,22 @@ def deploy(
     return whole
 
 
-def _native_parts(layer: nn.Module, model: LayeredModel, reproduced: set[Hashable]) -> LayerParts:
+def _native_parts(layer: nn.Module, index: int, model: LayeredModel, reproduced: set[Hashable]) -> LayerParts:
     """Describe a layer to the native decoder.
 
     Args:
         layer: The decoder layer.
+        index: Its index.
         model: The model's description.
         reproduced: Computation keys of the layers that the decoder reproduces. Layers with these keys are not run.
 
     Raises:
         UnsupportedLayerError: The decoder cannot reproduce the layer.
     """
-    parts, key = LayerParts.of(layer, model.groups, model.family), computation_key(layer)
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedLayerError("its rotary positions cover a part of each head")
+    parts, key = LayerParts.of(layer, model.groups_of(index), model.family), computation_key(layer)
     if key not in reproduced and not make_stack([layer], [parts], 0, _moe_block(model)).reproduces_its_layers():
         raise UnsupportedLayerError("the native kernels do not reproduce its output")
     reproduced.add(key)
@@ -137,7 +141,7 @@ def specify_swiglu(layer: nn.Module, backend: Backend) -> None:
     """
     for module in layer.modules():
         if isinstance(module, Int8Experts):
-            module.swiglu = is_silu(cast(Expert, module[0]).act_fn, backend)
+            module.swiglu = is_swiglu(cast(Expert, module[0]).gating, backend)
 
 
 def make_router_native(layer: nn.Module, moe: Moe, config: Any, backend: Backend) -> None:

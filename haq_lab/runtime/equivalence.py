@@ -36,11 +36,11 @@ def nearly_equal(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> b
     return bool(near and difference.max() <= 1 and difference.float().mean() <= RARE)
 
 
-def is_silu(act_fn: Callable[[Tensor], Tensor], backend: Backend) -> bool:
-    """Return whether `act_fn(gate) * up` equals the backend's SwiGLU."""
+def is_swiglu(gating: Callable[[Tensor, Tensor], Tensor], backend: Backend) -> bool:
+    """Return whether `gating(gate, up)` equals the backend's SwiGLU."""
     gate, up = make_probe(2 * WIDTH, backend.device).chunk(2, dim=1)
     return nearly_equal(
-        backend.swiglu_quantize(gate, up, "token", None), backend.quantize(act_fn(gate) * up, "token", None)
+        backend.swiglu_quantize(gate, up, "token", None), backend.quantize(gating(gate, up), "token", None)
     )
 
 

@@ -1,6 +1,6 @@
 """Fuse norms and gated MLPs with the quantization that follows them, on a GPU.
 
-    fuse(layer, model.groups, backend)
+    fuse(layer, model.groups_of(index), backend)
 
 The family's groups say which norms are read by int8 linears only, and which linears surround an activation. The kind
 of norm and activation is not read from class names. Instead each kernel is compared with the module on random rows,

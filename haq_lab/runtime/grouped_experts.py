@@ -89,7 +89,7 @@ class GroupedExperts(Int8Experts):
             scale = None if self._scales is None else self._scales[:1]
             return self._kernels.swiglu_quantize(gate_up, scale, self._down_rotation)
         gate, up = gate_up.chunk(2, dim=1)
-        inner = swiglu(gate, up) if self.swiglu else cast(Expert, self[0]).act_fn(gate) * up
+        inner = swiglu(gate, up) if self.swiglu else cast(Expert, self[0]).gating(gate, up)
         if self._scales is None:
             return self.backend.quantize(inner, "token", None, rotation=self._down_rotation)
         scale = self._scales[experts]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from haq_lab.int8.cpu.bindings import kernel_group
 from haq_lab.int8.linear import Int8Linear, MergedLinear
 from haq_lab.models.experts import Expert
-from haq_lab.models.families.family import Family, Group
+from haq_lab.models.families.family import Family, Group, Moe
 from haq_lab.models.int8_experts import Int8Experts, projections
 from haq_lab.prefix.attention import attached
 from haq_lab.runtime.equivalence import CLOSE
@@ -83,12 +83,16 @@ class MoeParts(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, router: nn.Module, experts: nn.Module) -> MoeParts | None:
+    def of(cls, layer: nn.Module, moe: Moe) -> MoeParts | None:
         """Return the addresses of a Mixture of Experts' tensors, which must not move afterwards.
 
         Returns:
-            None if an expert is not in memory, or if the kernels cannot compute the router or an expert.
+            None if an expert is not in memory, or if the kernels cannot compute the router, an expert or another part
+            of the block, such as a shared expert.
         """
+        router, experts = (layer.get_submodule(name) for name in (moe.router, moe.experts))
+        if len(list(layer.get_submodule(moe.block).children())) > 2:
+            return None
         if not isinstance(router, NativeRouter) or not isinstance(experts, Int8Experts) or not experts.swiglu:
             return None
         linears = [projections(cast(Expert, expert)) for expert in experts]
@@ -135,7 +139,9 @@ class LayerParts(ctypes.Structure):
         Raises:
             UnsupportedLayerError: A part of the layer is missing, or the kernels cannot compute it.
         """
-        inputs, outputs = _find_groups(groups, family)
+        modules = dict(layer.named_modules())
+        moe = family.moe_in(modules)
+        inputs, outputs = _find_groups(groups, moe)
         for name in (name for group in (*inputs[: len(outputs)], *outputs) for name in group.consumers):
             _check_linear(layer, name)
         norms = _find_norms(layer, inputs, family)
@@ -144,9 +150,9 @@ class LayerParts(ctypes.Structure):
         heads, kv_heads = _count_heads(linears, attention.head_dim)
         _check_head_norms(norms, family.head_norms, (heads, kv_heads), attention.head_dim)
         residual = float(getattr(layer, "residual_multiplier", 1.0))
-        if family.moe is not None and (residual != 1.0 or family.output_norms or "mlp" not in norms):
+        if moe is not None and (residual != 1.0 or family.output_norms or "mlp" not in norms):
             raise UnsupportedLayerError("its experts have no norm before them, or what they add is scaled")
-        moe = family.moe and MoeParts.of(*map(layer.get_submodule, (family.moe.router, family.moe.experts)))
+        moe_parts = moe and MoeParts.of(layer, moe)
         parts = cls(
             heads=heads,
             kv_heads=kv_heads,
@@ -159,7 +165,7 @@ class LayerParts(ctypes.Structure):
             residual=residual,
             **{name: NormParts.of(gain, eps) for name, (gain, eps) in norms.items()},
             **dict(zip(("qkv", "output", "gate_up", "down"), map(LinearParts.of, linears), strict=False)),
-            moe=moe or MoeParts(),
+            moe=moe_parts or MoeParts(),
         )
         parts.gains = tuple(gain for gain, _ in norms.values())
         return parts
@@ -175,10 +181,10 @@ class LayerParts(ctypes.Structure):
         return self.kv_heads, self.head_dim, self.window, self.includes_mlp
 
 
-def _find_groups(groups: Sequence[Group], family: Family) -> tuple[list[Group], list[Group]]:
+def _find_groups(groups: Sequence[Group], moe: Moe | None) -> tuple[list[Group], list[Group]]:
     """Return the groups behind the two norms, and those of the output projections (attention, then a dense MLP)."""
     inputs = [group for group in groups if group.kind == "norm"]
-    kinds = ("value", "up") if family.moe is None else ("value",)
+    kinds = ("value", "up") if moe is None else ("value",)
     outputs = [group for kind in kinds for group in groups if group.kind == kind]
     if len(inputs) != 2 or len(outputs) != len(kinds):
         raise UnsupportedLayerError("it is not a norm and attention followed by a norm and an MLP")
@@ -207,7 +213,8 @@ def _find_norms(layer: nn.Module, inputs: Sequence[Group], family: Family) -> di
     """Return the gain and the epsilon of each norm that the layer has, by its name in the structure."""
     before = [group.source for group in inputs]
     names = *before, *(family.output_norms or (None, None)), *(family.head_norms or (None, None))
-    return {ours: _rms_norm(layer, theirs) for ours, theirs in zip(NORMS, names, strict=True) if theirs is not None}
+    modules = dict(layer.named_modules())
+    return {ours: _rms_norm(layer, theirs) for ours, theirs in zip(NORMS, names, strict=True) if theirs in modules}
 
 
 def _rms_norm(layer: nn.Module, name: str) -> tuple[Tensor, float]:
@@ -246,8 +253,9 @@ def _find_products(layer: nn.Module, inputs: Sequence[Group], outputs: Sequence[
 def _find_attention(layer: nn.Module, group: Group) -> Any:
     name = group.consumers[0].rpartition(".")[0]
     attention: Any = layer.get_submodule(name)
-    if not hasattr(attention, "scaling"):
-        raise UnsupportedLayerError(f"{name} has no attribute `scaling`")
+    for attribute in ("scaling", "head_dim"):
+        if not hasattr(attention, attribute):
+            raise UnsupportedLayerError(f"{name} has no attribute `{attribute}`")
     if _window(attention) and attached(layer) is not None:
         raise UnsupportedLayerError(f"{name} has a sliding window and a prefix")
     return attention

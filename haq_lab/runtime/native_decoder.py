@@ -137,7 +137,7 @@ class NativeStack(nn.Module):
         """Return this stack's KVCache in a model's cache, added if the cache is new. None if it has another kind."""
         while len(cache.layers) < self.first + len(self.layers):
             cache.layers.append(DynamicLayer())
-        kv = cache.layers[self.first]
+        kv: Any = cache.layers[self.first]
         if type(kv) in (DynamicLayer, DynamicSlidingWindowLayer) and kv.get_seq_length() == 0:
             kv = cache.layers[self.first] = self.new_cache()
         return kv if isinstance(kv, KVCache) else None
@@ -285,7 +285,7 @@ def _check_call(
         raise UnsupportedCallError(f"the hidden states are {hidden.dtype}, not float32")
     if position_embeddings is None:
         raise UnsupportedCallError("there are no rotary position embeddings")
-    if kv is not None and position_embeddings[0].shape[-1] != kv.head_dim:
+    if kv is not None and (isinstance(position_embeddings, Tensor) or position_embeddings[0].shape[-1] != kv.head_dim):
         raise UnsupportedCallError("the rotary position embeddings are not as wide as a head")
     if kv is None:
         raise UnsupportedCallError("the KV cache is not a DynamicCache, or an earlier call has filled it")

@@ -75,7 +75,8 @@ def native_router(router: nn.Module, normalized: bool, backend: Backend) -> Nati
         None if the backend is not native, or if the native router gives other results.
     """
     weight: Any = getattr(router, "weight", None)
-    if not backend.native or not _is_float32(weight):
+    others = {name for name, _ in (*router.named_parameters(), *router.named_buffers())} - {"weight"}
+    if not backend.native or not _is_float32(weight) or others:  # the kernel has no bias
         return None
     x = make_probe(weight.shape[1], backend.device)
     try:

@@ -17,8 +17,9 @@ def expert_view(offload: OffloadSession) -> dict[str, Any]:
         offload: The model's offloading session. Its model may run in another thread.
 
     Returns:
-        `stats` as `OffloadSession.stats` returns it, and `resident`, `hits`, `misses` and `bytes_moved` as lists of
-        layers, with one value for each expert.
+        `stats` as `OffloadSession.stats` returns it, `layers` (the indices of the layers with experts), and
+        `resident`, `hits`, `misses` and `bytes_moved` as lists of these layers, with one value for each expert.
     """
     experts = {"resident": offload.residents().astype(int)} | offload.expert_stats()
-    return {"stats": offload.stats()} | {name: values.tolist() for name, values in experts.items()}
+    about = {"stats": offload.stats(), "layers": offload.model.kinds.moe_layers}
+    return about | {name: values.tolist() for name, values in experts.items()}

@@ -14,13 +14,13 @@ from pydantic.dataclasses import dataclass
 
 from haq_lab.tracking.run_folder import RunFolder
 from haq_lab.tracking.tracker import flat_settings, interactive
+from haq_lab.utils.errors import UserError
 from haq_lab.utils.extras import need
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MAX_PARAMS = 100  # that MLflow takes in one request
-LOCAL = "file:mlruns"  # MLflow's default is a database, which needs the whole of MLflow
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}  # a run does not wait
 
 
@@ -30,10 +30,10 @@ class MLflow:
 
     Args:
         experiment: The MLflow experiment. It is created if necessary.
-        uri: The server or store, such as `http://host:5000`. None: `MLFLOW_TRACKING_URI`, or the folder `mlruns`.
+        uri: The server or store, such as `http://host:5000`. None: the environment variable `MLFLOW_TRACKING_URI`.
 
     Raises:
-        UserError: MLflow is not installed.
+        UserError: MLflow is not installed, or no server is named.
     """
 
     experiment: str = "haq_lab"
@@ -41,20 +41,20 @@ class MLflow:
 
     def __post_init__(self) -> None:
         need("tracking=mlflow", "mlflow", "mlflow")
+        if not (self.uri or os.environ.get("MLFLOW_TRACKING_URI")):
+            raise UserError("tracking.mlflow.uri: a value is needed. Name a server or set MLFLOW_TRACKING_URI.")
 
     def start(self, folder: RunFolder, name: str, group: str | None) -> None:
         """Create an MLflow run. The settings are its params."""
-        for variable, value in PATIENCE.items():
-            os.environ.setdefault(variable, value)
-        from mlflow import MlflowClient
-        from mlflow.entities import Param
+        os.environ.update(PATIENCE | os.environ)
+        from mlflow import MlflowClient, entities
 
-        self._client = MlflowClient(self.uri or os.environ.get("MLFLOW_TRACKING_URI") or LOCAL)
+        self._client = MlflowClient(self.uri)
         found = self._client.get_experiment_by_name(self.experiment)
         experiment = found.experiment_id if found else self._client.create_experiment(self.experiment)
         tags = {} if group is None else {"group": group}
         self._run = self._client.create_run(experiment, run_name=name, tags=tags).info.run_id
-        params = [Param(key, str(value)) for key, value in flat_settings(folder.config).items()]
+        params = [entities.Param(key, str(value)) for key, value in flat_settings(folder.config).items()]
         for first in range(0, len(params), MAX_PARAMS):
             self._client.log_batch(self._run, params=params[first : first + MAX_PARAMS])
 

@@ -44,7 +44,7 @@ class Trackio:
 
         self._content: dict[str, Any] = {}
         config = flat_settings(folder.config)
-        off = dict.fromkeys(("embed", "auto_log_gpu", "auto_log_cpu"), False)  # the run is over
+        off: dict[str, Any] = dict.fromkeys(("embed", "auto_log_gpu", "auto_log_cpu"), False)  # the run is over
         with redirect_stdout(StringIO()):  # trackio prints what it does
             run = trackio.init(self.project, name, group, space_id=self.space_id, config=config, **off)
         if self.private:

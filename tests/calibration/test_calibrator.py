@@ -27,7 +27,7 @@ def calibrate(model, windows, inputs, needs=NEEDS, route="topk"):
     for index in range(model.depth):
         layer = model.load_layer(index)
         calibrator.enter(layer, index)
-        for group in model.groups:
+        for group in model.groups_of(0):
             seen[index, group.site] = calibrator.statistics(layer, index, group)
             quantize_group(layer, index, group, RTN(weight_bits=4), None, None, ReferenceBackend())
         calibrator.leave(layer, index)
@@ -46,11 +46,11 @@ def close(got, expected):
 def inputs_of(model, layers, windows):
     """Return the inputs of the linears of these layers by layer and site, from one batch of all windows."""
     hidden, inputs = model.embed(windows), {}
-    sites = [group.site for group in model.groups]
+    sites = [group.site for group in model.groups_of(0)]
     for index, layer in enumerate(layers):
         with captured_inputs(layer, sites) as seen:
             output = model.forward(layer, index, hidden)
-        inputs |= {(index, site): x.reshape(-1, x.shape[-1]) for site, x in seen.items()}
+        inputs |= {(index, site): x.reshape(-1, x.shape[-1]) for site, (x,) in seen.items()}
         hidden = output
     return inputs
 
@@ -58,7 +58,7 @@ def inputs_of(model, layers, windows):
 def test_full_precision(tiny, windows):
     seen, _, _ = calibrate(tiny, windows, "fp")
     expected = inputs_of(tiny, [tiny.load_layer(index) for index in range(tiny.depth)], windows)
-    routed = {group.site for group in tiny.groups if group.expert is not None}
+    routed = {group.site for group in tiny.groups_of(0) if group.expert is not None}
     assert set(expected) <= set(seen)
     for key, x in expected.items():
         close(seen[key].hessian, hessian(x))
@@ -72,7 +72,7 @@ def test_quantized(tiny, windows):
     quantized = inputs_of(tiny, layers, windows)
     full = inputs_of(tiny, [tiny.load_layer(index) for index in range(tiny.depth)], windows)
     # All groups of a layer are RTN here, so a group's input is the finished layer's: earlier groups were done.
-    shared_sites = {group.site for group in tiny.groups if group.expert is None}
+    shared_sites = {group.site for group in tiny.groups_of(0) if group.expert is None}
     differs = []
     for key, x in quantized.items():
         close(seen[key].hessian, hessian(x))

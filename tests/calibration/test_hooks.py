@@ -42,7 +42,7 @@ def statistics_of(model, layer, index, hidden, needs, inputs_fp=None):
     """Statistics of each group's input, by the first linear that reads it."""
     tokens = hidden.shape[0] * hidden.shape[1]
     fp = inputs_fp or {}
-    watchers = [SharedInput(layer, group, needs, tokens, fp.get(group.site)) for group in model.groups]
+    watchers = [SharedInput(layer, group, needs, tokens, fp.get(group.site)) for group in model.groups_of(0)]
     observe(model, layer, index, hidden, watchers, Stopwatch())
     return {watcher.group.site: watcher.finish() for watcher in watchers}
 
@@ -55,7 +55,7 @@ def test_statistics_match_the_linears_of_the_whole_model(model, windows, monkeyp
     statistics = statistics_of(model, layer, 1, hidden, NEEDS)
     assert torch.equal(hidden, before)
     expected = transformers_inputs(model, 1, windows)
-    for group in model.groups:
+    for group in model.groups_of(0):
         for name in group.consumers:  # they share the first one's
             x = expected[name]
             got = statistics[group.consumers[0]]
@@ -70,7 +70,7 @@ def test_record_inputs_keeps_them_and_advances(model, windows, monkeypatch):
     hidden = model.embed(windows)
     layer = model.load_layer(0)
     advanced = model.run(layer, 0, hidden.clone())
-    sites = [group.consumers[0] for group in model.groups]
+    sites = [group.consumers[0] for group in model.groups_of(0)]
     recorded = record_inputs(model, layer, 0, hidden, sites)
     assert torch.equal(hidden, advanced)
     expected = transformers_inputs(model, 0, windows)
@@ -80,7 +80,7 @@ def test_record_inputs_keeps_them_and_advances(model, windows, monkeypatch):
 
 def test_cross_moment_uses_the_same_rows(model, windows, monkeypatch):
     monkeypatch.setattr(layered, "TOKENS_PER_BATCH", 96)
-    site = model.groups[1].consumers[0]
+    site = model.groups_of(0)[1].consumers[0]
     layer = model.load_layer(0)
     hidden_fp = model.embed(windows)
     hidden = hidden_fp + 0.01 * torch.randn_like(hidden_fp)
@@ -92,12 +92,12 @@ def test_cross_moment_uses_the_same_rows(model, windows, monkeypatch):
 
 
 def test_stops_early_and_removes_its_hooks(model, windows):
-    layer, site = model.load_layer(0), model.groups[0].consumers[0]
+    layer, site = model.load_layer(0), model.groups_of(0)[0].consumers[0]
     hidden, reached = model.embed(windows), []
-    layer.get_submodule(model.groups[-1].consumers[0]).register_forward_hook(lambda *_: reached.append(1))
+    layer.get_submodule(model.groups_of(0)[-1].consumers[0]).register_forward_hook(lambda *_: reached.append(1))
     with captured_inputs(layer, [site], stop=True) as inputs:
         model.forward(layer, 0, hidden)
-    assert inputs[site].shape[-1] == 64
+    assert inputs[site][0].shape[-1] == 64
     assert not reached
     assert not layer.get_submodule(site)._forward_pre_hooks
     model.forward(layer, 0, hidden)
@@ -106,9 +106,9 @@ def test_stops_early_and_removes_its_hooks(model, windows):
 
 def test_an_error_in_the_layer_is_not_swallowed(model, windows):
     layer = model.load_layer(0)
-    with pytest.raises(ZeroDivisionError), captured_inputs(layer, [model.groups[0].consumers[0]], stop=True):
+    with pytest.raises(ZeroDivisionError), captured_inputs(layer, [model.groups_of(0)[0].consumers[0]], stop=True):
         raise ZeroDivisionError
-    assert not layer.get_submodule(model.groups[0].consumers[0])._forward_pre_hooks
+    assert not layer.get_submodule(model.groups_of(0)[0].consumers[0])._forward_pre_hooks
 
 
 def test_the_layers_own_arguments_are_captured(model, windows):

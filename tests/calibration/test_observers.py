@@ -26,14 +26,16 @@ def moe_input(model, layer, hidden):
     """Return the router's inputs (tokens, d) and its chosen experts (tokens, k)."""
     with captured_inputs(layer, ["mlp.gate"]) as seen:
         model.forward(layer, 0, hidden)
-    x = seen["mlp.gate"].reshape(-1, hidden.shape[-1])
+    x = seen["mlp.gate"][0].reshape(-1, hidden.shape[-1])
     return x, layer.mlp.gate(x)[2]
 
 
 def watch(model, layer, hidden, policy, inputs_fp=None, needs=NEEDS):
-    routing = Routing(model.experts, tuple(hidden.shape[:2]))
-    group = next(group for group in model.groups if group.float_consumers)
-    watcher = ExpertsInput(layer, group, needs, hidden.shape[0] * hidden.shape[1], inputs_fp, policy, routing)
+    routing = Routing(model.experts, model.kinds.moe_layers, tuple(hidden.shape[:2]))
+    group = next(group for group in model.groups_of(0) if group.float_consumers)
+    watcher = ExpertsInput(
+        layer, group, needs, "mlp.experts", hidden.shape[0] * hidden.shape[1], inputs_fp, policy, routing
+    )
     observe(model, layer, 0, hidden, [watcher], Stopwatch())
     return watcher.finish(), routing
 
@@ -105,7 +107,7 @@ def test_inside_an_expert(tiny, windows, few, monkeypatch):
     x, chosen = moe_input(tiny, layer, hidden)
     counts = chosen.flatten().bincount(minlength=tiny.experts)
     for expert in range(tiny.experts):
-        group = next(group for group in tiny.groups if group.expert == expert)
+        group = next(group for group in tiny.groups_of(0) if group.expert == expert)
         channels = layer.get_submodule(group.site).weight.shape[1]
         stride = max(1, len(x) // channels)
         watcher = ExpertInside(layer, group, NEEDS, "mlp.experts", len(x), counts, few)

@@ -92,7 +92,7 @@ def test_every_group_of_every_layer_has_one(measured):
     for model, _, found in measured.values():
         assert len(found) == model.depth
         for layer in found:
-            assert set(layer) == {group.site for group in model.groups}
+            assert set(layer) == {group.site for group in model.groups_of(0)}
             assert all(torch.isfinite(known.channels).all() and known.channels.sum() > 0 for known in layer.values())
 
 

@@ -61,7 +61,7 @@ def test_logits_are_bit_equal(architecture, activations, windows, logits_of, tmp
     loaded = [read.load_layer(index) for index in range(read.depth)]
     assert torch.equal(logits_of(read, loaded, windows), logits_of(model, layers, windows))
     linears = [module for layer in loaded for module in layer.modules() if isinstance(module, Int8Linear)]
-    assert len(linears) == sum(len(group.consumers) for group in model.groups) * model.depth
+    assert len(linears) == sum(len(group.consumers) for group in model.groups_of(0)) * model.depth
     assert not (tmp_path / "checkpoint" / "work").exists()
 
 
@@ -107,7 +107,7 @@ def test_layers_read_ahead_equal_those_read_alone(written, make_backend):
         for layers in (model.load_layers(), (model.load_layer(index) for index in range(model.depth)))
     )
     for layer in ahead:
-        merge_linears(layer, model.groups)
+        merge_linears(layer, model.groups_of(0))
     assert weight_bytes(ahead) == weight_bytes(alone)
     wanted = alone.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in ahead.state_dict().items())

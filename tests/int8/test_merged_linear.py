@@ -111,7 +111,7 @@ def test_a_layer_of_every_family_is_bit_identical(tiny, windows):
     hidden = tiny.embed(windows)
     wanted = tiny.run(layers[0], 0, hidden.clone())
     size = weight_bytes(layers[0])
-    merge_linears(layers[0], tiny.groups)
+    merge_linears(layers[0], tiny.groups_of(0))
     move_to_huge_pages(layers[:1])
     merged = {m.merged for m in layers[0].modules() if isinstance(m, Int8Linear) and m.merged is not None}
     moe = tiny.family.moe is not None  # each expert reads tokens of its own, so only q/k/v are merged

@@ -212,7 +212,7 @@ def test_weights_and_a_deployed_model_lie_on_the_device(monkeypatch: pytest.Monk
     idle = Kernels(lambda launch: None, architecture=80, multiprocessors=4, shared_limit=64 * 1024)
     backend = CudaBackend("meta", idle)
     layer = model.load_layer(0)
-    for group in model.groups:
+    for group in model.groups_of(0):
         quantize_group(layer, 0, group, RTN(), None, None, backend)
     assert layer.self_attn.q_proj.packed.is_meta
     if model.family.moe is not None:

@@ -61,9 +61,9 @@ def quantized_layer(architecture: str, backend: CudaBackend, scheme: str = "toke
 
 def joined_and_fused(model: LayeredModel, layer: nn.Module, backend: CudaBackend) -> dict[str, type[nn.Module]]:
     """What has been fused, by its place."""
-    merge_linears(layer, model.groups)
+    merge_linears(layer, model.groups_of(0))
     specify_swiglu(layer, backend)
-    fuse(layer, model.groups, backend)
+    fuse(layer, model.groups_of(0), backend)
     kinds = (QuantizedNorm, GatedMlp, GroupedExperts)
     return {name: type(module) for name, module in layer.named_modules() if isinstance(module, kinds)}
 

@@ -15,7 +15,7 @@ from haq_lab.int8.cuda.backend import CudaBackend
 from haq_lab.int8.cuda.kernels import Kernels
 from haq_lab.int8.cuda.launch import Launch
 from haq_lab.int8.linear import Int8Linear, weight_bytes
-from haq_lab.models.experts import Expert, Experts, dispatch
+from haq_lab.models.experts import Expert, Experts, dispatch, gated_by
 from haq_lab.models.int8_experts import Int8Experts, projections
 from haq_lab.offload.tiers.disk import ExpertFileWriter
 from haq_lab.runtime.grouped_experts import GroupedExperts, can_group
@@ -39,10 +39,8 @@ def experts(backend: CudaBackend, scheme="token", scales=(0.1,) * COUNT, act_fn=
 
     made = Experts()
     for scale in scales:
-        expert = Expert(torch.empty(2 * inner, WIDTH), torch.empty(WIDTH, inner), act_fn)
-        expert.gate_proj, expert.up_proj = linear(inner, WIDTH, 0.02), linear(inner, WIDTH, 0.02)  # type: ignore
-        expert.down_proj = linear(WIDTH, inner, scale)  # type: ignore[assignment]
-        made.append(expert)
+        gate_up = linear(inner, WIDTH, 0.02), linear(inner, WIDTH, 0.02)
+        made.append(Expert((*gate_up, linear(WIDTH, inner, scale)), gated_by(act_fn)))
     quantized = Int8Experts.of(made)
     quantized.swiglu = act_fn is SILU
     return quantized

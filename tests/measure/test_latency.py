@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.dataset import Calibration
+from haq_lab.config.build import build
+from haq_lab.config.compose import compose_run
 from haq_lab.data.windows import PythonDocs, Windows
 from haq_lab.measure.base import Study
 from haq_lab.measure.latency import Latency, _speed_over_reference
@@ -266,3 +268,11 @@ def test_it_waits_for_a_quiet_moment_before_the_warm_up(full, monkeypatch):
     assert events[:2] == ["waits 60.0", "forward"]
     assert metrics["latency.machine.waited_s"] == 12.5
     assert "latency.machine.waited_s" not in measured(dataclasses.replace(full, whole=watched), **QUICK)
+
+
+def test_latency_against_full_precision_needs_its_weights():
+    checkpoint = ["model=quantized", "model.path=x", "quantizer=none", "measure=[latency]"]
+    with pytest.raises(UserError, match=r"^measure.latency.against: none has no effect .*against=null\.$"):
+        build(compose_run([*checkpoint, "measure.latency.against=none"])[0])
+    with pytest.raises(UserError, match=r"measure.latency.against: .*'rtn'"):
+        build(compose_run(["measure=[latency]", "measure.latency.against=rtn"])[0])

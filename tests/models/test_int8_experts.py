@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from haq_lab.int8.backend import FakeBackend, ReferenceBackend
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear
-from haq_lab.models.experts import Expert, Experts
+from haq_lab.models.experts import Expert, Experts, gated_by
 from haq_lab.models.int8_experts import Int8Experts
 
 WIDTH, INNER, COUNT = 24, 16, 5
@@ -42,15 +42,9 @@ def experts(scheme="token", backend=None, scales=(0.02, 0.1)) -> Experts:
 
     made = Experts()
     for _ in range(COUNT):
-        shape = torch.empty(2 * INNER, WIDTH), torch.empty(WIDTH, INNER)
-        expert = Expert(*shape, torch.nn.functional.silu)
-        for name, size, scale in (
-            ("gate_proj", (INNER, WIDTH), scales[0]),
-            ("up_proj", (INNER, WIDTH), scales[0]),
-            ("down_proj", (WIDTH, INNER), scales[1]),
-        ):
-            expert.set_submodule(name, linear(*size, torch.tensor(scale)))
-        made.append(expert)
+        sizes = ((INNER, WIDTH), scales[0]), ((INNER, WIDTH), scales[0]), ((WIDTH, INNER), scales[1])
+        linears = [linear(*size, torch.tensor(scale)) for size, scale in sizes]
+        made.append(Expert(linears, gated_by(torch.nn.functional.silu)))
     return made
 
 
@@ -60,8 +54,7 @@ def token_by_token(made: Experts, hidden, chosen, weights):
     for token in range(len(hidden)):
         for number, weight in zip(chosen[token].tolist(), weights[token], strict=True):
             expert, x = made[number], hidden[token : token + 1]
-            inner = expert.act_fn(expert.gate_proj(x)) * expert.up_proj(x)
-            total[token] += expert.down_proj(inner)[0] * weight
+            total[token] += expert(x)[0] * weight
     return total
 
 

@@ -272,3 +272,10 @@ def test_weights_in_int8_are_refused_by_name(tmp_path):
     model = LayeredModel(_changed(tmp_path, quantise))
     with pytest.raises(UserError, match=r"tensor 'model\.layers\.1\.mlp\.up_proj\.weight' .* has type int8"):
         model.load_layer(1)
+
+
+def test_what_stays_of_a_layer_does_not_keep_the_file_in_memory():
+    """A norm is no view of the mapped file, whose pages would stay when the layer's matrices are quantised."""
+    layer = LayeredModel(TinyModel("llama").folder()).load_layer(0)
+    for name, weight in layer.named_parameters():
+        assert weight.untyped_storage().nbytes() == weight.nbytes, name

@@ -132,7 +132,7 @@ def test_beside_a_device_with_its_own_memory_experts_lie_in_the_hosts(model, tmp
 
 
 def test_the_settings_say_what_experts_compute_in(model, tmp_path):
-    shape, card, moved, slot = Shape.of(model.config, 8), hardware("rtx3060_12g"), 5 * 4096, 9 * 4096
+    shape, card, moved, slot = Shape.of(model.config), hardware("rtx3060_12g"), 5 * 4096, 9 * 4096
     reserved = 4 * 16 * (shape.kv_per_token + shape.work_per_token) + moved  # the expert on its way counts
     budget = f"{reserved + 5 * slot - 1}B"
     halves = replace(LRU, device_format="fp16", budget=budget, kv_tokens=16)

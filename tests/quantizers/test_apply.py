@@ -30,7 +30,7 @@ def seen_by(model, layer, group, hidden, needs):
 
 def test_every_linear_is_replaced_in_place(tiny):
     layer, original = tiny.load_layer(0), tiny.load_layer(0)
-    reports = [r for group in tiny.groups for r in quantize_group(layer, 0, group, RTN(), None, None, BACKEND)]
+    reports = [r for group in tiny.groups_of(0) for r in quantize_group(layer, 0, group, RTN(), None, None, BACKEND)]
     assert not [module for module in layer.modules() if isinstance(module, nn.Linear)]
     linears = {name: module for name, module in original.named_modules() if isinstance(module, nn.Linear)}
     assert sorted(report.linear for report in reports) == sorted(linears)
@@ -47,7 +47,7 @@ def test_every_linear_is_replaced_in_place(tiny):
 
 @pytest.mark.parametrize("scheme", ["token", "static"])
 def test_reports(tiny, windows, scheme):
-    layer, group = tiny.load_layer(0), tiny.groups[0]
+    layer, group = tiny.load_layer(0), tiny.groups_of(0)[0]
     quantizer = GPTQ(activations=scheme, weight_bits=4)
     seen = seen_by(tiny, layer, group, tiny.embed(windows), quantizer.needs)
     reports = quantize_group(layer, 3, group, quantizer, seen, 0.25, BACKEND)
@@ -68,7 +68,7 @@ def test_reports(tiny, windows, scheme):
 
 def test_smoothing_returns_the_statistics_of_the_smoothed_input(tiny, windows):
     layer, twin = tiny.load_layer(0), tiny.load_layer(0)
-    group, quantizer, hidden = tiny.groups[0], SmoothQuant(), tiny.embed(windows)
+    group, quantizer, hidden = tiny.groups_of(0)[0], SmoothQuant(), tiny.embed(windows)
     before = seen_by(tiny, layer, group, hidden, GPTQ().needs)
     after, strength = smooth_group([layer, twin], group, tiny.family, quantizer, before)
     assert strength == tiny.family.smoothquant_strength
@@ -83,7 +83,7 @@ def test_smoothing_returns_the_statistics_of_the_smoothed_input(tiny, windows):
 
 @pytest.mark.parametrize("architecture", ["mixtral"])
 def test_experts_use_their_own_statistics_and_share_one_activation_scheme(tiny):
-    group = next(group for group in tiny.groups if group.float_consumers)
+    group = next(group for group in tiny.groups_of(0) if group.float_consumers)
     x = torch.randn(400, 64) * torch.logspace(-1, 1, 64)
     own = {e: InputStatistics(50, y.abs().amax(0), y.t() @ y / 50) for e, y in enumerate(x.split(50))}
     shared = InputStatistics(400, x.abs().amax(0), x.t() @ x / 400)
@@ -107,7 +107,7 @@ def test_experts_use_their_own_statistics_and_share_one_activation_scheme(tiny):
 
 @pytest.mark.parametrize("architecture", ["mixtral"])
 def test_a_hessian_without_a_factor_falls_back_to_rounding(tiny):
-    group = next(group for group in tiny.groups if group.expert == 2)
+    group = next(group for group in tiny.groups_of(0) if group.expert == 2)
     broken = InputStatistics(9, torch.ones(96), torch.full((96, 96), float("nan")), stands_in=True)
     (report,) = quantize_group(tiny.load_layer(0), 0, group, GPTQ(), broken, None, BACKEND)
     assert report.notes["fallback"] == "rtn"

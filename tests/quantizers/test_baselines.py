@@ -55,7 +55,7 @@ def test_static_scale_covers_the_largest_activation():
 def test_smoothquant_smooths_only_norms_with_the_familys_strength(tiny):
     layer = tiny.load_layer(0)
     strength = {"opt": 0.5, "llama": 0.85}.get(tiny.family.model_type, 0.8)
-    for group in tiny.groups:
+    for group in tiny.groups_of(0):
         weight = torch.cat([layer.get_submodule(name).weight for name in group.readers])
         seen, x = statistics(weight.shape[1])
         channels = ChannelMap(group, layer, weight.shape[1])
@@ -82,7 +82,7 @@ def test_gptq_has_a_smaller_output_error_than_rtn_with_the_same_scale():
 
 def test_awq_takes_the_factor_with_the_least_output_error(tiny):
     seen, _ = statistics(64)
-    weight, layer, group = torch.randn(48, 64), tiny.load_layer(0), tiny.groups[0]
+    weight, layer, group = torch.randn(48, 64), tiny.load_layer(0), tiny.groups_of(0)[0]
     factor = AWQ().smoothing(group, tiny.family, weight, seen, ChannelMap(group, layer, 64))
 
     def error(strength: float) -> float:

@@ -51,10 +51,10 @@ class UnroundedBackend(FakeBackend):
 def rotated_layers(model, quantizer, backend):
     layers = [model.load_layer(index) for index in range(model.depth)]
     for index, layer in enumerate(layers):
-        for group in model.groups:
+        for group in model.groups_of(index):
             smooth_group([layer], group, model.family, quantizer, None)
             quantize_group(layer, index, group, quantizer, None, None, backend)
-        if (moe := model.family.moe) is not None:
+        if (moe := model.moe_of(index)) is not None:
             layer.set_submodule(moe.experts, Int8Experts.of(layer.get_submodule(moe.experts)))
     return layers
 
@@ -78,7 +78,8 @@ def test_the_router_reads_the_unrotated_input(tiny, windows):
         layer = rotated_layers(tiny, Unrounded(rotation), UnroundedBackend())[0]
         with captured_inputs(layer, ["mlp.gate"]) as inputs:
             tiny.forward(layer, 0, hidden)
-        seen.append((inputs["mlp.gate"], layer.mlp.gate(inputs["mlp.gate"])[2]))
+        (x,) = inputs["mlp.gate"]
+        seen.append((x, layer.mlp.gate(x)[2]))
     assert layer.mlp.experts.rotation > 1
     torch.testing.assert_close(seen[0][0], seen[1][0], rtol=1e-3, atol=1e-4)
     assert torch.equal(seen[0][1], seen[1][1])
@@ -118,7 +119,7 @@ def test_experts_statistics_are_rotated_too():
 
 
 def test_weights_are_solved_for_the_rotated_input(tiny):
-    layer, group = tiny.load_layer(0), tiny.groups[0]
+    layer, group = tiny.load_layer(0), tiny.groups_of(0)[0]
     weight = layer.get_submodule(group.consumers[0]).weight.clone()
     quantize_group(layer, 0, group, RTN(rotation="block", rotation_block=16), None, None, ReferenceBackend())
     linear = layer.get_submodule(group.consumers[0])

@@ -35,8 +35,8 @@ class RandomFactors(Quantizer):
 def smoothed_layers(model: LayeredModel, kinds: tuple[str, ...]) -> tuple[list, int]:
     quantizer = RandomFactors(kinds)
     layers, folded = [model.load_layer(index) for index in range(model.depth)], 0
-    for layer in layers:
-        for group in model.groups:
+    for index, layer in enumerate(layers):
+        for group in model.groups_of(index):
             _, strength = smooth_group([layer], group, model.family, quantizer, None)
             folded += strength is not None
     return layers, folded
@@ -50,9 +50,9 @@ def relative(difference: torch.Tensor, of: torch.Tensor) -> float:
 def test_logits_are_the_same(tiny, windows, logits_of, kinds):
     before = logits_of(tiny, [tiny.load_layer(index) for index in range(tiny.depth)], windows)
     layers, folded = smoothed_layers(tiny, kinds)
-    assert folded == tiny.depth * sum(group.kind in kinds for group in tiny.groups)
+    assert folded == tiny.depth * sum(group.kind in kinds for group in tiny.groups_of(0))
     assert relative(logits_of(tiny, layers, windows) - before, before) < 1e-4
-    name = next(group for group in tiny.groups if group.kind in kinds).consumers[0]
+    name = next(group for group in tiny.groups_of(0) if group.kind in kinds).consumers[0]
     assert not torch.equal(layers[0].get_submodule(name).weight, tiny.load_layer(0).get_submodule(name).weight)
 
 
@@ -63,7 +63,7 @@ def test_the_router_decides_as_before(tiny, windows):
         for index, layer in enumerate(layers):
             with captured_inputs(layer, ["mlp.gate"]) as inputs:
                 hidden = tiny.forward(layer, index, hidden)
-            _, weights, chosen = layer.mlp.gate(inputs["mlp.gate"])
+            _, weights, chosen = layer.mlp.gate(*inputs["mlp.gate"])
             seen.append((weights, chosen))
         return seen
 
@@ -82,7 +82,7 @@ def test_states_of_a_layer_that_share_tensors_are_scaled_once(tiny):
     shared = {id(tensor): tensor for tensor in layer.parameters()}
     smoothed = copy.deepcopy(layer, shared)
     assert smoothed.self_attn.q_proj.weight.data_ptr() == layer.self_attn.q_proj.weight.data_ptr()
-    group = next(group for group in tiny.groups if group.kind == "up")
+    group = next(group for group in tiny.groups_of(0) if group.kind == "up")
     source = smoothed.get_submodule(group.source)
     scale = row_scale(source.weight, 8)
     levels, bias = round_to_nearest(source.weight, scale, 8), None if source.bias is None else source.bias.clone()
@@ -109,7 +109,7 @@ def test_states_of_a_layer_that_share_tensors_are_scaled_once(tiny):
 )
 def test_variants_fold_only_what_is_exact(variant, sources, windows, logits_of, tmp_path):
     model = LayeredModel(save(VARIANTS[variant], tmp_path))
-    assert {group.source for group in model.groups} - {None} == sources
+    assert {group.source for group in model.groups_of(0)} - {None} == sources
     before = logits_of(model, [model.load_layer(index) for index in range(model.depth)], windows)
     layers, folded = smoothed_layers(model, ("norm", "value", "up"))
     assert folded == model.depth * len(sources)
@@ -119,13 +119,13 @@ def test_variants_fold_only_what_is_exact(variant, sources, windows, logits_of, 
 def test_every_linear_of_a_layer_is_in_exactly_one_group(tiny):
     layer = tiny.new_layer(0)
     linears = [name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert sorted(linears) == sorted(name for group in tiny.groups for name in group.consumers)
+    assert sorted(linears) == sorted(name for group in tiny.groups_of(0) for name in group.consumers)
 
 
 @pytest.mark.parametrize("kind", ["value", "up"])
 def test_folding_into_an_int8_source_scales_its_outputs(tiny, kind):
     layer = tiny.load_layer(0)
-    group = next(group for group in tiny.groups if group.kind == kind)
+    group = next(group for group in tiny.groups_of(0) if group.kind == kind)
     source = layer.get_submodule(group.source)
     scale = row_scale(source.weight, 8)
     levels = round_to_nearest(source.weight, scale, 8)
@@ -145,7 +145,7 @@ def test_folding_into_an_int8_source_scales_its_outputs(tiny, kind):
 
 def test_query_heads_of_a_key_value_head_share_their_factor():
     model = LayeredModel(TinyModel("llama").folder())
-    group = next(group for group in model.groups if group.kind == "value")
+    group = next(group for group in model.groups_of(0) if group.kind == "value")
     channels = ChannelMap(group, model.load_layer(0), 64)  # 4 query heads on 2 key-value heads, 16 channels each
     assert channels.source_rows == 32
     heads = channels.rows.view(4, 16)
@@ -162,7 +162,7 @@ def test_query_heads_of_a_key_value_head_share_their_factor():
 
 
 def test_channels_are_one_to_one_elsewhere(tiny):
-    for group in tiny.groups:
+    for group in tiny.groups_of(0):
         if group.kind != "value":
             values = torch.rand(64)
             channels = ChannelMap(group, tiny.new_layer(0), 64)
@@ -171,7 +171,7 @@ def test_channels_are_one_to_one_elsewhere(tiny):
 
 
 def test_group_without_a_source_is_left_alone(tiny):
-    group = Group("norm", None, tiny.groups[0].consumers)
+    group = Group("norm", None, tiny.groups_of(0)[0].consumers)
     layer = tiny.load_layer(0)
     before = copy.deepcopy(layer.state_dict())
     assert smooth_group([layer], group, tiny.family, RandomFactors(), None) == (None, None)

@@ -12,7 +12,7 @@ from haq_lab.routing.choices import Routing
 @pytest.fixture
 def routing() -> Routing:
     """Two windows of three tokens, two layers, two of four experts."""
-    routing = Routing(4, (2, 3))
+    routing = Routing(4, (0, 1), (2, 3))
     for shift in (0, 1):
         chosen = (torch.tensor([[0, 1], [0, 2], [1, 0], [2, 0], [0, 1], [0, 2]]) + shift) % 4
         routing.add_layer(chosen, torch.tensor([[0.75, 0.25]] * 6))

@@ -38,9 +38,9 @@ def test_part_keeps_the_sequences_apart(make_trace):
 
 
 def test_what_calibration_writes_can_be_read(tmp_path):
-    routing = Routing(experts=4, windows=(2, 3))
+    routing = Routing(experts=4, layers=(0, 1), windows=(2, 3))
     chosen = torch.randint(0, 4, (6, 2))
-    routing.add_layer(chosen, torch.rand(6, 2))
+    routing.add_layer(chosen, torch.tensor([[0.75, 0.25]] * 6))
     routing.trace("model", "text").save(tmp_path / "r.trace")
     trace = Trace.open(tmp_path / "r.trace")
     np.testing.assert_array_equal(trace.experts[:, 0], chosen.numpy())
@@ -67,7 +67,7 @@ def test_more_than_256_experts_a_layer(tmp_path, count, dtype):
 
 def test_calibration_and_statistics_take_300_experts():
     chosen = torch.tensor([[299, 0], [299, 1], [44, 0]])
-    routing = Routing(experts=300, windows=(1, 3))
+    routing = Routing(experts=300, layers=(0,), windows=(1, 3))
     routing.add_layer(chosen, torch.full((3, 2), 0.5))
     assert routing.counts(0).nonzero().flatten().tolist() == [0, 1, 44, 299]
     table = routing.table()

@@ -276,7 +276,7 @@ def test_experts_as_modules_see_tokens_only():
     model, whole, layers = make("mixtral")
     (stack,) = whole.get_submodule(model.family.layers)
     assert type(stack) is NativeStack
-    parts = [LayerParts.of(layer, model.groups, model.family) for layer in layers]
+    parts = [LayerParts.of(layer, model.groups_of(0), model.family) for layer in layers]
     for part in parts:
         part.moe = MoeParts()
     halves = make_stack(layers, parts, 0, model.family.moe.block)

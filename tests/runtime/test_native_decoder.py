@@ -40,7 +40,7 @@ def llama_layer(heads=6, kv_heads=2, head_dim=32, hidden=96, inner=160, backend=
         if isinstance(module, torch.nn.Linear):
             layer.set_submodule(name, Int8Linear.rounded(module, backend))
     layer.input_layernorm.weight.uniform_(0.5, 1.5)
-    groups = family_of(config).resolve(config)
+    groups = family_of(config).resolve(config, dict(layer.named_modules()))
     merge_linears(layer, groups)
     return layer, groups
 
@@ -230,6 +230,19 @@ def test_runs_of_native_layers_are_stacked():
     ]
     assert [stack.first for stack in result if isinstance(stack, NativeStack)] == [0, 3, 4]
     assert stack_native_layers(layers, [None] * 6) == layers
+
+
+def test_layers_of_several_kinds_stay_at_their_place():
+    """A model chooses the arguments of a call by the layer's index, so a module must be where its first layer was."""
+    layers = [torch.nn.Linear(1, 1) for _ in range(6)]
+    part = LayerParts(heads=4, kv_heads=2, head_dim=32, gate_up=LinearParts(packed=1))
+    kinds = ["sliding", "sliding", "full", "full", "sliding", "sliding"]
+    result = stack_native_layers(layers, [part] * 4 + [None, None], kinds=kinds)
+    stacks = [stack for stack in result if isinstance(stack, NativeStack)]
+    assert [[*stack.layers] for stack in stacks] == [layers[:2], layers[2:4]]
+    assert [result.index(stack) for stack in stacks] == [stack.first for stack in stacks] == [0, 2]
+    assert result[4:] == layers[4:]
+    assert len(stack_native_layers(layers, [part] * 6, kinds=["full"] * 6)) == 1
 
 
 def test_static_scales():

@@ -12,6 +12,7 @@ from haq_lab.int8.backend import Backend, PackedExpert, PackedLinear
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.models.experts import gated_by
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
@@ -120,7 +121,7 @@ def test_layers_in_one_call(architecture, activations, bits, threads):
     got = whole(prompt, use_cache=False).logits
     assert ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median() < 0.02
     # The same layers with Python between their halves: to the bit, a prompt and a step.
-    block, groups, family = model.family.moe.block, model.groups, model.family
+    block, groups, family = model.family.moe.block, model.groups_of(0), model.family
     parts = [LayerParts.of(layer, groups, family) for layer in layers]
     for part in parts:
         part.moe = MoeParts()
@@ -139,17 +140,17 @@ def test_layers_in_one_call(architecture, activations, bits, threads):
 def test_each_layer_is_reproduced_only_with_its_norms(architecture):
     model, layers = quantised(architecture)
     deploy(model.assemble(layers), model, CpuBackend())
-    part = LayerParts.of(layers[0], model.groups, model.family)
+    part = LayerParts.of(layers[0], model.groups_of(0), model.family)
     assert make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
     part.mlp.eps = 1.0
     assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
     part.moe = MoeParts()
     assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers(), "what the experts read is compared"
-    part = LayerParts.of(layers[0], model.groups, model.family)
+    part = LayerParts.of(layers[0], model.groups_of(0), model.family)
     part.moe, part.attention.eps = MoeParts(), 1.0
     assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
     if model.family.head_norms:
-        part = LayerParts.of(layers[0], model.groups, model.family)
+        part = LayerParts.of(layers[0], model.groups_of(0), model.family)
         part.moe, part.keys.gain = MoeParts(), None
         assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
 
@@ -158,7 +159,7 @@ def test_other_experts_run_as_modules_after_native_attention():
     model, layers = quantised("mixtral")
     for layer in layers:
         for expert in layer.mlp.experts:
-            expert.act_fn = torch.nn.GELU()
+            expert.gating = gated_by(torch.nn.GELU())
     prompt = torch.randint(0, 257, (1, 40))
     wanted = model.assemble(layers)(prompt, use_cache=False).logits
     whole = deploy(model.assemble(layers), model, CpuBackend())

@@ -62,7 +62,13 @@ def test_other_runs_are_sent_whole(tmp_path):
 
 
 def test_ratios_are_exponentials_of_the_paired_differences():
-    metrics = {"dlnppl.c4": 0.02, "dlnppl.c4.low": -0.01, "dlnppl.c4.high": 0.05, "dlnppl.c4.stderr": 0.01, "kl.c4": 9.0}
+    metrics = {
+        "dlnppl.c4": 0.02,
+        "dlnppl.c4.low": -0.01,
+        "dlnppl.c4.high": 0.05,
+        "dlnppl.c4.stderr": 0.01,
+        "kl.c4": 9.0,
+    }
     ratios = perplexity_ratios(metrics)
     assert ratios == {
         "perplexity_ratio.c4": pytest.approx(1.0202013),

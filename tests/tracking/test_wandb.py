@@ -185,7 +185,7 @@ def test_a_private_run_names_neither_the_machine_nor_paths_nor_settings(tmp_path
         assert (outcome.code, outcome.err) == (0, "")
         assert "wandb_failed" not in (folder / "events.jsonl").read_text()
         told[name] = _sent(folder)
-    secrets = [socket.gethostname(), "secret-folder", sys.executable, "calibration", "python_docs.seqlen"]
+    secrets = [json.dumps(socket.gethostname()), "secret-folder", sys.executable, "calibration", "python_docs.seqlen"]
     assert [secret for secret in secrets if secret in told["private"]] == []
     assert [secret for secret in secrets if secret not in told["open"]] == []  # so the test would find them
     assert "perplexity.python_docs" in told["private"]
@@ -200,7 +200,9 @@ def test_a_sweep_is_a_run_of_its_group_with_its_table_and_the_reports_figures(tm
     records = _records(sweep)
     run = next(record["run"] for record in records if record["type"] == "run")
     assert run["display_name"] == "sweep sweep"
-    one = next(record["run"] for record in _records(next(sweep.glob("*/results.json")).parent) if record["type"] == "run")
+    one = next(
+        record["run"] for record in _records(next(sweep.glob("*/results.json")).parent) if record["type"] == "run"
+    )
     assert run["run_group"] == one["run_group"]
     logged = next(record["history"]["item"] for record in records if record["type"] == "history")
     assert logged["figures/perplexity-by-method._type"] == "plotly-file"

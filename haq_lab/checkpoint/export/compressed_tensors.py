@@ -20,8 +20,9 @@ divide it by 127.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 
 from haq_lab.checkpoint.layer_tensors import LayerContent, read_layer
 from haq_lab.checkpoint.manifest import layer_file
-from haq_lab.checkpoint.model import QuantizedModel
+from haq_lab.checkpoint.model import QuantizedModel, quantization_of
 from haq_lab.int8.numerics import ActivationScheme
-from haq_lab.int8.weight_format import GROUPS, WeightFormat
+from haq_lab.int8.weight_format import GROUPS, INT8, WeightFormat
 from haq_lab.models.companion_files import copy_companion_files
+from haq_lab.models.experts import Experts, fuse_experts
 from haq_lab.models.families.family import Moe
 from haq_lab.storage.hf_shard_writer import ShardWriter
 from haq_lab.storage.tensor_names import expert_of
@@ -74,7 +76,12 @@ def _export(model: QuantizedModel, target: Path, for_vllm: bool = False) -> None
             f"export: the head of '{model.folder}' is quantised, which the export does not support. "
             "Quantise the model with quantizer.lm_head=false."
         )
-    moe = model.family.moe
+    moe = model.family.moe if model.experts else None
+    if for_vllm and moe is not None and moe.fused:
+        raise UserError(
+            f"export: the experts of a '{model.config.model_type}' are fused in its checkpoints, and vLLM has no int8 "
+            "kernels for them. Choose --for transformers, which gets them in 16 bits."
+        )
     formats = _formats(model)
     narrow = any(format.bits == 4 for format in formats.values())
     packed = narrow or (moe is not None and not for_vllm)
@@ -88,6 +95,7 @@ def _export(model: QuantizedModel, target: Path, for_vllm: bool = False) -> None
             if for_vllm and not packed:
                 _refuse_schemes_without_vllm_kernel(layer_schemes, moe)
             schemes |= layer_schemes
+            content = _without_fused_experts(content, model, index)
             converted = _convert_layer(content, packed, _widths(model, index))
             writer.add({model.family.checkpoint_name(name): tensor for name, tensor in converted.items()})
         writer.finish()
@@ -96,7 +104,7 @@ def _export(model: QuantizedModel, target: Path, for_vllm: bool = False) -> None
         ours = config["quantization_config"]
         config["dtype"] = ours["dtype"]
         groups = _weight_groups(formats, model) if packed else _scheme_groups(schemes, model)
-        config["quantization_config"] = _quantization(groups, packed, moe) | {"haq_lab": ours["provenance"]}
+        config["quantization_config"] = _quantization(groups, packed, model) | {"haq_lab": ours["provenance"]}
         write_json(aside / "config.json", config)
 
 
@@ -177,15 +185,41 @@ def pack(levels: Tensor) -> Tensor:
     return F.pad(unsigned, (0, -levels.shape[1] % 4)).view(torch.int32)
 
 
-def _quantization(groups: dict[str, Any], packed: bool, moe: Moe | None) -> dict[str, Any]:
+def _without_fused_experts(content: LayerContent, model: QuantizedModel, index: int) -> LayerContent:
+    """Return a layer's content with experts in floats and fused, if transformers reads them only so."""
+    prefix, moe = f"{model.family.layers}.{index}.", model.moe_of(index)
+    if moe is None or not moe.fused:
+        return content
+    content = content.renamed(lambda name: name.removeprefix(prefix))
+    tensors, layer, dtype = dict(content.tensors), model.new_layer(index), _stored_dtype(model)
+    for name in [name for name in content.forms if expert_of(name) is not None]:
+        format, width = content.formats.get(name, INT8), cast(nn.Linear, layer.get_submodule(name)).in_features
+        levels = format.levels(tensors.pop(f"{name}.{format.tensor}"), width)
+        scales = format.row_scales(tensors.pop(f"{name}.weight_scale"), width)
+        tensors.pop(f"{name}.input_scale", None)
+        tensors[f"{name}.weight"] = (levels * scales).to(dtype)
+    layout = cast(Experts, layer.get_submodule(moe.experts)).layout
+    forms = {name: form for name, form in content.forms.items() if expert_of(name) is None}
+    rest = LayerContent(fuse_experts(tensors, moe, layout), forms, content.formats)
+    return rest.renamed(lambda name: prefix + name)
+
+
+def _stored_dtype(model: QuantizedModel) -> torch.dtype:
+    """Return the type of the floats of the checkpoint that was quantised."""
+    return getattr(torch, str(quantization_of(model.folder)["dtype"] or "float32"))
+
+
+def _quantization(groups: dict[str, Any], packed: bool, model: QuantizedModel) -> dict[str, Any]:
     """Return the `quantization_config` with the given groups of linears."""
+    moe = model.family.moe
     router = (Moe.router if moe is None else moe.router).rpartition(".")[2]  # matches nothing in a dense model
+    in_float = {name for index in range(model.depth) for name in model.kinds.float_linears(index)}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized" if packed else "int-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", rf"re:.*\.{router}$"],
+        "ignore": ["lm_head", *(rf"re:.*\.{re.escape(name)}$" for name in sorted({router, *in_float}))],
     }
 
 

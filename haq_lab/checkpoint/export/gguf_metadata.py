@@ -74,6 +74,11 @@ def architecture_of(model: QuantizedModel) -> Architecture:
             f"model of the architectures {', '.join(ARCHITECTURES)}."
         )
     found = ARCHITECTURES[family.model_type]
+    if model.experts and len(model.kinds.moe_layers) < model.depth:
+        raise UserError(
+            f"export --for gguf: llama.cpp's '{family.model_type}' has experts in every layer, but this model has them "
+            f"in {len(model.kinds.moe_layers)} of {model.depth}. Choose --for transformers."
+        )
     rope = config.rope_parameters["rope_type"]
     needs: dict[str, tuple[object, object]] = {
         "hidden_act": (config.hidden_act, "silu"),

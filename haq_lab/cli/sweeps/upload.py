@@ -12,6 +12,7 @@ from typing import Any
 from haq_lab.tracking.run_folder import RunFolder, read_results
 from haq_lab.tracking.tracker import INTERACTIVE, RunRecord, track_run
 from haq_lab.utils.atomic_files import write_text
+from haq_lab.utils.errors import UserError
 from haq_lab.utils.extras import installed
 
 
@@ -34,6 +35,8 @@ def upload_sweep(folder: Path, since: float) -> None:
     sweep = RunFolder(folder, {})
     try:
         _send(sweep, config, str(results["run"]["sweep"]))
+    except UserError:
+        return  # the package of the tracker is not installed, as each run has said
     except Exception as error:  # such as a plug-in's class that another process could import
         with suppress(OSError):
             sweep.event("upload_failed", error=f"{type(error).__name__}: {error}")

@@ -5,11 +5,13 @@ Module names are relative to a decoder layer. `{e}` is a placeholder for the exp
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from haq_lab.storage.tensor_names import expert_of
 
+WRAPPED = "language_model."  # part of the names of the language model's tensors in a multimodal checkpoint
 FoldKind = Literal["norm", "value", "up"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # names of an expert's linears in our modules
 
@@ -47,13 +49,18 @@ class Group:
 
     @property
     def expert(self) -> int | None:
-        """Return the index of the expert that contains the source, or None if it is outside the experts."""
-        return None if self.source is None else expert_of(self.source)
+        """Return the index of the expert that computes the input, or None if it is computed outside the experts."""
+        return expert_of(self.consumers[0]) if self.kind == "up" else None
 
     @property
     def site(self) -> str:
         """Return the module whose input hook sees the shared input of all tokens, whatever the routing."""
         return self.float_consumers[0] if self.float_consumers else self.consumers[0]
+
+    @property
+    def feeds_experts(self) -> bool:
+        """Return whether the experts of a layer share the input."""
+        return self.expert is None and expert_of(self.consumers[-1]) is not None
 
     def consumers_by_expert(self) -> dict[int | None, tuple[str, ...]]:
         """Return the consumers by expert index. The key None has those outside the experts."""
@@ -66,6 +73,12 @@ class Group:
         """Return the group with the placeholder `{e}` replaced by an expert index."""
         source = self.source and self.source.format(e=number)
         return replace(self, source=source, consumers=tuple(name.format(e=number) for name in self.consumers))
+
+    def within(self, modules: Collection[str]) -> Group:
+        """Return the group without the readers that are not among these names of a layer's modules."""
+        consumers = tuple(name for name in self.consumers if name.partition(".{e}")[0] in modules)
+        in_float = tuple(name for name in self.float_consumers if name in modules)
+        return replace(self, consumers=consumers, float_consumers=in_float)
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,9 @@ class Moe:
             they always are.
         router: Name of the router.
         experts: Name of the module list of the experts.
+        router_buffers: Names of the buffers that the router takes beside the hidden states.
+        stored: Names of an expert's linears in checkpoints, in the order of `PROJECTIONS`.
+        fused: Whether transformers reads the experts only as fused tensors of a layer.
     """
 
     count_field: str
@@ -92,6 +108,9 @@ class Moe:
     normalized_field: str | None = None
     router: str = "mlp.gate"
     experts: str = "mlp.experts"
+    router_buffers: tuple[str, ...] = ()
+    stored: tuple[str, str, str] = PROJECTIONS
+    fused: bool = False
 
     def count(self, config: Any) -> int:
         """Return the number of experts in a layer."""
@@ -114,6 +133,11 @@ class Moe:
         gate, up, down = (f"{self.experts}.{expert}.{name}" for name in PROJECTIONS)
         return gate, up, down
 
+    def router_of(self, layer: Any) -> Callable[[Any], tuple[Any, Any, Any]]:
+        """Return a function that maps hidden states (t, d) to logits (t, E), gate weights (t, k) and experts (t, k)."""
+        router = layer.get_submodule(self.router)
+        return lambda hidden: router(hidden, *(layer.get_buffer(name) for name in self.router_buffers))
+
     @property
     def block(self) -> str:
         """Return the name of the MoE block, which contains both. The layer calls it with hidden states (b, t, d)."""
@@ -127,7 +151,7 @@ class Family:
     Attributes:
         model_type: The `model_type` of the transformers config.
         layers: Name of the list of decoder layers in the model.
-        groups: The linears of a layer, grouped by shared input.
+        groups: The linears of all kinds of layers, grouped by shared input. A layer has those that it has modules for.
         smoothquant_strength: The migration strength alpha that SmoothQuant's authors published for it.
         requires: Config fields with the values that the row supports. Other fields may have any value.
         moe: Names of the router and the experts. None for a dense model.
@@ -135,6 +159,10 @@ class Family:
         output_norms: Names of the norms of what attention and MLP add to the residual stream. Empty for most models.
         renamed: Pairs of name parts: the part in checkpoints, and the part in our modules.
         learned_positions: Name of the table of learned positions in the model. None with rotary embeddings.
+        cached: Names of the linears whose outputs the KV cache holds.
+        attention: Name of the attention module within a layer.
+        wrapper: Model type of a multimodal model whose language model this is. Only the language model is read.
+        takes_prefix: Whether keys and values can be put before those of every sequence, in every layer.
     """
 
     model_type: str
@@ -147,11 +175,10 @@ class Family:
     output_norms: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     learned_positions: str | None = None
-
-    @property
-    def attention(self) -> str:
-        """Return the name of the attention module within a layer."""
-        return self.groups[0].consumers[0].rpartition(".")[0]
+    cached: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
+    attention: str = "self_attn"
+    wrapper: str | None = None
+    takes_prefix: bool = True
 
     def unsupported(self, config: Any) -> list[tuple[str, tuple[Any, ...]]]:
         """Return the entries of `requires` that a transformers config does not meet."""
@@ -161,19 +188,26 @@ class Family:
         """Return the number of experts in a layer, or 0 for a dense model."""
         return 0 if self.moe is None else self.moe.count(config)
 
-    def resolve(self, config: Any) -> tuple[Group, ...]:
-        """Return the groups of one decoder layer with the placeholder `{e}` replaced by expert indices.
+    def moe_in(self, modules: Collection[str]) -> Moe | None:
+        """Return the names of the router and the experts, or None if a layer with these modules has no experts."""
+        return self.moe if self.moe is not None and self.moe.experts in modules else None
 
-        If the source of a group is inside an expert, each expert gets its own group. Otherwise one group has the
-        linears of all experts.
+    def resolve(self, config: Any, modules: Collection[str]) -> tuple[Group, ...]:
+        """Return the groups of a decoder layer with the placeholder `{e}` replaced by expert indices.
+
+        Linears that the layer does not have are left out, because a model's layers may differ. If the experts compute
+        the input, each expert gets its own group. Otherwise one group has the linears of all experts.
 
         Args:
             config: The model's transformers config.
+            modules: Names of the layer's modules.
         """
-        count = self.experts(config)
+        count = 0 if self.moe_in(modules) is None else self.experts(config)
         groups: list[Group] = []
-        for group in self.groups:
-            if group.source is not None and "{e}" in group.source:
+        for group in (group.within(modules) for group in self.groups):
+            if not group.consumers:
+                continue
+            if group.kind == "up" and "{e}" in group.consumers[0]:
                 groups += [group.for_expert(number) for number in range(count)]
             else:
                 shared = [name for name in group.consumers if "{e}" in name]
@@ -184,12 +218,19 @@ class Family:
 
     def module_name(self, tensor: str) -> str:
         """Return the name in our modules of a tensor that is named as in a checkpoint."""
-        for theirs, ours in self.renamed:
+        tensor = tensor.replace(WRAPPED, "")
+        for theirs, ours in (*self.renamed, *self._renamed_projections(tensor)):
             tensor = tensor.replace(theirs, ours)
         return tensor
 
     def checkpoint_name(self, tensor: str) -> str:
         """Return the name in checkpoints of a tensor that is named as in our modules."""
-        for theirs, ours in self.renamed:
+        for theirs, ours in (*self._renamed_projections(tensor), *reversed(self.renamed)):
             tensor = tensor.replace(ours, theirs)
         return tensor
+
+    def _renamed_projections(self, tensor: str) -> list[tuple[str, str]]:
+        """Return pairs as in `renamed` for a tensor of an expert, which a dense layer's linears must not match."""
+        if self.moe is None or expert_of(tensor) is None:
+            return []
+        return [(f".{theirs}.", f".{ours}.") for theirs, ours in zip(self.moe.stored, PROJECTIONS, strict=True)]

@@ -33,11 +33,17 @@ def family_of(config: Any) -> Family:
 def check_model_type(model_type: object) -> None:
     """Raise UserError if no row of `FAMILIES` has this model type."""
     known = sorted({family.model_type for family in FAMILIES})
-    if model_type not in known:
+    if model_type not in known and model_type not in {family.wrapper for family in FAMILIES}:
         raise UserError(
             f"model: architecture '{model_type}' is not in the family table (haq_lab/models/families). "
             f"Choose one of {', '.join(known)}, or add a row there{nearest(model_type, known)}."
         )
+
+
+def text_config_of(config: Any) -> Any:
+    """Return the config of the language model, if a config is of a multimodal model that contains a supported one."""
+    wrapped = any(family.wrapper == config.model_type for family in FAMILIES)
+    return config.get_text_config() if wrapped else config
 
 
 def head_size(config: Any) -> int:

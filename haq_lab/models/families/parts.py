@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from haq_lab.models.families.family import Group, Moe
+from haq_lab.models.families.family import Group
 
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
@@ -39,13 +39,3 @@ FUSED_MLP = (
     Group("norm", "post_attention_layernorm", ("mlp.gate_up_proj",)),
     Group("up", "mlp.gate_up_proj", ("mlp.down_proj",), fused=True),
 )
-
-
-def moe_groups(moe: Moe) -> tuple[Group, ...]:
-    """Return the groups of a layer whose MLP is a Mixture of Experts without shared experts."""
-    gate, up, down = moe.linears("{e}")
-    return (
-        *attention("input_layernorm"),
-        Group("norm", "post_attention_layernorm", (gate, up), float_consumers=(moe.router,)),
-        Group("up", up, (down,)),
-    )

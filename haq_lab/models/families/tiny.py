@@ -35,6 +35,48 @@ def _gemma(hidden: int, layers: int, key_values: int) -> Fields:
     }
 
 
+YARN: Fields = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
+
+
+def _experts(hidden: int, **fields: Any) -> Fields:
+    """Return the fields of a Mixture of Experts whose experts are narrower than a dense MLP."""
+    experts = {"moe_intermediate_size": hidden // 2, "num_experts_per_tok": 2}
+    return _gated(hidden) | experts | fields
+
+
+def _deepseek(hidden: int, **fields: Any) -> Fields:
+    """Return the fields of a model with a dense first layer, shared experts and groups of experts."""
+    routed = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 2.5}
+    return _experts(hidden, first_k_dense_replace=1, n_group=4, topk_group=2) | routed | fields
+
+
+def _delta_net(hidden: int, layers: int) -> Fields:
+    """Return the fields of a model with linear attention in every second layer."""
+    return {
+        "head_dim": hidden // 4,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": hidden // 8,
+        "linear_value_head_dim": 3 * hidden // 16,
+        "layer_types": [("linear_attention", "full_attention")[index % 2] for index in range(layers)],
+    }
+
+
+LATENT: Fields = {  # widths that are not powers of two, but multiples of 16
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+}
+
 # By model type: the fields that differ from `shared_fields`, given the hidden size and the number of layers.
 TINY: dict[str, Callable[[int, int], Fields]] = {
     "opt": lambda hidden, layers: {"ffn_dim": 4 * hidden, "word_embed_proj_dim": hidden, "init_std": 0.1},
@@ -69,6 +111,57 @@ TINY: dict[str, Callable[[int, int], Fields]] = {
         "num_experts_per_tok": 2,
         "num_experts": 16,
     },
+    "qwen2_moe": lambda hidden, layers: _experts(
+        hidden, num_experts=6, shared_expert_intermediate_size=5 * hidden // 4, decoder_sparse_step=2
+    ),
+    "deepseek_v2": lambda hidden, layers: (
+        _deepseek(hidden, topk_method="group_limited_greedy", q_lora_rank=None) | LATENT
+    ),
+    "deepseek_v3": lambda hidden, layers: _deepseek(hidden, norm_topk_prob=True, q_lora_rank=80) | LATENT,
+    "glm4_moe": lambda hidden, layers: _deepseek(
+        hidden, n_shared_experts=1, head_dim=hidden // 4, use_qk_norm=True, attention_bias=True
+    ),
+    "gpt_oss": lambda hidden, layers: (
+        _gated(hidden)
+        | {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "head_dim": hidden // 4,
+            "sliding_window": 24,
+            "rope_parameters": YARN,
+        }
+    ),
+    "granitemoe": lambda hidden, layers: (
+        _gated(hidden)
+        | MULTIPLIERS
+        | {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": True,
+        }
+    ),
+    "phimoe": lambda hidden, layers: (
+        _gated(hidden)
+        | {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        }
+    ),
+    "qwen3_next": lambda hidden, layers: (
+        _experts(hidden, num_experts=6, shared_expert_intermediate_size=hidden, norm_topk_prob=True)
+        | _delta_net(hidden, layers)
+    ),
+    "qwen3_5_moe_text": lambda hidden, layers: (
+        _experts(hidden, num_experts=6, shared_expert_intermediate_size=hidden) | _delta_net(hidden, layers)
+    ),
+    "lfm2_moe": lambda hidden, layers: _experts(
+        hidden,
+        num_experts=6,
+        num_dense_layers=1,
+        layer_types=[("conv", "full_attention")[index % 2] for index in range(layers)],
+    ),
 }
 
 

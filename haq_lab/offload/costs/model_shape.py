@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-from haq_lab.models.families.lookup import family_of, head_size
+from torch import nn
+
+from haq_lab.models.families.family import Group
+from haq_lab.models.families.layer_kinds import LayerKinds
+from haq_lab.models.families.lookup import family_of
 from haq_lab.utils.errors import UserError
 
 
@@ -15,15 +18,17 @@ class Shape:
     """Sizes of a Mixture-of-Experts model.
 
     Attributes:
-        layers: Number of decoder layers. All have experts.
-        experts: Number of experts per layer.
+        layers: Number of decoder layers with experts.
+        experts: Number of experts in such a layer.
         k: Number of experts that each token chooses.
         expert: Weights of one expert.
-        rest: Weights of one layer without its experts.
+        rest: Weights of all decoder layers without the experts that a router chooses, divided by `layers`. Shared
+            experts and dense layers are part of it.
         outside: Weights of the head. The embedding has as many.
         kv_per_token: Numbers in the KV cache per token, over all layers.
-        work_per_token: Numbers per token that a running layer holds: hidden states and their norm, queries, keys,
-            values, attention output, and the outputs of gate, up and down projection of the k chosen experts.
+        work_per_token: Numbers per token that a running layer holds: hidden states and their norm, the outputs of the
+            linears, the inputs of the output projections, and the outputs of gate, up and down projection of the k
+            chosen experts. It is that of the layer with most.
         head_bytes: Bytes per weight of the head: 2, or 1 if it is int8 (`quantizer.lm_head`).
         tied: Whether the head shares the embedding's tensor. It does so only if both have 16 bits.
         quantized_bytes: Bytes per weight of a quantised expert, with its scales if it has 4 bits.
@@ -48,50 +53,65 @@ class Shape:
         return (2 if shared else 2 + self.head_bytes) * self.outside
 
     @classmethod
-    def of(cls, config: Any, experts: int, int8_head: bool = False) -> Shape:
-        """Return the shape of an MoE model.
+    def of(cls, config: Any, int8_head: bool = False) -> Shape:
+        """Return the shape of an MoE model. Its layers are built without memory, and their weights are counted.
 
         Args:
             config: The transformers config of a model in the family table (`haq_lab.models.families`).
-            experts: Number of experts in a layer.
             int8_head: Whether the head is in int8.
 
         Raises:
             UserError: The architecture is not in the family table, or has no experts.
         """
-        moe = family_of(config).moe
-        if moe is None:
+        family = family_of(config)
+        kinds, moe = LayerKinds(family, config), family.moe
+        if moe is None or not kinds.moe_layers:
             raise UserError(f"model: '{config.model_type}' is a dense model. Choose a Mixture of Experts.")
-        hidden, layers = config.hidden_size, config.num_hidden_layers
-        width, active = moe.width(config), moe.active(config)
-        head = head_size(config)
-        keys = config.num_key_value_heads * head
-        queries = config.num_attention_heads * head
+        hidden, active, count = config.hidden_size, moe.active(config), moe.count(config)
+        rest = cached = expert = work = 0
+        for index in range(config.num_hidden_layers):
+            layer = kinds.build(index)
+            linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+            chosen = 0
+            if index in kinds.moe_layers:
+                expert = _weights(layer.get_submodule(moe.experts)) // count
+                rest -= expert * count
+                chosen = active * (2 * moe.width(config) + hidden)
+            rest += _weights(layer)
+            cached += sum(linears[name].out_features for name in family.cached if name in linears)
+            work = max(work, 2 * hidden + _held(linears, kinds.groups(index)) + chosen)
         return cls(
-            layers=layers,
-            experts=experts,
+            layers=len(kinds.moe_layers),
+            experts=count,
             k=active,
-            expert=3 * hidden * width,
-            rest=2 * hidden * queries + 2 * hidden * keys + hidden * experts,
+            expert=expert,
+            rest=-(-rest // len(kinds.moe_layers)),
             outside=hidden * config.vocab_size,
-            kv_per_token=2 * keys * layers,
-            work_per_token=2 * hidden + 2 * queries + 2 * keys + active * (2 * width + hidden),
+            kv_per_token=cached,
+            work_per_token=work,
             head_bytes=1 if int8_head else 2,
             tied=config.tie_word_embeddings,
         )
 
 
-MIXTRAL = Shape.of(  # 8x7B
-    SimpleNamespace(
-        model_type="mixtral",
-        hidden_size=4096,
-        num_hidden_layers=32,
-        intermediate_size=14336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_experts_per_tok=2,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-    ),
+def _weights(module: nn.Module) -> int:
+    """Return the number of weights of a module, without vectors such as norms and biases of linears."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim > 1)
+
+
+def _held(linears: dict[str, nn.Linear], groups: tuple[Group, ...]) -> int:
+    """Return the numbers per token that linears outside the experts write, or read if they are output projections."""
+    outputs = {name for group in groups if group.kind != "norm" for name in group.consumers}
+    return sum(each.in_features if name in outputs else each.out_features for name, each in linears.items())
+
+
+MIXTRAL = Shape(  # 8x7B
+    layers=32,
     experts=8,
+    k=2,
+    expert=3 * 4096 * 14336,
+    rest=2 * 4096 * (4096 + 1024) + 8 * 4096,
+    outside=4096 * 32000,
+    kv_per_token=32 * 2 * 1024,
+    work_per_token=2 * 4096 + 2 * (4096 + 1024) + 2 * (2 * 14336 + 4096),
 )

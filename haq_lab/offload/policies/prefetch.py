@@ -6,12 +6,13 @@ Guessed experts are read into spare slots outside the cache, so a wrong guess co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from haq_lab.routing.statistics import transitions
 from haq_lab.routing.trace import Trace
@@ -36,10 +37,10 @@ class NextGate:
     """Applies the next layer's router to the current hidden states, because these change little between layers.
 
     Args:
-        routers: The router of each layer.
+        routers: The router of each layer. It maps hidden states (t, d) to logits, gate weights and chosen experts.
     """
 
-    def __init__(self, routers: list[nn.Module]):
+    def __init__(self, routers: list[Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]):
         self.routers = routers
 
     def guess(self, layer: int, hidden: Tensor | None, chosen: Tensor, k: int) -> list[int]:

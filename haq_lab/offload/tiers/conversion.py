@@ -60,7 +60,7 @@ class Conversion(Protocol):
 
 
 class Dequantize:
-    """Converts int8 or int4 weights to 16-bit floats.
+    """Converts int8 or int4 weights, and biases, to 16-bit floats.
 
     Args:
         source: Layout of a blob of the slow tier.
@@ -73,15 +73,21 @@ class Dequantize:
     def __init__(self, source: list[Part], sizes: Sizes, formats: Weights, backend: Backend, dtype: torch.dtype):
         self._source = {part.name: part for part in source}
         self._sizes, self._formats, self._backend, self._dtype = sizes, formats, backend, dtype
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": size for name, size in sizes.items()}
+        self._biases = [name for name in self._source if name.endswith(".bias")]
+        shapes |= {name: self._source[name].shape for name in self._biases}
         self.parts, self.blob_bytes = layout(
-            {f"{name}.weight": torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
+            {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
         )
 
     def __call__(self, source: Tensor, target: Tensor) -> None:
-        for part, (name, size) in zip(self.parts, self._sizes.items(), strict=True):
+        parts = {part.name: part for part in self.parts}
+        for name in self._biases:
+            parts[name].of(target).copy_(self._source[name].of(source))
+        for name, size in self._sizes.items():
             packed, scale = (self._source[f"{name}.{tensor}"].of(source) for tensor in ("packed", "weight_scale"))
             weights = self._backend.dequantize(packed, scale, size[1], self._dtype, self._formats[name])
-            part.of(target).copy_(weights)
+            parts[f"{name}.weight"].of(target).copy_(weights)
 
 
 class Relayout:

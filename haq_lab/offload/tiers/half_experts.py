@@ -29,7 +29,7 @@ class ExpertLinear(HalfLinear):
         """Return the output (..., n) for x (..., k), in x's type."""
         x = rotate(x, self.rotation).to(x.dtype)
         if x.is_cuda:
-            return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
         return super().forward(x)
 
 
@@ -44,6 +44,8 @@ def half_experts(experts: nn.ModuleList, dtype: torch.dtype) -> Experts:
     def narrow(linear: nn.Module) -> nn.Module:
         shell = nn.Linear(cast(int, linear.in_features), cast(int, linear.out_features), bias=False, device="meta")
         shell.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        if linear.bias is not None:
+            shell.bias = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         return ExpertLinear(shell, getattr(linear, "rotation", NO_ROTATION))
 
     return Experts(cast(Expert, expert).with_linears(narrow) for expert in experts)

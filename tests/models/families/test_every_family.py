@@ -29,12 +29,15 @@ from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.deployment import load_checkpoint
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
+from haq_lab.prefix.contents import Prefix
 from haq_lab.quantizers.base import Quantizer
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothquant import SmoothQuant
 from haq_lab.runtime.deploy import deploy
+from haq_lab.runtime.native_decoder import NativeStack, Passed
+from haq_lab.utils.errors import UserError
 from tests.models.test_layerwise import whole_of
 from tests.quantizers.test_rotation import Unrounded, UnroundedBackend, rotated_layers
 from tests.quantizers.test_smoothing import relative, smoothed_layers
@@ -72,7 +75,8 @@ def test_layer_by_layer_equals_transformers(model, windows, logits_of):
 def test_smoothing_preserves_the_function(model, windows, logits_of):
     before = logits_of(model, _float_layers(model), windows)
     layers, folded = smoothed_layers(model, ("norm", "value", "up"))
-    assert folded == model.depth * sum(group.source is not None for group in model.groups) > 0
+    groups = [group for index in range(model.depth) for group in model.groups_of(index)]
+    assert folded == sum(group.source is not None for group in groups) > 0
     assert relative(logits_of(model, layers, windows) - before, before) < 1e-4
 
 
@@ -94,10 +98,11 @@ def test_quantizers(model, windows, logits_of, quantizer):
         model, QUANTIZERS[quantizer], ReferenceBackend(), windows.flip(0), CalibrationPolicy(), {"text": windows}
     )
     result = sequential_pass(inputs, lambda index, layer: layers.append(layer))
-    floats = [name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)]
-    assert floats == []
-    names = [name for group in model.groups for name in group.consumers]
-    assert sorted(report.linear for report in result.reports) == sorted(model.depth * names)
+    groups = [group for index in range(model.depth) for group in model.groups_of(index)]
+    floats = {name for layer in layers for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    assert floats <= {name for group in groups for name in group.float_consumers}
+    names = [name for group in groups for name in group.consumers]
+    assert sorted(report.linear for report in result.reports) == sorted(names)
     hidden = result.hidden["text"]
     logits = {level: model.head(states).log_softmax(-1) for level, states in hidden.items()}
     assert relative(hidden["smoothed"] - hidden["fp"], hidden["fp"]) < 1e-3
@@ -287,8 +292,10 @@ def test_odd_configs_equal_transformers(name, windows, tmp_path):
     assert metrics["perplexity.text"] == pytest.approx(_perplexity(tmp_path, windows), rel=1e-5)
 
 
-# Rows whose layers the native CPU decoder computes. The others have LayerNorm, or rotate only some rows of a head.
-NATIVE = set(TINY) - {"opt", "glm4", "starcoder2", "stablelm"}
+# Rows whose layers the native CPU decoder computes. The others have LayerNorm, rotate only some rows of a head, or have
+# latent attention, no attention, sinks, or experts whose output is scaled.
+NATIVE = set(TINY) - {"opt", "glm4", "starcoder2", "stablelm", "glm4_moe", "phimoe", "lfm2_moe", "qwen3_next"}
+NATIVE -= {"qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe"}
 
 
 @every_row
@@ -320,3 +327,39 @@ def test_native_layers_compute_the_same(model, architecture, caplog):
         errors = (outputs[1] - outputs[0]).norm(dim=-1) / outputs[0].norm(dim=-1)
         assert errors.median() < 0.01
     assert not [record for record in caplog.records if "native decoder not used" in record.getMessage()]
+
+
+def test_native_stacks_get_the_arguments_of_their_kind(windows, tmp_path):
+    """Two layers with a window and two without, whose rotary positions differ too."""
+    kinds = ["sliding_attention"] * 2 + ["full_attention"] * 2
+    fields = tiny_fields("gemma3_text", 4, 64) | {"layer_types": kinds, "sliding_window": 8}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **fields)).save_pretrained(tmp_path)
+    model, layers = LayeredModel(tmp_path), []
+    inputs = PassInputs(model, RTN(), CpuBackend(), None, CalibrationPolicy(), {})
+    sequential_pass(inputs, lambda index, layer: layers.append(layer))
+    plain, whole = model.assemble(layers), deploy(model.assemble(layers), model, CpuBackend())
+    assert [type(module) for module in whole.model.layers] == [NativeStack, Passed] * 2
+    wanted, got = plain(windows).logits, whole(windows).logits
+    assert ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median() < 0.01
+    first = whole(windows[:, :30], use_cache=True)
+    rest = torch.cat([whole(windows[:, [at]], cache=first.cache, use_cache=True).logits for at in range(30, 34)], dim=1)
+    assert ((rest - wanted[:, 30:34]).norm(dim=-1) / wanted[:, 30:34].norm(dim=-1)).median() < 0.01
+
+
+def test_padding_after_a_prompt_behind_a_window_is_not_native(caplog):
+    model = LayeredModel(TinyModel("mistral").folder())
+    layers: list[nn.Module] = []
+    inputs = PassInputs(model, RTN(), CpuBackend(), None, CalibrationPolicy(), {})
+    sequential_pass(inputs, lambda index, layer: layers.append(layer))
+    plain, whole = model.assemble(layers), deploy(model.assemble(layers), model, CpuBackend())
+    ids, mask = torch.randint(1, 257, (1, 40)), torch.ones(1, 40, dtype=torch.long)
+    mask[:, 30:34] = 0
+    wanted, got = plain(ids, attention_mask=mask).logits, whole(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[:, 34:], wanted[:, 34:], rtol=1e-4, atol=1e-4)
+    assert "padding follows tokens, and there is a sliding window" in caplog.text
+
+
+def test_soft_caps_take_no_prefix():
+    model = LayeredModel(TinyModel("gemma2").folder())
+    with pytest.raises(UserError, match=r"quantizer\.prefix: 'gemma2' has eager attention, which takes no prefix"):
+        model.with_prefix(Prefix((1,), "a", None))

@@ -18,14 +18,14 @@ FORMATS = [("int8", "int8"), ("int8", "fp16"), ("bf16", "fp16")]
 
 def test_mixtral_is_what_its_config_says():
     config = MixtralConfig(vocab_size=32000, num_key_value_heads=8)
-    assert Shape.of(config, 8) == MIXTRAL
+    assert Shape.of(config) == MIXTRAL
     weights = MIXTRAL.layers * (MIXTRAL.experts * MIXTRAL.expert + MIXTRAL.rest) + 2 * MIXTRAL.outside
     assert weights == pytest.approx(46.7e9, rel=1e-3)
 
 
 def test_a_dense_model_has_no_shape():
     with pytest.raises(UserError, match="'opt' is a dense model"):
-        Shape.of(OPTConfig(), 8)
+        Shape.of(OPTConfig())
 
 
 @pytest.mark.parametrize("name", cited_hardware())

@@ -53,7 +53,7 @@ def test_a_tied_head_is_the_embedding_unless_it_is_in_int8(tied, head_bytes, tab
 @pytest.mark.parametrize("tied", [False, True])
 def test_tables_are_what_the_preflight_counts(make, tied):
     config = make(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=1, tie_word_embeddings=tied)
-    assert Shape.of(config, 8).tables_bytes == 2 * (measure_size(config).shell - config.hidden_size)
+    assert Shape.of(config).tables_bytes == 2 * (measure_size(config).shell - config.hidden_size)
 
 
 def test_a_checkpoint_says_that_its_head_is_in_int8(tmp_path, monkeypatch, make_trace):

@@ -1,0 +1,1 @@
+"""The documentation. `docs.tools` writes its generated parts."""

@@ -1,0 +1,1 @@
+"""Tables that are generated, and links between the repository and the site."""
