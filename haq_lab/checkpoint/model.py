@@ -76,7 +76,7 @@ class QuantizedModel(LayeredModel):
         with ThreadPoolExecutor(1) as reader:
             self._outer = reader.submit(read_shard, folder, self.manifest.shard(folder, REST))
             self.manifest.check_files(folder)
-            super().__init__(folder)
+            super().__init__(folder, family=quantization_of(folder).get("family"))
         del self._outer
         if (stamp := quantization_of(folder).get("prefix")) is not None:
             self._use_prefix(Prefix.of_stamp(stamp, f"the prefix in {folder / 'config.json'}"))
@@ -196,4 +196,5 @@ def open_model(source: ModelSource, backend: Backend) -> LayeredModel:
     """
     if isinstance(source, QuantizedCheckpoint):
         return QuantizedModel(source.folder(), backend)
-    return LayeredModel(source.folder(), allow_nonfinite=getattr(source, "allow_nonfinite", False))
+    settings = {name: getattr(source, name) for name in ("allow_nonfinite", "family") if hasattr(source, name)}
+    return LayeredModel(source.folder(), **settings)

@@ -22,6 +22,7 @@ from haq_lab.checkpoint.provenance import differences
 from haq_lab.checkpoint.resume_state import layers_done, restore_state, save_state
 from haq_lab.int8.rotation import NO_ROTATION
 from haq_lab.models.companion_files import copy_companion_files
+from haq_lab.models.families.lookup import GENERIC
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.pass_result import PassState
 from haq_lab.routing.trace import Trace
@@ -165,6 +166,8 @@ class CheckpointWriter:
             "dtype": config.get("dtype"),
             "provenance": self.provenance,
         }
+        if self.model.family.probed:  # loading must find the same linears
+            config["quantization_config"]["family"] = GENERIC
         if self.model.prefix is not None:  # its keys and values are in the files of the layers
             config["quantization_config"]["prefix"] = self.model.prefix.stamp()
         # transformers skips a method that it does not know. It refuses to build a model in an integer type, so it does

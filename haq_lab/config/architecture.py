@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from haq_lab.models.families.lookup import check_model_type
+from haq_lab.models.families.lookup import GENERIC, check_model_type
 
 HUB_MODEL = "haq_lab.models.sources.HubModel"
 
@@ -25,7 +25,7 @@ def refuse_unknown_architecture(config: DictConfig) -> None:
         UserError: The architecture is not in the family table.
     """
     model: Any = OmegaConf.to_container(config).get("model")  # type: ignore[union-attr]
-    if not isinstance(model, dict) or model.get("_target_") != HUB_MODEL:
+    if not isinstance(model, dict) or model.get("_target_") != HUB_MODEL or model.get("family") == GENERIC:
         return
     path = _config_file(model)
     try:

@@ -33,8 +33,10 @@ from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
 from haq_lab.models.families.family import WRAPPED, Family, Group, Moe
+from haq_lab.models.families.generic import family_for
 from haq_lab.models.families.layer_kinds import LayerKinds, empty_model
-from haq_lab.models.families.lookup import check_model_type, family_of, text_config_of
+from haq_lab.models.families.lookup import GENERIC, check_model_type, text_config_of
+from haq_lab.models.families.recorder import Recorder
 from haq_lab.prefix.attention import IMPLEMENTATION, attach
 from haq_lab.prefix.contents import Prefix
 from haq_lab.prefix.positions import ShiftedPositions, number_padded_batches
@@ -48,23 +50,6 @@ Allocate = Callable[..., Tensor]  # like `torch.empty`: shape and dtype -> tenso
 COMPUTED = "rotary_emb.inv_freq"  # old checkpoints store it in every layer, but it follows from the config
 
 
-class _Recorder(nn.Module):
-    """Replaces a decoder layer in the shell and records its arguments.
-
-    It returns `replay` if it is set, otherwise the hidden states that it received.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.received: Tensor | None = None
-        self.arguments: dict[str, Any] = {}
-        self.replay: Tensor | None = None
-
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self.received, self.arguments = hidden, arguments
-        return hidden if self.replay is None else self.replay
-
-
 class LayeredModel:
     """A causal language model that is read layer by layer from a checkpoint folder.
 
@@ -72,6 +57,7 @@ class LayeredModel:
         folder: Checkpoint folder with config.json, safetensors files and a tokenizer.
         dtype: Floating-point type of the layers' weights and of the hidden states.
         allow_nonfinite: Accept weights with NaN or infinite entries.
+        family: `generic` finds the linears by running the layers. None takes them from the family table.
 
     Attributes:
         quantized: Whether the layers are stored in int8 (`haq_lab.checkpoint.model`).
@@ -91,12 +77,18 @@ class LayeredModel:
     quantized = False
     prefix: Prefix | None = None
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, allow_nonfinite: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        allow_nonfinite: bool = False,
+        family: str | None = None,
+    ):
         self._allow_nonfinite = allow_nonfinite
-        self.config = _read_config(folder, self.quantized)
+        self.config = _read_config(folder, self.quantized, family)
         self.folder = folder
         self.dtype = dtype
-        self.family: Family = family_of(self.config)
+        self.family: Family = family_for(self.config, family)
         self.depth: int = self.config.num_hidden_layers
         self.kinds = LayerKinds(self.family, self.config)
         self.experts = self.family.experts(self.config) if self.kinds.moe_layers else 0
@@ -117,7 +109,7 @@ class LayeredModel:
             shell = empty_model(self.config, 0, self.dtype).eval()
         self.config._attn_implementation = shell.config._attn_implementation
         shell.config.num_hidden_layers = self.depth
-        self.recorders = [_Recorder() for _ in range(self.depth)]
+        self.recorders = [Recorder() for _ in range(self.depth)]
         shell.set_submodule(self.family.layers, nn.ModuleList(self.recorders))
         tables = table_names(shell)
         tensors = {
@@ -156,7 +148,7 @@ class LayeredModel:
     def _module_name(self, name: str) -> str:
         prefix = f"{self.family.layers.split('.')[0]}."
         name = self.family.module_name(name)
-        return name if name.startswith((prefix, "lm_head.")) else prefix + name
+        return name if name.startswith((prefix, f"{self.family.head}.")) else prefix + name
 
     def _is_layer_tensor(self, name: str) -> bool:
         return self._module_name(name).startswith(f"{self.family.layers}.")
@@ -371,10 +363,11 @@ def _with_submodule(module: M, name: str, submodule: nn.Module) -> M:
     return twin
 
 
-def _read_config(folder: Path, quantized: bool) -> Any:
+def _read_config(folder: Path, quantized: bool, family: str | None) -> Any:
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        check_model_type(fields.get("model_type"))
+        if family != GENERIC:
+            check_model_type(fields.get("model_type"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if "quantization_config" in fields:
             if not quantized and (form := refused_format(fields["quantization_config"])) is not None:

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -63,6 +63,8 @@ class HubModel:
         architecture: Model type whose default config in transformers equals this model's config. It gives the model's
             size before anything is downloaded.
         allow_nonfinite: Accept weights with NaN or infinite entries.
+        family: `generic` finds the linears by running the layers, also of architectures that are not in the family
+            table. If null, the table says which they are.
     """
 
     name: str
@@ -70,6 +72,7 @@ class HubModel:
     allow_pickle: bool = False
     architecture: str | None = None
     allow_nonfinite: bool = False
+    family: Literal["generic"] | None = None
 
     @property
     def label(self) -> str:
@@ -147,10 +150,12 @@ class GgufModel:
     Args:
         path: Path of the GGUF file.
         allow_nonfinite: Accept weights with NaN or infinite entries.
+        family: As in `HubModel`.
     """
 
     path: str
     allow_nonfinite: bool = False
+    family: Literal["generic"] | None = None
 
     @property
     def label(self) -> str:

@@ -23,7 +23,7 @@ from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.apply import LinearReport
 from haq_lab.quantizers.base import NO_PREFIX
 from haq_lab.quantizers.pass_result import PassResult
-from haq_lab.result_cache.keys import key_of, model_hash, of_prefix, tokens_hash
+from haq_lab.result_cache.keys import key_of, model_hash, of_settings, tokens_hash
 from haq_lab.result_cache.store import Artifact, Store
 from haq_lab.routing.choices import Routing
 from haq_lab.utils.errors import UserError
@@ -68,13 +68,13 @@ class CachedPass:
             statistics = {"calibration": tokens_hash(calibration), "policy": asdict(self.experiment.calibration.policy)}
         quantizer, backend = self.experiment.quantizer, self.experiment.backend
         if quantizer is not None:
-            quantizer = replace(quantizer, prefix=NO_PREFIX)  # the prefix's tokens count, not its name: `of_prefix`
+            quantizer = replace(quantizer, prefix=NO_PREFIX)  # the prefix's tokens count, not its name: `of_settings`
         own = {
             "model": model_hash(self.model.folder),
             "quantizer": _settings(quantizer),
             "backend": [backend.name, backend.device.type],
         }
-        return statistics | own | of_prefix(self.model)
+        return statistics | own | of_settings(self.model)
 
     def find(self) -> PassResult | None:
         """Return the stored result of an equal pass, without hidden states. Return None if anything that this run

@@ -18,8 +18,8 @@ from torch import nn
 from haq_lab.calibration.calibrator import HESSIAN_BYTES
 from haq_lab.config.build import Experiment
 from haq_lab.measure.base import needs_reference
+from haq_lab.models.families.generic import family_for
 from haq_lab.models.families.layer_kinds import LayerKinds, empty_model
-from haq_lab.models.families.lookup import family_of
 from haq_lab.models.sources import HubModel
 from haq_lab.quantizers.base import NO_PREFIX
 from haq_lab.storage.hidden_state_buffer import RAM_BYTES
@@ -100,7 +100,7 @@ def preflight(experiment: Experiment, overrides: list[str]) -> None:
     source = experiment.model
     if not isinstance(source, HubModel) or (config := source.config()) is None:
         return
-    size = measure_size(config)
+    size = measure_size(config, source.family)
     needs = list_needs(experiment, source, size)
     lines = [f"{source.label}: {size.total / 1e9:,.1f} billion parameters in {size.depth} layers", *map(_line, needs)]
     short = [need for need in needs if not need.fits]
@@ -112,9 +112,14 @@ def preflight(experiment: Experiment, overrides: list[str]) -> None:
             say(line)
 
 
-def measure_size(config: Any) -> Size:
-    """Count the parameters of a transformers config without allocating them."""
-    family = family_of(config)
+def measure_size(config: Any, choice: str | None = None) -> Size:
+    """Count the parameters of a transformers config without allocating them.
+
+    Args:
+        config: The transformers config.
+        choice: The setting `model.family`.
+    """
+    family = family_for(config, choice)
     kinds = LayerKinds(family, config)
     with torch.device("meta"):
         shell = _count(empty_model(config, 0))

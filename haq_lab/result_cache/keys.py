@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from haq_lab.models.families.lookup import GENERIC
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.result_cache.import_closure import import_closure
 from haq_lab.storage.content_hash import file_hashes
@@ -38,13 +39,14 @@ def key_of(stage: str, modules: tuple[str, ...], **depends: Any) -> str:
 
 
 def of_text(model: LayeredModel, windows: Tensor) -> dict[str, Any]:
-    """Return the part of a key that identifies a full-precision model, its prefix and its token windows (n, t)."""
-    return {"model": model_hash(model.folder), "tokens": tokens_hash(windows)} | of_prefix(model)
+    """Return the part of a key that identifies a full-precision model, its settings and its token windows (n, t)."""
+    return {"model": model_hash(model.folder), "tokens": tokens_hash(windows)} | of_settings(model)
 
 
-def of_prefix(model: LayeredModel) -> dict[str, Any]:
-    """Return the part of a key that identifies a prefix. Empty without one, so the key is that of a plain model."""
-    return {} if model.prefix is None else {"prefix": list(model.prefix.tokens)}
+def of_settings(model: LayeredModel) -> dict[str, Any]:
+    """Return the part of a key that identifies a prefix and a family that is not of the table. Empty without them."""
+    prefix = {} if model.prefix is None else {"prefix": list(model.prefix.tokens)}
+    return prefix | ({"family": GENERIC} if model.family.probed else {})
 
 
 def about(model: LayeredModel, windows: Tensor) -> str:

@@ -163,6 +163,9 @@ class Family:
         attention: Name of the attention module within a layer.
         wrapper: Model type of a multimodal model whose language model this is. Only the language model is read.
         takes_prefix: Whether keys and values can be put before those of every sequence, in every layer.
+        head: Name of the head.
+        in_float: Names of linears outside the groups, which stay in float. Other such linears are an error.
+        probed: Whether the row was made by running the layers (`haq_lab.models.families.generic`).
     """
 
     model_type: str
@@ -179,6 +182,9 @@ class Family:
     attention: str = "self_attn"
     wrapper: str | None = None
     takes_prefix: bool = True
+    head: str = "lm_head"
+    in_float: tuple[str, ...] = ()
+    probed: bool = False
 
     def unsupported(self, config: Any) -> list[tuple[str, tuple[Any, ...]]]:
         """Return the entries of `requires` that a transformers config does not meet."""

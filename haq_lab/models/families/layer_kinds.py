@@ -80,7 +80,7 @@ class LayerKinds:
         return [name for name, module in self.build(index).named_modules() if isinstance(module, nn.Linear)]
 
     def _refuse_unnamed(self, index: int, groups: tuple[Group, ...]) -> None:
-        named = {name for group in groups for name in group.readers}
+        named = {name for group in groups for name in group.readers} | {*self._family.in_float}
         for name in self._linears_of(index):
             if name not in named:
                 raise UserError(

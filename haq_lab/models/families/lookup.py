@@ -10,6 +10,7 @@ from haq_lab.models.families.moe import MIXTURES
 from haq_lab.utils.errors import UserError, nearest
 
 FAMILIES = DENSE + MIXTURES
+GENERIC = "generic"  # value of `model.family` that runs the layers to make a row (`haq_lab.models.families.generic`)
 
 
 def family_of(config: Any) -> Family:
@@ -36,7 +37,8 @@ def check_model_type(model_type: object) -> None:
     if model_type not in known and model_type not in {family.wrapper for family in FAMILIES}:
         raise UserError(
             f"model: architecture '{model_type}' is not in the family table (haq_lab/models/families). "
-            f"Choose one of {', '.join(known)}, or add a row there{nearest(model_type, known)}."
+            f"Choose one of {', '.join(known)}, or model.family={GENERIC}, "
+            f"or add a row there{nearest(model_type, known)}."
         )
 
 
