@@ -37,6 +37,7 @@ from haq_lab.models.families.generic import family_for
 from haq_lab.models.families.layer_kinds import LayerKinds, empty_model
 from haq_lab.models.families.lookup import GENERIC, check_model_type, text_config_of
 from haq_lab.models.families.recorder import Recorder
+from haq_lab.models.families.stored_forms import in_module_form
 from haq_lab.prefix.attention import IMPLEMENTATION, attach
 from haq_lab.prefix.contents import Prefix
 from haq_lab.prefix.positions import ShiftedPositions, number_padded_batches
@@ -216,6 +217,8 @@ class LayeredModel:
         tensors = {names[name]: tensor for name, tensor in self.weights.read(names, self.dtype).items()}
         if (moe := self.moe_of(index)) is not None:
             tensors = split_fused(tensors, moe, cast(Experts, layer.get_submodule(moe.experts)).layout)
+        if self.family.probed:
+            tensors = in_module_form(tensors, self.config.model_type)
         try:
             layer.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:

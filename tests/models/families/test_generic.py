@@ -34,8 +34,17 @@ from haq_lab.result_cache.keys import of_settings
 from haq_lab.utils.errors import UserError
 
 # One norm before three linears; a fused projection and LayerNorms with biases; one norm for attention and MLP;
-# gains of 1 + weight.
-DENSE = ("ernie4_5", "persimmon", "phi", "nemotron")
+# gains of 1 + weight. And a Mixture of Experts with a dense first layer, whose fused experts stay in float.
+ARCHITECTURES = ("ernie4_5", "persimmon", "phi", "nemotron", "dots1")
+EXPERTS = {
+    "n_routed_experts": 12,  # more than ten, so that the order of their names is not that of their numbers
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
 QUANTIZERS = {"rtn": RTN(), "gptq": GPTQ(), "smoothquant": SmoothQuant()}
 
 
@@ -49,7 +58,8 @@ def _config(architecture: str, **fields):
 def _save(folder: Path, architecture: str) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        whole = AutoModelForCausalLM.from_config(_config(architecture), dtype=torch.float32)
+        config = _config(architecture, **(EXPERTS if architecture == "dots1" else {}))
+        whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in whole.named_parameters():
             if "norm" in name:
                 nn.init.uniform_(parameter, 0.5, 1.5)
@@ -73,7 +83,7 @@ def _pass(model: LayeredModel, quantizer, windows: Tensor, keep=lambda *_: None,
     return sequential_pass(inputs, keep, writer)
 
 
-@pytest.mark.parametrize("architecture", DENSE)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_every_linear_is_quantised_and_full_precision_is_that_of_transformers(model, windows, quantizer):
     layers: list[nn.Module] = []
@@ -92,7 +102,7 @@ def test_every_linear_is_quantised_and_full_precision_is_that_of_transformers(mo
     assert metrics["perplexity.text"] == pytest.approx(expected, rel=0.2)
 
 
-@pytest.mark.parametrize("architecture", ["ernie4_5"])
+@pytest.mark.parametrize("architecture", ["ernie4_5", "dots1"])
 def test_a_checkpoint_loads_without_the_setting(model, windows, tmp_path):
     import haq_lab.hf  # noqa: F401  # registers the checkpoints with transformers
 
