@@ -26,7 +26,10 @@ from haq_lab.int8.backend import Backend, ReferenceBackend
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.models.families.family import Family
+from haq_lab.models.families.float_share import FloatShare
+from haq_lab.models.families.layer_kinds import LayerKinds
 from haq_lab.models.families.lookup import FAMILIES, family_of
+from haq_lab.models.families.tiny import tiny_fields
 from haq_lab.models.sources import TinyModel
 from haq_lab.runtime.deploy import deploy
 from haq_lab.runtime.fusion import GatedMlp, QuantizedNorm
@@ -94,7 +97,7 @@ def _row(kind: str, folder: Path) -> tuple[str, ...]:
     return (
         code(kind),
         ", ".join(dict.fromkeys(name.rpartition(".")[2].removesuffix("_proj") for name in linears)),
-        f"{_share(kind, model):.1%}",
+        f"{_share(kind):.1%}",
         _folds(model.family),
         _native(model),
         _fused(QuantizedModel(checkpoint, FusingBackend())),
@@ -103,19 +106,15 @@ def _row(kind: str, folder: Path) -> tuple[str, ...]:
     )
 
 
-def _share(kind: str, model: QuantizedModel) -> float:
+def _share(kind: str) -> float:
     """Return the share of quantised weights in a model of transformers' default size for this architecture."""
-    kept = {name for index in range(model.depth) for name, _ in model.load_layer(index).named_parameters()}
     config = AutoConfig.for_model(kind)
+    if getattr(config, "layer_types", ()) is None:  # the default config builds no model without them
+        config.layer_types = tiny_fields(kind, config.num_hidden_layers, 64)["layer_types"]
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    layers = whole.get_submodule(family_of(config).layers)
-    quantised = sum(
-        parameter.numel()
-        for name, parameter in layers.named_parameters()
-        if parameter.ndim > 1 and name.partition(".")[2] not in kept
-    )
-    return quantised / sum(parameter.numel() for parameter in whole.parameters())
+    floats = FloatShare.of(LayerKinds(family_of(config), config), config.num_hidden_layers)
+    return floats.parameters * (1 - floats.share) / sum(parameter.numel() for parameter in whole.parameters())
 
 
 def _folds(family: Family) -> str:
