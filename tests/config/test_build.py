@@ -31,6 +31,7 @@ QUANTIZERS = [name for name in options("quantizer") if name != "none"]
 NEEDED = {
     "model=hf": ["model.name=x"],
     "model=tiny": ["model.architecture=qwen2"],
+    "tracking=mlflow": ["tracking.mlflow.uri=sqlite:///runs.db"],
     "model=gguf": ["model.path=x"],
     "model=quantized": ["model.path=x", "quantizer=none"],
 }
@@ -68,8 +69,7 @@ SPELLINGS = [
     "quantizer=haq quantizer.activations=auto",
     "quantizer=haq quantizer.adaptive=false quantizer.smoothing_strength=0.5",
     "quantizer=haq quantizer.fold=[norm]",
-    "quantizer=haq quantizer.scale_search=false",
-    "quantizer=haq quantizer.act_order=false",
+    "quantizer=haq quantizer.scale_search=false quantizer.act_order=false",
     "quantizer=haq quantizer.asymmetric_calibration=false",
     "quantizer=haq quantizer.rotation=none",
     "quantizer=rtn quantizer.rotation=full",
@@ -104,7 +104,7 @@ def test_the_fixed_spellings_are_valid(spelling):
 def test_the_defaults_are_the_promised_ones():
     config = _composed()
     assert list(config.measure) == ["perplexity", "memory", "latency"]
-    assert list(config.tracking) == ["offline"]
+    assert list(config.tracking) == ["offline", "private"]
     assert config.tracking.offline.mode == "offline"
     assert (config.backend._target_, config.force) == ("haq_lab.int8.cpu.backend.CpuBackend", False)
     calibration = _composed("calibration=wikitext2").calibration

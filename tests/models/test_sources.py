@@ -49,10 +49,15 @@ def test_tiny_model_is_built_once_and_is_reproducible(cache):
     assert not torch.equal(first["model.norm.weight"], other["model.norm.weight"])
 
 
-@pytest.mark.parametrize("wrong", [{"hidden": 50}, {"layers": 0}, {"architecture": "bert"}])
+@pytest.mark.parametrize("wrong", [{"hidden": 50}, {"layers": 0}])
 def test_tiny_model_refuses_sizes_it_cannot_have(wrong):
     with pytest.raises(ValidationError):
         TinyModel(**{"architecture": "opt", **wrong})
+
+
+def test_tiny_model_refuses_an_architecture_it_cannot_have():
+    with pytest.raises(UserError, match=r"^model\.architecture: 'qwen4' is not one of .*did you mean 'qwen3'"):
+        TinyModel("qwen4")
 
 
 def test_local_folder_is_used_unchanged(tiny):

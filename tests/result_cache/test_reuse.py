@@ -41,7 +41,7 @@ def _short_texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "calibration.txt").write_text(" ".join(words[2000:]))
     paths = [f"data.text.path={folder / 'evaluation.txt'}", f"calibration.path={folder / 'calibration.txt'}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("haq_lab.pipeline.record.layer_figure", lambda table, path: path)
+        patch.setattr("haq_lab.results.figures.layer_figure", lambda table, path: path)
         patch.setitem(globals(), "SMALL", SMALL + paths)
         yield
 
