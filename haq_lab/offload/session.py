@@ -355,6 +355,8 @@ def simulate_engine(
 
 
 def _require_experts(model: LayeredModel) -> None:
+    if model.family.probed:
+        raise UserError("offload: model.family=generic does not find the experts. Choose offload=none.")
     if not model.kinds.moe_layers:
         raise UserError(f"offload: a '{model.config.model_type}' has no experts to offload. Choose offload=none.")
 

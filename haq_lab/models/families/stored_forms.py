@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 from torch import Tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -28,7 +29,7 @@ def in_module_form(tensors: Mapping[str, Tensor], model_type: str) -> dict[str, 
             target, pattern = converter.rename_source_key(name)
             if pattern is not None:
                 found[target] = converter
-                converter.add_tensor(target, name, pattern, tensors[name])
+                converter.add_tensor(target, name, pattern, cast(Any, tensors[name]))  # it takes tensors and futures
                 break
         else:
             converted[name] = tensors[name]
