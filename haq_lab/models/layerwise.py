@@ -109,6 +109,7 @@ class LayeredModel:
         with no_init_weights():  # memory pages that are never written are never allocated
             shell = empty_model(self.config, 0, self.dtype).eval()
         self.config._attn_implementation = shell.config._attn_implementation
+        self.config._experts_implementation = shell.config._experts_implementation  # of experts that stay fused
         shell.config.num_hidden_layers = self.depth
         self.recorders = [Recorder() for _ in range(self.depth)]
         shell.set_submodule(self.family.layers, nn.ModuleList(self.recorders))
