@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from haq_lab.routing.trace import Trace, expert_dtype
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass
@@ -58,6 +61,8 @@ class Routing:
             A table with the columns `layer`, `expert`, `tokens`, `share` (of the layer's choices) and `gate_weight`
             (mean).
         """
+        import pandas as pd  # loading a checkpoint does not need it
+
         rows = []
         for layer, chosen, weights in zip(self.layers, self.chosen, self.weights, strict=True):
             counts = self.counts(layer)

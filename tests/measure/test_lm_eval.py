@@ -102,7 +102,7 @@ def test_data_that_is_missing_is_told(own, study):
 
 def test_without_the_extra_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"pip install 'haq-lab\[lm_eval\]'"):
+    with pytest.raises(UserError, match=r"pip install 'haq-lab\[lm-eval\]'"):
         LmEval()
     with pytest.raises(UserError, match="there is no folder"):
         LmEval(folder="nowhere")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -35,6 +37,12 @@ def test_nothing_is_held_back_but_the_beginning_of_a_stop_string():
     assert Cut([]).feed("END") == "END"
 
 
+def run(coroutine: Coroutine[None, None, list[object]]) -> list[object]:
+    """Run a coroutine in a thread of its own, because a browser test may have left an event loop in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
 class Reasoning(str):
     """As transformers marks what is no part of the answer."""
 
@@ -53,7 +61,7 @@ def test_a_queue_loses_only_the_stop_string(wait):
             queue.get_nowait()
         return items
 
-    assert asyncio.run(read()) == ["END", "one ", "x", None]
+    assert run(read()) == ["END", "one ", "x", None]
 
 
 def test_text_that_is_held_comes_before_the_end():
@@ -64,7 +72,7 @@ def test_text_that_is_held_comes_before_the_end():
         queue = CutQueue(inner, ["END"])
         return [await queue.get() for _ in range(3)]
 
-    assert asyncio.run(read()) == ["one ", "EN", None]
+    assert run(read()) == ["one ", "EN", None]
 
 
 def test_the_setting_is_one_string_or_several():

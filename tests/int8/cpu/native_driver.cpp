@@ -127,14 +127,16 @@ static bool run_layer(int level, int threads) {
   for (size_t i = 0; i < hidden.size(); ++i) hidden[i] = 0.01f * static_cast<float>(i * 53 % 255);
   std::vector<float> keys(2 * kv_heads * capacity * d), values(2 * kv_heads * capacity * 32);
   const haq::Norm whole = {norm.data(), width, 1e-5f}, head = {norm.data(), d, 1e-5f};
-  const haq::Layer dense = {heads, kv_heads, d, 0.2f, whole, whole, {}, {}, qkv.linear, output.linear,
-                            gate_up.linear, down.linear, {}};
+  // Keys within a window of 33 positions, a soft cap, a factor and norms of what a half adds, and a gate with GELU.
+  const haq::Layer dense = {heads, kv_heads, d, 33, 1, 1, 0.2f, 5.0f, 0.5f, whole, whole, whole, whole, {}, {},
+                            qkv.linear, output.linear, gate_up.linear, down.linear, {}};
   Weights gate(inner, width), up(inner, width);
   const haq::Expert expert = {gate.linear, up.linear, down.linear};
   const std::vector<haq::Expert> experts(5, expert);
   std::vector<float> router(experts.size() * width);
   for (size_t i = 0; i < router.size(); ++i) router[i] = 0.01f * static_cast<float>(i * 37 % 101);
-  haq::Layer moe = dense;
+  haq::Layer moe = {heads, kv_heads, d, 0, 1, 0, 0.2f, 0.0f, 1.0f, whole, whole, {}, {}, {}, {},
+                    qkv.linear, output.linear, gate_up.linear, down.linear, {}};
   moe.queries = moe.keys = head;
   moe.moe = {{router.data(), static_cast<int64_t>(experts.size()), 2, 1}, experts.data(), 0};
   const haq::Layer layers[] = {dense, moe};
