@@ -32,6 +32,7 @@ EXTRA = {  # arguments that make a command fast
 MOST_JOBS = 4  # of a larger sweep, only the first job runs
 ELSEWHERE = ("extending",)  # tests/test_extending.py runs the commands of this page, and applies its diffs first
 WITH_COMMANDS = [page for page in PAGES if commands(page) and page.stem not in ELSEWHERE]
+WITH_CODE = [page for page in PAGES if any(not block.needs for block in blocks(page, "python"))]
 SIZES = ("calibration.samples=", "calibration.seqlen=", "measure.latency.", "tracking=")
 
 
