@@ -59,7 +59,7 @@ def _same(one: Path, other: Path) -> bool:
     for folder in (one, other):
         results = json.loads((folder / "results.json").read_text())["metrics"]
         metrics.append(
-            {name: value for name, value in results.items() if not name.startswith(("time.", "memory.peak"))}
+            {name: value for name, value in results.items() if not name.startswith(("time.", "memory.peak", "memory.running", "memory.libraries"))}
         )
     tables = [{path.name: path.read_bytes() for path in folder.glob("*.csv")} for folder in (one, other)]
     routings = [load_file(folder / "routing.safetensors") for folder in (one, other) if "experts.csv" in tables[0]]
