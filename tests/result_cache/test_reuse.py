@@ -53,14 +53,15 @@ def _run(folder: Path, *settings: str) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+MEASURED = ("time.", "memory.peak", "memory.running", "memory.libraries")  # metrics that no two runs share
+
+
 def _same(one: Path, other: Path) -> bool:
-    """Return whether two runs have the same metrics (except times and peaks), reports, ranges and routing."""
+    """Return whether two runs have the same metrics (except `MEASURED`), reports, ranges and routing."""
     metrics = []
     for folder in (one, other):
         results = json.loads((folder / "results.json").read_text())["metrics"]
-        metrics.append(
-            {name: value for name, value in results.items() if not name.startswith(("time.", "memory.peak", "memory.running", "memory.libraries"))}
-        )
+        metrics.append({name: value for name, value in results.items() if not name.startswith(MEASURED)})
     tables = [{path.name: path.read_bytes() for path in folder.glob("*.csv")} for folder in (one, other)]
     routings = [load_file(folder / "routing.safetensors") for folder in (one, other) if "experts.csv" in tables[0]]
     routed = not routings or all(torch.equal(tensor, routings[1][name]) for name, tensor in routings[0].items())
