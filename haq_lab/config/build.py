@@ -148,14 +148,7 @@ def build(config: DictConfig) -> Experiment:
         )
     data = {name: spec.create() for name, spec in chosen["data"].items()}
     measures = {name: spec.create() for name, spec in chosen["measure"].items()}
-    for name, measure in measures.items():
-        if measure.evaluates and not data:
-            raise UserError(f"data: measure={name} needs a text. Choose one or more of {', '.join(options('data'))}.")
-        if needs_reference(measure) and quantized:
-            raise UserError(
-                f"measure.{name}.against: none has no effect because the checkpoint of model=quantized has no weights "
-                f"in full precision. Choose measure.{name}.against=null."
-            )
+    _check_measures(measures, bool(data), quantized)
     calibration = _create(specs["calibration"], "calibration", Calibration)
     trackers = [spec.create(Tracker) for spec in chosen["tracking"].values()]
     result_cache = _create(specs["result_cache"], "result_cache", ResultCache)
@@ -188,6 +181,18 @@ def build(config: DictConfig) -> Experiment:
     )
 
 
+def _check_measures(measures: dict[str, Measure], has_data: bool, quantized: bool) -> None:
+    """Check that the run has what its measures need: a text, and weights in full precision."""
+    for name, measure in measures.items():
+        if measure.evaluates and not has_data:
+            raise UserError(f"data: measure={name} needs a text. Choose one or more of {', '.join(options('data'))}.")
+        if needs_reference(measure) and quantized:
+            raise UserError(
+                f"measure.{name}.against: none has no effect because the checkpoint of model=quantized has no weights "
+                f"in full precision. Choose measure.{name}.against=null."
+            )
+
+
 def make_trackers(config: DictConfig) -> list[Tracker]:
     """Create the trackers of a config.
 
@@ -213,7 +218,7 @@ def model_option(name: str, settings: Sequence[str]) -> ModelSource:
     if name not in options("model"):
         raise unknown_option("model", name)
     with initialize_config_dir(str(bundled("conf").resolve()), version_base="1.3"):
-        return build(compose("config", [f"model={name}", *settings])).model
+        return build(compose("config", [f"model={name}", "tracking=none", *settings])).model
 
 
 def _check_names(config: DictConfig) -> None:

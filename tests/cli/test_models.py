@@ -33,6 +33,13 @@ def test_it_builds_and_checks(capsys, monkeypatch):
     assert "tiny_mixtral_trained: " in text
 
 
+def test_it_needs_no_tracker(capsys, monkeypatch):
+    """`make demo` builds the model before anything else, and W&B is not installed with the core."""
+    monkeypatch.setattr("haq_lab.utils.extras.installed", lambda *packages: False)
+    code, text = _run(capsys, "tiny_llama")
+    assert (code, text.startswith("tiny_llama: ")) == (0, True), text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
