@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from docs.tools.tables import code, table
 from haq_lab.config.help import GROUPS, MULTIPLE_CHOICE, options
+from haq_lab.tracking.tracker import flat_settings
 from haq_lab.utils.paths import bundled
 
 SWEEPS = {
@@ -98,7 +99,7 @@ def _default(by_option: dict[str, dict[str, Setting]], option: str, setting: str
 def _settings_of(group: str, option: str) -> dict[str, Setting]:
     """Return the settings of an option, with those of the options that it extends."""
     path = bundled("conf") / group / f"{option}.yaml"
-    values = OmegaConf.to_container(OmegaConf.load(path))
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(values, dict)
     found: dict[str, Setting] = {}
     for base in values.pop("defaults", []):
@@ -113,7 +114,7 @@ def _settings_of(group: str, option: str) -> dict[str, Setting]:
     target = values.pop("_target_", None)
     types, meanings = _fields(target)
     comments = _comments(path)
-    for name, value in _flat(values):
+    for name, value in flat_settings(values).items():
         before = found.get(name, Setting("", "", ""))
         meaning = CHOICES.sub("", comments.get(name, "")) or meanings.get(name, "") or before.meaning
         found[name] = Setting(_shown(value), types.get(name, before.values), _sentence(meaning))
@@ -123,7 +124,7 @@ def _settings_of(group: str, option: str) -> dict[str, Setting]:
 def _outside() -> str:
     """Return the table of the settings at the top of conf/config.yaml."""
     path = bundled("conf") / "config.yaml"
-    values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     assert isinstance(values, dict)
     rows, about = [], ""
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -134,18 +135,10 @@ def _outside() -> str:
             value = values[name] if isinstance(values[name], dict) else {"": values[name]}
             target = value.pop("_target_", None)
             types, meanings = _fields(target)
-            for key, default in _flat(value):
+            for key, default in flat_settings(value).items():
                 meaning = meanings.get(key, about)
                 rows.append((code(f"{name}.{key}".rstrip(".")), code(_shown(default)), types.get(key, ""), meaning))
     return "## Outside the groups\n\n" + table(("setting", "default", "values", "meaning"), rows)
-
-
-def _flat(values: dict[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _shown(value: Any) -> str:

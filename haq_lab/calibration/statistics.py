@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from haq_lab.int8.rotation import NO_ROTATION, rotate
+from haq_lab.int8.rotation import NO_ROTATION, hadamard, rotate
 
 SAMPLE_ROWS = 2048  # evenly spaced tokens whose inputs are stored
 EXTREME_ROWS = 64  # stored besides: the tokens with the largest values, which are the outliers
@@ -150,8 +150,13 @@ class InputStatistics:
         if block == NO_ROTATION:
             return self
 
+        matrix = hadamard(block)
+
         def both_sides(moment: Tensor | None) -> Tensor | None:
-            return None if moment is None else rotate(rotate(moment, block).t(), block).t().contiguous()
+            if moment is None:
+                return None
+            left = torch.matmul(matrix, moment.view(-1, block, moment.shape[1]))
+            return torch.matmul(left.view(-1, block), matrix).view(moment.shape)
 
         sample = None if self.sample is None else rotate(self.sample, block)
 

@@ -57,13 +57,23 @@ def rotate(x: Tensor, block: int) -> Tensor:
         return x
     if x.shape[-1] % block or block & (block - 1):
         raise ValueError(f"block: {block} is not a power of two that divides {x.shape[-1]} channels.")
-    y = x.float()
+    y = x.float().reshape(-1, block).t().contiguous()  # a row for each channel of a block
+    other = torch.empty_like(y)
     half = 1
     while half < block:
-        first, second = y.reshape(*x.shape[:-1], -1, 2, half).unbind(-2)
-        y = torch.stack([first + second, first - second], dim=-2).view(x.shape)
+        first, second = y.view(-1, 2, half, y.shape[1]).unbind(1)
+        total, difference = other.view(-1, 2, half, y.shape[1]).unbind(1)
+        torch.add(first, second, out=total)
+        torch.sub(first, second, out=difference)
+        y, other = other, y
         half *= 2
-    return y.mul_(scale_of_block(block))
+    return y.mul_(scale_of_block(block)).t().reshape(x.shape)
+
+
+@cache
+def hadamard(block: int) -> Tensor:
+    """Return one block of R, (block, block). Blocks of x times it are `rotate(x, block)` up to rounding."""
+    return rotate(torch.eye(block), block)
 
 
 @cache

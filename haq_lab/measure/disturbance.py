@@ -1,7 +1,8 @@
 """Say whether other work disturbed a latency, from what the run recorded about its machine.
 
-Tables mark a disturbed figure with `~`. A ratio to the full-precision model needs no mark, because both models meet the
-same disturbance.
+Tables mark a disturbed figure with `~`. The ratio to the full-precision model needs no mark when one thread decodes,
+because both models then meet the same disturbance. With more threads, and in the prefill, the ratio changes too. See
+experiments/latency_under_load.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ Metrics = Mapping[Any, Any] | pd.Series  # metrics by name, from `results.json` 
 WAITED = 1.05  # wall time over processor time; more means that the thread waited
 SPREAD = 0.25  # 95th percentile of a decoded token over the median, minus 1
 MARK = "~"
-_MARKED = ("latency.prefill_ms", "latency.decode_ms_per_token.", "latency.tokens_per_s")
+_MARKED = ("latency.prefill_ms", "latency.decode_ms_per_token.", "latency.tokens_per_s", "latency.speed_vs_fp.")
+_DECODE_RATIO = "latency.speed_vs_fp.decode"
 
 
 def disturbances(metrics: Metrics) -> list[str]:
@@ -48,13 +50,15 @@ def disturbances(metrics: Metrics) -> list[str]:
 
 
 def mark(name: str, metrics: Metrics) -> str:
-    """Return the mark before the figure of a metric: `~` if it is a time and other work disturbed it, else nothing.
+    """Return the mark before the figure of a metric: `~` if it is a latency and other work disturbed it, else nothing.
 
     Args:
         name: Full name of the metric.
         metrics: All metrics of the run by name.
     """
-    return MARK if name.startswith(_MARKED) and disturbances(metrics) else ""
+    if not name.startswith(_MARKED) or (name.startswith(_DECODE_RATIO) and _value(metrics, "latency.threads") == 1):
+        return ""
+    return MARK if disturbances(metrics) else ""
 
 
 def advice(metrics: Metrics) -> str:
@@ -68,8 +72,10 @@ def advice(metrics: Metrics) -> str:
     hints = []
     if math.isnan(_value(metrics, "latency.machine.waited_s")):
         hints.append("measure.latency.wait=60 waits for a quiet moment.")
-    if math.isnan(_value(metrics, "latency.speed_vs_fp.decode")):
-        hints.append("measure.latency.against=none gives a ratio that holds on a busy machine.")
+    if math.isnan(_value(metrics, _DECODE_RATIO)):
+        hints.append("measure.latency.against=none gives a ratio of decoding, which holds with OMP_NUM_THREADS=1.")
+    elif mark(_DECODE_RATIO, metrics):
+        hints.append("With OMP_NUM_THREADS=1 the ratio of decoding holds on a busy machine.")
     return " ".join([f"{MARK} the machine was busy when latency was measured: {', and '.join(reasons)}.", *hints])
 
 

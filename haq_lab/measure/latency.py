@@ -1,8 +1,8 @@
 """Measure the latency of the deployed model: the prefill of a prompt, then each token that is decoded after it.
 
 Each sample has its wall time and its processor time, and the run records how busy the machine was. With `against`, the
-tokens of the full-precision model alternate with the model's own. The ratio of both holds on a busy machine too. The
-table `latency.csv` contains every sample.
+tokens of the full-precision model alternate with the model's own. With one thread, the ratio of decoding then holds on
+a busy machine too. The table `latency.csv` contains every sample.
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ class Latency:
                 metrics["latency.decode_ms_per_token.p95"] / metrics["latency.decode_ms_per_token.p50"] - 1
             )
         own_time = device.type == "cpu" and not study.offloaded
+        if device.type == "cpu":
+            metrics["latency.threads"] = torch.get_num_threads()
         if own_time:
             wall, cpu = samples[:, 0].sum((0, 1))
             metrics["latency.wall_over_cpu"] = wall / max(cpu, 1e-9)

@@ -108,6 +108,7 @@ METRICS: dict[str, Metric] = {
     "latency.tokens_per_s": Metric("throughput", "tokens/s", "higher", 1, baseline=UNQUANTISED),
     "latency.speed_vs_fp.prefill": Metric("prefill", "x fp32", "higher", 2, column="all"),
     "latency.speed_vs_fp.decode": Metric("decode", "x fp32", "higher", 2, column="all"),
+    "latency.threads": Metric("threads", decimals=0, column="none"),
     "latency.wall_over_cpu": Metric("wall time over processor time", decimals=2, column="none"),
     "latency.spread": Metric("95th percentile of a decoded token over the median, minus 1", decimals=2, column="none"),
     "latency.machine.others_share": Metric("processors used by others", "%", "", 0, 100, column="none"),

@@ -161,6 +161,10 @@ class LayeredModel:
         Raises:
             UserError: The folder has no usable tokenizer, or it has more tokens than the embedding.
         """
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises the base class

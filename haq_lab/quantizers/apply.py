@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from haq_lab.calibration.statistics import InputStatistics
@@ -112,16 +113,16 @@ def quantize_group(
     Returns:
         One report for each linear.
     """
-    stacked = stack_weights(layer, group.consumers)
-    rotation = quantizer.rotation_of(stacked.shape[1])
+    rotation = quantizer.rotation_of(cast(nn.Linear, layer.get_submodule(group.consumers[0])).in_features)
     if statistics is not None:
         statistics = statistics.rotated(rotation)
-    activation = quantizer.activation(rotate(stacked, rotation), statistics)
+    weights = {name: rotate(cast(Tensor, layer.get_submodule(name).weight), rotation) for name in group.consumers}
+    activation = quantizer.activation(torch.cat([*weights.values()]), statistics)
     reports = []
     for expert, names in group.consumers_by_expert().items():
         own = None if statistics is None else statistics.of(expert)
         chosen = quantizer if allocation is None else quantizer.with_bits(allocation[index, names])
-        solution = chosen.solve(rotate(stack_weights(layer, names), rotation), own, activation)
+        solution = chosen.solve(torch.cat([weights[name] for name in names]), own, activation)
         first = 0
         for name in names:
             rows = slice(first, first := first + cast(nn.Linear, layer.get_submodule(name)).out_features)
@@ -133,8 +134,7 @@ def quantize_group(
                 report.static_scale = float(activation.scale)
             report.weight_bits, report.weight_group = solved.format.bits, solved.format.group
             report.weights = solved.levels.numel()
-            weight = rotate(cast(Tensor, layer.get_submodule(name).weight), rotation)
-            _measure_errors(report, weight, own, solved)
+            _measure_errors(report, weights[name], own, solved)
             reports.append(report)
             _replace_linear(layer, name, solved, activation, rotation, backend)
     return reports

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -245,5 +244,5 @@ def output_error(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
         block = difference[:, columns]
         product = block @ hessian[columns, columns]
         product.addmm_(difference[:, :first], hessian[:first, columns], alpha=2)
-        total += float(torch.einsum("nk,nk->", product, block))
+        total += float(product.mul_(block).sum())
     return total / len(weight)

@@ -13,7 +13,7 @@ import pandas as pd
 from haq_lab.measure.metrics import Metric, find_metric
 from haq_lab.report.collect import Collection
 from haq_lab.report.latex import PREAMBLE, environment, escaped, plain_table, require_width
-from haq_lab.report.tables import comparable_groups, measured_metrics, published_table
+from haq_lab.report.tables import comparable_groups, measured_metrics, published_table, shared_full_precision
 from haq_lab.report.verdicts import best_runs
 from haq_lab.results.run_labels import FULL_PRECISION
 from haq_lab.utils.errors import invalid
@@ -177,9 +177,8 @@ def _full_precision(runs: pd.DataFrame, columns: list[Column]) -> list[tuple[str
     if not rows:
         values = []
         for column in columns:
-            shared = set(runs.get(f"perplexity_fp.{column.text}", pd.Series(dtype=float)).dropna())
-            is_shared = column.metric == KINDS["perplexity"] and len(shared) == 1
-            values.append(_digits(column.metric, shared.pop()) if is_shared else "")
+            shared = shared_full_precision(runs, column.text) if column.metric == KINDS["perplexity"] else None
+            values.append("" if shared is None else _digits(column.metric, shared))
         rows = [(FULL_PRECISION, values)] if any(values) else []
     return rows
 

@@ -145,10 +145,16 @@ def _full_precision(runs: pd.DataFrame, names: list[str]) -> list[list[Cell]]:
     cells = []
     for name in names:
         kind, _, text = name.partition(".")
-        metric, shared = find_metric(name), runs.get(f"perplexity_fp.{text}", pd.Series(dtype=float)).dropna()
-        known = kind == "perplexity" and metric is not None and len(set(shared)) == 1
-        cells.append(Cell(metric.format(shared.iloc[0]) if known and metric else ""))
+        metric, shared = find_metric(name), shared_full_precision(runs, text)
+        shown = "" if kind != "perplexity" or metric is None or shared is None else metric.format(shared)
+        cells.append(Cell(shown))
     return [[Cell(FULL_PRECISION), *cells]] if any(cell.text for cell in cells) else []
+
+
+def shared_full_precision(runs: pd.DataFrame, text: str) -> float | None:
+    """Return the perplexity in full precision of a text. None if the runs do not share it."""
+    values = set(runs.get(f"perplexity_fp.{text}", pd.Series(dtype=float)).dropna())
+    return values.pop() if len(values) == 1 else None
 
 
 def _cell(name: str, metric: Metric, run: pd.Series, baseline: pd.DataFrame, best: set[str]) -> Cell:

@@ -72,18 +72,21 @@ class Routing:
                 rows.append({"layer": layer, "expert": expert, "tokens": count, "share": share, "gate_weight": mean})
         return pd.DataFrame(rows)
 
-    def trace(self, model: str, text: str) -> Trace:
-        """Return the choices as a routing trace, each window as one prompt.
+    def trace(self, model: str, text: str, prompt: int | None = None) -> Trace:
+        """Return the choices as a routing trace.
 
         Args:
             model: Name of the model.
             text: Name of the text.
+            prompt: Number of tokens of each window that count as its prompt. The others count as decoded. None means
+                all of them.
         """
         count, length = self.windows
+        decoded = np.arange(length) >= (length if prompt is None else prompt)
         return Trace(
             torch.stack(self.chosen, dim=1).numpy(),
             torch.stack(self.weights, dim=1).numpy(),
-            np.zeros(count * length, np.bool_),
+            np.tile(decoded, count),
             np.arange(count) * length,
             self.experts,
             model,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,15 +51,7 @@ def record_trace(
         else:
             routing.add_layer(*_run_and_record(model, layer, index, moe, hidden))
         finished()
-    return Trace(
-        torch.stack(routing.chosen, 1).numpy(),
-        torch.stack(routing.weights, 1).numpy(),
-        np.tile(np.arange(length) >= prompt, count),
-        np.arange(count, dtype=np.int64) * length,
-        model.experts,
-        model.folder.name,
-        text,
-    )
+    return routing.trace(model.folder.name, text, prompt)
 
 
 def _run_and_record(

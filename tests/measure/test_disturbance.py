@@ -38,8 +38,17 @@ def test_only_times_are_marked():
     busy = QUIET | {"latency.wall_over_cpu": 1.5}
     assert mark("latency.prefill_ms", busy) == mark("latency.decode_ms_per_token.p95", busy) == "~"
     assert mark("latency.tokens_per_s", busy) == "~"
-    assert mark("latency.speed_vs_fp.decode", busy) == mark("perplexity.c4", busy) == mark("latency.spread", busy) == ""
+    assert mark("perplexity.c4", busy) == mark("latency.spread", busy) == mark("latency.threads", busy) == ""
     assert mark("latency.prefill_ms", QUIET) == ""
+
+
+def test_a_ratio_holds_under_load_only_when_one_thread_decodes():
+    """With two threads, the ratio of decoding was 7.4 instead of 4.2 (experiments/latency_under_load.md)."""
+    busy = QUIET | {"latency.wall_over_cpu": 1.5}
+    for threads, shown in ((1.0, ""), (2.0, "~"), (math.nan, "~")):
+        assert mark("latency.speed_vs_fp.decode", busy | {"latency.threads": threads}) == shown
+        assert mark("latency.speed_vs_fp.prefill", busy | {"latency.threads": threads}) == "~"
+    assert mark("latency.speed_vs_fp.decode", QUIET | {"latency.threads": 2.0}) == ""
 
 
 def test_the_advice_names_what_was_not_tried():
@@ -47,8 +56,10 @@ def test_the_advice_names_what_was_not_tried():
     assert advice(busy) == (
         "~ the machine was busy when latency was measured: wall time exceeds processor time by 50 %, and others used "
         "50 % of the processors. measure.latency.wait=60 waits for a quiet moment. measure.latency.against=none gives "
-        "a ratio that holds on a busy machine."
+        "a ratio of decoding, which holds with OMP_NUM_THREADS=1."
     )
-    assert "against" not in advice(busy | {"latency.speed_vs_fp.decode": 3.0})
+    ratio = busy | {"latency.speed_vs_fp.decode": 3.0}
+    assert advice(ratio).endswith("With OMP_NUM_THREADS=1 the ratio of decoding holds on a busy machine.")
+    assert advice(ratio | {"latency.threads": 1.0}).endswith("waits for a quiet moment.")
     assert "wait=60" not in advice(busy | {"latency.machine.waited_s": 60.0})
     assert "against" in advice(pd.Series(busy | {"latency.speed_vs_fp.decode": math.nan}))

@@ -59,6 +59,6 @@ def test_times_of_a_busy_machine_are_marked_and_the_advice_follows(tmp_path, cap
     show_results({"run": run, "metrics": metrics | {"latency.wall_over_cpu": 1.4}}, tmp_path)
     shown = capsys.readouterr().out
     assert "~30.0 ms" in shown
-    assert " 3.50 x fp32  (± 0.10 x fp32)" in shown
+    assert "~3.50 x fp32  (± 0.10 x fp32)" in shown
     assert "~ the machine was busy when latency was measured: wall time exceeds processor time by 40 %." in shown
     assert "measure.latency.wait=60 waits for a quiet moment" in shown

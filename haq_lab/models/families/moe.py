@@ -87,100 +87,85 @@ _LFM2 = Moe(
     stored=W1_W3_W2,
 )
 
+
+def _row(model_type: str, groups: tuple[Group, ...], moe: Moe, **others: Any) -> Family:
+    return Family(model_type, "model.layers", groups, moe=moe, smoothquant_strength=STRENGTH, **others)
+
+
 MIXTURES: tuple[Family, ...] = (
-    Family(
+    _row(
         "mixtral",
-        "model.layers",
         (*ATTENTION, *experts(_MIXTRAL)),
-        smoothquant_strength=STRENGTH,
-        moe=_MIXTRAL,
+        _MIXTRAL,
         renamed=((".block_sparse_moe.", ".mlp."),),
     ),
-    Family(
+    _row(
         "qwen3_moe",
-        "model.layers",
         (*ATTENTION, *gated_mlp(), *experts(_QWEN_MOE)),
-        smoothquant_strength=STRENGTH,
-        moe=_QWEN_MOE,
+        _QWEN_MOE,
         head_norms=HEAD_NORMS,
     ),
     # With clip_qkv, values are clipped, so a factor cannot be folded through them.
-    Family(
+    _row(
         "olmoe",
-        "model.layers",
         (*ATTENTION, *experts(_OLMOE)),
-        smoothquant_strength=STRENGTH,
+        _OLMOE,
         requires=(("clip_qkv", (None,)),),
-        moe=_OLMOE,
         head_norms=HEAD_NORMS,
     ),
-    Family(
+    _row(
         "qwen2_moe",
-        "model.layers",
         (
             *ATTENTION,
             *gated_mlp(),
             *experts(_QWEN_MOE, **SHARED),
         ),
-        smoothquant_strength=STRENGTH,
-        moe=_QWEN_MOE,
+        _QWEN_MOE,
     ),
     *(
-        Family(
+        _row(
             model_type,
-            "model.layers",
             (*LATENT_ATTENTION, *gated_mlp(), *experts(_DEEPSEEK, shared="mlp.shared_experts")),
-            smoothquant_strength=STRENGTH,
-            moe=_DEEPSEEK,
+            _DEEPSEEK,
             takes_prefix=False,
             cached=("self_attn.kv_a_proj_with_mqa",),
         )
         for model_type in ("deepseek_v2", "deepseek_v3")
     ),
-    Family(
+    _row(
         "glm4_moe",
-        "model.layers",
         (*ATTENTION, *gated_mlp(), *experts(_DEEPSEEK, shared="mlp.shared_experts")),
-        smoothquant_strength=STRENGTH,
-        moe=_DEEPSEEK,
+        _DEEPSEEK,
         head_norms=HEAD_NORMS,
     ),
     # The clamped SwiGLU of the experts is not linear in the up projection's output.
-    Family(
+    _row(
         "gpt_oss",
-        "model.layers",
         (*ATTENTION, *experts(_GPT_OSS, folds_up=False)),
-        smoothquant_strength=STRENGTH,
-        moe=_GPT_OSS,
+        _GPT_OSS,
         takes_prefix=False,
     ),
-    Family(
+    _row(
         "granitemoe",
-        "model.layers",
         (*ATTENTION, *experts(_GRANITE)),
-        smoothquant_strength=STRENGTH,
-        moe=_GRANITE,
+        _GRANITE,
         renamed=(
             (".input_linear.weight", ".experts.gate_up_proj"),
             (".output_linear.weight", ".experts.down_proj"),
             (".router.layer.weight", ".router.weight"),
         ),
     ),
-    Family(
+    _row(
         "phimoe",
-        "model.layers",
         (*ATTENTION, *experts(_PHI)),
-        smoothquant_strength=STRENGTH,
-        moe=_PHI,
+        _PHI,
         renamed=((".block_sparse_moe.", ".mlp."), (".mlp.gate.", ".mlp.router.")),
     ),
     *(
-        Family(
+        _row(
             model_type,
-            "model.layers",
             (*HYBRID_ATTENTION, *gated_mlp(gain_offset=1.0), *experts(moe, gain_offset=1.0, **SHARED)),
-            smoothquant_strength=STRENGTH,
-            moe=moe,
+            moe,
             head_norms=HEAD_NORMS,
             wrapper=wrapper,
             takes_prefix=False,
@@ -192,9 +177,8 @@ MIXTURES: tuple[Family, ...] = (
     ),
     # Most layers have a short convolution in place of attention. Its linears are quantised. The last rows of its input
     # projection are what is convolved, so its output is linear in them.
-    Family(
+    _row(
         "lfm2_moe",
-        "model.layers",
         (
             Group("norm", "operator_norm", (*(f"self_attn.{name}_proj" for name in "qkv"), "conv.in_proj")),
             Group("value", "self_attn.v_proj", ("self_attn.out_proj",)),
@@ -203,9 +187,8 @@ MIXTURES: tuple[Family, ...] = (
             Group("up", "feed_forward.w3", ("feed_forward.w2",)),
             *experts(_LFM2, norm="ffn_norm"),
         ),
-        smoothquant_strength=STRENGTH,
+        _LFM2,
         requires=(("use_expert_bias", (True,)), ("conv_bias", (False,))),
-        moe=_LFM2,
         head_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
         takes_prefix=False,
     ),
