@@ -55,6 +55,7 @@ def test_all_metrics_are_there(quantized):
     assert set(metrics) == {
         "latency.prefill_ms",
         "latency.tokens_per_s",
+        "latency.threads",
         "latency.wall_over_cpu",
         *(f"latency.decode_ms_per_token.{name}" for name in ("mean", "p50", "p95", "std")),
     }
