@@ -1,4 +1,4 @@
-"""Thin the tests, so that `make test` takes minutes. `pytest --all` and `make test-all` run all of them, and CI does.
+"""Thin the tests, so that `make test` takes minutes. `pytest --all` and `make test-all` run all of them.
 
 A test with three or more parameters runs on a subset of its grid. The subset has every pair of values of two parameters
 that the whole grid has. Most faults need at most two settings to show (Kuhn et al., IEEE TSE 2004).
