@@ -10,8 +10,7 @@ BIN := .venv/bin
 .PHONY: demo test test-all check docs wheel lock setup clean
 
 demo: .venv/.package
-	$(BIN)/python -m haq_lab -m +experiment=demo quantizer=none,rtn,smoothquant,gptq,haq hydra.sweep.dir=runs/demo
-	$(BIN)/python -m haq_lab.results runs/demo --csv runs/demo/table.csv --figure runs/demo/perplexity.png
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ./demo.sh
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -25,7 +25,7 @@ RUN uv pip install --no-deps .
 # Models, compiled kernels and shared results stay in the volume.
 ENV HAQ_LAB_CACHE=/cache/haq_lab HF_HOME=/cache/huggingface
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-COPY --chmod=755 docker/demo.sh /usr/local/bin/haq-lab-demo
+COPY --chmod=755 demo.sh /usr/local/bin/haq-lab-demo
 USER 1000
 WORKDIR /work
 VOLUME /cache

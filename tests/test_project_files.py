@@ -81,12 +81,27 @@ def test_a_container_runs_the_demo_without_root_and_keeps_its_cache(path):
             assert f"!{source}" in ignored
 
 
-def test_the_container_runs_the_demo_of_the_makefile():
-    written = (ROOT / "Makefile").read_text().replace("$(BIN)/python -m haq_lab.", "haq-lab ")
-    demo = written.replace("$(BIN)/python -m haq_lab", "haq-lab")
-    commands = [line for line in (ROOT / "docker" / "demo.sh").read_text().splitlines() if line.startswith("haq-lab")]
-    assert len(commands) == 2
-    assert all(f"\t{command}\n" in demo for command in commands)
+def test_make_and_the_containers_run_the_same_demo():
+    assert "\t@PATH=" in (makefile := (ROOT / "Makefile").read_text())
+    assert "./demo.sh\n" in makefile
+    assert all("COPY --chmod=755 demo.sh " in path.read_text() for path in DOCKERFILES)
+
+
+def test_the_demo_ends_with_commands_to_try_next(tmp_path):
+    """The commands have the path at which they are found."""
+    command = tmp_path / ".venv" / "bin" / "haq-lab"
+    command.parent.mkdir(parents=True)
+    command.write_text('#!/bin/sh\necho "$@" >> commands\n')
+    command.chmod(0o755)
+    environment = {"PATH": f"{command.parent}:/usr/bin:/bin"}
+    shown = subprocess.run(
+        [ROOT / "demo.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    ran = (tmp_path / "commands").read_text().splitlines()
+    assert [line.split()[0] for line in ran] == ["-m", "results"]
+    following = [line.strip() for line in shown.stdout.partition("What to do next:")[2].splitlines() if line]
+    assert len(following) == 3
+    assert all(line.startswith(".venv/bin/haq-lab ") for line in following)
 
 
 def test_hadolint_finds_nothing():
