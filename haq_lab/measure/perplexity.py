@@ -84,10 +84,13 @@ def score_windows(
         log_probabilities = {
             level: F.log_softmax(model.head(states[number : number + 1], level == "quantized")[0, :-1].float(), dim=-1)
             for level, states in hidden.items()
+            if level != "smoothed" or states is not hidden["fp"]
         }
+        if "smoothed" in hidden:  # without smoothing it is the original model
+            log_probabilities.setdefault("smoothed", log_probabilities["fp"])
         row: dict[str, float] = {"window": number, "tokens": tokens}
-        for level, values in log_probabilities.items():
-            row[NLL[level]] = float(F.nll_loss(values, targets, reduction="sum")) / tokens
+        for level in hidden:
+            row[NLL[level]] = float(F.nll_loss(log_probabilities[level], targets, reduction="sum")) / tokens
         if {"fp", "quantized"} <= hidden.keys():
             fp, quantized = log_probabilities["fp"], log_probabilities["quantized"]
             divergence = F.kl_div(quantized, fp, reduction="none", log_target=True).sum(-1)

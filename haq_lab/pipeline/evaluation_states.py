@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.pipeline.cached_baseline import find_baseline, store_baseline
 from haq_lab.prefix.attention import detached
+from haq_lab.quantizers.base import Quantizer
 from haq_lab.quantizers.pass_result import Level
 from haq_lab.result_cache.store import Store
 from haq_lab.storage.hidden_state_buffer import HiddenStateBuffer
@@ -22,7 +23,8 @@ class Evaluation:
 
     Args:
         windows: Token windows (n, t) by dataset.
-        quantizes: Whether the pass quantises the model. If not, the only level is the model as it is.
+        quantizer: The method. If None, the only level is the model as it is. If it does not smooth, the levels `fp` and
+            `smoothed` are one tensor.
         buffer: Holds the hidden states.
         store: The result cache for the hidden states of the full-precision model.
         next_layer: Receives the index of the next layer to run, under `<dataset>/<level>`, for the levels `as_it_is`.
@@ -37,13 +39,13 @@ class Evaluation:
         self,
         model: LayeredModel,
         windows: dict[str, Tensor],
-        quantizes: bool,
+        quantizer: Quantizer | None,
         buffer: HiddenStateBuffer,
         store: Store,
         next_layer: dict[str, int],
     ):
         models: dict[Level, LayeredModel] = {"quantized" if model.quantized else "fp": model}
-        if quantizes and model.prefix is not None:
+        if quantizer is not None and model.prefix is not None:
             models["fp_no_prefix"] = model.without_prefix()
         self.as_it_is: tuple[Level, ...] = tuple(models)
         self.hidden: dict[str, dict[Level, Tensor]] = {}
@@ -52,8 +54,9 @@ class Evaluation:
         self._computed: list[tuple[str, Level]] = []
         for name, tokens in windows.items():
             own: dict[Level, Tensor] = {level: each.embed(tokens, buffer.empty) for level, each in models.items()}
-            if quantizes:
-                own |= {level: buffer.copy(own["fp"]) for level in ("smoothed", "quantized")}
+            if quantizer is not None:
+                own["smoothed"] = buffer.copy(own["fp"]) if quantizer.smooths else own["fp"]
+                own["quantized"] = buffer.copy(own["fp"])
             for level, each in models.items():
                 found = level != "quantized" and find_baseline(store, each, tokens, own[level])
                 next_layer[f"{name}/{level}"] = model.depth if found else 0

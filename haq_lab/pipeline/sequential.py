@@ -2,7 +2,8 @@
 
 The pass reads each layer once. It runs the calibration windows through the layer once and the evaluation windows up
 to three times: with the original, the smoothed and the quantised weights. So it measures all three perplexities, even
-of a model that does not fit in memory. All of them are behind the model's prefix, if it has one.
+of a model that does not fit in memory. All of them are behind the model's prefix, if it has one. A method that does not
+smooth saves the second time.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def sequential_pass(
     model, quantizer, backend = inputs.model, inputs.quantizer, inputs.backend
     store, buffer, clock = store or Store(), HiddenStateBuffer(), Stopwatch()
     next_layer: dict[str, int] = {}
-    evaluation = Evaluation(model, inputs.evaluation, quantizer is not None, buffer, store, next_layer)
+    evaluation = Evaluation(model, inputs.evaluation, quantizer, buffer, store, next_layer)
     result = PassResult(evaluation.hidden, stopwatch=clock)
     calibrator = None
     if quantizer is not None:
@@ -108,7 +109,7 @@ def sequential_pass(
             evaluate(level, layer, index)
         if quantizer is not None:
             assert calibrator is not None
-            smoothed = _copy_sharing_weights(layer) if inputs.evaluation else None  # for the level `smoothed`
+            smoothed = _copy_sharing_weights(layer) if inputs.evaluation and quantizer.smooths else None
             states = [layer] if smoothed is None else [layer, smoothed]
             arguments = quantizer, backend, calibrator, result.ranges, allocation
             result.reports += _quantize_layer(model, states, index, *arguments)
@@ -116,7 +117,7 @@ def sequential_pass(
             buffer.release()
             if smoothed is not None:
                 evaluate("smoothed", smoothed, index)
-                evaluate("quantized", layer, index)
+            evaluate("quantized", layer, index)
             del smoothed
         if checkpoint is not None:
             with clock.stage("write"):

@@ -191,6 +191,11 @@ class Quantizer:
         """
         return None
 
+    @property
+    def smooths(self) -> bool:
+        """Whether it chooses smoothing factors. If not, the smoothed model is the original one."""
+        return type(self).smoothing is not Quantizer.smoothing
+
     def activation(self, weight: Tensor, statistics: InputStatistics | None) -> ActivationChoice:
         """Choose how to quantise the input of a group.
 

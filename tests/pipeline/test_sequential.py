@@ -55,6 +55,8 @@ def test_levels(tiny, windows, name, inputs):
     expected = whole_of(tiny.folder)(windows).logits
     torch.testing.assert_close(logits["fp"], expected, rtol=1e-5, atol=1e-4)
     assert float((logits["smoothed"] - expected).norm() / expected.norm()) < 1e-4
+    shared = result.hidden["text"]["smoothed"] is result.hidden["text"]["fp"]
+    assert shared == (name != "smoothquant"), "a method that does not smooth runs no second full-precision model"
 
     whole = tiny.assemble(layers)
     linears = [module for module in whole.get_submodule(tiny.family.layers).modules() if isinstance(module, Int8Linear)]
