@@ -45,7 +45,7 @@ def pareto(collection: Collection) -> Chart | str:
     """Draw memory against each perplexity and latency, and simulated plans, each with its Pareto front."""
     variants = {}
     changes = [name for name in map(str, collection.shown) if name.startswith("change_percent.")]
-    costs = {name: f"{name.partition('.')[2]}, change of perplexity from full precision, %" for name in changes}
+    costs = {name: f"{name.partition('.')[2]}: perplexity over fp, %" for name in changes}
     costs["latency.decode_ms_per_token.mean"] = "decode, ms per token"
     for (model, runs), (name, label) in product(collection.by_model(), costs.items()):
         if MEMORY not in runs or name not in runs:
