@@ -13,6 +13,7 @@ from haq_lab.offload.policies.path_model import (
     HORIZONS,
     MAX_AGE,
     _features,
+    _Fit,
     _waits,
     fit_path_model,
     log_odds,
@@ -38,6 +39,23 @@ def test_features_and_waits_are_what_they_say(make_trace):
             ahead = np.flatnonzero(used[token:])
             # One visit ahead of the trace's end is as far as MAX_AGE: not seen to end.
             assert waits[token, layer, expert] == (ahead[0] + 1 if len(ahead) else MAX_AGE)
+
+
+def test_a_path_is_known_up_to_the_current_layer(make_trace):
+    """Against plain loops: experts up to the current layer get the choices up to there, later ones all choices."""
+    trace = make_trace(tokens=60, layers=3, experts=4)
+    fit = _Fit(trace.experts, frequencies(trace).astype(np.float32), np.random.default_rng(0), with_path=True)
+    with torch.no_grad():
+        fit.path.copy_(torch.randn(fit.path.shape, generator=torch.Generator().manual_seed(0)))
+        rows = torch.arange(10, 20)
+        logits = fit._path_logits(rows)
+    current = np.random.default_rng(0).integers(0, 3, (10, 1))
+    weights, path = fit.path.detach().view(3, 4, 2, 3, 4), (fit.chosen - fit.mean).view(-1, 3, 4)
+    for number, kind, layer, expert in np.ndindex(10, 2, 3, 4):
+        now = int(current[number, 0])
+        known = now + 1 if layer <= now else 3
+        expected = (path[9 + number, :known] * weights[:known, :, kind, layer, expert]).sum()
+        assert float(logits[kind, number, layer, expert]) == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_a_choice_unknown_adds_nothing(make_trace):

@@ -27,6 +27,16 @@ def test_no_layer_starves(make_trace):
         assert two_stage(trace, slots).sum(1).min() >= 0.8 * slots / 6
 
 
+@pytest.mark.parametrize(("floor", "residents"), [(0.0, [7, 1]), (0.5, [6, 2]), (1.0, [4, 4])])
+def test_the_floor_is_a_part_of_an_equal_share(floor, residents):
+    """Layer 1 always uses one expert, so paths alone would give it one slot of eight."""
+    tokens = np.arange(70)
+    experts = np.stack([tokens % 7, np.zeros(70)], axis=1)[:, :, None].astype(np.uint8)
+    gates = np.ones(experts.shape, np.float16)
+    trace = Trace(experts, gates, np.ones(70, np.bool_), np.zeros(1, np.int64), 8, "model", "text")
+    assert list(two_stage(trace, 8, span=2, floor=floor).sum(1)) == residents
+
+
 def test_greedy_paths_against_exhaustive_search(make_trace):
     """Mean coverage of the greedy choice at least 85 % of the best there is, over small random cases."""
     ratios = []
