@@ -4,9 +4,11 @@
 
 A mutation swaps a comparison, an arithmetic or a boolean operator, removes a `not`, changes a number by one, or
 exchanges `min` and `max` or `amin` and `amax`. Docstrings, annotations, error messages and defaults of settings stay.
-For each mutation, the tests run on a copy of the repository, in a forked child that has already imported the large
-libraries: first the test file with the module's name, then the tests of its package, then the tests of whole runs. A
-failure or a time-out ends the mutation.
+All tests run once without a mutation, to learn which test files execute which lines and how long they take. For each
+mutation, the test files that execute its line then run on a copy of the repository, in forked children that have
+already imported the large libraries: first the one with the module's name, then the fastest. If no test executes the
+line, as in compiled functions and at import, the tests of the package and of whole runs run. A failure or a time-out
+ends the mutation.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import coverage
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -118,39 +121,101 @@ def draw(count: int, seed: int) -> list[tuple[str, int, str]]:
     return random.Random(seed).sample(every, count)
 
 
-def test_groups(name: str) -> list[list[str]]:
-    """Return the tests to run for a file, nearest first."""
+def test_files(name: str, line: int, executed: dict[str, Any]) -> list[str]:
+    """Return the tests to run for a line of a file, in their order.
+
+    Args:
+        name: The file.
+        line: The line.
+        executed: The result of `executed_lines`.
+    """
     path = Path(name).relative_to("haq_lab")
-    own = ROOT / "tests" / path.parent / f"test_{path.name}"
-    package = path.parts[0]
-    groups = [[str(own.relative_to(ROOT))]] if own.exists() else []
-    if len(path.parts) > 2 and (ROOT / "tests" / path.parent).exists():
-        groups.append([f"tests/{path.parent}"])
-    return [*groups, [f"tests/{package}"], list(RUNS)]
+    own = str(Path("tests") / path.parent / f"test_{path.name}")
+    files = [file for file, lines in executed["lines"].items() if line in lines.get(name, [])]
+    if not files:
+        near = [own] if (ROOT / own).exists() else []
+        return [*near, f"tests/{path.parts[0]}", *RUNS]
+    return sorted(files, key=lambda file: (file != own, executed["seconds"][file]))
+
+
+class Recorder:
+    """A pytest plugin that records the lines that each test file executes, and its seconds."""
+
+    def __init__(self, copy: Path):
+        packages = [str(copy / "haq_lab" / package) for package in PACKAGES]
+        self._coverage = coverage.Coverage(data_file=None, source=packages, config_file=False)
+        self._copy, self._file, self._began = copy, "", 0.0
+        self.seconds: dict[str, float] = {}
+        self._coverage.start()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._end()
+        self._file, self._began = nodeid.partition("::")[0], time.monotonic()
+        self._coverage.switch_context(self._file)
+
+    def _end(self) -> None:
+        if self._file:
+            self.seconds[self._file] = self.seconds.get(self._file, 0.0) + time.monotonic() - self._began
+
+    def result(self) -> dict[str, Any]:
+        """Return `lines` by test file and source file, and `seconds` by test file."""
+        self._end()
+        self._coverage.stop()
+        data, lines = self._coverage.get_data(), {}
+        for file in self.seconds:
+            data.set_query_context(file)
+            found = {str(Path(path).relative_to(self._copy)): data.lines(path) for path in data.measured_files()}
+            lines[file] = {path: own for path, own in found.items() if own}
+        return {"lines": lines, "seconds": self.seconds}
+
+
+def executed_lines(copy: Path) -> dict[str, Any]:
+    """Run the tests once in a forked child. Return `lines` by test file and source file, and `seconds` by test file."""
+    target = copy / "executed.json"
+
+    def run() -> int:
+        recorder = Recorder(copy)
+        status = _run_pytest(copy, [*(f"tests/{package}" for package in PACKAGES), *RUNS], [recorder])
+        target.write_text(json.dumps(recorder.result()))
+        return status
+
+    if _status_of(run, limit=float("inf")) != 0:
+        raise SystemExit("the tests fail without a mutation")
+    found: dict[str, Any] = json.loads(target.read_text())
+    return found
 
 
 def noticed_by(copy: Path, tests: list[str], limit: float) -> str:
-    """Run tests in a forked child. Return why they failed, or an empty string."""
+    """Run tests, one file or folder after the other. Return the first that fails, or an empty string."""
+    for test in tests:
+        status = _status_of(lambda test=test: _run_pytest(copy, [test], []), limit)  # type: ignore[misc]
+        if status not in (0, 5):  # 5: no test was left in it
+            return test if status is not None else f"time-out of {test}"
+    return ""
+
+
+def _status_of(run: Callable[[], int], limit: float) -> int | None:
+    """Return the status of a function that runs in a forked child, or None if it takes longer than `limit` seconds."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            status = _run_pytest(copy, tests)
+            os.setsid()  # so that a time-out can kill the child's own children too
+            status = run()
         finally:
             os._exit(status)  # without the clean-up of the parent's context managers
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return "" if os.waitstatus_to_exitcode(status) in (0, 5) else " ".join(tests)
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.1)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return f"time-out of {' '.join(tests)}"
+    return None
 
 
-def _run_pytest(copy: Path, tests: list[str]) -> int:
-    os.setsid()  # so that a time-out can kill the child's own children too
+def _run_pytest(copy: Path, tests: list[str], plugins: list[Any]) -> int:
     os.chdir(copy)
     sys.path.insert(0, str(copy))
     os.environ["PYTHONPATH"] = str(copy)
@@ -158,7 +223,7 @@ def _run_pytest(copy: Path, tests: list[str]) -> int:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     early = "ignore::pytest.PytestAssertRewriteWarning"  # the parent has imported a plugin's package
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-n", "0", "-W", early, *tests]))
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-n", "0", "-W", early, *tests], plugins))
 
 
 def main() -> None:
@@ -168,7 +233,10 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600, help="seconds for one group of tests")
     parser.add_argument("--resume", type=Path, help="file of the results so far; finished mutations are not repeated")
     arguments = parser.parse_args()
-    finished = json.loads(arguments.resume.read_text()) if arguments.resume and arguments.resume.exists() else []
+    state: dict[str, Any] = {"executed": None, "finished": []}
+    if arguments.resume and arguments.resume.exists():
+        state = json.loads(arguments.resume.read_text())
+    finished: list[dict[str, Any]] = state["finished"]
     import datasets  # noqa: F401
     import torch
     import transformers.models.mixtral.modeling_mixtral  # noqa: F401
@@ -177,25 +245,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".cache"))
-        sound: set[tuple[str, ...]] = set()  # groups of tests that pass without a mutation
+        state["executed"] = executed = state["executed"] or executed_lines(copy)
         for name, index, kind in draw(arguments.count, arguments.seed)[len(finished) :]:
             source = (ROOT / name).read_text()
             changed, line, text = mutate(source, index, kind)
-            by = ""
-            for tests in test_groups(name):
-                (copy / name).write_text(changed)
-                by = noticed_by(copy, tests, arguments.limit)
-                (copy / name).write_text(source)
-                if by and tuple(tests) not in sound:
-                    if noticed_by(copy, tests, arguments.limit):
-                        raise SystemExit(f"{' '.join(tests)}: fails without a mutation")
-                    sound.add(tuple(tests))
-                if by:
-                    break
+            (copy / name).write_text(changed)
+            by = noticed_by(copy, test_files(name, line, executed), arguments.limit)
+            (copy / name).write_text(source)
             finished.append({"file": name, "line": line, "change": text, "noticed_by": by})
             print(f"{len(finished)}: {name}:{line}: {text}: {by or 'SURVIVED'}", flush=True)
             if arguments.resume:
-                arguments.resume.write_text(json.dumps(finished))
+                arguments.resume.write_text(json.dumps(state))
     survived = sum(not one["noticed_by"] for one in finished)
     print(json.dumps({"mutations": len(finished), "survived": survived}))
 
