@@ -1,7 +1,7 @@
 #!/bin/sh
-# The demo: full precision and four quantizers on a real model. `make demo` and the containers run it.
+# The demo: four quantizers on a real model, each compared with full precision. `make demo` and the containers run it.
 set -eu
-haq-lab -m +experiment=demo quantizer=none,rtn,smoothquant,gptq,haq hydra.sweep.dir=runs/demo
+haq-lab -m +experiment=demo quantizer=rtn,smoothquant,gptq,haq hydra.sweep.dir=runs/demo
 haq-lab results runs/demo --csv runs/demo/table.csv --figure runs/demo/perplexity.png
 
 haq_lab=$(command -v haq-lab)

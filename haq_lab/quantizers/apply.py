@@ -14,7 +14,7 @@ from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.rotation import rotate
 from haq_lab.models.families.family import Family, Group
-from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, nearest_solution, output_error
+from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, nearest_solution, output_errors
 from haq_lab.quantizers.bit_allocation import Bits
 from haq_lab.quantizers.smoothing import ChannelMap, fold, stack_weights
 
@@ -122,7 +122,12 @@ def quantize_group(
     for expert, names in group.consumers_by_expert().items():
         own = None if statistics is None else statistics.of(expert)
         chosen = quantizer if allocation is None else quantizer.with_bits(allocation[index, names])
-        solution = chosen.solve(torch.cat([weights[name] for name in names]), own, activation)
+        weight = torch.cat([weights[name] for name in names])
+        solution = chosen.solve(weight, own, activation)
+        errors = None
+        if own is not None and own.hessian is not None:
+            nearest = nearest_solution(weight, solution.format)
+            errors = [output_errors(weight, rounded, own.hessian) for rounded in (nearest, solution)]
         first = 0
         for name in names:
             rows = slice(first, first := first + cast(nn.Linear, layer.get_submodule(name)).out_features)
@@ -134,23 +139,11 @@ def quantize_group(
                 report.static_scale = float(activation.scale)
             report.weight_bits, report.weight_group = solved.format.bits, solved.format.group
             report.weights = solved.levels.numel()
-            _measure_errors(report, weights[name], own, solved)
+            if errors is not None:
+                report.error_rtn, report.output_error = (float(error[rows].mean()) for error in errors)
             reports.append(report)
             _replace_linear(layer, name, solved, activation, rotation, backend)
     return reports
-
-
-def _measure_errors(
-    report: LinearReport,
-    weight: Tensor,
-    statistics: InputStatistics | None,
-    solved: Solution,
-) -> None:
-    """Add the output errors of the solution and of rounding to nearest to the report, if there is a Hessian."""
-    if statistics is None or statistics.hessian is None:
-        return
-    report.error_rtn = output_error(weight, nearest_solution(weight, solved.format), statistics.hessian)
-    report.output_error = output_error(weight, solved, statistics.hessian)
 
 
 def _replace_linear(

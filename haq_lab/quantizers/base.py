@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -238,16 +239,25 @@ def nearest_solution(weight: Tensor, format: WeightFormat) -> Solution:
 def output_error(weight: Tensor, solution: Solution, hessian: Tensor) -> float:
     """Return the mean squared output error that rounding the weights causes: tr(dW H dW^T) / n.
 
+    The arguments are those of `output_errors`.
+    """
+    return float(output_errors(weight, solution, hessian).mean())
+
+
+def output_errors(weight: Tensor, solution: Solution, hessian: Tensor) -> Tensor:
+    """Return the mean squared error of each output that rounding the weights causes: diag(dW H dW^T), (n,) float64.
+
     Args:
         weight: (n, k) before rounding.
+        solution: The weights as rounded.
         hessian: (k, k) mean of x x^T.
     """
     difference = solution.levels.float() * solution.format.row_scales(solution.scale, weight.shape[1]) - weight
-    total = 0.0
+    total = torch.zeros(len(weight), dtype=torch.float64)
     for first in range(0, len(hessian), COLUMNS):  # H is symmetric, so blocks left of its diagonal count twice
         columns = slice(first, first + COLUMNS)
         block = difference[:, columns]
         product = block @ hessian[columns, columns]
         product.addmm_(difference[:, :first], hessian[:first, columns], alpha=2)
-        total += float(product.mul_(block).sum())
-    return total / len(weight)
+        total += product.mul_(block).sum(dim=1)
+    return total
