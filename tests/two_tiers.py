@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from haq_lab.calibration.statistics import CalibrationPolicy
+from haq_lab.calibration.statistics import CalibrationPolicy, InputStatistics
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.cuda.backend import CudaBackend
+from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.offload.engine.engine import Engine
@@ -30,7 +31,7 @@ from haq_lab.offload.tiers.cuda_streams import Mark, Streams
 from haq_lab.offload.tiers.pinned_host import HostTier, HostWriter
 from haq_lab.offload.tiers.writer import TierWriter
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
-from haq_lab.quantizers.base import Quantizer
+from haq_lab.quantizers.base import ActivationChoice, Quantizer, Solution, nearest_solution
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.routing.record import record_trace
 from haq_lab.runtime.deploy import deploy
@@ -38,6 +39,15 @@ from haq_lab.runtime.deploy import deploy
 READY = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
 ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not READY, reason="needs an NVIDIA GPU that torch can use, and CuPy")]
 NEAREST = RTN()
+
+
+class FourOrEightBits(RTN):
+    """Rounds to nearest. The sign of a linear's first weight decides whether it has 4 bits in groups of 32, or 8."""
+
+    def solve(self, weight: Tensor, statistics: InputStatistics | None, activation: ActivationChoice) -> Solution:
+        return nearest_solution(weight, WeightFormat(4, 32) if float(weight[0, 0]) < 0 else WeightFormat())
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
 
 
@@ -161,7 +171,7 @@ class TwoTiers:
         if (relayout := writer.relayout(layers[0].mlp.experts)) is not None:
             tier = ConvertedTier(tier, relayout, self.streams.device)
         start, path_model = place("frequency", self.profile, slots), self.path_model if rule == "haq" else None
-        policy = make_policy(rule, start, self.profile, scope, path_model)
+        policy = make_policy(rule, start, self.profile, scope, path_model, tier.layouts.index)
         policy.decide = decide or policy.decide
         guess = {None: None, "path": NextOnPath(self.profile), "gate": NextGate([layer.mlp.gate for layer in layers])}
         guesses = min(2, spare - 1) if prefetch else 0

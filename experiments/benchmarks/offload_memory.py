@@ -63,7 +63,7 @@ def main() -> None:
         profile = Trace.open(given.profile)
         bench = Bench(given.checkpoint, profile, fit_path_model(profile), torch.tensor([ids]), Path(scratch))
         deploy(bench.whole, bench.model, CpuBackend())
-        outside, blob = weight_bytes(bench.whole), bench.store.blob_bytes
+        outside, blob = weight_bytes(bench.whole), bench.store.layouts.largest
         total = bench.profile.layers * bench.profile.expert_count
         shape = Shape.of(bench.model.config)
 

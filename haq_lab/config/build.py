@@ -156,11 +156,6 @@ def build(config: DictConfig) -> Experiment:
     backend = _create(specs["backend"], "backend", Backend)  # last, because it can reserve a GPU
     if offload is not None:
         try:
-            if quantizer is not None and quantizer.average_bits is not None:
-                raise UserError(
-                    "quantizer.weight_bits: auto does not work with offloading, because experts of different sizes do "
-                    "not fit the same slots. Choose quantizer.weight_bits=4 or 8, or offload=none."
-                )
             offload.must_suit(backend.device, quantizer is not None or quantized)
         except UserError:
             backend.close()

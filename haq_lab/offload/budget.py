@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from haq_lab.utils.errors import UserError, nearest
 from haq_lab.utils.units import UNITS, parse_quantity
@@ -15,7 +20,7 @@ class Budget:
     """The size of the fast tier, in one of three forms.
 
     Attributes:
-        share: Share of all experts, 0 to 1. With 1, all experts are resident and the spare slots are added.
+        share: Share of all experts' bytes, 0 to 1. With 1, all experts are resident and the spare slots are added.
         bytes: Bytes of the fast tier for experts, KV cache and workspace.
         experts: Number of resident experts of all layers together.
     """
@@ -53,30 +58,41 @@ class Budget:
             raise UserError(f"offload.budget: '{text}' is not {FORMS}.")
         return cls(experts=int(number))
 
-    def slots(self, total: int, blob_bytes: int, spare: int, reserved: int = 0) -> int:
-        """Return the number of expert slots, without the spare slots.
+    def slots(
+        self, sizes: NDArray[np.int64], resident_bytes: Callable[[int], int], spare_bytes: int, reserved: int = 0
+    ) -> int:
+        """Return the number of resident experts.
 
         Args:
-            total: Number of experts of the model.
-            blob_bytes: Bytes of one expert in the fast tier.
-            spare: Number of spare slots. They are subtracted from a budget in bytes or as a share.
+            sizes: Bytes of each expert of the model in the fast tier.
+            resident_bytes: Returns the bytes that the placement's first n experts take, for n from 1.
+            spare_bytes: Bytes of the spare slots. They are subtracted from a budget in bytes or as a share.
             reserved: Bytes of KV cache and workspace. They are subtracted from a budget in bytes.
 
         Raises:
             UserError: The budget leaves no slot for an expert.
+
+        Example:
+            >>> Budget(bytes=5000).slots(np.full((2, 8), 1000), lambda count: 1000 * count, spare_bytes=2000)
+            3
         """
         if self.share == 1:
-            return total
+            return sizes.size
+        if self.experts is not None:
+            return min(self.experts, sizes.size)
+        took = f"{spare_bytes:,} bytes of spare slots"
         if self.share is not None:
-            slots, took = int(self.share * total) - spare, f"{spare} spare slots"
-        elif self.bytes is not None:
-            slots = (self.bytes - reserved) // blob_bytes - spare
-            took = f"{reserved:,} bytes of KV cache and workspace, and {spare} spare slots,"
+            room = round(self.share * int(sizes.sum())) - spare_bytes
         else:
-            slots, took = self.experts or 0, "no spare slots"
+            assert self.bytes is not None
+            room, took = (
+                self.bytes - reserved - spare_bytes,
+                f"{reserved:,} bytes of KV cache and workspace, and {took},",
+            )
+        slots = bisect_right(range(1, sizes.size + 1), room, key=resident_bytes)
         if slots < 1:
             raise UserError(
-                f"offload.budget: it leaves no slot for an expert of {blob_bytes:,} bytes ({took} come first). "
+                f"offload.budget: it leaves no slot for an expert of {sizes.min():,} bytes ({took} come first). "
                 "Raise it, or choose offload=none."
             )
-        return min(slots, total)
+        return slots

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +29,9 @@ from haq_lab.offload.policies.prefetch import NextGate, NextOnPath, Prefetch
 from haq_lab.offload.settings import Offload
 from haq_lab.offload.simulate.simulator import Simulator, Timeline
 from haq_lab.offload.tiers.base import SlowTier
-from haq_lab.offload.tiers.conversion import ConvertedTier
+from haq_lab.offload.tiers.conversion import Conversion, ConvertedTier
 from haq_lab.offload.tiers.cuda_streams import Streams
-from haq_lab.offload.tiers.disk import ExpertFileWriter
+from haq_lab.offload.tiers.disk import ExpertFileWriter, Layouts
 from haq_lab.offload.tiers.disk_reuse import ReusedExpertFile
 from haq_lab.offload.tiers.half_experts import half_experts
 from haq_lab.offload.tiers.pinned_host import HostWriter
@@ -154,10 +154,10 @@ class OffloadSession:
         assert self._profile is not None, "call find_profile first"
         tier: SlowTier = self._writer.open()
         self._tier = tier
-        conversion = self.settings.formats.conversion(self._last_experts, tier.parts)
-        conversion = conversion or self._writer.relayout(self._last_experts)
-        if conversion is not None:
-            tier = ConvertedTier(tier, conversion, self._streams.device)
+        conversions: Sequence[Conversion] | None = self.settings.formats.conversions(self._last_experts, tier.layouts)
+        conversions = conversions or self._writer.relayout(self._last_experts)
+        if conversions is not None:
+            tier = ConvertedTier(tier, conversions, self._streams.device)
         self.engine = build_engine(self.settings, self.model, layers, tier, self._profile, self.hardware, self._streams)
         self._placed = self.engine.policy.resident.copy()
 
@@ -288,17 +288,25 @@ def build_engine(
     assert moe is not None
     layers = [layers[index] for index in model.kinds.moe_layers]
     reserved = FLOAT * (shape.kv_per_token + shape.work_per_token) * settings.kv_tokens + tier.staging_bytes
-    experts = shape.layers * shape.experts
-    slots = settings.parsed_budget.slots(experts, tier.blob_bytes, settings.spare, reserved)
+    layouts = tier.layouts
+
+    def placed(count: int) -> Residency:
+        return place(settings.placement, profile, count, settings.seed)
+
+    def resident_bytes(count: int) -> int:
+        return count * layouts.largest if len(layouts.distinct) == 1 else int(layouts.sizes[placed(count)].sum())
+
+    spare_bytes = settings.spare * sum(layout.size for layout in layouts.distinct)
+    slots = settings.parsed_budget.slots(layouts.sizes, resident_bytes, spare_bytes, reserved)
     costs, observer = None, None
     if settings.on_miss == "predict":
         if hardware is None:
             costs = measure_costs(layers[0], moe, tier, model, streams)
         else:
-            costs = machine_costs(hardware, shape, *settings.formats.pair)
+            costs = _costs_on(hardware, settings, shape, tier)
         if costs.from_disk:  # a GPU's costs are not corrected, because the host's clock does not time its kernels
             observer = CostFeedback(costs, settings.objective, shape.layers)
-    policy = build_policy(settings, place(settings.placement, profile, slots, settings.seed), profile, costs)
+    policy = build_policy(settings, placed(slots), profile, costs, layouts)
     prefetch: Prefetch | None = None
     if settings.prefetch == "next_gate":
         prefetch = NextGate([moe.router_of(layer) for layer in layers])
@@ -311,7 +319,9 @@ def build_engine(
     return engine
 
 
-def build_policy(settings: Offload, resident: Residency, profile: Trace, costs: Costs | None) -> Policy:
+def build_policy(
+    settings: Offload, resident: Residency, profile: Trace, costs: Costs | None, layouts: Layouts
+) -> Policy:
     """Build the policy that the settings describe.
 
     Args:
@@ -319,11 +329,12 @@ def build_policy(settings: Offload, resident: Residency, profile: Trace, costs: 
         resident: (layers, E) bool, the experts that are resident at the start.
         profile: Calibration trace of the model.
         costs: Costs for the predictor. Needed for `on_miss=predict` only.
+        layouts: Layouts of the experts. An expert may evict only experts of the same layout, which fit its slot.
 
     Returns:
         The policy, before its first visit.
     """
-    policy = make_policy(settings.eviction, resident, profile, settings.scope)
+    policy = make_policy(settings.eviction, resident, profile, settings.scope, forms=layouts.index)
     if settings.on_miss == "cpu":
         policy.decide = lambda present, missing: list(missing)
     elif settings.on_miss == "predict":
@@ -348,8 +359,8 @@ def simulate_engine(
     Returns:
         The simulated times.
     """
-    costs = machine_costs(hardware, shape, *settings.formats.pair)
-    policy = build_policy(settings, resident, profile, costs)
+    costs = _costs_on(hardware, settings, shape, engine.slow_tier)
+    policy = build_policy(settings, resident, profile, costs, engine.slow_tier.layouts)
     prefetch = engine.recorder.prefetch() if engine.prefetch is not None else None
     return Simulator(costs, policy, prefetch, engine.guesses, settings.spare).run(engine.recorder.trace())
 
@@ -376,4 +387,11 @@ def _open_profile(settings: Offload, model: LayeredModel) -> Trace | None:
 def _shape_of(model: LayeredModel, tier: SlowTier) -> Shape:
     shape = Shape.of(model.config, int8_head=model.int8_head is not None)
     # A blob of int8 experts has scales and padding too, which the costs do not count.
-    return replace(shape, quantized_bytes=min(1.0, tier.moved_bytes / shape.expert))
+    return replace(shape, quantized_bytes=min(1.0, float(tier.moved_bytes.mean()) / shape.expert))
+
+
+def _costs_on(hardware: Hardware, settings: Offload, shape: Shape, tier: SlowTier) -> Costs:
+    """Return the costs of a model on a machine. Each expert is moved with its share of the bytes."""
+    costs = machine_costs(hardware, shape, *settings.formats.pair)
+    share = tier.moved_bytes / tier.moved_bytes.mean()
+    return replace(costs, sizes=np.rint(share * costs.expert_bytes).astype(np.int64))

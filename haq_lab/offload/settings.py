@@ -23,7 +23,7 @@ class Offload:
     """The settings that place a model's experts in a fast and a slow memory tier.
 
     Args:
-        budget: Size of the fast tier: a share of all experts ("40%"), bytes ("500MB"), or a number of experts.
+        budget: Size of the fast tier: a share of all experts' bytes ("40%"), bytes ("500MB"), or a number of experts.
         placement: The rule that chooses the experts that are resident at the start.
         eviction: The rule that chooses the expert to evict, a name in `EVICTION_RULES`. With `none`, the placed
             experts stay.
@@ -35,7 +35,8 @@ class Offload:
         objective: What the latency predictor minimises.
         host_format: Number format of experts in the slow tier.
         device_format: Number format of experts in the fast tier.
-        spare: Slots for prefetched experts and for missing experts that are not cached.
+        spare: Slots for prefetched experts and for missing experts that are not cached. Experts of each size have that
+            many.
         kv_tokens: Context length in tokens. A budget in bytes reserves room for its KV cache and its workspace.
         profile: Path of the routing trace for placement and prediction. If None, one is recorded on the calibration
             text.

@@ -241,7 +241,7 @@ def test_offloaded_experts_keep_the_padded_layout(host: Kernels, odd: Path):
     """Of slots for three of eight experts, on the host layer in place of a GPU."""
     placed = TwoTiers(CudaBackend("cpu", host), Streams(), odd, steps=2)
     engine, whole = placed.engine("lru", slots=1, prefetch="gate")
-    shapes = {part.name: part.shape for part in engine.slow_tier.parts}
+    shapes = {part.name: part.shape for part in engine.slow_tier.layouts.distinct[0].parts}
     assert (shapes["gate_proj.packed"], shapes["down_proj.packed"]) == ((56, 48), (40, 64))
     assert_same_bits(placed.generate(whole), placed.expected)
     assert engine.counters.read.sum() > 7, "experts have come and gone"
@@ -264,7 +264,9 @@ def test_experts_run_on_the_device_or_beside_it_and_no_bit_tells(host: Kernels, 
     engine.check()
     assert ran
     assert engine.counters.read.sum() > 0, "others were fetched"
-    assert {part.shape for part in engine.slow_tier.parts if part.name == "gate_proj.packed"} == {(96, 64)}
+    assert {part.shape for part in engine.slow_tier.layouts.distinct[0].parts if part.name == "gate_proj.packed"} == {
+        (96, 64)
+    }
     engine.close()
     whole_offload, other = placed.engine(rule, slots=4)
     assert_same_bits(placed.generate(other), placed.expected)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from haq_lab.offload.budget import Budget
 from haq_lab.offload.settings import Offload
 from haq_lab.utils.errors import UserError
+
+ALIKE = np.full((24, 10), 1000)
+
+
+def slots_of(text, sizes=ALIKE):
+    """The slots of 240 experts, the first of which are placed first; 4,000 bytes of spare slots, 10,000 reserved."""
+    resident_bytes = lambda count: int(sizes.ravel()[:count].sum())  # noqa: E731
+    return Budget.parse(text).slots(sizes, resident_bytes, spare_bytes=4000, reserved=10_000)
 
 
 @pytest.mark.parametrize(
@@ -14,14 +23,19 @@ from haq_lab.utils.errors import UserError
     [("40%", 92), ("100%", 240), ("60", 60), (60, 60), ("1000", 240), ("110kB", 96), ("1 GB", 240)],
 )
 def test_forms(text, slots):
-    # 240 experts of 1,000 bytes, 4 spare slots, 10,000 bytes reserved
-    assert Budget.parse(text).slots(240, 1000, spare=4, reserved=10_000) == slots
+    assert slots_of(text) == slots
+
+
+@pytest.mark.parametrize(("text", "slots"), [("50%", 88), ("90%", 200), ("100%", 240), ("60", 60), ("51999B", 18)])
+def test_experts_of_different_sizes_count_with_their_bytes(text, slots):
+    """Of 120 experts of 2,000 bytes and 120 of 1,000 bytes, the larger ones are placed first."""
+    assert slots_of(text, np.repeat([2000, 1000], 120).reshape(24, 10)) == slots
 
 
 @pytest.mark.parametrize("text", ["1%", "13kB", "5 kB"])
 def test_nothing_left_is_a_mistake_and_no_silent_off(text):
     with pytest.raises(UserError, match="no slot for an expert of 1,000 bytes"):
-        Budget.parse(text).slots(240, 1000, spare=4, reserved=10_000)
+        slots_of(text)
 
 
 @pytest.mark.parametrize("text", ["0", "0%", 0, "0MB"])

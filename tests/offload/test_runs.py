@@ -15,6 +15,7 @@ SMALL = ["model=tiny_mixtral", "tracking=none", "measure=[memory,latency]", "mea
 SMALL += ["measure.latency.decode_tokens=4", "measure.latency.seconds=0", "measure.latency.iterations=1"]
 ON_CUDA = ["backend=cuda", "backend.share=true"]
 SMALL += ["calibration.samples=4", "calibration.seqlen=64"]
+AUTO = ["quantizer=haq", "quantizer.weight_bits=auto", "quantizer.bits=6", "quantizer.group=32"]
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ SMALL += ["calibration.samples=4", "calibration.seqlen=64"]
     [
         ["quantizer=rtn", "offload=lru"],
         ["quantizer=rtn", "offload=lru", "offload.device_format=fp16"],
+        [*AUTO, "offload=lru", "offload.budget=6", "offload.spare=1"],
         ["quantizer=none", "offload=static"],
         ["quantizer=none", "offload=static", "offload.host_format=bf16", "offload.device_format=fp16"],
         pytest.param(["quantizer=rtn", "offload=lru", *ON_CUDA], marks=ON_A_GPU),

@@ -51,7 +51,7 @@ def test_4_bit_experts_take_half_the_slot_and_move_half_the_bytes(model, tmp_pat
         session.engage(layers)
         decoded(model.assemble(layers))
         engine = session.engine
-        found[bits] = engine.arena.blob_bytes, engine.counters.bytes_moved.sum() / engine.counters.read.sum()
+        found[bits] = engine.slow_tier.layouts.largest, engine.counters.bytes_moved.sum() / engine.counters.read.sum()
         assert session.simulated("x"), "the simulated link carries the packed bytes"
         session.close()
     (wide, moved), (narrow, moved_narrow) = found[8], found[4]
@@ -122,10 +122,10 @@ def test_beside_a_device_with_its_own_memory_experts_lie_in_the_hosts(model, tmp
     assert not list(tmp_path.iterdir()), "no file"
     session.find_profile(None, WINDOWS, "random")
     session.engage(layers)
-    assert streams.locked == [8 * session.engine.slow_tier.blob_bytes] * 2
+    assert streams.locked == [8 * session.engine.slow_tier.layouts.largest] * 2
     assert torch.equal(decoded(model.assemble(layers)), expected)
     fetched = streams.copies - session.engine.policy.slots  # without the experts that are resident at the start
-    assert session.metrics()["offload.bytes_moved"] == fetched * session.engine.slow_tier.blob_bytes
+    assert session.metrics()["offload.bytes_moved"] == fetched * session.engine.slow_tier.layouts.largest
     assert streams.copies > session.engine.policy.slots
     session.close()
     assert streams.locked == []
@@ -143,7 +143,8 @@ def test_the_settings_say_what_experts_compute_in(model, tmp_path):
     decoded(model.assemble(layers))
     engine = session.engine
     assert isinstance(layers[1].mlp.experts[7].down_proj, ExpertLinear)
-    assert (engine.slow_tier.moved_bytes, engine.slow_tier.blob_bytes) == (moved, slot)
+    assert (engine.slow_tier.moved_bytes == moved).all()
+    assert (engine.slow_tier.layouts.sizes == slot).all()
     assert engine.policy.slots == 4 - 2
     start = place("frequency", session._profile, engine.policy.slots)
     by_format = [
@@ -184,7 +185,7 @@ def test_the_arena_lies_on_the_device_and_the_slow_tier_does_not(model, tmp_path
     held = {t.device.type for layer in layers for t in expert_tensors(layer.mlp.experts).values() if t.numel()}
     assert held == {"meta"}
     assert session.engine.transfer.streams.copies == session.engine.policy.slots
-    blob = torch.zeros(session.engine.slow_tier.blob_bytes, dtype=torch.uint8)
+    blob = torch.zeros(session.engine.slow_tier.layouts.largest, dtype=torch.uint8)
     session.engine.slow_tier.read(0, 0, blob)
     assert blob.any()
     session.close()
@@ -223,7 +224,7 @@ def test_costs_are_measured_and_leave_the_layer_as_it_was(model, tmp_path):
         store = writer.open()
     before = {name: tensor.clone() for name, tensor in expert_tensors(layers[0].mlp.experts[0]).items()}
     costs = measure_costs(layers[0], model.family.moe, store, model)
-    assert costs.expert_bytes == store.blob_bytes
+    assert costs.expert_bytes == store.layouts.largest
     assert costs.from_disk
     assert list(costs.fast.sizes) == list(costs.slow.sizes) == list(TOKENS)
     assert min(*costs.fast.seconds, *costs.slow.seconds, *costs.fetch.seconds) > 0

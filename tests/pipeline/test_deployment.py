@@ -65,7 +65,7 @@ def test_stats_count_what_the_router_chose(checkpoint, windows):
     distinct = sum(len(np.unique(chosen[:, layer][~resident[:, layer]])) for layer in range(chosen.shape[1]))
     stats = model.offload.stats()
     assert (stats["hits"], stats["misses"]) == (resident.sum(), (~resident).sum())
-    assert stats["bytes_moved"] - loaded == distinct * model.offload.engine.slow_tier.blob_bytes
+    assert stats["bytes_moved"] - loaded == distinct * model.offload.engine.slow_tier.layouts.largest
     assert "prefetch_accuracy" not in stats
     experts = model.offload.expert_stats()
     at = np.broadcast_to(np.arange(chosen.shape[1])[None, :, None], chosen.shape)

@@ -14,6 +14,7 @@ from itertools import combinations
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 Objective = Literal["sum", "max"]
 EXACT_UP_TO = 12  # missing experts up to which every split is tried
@@ -85,11 +86,12 @@ class Costs:
         fetch: Moving one expert to the fast tier, by bytes.
         rest: The other parts of a layer (attention, norms, router), by tokens.
         outside: The parts outside the layers (embedding, head), by tokens.
-        expert_bytes: Bytes that are moved for one expert.
+        expert_bytes: Bytes that are moved for one expert. If experts differ in size, those of an expert of mean size.
         issue: Requesting fetches, which delays the fast device, by number of fetches.
         begin: Waking the reading thread if it is idle, by number of fetches.
         take: Taking over fetched experts (waking up, binding the weights), by number of experts.
         from_disk: Whether the slow tier is a disk, so there is no GPU and experts in place run on the fast device too.
+        sizes: (layers, E) bytes that are moved for each expert, or None if all have `expert_bytes`.
     """
 
     fast: PiecewiseLinear
@@ -102,6 +104,11 @@ class Costs:
     begin: PiecewiseLinear = field(default_factory=lambda: PiecewiseLinear([1], [0.0]))
     take: PiecewiseLinear = field(default_factory=lambda: PiecewiseLinear([1], [0.0]))
     from_disk: bool = False
+    sizes: NDArray[np.int64] | None = None
+
+    def bytes_of(self, layer: int, expert: int) -> int:
+        """Return the bytes that are moved for an expert."""
+        return self.expert_bytes if self.sizes is None else int(self.sizes[layer, expert])
 
 
 def seconds(
@@ -112,6 +119,9 @@ def seconds(
     With the objective `max`, the link fetches while the fast device computes. The fast device runs the resident experts
     first, then each fetched expert when it has arrived, the one with most tokens first. The CPU works at the same time,
     unless it is the fast device.
+
+    All experts count as experts of mean size. Fetching an expert and computing it in place both take time in proportion
+    to its bytes, so a choice between the two hardly depends on them.
 
     Args:
         costs: Costs of the machine.

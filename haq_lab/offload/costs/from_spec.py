@@ -53,7 +53,7 @@ def machine_costs(hardware: Hardware, shape: Shape, host: Format = "int8", devic
     return Costs(
         fast=fast,
         slow=PiecewiseLinear(TOKENS, in_place),
-        fetch=PiecewiseLinear([moved], [moved / link + conversion + LAUNCH]),
+        fetch=PiecewiseLinear([0, moved], [conversion + LAUNCH, moved / link + conversion + LAUNCH]),
         rest=on_device(shape.rest, widths[device]),
         outside=on_device(shape.outside, shape.head_bytes),
         expert_bytes=moved,

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from haq_lab.models.families.family import Moe
 from haq_lab.models.layerwise import LayeredModel
@@ -45,23 +46,28 @@ def measure_costs(
     """
     streams = streams or Streams()
     experts: Any = layer.get_submodule(moe.experts)
-    blob = page_aligned(slow_tier.blob_bytes, streams.device)
+    layouts, moved = slow_tier.layouts, slow_tier.moved_bytes
+    arena = page_aligned(layouts.largest, streams.device)
 
-    def read(number: int) -> None:
+    def read(number: int) -> Tensor:
+        blob = arena[: layouts.of(0, number).size]
         with streams.copying(streams.mark()):
             slow_tier.read(0, number, blob)
         streams.drain()
+        return blob
 
-    moved = slow_tier.moved_bytes
-    fetch = [(moved, _seconds_of(partial(read, index % len(experts)))) for index in range(READS)]
-    own_weights = {name: tensor.detach() for name, tensor in expert_tensors(experts[0]).items()}
-    read(0)
+    numbers = [index % len(experts) for index in range(READS)]
+    fetch = [(float(moved[0, number]), _seconds_of(partial(read, number))) for number in numbers]
+    typical = int(np.abs(moved[0] - moved.mean()).argmin())
+    expert, parts = experts[typical], layouts.of(0, typical).parts
+    own_weights = {name: tensor.detach() for name, tensor in expert_tensors(expert).items()}
+    blob = read(typical)
     fast, slow = [], []
     for tokens in TOKENS:
         hidden = torch.randn(tokens, model.config.hidden_size).to(streams.device)
-        chosen = torch.zeros(tokens, 1, dtype=torch.long, device=streams.device)
+        chosen = torch.full((tokens, 1), typical, device=streams.device)
         run = partial(experts, hidden, chosen, torch.ones(tokens, 1, device=streams.device))
-        bind(experts[0], slow_tier.parts, blob)
+        bind(expert, parts, blob)
         run()
         for _ in range(REPEATS):
             begin = streams.mark()
@@ -69,19 +75,20 @@ def measure_costs(
             fast.append((tokens, streams.seconds(begin, streams.mark())))
 
         def in_place(run: Callable[[], Any] = run) -> None:
-            expert = slow_tier.use_in_place(0, 0, experts[0])
-            with _replaced_by(experts, expert, streams.separate_memory):
+            in_slow_tier = slow_tier.use_in_place(0, typical, expert)
+            with _replaced_by(experts, in_slow_tier, streams.separate_memory):
                 run()
 
         for _ in range(3):
             slow_tier.end_use([])
             slow.append((tokens, _seconds_of(in_place)))
     for name, tensor in own_weights.items():
-        set_tensor(experts[0], name, tensor)
+        set_tensor(expert, name, tensor)
     rest, outside, issue, begin, take = (PiecewiseLinear([1], [UNKNOWN]) for _ in range(5))
     fast_curve, slow_curve, fetch_curve = (PiecewiseLinear.fitted(samples) for samples in (fast, slow, fetch))
     curves = fast_curve, slow_curve, fetch_curve, rest, outside
-    return Costs(*curves, moved, issue, begin, take, from_disk=not streams.separate_memory)
+    from_disk = not streams.separate_memory
+    return Costs(*curves, round(moved.mean()), issue, begin, take, from_disk, moved)
 
 
 @contextmanager

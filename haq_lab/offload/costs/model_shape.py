@@ -31,7 +31,8 @@ class Shape:
             chosen experts. It is that of the layer with most.
         head_bytes: Bytes per weight of the head: 2, or 1 if it is int8 (`quantizer.lm_head`).
         tied: Whether the head shares the embedding's tensor. It does so only if both have 16 bits.
-        quantized_bytes: Bytes per weight of a quantised expert, with its scales if it has 4 bits.
+        quantized_bytes: Bytes per weight of a quantised expert, with its scales if it has 4 bits. It is a mean if
+            experts have different bits.
     """
 
     layers: int

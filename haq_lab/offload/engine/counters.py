@@ -12,9 +12,7 @@ class Counters:
     """Counts what an engine does.
 
     Args:
-        layers: Number of layers of the model.
-        experts: Number of experts per layer, E.
-        blob_bytes: Bytes that are moved for one expert.
+        moved_bytes: (layers, E) bytes that are moved to fetch each expert.
 
     Attributes:
         tokens: Tokens that have entered the first layer, of prompts and decoded.
@@ -26,8 +24,9 @@ class Counters:
         waited: (layers,) seconds that computing waited for experts.
     """
 
-    def __init__(self, layers: int, experts: int, blob_bytes: int):
-        self._blob_bytes, self.tokens = blob_bytes, 0
+    def __init__(self, moved_bytes: NDArray[np.int64]):
+        layers, experts = moved_bytes.shape
+        self._moved_bytes, self.tokens = moved_bytes, 0
         self.hits, self.misses, self.read = np.zeros((3, layers, experts), np.int64)
         self._experts, self._expert_hits, self.guessed, self.guesses_used = np.zeros((4, layers), np.int64)
         self.waited = np.zeros(layers)
@@ -52,7 +51,7 @@ class Counters:
     @property
     def bytes_moved(self) -> NDArray[np.int64]:
         """(layers, E) bytes that were fetched for each expert."""
-        return self.read * self._blob_bytes
+        return self.read * self._moved_bytes
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by their full names.

@@ -53,8 +53,8 @@ class Engine:
     Args:
         slow_tier: Slow tier that holds all experts.
         policy: Policy that decides which experts are resident.
-        spare: Slots in addition to the policy's, for prefetched and not admitted experts. At least 1; 2 or more let
-            reads overlap with computing.
+        spare: Slots in addition to the policy's, for prefetched and not admitted experts, for each layout of experts.
+            At least 1; 2 or more let reads overlap with computing.
         prefetch: Predictor of the next layer's experts. None disables prefetching.
         guesses: Maximum number of experts to prefetch per layer. Less than `spare`.
         feedback: Corrects the cost model by the host's clock. Use it on a CPU only.
@@ -87,8 +87,11 @@ class Engine:
         assert 0 <= guesses < spare, "guesses must be less than spare, because a missing expert needs a spare slot"
         self.slow_tier, self.policy, self.prefetch, self.guesses = slow_tier, policy, prefetch, guesses
         self.feedback, self.recorder, self._record = feedback, Recorder(layers, self.experts), record
-        self.counters = Counters(layers, self.experts, slow_tier.moved_bytes)
-        self.transfer = Transfer(slow_tier, policy.slots + spare, self.counters, feedback, streams or Streams())
+        self.counters = Counters(slow_tier.moved_bytes)
+        layouts = slow_tier.layouts
+        residents = np.bincount(layouts.index[policy.resident], minlength=len(layouts.distinct))
+        slots = (residents + spare).tolist()  # of each layout
+        self.transfer = Transfer(slow_tier, slots, self.counters, feedback, streams or Streams())
         self.arena = self.transfer.arena
         self._counted: tuple[dict[str, float], list[dict[str, Any]]] | None = None  # the results of `counting`
         self._guessed: dict[Key, None] = {}  # prefetched for the next layer, in order
@@ -196,7 +199,7 @@ class Engine:
         """
         key = (layer, number)
         if key in self._step.waiting:
-            self._free_spare_slots()
+            self._free_spare_slots(key)
             self._fetch_waiting()
         fetched = None
         if self.transfer.coming(key):
@@ -234,19 +237,23 @@ class Engine:
             self.feedback.on_cleanup_end(layer)
 
     def _fetch_waiting(self) -> None:
-        while self._step.waiting and self.arena.free:
-            self.transfer.fetch(self._step.waiting.pop(0))
+        for key in [*self._step.waiting]:
+            if self.arena.free(key):
+                self._step.waiting.remove(key)
+                self.transfer.fetch(key)
 
     def _evict(self, key: Key) -> None:
         if key in self.arena.slot_of:  # after a failed read it has no slot
             self.transfer.remove(key)
 
-    def _free_spare_slots(self) -> None:
-        """Free slots of experts in spare slots that have run. If there are none, drop one prefetched expert."""
-        if self.arena.free:
+    def _free_spare_slots(self, needed: Key) -> None:
+        """Free slots that `needed` fits: those of experts in spare slots that have run, or of one prefetched expert."""
+        if self.arena.free(needed):
             return
-        done = [key for key in self._step.passing if key in self.arena.slot_of and not self.transfer.coming(key)]
-        for key in done or list(self._guessed)[:1]:
+        layouts = self.slow_tier.layouts
+        held = [key for key in self.arena.slot_of if layouts.index[key] == layouts.index[needed]]
+        done = [key for key in held if key in self._step.passing and not self.transfer.coming(key)]
+        for key in done or [key for key in self._guessed if key in held][:1]:
             self._guessed.pop(key, None)
             self._step.passing.discard(key)
             self.transfer.remove(key)
@@ -254,7 +261,7 @@ class Engine:
     def _prefetch(self, layer: int, numbers: list[int]) -> None:
         for number in numbers:
             key = (layer + 1, number)
-            if key in self.arena.slot_of or not self.arena.free or self._step.waiting:
+            if key in self.arena.slot_of or not self.arena.free(key) or self._step.waiting:
                 continue
             self.transfer.fetch(key)
             self._guessed[key] = None
@@ -304,7 +311,7 @@ class Engine:
         self._counted = None
         layers = len(self.transfer.layers)
         self.recorder = Recorder(layers, self.experts)
-        self.counters = self.transfer.counters = Counters(layers, self.experts, self.slow_tier.moved_bytes)
+        self.counters = self.transfer.counters = Counters(self.slow_tier.moved_bytes)
         if self.feedback is not None:
             self.feedback.predicted, self.feedback.measured = [], []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from haq_lab.offload.engine.counters import Counters
 from haq_lab.offload.tiers.arena import Arena, Key
 from haq_lab.offload.tiers.base import SlowTier
 from haq_lab.offload.tiers.cuda_streams import Mark, Streams
-from haq_lab.offload.tiers.disk import ReadError, bind
+from haq_lab.offload.tiers.disk import ReadError, bind, unbind
 
 
 class Transfer:
@@ -19,7 +20,7 @@ class Transfer:
 
     Args:
         slow_tier: Slow tier that holds all experts.
-        slots: Number of slots of the fast tier.
+        slots: Number of slots of the fast tier for each layout of experts.
         counters: Counts the reads and the seconds that computing waits for them.
         feedback: Measures requests, reads and waits. None disables it.
         streams: Streams of the device that computes.
@@ -30,10 +31,15 @@ class Transfer:
     """
 
     def __init__(
-        self, slow_tier: SlowTier, slots: int, counters: Counters, feedback: CostFeedback | None, streams: Streams
+        self,
+        slow_tier: SlowTier,
+        slots: Sequence[int],
+        counters: Counters,
+        feedback: CostFeedback | None,
+        streams: Streams,
     ):
         self.slow_tier, self.counters, self.feedback, self.streams = slow_tier, counters, feedback, streams
-        self.arena = Arena(slots, slow_tier.blob_bytes, streams.device)
+        self.arena = Arena(slots, slow_tier.layouts, streams.device)
         self.layers: list[nn.ModuleList] = []
         self._reader = ThreadPoolExecutor(1, "expert-reader")
         self._reads: dict[Key, Future[tuple[float, Mark]]] = {}
@@ -42,19 +48,15 @@ class Transfer:
     def attach(self, experts: nn.ModuleList) -> None:
         """Register the next layer's experts and free their weights."""
         self.layers.append(experts)
-        for number in range(len(experts)):
-            self.bind((len(self.layers) - 1, number), None)
-
-    def bind(self, key: Key, blob: Tensor | None) -> None:
-        """Point an expert's parameters at a blob. None removes its weights."""
-        bind(self.layers[key[0]][key[1]], self.slow_tier.parts, blob)
+        for expert in experts:
+            unbind(expert)
 
     def coming(self, key: Key) -> bool:
         """Return whether an expert has been requested and not taken over yet."""
         return key in self._reads
 
     def fetch(self, key: Key) -> None:
-        """Request an expert and return at once. There must be a free slot."""
+        """Request an expert and return at once. There must be a free slot for it."""
         self.arena.take(key)
         self.counters.read[key] += 1
         requested_at = 0.0 if self.feedback is None else self.feedback.on_request()
@@ -72,7 +74,8 @@ class Transfer:
         with self.streams.copying(computed):
             self.slow_tier.read(*key, blob)
             copied = self.streams.mark()
-        return 0.0 if self.feedback is None else self.feedback.on_fetch_end(self.slow_tier.moved_bytes), copied
+        moved = int(self.slow_tier.moved_bytes[key])
+        return 0.0 if self.feedback is None else self.feedback.on_fetch_end(moved), copied
 
     def take_over(self, key: Key) -> float:
         """Wait until a requested expert is read, and bind its weights.
@@ -89,7 +92,8 @@ class Transfer:
             self.arena.release(key)
             raise
         self.streams.wait(copied)
-        self.bind(key, self.arena.blob(key))
+        layer, number = key
+        bind(self.layers[layer][number], self.slow_tier.layouts.of(layer, number).parts, self.arena.blob(key))
         return fetched
 
     def wait(self, key: Key) -> float:
@@ -113,7 +117,7 @@ class Transfer:
             else:
                 read.exception()
         else:
-            self.bind(key, None)
+            unbind(self.layers[key[0]][key[1]])
         self.arena.release(key)
 
     def settle(self) -> None:

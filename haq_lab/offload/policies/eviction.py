@@ -101,7 +101,7 @@ def begin(state):
 
 
 @innermost
-def visit(state, resident, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed):
+def visit(state, resident, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed, forms=None):
     """Process one visit of a layer: update the rule, then admit missing experts.
 
     Args:
@@ -118,13 +118,14 @@ def visit(state, resident, layer, wanted, counts, tokens, now, per_layer, select
         admit: (E,) bool, which missing experts may become resident.
         placed: (E,) int64, written for the chosen experts: for an admitted expert, layer * E + expert of the evicted
             one; else -1.
+        forms: (layers * E,) int64. An expert may evict only experts of the same form. None if all have the same.
     """
     flat = resident.reshape(-1), state.values.reshape(-1)
-    _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed)
+    _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed, forms)
 
 
 @innermost
-def _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed):
+def _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer, selective, admit, placed, forms):
     """Do the same. `flat` has residents and values as vectors (layers * E,), because reshaping is slow."""
     layers, count = resident.shape
     here, (there, values) = resident[layer], flat
@@ -143,7 +144,8 @@ def _visit(state, resident, flat, layer, wanted, counts, tokens, now, per_layer,
     for expert in wanted:
         if placed[expert] == HELD or not admit[expert]:
             continue
-        worst = _least(values, there, first, last)
+        form = 0 if forms is None else forms[layer * count + expert]
+        worst = _least(values, there, first, last, forms, form)
         if worst >= 0 and not (selective and values[layer * count + expert] < values[worst]):
             there[worst], placed[expert] = False, worst
     for expert in wanted:
@@ -165,11 +167,17 @@ def _holds(present, wanted):
 
 
 @innermost
-def _least(values, present, first, last):
+def _same_form(forms, index, form):
+    """Return whether an expert has the form `form`. Numba drops the test if `forms` is None."""
+    return True if forms is None else forms[index] == form
+
+
+@innermost
+def _least(values, present, first, last, forms, form):
     """Return the first index of the least value among the residents from `first` to `last`, or -1 if there are none.
 
-    The first loop finds the block with the least value, and the second one finds its place there. Both inner loops
-    compile to vector code.
+    Only residents of the form `form` count, unless `forms` is None. The first loop finds the block with the least
+    value, and the second one finds its place there. Both inner loops compile to vector code.
     """
     kind = values.dtype.type  # narrow integers make wide vectors
     none = kind(np.iinfo(values.dtype).max)
@@ -178,7 +186,7 @@ def _least(values, present, first, last):
         end = min(begin + BLOCK, last)
         some, there, low = values[begin:end], present[begin:end], none  # indices from 0 need no sign test
         for index in range(len(some)):
-            absent = np.int64(there[index]) - 1  # all bits set, or none
+            absent = np.int64(there[index] & _same_form(forms, begin + index, form)) - 1  # all bits set, or none
             low = min(low, kind(some[index] | (absent & none)))
         if low < least:
             block, least = begin, low
@@ -187,13 +195,14 @@ def _least(values, present, first, last):
     end = min(block + BLOCK, last)
     some, there, place = values[block:end], present[block:end], kind(BLOCK)
     for index in range(len(some)):
-        other = np.int64(there[index] and some[index] == least) - 1  # all bits set, or none
+        fits = there[index] & _same_form(forms, block + index, form)
+        other = np.int64(fits and some[index] == least) - 1  # all bits set, or none
         place = min(place, kind(index | (other & BLOCK)))
     return block + place
 
 
 @innermost
-def replay(state, resident, experts, decode, starts, clock, per_layer, selective, admit, room, tallies):
+def replay(state, resident, experts, decode, starts, clock, per_layer, selective, admit, room, tallies, forms=None):
     """Replay a whole trace with one rule. Decoded tokens are visits of one token, and a prompt is one batch.
 
     Args:
@@ -205,6 +214,7 @@ def replay(state, resident, experts, decode, starts, clock, per_layer, selective
         admit: (E,) bool. All False keeps the residents as they are.
         room: (3, E) int64 of zeros, as working memory.
         tallies: Counts, which are added to.
+        forms: As in `visit`.
     """
     tokens, layers = experts.shape[:2]
     counts, placed, chosen = room[0], room[1], room[2]
@@ -229,7 +239,8 @@ def replay(state, resident, experts, decode, starts, clock, per_layer, selective
                 tallies.expert_hits[layer] += hit
                 tallies.fetched[layer] += 1 - hit
             now = clock + end - 1
-            _visit(state, resident, flat, layer, wanted, counts, end - token, now, per_layer, selective, admit, placed)
+            switches = per_layer, selective, admit
+            _visit(state, resident, flat, layer, wanted, counts, end - token, now, *switches, placed, forms)
             for expert in wanted:
                 counts[expert] = 0
         token = end

@@ -86,18 +86,30 @@ class Policy:
         scope: `layer` if an expert may evict only experts of its own layer, `global` if any.
         selective: Whether a missing expert that is worth less than every resident one is not kept.
         admits: Whether missing experts become resident at all.
+        forms: (layers, E) int64. An expert may evict only experts of the same form, so the number of residents of each
+            form does not change. None if all experts have the same form.
 
     Attributes:
         decide: Returns the missing experts that run in the slow tier. By default all are fetched.
     """
 
-    def __init__(self, state: Any, resident: Residency, scope: Scope, selective: bool = False, admits: bool = True):
+    def __init__(
+        self,
+        state: Any,
+        resident: Residency,
+        scope: Scope,
+        selective: bool = False,
+        admits: bool = True,
+        forms: NDArray[np.int64] | None = None,
+    ):
         self.decide: Decide = _fetch_all
         self.state = state
         self.resident = resident.copy()
         self.per_layer = scope == "layer"
         self.selective = selective
         self.admits = admits
+        self.forms = np.zeros(resident.shape, np.int64) if forms is None else forms
+        self._forms = None if forms is None or (forms == forms.flat[0]).all() else forms.ravel()
         self._placed = np.zeros(resident.shape[1], np.int64)
         self._admit = np.zeros(resident.shape[1], np.bool_)
         self._clock = 0
@@ -132,7 +144,7 @@ class Policy:
         self._admit[in_place] = False
         now = self._clock - 1
         switches = (self.per_layer, self.selective, self._admit)
-        cache.visit(self.state, self.resident, layer, wanted, counts, tokens, now, *switches, self._placed)
+        cache.visit(self.state, self.resident, layer, wanted, counts, tokens, now, *switches, self._placed, self._forms)
         experts = self.resident.shape[1]
         replaces = {int(one): divmod(int(self._placed[one]), experts) for one in missing if self._placed[one] >= 0}
         return Visit(wanted.tolist(), missing.tolist(), in_place, replaces)
@@ -154,7 +166,7 @@ class Policy:
         self._admit[:] = self.admits
         switches = (self.per_layer, self.selective, self._admit)
         room = np.zeros((3, trace.expert_count), np.int64)
-        cache.replay(self.state, self.resident, *arrays, self._clock, *switches, room, tallies)
+        cache.replay(self.state, self.resident, *arrays, self._clock, *switches, room, tallies, self._forms)
         self._clock += trace.tokens
         return HitRates(
             pairs=float(tallies.pair_hits.sum() / tallies.pairs.sum()),
@@ -171,6 +183,7 @@ def make_policy(
     profile: Trace,
     scope: Scope = "global",
     path_model: PathModel | None = None,
+    forms: NDArray[np.int64] | None = None,
 ) -> Policy:
     """Make the policy of an eviction rule.
 
@@ -180,6 +193,7 @@ def make_policy(
         profile: Calibration trace. For `belady`, the trace that will be replayed.
         scope: `layer` if an expert may evict only experts of its own layer, `global` if any.
         path_model: For `haq`. If None, one is fitted on the profile.
+        forms: (layers, E) int64, the experts' forms. None if all have the same.
 
     Returns:
         The policy, before its first visit.
@@ -191,4 +205,4 @@ def make_policy(
         raise invalid("offload.eviction", rule, EVICTION_RULES)
     row = EVICTION_RULES[rule]
     state = row.make_state((resident.shape[0], resident.shape[1]), profile, path_model)
-    return Policy(state, resident, scope, row.selective, row.admits)
+    return Policy(state, resident, scope, row.selective, row.admits, forms)

@@ -15,6 +15,7 @@ A wrong guess is cancelled if its read has not begun.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -107,7 +108,6 @@ class Simulator:
         self.in_place = self.resources["gpu" if costs.from_disk else "cpu"]  # without a GPU, the CPU is the fast device
         self._ahead: dict[int, float] = {}  # arrival times of the next layer's guesses
         self._timeline = Timeline()
-        self._fetched = 0
 
     def run(self, trace: Trace, tokens: int | None = None) -> Timeline:
         """Simulate a trace. Prompts are batches, other tokens are decoded one by one.
@@ -125,7 +125,7 @@ class Simulator:
         timeline, now = Timeline(), 0.0
         for resource in self.resources.values():
             resource.free = resource.busy = 0.0
-        self._timeline, self._fetched, self._ahead = timeline, 0, {}
+        self._timeline, self._ahead = timeline, {}
         starts = set(trace.starts.tolist())
         token, last = 0, min(tokens or trace.tokens, trace.tokens)
         while token < last:
@@ -138,7 +138,6 @@ class Simulator:
             (timeline.token_s if trace.decode[token] else timeline.prompt_s).append(done - now)
             token, now = end, done
         timeline.busy = {name: resource.busy / now for name, resource in self.resources.items()}
-        timeline.bytes = self._fetched * self.costs.expert_bytes
         return timeline
 
     def step(self, experts: NDArray[np.uint8], now: float) -> float:
@@ -148,15 +147,15 @@ class Simulator:
         for layer in range(layers):
             counts = np.bincount(experts[:, layer].ravel(), minlength=self.policy.resident.shape[1])
             gpu.run(costs.rest(tokens), now)
-            routed = max(gpu.free, self._drop_wrong_guesses(counts, gpu.free))
+            routed = max(gpu.free, self._drop_wrong_guesses(layer, counts, gpu.free))
             visit = self.policy.visit(layer, counts, tokens)
             arrivals = self._guessed(visit, routed)
             fetched = [one for one in visit.missing if one not in visit.in_place and one not in arrivals]
             passing = [one for one in (*arrivals, *fetched) if one not in visit.replaces]
-            guesses = self._guesses(layer, experts[:, layer], len(passing)) if layer + 1 < layers else []
+            guesses = self._guesses(layer, experts[:, layer], passing) if layer + 1 < layers else []
             asked = gpu.run(costs.issue(len(fetched) + len(guesses)), routed)
-            arrivals |= {expert: self._read(asked) for expert in fetched}
-            self._ahead = {expert: self._read(asked) for expert in guesses}
+            arrivals |= {expert: self._read(layer, expert, asked) for expert in fetched}
+            self._ahead = {expert: self._read(layer + 1, expert, asked) for expert in guesses}
             in_place = [one for one in visit.in_place if one not in arrivals]
             done = [self.in_place.run(costs.slow(int(counts[expert])), routed) for expert in in_place]
             for expert in visit.wanted:
@@ -173,30 +172,37 @@ class Simulator:
         self._timeline.guesses_used += len(arrivals)
         return arrivals
 
-    def _guesses(self, layer: int, chosen: NDArray[np.uint8], passing: int) -> list[int]:
-        """Return the experts to prefetch into the spare slots that are free."""
+    def _guesses(self, layer: int, chosen: NDArray[np.uint8], passing: list[int]) -> list[int]:
+        """Return the experts to prefetch into the spare slots that are free. Each form has its own spare slots."""
         if self.prefetch is None:
             return []
         wanted = self.prefetch.guess(layer, None, torch.from_numpy(chosen.astype(np.int64)), self.guesses)
-        guesses = [one for one in wanted if not self.policy.resident[layer + 1, one]][: max(self.spare - passing, 0)]
+        forms, guesses = self.policy.forms, []
+        taken = Counter(forms[layer, one] for one in passing)
+        for one in wanted:
+            form = forms[layer + 1, one]
+            if not self.policy.resident[layer + 1, one] and taken[form] < self.spare:
+                guesses.append(one)
+                taken[form] += 1
         self._timeline.guessed += len(guesses)
         return guesses
 
-    def _read(self, ready: float) -> float:
-        self._fetched += 1
+    def _read(self, layer: int, expert: int, ready: float) -> float:
+        size = self.costs.bytes_of(layer, expert)
+        self._timeline.bytes += size
         if ready >= self.source.free:
             ready += self.costs.begin(1)
-        return self.source.run(self.costs.fetch(self.costs.expert_bytes), ready)
+        return self.source.run(self.costs.fetch(size), ready)
 
-    def _drop_wrong_guesses(self, counts: NDArray[np.int64], now: float) -> float:
+    def _drop_wrong_guesses(self, layer: int, counts: NDArray[np.int64], now: float) -> float:
         """Cancel wrong guesses. Return the time until which wrong guesses that are being read delay the engine."""
         busy_until = 0.0
-        fetch = self.costs.fetch(self.costs.expert_bytes)
         for expert in reversed([expert for expert in self._ahead if counts[expert] == 0]):
-            arrival = self._ahead.pop(expert)
+            arrival, size = self._ahead.pop(expert), self.costs.bytes_of(layer, expert)
+            fetch = self.costs.fetch(size)
             if arrival - fetch >= now and arrival == self.source.free:
                 self.source.cancel(fetch)
-                self._fetched -= 1
+                self._timeline.bytes -= size
             elif arrival > now:
                 busy_until = max(busy_until, arrival)
         return busy_until

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from haq_lab.offload.tiers.disk import Part
+from haq_lab.offload.tiers.disk import Layouts
 
 
 class SlowTier(Protocol):
     """Storage of all experts. Each expert is one contiguous blob.
 
     Attributes:
-        parts: Layout of a blob in the fast tier, the same for all experts.
-        blob_bytes: Size of a blob in the fast tier.
-        moved_bytes: Bytes that are moved to fetch one expert.
+        layouts: Layouts of the blobs in the fast tier.
+        moved_bytes: (layers, E) bytes that are moved to fetch each expert.
         staging_bytes: Extra memory on the device that fetching needs.
     """
 
-    parts: list[Part]
-    blob_bytes: int
-    moved_bytes: int
+    layouts: Layouts
+    moved_bytes: NDArray[np.int64]
     staging_bytes: int
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
@@ -31,7 +31,7 @@ class SlowTier(Protocol):
         Args:
             layer: Index of the layer.
             expert: Index of the expert.
-            blob: (blob_bytes,) uint8, overwritten.
+            blob: uint8 of the expert's size, overwritten.
 
         Raises:
             ReadError: The expert could not be read.

@@ -1,6 +1,6 @@
 """Convert experts on their way to the fast tier, if the two tiers hold them in different formats.
 
-    tier = ConvertedTier(tier, Dequantize(tier.parts, sizes, backend, torch.float16), device)
+    tier = ConvertedTier(tier, [Dequantize(layout.parts, sizes, formats, backend, torch.float16)], device)
 
 An expert is copied in the format of the slow tier and converted on the device, on the stream of the copies.
 `Dequantize` is dequantization on load (arXiv 2508.07329), so the link carries int8. `Relayout` lets host memory hold
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,41 +21,39 @@ from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.models.families.family import PROJECTIONS
 from haq_lab.offload.tiers.arena import page_aligned
 from haq_lab.offload.tiers.base import SlowTier
-from haq_lab.offload.tiers.disk import Part, layout
+from haq_lab.offload.tiers.disk import Layout, Layouts, Part, layout
 
 Sizes = dict[str, tuple[int, int]]  # (outputs, inputs) of each linear of an expert
 Weights = dict[str, WeightFormat]  # of each linear of an expert
 
 
-def linear_sizes(experts: nn.ModuleList) -> Sizes:
-    """Return the output and input size of each linear of an expert. All experts of a layer are alike."""
-    linears: dict[str, Any] = {name: experts[0].get_submodule(name) for name in PROJECTIONS}
+def linear_sizes(expert: nn.Module) -> Sizes:
+    """Return the output and input size of each linear of an expert."""
+    linears: dict[str, Any] = {name: expert.get_submodule(name) for name in PROJECTIONS}
     return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
 
-def weight_formats(experts: nn.ModuleList) -> Weights:
-    """Return the weight format of each linear of a quantised expert. All experts of a layer are alike."""
-    linears: dict[str, Any] = {name: experts[0].get_submodule(name) for name in PROJECTIONS}
+def weight_formats(expert: nn.Module) -> Weights:
+    """Return the weight format of each linear of a quantised expert."""
+    linears: dict[str, Any] = {name: expert.get_submodule(name) for name in PROJECTIONS}
     return {name: linear.format for name, linear in linears.items()}
 
 
 class Conversion(Protocol):
-    """Converts blobs of the slow tier into blobs of the fast tier.
+    """Converts blobs of one layout of the slow tier into blobs of the fast tier.
 
     Attributes:
-        parts: Layout of a converted blob.
-        blob_bytes: Size of a converted blob.
+        layout: Layout of a converted blob.
     """
 
-    parts: list[Part]
-    blob_bytes: int
+    layout: Layout
 
     def __call__(self, source: Tensor, target: Tensor) -> None:
         """Convert one blob.
 
         Args:
             source: Blob of the slow tier, (bytes,) uint8 on the device.
-            target: Blob of the fast tier, (blob_bytes,) uint8 on the same device. It is overwritten.
+            target: Blob of the fast tier, uint8 of the layout's size on the same device. It is overwritten.
         """
         ...
 
@@ -76,12 +75,10 @@ class Dequantize:
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": size for name, size in sizes.items()}
         self._biases = [name for name in self._source if name.endswith(".bias")]
         shapes |= {name: self._source[name].shape for name in self._biases}
-        self.parts, self.blob_bytes = layout(
-            {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-        )
+        self.layout = layout({name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()})
 
     def __call__(self, source: Tensor, target: Tensor) -> None:
-        parts = {part.name: part for part in self.parts}
+        parts = {part.name: part for part in self.layout.parts}
         for name in self._biases:
             parts[name].of(target).copy_(self._source[name].of(source))
         for name, size in self._sizes.items():
@@ -113,12 +110,10 @@ class Relayout:
     ):
         self._source = {part.name: part for part in source}
         self._sizes, self._formats, self._packer, self._backend = sizes, formats, packer, backend
-        self.parts, self.blob_bytes = layout(
-            {part.name: torch.empty(part.shape, dtype=part.dtype, device="meta") for part in target}
-        )
+        self.layout = layout({part.name: torch.empty(part.shape, dtype=part.dtype, device="meta") for part in target})
 
     def __call__(self, source: Tensor, target: Tensor) -> None:
-        for part in self.parts:
+        for part in self.layout.parts:
             tensor = self._source[part.name].of(source)
             linear, _, name = part.name.rpartition(".")
             if name == "packed":
@@ -137,12 +132,10 @@ class Cast:
 
     def __init__(self, source: list[Part], dtype: torch.dtype):
         self._source = source
-        self.parts, self.blob_bytes = layout(
-            {part.name: torch.empty(part.shape, dtype=dtype, device="meta") for part in source}
-        )
+        self.layout = layout({part.name: torch.empty(part.shape, dtype=dtype, device="meta") for part in source})
 
     def __call__(self, source: Tensor, target: Tensor) -> None:
-        for source_part, target_part in zip(self._source, self.parts, strict=True):
+        for source_part, target_part in zip(self._source, self.layout.parts, strict=True):
             target_part.of(target).copy_(source_part.of(source))
 
 
@@ -151,20 +144,30 @@ class ConvertedTier:
 
     Args:
         tier: The slow tier without conversion.
-        conversion: Conversion of its blobs.
+        conversions: Conversion of the blobs of each of its layouts.
         device: Device of the fast tier.
     """
 
-    def __init__(self, tier: SlowTier, conversion: Conversion, device: torch.device):
-        self.parts, self.blob_bytes = conversion.parts, conversion.blob_bytes
-        self.moved_bytes, self.staging_bytes = tier.moved_bytes, tier.blob_bytes
-        self._tier, self._conversion = tier, conversion
-        self._staging = page_aligned(tier.blob_bytes, device)  # one is enough, because all reads use one stream
+    def __init__(self, tier: SlowTier, conversions: Sequence[Conversion], device: torch.device):
+        sources = tier.layouts
+        distinct: list[Layout] = []  # two layouts of the slow tier can be converted to one
+        examples: list[nn.Module] = []
+        for conversion, example in zip(conversions, sources.examples, strict=True):
+            if conversion.layout not in distinct:
+                distinct.append(conversion.layout)
+                examples.append(example)
+        index = np.array([distinct.index(conversion.layout) for conversion in conversions], np.int64)
+        self.layouts = Layouts(distinct, index[sources.index], examples)
+        self.moved_bytes, self.staging_bytes = tier.moved_bytes, sources.largest
+        self._tier, self._conversions = tier, conversions
+        self._staging = page_aligned(sources.largest, device)  # one is enough, because all reads use one stream
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
         """Read and convert an expert, as `SlowTier.read`."""
-        self._tier.read(layer, expert, self._staging)
-        self._conversion(self._staging, blob)
+        sources = self._tier.layouts
+        staging = self._staging[: sources.of(layer, expert).size]
+        self._tier.read(layer, expert, staging)
+        self._conversions[sources.index[layer, expert]](staging, blob)
 
     def use_in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
         """Return the expert in the format of the slow tier, as `SlowTier.use_in_place`."""

@@ -14,9 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from haq_lab.utils.atomic_files import naming_path
@@ -50,6 +52,47 @@ class Part:
         return blob[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
+class Layout(NamedTuple):
+    """How the blobs of experts with equal tensor shapes and types are laid out.
+
+    Attributes:
+        parts: The tensors.
+        size: Bytes of a blob.
+    """
+
+    parts: list[Part]
+    size: int
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The layouts of all experts' blobs. Experts have several layouts if their linears differ in bits.
+
+    Attributes:
+        distinct: The distinct layouts.
+        index: (layers, E) index of each expert's layout in `distinct`.
+        examples: An expert of each layout. Its weights may be empty.
+    """
+
+    distinct: list[Layout]
+    index: NDArray[np.int64]
+    examples: list[nn.Module]
+
+    def of(self, layer: int, expert: int) -> Layout:
+        """Return the layout of an expert."""
+        return self.distinct[self.index[layer, expert]]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(layers, E) bytes of each expert's blob."""
+        return np.array([layout.size for layout in self.distinct], np.int64)[self.index]
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest blob."""
+        return max(layout.size for layout in self.distinct)
+
+
 class ReadError(UserError):
     """An expert could not be read."""
 
@@ -68,18 +111,15 @@ class ExpertFile:
     """The experts of all layers in one file.
 
     Args:
-        path: The file.
-        parts: Layout of an expert's blob, the same for all experts.
-        blob_bytes: Size of a blob.
-        experts: Number of experts per layer.
+        path: The file. The blobs follow one another, layer by layer.
+        layouts: Layouts of the blobs.
     """
 
-    def __init__(self, path: Path, parts: list[Part], blob_bytes: int, experts: int):
+    def __init__(self, path: Path, layouts: Layouts):
         self.path = path
-        self.parts = parts
-        self.blob_bytes = self.moved_bytes = blob_bytes
+        self.layouts, self.moved_bytes = layouts, layouts.sizes
         self.staging_bytes = 0
-        self.experts = experts
+        self._offsets = (np.cumsum(self.moved_bytes) - self.moved_bytes.ravel()).reshape(self.moved_bytes.shape)
         self._file = os.open(path, os.O_RDONLY)
         self._direct = open_direct(path)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
@@ -92,13 +132,13 @@ class ExpertFile:
         Args:
             layer: Index of the layer.
             expert: Index of the expert.
-            blob: (blob_bytes,) uint8 that starts at a page boundary. It is overwritten.
+            blob: uint8 of the expert's size that starts at a page boundary. It is overwritten.
 
         Raises:
             ReadError: All attempts failed.
         """
         view = memoryview(cast(Any, blob.numpy()))
-        offset = (layer * self.experts + expert) * self.blob_bytes
+        offset, size = int(self._offsets[layer, expert]), len(view)
         problem = ""
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -108,10 +148,10 @@ class ExpertFile:
             except OSError as error:
                 problem = str(error)
                 continue
-            if done == self.blob_bytes:
-                os.posix_fadvise(self._direct, offset, self.blob_bytes, os.POSIX_FADV_DONTNEED)
+            if done == size:
+                os.posix_fadvise(self._direct, offset, size, os.POSIX_FADV_DONTNEED)
                 return
-            problem = f"{done} of {self.blob_bytes} bytes"
+            problem = f"{done} of {size} bytes"
         raise ReadError(
             f"offload: expert {expert} of layer {layer} could not be read from {self.path} ({problem}). Check the disk."
         )
@@ -125,14 +165,14 @@ class ExpertFile:
 
     def use_in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
         """Bind the expert to the mapped file, so that computing with it reads from the disk."""
-        offset = (layer * self.experts + number) * self.blob_bytes
-        bind(expert, self.parts, self._map[offset : offset + self.blob_bytes])
+        offset, layout = int(self._offsets[layer, number]), self.layouts.of(layer, number)
+        bind(expert, layout.parts, self._map[offset : offset + layout.size])
         return expert
 
     def end_use(self, experts: Sequence[nn.Module]) -> None:
         """Unbind the experts that ran in place, and drop their pages from memory."""
         for expert in experts:
-            bind(expert, self.parts, None)
+            unbind(expert)
         self.drop_cache()
 
     def drop_cache(self) -> None:
@@ -155,42 +195,37 @@ def open_direct(path: str | Path) -> int:
 
 
 class Packer:
-    """Packs experts into blobs of equal layout.
-
-    Attributes:
-        parts: Layout of a blob. Empty before the first expert.
-        size: Bytes of a blob.
-        experts: Number of experts per layer.
-    """
+    """Packs experts into blobs and keeps their layouts."""
 
     def __init__(self) -> None:
-        self.parts: list[Part] = []
-        self.size = self.experts = self._layers = 0
+        self._distinct: list[Layout] = []
+        self._index: list[list[int]] = []
+        self._examples: list[nn.Module] = []
+
+    @property
+    def layouts(self) -> Layouts:
+        """The layouts of the experts so far."""
+        return Layouts(self._distinct, np.array(self._index, np.int64), self._examples)
 
     def pack(self, experts: nn.ModuleList) -> Iterator[Tensor]:
-        """Yield a blob, (size,) uint8, for each expert of the next layer, and free the expert's weights.
+        """Yield a blob, uint8, for each expert of the next layer, and free the expert's weights.
 
         Args:
             experts: Experts of the layer.
-
-        Raises:
-            UserError: The experts differ in the shapes or types of their tensors.
         """
-        for number, expert in enumerate(experts):
+        self._index.append([])
+        for expert in experts:
             tensors = expert_tensors(expert)
-            parts, size = layout(tensors)
-            self.parts, self.size = self.parts or parts, self.size or size
-            if parts != self.parts:
-                raise UserError(
-                    f"offload: expert {number} of layer {self._layers} has other tensor shapes or types than the "
-                    "experts before it, so the model cannot be offloaded. Choose offload=none."
-                )
-            blob = torch.zeros(size, dtype=torch.uint8)
-            for part in parts:
+            own = layout(tensors)
+            if own not in self._distinct:
+                self._distinct.append(own)
+                self._examples.append(expert)
+            self._index[-1].append(self._distinct.index(own))
+            blob = torch.zeros(own.size, dtype=torch.uint8)
+            for part in own.parts:
                 part.of(blob).copy_(tensors[part.name])
             yield blob
-            bind(expert, parts, None)
-        self.experts, self._layers = len(experts), self._layers + 1
+            unbind(expert)
 
 
 class ExpertFileWriter:
@@ -224,9 +259,6 @@ class ExpertFileWriter:
 
         Args:
             experts: Experts of the layer.
-
-        Raises:
-            UserError: The experts differ in the shapes or types of their tensors.
         """
         for blob in self._packer.pack(experts):
             self._write(memoryview(cast(Any, blob.numpy())))
@@ -240,7 +272,7 @@ class ExpertFileWriter:
     def open(self) -> ExpertFile:
         """Return the complete file, with none of its pages in the page cache."""
         self._complete()
-        expert_file = ExpertFile(self.path, self._packer.parts, self._packer.size, self._packer.experts)
+        expert_file = ExpertFile(self.path, self._packer.layouts)
         expert_file.drop_cache()
         return expert_file
 
@@ -250,10 +282,16 @@ class ExpertFileWriter:
         os.fsync(self._stream.fileno())
 
 
-def bind(expert: nn.Module, parts: list[Part], blob: Tensor | None) -> None:
-    """Point an expert's parameters and buffers at a blob. None replaces them by empty tensors, so stale use fails."""
+def bind(expert: nn.Module, parts: list[Part], blob: Tensor) -> None:
+    """Point an expert's parameters and buffers at a blob."""
     for part in parts:
-        set_tensor(expert, part.name, torch.empty(0, dtype=part.dtype) if blob is None else part.of(blob))
+        set_tensor(expert, part.name, part.of(blob))
+
+
+def unbind(expert: nn.Module) -> None:
+    """Replace an expert's parameters and buffers by empty tensors, so stale use fails."""
+    for name, tensor in expert_tensors(expert).items():
+        set_tensor(expert, name, torch.empty(0, dtype=tensor.dtype))
 
 
 def set_tensor(expert: nn.Module, name: str, tensor: Tensor) -> None:
@@ -266,20 +304,17 @@ def set_tensor(expert: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[tensor_name] = tensor
 
 
-def layout(tensors: dict[str, Tensor]) -> tuple[list[Part], int]:
-    """Compute the layout of a blob.
+def layout(tensors: dict[str, Tensor]) -> Layout:
+    """Compute the layout of a blob. Its size is a multiple of the page size.
 
     Args:
         tensors: Tensors of one expert by name.
-
-    Returns:
-        One part per tensor, and the blob's size, a multiple of the page size.
     """
     parts, end = [], 0
     for name, tensor in tensors.items():
         parts.append(Part(name, end, tensor.dtype, tuple(tensor.shape)))
         end = _round_up(end + tensor.nbytes, ALIGNMENT)
-    return parts, _round_up(end, PAGE)
+    return Layout(parts, _round_up(end, PAGE))
 
 
 def _round_up(size: int, multiple: int) -> int:

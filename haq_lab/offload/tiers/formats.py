@@ -10,7 +10,7 @@ from torch import nn
 
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.offload.tiers.conversion import Cast, Conversion, Dequantize, linear_sizes, weight_formats
-from haq_lab.offload.tiers.disk import Part
+from haq_lab.offload.tiers.disk import Layouts
 from haq_lab.utils.errors import UserError
 
 HostFormat = Literal["int8", "bf16"]
@@ -72,15 +72,18 @@ class Formats:
             for weight in experts.parameters():
                 weight.data = weight.data.to(torch.bfloat16)
 
-    def conversion(self, experts: nn.ModuleList, parts: list[Part]) -> Conversion | None:
-        """Return the conversion from the slow tier's format to the fast tier's, or None if they are equal.
+    def conversions(self, experts: nn.ModuleList, layouts: Layouts) -> list[Conversion] | None:
+        """Return each layout's conversion from the slow tier's format to the fast tier's, or None if they are equal.
 
         Args:
             experts: Experts of one layer, with or without their weights.
-            parts: Layout of a blob of the slow tier.
+            layouts: Layouts of the slow tier.
         """
         if self.device == "int8":
             return None
         if not isinstance(experts, Int8Experts):
-            return Cast(parts, torch.float16)
-        return Dequantize(parts, linear_sizes(experts), weight_formats(experts), experts.backend, torch.float16)
+            return [Cast(layout.parts, torch.float16) for layout in layouts.distinct]
+        return [
+            Dequantize(layout.parts, linear_sizes(expert), weight_formats(expert), experts.backend, torch.float16)
+            for layout, expert in zip(layouts.distinct, layouts.examples, strict=True)
+        ]

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from typing import cast
 
 import psutil
-import torch
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
 from haq_lab.int8.linear import Int8Linear
+from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.models.experts import Expert
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.offload.tiers.arena import page_aligned
 from haq_lab.offload.tiers.conversion import Relayout, linear_sizes, weight_formats
 from haq_lab.offload.tiers.cuda_streams import Streams
-from haq_lab.offload.tiers.disk import Packer, Part, bind, expert_tensors, layout
+from haq_lab.offload.tiers.disk import Layout, Layouts, Packer, bind, expert_tensors, layout, unbind
 from haq_lab.utils.errors import UserError
 
 
@@ -29,9 +29,8 @@ class HostTier:
     """The experts of all layers in pinned host memory.
 
     Args:
-        blocks: One block of pinned memory per layer, (experts * blob_bytes,) uint8. The tier unpins them.
-        parts: Layout of a blob.
-        blob_bytes: Size of a blob.
+        blocks: One block of pinned memory per layer, the blobs of its experts in uint8. The tier unpins them.
+        layouts: Layouts of the blobs.
         streams: Streams that pinned the memory.
         cpu_experts: Modules that run the experts on the CPU, by layer. Empty if only the GPU runs experts.
     """
@@ -39,26 +38,21 @@ class HostTier:
     def __init__(
         self,
         blocks: list[Tensor],
-        parts: list[Part],
-        blob_bytes: int,
+        layouts: Layouts,
         streams: Streams,
         cpu_experts: Sequence[Sequence[nn.Module]] = (),
     ):
-        self.parts = parts
-        self.blob_bytes = self.moved_bytes = blob_bytes
+        self.layouts, self.moved_bytes = layouts, layouts.sizes
         self.staging_bytes = 0
+        self._blobs = [block.split(sizes.tolist()) for block, sizes in zip(blocks, self.moved_bytes, strict=True)]
         self._blocks, self._streams, self._cpu_experts = blocks, streams, cpu_experts
         for layer, experts in enumerate(cpu_experts):
             for number, module in enumerate(experts):
-                bind(module, parts, self._blob(layer, number))
-
-    def _blob(self, layer: int, expert: int) -> Tensor:
-        first = expert * self.blob_bytes
-        return self._blocks[layer][first : first + self.blob_bytes]
+                bind(module, layouts.of(layer, number).parts, self._blobs[layer][number])
 
     def read(self, layer: int, expert: int, blob: Tensor) -> None:
-        """Copy an expert into `blob`, (blob_bytes,) uint8. On a GPU the copy follows the current stream's order."""
-        blob.copy_(self._blob(layer, expert), non_blocking=True)
+        """Copy an expert into `blob`, uint8 of its size. On a GPU the copy follows the current stream's order."""
+        blob.copy_(self._blobs[layer][expert], non_blocking=True)
 
     def use_in_place(self, layer: int, number: int, expert: nn.Module) -> nn.Module:
         """Return the module that runs the expert on the CPU."""
@@ -69,6 +63,7 @@ class HostTier:
 
     def close(self) -> None:
         """Unpin and free the memory. All copies must be done."""
+        self._blobs = []
         while self._blocks:
             self._streams.unpin(self._blocks.pop())
 
@@ -87,7 +82,7 @@ class HostWriter:
         self._packer = Packer()
         self._blocks: list[Tensor] = []
         self._cpu_experts: list[nn.ModuleList] = []
-        self._device_parts: list[Part] = []
+        self._device_layouts: dict[tuple[WeightFormat, ...], Layout] = {}
 
     def __enter__(self) -> HostWriter:
         return self
@@ -103,17 +98,16 @@ class HostWriter:
             experts: Experts of the layer.
 
         Raises:
-            UserError: The experts differ in their layout, or the experts of all layers do not fit into memory.
+            UserError: The experts of all layers do not fit into memory.
         """
         if self._cpu_backend is not None:
             experts = self._repack_for_cpu(experts, self._cpu_backend)
             self._cpu_experts.append(experts)
-        block = torch.empty(0, dtype=torch.uint8)
-        for number, blob in enumerate(self._packer.pack(experts)):
-            if number == 0:
-                self._must_fit(len(experts) * len(blob))
-                block = page_aligned(len(experts) * len(blob))
-            block[number * len(blob) : (number + 1) * len(blob)] = blob
+        sizes = [layout(expert_tensors(expert)).size for expert in experts]
+        self._must_fit(sum(sizes))
+        block = page_aligned(sum(sizes))
+        for place, blob in zip(block.split(sizes), self._packer.pack(experts), strict=True):
+            place.copy_(blob)
         self._streams.pin(block)
         self._blocks.append(block)
 
@@ -122,9 +116,9 @@ class HostWriter:
         cpu_experts = nn.ModuleList(
             cast(Expert, expert).with_linears(lambda linear: cast(Int8Linear, linear).on(backend)) for expert in experts
         )
-        self._device_parts, _ = layout(expert_tensors(experts[0]))
         for expert in experts:
-            bind(expert, self._device_parts, None)
+            self._device_layouts[_formats(expert)] = layout(expert_tensors(expert))
+            unbind(expert)
         return cpu_experts
 
     def _must_fit(self, layer_bytes: int) -> None:
@@ -136,8 +130,8 @@ class HostWriter:
                 f"but {available:,} bytes are free. Choose backend=cpu, which keeps them on disk, or a smaller model."
             )
 
-    def relayout(self, experts: nn.ModuleList) -> Relayout | None:
-        """Return the conversion from the CPU's layout to the GPU's, or None if the CPU runs no experts.
+    def relayout(self, experts: nn.ModuleList) -> list[Relayout] | None:
+        """Return the conversion of each layout from the CPU's to the GPU's, or None if the CPU runs no experts.
 
         Args:
             experts: Experts of one deployed layer.
@@ -153,17 +147,26 @@ class HostWriter:
                 "offload.on_miss: the CPU runs experts beside a GPU only if their activation is SiLU. "
                 "Choose offload.on_miss=fetch."
             )
-        return Relayout(
-            self._packer.parts,
-            self._device_parts,
-            linear_sizes(experts),
-            weight_formats(experts),
-            self._cpu_backend,
-            deployed.backend,
-        )
+        layouts = self._packer.layouts
+        return [
+            Relayout(
+                source.parts,
+                self._device_layouts[_formats(expert)].parts,
+                linear_sizes(expert),
+                weight_formats(expert),
+                self._cpu_backend,
+                deployed.backend,
+            )
+            for source, expert in zip(layouts.distinct, layouts.examples, strict=True)
+        ]
 
     def open(self) -> HostTier:
         """Return the complete tier."""
         blocks, self._blocks = self._blocks, []
         cpu_experts = [list(experts) for experts in self._cpu_experts]
-        return HostTier(blocks, self._packer.parts, self._packer.size, self._streams, cpu_experts)
+        return HostTier(blocks, self._packer.layouts, self._streams, cpu_experts)
+
+
+def _formats(expert: nn.Module) -> tuple[WeightFormat, ...]:
+    """Return the weight formats of an expert's linears, which determine its layout on each backend."""
+    return tuple(weight_formats(expert).values())

@@ -17,7 +17,7 @@ class TierWriter(Protocol):
         """Write the next layer's experts and free their weights.
 
         Raises:
-            UserError: The experts differ in their layout, or do not fit.
+            UserError: They do not fit.
         """
         ...
 
@@ -25,8 +25,8 @@ class TierWriter(Protocol):
         """Return the complete slow tier."""
         ...
 
-    def relayout(self, experts: nn.ModuleList) -> Relayout | None:
-        """Return the conversion from the slow tier's layout to the device's, or None if they are equal.
+    def relayout(self, experts: nn.ModuleList) -> list[Relayout] | None:
+        """Return the conversion of each layout of the slow tier to the device's, or None if they are equal.
 
         Args:
             experts: Experts of one deployed layer.

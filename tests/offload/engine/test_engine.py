@@ -27,7 +27,7 @@ from haq_lab.offload.policies.placement import PLACEMENTS, place
 from haq_lab.offload.policies.policy import Visit, make_policy
 from haq_lab.offload.policies.prefetch import NextGate, NextOnPath
 from haq_lab.offload.tiers.cuda_streams import Streams
-from haq_lab.offload.tiers.disk import ExpertFile, ExpertFileWriter, ReadError, expert_tensors, layout
+from haq_lab.offload.tiers.disk import ExpertFile, ExpertFileWriter, ReadError, expert_tensors
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.routing.record import record_trace
@@ -46,11 +46,12 @@ class Case:
         self.quantizer = quantizer
         self.path = folder / f"experts-{quantizer is not None}.bin"
         layers = self.layers()
-        self.parts, self.size = layout(expert_tensors(layers[0].mlp.experts[0]))
         with ExpertFileWriter(self.path) as writer:
             for layer in layers:
                 writer.add(layer.mlp.experts)
-            writer.open().close()
+            expert_file = writer.open()
+        self.layouts = expert_file.layouts
+        expert_file.close()
         layers = self.layers()
         if quantizer is None:  # float products depend on the address of a matrix, so use the same arena
             engine_for(self, self.open(), layers, "none", 24)
@@ -63,7 +64,7 @@ class Case:
         return layers
 
     def open(self) -> ExpertFile:
-        return ExpertFile(self.path, self.parts, self.size, 8)
+        return ExpertFile(self.path, self.layouts)
 
 
 def generate(whole, steps=5):
@@ -110,7 +111,7 @@ def test_no_budget_or_policy_changes_a_bit(case, rule, slots, placement, scope, 
         assert torch.equal(generate(case.model.assemble(layers)), case.expected)
         engine.check()
         stats = engine.stats()
-        assert stats["offload.fast_tier_bytes"] == (engine.policy.slots + spare) * engine.slow_tier.blob_bytes
+        assert stats["offload.fast_tier_bytes"] == (engine.policy.slots + spare) * engine.slow_tier.layouts.largest
         assert 0 <= stats["offload.hit_rate_pairs"] <= 1
         assert sum(row["misses"] for row in engine.table()) > 0 or slots > 12
     finally:
@@ -141,14 +142,14 @@ def test_the_weights_are_freed(case):
     engine = engine_for(case, case.open(), layers, slots=3)
     held = sum(t.nbytes for layer in layers for expert in layer.mlp.experts for t in expert_tensors(expert).values())
     engine.close()
-    assert held <= 3 * engine.slow_tier.blob_bytes
+    assert held <= 3 * engine.slow_tier.layouts.largest
 
 
 def test_measurements_correct_wrong_costs(case):
     """All costs start at 1000 seconds and are realistic after a few tokens."""
     layers, expert_file = case.layers(), case.open()
     curves = [PiecewiseLinear([1, 2], [1000.0, 1000.0]) for _ in range(8)]
-    costs = Costs(*curves[:5], expert_file.blob_bytes, *curves[5:], from_disk=True)
+    costs = Costs(*curves[:5], expert_file.layouts.largest, *curves[5:], from_disk=True)
     policy = make_policy("none", place("frequency", case.profile, 6), case.profile)
     policy.decide = lambda resident, missing: list(missing)[:1]
     engine = Engine(expert_file, policy, feedback=CostFeedback(costs, "sum", 3))

@@ -17,8 +17,8 @@ from haq_lab.utils.errors import UserError
 RULES = ("none", "lru", "lfu", "moe_infinity", "haq")
 
 
-def plain_hits(trace, resident, rule, scope):
-    """LRU and LFU as one would write them down: hits by layer."""
+def plain_hits(trace, resident, rule, scope, forms):
+    """LRU and LFU as one would write them down: hits by layer. An expert takes the place of one of its form."""
     held = {(layer, int(e)) for layer in range(trace.layers) for e in np.flatnonzero(resident[layer])}
     used, counts, clock = Counter(), Counter(), 0
     hits = np.zeros(trace.layers)
@@ -35,22 +35,27 @@ def plain_hits(trace, resident, rule, scope):
             for key in wanted:
                 if key not in held:
                     reach = [k for k in held if (scope == "global" or k[0] == layer) and k not in wanted]
+                    reach = [k for k in reach if forms[k] == forms[key]]
                     worth = (lambda k: (used[k], k)) if rule == "lru" else (lambda k: (counts[k], used[k], k))
-                    held.remove(min(reach, key=worth))
-                    held.add(key)
+                    if reach:
+                        held.remove(min(reach, key=worth))
+                        held.add(key)
     return hits
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("rule", ["lru", "lfu"])
-@given(seed=st.integers(0, 1000), slots=st.integers(4, 31))
-def test_lru_and_lfu_are_what_they_say(make_trace, rule, scope, seed, slots):
+@given(seed=st.integers(0, 1000), slots=st.integers(4, 31), several=st.integers(1, 3))
+def test_lru_and_lfu_are_what_they_say(make_trace, rule, scope, seed, slots, several):
     trace = make_trace(tokens=60, seed=seed)
     resident = place("uniform", trace, slots)
-    rates = make_policy(rule, resident, trace, scope).replay(trace)
+    forms = np.random.default_rng(seed).integers(0, several, resident.shape)
+    policy = make_policy(rule, resident, trace, scope, forms=forms)
+    rates = policy.replay(trace)
     np.testing.assert_array_equal(
-        np.rint(rates.by_layer * trace.tokens * trace.k), plain_hits(trace, resident, rule, scope)
+        np.rint(rates.by_layer * trace.tokens * trace.k), plain_hits(trace, resident, rule, scope, forms)
     )
+    np.testing.assert_array_equal(np.bincount(forms[policy.resident]), np.bincount(forms[resident]))
 
 
 @given(seed=st.integers(0, 1000), slots=st.integers(8, 31))
@@ -79,13 +84,15 @@ def test_belady_is_optimal_on_a_small_case(make_trace):
     assert round(rates.pairs * trace.tokens) == best(frozenset(np.flatnonzero(resident[0]).tolist()), 0)
 
 
+@pytest.mark.parametrize("several", [1, 2])
 @pytest.mark.parametrize("rule", RULES)
-def test_the_engines_clock_and_the_replay_agree(make_trace, rule):
+def test_the_engines_clock_and_the_replay_agree(make_trace, rule, several):
     """Visit by visit, as the engine and the simulator drive it, or all at once: one policy."""
     profile, trace = make_trace(), make_trace(seed=0, tokens=120)
     resident = place("frequency", profile, 12)
     model = fit_path_model(profile, steps=50)
-    whole, stepwise = (make_policy(rule, resident, profile, path_model=model) for _ in range(2))
+    forms = np.arange(resident.size).reshape(resident.shape) % several
+    whole, stepwise = (make_policy(rule, resident, profile, path_model=model, forms=forms) for _ in range(2))
     rates = whole.replay(trace)
     hits = 0
     for token in range(trace.tokens):
@@ -100,6 +107,7 @@ def test_the_engines_clock_and_the_replay_agree(make_trace, rule):
             changed = [(int(a), int(b)) for a, b in zip(*np.nonzero(stepwise.resident & ~before), strict=True)]
             assert sorted(changed) == sorted((layer, expert) for expert in visit.replaces)
             assert all(before[left] and not stepwise.resident[left] for left in visit.replaces.values())
+            assert all(forms[layer, expert] == forms[left] for expert, left in visit.replaces.items())
     assert hits == round(rates.pairs * trace.tokens * trace.layers * trace.k)
     np.testing.assert_array_equal(whole.resident, stepwise.resident)
 

@@ -109,3 +109,23 @@ def test_a_guess_hides_a_fetch_and_a_wrong_one_costs_one(guesses):
     assert timeline.guessed == len(guesses)
     assert timeline.guesses_used == (2 in guesses)
     assert timeline.bytes == 7 * len({2, *guesses} - ({3} if guesses == [2, 3] else set()))
+
+
+def test_each_expert_moves_its_own_bytes():
+    """One second a byte. Layer 0 has chosen at 1 and lacks an expert of 3 bytes, layer 1 at 6 and one of 8."""
+    trace = two_layers([[0, 1], [2, 0]])
+    resident = np.array([[False, True, False, False], [True, False, False, False]])
+    by_bytes = {"fetch": PiecewiseLinear([0, 10], [0.0, 10.0]), "sizes": np.array([[3, 5, 7, 9], [4, 6, 8, 2]])}
+    costs = replace(costs_of(1.0, 50.0, 0.0), **by_bytes)
+    timeline = Simulator(costs, make_policy("none", resident, trace)).run(trace)
+    assert timeline.token_s == [1 + 3 + 1 + 1 + 8 + 1 + 1]
+    assert timeline.bytes == 3 + 8
+
+
+@pytest.mark.parametrize(("forms", "guessed"), [([0, 0, 0, 0], 1), ([0, 0, 0, 1], 2)])
+def test_each_form_has_its_own_spare_slots(forms, guessed):
+    trace = two_layers([[0, 1], [2, 3]])
+    resident = np.array([[True] * 4, [True, True, False, False]])
+    policy = make_policy("none", resident, trace, forms=np.array([forms, forms]))
+    simulator = Simulator(costs_of(1.0, 5.0, 1.0), policy, Remembered([[[3, 2], []]]), guesses=2, spare=1)
+    assert simulator.run(trace).guessed == guessed

@@ -15,7 +15,6 @@ from torch import nn
 
 from haq_lab.offload.tiers.arena import page_aligned
 from haq_lab.offload.tiers.disk import ALIGNMENT, PAGE, ExpertFileWriter, ReadError, bind, expert_tensors, layout
-from haq_lab.utils.errors import UserError
 
 
 def layer_of(experts: int, width: int, seed: int = 0) -> nn.ModuleList:
@@ -64,13 +63,14 @@ def test_written_experts_are_read_or_used_in_place_and_leave_memory(tmp_path, mo
             writer.add(layer)
         assert all(tensor.numel() == 0 for layer in layers for tensor in layer.parameters()), "gone from memory"
         expert_file = writer.open()
-    blob = page_aligned(expert_file.blob_bytes)
+    layout = expert_file.layouts.distinct[0]
+    blob = page_aligned(layout.size)
     for layer, expert in ((2, 3), (0, 0), (1, 2)):
         expert_file.read(layer, expert, blob)
         module = layers[layer][expert]
         for use in ("read", "in place"):
             if use == "read":
-                bind(module, expert_file.parts, blob)
+                bind(module, layout.parts, blob)
             else:
                 assert expert_file.use_in_place(layer, expert, module) is module
             for name, tensor in expert_tensors(module).items():
@@ -82,11 +82,26 @@ def test_written_experts_are_read_or_used_in_place_and_leave_memory(tmp_path, mo
     expert_file.close()
 
 
-def test_an_expert_with_another_layout_is_refused(tmp_path):
+def test_experts_of_several_layouts_are_read_and_used_in_place(tmp_path):
+    """The second layer has experts of two sizes, one of which is also the first layer's."""
+    layers = [layer_of(2, 700), nn.ModuleList([layer_of(1, 700, 1)[0], layer_of(1, 1400, 2)[0]])]
+    kept = [[{name: t.clone() for name, t in expert_tensors(expert).items()} for expert in layer] for layer in layers]
     with ExpertFileWriter(tmp_path / "experts.bin") as writer:
-        writer.add(layer_of(2, 8))
-        with pytest.raises(UserError, match="expert 0 of layer 1 has other tensor shapes or types"):
-            writer.add(layer_of(2, 9))
+        for layer in layers:
+            writer.add(layer)
+        expert_file = writer.open()
+    assert expert_file.layouts.index.tolist() == [[0, 0], [0, 1]]
+    assert expert_file.path.stat().st_size == expert_file.moved_bytes.sum()
+    for layer, number in ((1, 1), (0, 1), (1, 0), (0, 0)):
+        module, layout = layers[layer][number], expert_file.layouts.of(layer, number)
+        blob = page_aligned(layout.size)
+        expert_file.read(layer, number, blob)
+        bind(module, layout.parts, blob)
+        for _ in ("read", "in place"):
+            assert all(torch.equal(t, kept[layer][number][name]) for name, t in expert_tensors(module).items())
+            expert_file.use_in_place(layer, number, module)
+        expert_file.end_use([module])
+    expert_file.close()
 
 
 def test_the_file_is_flushed_before_it_is_read(tmp_path, monkeypatch):
@@ -95,7 +110,7 @@ def test_the_file_is_flushed_before_it_is_read(tmp_path, monkeypatch):
     with ExpertFileWriter(tmp_path / "experts.bin") as writer:
         writer.add(layer_of(2, 8))
         expert_file = writer.open()
-    assert flushed == [2 * expert_file.blob_bytes], "all of it, once"
+    assert flushed == [expert_file.layouts.sizes.sum()], "all of it, once"
     expert_file.close()
 
 
@@ -118,10 +133,11 @@ def test_a_read_that_fails_is_tried_again(tmp_path, monkeypatch, failures, short
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", failing)
-    blob = page_aligned(expert_file.blob_bytes)
+    parts, size = expert_file.layouts.of(0, 1)
+    blob = page_aligned(size)
     expert_file.read(0, 1, blob)
     assert left == [0]
-    assert all(torch.equal(part.of(blob), kept[part.name]) for part in expert_file.parts)
+    assert all(torch.equal(part.of(blob), kept[part.name]) for part in parts)
     left[0] = 3
     with pytest.raises(ReadError, match="expert 1 of layer 0"):
         expert_file.read(0, 1, blob)

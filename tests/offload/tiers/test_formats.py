@@ -68,7 +68,7 @@ def test_the_output_is_that_of_the_formats_weights_whatever_the_budget(model, tm
         session.find_profile(None, WINDOWS, "random")
         session.engage(layers)
         outputs.append(logits(model.assemble(layers)))
-        stats.append(session.metrics() | {"slot_bytes": session.engine.arena.blob_bytes})
+        stats.append(session.metrics() | {"slot_bytes": session.engine.slow_tier.layouts.largest})
         fetched = session.engine.counters.read.sum()
         session.engine.check()
         session.close()

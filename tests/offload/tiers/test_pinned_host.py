@@ -56,7 +56,8 @@ def test_no_budget_or_policy_changes_a_bit(placed: TwoTiers, rule, slots, scope,
         held = {tensor.device for tensor in [*whole.parameters(), *whole.buffers()] if tensor.numel()}
         assert held == {placed.streams.device}
         assert all(engine.arena.blob(key).device == placed.streams.device for key in engine.arena.slot_of)
-        assert engine.stats()["offload.fast_tier_bytes"] == (engine.policy.slots + spare) * engine.slow_tier.blob_bytes
+        slots = engine.policy.slots + spare
+        assert engine.stats()["offload.fast_tier_bytes"] == slots * engine.slow_tier.layouts.largest
     finally:
         engine.close()
 
@@ -134,10 +135,11 @@ def test_added_experts_can_be_read():
         assert all(tensor.numel() == 0 for layer in layers for tensor in layer.parameters()), "gone from memory"
         tier = writer.open()
     assert len(streams.held) == 2, "the tier's now"
-    blob = torch.empty(tier.blob_bytes, dtype=torch.uint8)
+    layout = tier.layouts.distinct[0]
+    blob = torch.empty(layout.size, dtype=torch.uint8)
     for index, number in ((1, 3), (0, 0), (1, 2)):
         tier.read(index, number, blob)
-        bind(layers[index][number], tier.parts, blob)
+        bind(layers[index][number], layout.parts, blob)
         assert all(
             torch.equal(t, kept[index][number][name]) for name, t in expert_tensors(layers[index][number]).items()
         )
