@@ -23,7 +23,7 @@ AUTO = ["quantizer=haq", "quantizer.weight_bits=auto", "quantizer.bits=6", "quan
     [
         ["quantizer=rtn", "offload=lru"],
         ["quantizer=rtn", "offload=lru", "offload.device_format=fp16"],
-        [*AUTO, "offload=lru", "offload.budget=6", "offload.spare=1"],
+        [*AUTO, "offload=lru", "offload.budget=6", "offload.spare=2"],
         ["quantizer=none", "offload=static"],
         ["quantizer=none", "offload=static", "offload.host_format=bf16", "offload.device_format=fp16"],
         pytest.param(["quantizer=rtn", "offload=lru", *ON_CUDA], marks=ON_A_GPU),
