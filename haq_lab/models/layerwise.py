@@ -220,10 +220,10 @@ class LayeredModel:
             if self._module_name(name).startswith(prefix) and not name.endswith(COMPUTED)
         }
         tensors = {names[name]: tensor for name, tensor in self.weights.read(names, self.dtype).items()}
-        if (moe := self.moe_of(index)) is not None:
-            tensors = split_fused(tensors, moe, cast(Experts, layer.get_submodule(moe.experts)).layout)
         if self.family.probed:
             tensors = in_module_form(tensors, self.config.model_type)
+        if (moe := self.moe_of(index)) is not None:
+            tensors = split_fused(tensors, moe, cast(Experts, layer.get_submodule(moe.experts)).layout)
         try:
             layer.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:
