@@ -158,7 +158,7 @@ class LayerParts(ctypes.Structure):
             kv_heads=kv_heads,
             head_dim=attention.head_dim,
             window=_window(attention),
-            rotary=bool(getattr(attention, "use_rope", True)),
+            rotary=_rotary(attention),
             activation=0 if family.moe is not None else _activation(layer, outputs[1]),
             scaling=attention.scaling,
             soft_cap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
@@ -265,6 +265,13 @@ def _window(attention: Any) -> int:
     """Return the number of positions that a query sees, or 0 if it sees all before it."""
     config = getattr(attention, "config", None)
     return getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0
+
+
+def _rotary(attention: Any) -> int:
+    """Return how many channels of a head are rotated by their position: the first ones, or 0 for none."""
+    rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
+    share = rope.get("partial_rotary_factor", 1.0) if getattr(attention, "use_rope", True) else 0
+    return int(attention.head_dim * share)  # as transformers rounds it
 
 
 def _activation(layer: nn.Module, down: Group) -> int:

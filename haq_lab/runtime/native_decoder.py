@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -66,6 +67,7 @@ class NativeStack(nn.Module):
         self.kv_heads, self.head_dim = parts[0].kv_heads, parts[0].head_dim
         self.width: int = parts[0].output.n
         self.window: int = parts[0].window
+        self.rotary: int = max(part.rotary for part in parts) or self.head_dim
         self._parts = (LayerParts * len(parts))(*parts)
         self._gains = [part.gains for part in parts]  # which the structures point to
         self._experts = [module for layer in layers for module in layer.modules() if isinstance(module, Int8Experts)]
@@ -89,7 +91,7 @@ class NativeStack(nn.Module):
         Args:
             hidden: Hidden states (b, t, d).
             attention_mask: As transformers passes it to a decoder layer.
-            position_embeddings: Cosines and sines, each (b or 1, t, head_dim).
+            position_embeddings: Cosines and sines, each (b or 1, t, rotated channels of a head).
             cache: The model's KV cache, or None.
             others: Further arguments for the original layers.
 
@@ -102,7 +104,7 @@ class NativeStack(nn.Module):
         kv = self._scratch() if cache is None else self._kv_in(cache)
         if not self._experts_replaced():
             try:
-                positions, own = _check_call(hidden, position_embeddings, kv)
+                positions, own = _check_call(hidden, position_embeddings, kv, self.rotary)
                 batch, new = hidden.shape[:2]
                 tokens = find_tokens(attention_mask, batch, new, own.length, own.tokens, self.window)
             except UnsupportedCallError as reason:
@@ -147,8 +149,8 @@ class NativeStack(nn.Module):
 
         Args:
             hidden: Hidden states of t new positions, (b, t, d) float32.
-            cosines: Of their rotary positions, (b or 1, t, head_dim).
-            sines: Of their rotary positions, (b or 1, t, head_dim).
+            cosines: Of their rotary positions, (b or 1, t, rotated channels of a head).
+            sines: Of their rotary positions, (b or 1, t, rotated channels of a head).
             kv: KV cache of the positions before them. It grows by t.
             tokens: Which positions, with those in the cache, are tokens and not padding, bool (b, length). None if
                 there is no padding.
@@ -161,6 +163,8 @@ class NativeStack(nn.Module):
         """
         batch, length, _ = hidden.shape
         out = hidden.clone(memory_format=torch.contiguous_format)
+        # The kernels expect rows of head_dim numbers, whose last ones they do not read if a part is rotated.
+        cosines, sines = (F.pad(x, (0, self.head_dim - self.rotary)) for x in (cosines, sines))
         cosines, sines = (x.expand(batch, -1, -1).contiguous() for x in (cosines, sines))
         new = None if tokens is None else tokens[:, kv.length :]
         counts = [length] * batch if new is None else new.sum(1).tolist()
@@ -200,7 +204,7 @@ class NativeStack(nn.Module):
         """Return the error of each random token, as a share of what the original layers add to it."""
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.randn(1, PROBE_TOKENS, self.width, generator=generator)
-        angles = torch.randn(1, PROBE_TOKENS, self.head_dim // 2, generator=generator).repeat(1, 1, 2)
+        angles = torch.randn(1, PROBE_TOKENS, self.rotary // 2, generator=generator).repeat(1, 1, 2)
         cosines, sines = angles.cos(), angles.sin()
         wanted, mask = hidden.clone(), self._probe_mask()
         for layer in self.layers:
@@ -278,15 +282,15 @@ class MoeStack(NativeStack):
 
 
 def _check_call(
-    hidden: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, kv: KVCache | None
+    hidden: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, kv: KVCache | None, rotary: int
 ) -> tuple[tuple[Tensor, Tensor], KVCache]:
     """Return the position embeddings and the cache. Raises UnsupportedCallError if the kernels cannot use them."""
     if hidden.dtype != torch.float32:
         raise UnsupportedCallError(f"the hidden states are {hidden.dtype}, not float32")
     if position_embeddings is None:
         raise UnsupportedCallError("there are no rotary position embeddings")
-    if kv is not None and (isinstance(position_embeddings, Tensor) or position_embeddings[0].shape[-1] != kv.head_dim):
-        raise UnsupportedCallError("the rotary position embeddings are not as wide as a head")
+    if isinstance(position_embeddings, Tensor) or position_embeddings[0].shape[-1] != rotary:
+        raise UnsupportedCallError(f"the rotary position embeddings are not {rotary} channels wide")
     if kv is None:
         raise UnsupportedCallError("the KV cache is not a DynamicCache, or an earlier call has filled it")
     if kv.stored and len(kv.stored) != len(hidden):

@@ -73,7 +73,7 @@ void remember(const Step& s, const Piece& piece, float* qkv) {
     if (l.queries.gain) normalize(s, l.queries, row, l.heads * d, row);
     if (l.keys.gain) normalize(s, l.keys, row + l.heads * d, l.kv_heads * d, row + l.heads * d);
     for (int64_t h = 0; l.rotary && h < l.heads + l.kv_heads; ++h)
-      s.isa.rotate(row + h * d, s.cosines + t * d, s.sines + t * d, d);
+      s.isa.rotate(row + h * d, s.cosines + t * d, s.sines + t * d, l.rotary);
     for (int64_t h = 0; h < l.kv_heads; ++h) {
       const float* key = row + (l.heads + h) * d;
       const int64_t start = (piece.sequence * l.kv_heads + h) * s.kv.capacity; // of the head's positions

@@ -72,7 +72,7 @@ def _config(architecture: str, **fields):
     return AutoConfig.for_model(architecture, **shape, **tokens, **fields)
 
 
-def _save(folder: Path, architecture: str) -> Path:
+def save_model(folder: Path, architecture: str) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = _config(architecture, **(EXPERTS if architecture == "dots1" else {}))
@@ -87,7 +87,7 @@ def _save(folder: Path, architecture: str) -> Path:
 
 @pytest.fixture
 def folder(architecture, tmp_path) -> Path:
-    return _save(tmp_path / "model", architecture)
+    return save_model(tmp_path / "model", architecture)
 
 
 @pytest.fixture
