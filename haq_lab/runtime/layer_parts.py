@@ -150,8 +150,8 @@ class LayerParts(ctypes.Structure):
         heads, kv_heads = _count_heads(linears, attention.head_dim)
         _check_head_norms(norms, family.head_norms, (heads, kv_heads), attention.head_dim)
         residual = float(getattr(layer, "residual_multiplier", 1.0))
-        if moe is not None and (residual != 1.0 or family.output_norms or "mlp" not in norms):
-            raise UnsupportedLayerError("its experts have no norm before them, or what they add is scaled")
+        if moe is not None and (family.output_norms or "mlp" not in norms):
+            raise UnsupportedLayerError("its experts have no norm before them, or one after them")
         moe_parts = moe and MoeParts.of(layer, moe)
         parts = cls(
             heads=heads,

@@ -253,25 +253,29 @@ class MoeStack(NativeStack):
                 raise MemoryError(
                     f"The native attention has no memory for {hidden.shape[1]} tokens. Use a shorter prompt."
                 )
-            hidden += layer.get_submodule(self.block)(normed)
+            hidden += self._parts[index].residual * layer.get_submodule(self.block)(normed)
 
     def _errors(self, seed: int) -> Tensor:
         """Return the errors of the attention outputs and of the MoE blocks' inputs, whichever is larger.
 
-        The blocks themselves are not run: they are the same modules, and their experts may not be in memory.
+        The blocks themselves are not run: they are the same modules, and their experts may not be in memory. In their
+        place the layer adds nothing, which shows errors of small attention outputs, and then the blocks' inputs, which
+        shows whether it scales what it adds.
         """
-        with self._recorded_blocks() as recorders:
-            errors = super()._errors(seed)
-        for wanted, *got in (recorder.inputs for recorder in recorders):
-            error = (torch.cat(got, dim=1) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-            errors = torch.maximum(errors, error)
+        errors = torch.zeros(PROBE_TOKENS)
+        for factor in (0.0, 1.0):
+            with self._recorded_blocks(factor) as recorders:
+                errors = torch.maximum(errors, super()._errors(seed))
+            for wanted, *got in (recorder.inputs for recorder in recorders):
+                error = (torch.cat(got, dim=1) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+                errors = torch.maximum(errors, error)
         return errors
 
     @contextmanager
-    def _recorded_blocks(self) -> Iterator[list[_InputRecorder]]:
-        """Replace the MoE blocks by recorders within a `with` statement."""
+    def _recorded_blocks(self, factor: float) -> Iterator[list[_InputRecorder]]:
+        """Replace the MoE blocks by recorders that return `factor` times their inputs within a `with` statement."""
         blocks = [layer.get_submodule(self.block) for layer in self.layers]
-        recorders = [_InputRecorder() for _ in blocks]
+        recorders = [_InputRecorder(factor) for _ in blocks]
         try:
             for layer, recorder in zip(self.layers, recorders, strict=True):
                 layer.set_submodule(self.block, recorder)
@@ -299,15 +303,16 @@ def _check_call(
 
 
 class _InputRecorder(nn.Module):
-    """Records its inputs and returns zeros."""
+    """Records its inputs and returns them times a factor."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float) -> None:
         super().__init__()
+        self.factor = factor
         self.inputs: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.inputs.append(x.clone())
-        return torch.zeros_like(x)
+        return self.factor * x
 
 
 def make_stack(layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int, block: str | None) -> NativeStack:

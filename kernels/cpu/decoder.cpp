@@ -172,7 +172,8 @@ void mlp_half(const Step& s) {
 }
 
 void moe_half(const Step& s) {
-  add_experts(s.isa, s.threads, s.layer.moe, normed(s, s.layer.mlp), s.tokens, s.width, s.hidden);
+  const Layer& l = s.layer;
+  add_experts(s.isa, s.threads, l.moe, normed(s, l.mlp), s.tokens, s.width, l.residual, s.hidden);
 }
 
 // Calls work(step) for all tokens, some at a time, with the layer's own keys and values. A step may hold many sequences,
