@@ -69,7 +69,7 @@ class NativeStack(nn.Module):
         self.window: int = parts[0].window
         self.rotary: int = max(part.rotary for part in parts) or self.head_dim
         self._parts = (LayerParts * len(parts))(*parts)
-        self._gains = [part.gains for part in parts]  # which the structures point to
+        self._norms = [part.norms for part in parts]  # which the structures point to
         self._experts = [module for layer in layers for module in layer.modules() if isinstance(module, Int8Experts)]
         self._logged: set[str] = set()
         prefixes = [prefix for layer in layers if (prefix := attached(layer)) is not None]

@@ -1,4 +1,4 @@
-// RMS norm, q/k/v, rotation, attention, output, residual; RMS norm, gate/up, activation, down, residual. The products
+// Norm, q/k/v, rotation, attention, output, residual; norm, gate/up, activation, down, residual. The products
 // are those of gemm.cpp; what lies between them is float32.
 #include "decoder.h"
 
@@ -52,7 +52,12 @@ void each_token(const Step& s, int64_t width, const Body& body) {
 
 // x and out (count,), which may be the same
 void normalize(const Step& s, const Norm& norm, const float* x, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += norm.width) s.isa.rms_norm(x + i, norm.gain, norm.eps, norm.width, out + i);
+  for (int64_t i = 0; i < count; i += norm.width) {
+    if (norm.bias)
+      s.isa.layer_norm(x + i, norm.gain, norm.bias, norm.eps, norm.width, out + i);
+    else
+      s.isa.rms_norm(x + i, norm.gain, norm.eps, norm.width, out + i);
+  }
 }
 
 const float* normed(const Step& s, const Norm& norm) {

@@ -8,9 +8,10 @@ namespace haq {
 
 // As haq_lab/runtime/layer_parts.py fills them in (ctypes): all fields are 8 bytes, but for those named float.
 
-// An RMS norm of each `width` values on their own.
+// A norm of each `width` values on their own.
 struct Norm {
   const float* gain; // (width,); null: there is no such norm
+  const float* bias; // (width,) of a LayerNorm; null: an RMS norm
   int64_t width;
   float eps;
 };
