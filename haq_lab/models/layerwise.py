@@ -33,11 +33,11 @@ from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
 from haq_lab.models.families.family import WRAPPED, Family, Group, Moe
-from haq_lab.models.families.generic import family_for
 from haq_lab.models.families.layer_kinds import LayerKinds, empty_model
 from haq_lab.models.families.lookup import GENERIC, check_model_type, text_config_of
 from haq_lab.models.families.recorder import Recorder
 from haq_lab.models.families.stored_forms import in_module_form
+from haq_lab.models.generic import family_for
 from haq_lab.prefix.attention import IMPLEMENTATION, attach
 from haq_lab.prefix.contents import Prefix
 from haq_lab.prefix.positions import ShiftedPositions, number_padded_batches

@@ -19,7 +19,7 @@ from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.haq.quantizer import HAQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.utils.errors import UserError
-from tests.models.families.test_generic import save_model
+from tests.models.test_generic import save_model
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
 

@@ -170,7 +170,7 @@ class Family:
         takes_prefix: Whether keys and values can be put before those of every sequence, in every layer.
         head: Name of the head.
         in_float: Names of linears outside the groups, which stay in float. Other such linears are an error.
-        probed: Whether the row was made by running the layers (`haq_lab.models.families.generic`).
+        probed: Whether the row was made by running the layers (`haq_lab.models.generic`).
     """
 
     model_type: str

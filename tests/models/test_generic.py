@@ -28,10 +28,10 @@ from haq_lab.int8.linear import Int8Linear
 from haq_lab.measure.perplexity import score_windows, summary
 from haq_lab.models.families.family import PROJECTIONS, Moe
 from haq_lab.models.families.float_share import FloatShare
-from haq_lab.models.families.generic import family_for, generic_family
 from haq_lab.models.families.layer_kinds import LayerKinds
 from haq_lab.models.families.lookup import FAMILIES
 from haq_lab.models.families.tiny import tiny_fields
+from haq_lab.models.generic import family_for, generic_family
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.random_tiny import byte_tokenizer
 from haq_lab.models.sources import TinyModel
