@@ -9,8 +9,8 @@ tensors, so nothing is copied. Some architectures transpose the tensors, interle
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from haq_lab.int8.sequences import only_rows
 from haq_lab.models.families.family import PROJECTIONS, Moe
+from haq_lab.models.families.stored_forms import in_module_form
 from haq_lab.storage.tensor_names import expert_of
 
+SAME = 1e-4  # largest relative difference between split and fused experts, whose products are computed apart
 FUSED = ("gate_up_proj", "down_proj")  # names of the fused weights in transformers; biases end with `_bias`
 Gating = Callable[[Tensor, Tensor], Tensor]  # (m, f) outputs of gate and up projection -> input of the down projection
 
@@ -266,3 +268,94 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return linear
+
+
+@torch.no_grad()
+def find_experts(layer: nn.Module, run: Callable[[], object], model_type: str) -> Moe | None:
+    """Find the router and the experts of a decoder layer by running it.
+
+    They are proven by trial. The split experts return what the fused ones return. The router receives the experts'
+    hidden states and returns their indices.
+
+    Args:
+        layer: The layer with weights, as transformers defines it.
+        run: Runs the layer.
+        model_type: The architecture, which says how checkpoints store the experts.
+
+    Returns:
+        None if the layer has no fused experts, or if they cannot be proven.
+    """
+    names = fused_experts(layer)
+    block, _, last = names[0].rpartition(".") if len(names) == 1 else ("", "", "")
+    if not block or last != "experts":  # `expert_of` parses this name
+        return None
+    calls = _recorded_calls({name: part for name, part in layer.named_modules() if name.startswith(f"{block}.")}, run)
+    fused: Any = layer.get_submodule(names[0])
+    try:
+        ((hidden, chosen, weights), output), split = calls[names[0]], Experts.unfused(fused)
+        wanted, got = output, split(hidden, chosen, weights)
+        if not (got - wanted).norm() < SAME * wanted.norm():
+            return None
+        count, width = len(split), cast(nn.Linear, split.expert(0).down_proj).in_features
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # they are something else
+        return None
+    buffers = {id(buffer): name for name, buffer in layer.named_buffers()}
+    for router, (arguments, output) in calls.items():
+        if _routes(layer.get_submodule(router), arguments, output, hidden, chosen):
+            if not all(id(other) in buffers for other in arguments[1:]):
+                return None
+            normalized = bool(torch.allclose(weights.sum(dim=1), weights.new_ones(len(weights)), rtol=SAME))
+            taken = tuple(buffers[id(other)] for other in arguments[1:])
+            moe = Moe(count, chosen.shape[1], width, normalized, router, names[0], taken)
+            return moe if _stored_apart(fused, moe, split.layout, model_type) else replace(moe, fused=True)
+    return None
+
+
+def fused_experts(layer: nn.Module) -> list[str]:
+    """Return the names of a layer's modules that hold fused experts."""
+    return [
+        name
+        for name, module in layer.named_modules()
+        if all(isinstance(tensor := getattr(module, part, None), nn.Parameter) and tensor.dim() == 3 for part in FUSED)
+    ]
+
+
+def _recorded_calls(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, tuple[Any, Any]]:
+    """Return the arguments and the output of each module's last call without keyword arguments."""
+    calls: dict[str, tuple[Any, Any]] = {}
+
+    def recorder(name: str):
+        def hook(module: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
+            if not named:
+                calls[name] = arguments, output
+
+        return hook
+
+    handles = [module.register_forward_hook(recorder(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _routes(module: nn.Module, arguments: Any, output: Any, hidden: Tensor, chosen: Tensor) -> bool:
+    """Return whether a module reads the experts' hidden states and returns logits, weights and the chosen indices."""
+    weight: Any = getattr(module, "weight", None)
+    return (
+        isinstance(output, tuple)
+        and len(output) == 3
+        and all(isinstance(tensor, Tensor) for tensor in (*output, *arguments, weight))
+        and output[1].shape == output[2].shape == chosen.shape
+        and torch.equal(output[2], chosen)
+        and arguments[0].data_ptr() == hidden.data_ptr()
+        and weight.shape == (output[0].shape[-1], hidden.shape[-1])
+    )
+
+
+def _stored_apart(fused: nn.Module, moe: Moe, layout: FusedLayout, model_type: str) -> bool:
+    """Return whether transformers fuses tensors of single experts, named as in `moe`, to these experts."""
+    tensors = {f"{moe.experts}.{name}": tensor.detach() for name, tensor in fused.named_parameters()}
+    again = in_module_form(split_fused(tensors, moe, layout), model_type)
+    return again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)

@@ -33,11 +33,11 @@ from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
 from haq_lab.models.families.family import WRAPPED, Family, Group, Moe
-from haq_lab.models.families.generic import family_for
 from haq_lab.models.families.layer_kinds import LayerKinds, empty_model
 from haq_lab.models.families.lookup import GENERIC, check_model_type, text_config_of
 from haq_lab.models.families.recorder import Recorder
 from haq_lab.models.families.stored_forms import in_module_form
+from haq_lab.models.generic import family_for
 from haq_lab.prefix.attention import IMPLEMENTATION, attach
 from haq_lab.prefix.contents import Prefix
 from haq_lab.prefix.positions import ShiftedPositions, number_padded_batches
@@ -220,10 +220,10 @@ class LayeredModel:
             if self._module_name(name).startswith(prefix) and not name.endswith(COMPUTED)
         }
         tensors = {names[name]: tensor for name, tensor in self.weights.read(names, self.dtype).items()}
-        if (moe := self.moe_of(index)) is not None:
-            tensors = split_fused(tensors, moe, cast(Experts, layer.get_submodule(moe.experts)).layout)
         if self.family.probed:
             tensors = in_module_form(tensors, self.config.model_type)
+        if (moe := self.moe_of(index)) is not None:
+            tensors = split_fused(tensors, moe, cast(Experts, layer.get_submodule(moe.experts)).layout)
         try:
             layer.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as error:

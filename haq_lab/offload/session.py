@@ -366,8 +366,11 @@ def simulate_engine(
 
 
 def _require_experts(model: LayeredModel) -> None:
-    if model.family.probed:
-        raise UserError("offload: model.family=generic does not find the experts. Choose offload=none.")
+    if model.family.probed and model.family.moe is None:
+        raise UserError(
+            f"offload: model.family=generic finds no experts in a '{model.config.model_type}' that it can move. "
+            "Choose offload=none, or add a row to haq_lab/models/families."
+        )
     if not model.kinds.moe_layers:
         raise UserError(f"offload: a '{model.config.model_type}' has no experts to offload. Choose offload=none.")
 
@@ -385,7 +388,7 @@ def _open_profile(settings: Offload, model: LayeredModel) -> Trace | None:
 
 
 def _shape_of(model: LayeredModel, tier: SlowTier) -> Shape:
-    shape = Shape.of(model.config, int8_head=model.int8_head is not None)
+    shape = Shape.of(model.config, model.int8_head is not None, model.family)
     # A blob of int8 experts has scales and padding too, which the costs do not count.
     return replace(shape, quantized_bytes=min(1.0, float(tier.moved_bytes.mean()) / shape.expert))
 

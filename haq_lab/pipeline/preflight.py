@@ -18,8 +18,8 @@ from torch import nn
 from haq_lab.calibration.calibrator import HESSIAN_BYTES
 from haq_lab.config.build import Experiment
 from haq_lab.measure.base import needs_reference
-from haq_lab.models.families.generic import family_for
 from haq_lab.models.families.layer_kinds import LayerKinds, empty_model
+from haq_lab.models.generic import family_for
 from haq_lab.models.sources import HubModel
 from haq_lab.quantizers.base import NO_PREFIX
 from haq_lab.storage.hidden_state_buffer import RAM_BYTES

@@ -84,9 +84,6 @@ def _native_parts(layer: nn.Module, index: int, model: LayeredModel, reproduced:
     Raises:
         UnsupportedLayerError: The decoder cannot reproduce the layer.
     """
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedLayerError("its rotary positions cover a part of each head")
     parts, key = LayerParts.of(layer, model.groups_of(index), model.family), computation_key(layer)
     if key not in reproduced and not make_stack([layer], [parts], 0, _moe_block(model)).reproduces_its_layers():
         raise UnsupportedLayerError("the native kernels do not reproduce its output")

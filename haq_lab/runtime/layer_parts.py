@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,15 +55,24 @@ class LinearParts(ctypes.Structure):
         )
 
 
+class NormTensors(NamedTuple):
+    """A norm: its gain (k,), its bias (k,) if it is a LayerNorm, and its epsilon."""
+
+    gain: Tensor
+    bias: Tensor | None
+    eps: float
+
+
 class NormParts(ctypes.Structure):
     """`Norm` of kernels/cpu/decoder.h. All null: there is no such norm."""
 
-    _fields_ = [("gain", _PTR), ("width", _I64), ("eps", _F32)]
+    _fields_ = [("gain", _PTR), ("bias", _PTR), ("width", _I64), ("eps", _F32)]
 
     @classmethod
-    def of(cls, gain: Tensor, eps: float) -> NormParts:
-        """Return the address of a norm's gains. They must not move afterwards."""
-        return cls(gain.data_ptr(), gain.numel(), eps)
+    def of(cls, norm: NormTensors) -> NormParts:
+        """Return the addresses of a norm's tensors, which must not move afterwards."""
+        bias = None if norm.bias is None else norm.bias.data_ptr()
+        return cls(norm.gain.data_ptr(), bias, norm.gain.numel(), norm.eps)
 
 
 class ExpertParts(ctypes.Structure):
@@ -114,7 +123,7 @@ class LayerParts(ctypes.Structure):
     """`Layer` of kernels/cpu/decoder.h. The experts are null if a Mixture of Experts is not fully native.
 
     Attributes:
-        gains: The gains of the norms, which must live as long as the structure is used.
+        norms: The tensors of the norms, which must live as long as the structure is used.
     """
 
     _fields_ = [
@@ -125,7 +134,7 @@ class LayerParts(ctypes.Structure):
         ("moe", MoeParts),
     ]
 
-    gains: tuple[Tensor, ...] = ()
+    norms: tuple[NormTensors, ...] = ()
 
     @classmethod
     def of(cls, layer: nn.Module, groups: Sequence[Group], family: Family) -> LayerParts:
@@ -150,24 +159,24 @@ class LayerParts(ctypes.Structure):
         heads, kv_heads = _count_heads(linears, attention.head_dim)
         _check_head_norms(norms, family.head_norms, (heads, kv_heads), attention.head_dim)
         residual = float(getattr(layer, "residual_multiplier", 1.0))
-        if moe is not None and (residual != 1.0 or family.output_norms or "mlp" not in norms):
-            raise UnsupportedLayerError("its experts have no norm before them, or what they add is scaled")
+        if moe is not None and (family.output_norms or "mlp" not in norms):
+            raise UnsupportedLayerError("its experts have no norm before them, or one after them")
         moe_parts = moe and MoeParts.of(layer, moe)
         parts = cls(
             heads=heads,
             kv_heads=kv_heads,
             head_dim=attention.head_dim,
             window=_window(attention),
-            rotary=bool(getattr(attention, "use_rope", True)),
+            rotary=_rotary(attention),
             activation=0 if family.moe is not None else _activation(layer, outputs[1]),
             scaling=attention.scaling,
             soft_cap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
             residual=residual,
-            **{name: NormParts.of(gain, eps) for name, (gain, eps) in norms.items()},
+            **{name: NormParts.of(norm) for name, norm in norms.items()},
             **dict(zip(("qkv", "output", "gate_up", "down"), map(LinearParts.of, linears), strict=False)),
             moe=moe_parts or MoeParts(),
         )
-        parts.gains = tuple(gain for gain, _ in norms.values())
+        parts.norms = tuple(norms.values())
         return parts
 
     @property
@@ -209,28 +218,31 @@ def _obstacle(linear: Any) -> str | None:
     return None
 
 
-def _find_norms(layer: nn.Module, inputs: Sequence[Group], family: Family) -> dict[str, tuple[Tensor, float]]:
-    """Return the gain and the epsilon of each norm that the layer has, by its name in the structure."""
+def _find_norms(layer: nn.Module, inputs: Sequence[Group], family: Family) -> dict[str, NormTensors]:
+    """Return each norm that the layer has, by its name in the structure."""
     before = [group.source for group in inputs]
     names = *before, *(family.output_norms or (None, None)), *(family.head_norms or (None, None))
     modules = dict(layer.named_modules())
-    return {ours: _rms_norm(layer, theirs) for ours, theirs in zip(NORMS, names, strict=True) if theirs in modules}
+    return {ours: _find_norm(layer, theirs) for ours, theirs in zip(NORMS, names, strict=True) if theirs in modules}
 
 
-def _rms_norm(layer: nn.Module, name: str) -> tuple[Tensor, float]:
-    """Return the gain of an RMSNorm, which is its weight or 1 + weight, and its epsilon."""
+def _find_norm(layer: nn.Module, name: str) -> NormTensors:
+    """Return an RMSNorm, whose gain is its weight or 1 + weight, or a LayerNorm."""
     norm: Any = layer.get_submodule(name)
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    weight = getattr(norm, "weight", None)
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if eps is None or weight is None:
-        raise UnsupportedLayerError(f"{name} is not an RMSNorm")
-    if weight.dtype != torch.float32:
-        raise UnsupportedLayerError(f"{name} has weights of type {weight.dtype}, not float32")
-    found = norm(torch.ones_like(weight)) * (1 + eps) ** 0.5
-    for gain in (weight, 1 + weight):
-        if torch.allclose(found, gain, rtol=CLOSE, atol=CLOSE):
-            return gain, eps
-    raise UnsupportedLayerError(f"{name} is not an RMSNorm")
+        raise UnsupportedLayerError(f"{name} is neither an RMSNorm nor a LayerNorm")
+    for tensor in (weight, bias):
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise UnsupportedLayerError(f"{name} has weights of type {tensor.dtype}, not float32")
+    x = torch.linspace(-1, 2, len(weight))
+    centered, rms = F.layer_norm(x, x.shape, eps=eps), F.rms_norm(x, x.shape, eps=eps)
+    shift = torch.zeros_like(weight) if bias is None else bias
+    for gain, wanted, added in ((weight, rms, None), (1 + weight, rms, None), (weight, centered, shift)):
+        if torch.allclose(norm(x), wanted * gain if added is None else wanted * gain + added, rtol=CLOSE, atol=CLOSE):
+            return NormTensors(gain, added, eps)
+    raise UnsupportedLayerError(f"{name} is neither an RMSNorm nor a LayerNorm")
 
 
 def _find_products(layer: nn.Module, inputs: Sequence[Group], outputs: Sequence[Group]) -> list[Any]:
@@ -267,6 +279,13 @@ def _window(attention: Any) -> int:
     return getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0
 
 
+def _rotary(attention: Any) -> int:
+    """Return how many channels of a head are rotated by their position: the first ones, or 0 for none."""
+    rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
+    share = rope.get("partial_rotary_factor", 1.0) if getattr(attention, "use_rope", True) else 0
+    return int(attention.head_dim * share)  # as transformers rounds it
+
+
 def _activation(layer: nn.Module, down: Group) -> int:
     """Return which of `ACTIVATIONS` an MLP's only child beside the linears computes."""
     mlp = layer.get_submodule(down.consumers[0].rpartition(".")[0])
@@ -286,9 +305,9 @@ def _count_heads(linears: Sequence[Any], head_dim: int) -> tuple[int, int]:
 
 
 def _check_head_norms(
-    norms: Mapping[str, tuple[Tensor, float]], names: Sequence[str], heads: Sequence[int], head_dim: int
+    norms: Mapping[str, NormTensors], names: Sequence[str], heads: Sequence[int], head_dim: int
 ) -> None:
     for ours, name, count in zip(("queries", "keys"), names, heads, strict=False):
-        width = norms[ours][0].numel()
+        width = norms[ours].gain.numel()
         if count * head_dim % width:
             raise UnsupportedLayerError(f"{name} has {width} weights, which do not divide its heads")

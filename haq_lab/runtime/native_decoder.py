@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -66,8 +67,9 @@ class NativeStack(nn.Module):
         self.kv_heads, self.head_dim = parts[0].kv_heads, parts[0].head_dim
         self.width: int = parts[0].output.n
         self.window: int = parts[0].window
+        self.rotary: int = max(part.rotary for part in parts) or self.head_dim
         self._parts = (LayerParts * len(parts))(*parts)
-        self._gains = [part.gains for part in parts]  # which the structures point to
+        self._norms = [part.norms for part in parts]  # which the structures point to
         self._experts = [module for layer in layers for module in layer.modules() if isinstance(module, Int8Experts)]
         self._logged: set[str] = set()
         prefixes = [prefix for layer in layers if (prefix := attached(layer)) is not None]
@@ -89,7 +91,7 @@ class NativeStack(nn.Module):
         Args:
             hidden: Hidden states (b, t, d).
             attention_mask: As transformers passes it to a decoder layer.
-            position_embeddings: Cosines and sines, each (b or 1, t, head_dim).
+            position_embeddings: Cosines and sines, each (b or 1, t, rotated channels of a head).
             cache: The model's KV cache, or None.
             others: Further arguments for the original layers.
 
@@ -102,7 +104,7 @@ class NativeStack(nn.Module):
         kv = self._scratch() if cache is None else self._kv_in(cache)
         if not self._experts_replaced():
             try:
-                positions, own = _check_call(hidden, position_embeddings, kv)
+                positions, own = _check_call(hidden, position_embeddings, kv, self.rotary)
                 batch, new = hidden.shape[:2]
                 tokens = find_tokens(attention_mask, batch, new, own.length, own.tokens, self.window)
             except UnsupportedCallError as reason:
@@ -147,8 +149,8 @@ class NativeStack(nn.Module):
 
         Args:
             hidden: Hidden states of t new positions, (b, t, d) float32.
-            cosines: Of their rotary positions, (b or 1, t, head_dim).
-            sines: Of their rotary positions, (b or 1, t, head_dim).
+            cosines: Of their rotary positions, (b or 1, t, rotated channels of a head).
+            sines: Of their rotary positions, (b or 1, t, rotated channels of a head).
             kv: KV cache of the positions before them. It grows by t.
             tokens: Which positions, with those in the cache, are tokens and not padding, bool (b, length). None if
                 there is no padding.
@@ -161,6 +163,8 @@ class NativeStack(nn.Module):
         """
         batch, length, _ = hidden.shape
         out = hidden.clone(memory_format=torch.contiguous_format)
+        # The kernels expect rows of head_dim numbers, whose last ones they do not read if a part is rotated.
+        cosines, sines = (F.pad(x, (0, self.head_dim - self.rotary)) for x in (cosines, sines))
         cosines, sines = (x.expand(batch, -1, -1).contiguous() for x in (cosines, sines))
         new = None if tokens is None else tokens[:, kv.length :]
         counts = [length] * batch if new is None else new.sum(1).tolist()
@@ -200,7 +204,7 @@ class NativeStack(nn.Module):
         """Return the error of each random token, as a share of what the original layers add to it."""
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.randn(1, PROBE_TOKENS, self.width, generator=generator)
-        angles = torch.randn(1, PROBE_TOKENS, self.head_dim // 2, generator=generator).repeat(1, 1, 2)
+        angles = torch.randn(1, PROBE_TOKENS, self.rotary // 2, generator=generator).repeat(1, 1, 2)
         cosines, sines = angles.cos(), angles.sin()
         wanted, mask = hidden.clone(), self._probe_mask()
         for layer in self.layers:
@@ -249,25 +253,29 @@ class MoeStack(NativeStack):
                 raise MemoryError(
                     f"The native attention has no memory for {hidden.shape[1]} tokens. Use a shorter prompt."
                 )
-            hidden += layer.get_submodule(self.block)(normed)
+            hidden += self._parts[index].residual * layer.get_submodule(self.block)(normed)
 
     def _errors(self, seed: int) -> Tensor:
         """Return the errors of the attention outputs and of the MoE blocks' inputs, whichever is larger.
 
-        The blocks themselves are not run: they are the same modules, and their experts may not be in memory.
+        The blocks themselves are not run: they are the same modules, and their experts may not be in memory. In their
+        place the layer adds nothing, which shows errors of small attention outputs, and then the blocks' inputs, which
+        shows whether it scales what it adds.
         """
-        with self._recorded_blocks() as recorders:
-            errors = super()._errors(seed)
-        for wanted, *got in (recorder.inputs for recorder in recorders):
-            error = (torch.cat(got, dim=1) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-            errors = torch.maximum(errors, error)
+        errors = torch.zeros(PROBE_TOKENS)
+        for factor in (0.0, 1.0):
+            with self._recorded_blocks(factor) as recorders:
+                errors = torch.maximum(errors, super()._errors(seed))
+            for wanted, *got in (recorder.inputs for recorder in recorders):
+                error = (torch.cat(got, dim=1) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+                errors = torch.maximum(errors, error)
         return errors
 
     @contextmanager
-    def _recorded_blocks(self) -> Iterator[list[_InputRecorder]]:
-        """Replace the MoE blocks by recorders within a `with` statement."""
+    def _recorded_blocks(self, factor: float) -> Iterator[list[_InputRecorder]]:
+        """Replace the MoE blocks by recorders that return `factor` times their inputs within a `with` statement."""
         blocks = [layer.get_submodule(self.block) for layer in self.layers]
-        recorders = [_InputRecorder() for _ in blocks]
+        recorders = [_InputRecorder(factor) for _ in blocks]
         try:
             for layer, recorder in zip(self.layers, recorders, strict=True):
                 layer.set_submodule(self.block, recorder)
@@ -278,15 +286,15 @@ class MoeStack(NativeStack):
 
 
 def _check_call(
-    hidden: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, kv: KVCache | None
+    hidden: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, kv: KVCache | None, rotary: int
 ) -> tuple[tuple[Tensor, Tensor], KVCache]:
     """Return the position embeddings and the cache. Raises UnsupportedCallError if the kernels cannot use them."""
     if hidden.dtype != torch.float32:
         raise UnsupportedCallError(f"the hidden states are {hidden.dtype}, not float32")
     if position_embeddings is None:
         raise UnsupportedCallError("there are no rotary position embeddings")
-    if kv is not None and (isinstance(position_embeddings, Tensor) or position_embeddings[0].shape[-1] != kv.head_dim):
-        raise UnsupportedCallError("the rotary position embeddings are not as wide as a head")
+    if isinstance(position_embeddings, Tensor) or position_embeddings[0].shape[-1] != rotary:
+        raise UnsupportedCallError(f"the rotary position embeddings are not {rotary} channels wide")
     if kv is None:
         raise UnsupportedCallError("the KV cache is not a DynamicCache, or an earlier call has filled it")
     if kv.stored and len(kv.stored) != len(hidden):
@@ -295,15 +303,16 @@ def _check_call(
 
 
 class _InputRecorder(nn.Module):
-    """Records its inputs and returns zeros."""
+    """Records its inputs and returns them times a factor."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float) -> None:
         super().__init__()
+        self.factor = factor
         self.inputs: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.inputs.append(x.clone())
-        return torch.zeros_like(x)
+        return self.factor * x
 
 
 def make_stack(layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int, block: str | None) -> NativeStack:

@@ -1,4 +1,4 @@
-// What lies between the products of a decoder layer, in float32: RMS norm, rotation of queries and keys, attention.
+// What lies between the products of a decoder layer, in float32: norms, rotation of queries and keys, attention.
 // Included through instruction_set.h; `Vec` (16 floats) is the chunk header's.
 #pragma once
 #include <cmath>
@@ -18,6 +18,27 @@ HAQ_TARGET void rms_norm(const float* x, const float* weight, float eps, int64_t
   for (; i < k; ++i) sum += x[i] * x[i];
   const float factor = 1.0f / std::sqrt(sum / static_cast<float>(k) + eps);
   for (int64_t j = 0; j < k; ++j) out[j] = weight[j] * (x[j] * factor);
+}
+
+// (x - mean) * weight / sqrt(mean((x - mean)^2) + eps) + bias
+HAQ_TARGET void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t k, float* out) {
+  const Vec one = vec_set(1.0f);
+  Vec sums = vec_set(0.0f);
+  int64_t i = 0;
+  for (; i + 16 <= k; i += 16) sums = vec_fma(vec_load(x + i), one, sums);
+  float sum = vec_sum(sums);
+  for (; i < k; ++i) sum += x[i];
+  const float mean = sum / static_cast<float>(k);
+  const Vec shift = vec_set(-mean);
+  sums = vec_set(0.0f);
+  for (i = 0; i + 16 <= k; i += 16) {
+    const Vec centered = vec_fma(vec_load(x + i), one, shift);
+    sums = vec_fma(centered, centered, sums);
+  }
+  sum = vec_sum(sums);
+  for (; i < k; ++i) sum += (x[i] - mean) * (x[i] - mean);
+  const float factor = 1.0f / std::sqrt(sum / static_cast<float>(k) + eps);
+  for (int64_t j = 0; j < k; ++j) out[j] = weight[j] * ((x[j] - mean) * factor) + bias[j];
 }
 
 // Rotary embedding in place: x * cos + (-second half, first half) * sin.

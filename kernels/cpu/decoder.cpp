@@ -1,4 +1,4 @@
-// RMS norm, q/k/v, rotation, attention, output, residual; RMS norm, gate/up, activation, down, residual. The products
+// Norm, q/k/v, rotation, attention, output, residual; norm, gate/up, activation, down, residual. The products
 // are those of gemm.cpp; what lies between them is float32.
 #include "decoder.h"
 
@@ -52,7 +52,12 @@ void each_token(const Step& s, int64_t width, const Body& body) {
 
 // x and out (count,), which may be the same
 void normalize(const Step& s, const Norm& norm, const float* x, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += norm.width) s.isa.rms_norm(x + i, norm.gain, norm.eps, norm.width, out + i);
+  for (int64_t i = 0; i < count; i += norm.width) {
+    if (norm.bias)
+      s.isa.layer_norm(x + i, norm.gain, norm.bias, norm.eps, norm.width, out + i);
+    else
+      s.isa.rms_norm(x + i, norm.gain, norm.eps, norm.width, out + i);
+  }
 }
 
 const float* normed(const Step& s, const Norm& norm) {
@@ -73,7 +78,7 @@ void remember(const Step& s, const Piece& piece, float* qkv) {
     if (l.queries.gain) normalize(s, l.queries, row, l.heads * d, row);
     if (l.keys.gain) normalize(s, l.keys, row + l.heads * d, l.kv_heads * d, row + l.heads * d);
     for (int64_t h = 0; l.rotary && h < l.heads + l.kv_heads; ++h)
-      s.isa.rotate(row + h * d, s.cosines + t * d, s.sines + t * d, d);
+      s.isa.rotate(row + h * d, s.cosines + t * d, s.sines + t * d, l.rotary);
     for (int64_t h = 0; h < l.kv_heads; ++h) {
       const float* key = row + (l.heads + h) * d;
       const int64_t start = (piece.sequence * l.kv_heads + h) * s.kv.capacity; // of the head's positions
@@ -172,7 +177,8 @@ void mlp_half(const Step& s) {
 }
 
 void moe_half(const Step& s) {
-  add_experts(s.isa, s.threads, s.layer.moe, normed(s, s.layer.mlp), s.tokens, s.width, s.hidden);
+  const Layer& l = s.layer;
+  add_experts(s.isa, s.threads, l.moe, normed(s, l.mlp), s.tokens, s.width, l.residual, s.hidden);
 }
 
 // Calls work(step) for all tokens, some at a time, with the layer's own keys and values. A step may hold many sequences,

@@ -8,9 +8,10 @@ namespace haq {
 
 // As haq_lab/runtime/layer_parts.py fills them in (ctypes): all fields are 8 bytes, but for those named float.
 
-// An RMS norm of each `width` values on their own.
+// A norm of each `width` values on their own.
 struct Norm {
   const float* gain; // (width,); null: there is no such norm
+  const float* bias; // (width,) of a LayerNorm; null: an RMS norm
   int64_t width;
   float eps;
 };
@@ -18,7 +19,7 @@ struct Norm {
 struct Layer {
   int64_t heads, kv_heads, head_dim;
   int64_t window;     // positions that a query sees, its own among them; 0: all before it
-  int64_t rotary;     // whether queries and keys are rotated by their position
+  int64_t rotary;     // first channels of each query and key that are rotated by its position
   int64_t activation; // of the MLP's gate: an Activation
   float scaling;
   float soft_cap;     // of the attention scores; 0: none
@@ -52,8 +53,8 @@ struct KeyValues {
   int64_t capacity; // of each sequence; a multiple of 32
 };
 
-// hidden (tokens of all sequences, hidden size) float32, in place; cosines and sines (tokens of all sequences, head_dim).
-// Throw std::bad_alloc.
+// hidden (tokens of all sequences, hidden size) float32, in place; cosines and sines (tokens of all sequences, head_dim),
+// of which a layer reads the first `rotary`. Throw std::bad_alloc.
 
 // Whole layers, one after the other.
 void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, Batch batch,

@@ -27,6 +27,7 @@ constexpr Kernels table(const char* name, int row_tile, decltype(Kernels::tile) 
   kernels.silu_mul = silu_mul;
   kernels.hadamard = hadamard;
   kernels.rms_norm = rms_norm;
+  kernels.layer_norm = layer_norm;
   kernels.rotate = rotate;
   kernels.gate_up = gate_up;
   kernels.attend = attend;

@@ -99,6 +99,7 @@ struct Kernels {
   void (*offsets)(const uint8_t* staged, int64_t rows, int64_t groups, int64_t span, int32_t* offset);
   void (*silu_mul)(const void* gate, const void* up, Kind kind, int64_t n, void* out);
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t k, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t k, float* out);
   void (*rotate)(float* x, const float* cosines, const float* sines, int64_t d);
   // activation(gate) * up
   void (*gate_up)(Activation activation, const float* gate, const float* up, int64_t n, float* out);

@@ -73,7 +73,7 @@ void run_expert(const Kernels& isa, int threads, const int8_t* x, const float* r
 }
 
 void add_experts(const Kernels& isa, int threads, const Moe& moe, const float* x, int64_t m, int64_t width,
-                 float* hidden) {
+                 float residual, float* hidden) {
   const Router& r = moe.router;
   const int64_t pairs = m * r.chosen; // of a token and one of its experts: numbered token by token
   // Eight-byte values first.
@@ -114,7 +114,7 @@ void add_experts(const Kernels& isa, int threads, const Moe& moe, const float* x
     std::fill(total, total + width, 0.0f);
     for (int64_t pair = row * r.chosen; pair < (row + 1) * r.chosen; ++pair)
       for (int64_t i = 0; i < width; ++i) total[i] += results[pair * width + i] * weights[pair];
-    for (int64_t i = 0; i < width; ++i) hidden[row * width + i] += total[i];
+    for (int64_t i = 0; i < width; ++i) hidden[row * width + i] += residual * total[i];
   });
 }
 

@@ -33,9 +33,9 @@ void route(const Kernels& isa, int threads, const Router& r, const float* x, int
 void run_expert(const Kernels& isa, int threads, const int8_t* x, const float* row_scale, int64_t m,
                 const Expert& expert, float* out);
 
-// hidden (m, width) += for each row of x (m, width) its experts' results times their weights, summed in the order of
-// `route`. Bit for bit what haq_lab/models/experts.py does with `run_expert`. Throws std::bad_alloc.
+// hidden (m, width) += residual times, for each row of x (m, width), its experts' results times their weights, summed in
+// the order of `route`. Bit for bit what haq_lab/models/experts.py does with `run_expert`. Throws std::bad_alloc.
 void add_experts(const Kernels& isa, int threads, const Moe& moe, const float* x, int64_t m, int64_t width,
-                 float* hidden);
+                 float residual, float* hidden);
 
 } // namespace haq

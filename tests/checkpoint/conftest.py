@@ -41,8 +41,8 @@ def checkpoint(written, tmp_path) -> Path:
 def write(architecture, windows, tmp_path):
     """Return a function that quantises a tiny model and writes its checkpoint."""
 
-    def write(quantizer) -> Path:
-        model = LayeredModel(TinyModel(architecture).folder())
+    def write(quantizer, model: LayeredModel | None = None) -> Path:
+        model = model or LayeredModel(TinyModel(architecture).folder())
         writer = CheckpointWriter(tmp_path / "checkpoint", model, {}, {}, force=False)
         sequential_pass(
             PassInputs(model, quantizer, ReferenceBackend(), windows.flip(0), CalibrationPolicy(), {}),
@@ -67,7 +67,7 @@ def dequantized():
                 linear.weight = nn.Parameter(to_float(module))
                 linear.bias = None if module.bias is None else nn.Parameter(module.bias)
                 layer.set_submodule(name, linear)
-        if model.family.moe:
+        if model.family.moe_in(dict(layer.named_modules())):
             layer.set_submodule(model.family.moe.experts, Experts(layer.get_submodule(model.family.moe.experts)))
         return layer
 

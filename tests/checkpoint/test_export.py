@@ -15,8 +15,11 @@ from haq_lab.checkpoint.export.engines import export
 from haq_lab.checkpoint.model import QuantizedModel
 from haq_lab.cli import checkpoint as command
 from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.models.layerwise import LayeredModel
 from haq_lab.quantizers.haq.quantizer import HAQ
+from haq_lab.quantizers.rtn import RTN
 from haq_lab.utils.errors import UserError
+from tests.models.test_generic import save_model
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
 
@@ -47,6 +50,17 @@ def test_transformers_reads_it(write, dequantized, windows, logits_of, tmp_path,
         assert _apart(theirs, ours) < 0.01 < _apart(weights_only, ours)
     else:  # another scale for a row, see the module
         assert _apart(theirs, ours) < 2 * _apart(weights_only, ours)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", ["dots1"])
+def test_a_mixture_of_a_generic_family_has_our_weights(write, dequantized, windows, logits_of, tmp_path, architecture):
+    """Its logits differ from the checkpoint's, because an exported Mixture does not quantise activations."""
+    folder = write(RTN(), LayeredModel(save_model(tmp_path / "model", architecture), family="generic"))
+    export(folder, tmp_path / "export")
+    model = QuantizedModel(folder, ReferenceBackend())
+    weights_only = [dequantized(model, model.load_layer(index)) for index in range(model.depth)]
+    assert _apart(_read(tmp_path / "export", windows), logits_of(model, weights_only, windows)) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore")

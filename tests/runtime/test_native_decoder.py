@@ -93,6 +93,27 @@ def test_prompt_and_steps(isa, shape, threads):
         agree(torch.cat(parts, 1), wanted, hidden)
 
 
+@isas
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norms(isa, bias):
+    layer, groups = llama_layer(hidden=88)  # not a multiple of 16, the numbers in a vector
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        norm = torch.nn.LayerNorm(88, eps=0.1, bias=bias).requires_grad_(False)
+        for parameter in norm.parameters():
+            parameter.uniform_(-1.5, 1.5)
+        setattr(layer, name, norm)
+    part = LayerParts.of(layer, groups, family_of(LlamaConfig()))
+    hidden, positions = inputs(50, 32, 88)
+    hidden = hidden + 3  # the mean is subtracted
+    wanted = layer(hidden.clone(), position_embeddings=positions, attention_mask=None)
+    with library.forced_isa(isa):
+        fused = NativeStack([layer], [part], 0)
+        assert fused.reproduces_its_layers()
+        agree(fused(hidden, position_embeddings=positions), wanted, hidden)
+        part.attention.eps = 0.0
+        assert not NativeStack([layer], [part], 0).reproduces_its_layers()
+
+
 def test_long_prompts():
     layer, groups = llama_layer()
     fused = native_form(layer, groups)
@@ -143,9 +164,20 @@ def half_norm():
     return layer, groups
 
 
-def layer_norm():
+class Peak(torch.nn.Module):
+    """A norm that divides by the largest magnitude."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(width), requires_grad=False), 1e-6
+
+    def forward(self, x):
+        return self.weight * x / x.abs().amax(-1, keepdim=True)
+
+
+def other_norm():
     layer, groups = llama_layer()
-    layer.input_layernorm = torch.nn.LayerNorm(96)
+    layer.input_layernorm = Peak(96)
     return layer, groups
 
 
@@ -170,7 +202,7 @@ def sliding_window():
         (no_mlp_output, "not a norm and attention followed by"),
         (float_linear, "mlp.down_proj is not an int8 linear"),
         (half_norm, "input_layernorm has weights of type torch.bfloat16, not float32"),
-        (layer_norm, "input_layernorm is not an RMSNorm"),
+        (other_norm, "input_layernorm is neither an RMSNorm nor a LayerNorm"),
         (separate_linears, "mlp.gate_proj, mlp.up_proj cannot be merged into one product"),
         (sliding_window, "self_attn has a sliding window and a prefix"),
     ],
@@ -182,7 +214,7 @@ def test_a_layer_that_is_not_native_has_a_reason(make, reason):
 
 
 def norm_in_layer_1(layers):
-    layers[1].input_layernorm = torch.nn.LayerNorm(64)
+    layers[1].input_layernorm = Peak(64)
 
 
 def gelu_in_all_layers(layers):
@@ -193,7 +225,10 @@ def gelu_in_all_layers(layers):
 @pytest.mark.parametrize(
     ("change", "notice"),
     [
-        (norm_in_layer_1, "native decoder not used for 1 of 2 layers: layer 1: input_layernorm is not an RMSNorm"),
+        (
+            norm_in_layer_1,
+            "native decoder not used for 1 of 2 layers: layer 1: input_layernorm is neither an RMSNorm nor a LayerNorm",
+        ),
         (
             gelu_in_all_layers,
             "native decoder not used: layer 0: its MLP's activation is neither SiLU nor GELU in tanh's approximation",

@@ -26,7 +26,7 @@ if not library.available():
     pytest.skip(f"no CPU kernels here: {library.unavailable_reason()}", allow_module_level=True)
 
 isas = pytest.mark.parametrize("isa", library.isas())
-architectures = pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "olmoe"])
+architectures = pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "olmoe", "granitemoe"])
 
 
 @isas
@@ -75,7 +75,8 @@ def quantised(architecture, activations="token", bits=8):
 @architectures
 def test_the_native_router_equals_the_models(isa, architecture):
     model = LayeredModel(TinyModel(architecture).folder())
-    router, moe = model.load_layer(0).mlp.gate, model.family.moe
+    moe = model.family.moe
+    router = model.load_layer(0).get_submodule(moe.router)
     with library.forced_isa(isa):
         made = native_router(router, moe.is_normalized(model.config), CpuBackend())
         assert made is not None
@@ -140,19 +141,25 @@ def test_layers_in_one_call(architecture, activations, bits, threads):
 def test_each_layer_is_reproduced_only_with_its_norms(architecture):
     model, layers = quantised(architecture)
     deploy(model.assemble(layers), model, CpuBackend())
+    block = model.family.moe.block
     part = LayerParts.of(layers[0], model.groups_of(0), model.family)
-    assert make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    assert make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
     part.mlp.eps = 1.0
-    assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
     part.moe = MoeParts()
-    assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers(), "what the experts read is compared"
+    assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers(), "what the experts read is compared"
     part = LayerParts.of(layers[0], model.groups_of(0), model.family)
     part.moe, part.attention.eps = MoeParts(), 1.0
-    assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+    assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
+    part = LayerParts.of(layers[0], model.groups_of(0), model.family)
+    part.residual *= 2
+    assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
+    part.moe = MoeParts()
+    assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
     if model.family.head_norms:
         part = LayerParts.of(layers[0], model.groups_of(0), model.family)
         part.moe, part.keys.gain = MoeParts(), None
-        assert not make_stack([layers[0]], [part], 0, "mlp").reproduces_its_layers()
+        assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
 
 
 def test_other_experts_run_as_modules_after_native_attention():

@@ -86,8 +86,8 @@ def architecture_of(model: QuantizedModel) -> Architecture:
         "use_sliding_window": (getattr(config, "use_sliding_window", False), False),
         "partial_rotary_factor": (config.rope_parameters.get("partial_rotary_factor", 1.0), 1.0),
     }
-    if family.moe is not None and family.moe.normalized_field is not None:
-        needs[family.moe.normalized_field] = (family.moe.is_normalized(config), found.normalized)
+    if family.moe is not None:
+        needs["norm_topk_prob"] = (family.moe.is_normalized(config), found.normalized)
     if found.number is gguf.MODEL_ARCH.OLMOE:  # llama.cpp expects a key norm of the hidden size
         needs["num_key_value_heads"] = (config.num_key_value_heads, config.num_attention_heads)
     for field, (value, needed) in needs.items():

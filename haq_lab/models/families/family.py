@@ -90,7 +90,7 @@ class Moe:
     linears are named `PROJECTIONS`.
 
     Attributes:
-        count_field: Config field with the number of experts in a layer.
+        count_field: Config field with the number of experts in a layer. It and the next three may be the value itself.
         active_field: Config field with the number of active experts for each token, k.
         width_field: Config field with an expert's intermediate size.
         normalized_field: Config field that says whether a token's k gate weights are divided by their sum. None if
@@ -102,10 +102,10 @@ class Moe:
         fused: Whether transformers reads the experts only as fused tensors of a layer.
     """
 
-    count_field: str
-    active_field: str = "num_experts_per_tok"
-    width_field: str = "intermediate_size"
-    normalized_field: str | None = None
+    count_field: str | int
+    active_field: str | int = "num_experts_per_tok"
+    width_field: str | int = "intermediate_size"
+    normalized_field: str | bool | None = None
     router: str = "mlp.gate"
     experts: str = "mlp.experts"
     router_buffers: tuple[str, ...] = ()
@@ -114,19 +114,19 @@ class Moe:
 
     def count(self, config: Any) -> int:
         """Return the number of experts in a layer."""
-        return getattr(config, self.count_field)
+        return _value(config, self.count_field)
 
     def active(self, config: Any) -> int:
         """Return the number of active experts for each token, k."""
-        return getattr(config, self.active_field)
+        return _value(config, self.active_field)
 
     def width(self, config: Any) -> int:
         """Return the intermediate size of an expert."""
-        return getattr(config, self.width_field)
+        return _value(config, self.width_field)
 
     def is_normalized(self, config: Any) -> bool:
         """Return whether the k gate weights of a token are divided by their sum."""
-        return self.normalized_field is None or bool(getattr(config, self.normalized_field))
+        return self.normalized_field is None or bool(_value(config, self.normalized_field))
 
     def linears(self, expert: int | str) -> tuple[str, str, str]:
         """Return the names of an expert's gate, up and down projections."""
@@ -142,6 +142,11 @@ class Moe:
     def block(self) -> str:
         """Return the name of the MoE block, which contains both. The layer calls it with hidden states (b, t, d)."""
         return self.router.rpartition(".")[0]
+
+
+def _value(config: Any, field: str | int) -> int:
+    """Return the value of a config field. A number is its own value."""
+    return getattr(config, field) if isinstance(field, str) else field
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ class Family:
         takes_prefix: Whether keys and values can be put before those of every sequence, in every layer.
         head: Name of the head.
         in_float: Names of linears outside the groups, which stay in float. Other such linears are an error.
-        probed: Whether the row was made by running the layers (`haq_lab.models.families.generic`).
+        probed: Whether the row was made by running the layers (`haq_lab.models.generic`).
     """
 
     model_type: str

@@ -10,7 +10,7 @@ from haq_lab.models.families.moe import MIXTURES
 from haq_lab.utils.errors import UserError, nearest
 
 FAMILIES = DENSE + MIXTURES
-GENERIC = "generic"  # value of `model.family` that runs the layers to make a row (`haq_lab.models.families.generic`)
+GENERIC = "generic"  # value of `model.family` that runs the layers to make a row (`haq_lab.models.generic`)
 
 
 def family_of(config: Any) -> Family:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from haq_lab.models.families.family import Group
+from haq_lab.models.families.family import Family, Group
 from haq_lab.models.families.layer_kinds import LayerKinds
 from haq_lab.models.families.lookup import family_of
 from haq_lab.utils.errors import UserError
@@ -54,17 +54,18 @@ class Shape:
         return (2 if shared else 2 + self.head_bytes) * self.outside
 
     @classmethod
-    def of(cls, config: Any, int8_head: bool = False) -> Shape:
+    def of(cls, config: Any, int8_head: bool = False, family: Family | None = None) -> Shape:
         """Return the shape of an MoE model. Its layers are built without memory, and their weights are counted.
 
         Args:
-            config: The transformers config of a model in the family table (`haq_lab.models.families`).
+            config: The transformers config.
             int8_head: Whether the head is in int8.
+            family: The model's row. None takes it from the family table (`haq_lab.models.families`).
 
         Raises:
             UserError: The architecture is not in the family table, or has no experts.
         """
-        family = family_of(config)
+        family = family or family_of(config)
         kinds, moe = LayerKinds(family, config), family.moe
         if moe is None or not kinds.moe_layers:
             raise UserError(f"model: '{config.model_type}' is a dense model. Choose a Mixture of Experts.")

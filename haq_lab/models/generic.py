@@ -2,13 +2,14 @@
 
 One layer of each kind runs on random states with random weights. Linears that read the same tensor are a group. If the
 tensor is the output of a norm, a factor is folded into the norm on trial. The norm is the group's source only if the
-layer's output stays the same.
+layer's output stays the same. Experts are proven by trial too (`haq_lab.models.experts.find_experts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
 
+from haq_lab.models.experts import Experts, find_experts, fused_experts
 from haq_lab.models.families.dense import UNPUBLISHED
-from haq_lab.models.families.family import Family, Group
+from haq_lab.models.families.family import Family, Group, Moe
 from haq_lab.models.families.layer_kinds import empty_model
 from haq_lab.models.families.lookup import GENERIC, family_of
 from haq_lab.models.families.recorder import Recorder
+from haq_lab.storage.tensor_names import expert_of
 from haq_lab.utils.errors import UserError
 
 TOKENS = 24  # of the random sequence
@@ -52,8 +55,8 @@ def family_for(config: Any, choice: str | None) -> Family:
 def generic_family(config: Any) -> Family:
     """Make the row of a transformers config by running one decoder layer of each kind.
 
-    The memory is that of one layer in float32. Experts and routers stay in float, and so does a linear that does not
-    run exactly once on all tokens.
+    The memory is that of one layer in float32. Routers stay in float. So do experts that cannot be proven, and linears
+    outside the experts that do not run exactly once on all tokens.
 
     Raises:
         UserError: A config field is missing, or the layers cannot be run one by one.
@@ -79,7 +82,13 @@ def _refusal(config: Any, reason: str) -> UserError:
     )
 
 
-def _probe(config: Any) -> Family:
+def _probe(config: Any, experts: bool = True) -> Family:
+    """Make the row.
+
+    Args:
+        config: The transformers config.
+        experts: Find the experts. They must then be the same in all layers that have some.
+    """
     with torch.device("meta"):
         model = empty_model(config, config.num_hidden_layers)
     name, layers = _find_layers(model, config)
@@ -89,12 +98,19 @@ def _probe(config: Any) -> Family:
     built, arguments = _recorded(config, name)
     by_kind: dict[frozenset[str], tuple[Group, ...]] = {}
     in_float: list[str] = []
+    cached: list[str] = []
+    moes: set[Moe | None] = set()
     for modules, index in kinds.items():
         with no_init_weights():
             layer = cast(Any, type(layers[index]))(built, index)
-        found = _Probe(layer, config, arguments[index])
+        has_experts = bool(fused_experts(layer))
+        found = _Probe(layer, config, arguments[index], experts)
+        moes |= {found.moe} if has_experts else set()
         by_kind[modules] = found.groups()
         in_float += found.in_float
+        cached += found.cached
+    if len(moes) > 1:
+        return _probe(config, experts=False)
     if not any(by_kind.values()):
         raise _refusal(config, "no linear of its layers runs on all tokens")
     head = model.get_output_embeddings()
@@ -103,6 +119,8 @@ def _probe(config: Any) -> Family:
         name,
         _merged(by_kind),
         UNPUBLISHED,
+        moe=moes.pop() if moes else None,
+        cached=tuple(dict.fromkeys(cached)),
         takes_prefix=False,
         head=next(part for part, module in model.named_modules() if module is head),
         in_float=tuple(dict.fromkeys(in_float)),
@@ -151,11 +169,20 @@ def _recorded(config: Any, layers: str) -> tuple[Any, list[dict[str, Any]]]:
 class _Probe:
     """One decoder layer with random weights, and which of its linears read which tensors.
 
+    Args:
+        layer: The layer. Its experts are split, if they are found.
+        config: The transformers config.
+        arguments: Keyword arguments of the layer.
+        experts: Find the experts.
+
     Attributes:
-        in_float: Names of the linears that stay in float.
+        moe: Names of the router and the experts, or None.
+        in_float: Names of the linears outside the experts that stay in float.
+        cached: Names of the linears that fill the KV cache. Without `k_proj` and `v_proj`, those that read the layer's
+            first norm, which may be more.
     """
 
-    def __init__(self, layer: nn.Module, config: Any, arguments: dict[str, Any]):
+    def __init__(self, layer: nn.Module, config: Any, arguments: dict[str, Any], experts: bool):
         self._layer, self._arguments = layer.eval().requires_grad_(False), arguments
         for parameter in layer.parameters():
             if parameter.dim() > 1:
@@ -163,10 +190,19 @@ class _Probe:
             else:
                 parameter.uniform_(0.5, 1.5)
         self._hidden = torch.randn(1, TOKENS, config.hidden_size)
-        self._linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        self._norms = {name: module for name, module in layer.named_modules() if _may_be_norm(module)}
-        with _traced(self._linears) as read, _traced(self._norms, outputs=True) as written:
-            self._output = layer(self._hidden, **arguments)
+        self.moe = find_experts(layer, self._run, config.model_type) if experts else None
+        if self.moe is not None:
+            layer.set_submodule(self.moe.experts, Experts.unfused(layer.get_submodule(self.moe.experts)))
+        modules = dict(layer.named_modules())
+        self._linears = {
+            name: module
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear) and expert_of(name) is None
+        }
+        routed = {} if self.moe is None else {name: modules[name] for name in (self.moe.router, self.moe.experts)}
+        self._norms = {name: module for name, module in modules.items() if _may_be_norm(module)}
+        with _traced(self._linears | routed) as read, _traced(self._norms, outputs=True) as written:
+            self._output = self._run()
         if not isinstance(self._output, Tensor):
             raise _refusal(config, "its layers return more than hidden states")
         if not self._output.isfinite().all():
@@ -184,39 +220,85 @@ class _Probe:
         self._readers: dict[Key, list[str]] = {}
         for name, tensors in read.items():
             self._readers.setdefault(_key(tensors[0]), []).append(name)
+        named = [name for name in self._linears if name.rpartition(".")[2] in ("k_proj", "v_proj")]
+        self.cached = named or [name for name in next(iter(self._readers.values())) if name in self._linears]
+
+    def _run(self) -> Any:
+        return self._layer(self._hidden, **self._arguments)
 
     def groups(self) -> tuple[Group, ...]:
         """Return the groups in the order in which they run."""
         groups = []
         for key, readers in self._readers.items():
-            consumers = tuple(name for name in readers if name not in self.in_float)
+            consumers = tuple(name for name in readers if name in self._linears and name not in self.in_float)
+            floats = tuple(name for name in readers if name in self.in_float)
+            outputs: tuple[Group, ...] = ()
+            if self.moe is not None and self.moe.experts in readers:
+                gate, up, down = self.moe.linears("{e}")
+                consumers = (*consumers, gate, up)
+                floats = tuple(dict.fromkeys((self.moe.router, *floats)))
+                outputs = (Group("up", up if self._folds_up(self.moe) else None, (down,)),)
             if consumers:
-                floats = tuple(name for name in readers if name in self.in_float)
-                groups.append(self._with_source(Group("norm", self._sources.get(key), consumers, floats)))
+                groups += [self._with_source(Group("norm", self._sources.get(key), consumers, floats)), *outputs]
         return tuple(groups)
 
     def _with_source(self, group: Group) -> Group:
         """Return the group with the gain offset of its norm, or without a source if no offset preserves the output."""
         for offset in (0.0, 1.0):
             if group.source is not None and self._folds(group, offset):
-                return Group("norm", group.source, group.consumers, group.float_consumers, gain_offset=offset)
-        return Group("norm", None, group.consumers, group.float_consumers)
+                return replace(group, gain_offset=offset)
+        return replace(group, source=None)
 
     def _folds(self, group: Group, offset: float) -> bool:
-        norm, linears = cast(Any, self._norms[cast(str, group.source)]), [self._linears[name] for name in group.readers]
-        if len(norm.weight) != linears[0].in_features:
+        norm, linears = cast(Any, self._norms[cast(str, group.source)]), [*self._modules(group.readers)]
+        if len(norm.weight) != linears[0].weight.shape[1]:
             return False
-        kept = {parameter: parameter.clone() for module in (norm, *linears) for parameter in module.parameters()}
-        factor = torch.empty(len(norm.weight)).uniform_(0.5, 2)
+        kept, factor = {parameter: parameter.clone() for parameter in norm.parameters()}, _factor(len(norm.weight))
         norm.weight.add_(offset).div_(factor).sub_(offset)
         if getattr(norm, "bias", None) is not None:
             norm.bias.div_(factor)
         for linear in linears:
             linear.weight.mul_(factor)
-        output = self._layer(self._hidden, **self._arguments)
+        same = self._returns_the_same()
+        for linear in linears:
+            linear.weight.div_(factor)
         for parameter, value in kept.items():
             parameter.copy_(value)
-        return bool((output - self._output).norm() < CLOSE * (self._output - self._hidden).norm())
+        return same
+
+    def _folds_up(self, moe: Moe) -> bool:
+        """Return whether a factor can be folded into the up projections of the experts."""
+        _, ups, downs = ([*self._modules([name])] for name in moe.linears("{e}"))
+        factor = _factor(downs[0].weight.shape[1])
+        _fold(ups, downs, factor)
+        same = self._returns_the_same()
+        _fold(ups, downs, 1 / factor)
+        return same
+
+    def _modules(self, names: Iterable[str]) -> Iterator[Any]:
+        """Return the modules of these names, `{e}` being each expert in turn."""
+        for name in names:
+            numbers = range(self.moe.count(None)) if self.moe is not None and "{e}" in name else range(1)
+            yield from (self._layer.get_submodule(name.format(e=number)) for number in numbers)
+
+    def _returns_the_same(self) -> bool:
+        """Return whether the layer's output is that with the original weights."""
+        change, added = self._run() - self._output, self._output - self._hidden
+        return bool(change.norm() < CLOSE * added.norm())
+
+
+def _factor(channels: int) -> Tensor:
+    """Return random powers of two (channels,). Multiplying by them and dividing again restores a weight exactly."""
+    return torch.randint(-1, 2, (channels,)).float().exp2()
+
+
+def _fold(ups: list[Any], downs: list[Any], factor: Tensor) -> None:
+    """Multiply the columns of the down projections by a factor and divide the outputs of the up projections by it."""
+    for up, down in zip(ups, downs, strict=True):
+        up.weight.div_(factor[:, None])
+        if up.bias is not None:
+            up.bias.div_(factor)
+        down.weight.mul_(factor)
 
 
 def _may_be_norm(module: nn.Module) -> bool:
@@ -262,7 +344,7 @@ def _merged(by_kind: dict[frozenset[str], tuple[Group, ...]]) -> tuple[Group, ..
     """Return groups that hold for all kinds of layers.
 
     Groups of several kinds with common linears are joined if each kind then still has its own group. Otherwise each of
-    their linears is a group without a source.
+    their linears outside the experts is a group without a source.
     """
     joined: list[Group] = []
     for group in (group for groups in by_kind.values() for group in groups):
@@ -271,12 +353,14 @@ def _merged(by_kind: dict[frozenset[str], tuple[Group, ...]]) -> tuple[Group, ..
         joined = [other for other in joined if other not in common]
         consumers = dict.fromkeys(name for other in (*common, group) for name in other.consumers)
         floats = dict.fromkeys(name for other in (*common, group) for name in other.float_consumers)
-        joined.insert(place, Group("norm", group.source, (*consumers,), (*floats,), gain_offset=group.gain_offset))
+        joined.insert(place, replace(group, consumers=(*consumers,), float_consumers=(*floats,)))
     merged: list[Group] = []
     for group in joined:
         parts = [(group.within(modules), groups) for modules, groups in by_kind.items()]
         if all(part in groups for part, groups in parts if part.consumers):
             merged.append(group)
         else:
-            merged += [Group("norm", None, (name,)) for name in group.consumers]
+            merged += [Group("norm", None, (name,)) for name in group.consumers if "{e}" not in name]
+            experts = tuple(name for name in group.consumers if "{e}" in name)
+            merged += [replace(group, source=None, consumers=experts)] if experts else []
     return tuple(merged)

@@ -13,28 +13,45 @@ from launching import TINY as QUICK
 from launching import launch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeExperts,
+    Qwen3MoeSparseMoeBlock,
+    Qwen3MoeTopKRouter,
+)
+from two_tiers import finished
 
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.checkpoint.writer import CheckpointWriter
 from haq_lab.int8.backend import ReferenceBackend
+from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.measure.perplexity import score_windows, summary
+from haq_lab.models.families.family import PROJECTIONS, Moe
 from haq_lab.models.families.float_share import FloatShare
-from haq_lab.models.families.generic import family_for, generic_family
 from haq_lab.models.families.layer_kinds import LayerKinds
+from haq_lab.models.families.lookup import FAMILIES
 from haq_lab.models.families.tiny import tiny_fields
+from haq_lab.models.generic import family_for, generic_family
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.random_tiny import byte_tokenizer
+from haq_lab.models.sources import TinyModel
+from haq_lab.offload.costs.model_shape import Shape
+from haq_lab.offload.session import OffloadSession
+from haq_lab.offload.settings import Offload
 from haq_lab.pipeline.deployment import load_checkpoint
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.gptq import GPTQ
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.quantizers.smoothquant import SmoothQuant
 from haq_lab.result_cache.keys import of_settings
+from haq_lab.result_cache.store import Store
+from haq_lab.runtime.deploy import deploy
+from haq_lab.storage.tensor_names import expert_of
 from haq_lab.utils.errors import UserError
+from tests.models.families.test_mixtures import decoded
 
 # One norm before three linears; a fused projection and LayerNorms with biases; one norm for attention and MLP;
-# gains of 1 + weight. And a Mixture of Experts with a dense first layer, whose fused experts stay in float.
+# gains of 1 + weight. And a Mixture of Experts with a dense first layer.
 ARCHITECTURES = ("ernie4_5", "persimmon", "phi", "nemotron", "dots1")
 EXPERTS = {
     "n_routed_experts": 12,  # more than ten, so that the order of their names is not that of their numbers
@@ -55,7 +72,7 @@ def _config(architecture: str, **fields):
     return AutoConfig.for_model(architecture, **shape, **tokens, **fields)
 
 
-def _save(folder: Path, architecture: str) -> Path:
+def save_model(folder: Path, architecture: str) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = _config(architecture, **(EXPERTS if architecture == "dots1" else {}))
@@ -70,7 +87,7 @@ def _save(folder: Path, architecture: str) -> Path:
 
 @pytest.fixture
 def folder(architecture, tmp_path) -> Path:
-    return _save(tmp_path / "model", architecture)
+    return save_model(tmp_path / "model", architecture)
 
 
 @pytest.fixture
@@ -130,22 +147,69 @@ def test_the_norms_are_those_of_the_table(architecture):
             for group in table.groups(index)
             for name in group.consumers
         }
-        # Fused experts also read the norm before the shared expert, and this factor cannot be proven.
-        experts = table.moe(index) is not None
         for group in kinds.groups(index):
             for name in group.consumers:
-                expected = (None, 0.0) if experts and name.startswith("mlp.") else in_table.get(name)
-                assert expected in (None, (group.source, group.gain_offset)), name
+                norm = group.source if group.kind == "norm" else None
+                assert in_table.get(name) in (None, (norm, group.gain_offset)), name
 
 
-def test_experts_and_routers_stay_in_float():
-    config = _config("ernie4_5_moe", moe_num_experts=8, moe_k=2, moe_intermediate_size=32)
-    family = generic_family(config)
-    share = FloatShare.of(LayerKinds(family, config), 2)
-    assert list(share.by_module)[:2] == ["mlp.experts", "mlp.gate"]
-    assert 0.4 < share.share < 0.6
-    phimoe = generic_family(AutoConfig.for_model("phimoe", **tiny_fields("phimoe", 2, 64)))
-    assert phimoe.in_float == ("mlp.router",)
+MIXTURES = [family.model_type for family in FAMILIES if family.moe is not None]
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_the_experts_are_those_of_the_table(architecture):
+    """Fused in any layout, with and without biases, and routers of all forms."""
+    config = AutoConfig.for_model(architecture, **tiny_fields(architecture, 2, 64))
+    family, table = generic_family(config), family_for(config, None)
+    found, moe = family.moe, table.moe
+    assert (found.router, found.experts, found.router_buffers) == (moe.router, moe.experts, moe.router_buffers)
+    for size in (Moe.count, Moe.active, Moe.width):
+        assert size(found, config) == size(moe, config)
+    # Names that differ from ours cannot be known, so the experts are exported as fused tensors.
+    assert found.fused == (moe.fused or moe.stored != PROJECTIONS or bool(table.renamed))
+    kinds, index = LayerKinds(family, config), LayerKinds(table, config).moe_layers[0]
+    groups = [
+        {
+            group.consumers[-1]: (group.source, {*group.readers})
+            for group in own.groups(index)
+            if expert_of(group.consumers[-1])
+        }
+        for own in (kinds, LayerKinds(table, config))
+    ]
+    assert groups[0] == groups[1]
+
+
+@pytest.mark.parametrize("module", [Qwen3MoeExperts, Qwen3MoeTopKRouter])
+def test_what_is_not_proven_to_be_an_expert_stays_in_float(module, monkeypatch, tmp_path):
+    """Experts that compute something else, and a router whose choice is not the experts' one."""
+    forward = module.forward
+    if module is Qwen3MoeExperts:
+        monkeypatch.setattr(module, "forward", lambda *arguments: forward(*arguments) + 1)
+    else:
+        monkeypatch.setattr(module, "forward", lambda *arguments: (*forward(*arguments), None))
+        block = Qwen3MoeSparseMoeBlock
+        monkeypatch.setattr(block, "forward", lambda self, x: self.experts(x[0], *self.gate(x[0])[2:0:-1])[None])
+    model = LayeredModel(TinyModel("qwen3_moe").folder(), family="generic")
+    assert model.family.moe is None
+    assert "mlp.experts" in FloatShare.of(model.kinds, 2).by_module
+    with pytest.raises(UserError, match=r"offload: .* finds no experts in a 'qwen3_moe' .* offload=none, or add a row"):
+        OffloadSession(Offload(), None, model, tmp_path, Store())
+
+
+@pytest.mark.parametrize("architecture", ["dots1"])
+def test_offloading_does_not_change_a_bit(model, windows, tmp_path):
+    expected = decoded(deploy(model.assemble(finished(model)), model, CpuBackend()))
+    settings = Offload(budget=4, spare=2, eviction="lru", placement="frequency", prefetch="next_gate")
+    session = OffloadSession(settings, None, model, tmp_path / "experts", Store())
+    layers = finished(model, session.add)
+    session.find_profile(None, windows, "random")
+    whole = deploy(model.assemble(layers), model, CpuBackend())
+    session.engage(layers)
+    assert torch.equal(decoded(whole), expected)
+    shape, cache = Shape.of(model.config, family=model.family), whole(windows[:1, :5], use_cache=True).cache
+    assert shape.kv_per_token * 5 == sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert session.metrics()["offload.bytes_moved"] > 0
+    session.close()
 
 
 @pytest.mark.parametrize(
