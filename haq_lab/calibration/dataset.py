@@ -67,7 +67,7 @@ class Calibration:
         if self.path is not None and not self._has_path:
             raise UserError(
                 f"calibration.path: {self.text} has no file, so '{self.path}' would be ignored. "
-                "Choose calibration=text to read a file."
+                "Add calibration=text to read this file (WikiText-2: calibration=wikitext2)."
             )
 
     @property

@@ -28,6 +28,8 @@ COMMANDS = {  # name: (module in haq_lab.cli, description)
 
 def main() -> None:
     """Run the command that the first argument names. Exit with code 2 if there is no such command."""
+    if "" not in sys.path:  # as with `python -m`, a class of the user's own is found in the current folder
+        sys.path.insert(0, "")
     arguments = sys.argv[1:]
     first = arguments[0] if arguments else "--help"
     if first in ("--help", "-h"):

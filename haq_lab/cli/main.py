@@ -46,7 +46,7 @@ def _job(config: DictConfig) -> float | None:
 
     job: Any = HydraConfig.get()
     if job.mode is RunMode.MULTIRUN:
-        say(f"\nrun {job.job.num + 1}: {' '.join(job.overrides.task) or 'default'}")
+        say(f"\nrun {job.job.num + 1}: {Watch.job_name(job.overrides.task)}")
     try:
         refuse_unknown_architecture(config)
         from haq_lab.pipeline.run import run, search_metric  # after the refusal, because it imports torch
@@ -56,8 +56,13 @@ def _job(config: DictConfig) -> float | None:
     except Exception as error:
         if os.getpid() != _main_process:
             raise JobFailed(explain(error)) from None
+        repeated = not _show_traces and is_user_error(error)
+        repeated = repeated and explain(error) in map(explain, filter(is_user_error, _failures))
         _failures.append(error)  # not raised, so that the other jobs of a sweep run
-        _report(error)
+        if repeated:
+            _print("the same message as above.")
+        else:
+            _report(error)
         return None
 
 

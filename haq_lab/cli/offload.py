@@ -5,7 +5,7 @@ replay PROFILE TEST --out DIR          compare all policies and budgets on trace
 plan PROFILE TEST --out DIR            simulate placements, formats and budgets on a GPU, and print the Pareto front
 profile                                measure this machine, for hardware=local
 
-A quantised checkpoint is traced by: trace quantized TEXT --out FILE --set model.path=DIR
+MODEL is an option of the group `model`, such as smol_moe, or a folder or hub name. The folder can be a checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m haq_lab.offload", description=__doc__, formatter_class=form)
     actions = parser.add_subparsers(required=True)
     trace = actions.add_parser("trace", help="record a routing trace")
-    trace.add_argument("model", help="option of the group `model`, such as smol_moe; set its settings with --set")
+    trace.add_argument("model", help="option such as smol_moe, folder, or hub name; set its settings with --set")
     trace.add_argument("text", help="text file, or python_docs")
     trace.add_argument("--out", type=Path, required=True, metavar="FILE")
     trace.add_argument(

@@ -20,6 +20,7 @@ from haq_lab.checkpoint.model import QuantizedCheckpoint
 from haq_lab.config.explain import unknown_group, unknown_option
 from haq_lab.config.help import FOR_ALL, GROUPS, KNOWN, MULTIPLE_CHOICE, options, settings_of
 from haq_lab.config.object_specs import ObjectSpec, refuse_foreign_targets, specify
+from haq_lab.config.override_syntax import override_value, spelling_of_path
 from haq_lab.hardware.spec import Hardware
 from haq_lab.int8.backend import Backend
 from haq_lab.measure.base import Measure, needs_reference
@@ -198,10 +199,10 @@ def make_trackers(config: DictConfig) -> list[Tracker]:
 
 
 def model_option(name: str, settings: Sequence[str]) -> ModelSource:
-    """Create the model of an option of the group `model`, outside a run.
+    """Create the model of an option of the group `model`, of a folder or of a hub name, outside a run.
 
     Args:
-        name: The option, such as `tiny_llama`.
+        name: The option, such as `tiny_llama`, the folder of a model or of a quantised checkpoint, or a hub name.
         settings: Overrides of the form `model.SETTING=VALUE`.
 
     Returns:
@@ -211,7 +212,10 @@ def model_option(name: str, settings: Sequence[str]) -> ModelSource:
         UserError: There is no such option, or a setting is not valid.
     """
     if name not in options("model"):
-        raise unknown_option("model", name)
+        if (spelling := spelling_of_path("model", name)) is None:
+            raise unknown_option("model", name)
+        settings = [f"{spelling.setting}={override_value(name)}", *settings]
+        name = spelling.option.removeprefix("model=")
     with initialize_config_dir(str(bundled("conf").resolve()), version_base="1.3"):
         return build(compose("config", [f"model={name}", "tracking=none", *settings])).model
 

@@ -108,6 +108,8 @@ def unknown_option(group: str, option: str) -> UserError:
     if spelling := spelling_of_path(group, option):
         words = f"{spelling.option} {spelling.setting}={option}"
         return UserError(f"{group}: '{option}' is not an option of {group}. Write {words}.")
+    if group == "quantizer" and "." in option:  # a class of the user's own
+        return UserError(f"quantizer: '{option}' is not an option. Write quantizer=rtn quantizer._target_={option}.")
     if synonym := SYNONYMS.get((group, option)):
         return UserError(f"{group}: '{option}' is not one of {', '.join(options(group))} (did you mean '{synonym}'?)")
     return invalid(group, option, options(group))

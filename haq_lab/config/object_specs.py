@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from haq_lab.config.help import MULTIPLE_CHOICE
 from haq_lab.results.old_names import SETTINGS
-from haq_lab.utils.errors import UserError, invalid, renamed, unknown_setting
+from haq_lab.utils.errors import UserError, invalid, nearest, renamed, unknown_setting
 
 # A nested `_target_` must be a public class of this project. `__main__` modules run commands when imported.
 _PROJECT_TARGET = re.compile(r"haq_lab(\.[A-Za-z]\w*)+")
@@ -162,11 +163,22 @@ def _import_target(target: Any, setting: str) -> Any:
     """Import the class or function of a dotted path."""
     module, _, name = str(target).rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module  # not a module that it imports
+        hint = nearest(module, [path.stem for path in Path().glob("*.py")]) if missing else ""
         raise UserError(
-            f"{setting}: '{target}' cannot be imported ({error}). Name it as module.Class, and check PYTHONPATH."
+            f"{setting}: '{target}' cannot be imported ({error}{hint}). Name it as module.Class, and check PYTHONPATH."
         ) from error
+    if hasattr(found, name):
+        return getattr(found, name)
+    classes = [
+        one for one, value in vars(found).items() if inspect.isclass(value) and value.__module__.startswith(module)
+    ]
+    raise UserError(
+        f"{setting}: '{target}' cannot be imported: '{module}' has no '{name}'"
+        f"{nearest(name, classes) or '. Name it as module.Class.'}"
+    )
 
 
 def _check_settings(constructor: Any, target: Any, setting: str, names: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from haq_lab.results.run_labels import METHODS, with_labels
 from haq_lab.utils.console import format_percent
 from haq_lab.utils.plotting import linear_width, needs_log, save
 
+WHISKERS = "(whiskers: 95 % interval; ±: standard error)"
 HIGHLIGHT, QUIET = "#3b78d8", "#a9b4c4"  # colours of HAQ's bars and of the others
 
 
@@ -92,7 +93,8 @@ def comparison_figure(runs: pd.DataFrame, path: Path) -> Path:
             panel.set_xscale("asinh", linear_width=linear_width(values))
             panel.xaxis.set_major_formatter("{x:g}")
         panel.axvline(0, color="#333333", linewidth=0.8)
-        panel.set(xlabel="change of perplexity from full precision, %", title=dataset)
+        label = "change of perplexity from full precision, %"
+        panel.set(xlabel=f"{label}\n{WHISKERS}" if whiskers.any() else label, title=dataset)
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.margins(x=0.3)
     panels[0].invert_yaxis()

@@ -185,8 +185,12 @@ def show(runs: pd.DataFrame) -> None:
         cells += [_measured(run, name, metric) for name, metric in measured.items()]
         table.add_row(*cells)
     print_table(table)
+    printed: set[str] = set()
     for _, run in runs.iterrows():
-        say(f"{run['name']}: {run['folder']}" + (f"\n    failed: {run['error']}" if run["status"] == "failed" else ""))
+        say(f"{run['name']}: {run['folder']}")
+        if run["status"] == "failed":
+            say(f"    failed: {'the same message as above' if run['error'] in printed else run['error']}")
+            printed.add(run["error"])
         for line in ("prefix", "offload_limitation"):
             if not pd.isna(text := run.get(line)):
                 say(f"    {text}")

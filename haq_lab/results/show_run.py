@@ -26,7 +26,8 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
     """
     metrics, run = results["metrics"], results["run"]
     declared = OWN_METRICS.validate_python(run.get("own_metrics", {}))
-    title = f"{run['model']}  {run['quantizer']}"
+    scheme = results.get("config", {}).get("quantizer", {}).get("activations")
+    title = f"{run['model']}  {', '.join(filter(None, (run['quantizer'], scheme)))}"
     table = Table(Column("metric", overflow="fold"), "value", title=title, title_justify="left")
     for name, value in metrics.items():
         if name.startswith("time.") or name.endswith(ERRORS):

@@ -83,6 +83,11 @@ def tiny_run(tmp_path):
         ("quantizer=", "quantizer: '' is not one of"),
         ("data=[wikitext2", "input"),
         ("quantizer._target_=no.such.Quantizer", "quantizer._target_: 'no.such.Quantizer' cannot be imported"),
+        (
+            "quantizer._target_=haq_lab.quantizers.rtn.Rtn",
+            "'haq_lab.quantizers.rtn.Rtn' cannot be imported: 'haq_lab.quantizers.rtn' has no 'Rtn' .*mean 'RTN'",
+        ),
+        ("quantizer=mine.Mine", "quantizer: 'mine.Mine' is not an option. Write quantizer=rtn quantizer._target_=mine"),
         ("quantizer._target_=builtins.dict", "quantizer._target_: 'builtins.dict' does not take settings"),
         (
             "quantizer=../model/tiny_opt",

@@ -45,6 +45,17 @@ def test_a_sweep_through(launcher, tmp_path):
     assert "quantizer.weight_bits: '3'" in json.loads(failed.read_text())["error"]["message"]
 
 
+def test_a_sweep_names_its_jobs_by_what_differs_and_prints_a_message_once(tmp_path):
+    sweep = ["-m", *TINY[2:], f"hydra.sweep.dir={tmp_path}", "model=tiny_llama", "quantizer=rtn,gptq"]
+    done = launch(*sweep, "calibration.path=text.txt")
+    assert done.code == 2
+    assert done.out.split("\n") == ["", "run 1: quantizer=rtn", "", "run 2: quantizer=gptq", ""]
+    message, again, last = done.err.splitlines()
+    assert message.startswith("haq_lab: calibration.path: python_docs has no file")
+    assert again == "haq_lab: the same message as above."
+    assert last.startswith("haq_lab: 2 runs failed.")
+
+
 @pytest.mark.slow
 def test_running_it_again_runs_what_is_missing(tmp_path):
     """With a launcher of other processes: what failed runs again, what is finished stays."""

@@ -167,6 +167,8 @@ def test_a_quantised_checkpoint_can_be_traced(tmp_path):
     main(["trace", "quantized", str(text), *arguments])
     trace = Trace.open(tmp_path / "a.trace")
     assert (trace.tokens, trace.layers, trace.expert_count) == (64, 2, 8)
+    main(["trace", str(checkpoint), str(text), *arguments[:2], f"--out={tmp_path / 'b.trace'}"])
+    assert (Trace.open(tmp_path / "b.trace").experts == trace.experts).all()
 
 
 def test_a_run_records_that_haq_ignores_paths(tmp_path, monkeypatch):

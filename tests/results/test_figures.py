@@ -53,6 +53,7 @@ def test_runs_of_one_name_have_bars_of_their_own_and_missing_texts_are_named(mon
     runs["null.perplexity.c4"] = [None, None, None, "too large"]
     panel = _drawn(runs, monkeypatch)
     assert [round(bar.get_width(), 3) for bar in panel.patches] == [0, 0, 1, 2]
+    assert panel.get_xlabel() == "change of perplexity from full precision, %"
     assert len({bar.get_y() for bar in panel.patches}) == 4
     assert [text.get_text() for text in panel.texts] == ["not evaluated", "null (too large)", "+1.00 %", "+2.00 %"]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["RTN", "GPTQ", "HAQ", "HAQ"]
@@ -66,5 +67,6 @@ def test_whiskers_are_intervals_and_a_large_bar_hides_nothing(monkeypatch):
     panel = _drawn(runs, monkeypatch)
     assert [label.get_text() for label in panel.get_yticklabels()] == ["RTN", "SmoothQuant", "HAQ"]
     assert panel.get_xscale() == "asinh"
+    assert panel.get_xlabel().endswith("(whiskers: 95 % interval; ±: standard error)")
     ends = panel.collections[0].get_segments()
     assert np.ravel([segment[:, 0] for segment in ends]) == pytest.approx([130, 150, 2, 4, 0.4, 0.6])

@@ -101,6 +101,16 @@ def test_mistakes(arguments, message, runs, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_one_message_of_several_runs_is_printed_once(runs, capsys):
+    failed = RunFolder(runs / "deep" / "worse", {})
+    failed.begin("a: 1\n")
+    failed.fail({"model": "m", "overrides": ["quantizer=worse"]}, ValueError("what went wrong"), False)
+    main([str(runs)])
+    printed = capsys.readouterr().out
+    assert printed.count("failed: what went wrong") == 1
+    assert printed.count("failed: the same message as above") == 1
+
+
 def test_an_empty_folder_is_no_mistake(tmp_path, capsys):
     main([str(tmp_path)])
     assert "no runs below" in capsys.readouterr().out

@@ -28,9 +28,12 @@ def test_a_metric_has_its_unit(metric, value, text):
 def test_no_name_is_cut_where_nothing_limits_the_width(tmp_path, capsys):
     name = "simulated.jetson_orin_64g.latency.decode_ms_per_token.mean"
     run = {"model": "smol_moe", "quantizer": "rtn"}
+    config = {"quantizer": {"activations": "static"}}
     perplexities = {"perplexity_fp.python_docs": 4000.0, "perplexity.python_docs": 4400.0}
-    show_results({"run": run, "metrics": {**perplexities, name: 12.5, "time.load_s": 3.0}}, tmp_path)
+    metrics = {**perplexities, name: 12.5, "time.load_s": 3.0}
+    show_results({"run": run, "config": config, "metrics": metrics}, tmp_path)
     shown = capsys.readouterr().out
+    assert "smol_moe  rtn, static" in shown
     assert name in shown
     assert "4,400.0000  (+10.00 %)" in shown
     assert "time.load_s" not in shown

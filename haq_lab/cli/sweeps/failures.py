@@ -7,6 +7,7 @@ job and after the last one. The new files are the failures of this sweep.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from haq_lab.cli.sweeps.setup import refuse_shared_folders, resume_search
+from haq_lab.cli.sweeps.setup import refuse_shared_folders, resume_search, swept_settings
 from haq_lab.cli.sweeps.upload import upload_sweep
 from haq_lab.tracking.run_folder import read_results
 from haq_lab.utils.console import errors, say
@@ -33,6 +34,7 @@ class Watch(Callback):
     """Hydra callback that prepares a sweep, notes the failures that its folder already has, and tracks its end."""
 
     folder: ClassVar[Path | None] = None
+    swept: ClassVar[list[str]] = []  # settings in which its jobs differ; empty in other processes
     before: ClassVar[dict[Path, int]] = {}
     started: ClassVar[float] = 0.0  # seconds since the epoch
 
@@ -41,6 +43,7 @@ class Watch(Callback):
         with suppress(HydraException, OmegaConfBaseException):  # raised again when Hydra composes the jobs
             try:
                 refuse_shared_folders(config)
+                Watch.swept = swept_settings(config)
             except UserError as error:  # Hydra turns exceptions of callbacks into warnings
                 say(f"haq_lab: {error}", on=errors)
                 raise SystemExit(2) from None
@@ -48,6 +51,12 @@ class Watch(Callback):
         Watch.folder = Path(str(config.hydra.sweep.dir))
         Watch.before = _failures(Watch.folder)
         Watch.started = time.time()
+
+    @classmethod
+    def job_name(cls, overrides: Sequence[str]) -> str:
+        """Return the overrides in which a job differs from the others. If there is none: all overrides."""
+        own = [one for one in overrides if one.lstrip("+~").partition("=")[0] in cls.swept]
+        return " ".join(own or overrides) or "default"
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Send the sweep's table and figures to the trackers of its runs."""
@@ -57,7 +66,7 @@ class Watch(Callback):
 
 def forget() -> None:
     """Forget an earlier sweep of the same process."""
-    Watch.folder, Watch.before = None, {}
+    Watch.folder, Watch.before, Watch.swept = None, {}, []
 
 
 def new_failures() -> dict[Path, dict[str, Any]]:

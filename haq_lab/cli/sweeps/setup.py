@@ -6,6 +6,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from haq_lab.utils.errors import UserError
@@ -25,9 +26,8 @@ def refuse_shared_folders(config: DictConfig) -> None:
     sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
     pattern = f"{sweep['dir']}/{sweep['subdir']}".replace("${hydra:", "${hydra.")  # type: ignore[index, call-overload]
     loader = GlobalHydra.instance().config_loader()
-    params = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create(loader).parse_overrides([*params, *config.hydra.overrides.task])
-    swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
+    overrides = _overrides(config)
+    swept = swept_settings(config)
     if not swept or "hydra.job.num" in pattern or "hydra.job.id" in pattern:
         return
     if "hydra.job.override_dirname" in pattern:
@@ -46,6 +46,22 @@ def refuse_shared_folders(config: DictConfig) -> None:
         if other != [*job]:
             first, second = (" ".join(sorted(set(one) - set(two))) for one, two in ((other, job), (job, other)))
             raise UserError(_message(config, f"is the same for the jobs '{first}' and '{second}'"))
+
+
+def swept_settings(config: DictConfig) -> list[str]:
+    """Return the names of the settings and groups that have several values in a sweep.
+
+    Args:
+        config: The config of the sweep, with the node `hydra`.
+    """
+    return [override.key_or_group for override in _overrides(config) if override.is_sweep_override()]
+
+
+def _overrides(config: DictConfig) -> list[Override]:
+    """Return the overrides of a sweep: those of its experiment, and those of the command line."""
+    params = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    return parser.parse_overrides([*params, *config.hydra.overrides.task])
 
 
 def _folder(job_config: DictConfig) -> str:
