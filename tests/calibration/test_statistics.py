@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haq_lab.calibration.statistics import EXTREME_ROWS, SAMPLE_ROWS, Accumulator, InputStatistics, Needs
+from haq_lab.calibration.statistics import (
+    EXTREME_ROWS,
+    SAMPLE_ROWS,
+    Accumulator,
+    InputStatistics,
+    Needs,
+    Sensitivity,
+)
 from haq_lab.quantizers.gptq_solver import factorize, solve
 from haq_lab.quantizers.grid import round_to_nearest, row_scale
 
@@ -88,6 +95,15 @@ def test_divided_by_gives_the_statistics_after_smoothing():
     torch.testing.assert_close(divided.sample[:-EXTREME_ROWS], direct.sample[:-EXTREME_ROWS])
     assert divided.count == direct.count
     assert torch.equal(divided.sample_weight, direct.sample_weight)
+
+
+def test_an_error_of_the_smoothed_input_costs_its_factor_squared():
+    """An error e of x / s is an error s e of x. Outputs stay the same."""
+    sensitivity = Sensitivity(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0]))
+    seen = InputStatistics(1, torch.ones(3), sensitivity=sensitivity)
+    divided = seen.divided_by(torch.tensor([2.0, 0.5, 1.0])).sensitivity
+    assert divided.channels.tolist() == [4.0, 0.5, 3.0]
+    assert divided.outputs.tolist() == [5.0]
 
 
 def test_few_tokens_shrink_the_hessian_towards_its_diagonal():
