@@ -21,9 +21,9 @@ def nearest(value: object, allowed: Iterable[object]) -> str:
         value: What the user wrote.
         allowed: Values to choose from.
     """
-    names = [str(item) for item in allowed]
-    matches = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    return f" (did you mean '{matches[0]}'?)" if matches else ""
+    names = {str(item).lower(): str(item) for item in allowed}
+    matches = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    return f" (did you mean '{names[matches[0]]}'?)" if matches else ""
 
 
 def nearest_beside(path: Path) -> str:
