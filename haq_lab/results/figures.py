@@ -85,8 +85,10 @@ def comparison_figure(runs: pd.DataFrame, path: Path) -> Path:
         low, high = (np.nan_to_num(ends.to_numpy(float)) for ends in change_interval(runs, dataset))
         whiskers = np.stack([np.where(low, drawn - low, 0), np.where(high, high - drawn, 0)]).clip(min=0)
         look = {"color": colours, "xerr": whiskers, "error_kw": {"ecolor": "#333333", "elinewidth": 1.2, "capsize": 3}}
-        bars = panel.barh(positions, drawn, height=0.65, **look)
-        panel.bar_label(bars, labels=_bar_labels(runs, dataset), padding=4, fontsize=9)
+        panel.barh(positions, drawn, height=0.65, **look)
+        ends = (drawn + whiskers[1]).clip(min=0)  # a label left of its bar would cover the run's name
+        for place, text in zip(zip(ends, positions, strict=True), _bar_labels(runs, dataset), strict=True):
+            panel.annotate(text, place, (4, 0), textcoords="offset points", va="center", fontsize=9)
         panel.set_yticks(positions, names)
         panel.tick_params(axis="y", length=0)
         if needs_log(values):

@@ -59,6 +59,13 @@ def test_runs_of_one_name_have_bars_of_their_own_and_missing_texts_are_named(mon
     assert [label.get_text() for label in panel.get_yticklabels()] == ["RTN", "GPTQ", "HAQ", "HAQ"]
 
 
+def test_the_label_of_a_gain_does_not_cover_the_runs_name(monkeypatch):
+    runs = pd.DataFrame({"quantizer": ["rtn", "haq"], "change_percent.c4": [-2.0, 1.0]})
+    runs = runs.assign(folder="a", quantized=True)
+    runs["dlnppl.c4.low"], runs["dlnppl.c4.high"] = np.log1p([-0.03, 0.005]), np.log1p([-0.01, 0.02])
+    assert [text.xy[0] for text in _drawn(runs, monkeypatch).texts] == pytest.approx([0, 2])
+
+
 def test_whiskers_are_intervals_and_a_large_bar_hides_nothing(monkeypatch):
     runs = pd.DataFrame({"quantizer": ["none", "rtn", "smoothquant", "haq"], "change_percent.c4": [0, 140, 3, 0.5]})
     runs = runs.assign(folder="a", quantized=runs["quantizer"] != "none")
