@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def executed_lines(copy: Path) -> dict[str, Any]:
 def noticed_by(copy: Path, tests: list[str], limit: float) -> str:
     """Run tests, one file or folder after the other. Return the first that fails, or an empty string."""
     for test in tests:
-        status = _status_of(lambda test=test: _run_pytest(copy, [test], []), limit)  # type: ignore[misc]
+        status = _status_of(partial(_run_pytest, copy, [test], []), limit)
         if status not in (0, 5):  # 5: no test was left in it
             return test if status is not None else f"time-out of {test}"
     return ""

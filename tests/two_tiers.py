@@ -39,6 +39,17 @@ from haq_lab.runtime.deploy import deploy
 READY = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
 ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not READY, reason="needs an NVIDIA GPU that torch can use, and CuPy")]
 NEAREST = RTN()
+WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+def decoded(whole: nn.Module, prompt: Tensor = WINDOWS[:1, :8], steps: int = 6) -> Tensor:
+    """Return the logits after a prompt (1, t) and after each token that is decoded greedily, (steps, v)."""
+    tokens, cache, logits = prompt, None, []
+    for _ in range(steps):
+        output = whole(tokens, cache=cache, use_cache=True)
+        logits.append(output.logits[:, -1])
+        tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
+    return torch.cat(logits)
 
 
 class FourOrEightBits(RTN):
@@ -182,12 +193,7 @@ class TwoTiers:
 
     def generate(self, whole: nn.Module) -> Tensor:
         """Return the logits of a prompt and of the tokens decoded after it."""
-        tokens, cache, logits = self.prompt.to(self.backend.device), None, []
-        for _ in range(self.steps):
-            output = whole(tokens, cache=cache, use_cache=True)
-            logits.append(output.logits[:, -1])
-            tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
-        return torch.cat(logits)
+        return decoded(whole, self.prompt.to(self.backend.device), self.steps)
 
     def _model(self) -> LayeredModel:
         return LayeredModel(self._folder)

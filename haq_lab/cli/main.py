@@ -56,10 +56,9 @@ def _job(config: DictConfig) -> float | None:
     except Exception as error:
         if os.getpid() != _main_process:
             raise JobFailed(explain(error)) from None
-        repeated = not _show_traces and is_user_error(error)
-        repeated = repeated and explain(error) in map(explain, filter(is_user_error, _failures))
+        printed = [] if _show_traces else [explain(one) for one in _failures if is_user_error(one)]
         _failures.append(error)  # not raised, so that the other jobs of a sweep run
-        if repeated:
+        if is_user_error(error) and explain(error) in printed:
             _print("the same message as above.")
         else:
             _report(error)

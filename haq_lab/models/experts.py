@@ -9,11 +9,12 @@ tensors, so nothing is copied. Some architectures transpose the tensors, interle
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -289,7 +290,11 @@ def find_experts(layer: nn.Module, run: Callable[[], object], model_type: str) -
     block, _, last = names[0].rpartition(".") if len(names) == 1 else ("", "", "")
     if not block or last != "experts":  # `expert_of` parses this name
         return None
-    calls = _recorded_calls({name: part for name, part in layer.named_modules() if name.startswith(f"{block}.")}, run)
+    parts = {name: part for name, part in layer.named_modules() if name.startswith(f"{block}.")}
+    with recorded_calls(parts) as recorded:
+        run()
+    positional = {name: [call for call in calls if not call.named] for name, calls in recorded.items()}
+    calls = {name: (own[-1].arguments, own[-1].output) for name, own in positional.items() if own}
     fused: Any = layer.get_submodule(names[0])
     try:
         ((hidden, chosen, weights), output), split = calls[names[0]], Experts.unfused(fused)
@@ -320,24 +325,37 @@ def fused_experts(layer: nn.Module) -> list[str]:
     ]
 
 
-def _recorded_calls(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, tuple[Any, Any]]:
-    """Return the arguments and the output of each module's last call without keyword arguments."""
-    calls: dict[str, tuple[Any, Any]] = {}
+class Call(NamedTuple):
+    """One call of a module.
 
-    def recorder(name: str):
-        def hook(module: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
-            if not named:
-                calls[name] = arguments, output
+    Attributes:
+        arguments: Positional arguments.
+        named: Keyword arguments.
+        output: What it returned.
+    """
+
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    output: Any
+
+
+@contextmanager
+def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+    """Record the calls of modules by name during the block, in the order in which they return."""
+    calls: dict[str, list[Call]] = {}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, *call: Any) -> None:
+            calls.setdefault(name, []).append(Call(*call))
 
         return hook
 
     handles = [module.register_forward_hook(recorder(name), with_kwargs=True) for name, module in modules.items()]
     try:
-        run()
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
-    return calls
 
 
 def _routes(module: nn.Module, arguments: Any, output: Any, hidden: Tensor, chosen: Tensor) -> bool:

@@ -8,7 +8,6 @@ layer's output stays the same. Experts are proven by trial too (`haq_lab.models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.initialization import no_init_weights
 
-from haq_lab.models.experts import Experts, find_experts, fused_experts
+from haq_lab.models.experts import Experts, find_experts, fused_experts, recorded_calls
 from haq_lab.models.families.dense import UNPUBLISHED
 from haq_lab.models.families.family import Family, Group, Moe
 from haq_lab.models.families.layer_kinds import empty_model
@@ -201,8 +200,9 @@ class _Probe:
         }
         routed = {} if self.moe is None else {name: modules[name] for name in (self.moe.router, self.moe.experts)}
         self._norms = {name: module for name, module in modules.items() if _may_be_norm(module)}
-        with _traced(self._linears | routed) as read, _traced(self._norms, outputs=True) as written:
+        with recorded_calls(self._linears | routed) as readers, recorded_calls(self._norms) as norms:
             self._output = self._run()
+        read = {name: [call.arguments[0] for call in calls] for name, calls in readers.items()}
         if not isinstance(self._output, Tensor):
             raise _refusal(config, "its layers return more than hidden states")
         if not self._output.isfinite().all():
@@ -216,7 +216,7 @@ class _Probe:
             or linear.out_features in gates
         ]
         # The tensors are kept until here, so no two of them have had the same address.
-        self._sources = {_key(tensors[0]): name for name, tensors in written.items() if len(tensors) == 1}
+        self._sources = {_key(calls[0].output): name for name, calls in norms.items() if len(calls) == 1}
         self._readers: dict[Key, list[str]] = {}
         for name, tensors in read.items():
             self._readers.setdefault(_key(tensors[0]), []).append(name)
@@ -319,25 +319,6 @@ def _expert_counts(layer: nn.Module) -> set[int]:
 def _key(tensor: Tensor) -> Key:
     # A view of another width is another input, and the version counts changes in place.
     return tensor.data_ptr(), tensor.shape[-1], tensor.stride(-2), tensor._version
-
-
-@contextmanager
-def _traced(modules: dict[str, Any], outputs: bool = False) -> Iterator[dict[str, list[Tensor]]]:
-    """Record the inputs, or the outputs, of modules by name during the block, in the order in which they run."""
-    seen: dict[str, list[Tensor]] = {}
-
-    def recorder(name: str):
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.setdefault(name, []).append(output if outputs else arguments[0])
-
-        return hook
-
-    handles = [module.register_forward_hook(recorder(name)) for name, module in modules.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _merged(by_kind: dict[frozenset[str], tuple[Group, ...]]) -> tuple[Group, ...]:

@@ -237,11 +237,14 @@ def _find_norm(layer: nn.Module, name: str) -> NormTensors:
         if tensor is not None and tensor.dtype != torch.float32:
             raise UnsupportedLayerError(f"{name} has weights of type {tensor.dtype}, not float32")
     x = torch.linspace(-1, 2, len(weight))
-    centered, rms = F.layer_norm(x, x.shape, eps=eps), F.rms_norm(x, x.shape, eps=eps)
-    shift = torch.zeros_like(weight) if bias is None else bias
-    for gain, wanted, added in ((weight, rms, None), (1 + weight, rms, None), (weight, centered, shift)):
-        if torch.allclose(norm(x), wanted * gain if added is None else wanted * gain + added, rtol=CLOSE, atol=CLOSE):
-            return NormTensors(gain, added, eps)
+    rms, gain, shift = F.rms_norm(x, x.shape, eps=eps), 1 + weight, torch.zeros_like(weight) if bias is None else bias
+    for found, wanted in (
+        (NormTensors(weight, None, eps), rms * weight),
+        (NormTensors(gain, None, eps), rms * gain),
+        (NormTensors(weight, shift, eps), F.layer_norm(x, x.shape, weight, shift, eps)),
+    ):
+        if torch.allclose(norm(x), wanted, rtol=CLOSE, atol=CLOSE):
+            return found
     raise UnsupportedLayerError(f"{name} is neither an RMSNorm nor a LayerNorm")
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from two_tiers import FourOrEightBits, TwoTiers, finished
+from two_tiers import WINDOWS, FourOrEightBits, TwoTiers, decoded, finished
 
 from haq_lab.hardware.local import hardware
 from haq_lab.int8.cpu.backend import CpuBackend
@@ -22,7 +22,6 @@ from haq_lab.offload.tiers.disk import ExpertFileWriter
 from haq_lab.result_cache.store import Store
 
 LRU = Offload(budget=8, spare=1, eviction="lru", placement="frequency")
-WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +29,6 @@ def placed() -> TwoTiers:
     torch.set_num_threads(1)
     with torch.no_grad():
         return TwoTiers(CpuBackend(), Streams(), quantizer=FourOrEightBits())
-
-
-def decoded(whole, steps=6):
-    tokens, cache, logits = WINDOWS[:1, :8], None, []
-    for _ in range(steps):
-        output = whole(tokens, cache=cache, use_cache=True)
-        logits.append(output.logits[:, -1])
-        tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
-    return torch.cat(logits)
 
 
 @pytest.mark.parametrize(

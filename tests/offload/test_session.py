@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from two_tiers import SeparateMemoryStreams, finished
+from two_tiers import WINDOWS, SeparateMemoryStreams, decoded, finished
 
 from haq_lab.hardware.local import hardware
 from haq_lab.int8.cpu.backend import CpuBackend
@@ -26,18 +26,7 @@ from haq_lab.result_cache.store import Store
 from haq_lab.routing.record import record_trace
 from haq_lab.utils.errors import UserError
 
-WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
-
 LRU = Offload(budget="50%", spare=2, eviction="lru")
-
-
-def decoded(whole, steps=6):
-    tokens, cache, logits = WINDOWS[:1, :8], None, []
-    for _ in range(steps):
-        output = whole(tokens, cache=cache, use_cache=True)
-        logits.append(output.logits[:, -1])
-        tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
-    return torch.cat(logits)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def refuse_shared_folders(config: DictConfig) -> None:
     pattern = f"{sweep['dir']}/{sweep['subdir']}".replace("${hydra:", "${hydra.")  # type: ignore[index, call-overload]
     loader = GlobalHydra.instance().config_loader()
     overrides = _overrides(config)
-    swept = swept_settings(config)
+    swept = _swept(overrides)
     if not swept or "hydra.job.num" in pattern or "hydra.job.id" in pattern:
         return
     if "hydra.job.override_dirname" in pattern:
@@ -54,7 +54,11 @@ def swept_settings(config: DictConfig) -> list[str]:
     Args:
         config: The config of the sweep, with the node `hydra`.
     """
-    return [override.key_or_group for override in _overrides(config) if override.is_sweep_override()]
+    return _swept(_overrides(config))
+
+
+def _swept(overrides: list[Override]) -> list[str]:
+    return [override.key_or_group for override in overrides if override.is_sweep_override()]
 
 
 def _overrides(config: DictConfig) -> list[Override]:

@@ -250,10 +250,10 @@ class Engine:
         """Free slots that `needed` fits: those of experts in spare slots that have run, or of one prefetched expert."""
         if self.arena.free(needed):
             return
-        layouts = self.slow_tier.layouts
-        held = [key for key in self.arena.slot_of if layouts.index[key] == layouts.index[needed]]
-        done = [key for key in held if key in self._step.passing and not self.transfer.coming(key)]
-        for key in done or [key for key in self._guessed if key in held][:1]:
+        index = self.slow_tier.layouts.index
+        done = [key for key in self._step.passing if key in self.arena.slot_of and not self.transfer.coming(key)]
+        done = [key for key in done if index[key] == index[needed]]
+        for key in done or [key for key in self._guessed if index[key] == index[needed]][:1]:
             self._guessed.pop(key, None)
             self._step.passing.discard(key)
             self.transfer.remove(key)

@@ -11,7 +11,7 @@ import torch
 from launching import TINY, launch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen3MoeConfig
-from two_tiers import NEAREST, finished
+from two_tiers import NEAREST, decoded, finished
 
 from haq_lab.calibration.hooks import captured_inputs
 from haq_lab.calibration.statistics import CalibrationPolicy
@@ -43,6 +43,7 @@ from tests.quantizers.test_smoothing import relative, smoothed_layers
 
 MIXTURES = sorted(family.model_type for family in FAMILIES if family.moe is not None)
 DENSE_BETWEEN = "dense_between"
+PROMPT = torch.arange(8)[None]
 every_mixture = pytest.mark.parametrize("architecture", [*MIXTURES, DENSE_BETWEEN])
 SHARED = {"qwen2_moe": "shared_expert", "deepseek_v3": "shared_experts", "glm4_moe": "shared_experts"}
 
@@ -61,15 +62,6 @@ def model(architecture, tmp_path) -> LayeredModel:
     if architecture == DENSE_BETWEEN:
         return LayeredModel(dense_between(tmp_path / "model"))
     return LayeredModel(TinyModel(architecture).folder())
-
-
-def decoded(whole: nn.Module, steps: int = 4) -> torch.Tensor:
-    tokens, cache, logits = torch.arange(8)[None], None, []
-    for _ in range(steps):
-        output = whole(tokens, cache=cache, use_cache=True)
-        logits.append(output.logits[:, -1])
-        tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
-    return torch.cat(logits)
 
 
 @pytest.mark.parametrize("architecture", [DENSE_BETWEEN])
@@ -156,7 +148,7 @@ def test_the_shared_expert_gets_the_factor_of_the_routed_ones(model, windows):
 def test_offloading_does_not_change_a_bit(model, eviction, tmp_path, windows):
     """The shared experts and the dense layers stay in memory."""
     layers = finished(model)
-    expected = decoded(deploy(model.assemble(layers), model, CpuBackend()))
+    expected = decoded(deploy(model.assemble(layers), model, CpuBackend()), PROMPT, steps=4)
     settings = Offload(budget=4, spare=2, eviction=eviction, placement="frequency", prefetch="next_gate")
     session = OffloadSession(settings, None, model, tmp_path / "experts", Store())
     layers = finished(model, session.add)
@@ -166,7 +158,7 @@ def test_offloading_does_not_change_a_bit(model, eviction, tmp_path, windows):
     session.find_profile(None, windows, "random")
     whole = deploy(model.assemble(layers), model, CpuBackend())
     session.engage(layers)
-    assert torch.equal(decoded(whole), expected)
+    assert torch.equal(decoded(whole, PROMPT, steps=4), expected)
     metrics = session.metrics()
     assert 0 < metrics["offload.hit_rate_pairs"] <= 1
     assert session.table().layer.tolist() == list(model.kinds.moe_layers)
@@ -177,13 +169,13 @@ def test_offloading_does_not_change_a_bit(model, eviction, tmp_path, windows):
 @pytest.mark.parametrize("quantised", [True, False])
 def test_biases_move_with_16_bit_experts(model, quantised, tmp_path, windows):
     quantizer = NEAREST if quantised else None
-    expected = decoded(model.assemble(finished(model, quantizer=quantizer)))
+    expected = decoded(model.assemble(finished(model, quantizer=quantizer)), PROMPT, steps=4)
     settings = Offload(budget=4, spare=2, eviction="lru", placement="frequency", device_format="fp16")
     session = OffloadSession(settings, None, model, tmp_path / "experts", Store())
     layers = finished(model, session.add, quantizer)
     session.find_profile(None, windows, "random")
     session.engage(layers)
-    difference = relative(decoded(model.assemble(layers)) - expected, expected)
+    difference = relative(decoded(model.assemble(layers), PROMPT, steps=4) - expected, expected)
     for number in session.residents()[0].nonzero()[0].tolist():
         bias = model.load_layer(0).mlp.experts[number].up_proj.bias
         assert torch.equal(layers[0].mlp.experts[number].up_proj.bias, bias.half())

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from two_tiers import finished
+from torch import nn
+from two_tiers import WINDOWS, decoded, finished
 
 from haq_lab.int8.linear import to_float
 from haq_lab.models.experts import Experts
@@ -20,7 +20,6 @@ from haq_lab.quantizers.rtn import RTN
 from haq_lab.result_cache.store import Store
 from haq_lab.utils.errors import UserError
 
-WINDOWS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(1))
 PAIRS = [
     (RTN(), "int8", "fp16"),
     (RTN(weight_bits=4, group=32), "int8", "fp16"),
@@ -45,19 +44,11 @@ def rounded(layer: Any, host: str, device: str) -> None:
     layer.mlp.experts = Experts(experts)
 
 
-def logits(whole: nn.Module, steps: int = 5) -> Tensor:
-    tokens, cache, found = WINDOWS[:1, :8], None, []
-    for _ in range(steps):
-        output = whole(tokens, cache=cache, use_cache=True)
-        found.append(output.logits[0, -1])
-        tokens, cache = output.logits[:, -1:].argmax(-1), output.cache
-    return torch.stack(found)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("quantizer", "host", "device"), PAIRS)
 def test_the_output_is_that_of_the_formats_weights_whatever_the_budget(model, tmp_path, quantizer, host, device):
-    wanted = logits(model.assemble(finished(model, lambda layer: rounded(layer, host, device), quantizer)))
+    final = finished(model, lambda layer: rounded(layer, host, device), quantizer)
+    wanted = decoded(model.assemble(final), steps=5)
     outputs, stats = [], []
     for number, settings in enumerate(
         [{"budget": "100%"}, {"budget": 3, "eviction": "lru"}, {"budget": "50%", "prefetch": "path", "spare": 3}]
@@ -67,7 +58,7 @@ def test_the_output_is_that_of_the_formats_weights_whatever_the_budget(model, tm
         layers = finished(model, session.add, quantizer)
         session.find_profile(None, WINDOWS, "random")
         session.engage(layers)
-        outputs.append(logits(model.assemble(layers)))
+        outputs.append(decoded(model.assemble(layers), steps=5))
         stats.append(session.metrics() | {"slot_bytes": session.engine.slow_tier.layouts.largest})
         fetched = session.engine.counters.read.sum()
         session.engine.check()
