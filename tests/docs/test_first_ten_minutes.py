@@ -1,21 +1,21 @@
-"""The commands of experiments/first_ten_minutes.md run as a new user types them, on tiny models and few tokens.
-
-Those of the engineer are not run here.
-"""
+"""The commands of experiments/first_ten_minutes.md run as a new user types them, on tiny models and few tokens."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pandas as pd
 import pytest
+import torch
 from documented import ROOT, blocks, commands, entry
 from launching import launch
 
 from haq_lab.cli.commands import COMMANDS
+from haq_lab.models.sources import TinyModel
 
 PAGE = ROOT / "experiments" / "first_ten_minutes.md"
 SMALL = ["backend=reference", "calibration.samples=4", "calibration.seqlen=64", "tracking=none"]
@@ -48,7 +48,13 @@ def _run(words: list[str]) -> None:
     arguments = arguments + EXTRA.get(name, []) + (EXTRA.get(arguments[0], []) if name == "offload" else [])
     main = importlib.import_module(f"haq_lab.cli.{COMMANDS[name][0]}").main
     with mock.patch.object(sys, "argv", [name, *arguments]):
-        main()
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        else:
+            code = 0
+    assert code == 0
 
 
 @pytest.fixture
@@ -85,6 +91,21 @@ def test_a_researcher_gets_a_table_and_a_figure(tried):
     assert [method in source for method in ("RTN &", "GPTQ &", "HAQ &", "per token", "static")] == [True] * 5
     assert (folder / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     assert len(pd.read_csv(folder / "table.csv")) == 6
+
+
+@pytest.mark.slow  # two minutes, most of them to fit what the policies need
+def test_an_engineer_sees_hit_rates_and_a_plan(tried):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = TinyModel("mixtral").folder()
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16).save_pretrained("model")
+    AutoTokenizer.from_pretrained(source).save_pretrained("model")
+    folder = tried("An engineer")
+    runs = [json.loads(path.read_text()) for path in folder.glob("runs/sweep/*/results.json")]
+    rates = {run["config"]["offload"]["budget"]: run["metrics"]["offload.hit_rate_pairs"] for run in runs}
+    assert set(rates) == {"25%", "50%", "75%"}
+    assert all(0 <= rate <= 1 for rate in rates.values())
+    assert {path.name for path in folder.glob("runs/*/*.csv")} >= {"hit_rates.csv", "plan.csv"}
 
 
 def test_an_author_sees_the_own_method_beside_haq(tried, capsys):
