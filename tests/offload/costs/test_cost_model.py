@@ -55,6 +55,15 @@ def test_overlap_against_a_calculation_by_hand():
     assert seconds(costs, {0: 1}, {1: 1}, {2: 1}, "max") == 2 + 9 + 2
 
 
+def test_requesting_and_taking_over_against_a_calculation_by_hand():
+    """Two fetches: the link begins once they are requested and its thread is awake; each is taken over on its own."""
+    by_count = [PiecewiseLinear([1, 2], seconds) for seconds in ([0.5, 1.0], [0.25, 4.0], [0.125, 8.0])]
+    costs = Costs(flat(1.0), flat(9.0), flat(3.0), flat(0), flat(0), 1, *by_count)
+    second_arrives = 1.0 + 0.25 + 2 * 3.0  # later than the first one is computed
+    assert seconds(costs, {0: 1}, {1: 1, 2: 1}, {}, "max") == second_arrives + 0.125 + 1.0
+    assert seconds(costs, {0: 1}, {1: 1, 2: 1}, {}, "sum") == 1.0 + 1.0 + 4.0 + 2 * (3.0 + 0.125 + 1.0)
+
+
 def test_curves():
     curve = PiecewiseLinear.fitted([(1, 2.0), (1, 4.0), (1, 3.0), (3, 5.0), (5, 4.0)])
     assert [curve(size) for size in (0, 1, 2, 3, 5)] == [0, 3, 4, 5, 5]
