@@ -120,10 +120,11 @@ def test_beside_a_device_with_its_own_memory_experts_lie_in_the_hosts(model, tmp
     assert streams.locked == []
 
 
-def test_the_settings_say_what_experts_compute_in(model, tmp_path):
+@pytest.mark.parametrize(("missing_bytes", "slots"), [(0, 5), (1, 4)])
+def test_the_settings_say_what_experts_compute_in(model, tmp_path, missing_bytes, slots):
     shape, card, moved, slot = Shape.of(model.config), hardware("rtx3060_12g"), 5 * 4096, 9 * 4096
     reserved = 4 * 16 * (shape.kv_per_token + shape.work_per_token) + moved  # the expert on its way counts
-    budget = f"{reserved + 5 * slot - 1}B"
+    budget = f"{reserved + 5 * slot - missing_bytes}B"
     halves = replace(LRU, device_format="fp16", budget=budget, kv_tokens=16)
     session = OffloadSession(halves, card, model, tmp_path, Store())
     layers = finished(model, session.add)
@@ -134,7 +135,7 @@ def test_the_settings_say_what_experts_compute_in(model, tmp_path):
     assert isinstance(layers[1].mlp.experts[7].down_proj, ExpertLinear)
     assert (engine.slow_tier.moved_bytes == moved).all()
     assert (engine.slow_tier.layouts.sizes == slot).all()
-    assert engine.policy.slots == 4 - 2
+    assert engine.policy.slots == slots - 2
     start = place("frequency", session._profile, engine.policy.slots)
     by_format = [
         simulate_engine(settings, engine, start, session._profile, card, shape).metrics("card")
