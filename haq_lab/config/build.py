@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,15 @@ def without_default_tracker(config: DictConfig, overrides: Sequence[str]) -> Dic
     named = any(re.match(r"[+~]*tracking(\.offline)?[.=]", override) for override in overrides)
     if named or "offline" not in (config.get("tracking") or {}) or installed("wandb"):
         return config
-    say("tracking: W&B is not installed, so it gets no copy of this run. Run: pip install 'haq-lab[wandb]'")
+    _say_untracked()
     config = config.copy()
     del config.tracking.offline
     return config
+
+
+@cache  # the runs of a sweep share a process
+def _say_untracked() -> None:
+    say("tracking: W&B is not installed, so it gets no copy of this run. Run: pip install 'haq-lab[wandb]'")
 
 
 def _disabled_groups(config: DictConfig) -> list[str]:
