@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from haq_lab.models.build_cache import build_once
 from haq_lab.models.families.lookup import text_config_of
 from haq_lab.models.families.tiny import TINY, tiny_fields
-from haq_lab.models.gguf_header import check_lengths
+from haq_lab.models.gguf_conversion import convert_gguf
 from haq_lab.models.random_tiny import build_tiny
 from haq_lab.storage.weight_files import SUFFIXES, weight_files
 from haq_lab.utils.atomic_files import cached_sha256, write_json
@@ -168,7 +168,7 @@ class GgufModel:
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise UserError(f"model.path: '{path}' is not a GGUF file. Choose a file in GGUF format.")
-        return build_once(f"{path.stem}-{cached_sha256(path)[:16]}", lambda target: _convert_gguf(path, target))
+        return build_once(f"{path.stem}-{cached_sha256(path)[:16]}", lambda target: convert_gguf(path, target))
 
 
 @dataclass(frozen=True)
@@ -229,34 +229,6 @@ class TinyModel:
         return build_once(
             name, lambda target: build_tiny(target, self.architecture, self.layers, self.hidden, self.seed)
         )
-
-
-def _convert_gguf(path: Path, target: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from haq_lab.utils.hugging_face import quiet_transformers
-
-    with quiet_transformers():
-        try:
-            check_lengths(path)
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-                trust_remote_code=False,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        except Exception as error:  # the reader does not check its input, so it raises almost any class
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(
-                f"model.path: '{path}' is damaged or not supported by transformers ({reason}). "
-                "Choose another GGUF file."
-            ) from error
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
 
 
 def _copied_files(folder: Path) -> list[Path]:
