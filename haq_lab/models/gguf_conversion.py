@@ -56,7 +56,7 @@ def convert_gguf(path: Path, target: Path) -> None:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
             _complete(config, metadata)
             _check_rotation(path, config, metadata, tensors)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 config=config,
@@ -74,6 +74,7 @@ def convert_gguf(path: Path, target: Path) -> None:
                 f"model.path: '{path}' is damaged or not supported by transformers ({reason}). "
                 "Choose another GGUF file."
             ) from error
+        model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise UserError(
                 f"model.path: transformers finds {len(missing)} tensors of the model not in '{path}', such as "
