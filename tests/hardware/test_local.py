@@ -42,3 +42,12 @@ def test_this_machine_is_measured_kept_and_found(tmp_path, monkeypatch):
 def test_an_unknown_name_is_a_mistake(name, nearest):
     with pytest.raises(UserError, match=f"did you mean '{nearest}'"):
         hardware(name)
+
+
+def test_the_figures_are_operations_and_bytes_a_second(tmp_path, monkeypatch):
+    """If a product, a copy and a read take 1 ms each."""
+    monkeypatch.setattr(profiles, "_shortest_seconds", lambda work: 1e-3)
+    monkeypatch.setattr(profiles, "SIZE", 10**6)
+    machine = measure_machine(tmp_path)
+    assert machine.int8_tops == pytest.approx(2 * 512 * 2048 * 2048 * 1e3 / 1e12)
+    assert (machine.bandwidth_gbs, machine.host_gbs, machine.link_gbs) == pytest.approx((2.0, 2.0, 1.0))

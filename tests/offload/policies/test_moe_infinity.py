@@ -49,3 +49,9 @@ def test_the_nearest_is_the_definitions(make_trace):
         assert similarity[state.nearest[0]] > similarity.max() - 1e-6
         found.add(int(state.nearest[0]))
     assert len(found) > 1
+
+
+def test_nearer_layers_count_more(make_trace):
+    """Of three layers, the next one counts 3/4, and the one that was just visited, which comes last, counts 1/4."""
+    falloff = moe_infinity(make_trace(tokens=20, layers=3)).falloff.reshape(6, 8)
+    np.testing.assert_allclose(falloff, np.repeat([[0.75], [0.5], [0.25]] * 2, 8, axis=1))

@@ -32,6 +32,11 @@ def test_the_front_is_what_nothing_beats(points):
     assert table["pareto"].sum() == len(front), "equal ones count once"
 
 
+def test_a_plan_ends_with_all_experts_resident():
+    assert sorted(planning.SHARES) == [*planning.SHARES]
+    assert planning.SHARES[-1] == 1
+
+
 def test_a_token_adds_its_cache_and_its_workspace_in_16_bits():
     added = fixed_bytes(MIXTRAL, "int8", 2049) - fixed_bytes(MIXTRAL, "int8", 2048)
     assert added == 2 * (MIXTRAL.kv_per_token + MIXTRAL.work_per_token)
