@@ -92,3 +92,4 @@ def test_the_parts_of_python_docs_share_no_run():
     calibration, evaluation = (_hashes_of_runs(part, OVERLAP_RUN) for part in parts)
     assert len(np.intersect1d(calibration, evaluation)) == 0
     assert min(part.shape[1] for part in parts) > 100_000
+    assert parts[0].numel() / sum(part.numel() for part in parts) == pytest.approx(0.6, abs=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
@@ -67,11 +68,13 @@ def test_belady_bounds_every_cache(make_trace, seed, slots):
         assert make_policy(rule, resident, trace).replay(trace).pairs <= bound + 1e-9
 
 
-def test_belady_is_optimal_on_a_small_case(make_trace):
+@pytest.mark.parametrize("seed", range(8))
+def test_belady_is_optimal_on_a_small_case(make_trace, seed):
     """Against every choice of who leaves, or of letting the missing one pass, by exhaustive search."""
-    trace = make_trace(tokens=9, layers=1, experts=4, k=1, sequences=1)
+    trace = make_trace(tokens=14, layers=1, experts=5, k=1, sequences=1, seed=seed)
     resident = place("uniform", trace, 2)
 
+    @cache
     def best(held, token):
         if token == trace.tokens:
             return 0
