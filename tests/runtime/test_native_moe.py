@@ -161,8 +161,10 @@ def test_layers_in_one_call(architecture, activations, bits, threads):
     # The same layers with Python between their halves: to the bit, a prompt and a step.
     numbers = [index for index in range(model.depth) if model.moe_of(index) is not None]
     layers = [layers[index] for index in numbers]
-    parts = [LayerParts.of(layer, model.groups_of(numbers[0]), model.family) for layer in layers]
-    stack = make_stack(layers, parts, 0, model.family.moe)
+    whole_parts, parts = (
+        [LayerParts.of(layer, model.groups_of(numbers[0]), model.family) for layer in layers] for _ in range(2)
+    )
+    stack = make_stack(layers, whole_parts, 0, model.family.moe)
     assert type(stack) is NativeStack
     for part in parts:
         part.moe = MoeParts()
