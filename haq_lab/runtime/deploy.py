@@ -67,7 +67,7 @@ def deploy(
     if reasons and report is not None and not backend.uses_gpu:
         report(_notice(reasons, len(layers), backend))
     kinds = getattr(model.config, "layer_types", None)
-    stacked = stack_native_layers(layers, parts, _moe_block(model), kinds)
+    stacked = stack_native_layers(layers, parts, model.family.moe, kinds)
     whole.set_submodule(model.family.layers, nn.ModuleList(stacked))
     return whole
 
@@ -85,7 +85,7 @@ def _native_parts(layer: nn.Module, index: int, model: LayeredModel, reproduced:
         UnsupportedLayerError: The decoder cannot reproduce the layer.
     """
     parts, key = LayerParts.of(layer, model.groups_of(index), model.family), computation_key(layer)
-    if key not in reproduced and not make_stack([layer], [parts], 0, _moe_block(model)).reproduces_its_layers():
+    if key not in reproduced and not make_stack([layer], [parts], 0, model.family.moe).reproduces_its_layers():
         raise UnsupportedLayerError("the native kernels do not reproduce its output")
     reproduced.add(key)
     return parts
@@ -100,10 +100,6 @@ def _refuse_some_windows(parts: list[LayerParts | None], reasons: dict[int, str]
         for index, part in enumerate(parts):
             if part is not None and part.window:
                 parts[index], reasons[index] = None, "other layers are not native, and it has a sliding window"
-
-
-def _moe_block(model: LayeredModel) -> str | None:
-    return None if model.family.moe is None else model.family.moe.block
 
 
 def _notice(reasons: Mapping[int, str], depth: int, backend: Backend) -> str:

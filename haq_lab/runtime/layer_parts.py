@@ -96,12 +96,9 @@ class MoeParts(ctypes.Structure):
         """Return the addresses of a Mixture of Experts' tensors, which must not move afterwards.
 
         Returns:
-            None if an expert is not in memory, or if the kernels cannot compute the router, an expert or another part
-            of the block, such as a shared expert.
+            None if an expert is not in memory, or if the kernels cannot compute the router or an expert.
         """
         router, experts = (layer.get_submodule(name) for name in (moe.router, moe.experts))
-        if len(list(layer.get_submodule(moe.block).children())) > 2:
-            return None
         if not isinstance(router, NativeRouter) or not isinstance(experts, Int8Experts) or not experts.swiglu:
             return None
         linears = [projections(cast(Expert, expert)) for expert in experts]
@@ -124,6 +121,7 @@ class LayerParts(ctypes.Structure):
 
     Attributes:
         norms: The tensors of the norms, which must live as long as the structure is used.
+        has_experts: Whether the layer is a Mixture of Experts, native or not.
     """
 
     _fields_ = [
@@ -131,10 +129,12 @@ class LayerParts(ctypes.Structure):
         *((name, _F32) for name in ("scaling", "soft_cap", "residual")),
         *((name, NormParts) for name in NORMS),
         *((name, LinearParts) for name in ("qkv", "output", "gate_up", "down")),
+        ("shared_gate", _PTR),
         ("moe", MoeParts),
     ]
 
     norms: tuple[NormTensors, ...] = ()
+    has_experts: bool = False
 
     @classmethod
     def of(cls, layer: nn.Module, groups: Sequence[Group], family: Family) -> LayerParts:
@@ -151,7 +151,7 @@ class LayerParts(ctypes.Structure):
         modules = dict(layer.named_modules())
         moe = family.moe_in(modules)
         inputs, outputs = _find_groups(groups, moe)
-        for name in (name for group in (*inputs[: len(outputs)], *outputs) for name in group.consumers):
+        for name in (name for group in (*inputs[: len(outputs)], *outputs) for name in _outside_experts(group)):
             _check_linear(layer, name)
         norms = _find_norms(layer, inputs, family)
         linears = _find_products(layer, inputs, outputs)
@@ -168,21 +168,22 @@ class LayerParts(ctypes.Structure):
             head_dim=attention.head_dim,
             window=_window(attention),
             rotary=_rotary(attention),
-            activation=0 if family.moe is not None else _activation(layer, outputs[1]),
+            activation=_activation(layer, outputs[1]) if len(outputs) > 1 else 0,
             scaling=attention.scaling,
             soft_cap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
             residual=residual,
             **{name: NormParts.of(norm) for name, norm in norms.items()},
             **dict(zip(("qkv", "output", "gate_up", "down"), map(LinearParts.of, linears), strict=False)),
+            shared_gate=moe and _shared_gate(layer, inputs[1], moe),
             moe=moe_parts or MoeParts(),
         )
-        parts.norms = tuple(norms.values())
+        parts.norms, parts.has_experts = tuple(norms.values()), moe is not None
         return parts
 
     @property
     def includes_mlp(self) -> bool:
-        """Whether the kernels compute the MLP as well as the attention."""
-        return bool(self.gate_up.packed or self.moe.experts)
+        """Whether the kernels compute the MLP or the experts as well as the attention."""
+        return bool(self.moe.experts) or not self.has_experts
 
     @property
     def stack_key(self) -> tuple[int, int, int, bool]:
@@ -191,13 +192,32 @@ class LayerParts(ctypes.Structure):
 
 
 def _find_groups(groups: Sequence[Group], moe: Moe | None) -> tuple[list[Group], list[Group]]:
-    """Return the groups behind the two norms, and those of the output projections (attention, then a dense MLP)."""
+    """Return the groups behind the two norms, and those of the output projections.
+
+    They are that of the attention, and that of a dense MLP or of a shared expert.
+    """
     inputs = [group for group in groups if group.kind == "norm"]
-    kinds = ("value", "up") if moe is None else ("value",)
-    outputs = [group for kind in kinds for group in groups if group.kind == kind]
-    if len(inputs) != 2 or len(outputs) != len(kinds):
+    values = [group for group in groups if group.kind == "value"]
+    ups = [group for group in groups if group.kind == "up" and group.expert is None]
+    if len(inputs) != 2 or len(values) != 1 or len(ups) > 1 or (moe is None and not ups):
         raise UnsupportedLayerError("it is not a norm and attention followed by a norm and an MLP")
-    return inputs, outputs
+    return inputs, [*values, *ups]
+
+
+def _outside_experts(group: Group) -> tuple[str, ...]:
+    return group.consumers_by_expert().get(None, ())
+
+
+def _shared_gate(layer: nn.Module, group: Group, moe: Moe) -> int | None:
+    """Return the address of the weights of a shared expert's gate, or None if it has none."""
+    gates = [name for name in group.float_consumers if name != moe.router]
+    if not gates:
+        return None
+    gate: Any = layer.get_submodule(gates[0])
+    shape = 1, layer.get_submodule(group.source or "").weight.numel()
+    if gate.weight.dtype != torch.float32 or gate.weight.shape != shape or gate.bias is not None:
+        raise UnsupportedLayerError(f"{gates[0]} is not one float32 product without a bias")
+    return int(gate.weight.data_ptr())
 
 
 def _check_linear(layer: nn.Module, name: str) -> None:
@@ -251,14 +271,15 @@ def _find_norm(layer: nn.Module, name: str) -> NormTensors:
 def _find_products(layer: nn.Module, inputs: Sequence[Group], outputs: Sequence[Group]) -> list[Any]:
     """Return the merged q/k/v, the attention's output projection, the merged gate/up and the down projection.
 
-    The last two are missing if the MLP is a Mixture of Experts.
+    The last two are those of a shared expert, or missing, if the MLP is a Mixture of Experts.
     """
     products: list[Any] = []
     for group, output in zip(inputs, outputs, strict=False):
-        linears = [cast(Int8Linear, layer.get_submodule(name)) for name in group.consumers]
+        names = _outside_experts(group)
+        linears = [cast(Int8Linear, layer.get_submodule(name)) for name in names]
         merged: set[Any] = {linear.merged for linear in linears} if len(linears) > 1 else {*linears}
         if len(merged) != 1 or None in merged:
-            raise UnsupportedLayerError(f"{', '.join(group.consumers)} cannot be merged into one product")
+            raise UnsupportedLayerError(f"{', '.join(names)} cannot be merged into one product")
         products += [merged.pop(), layer.get_submodule(output.consumers[0])]
     if len(products) > 2 and products[2].out_features != 2 * products[3].in_features:
         raise UnsupportedLayerError("its MLP has no gate")

@@ -15,8 +15,8 @@ alone and in a batch (`padding`).
 
 A prefix (`haq_lab.prefix`) is the beginning of every KV cache. Its keys and values are those of the layers.
 
-A Mixture of Experts is part of the call if all its experts are in memory and use SwiGLU. Otherwise only the attention
-half is native, and the router and experts run as modules (`MoeStack`).
+A Mixture of Experts is part of the call if all its experts are in memory and use SwiGLU. Otherwise the attention half
+and a shared expert are native, and the router and the other experts run as modules (`MoeStack`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from haq_lab.int8.cpu import library
+from haq_lab.models.families.family import Moe
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.prefix.attention import attached
 from haq_lab.runtime.kv_cache import KVCache
@@ -223,18 +224,18 @@ class NativeStack(nn.Module):
 
 
 class MoeStack(NativeStack):
-    """Mixture-of-Experts layers whose attention half is native and whose router and experts run as modules.
+    """Mixture-of-Experts layers that are native but for router and experts, which run as modules.
 
     Args:
         layers: As for `NativeStack`.
         parts: As for `NativeStack`.
         first: As for `NativeStack`.
-        block: Name of the MoE block within a layer.
+        moe: Names of the router and the experts within a layer.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int, block: str):
+    def __init__(self, layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int, moe: Moe):
         super().__init__(layers, parts, first)
-        self.block = block
+        self.moe = moe
 
     def _experts_replaced(self) -> bool:
         return False  # experts are called as modules, so an offload engine may replace them
@@ -253,36 +254,37 @@ class MoeStack(NativeStack):
                 raise MemoryError(
                     f"The native attention has no memory for {hidden.shape[1]} tokens. Use a shorter prompt."
                 )
-            hidden += self._parts[index].residual * layer.get_submodule(self.block)(normed)
+            _, weights, chosen = self.moe.router_of(layer)(normed[0])
+            hidden += self._parts[index].residual * layer.get_submodule(self.moe.experts)(normed[0], chosen, weights)
 
     def _errors(self, seed: int) -> Tensor:
-        """Return the errors of the attention outputs and of the MoE blocks' inputs, whichever is larger.
+        """Return the errors of the layers' outputs and of the experts' inputs, whichever is larger.
 
-        The blocks themselves are not run: they are the same modules, and their experts may not be in memory. In their
-        place the layer adds nothing, which shows errors of small attention outputs, and then the blocks' inputs, which
-        shows whether it scales what it adds.
+        The experts themselves are not run: they are the same modules, and may not be in memory. In their place the
+        layer adds nothing, which shows errors of small attention outputs, and then the experts' inputs, which shows
+        whether it scales what it adds.
         """
         errors = torch.zeros(PROBE_TOKENS)
         for factor in (0.0, 1.0):
-            with self._recorded_blocks(factor) as recorders:
+            with self._recorded_experts(factor) as recorders:
                 errors = torch.maximum(errors, super()._errors(seed))
             for wanted, *got in (recorder.inputs for recorder in recorders):
-                error = (torch.cat(got, dim=1) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+                error = (torch.cat(got) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
                 errors = torch.maximum(errors, error)
         return errors
 
     @contextmanager
-    def _recorded_blocks(self, factor: float) -> Iterator[list[_InputRecorder]]:
-        """Replace the MoE blocks by recorders that return `factor` times their inputs within a `with` statement."""
-        blocks = [layer.get_submodule(self.block) for layer in self.layers]
-        recorders = [_InputRecorder(factor) for _ in blocks]
+    def _recorded_experts(self, factor: float) -> Iterator[list[_InputRecorder]]:
+        """Replace the experts by recorders that return `factor` times their inputs within a `with` statement."""
+        originals = [layer.get_submodule(self.moe.experts) for layer in self.layers]
+        recorders = [_InputRecorder(factor) for _ in originals]
         try:
             for layer, recorder in zip(self.layers, recorders, strict=True):
-                layer.set_submodule(self.block, recorder)
+                layer.set_submodule(self.moe.experts, recorder)
             yield recorders
         finally:
-            for layer, block in zip(self.layers, blocks, strict=True):
-                layer.set_submodule(self.block, block)
+            for layer, experts in zip(self.layers, originals, strict=True):
+                layer.set_submodule(self.moe.experts, experts)
 
 
 def _check_call(
@@ -303,31 +305,31 @@ def _check_call(
 
 
 class _InputRecorder(nn.Module):
-    """Records its inputs and returns them times a factor."""
+    """Stands at the place of experts, records what they read (t, d) and returns it times a factor."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = factor
         self.inputs: list[Tensor] = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         self.inputs.append(x.clone())
         return self.factor * x
 
 
-def make_stack(layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int, block: str | None) -> NativeStack:
+def make_stack(layers: Sequence[nn.Module], parts: Sequence[LayerParts], first: int, moe: Moe | None) -> NativeStack:
     """Make a stack of layers that have the same `stack_key`.
 
     Args:
         layers: The decoder layers.
         parts: Their descriptions for the kernels.
         first: Index of the first layer in the model.
-        block: Name of the MoE block within a layer; None for a dense model.
+        moe: Names of the router and the experts within a layer; None for a dense model.
     """
     if parts[0].includes_mlp:
         return NativeStack(layers, parts, first)
-    assert block is not None, "the parts of a dense layer include its MLP"
-    return MoeStack(layers, parts, first, block)
+    assert moe is not None, "the parts of a dense layer include its MLP"
+    return MoeStack(layers, parts, first, moe)
 
 
 class Passed(nn.Module):
@@ -340,7 +342,7 @@ class Passed(nn.Module):
 def stack_native_layers(
     layers: Sequence[nn.Module],
     parts: Sequence[LayerParts | None],
-    block: str | None = None,
+    moe: Moe | None = None,
     kinds: Sequence[str] | None = None,
 ) -> list[nn.Module]:
     """Replace each run of consecutive native layers by a stack.
@@ -348,7 +350,7 @@ def stack_native_layers(
     Args:
         layers: All decoder layers of the model.
         parts: Their descriptions for the kernels; None for a layer that is not native.
-        block: Name of the MoE block within a layer; None for a dense model.
+        moe: Names of the router and the experts within a layer; None for a dense model.
         kinds: The kind of each layer, on which the arguments of its call depend. None if all are the same.
 
     Returns:
@@ -362,7 +364,7 @@ def stack_native_layers(
     for index, (layer, part) in enumerate(zip([*layers, None], [*parts, None], strict=True)):
         if run and (part is None or part.stack_key != run[0][1].stack_key or kinds[index] != kinds[index - 1]):
             run_layers, run_parts = zip(*run, strict=True)
-            result.append(make_stack(run_layers, run_parts, index - len(run), block))
+            result.append(make_stack(run_layers, run_parts, index - len(run), moe))
             result += [Passed() for _ in run[1:] if several]
             run = []
         if layer is not None and part is not None:

@@ -198,7 +198,7 @@ int haq_decoder_layers(int level, int threads, const Layer* layers, int64_t coun
   });
 }
 
-// A layer's attention half alone, `hidden` in place; `normed` is what its MLP reads. Keys and values are of all layers.
+// A layer but for its experts, `hidden` in place; `normed` is what they read. Keys and values are of all layers.
 int haq_attention(int level, int threads, const Layer* layers, int64_t index, float* hidden, float* normed,
                   const Sequence* sequences, int64_t batch, const float* cosines, const float* sines, float* keys,
                   float* values, int64_t kv_layers, int64_t capacity) {

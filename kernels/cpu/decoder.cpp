@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 #include "gemm.h"
@@ -162,23 +163,43 @@ void attention_half(const Step& s) {
   add(s, l.attention_output, wide);
 }
 
-void mlp_half(const Step& s) {
+// The MLP of x (tokens, width), which is not in the wide or the narrow scratch memory.
+float* mlp(const Step& s, const float* x) {
   const Layer& l = s.layer;
   const int64_t inner = l.down.k;
   float* wide = wide_scratch.floats(s.tokens * std::max(l.gate_up.n, s.width));
   float* narrow = narrow_scratch.floats(s.tokens * inner);
-  apply(s, l.gate_up, normed(s, l.mlp), wide);
+  apply(s, l.gate_up, x, wide);
   each_token(s, inner, [&](int64_t t) {
     const float* gate = wide + t * 2 * inner;
     s.isa.gate_up(static_cast<Activation>(l.activation), gate, gate + inner, inner, narrow + t * inner);
   });
   apply(s, l.down, narrow, wide);
-  add(s, l.mlp_output, wide);
+  return wide;
+}
+
+void mlp_half(const Step& s) { add(s, s.layer.mlp_output, mlp(s, normed(s, s.layer.mlp))); }
+
+// Adds the shared expert, if there is one, of x (tokens, width).
+void add_shared(const Step& s, const float* x) {
+  const Layer& l = s.layer;
+  if (!l.gate_up.packed) return;
+  float* y = mlp(s, x);
+  if (l.shared_gate)
+    each_token(s, s.width, [&](int64_t t) {
+      float logit;
+      s.isa.float_product(x + t * s.width, 1, l.shared_gate, kFloat, 1, s.width, &logit, 1);
+      const float weight = 1.0f / (1.0f + std::exp(-logit));
+      for (int64_t i = t * s.width; i < (t + 1) * s.width; ++i) y[i] *= weight;
+    });
+  add(s, {}, y);
 }
 
 void moe_half(const Step& s) {
   const Layer& l = s.layer;
-  add_experts(s.isa, s.threads, l.moe, normed(s, l.mlp), s.tokens, s.width, l.residual, s.hidden);
+  const float* x = normed(s, l.mlp);
+  add_shared(s, x);
+  add_experts(s.isa, s.threads, l.moe, x, s.tokens, s.width, l.residual, s.hidden);
 }
 
 // Calls work(step) for all tokens, some at a time, with the layer's own keys and values. A step may hold many sequences,
@@ -231,7 +252,9 @@ void run_attention(const Kernels& isa, int threads, const Layer* layers, int64_t
                    Batch batch, const float* cosines, const float* sines, KeyValues kv) {
   in_parts(isa, threads, layers, index, hidden, batch, cosines, sines, kv, [&](const Step& s) {
     attention_half(s);
-    normalize(s, s.layer.mlp, s.hidden, s.tokens * s.width, normed + (s.hidden - hidden));
+    float* x = normed + (s.hidden - hidden);
+    normalize(s, s.layer.mlp, s.hidden, s.tokens * s.width, x);
+    add_shared(s, x);
   });
 }
 

@@ -28,8 +28,9 @@ struct Layer {
   Norm attention_output, mlp_output; // after them, of what they add
   Norm queries, keys; // before the rotation: of one head's width, or of all heads'
   Linear qkv, output;
-  Linear gate_up, down; // where the MLP is dense
-  Moe moe;              // where it is a Mixture of Experts whose `experts` are not null
+  Linear gate_up, down; // of the MLP, or of the shared expert of a Mixture of Experts; null: there is none
+  const float* shared_gate; // (hidden size,): the shared expert is weighted by the sigmoid of this product; or null
+  Moe moe;                  // where it is a Mixture of Experts whose `experts` are not null
 };
 
 // The next tokens of one sequence. Its rows of `hidden` follow those of the sequences before it, without padding. So a
@@ -60,7 +61,8 @@ struct KeyValues {
 void run_layers(const Kernels& isa, int threads, const Layer* layers, int64_t count, float* hidden, Batch batch,
                 const float* cosines, const float* sines, KeyValues kv);
 
-// The attention half of layers[index], and then the norm before the other half: of `hidden` into `normed`.
+// The attention half of layers[index] and then the norm before the other half, of `hidden` into `normed`: what experts
+// read. The shared expert, where there is one, is added to `hidden`.
 void run_attention(const Kernels& isa, int threads, const Layer* layers, int64_t index, float* hidden, float* normed,
                    Batch batch, const float* cosines, const float* sines, KeyValues kv);
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "gemm.h"
 #include "parallel.h"
@@ -17,40 +18,94 @@ Epilogue into(float* out, const Linear& linear) {
   return {nullptr, nullptr, linear.scale, linear.bias, out, kFloat, linear.n};
 }
 
-// The largest of `values` (count,), largest first, the first of equals; `values` is used up. NaNs come last.
-void choose(float* values, int64_t count, int64_t wanted, float* largest, int64_t* where) {
-  constexpr float taken = -1.0f; // no probability
+constexpr float kTaken = -std::numeric_limits<float>::infinity(); // no score
+
+// The place of the largest of `values` (count,), the first of equals. NaNs come last.
+int64_t find_largest(const float* values, int64_t count) {
+  int64_t best = -1;
+  for (int64_t i = 0; i < count; ++i)
+    if (values[i] != kTaken && (best < 0 || values[i] > values[best] || values[best] != values[best])) best = i;
+  return best < 0 ? 0 : best;
+}
+
+// The places of the largest of `values` (count,), largest first; `values` is used up.
+void choose(float* values, int64_t count, int64_t wanted, int64_t* where) {
   for (int64_t rank = 0; rank < wanted; ++rank) {
-    int64_t best = -1;
-    for (int64_t i = 0; i < count; ++i)
-      if (values[i] != taken && (best < 0 || values[i] > values[best] || values[best] != values[best])) best = i;
-    where[rank] = best;
-    largest[rank] = values[best];
-    values[best] = taken;
+    where[rank] = find_largest(values, count);
+    values[where[rank]] = kTaken;
   }
 }
 
-void route_row(const Router& r, const float* logits, float* probabilities, float* weights, int64_t* chosen) {
+// Takes the values of all groups but the chosen ones.
+void keep_groups(const Router& r, float* values) {
+  const int64_t size = r.experts / r.groups;
+  for (int64_t left = r.groups; left > r.chosen_groups; --left) {
+    float* worst = nullptr;
+    float least = 0.0f;
+    for (float* group = values; group != values + r.groups * size; group += size) {
+      if (*group == kTaken) continue;
+      float best = kTaken, second = kTaken;
+      for (int64_t i = 0; i < size; ++i) {
+        second = std::max(second, std::min(best, group[i]));
+        best = std::max(best, group[i]);
+      }
+      const float sum = best + second;
+      if (!worst || sum <= least) worst = group, least = sum; // of equals the last
+    }
+    std::fill(worst, worst + size, kTaken);
+  }
+}
+
+void score(const Router& r, const float* logits, float* scores) {
+  if (r.scores == kSigmoid) {
+    for (int64_t i = 0; i < r.experts; ++i) scores[i] = 1.0f / (1.0f + std::exp(-logits[i]));
+    return;
+  }
   const float most = *std::max_element(logits, logits + r.experts);
   float sum = 0.0f;
-  for (int64_t i = 0; i < r.experts; ++i) sum += probabilities[i] = std::exp(logits[i] - most);
-  for (int64_t i = 0; i < r.experts; ++i) probabilities[i] /= sum;
-  choose(probabilities, r.experts, r.chosen, weights, chosen);
-  if (!r.normalized) return;
-  sum = 0.0f;
-  for (int64_t i = 0; i < r.chosen; ++i) sum += weights[i];
-  for (int64_t i = 0; i < r.chosen; ++i) weights[i] /= sum;
+  for (int64_t i = 0; i < r.experts; ++i) sum += scores[i] = std::exp(logits[i] - most);
+  for (int64_t i = 0; i < r.experts; ++i) scores[i] /= sum;
+}
+
+// `left` (experts,) is work.
+void mix(const Router& r, const float* logits, float* left, float* weights, int64_t* chosen) {
+  std::copy(logits, logits + r.experts, left);
+  for (int64_t rank = 0; rank < r.chosen; ++rank) {
+    const int64_t best = find_largest(left, r.experts);
+    const float most = left[best];
+    float sum = 0.0f;
+    for (int64_t i = 0; i < r.experts; ++i) {
+      const bool far = (most - left[i]) / std::max(std::fabs(left[i]), most) > 2.0f * r.jitter;
+      if (left[i] != kTaken && !far) sum += std::exp(left[i] - most);
+    }
+    chosen[rank] = best;
+    weights[rank] = 1.0f / sum;
+    left[best] = kTaken;
+  }
+}
+
+// `scores` (2, experts) is work.
+void route_row(const Router& r, const float* logits, float* scores, float* weights, int64_t* chosen) {
+  if (r.scores == kSparseMixer) return mix(r, logits, scores, weights, chosen);
+  float* corrected = scores + r.experts;
+  score(r, logits, scores);
+  for (int64_t i = 0; i < r.experts; ++i) corrected[i] = r.correction ? scores[i] + r.correction[i] : scores[i];
+  keep_groups(r, corrected);
+  choose(corrected, r.experts, r.chosen, chosen);
+  float sum = 0.0f;
+  for (int64_t i = 0; i < r.chosen; ++i) sum += weights[i] = scores[chosen[i]];
+  for (int64_t i = 0; i < r.chosen; ++i) weights[i] = r.factor * (r.normalized ? weights[i] / (sum + 1e-20f) : weights[i]);
 }
 
 } // namespace
 
 void route(const Kernels& isa, int threads, const Router& r, const float* x, int64_t m, int64_t width, float* logits,
            float* weights, int64_t* chosen) {
-  float* probabilities = route_scratch.floats(m * r.experts);
+  float* scores = route_scratch.floats(2 * m * r.experts);
   parallel_for(threads_for(threads, m * width), m, [&](int64_t row) {
     float* own = logits + row * r.experts;
     isa.float_product(x + row * width, 1, r.weight, kFloat, r.experts, width, own, r.experts);
-    route_row(r, own, probabilities + row * r.experts, weights + row * r.chosen, chosen + row * r.chosen);
+    route_row(r, own, scores + 2 * row * r.experts, weights + row * r.chosen, chosen + row * r.chosen);
   });
 }
 

@@ -6,10 +6,19 @@ namespace haq {
 
 // As haq_lab/runtime/layer_parts.py fills them in (ctypes).
 
+// What becomes of the logits of a token: probabilities; numbers between 0 and 1, each on its own; or SparseMixer's
+// weights (arXiv 2409.12136), of which each is a softmax over the logits that are left and nearly as large.
+enum Scores : int64_t { kSoftmax = 0, kSigmoid = 1, kSparseMixer = 2 };
+
 struct Router {
   const float* weight;     // (experts, width)
+  const float* correction; // (experts,) of the scores, for the choice alone; null: none
   int64_t experts, chosen; // how many there are, and how many a token has
-  int64_t normalized;      // whether a token's weights sum to 1
+  int64_t scores;          // a Scores
+  int64_t groups, chosen_groups; // of equally many experts: those whose two best experts have the largest sums
+  int64_t normalized;            // whether a token's weights sum to 1, but for the factor
+  float factor;                  // of a token's weights
+  float jitter;                  // of kSparseMixer: logits are near if they differ by at most twice this share
 };
 
 struct Expert {
@@ -23,8 +32,8 @@ struct Moe {
   int64_t rotation;       // of what they all read, but not the router; see linear.h
 };
 
-// Of each row of x (m, width) the experts of largest softmax probability, largest first: `chosen` and their `weights`
-// (m, r.chosen), and all `logits` (m, r.experts). Throws std::bad_alloc.
+// Of each row of x (m, width) the experts of largest score, largest first: `chosen` and their `weights` (m, r.chosen), and
+// all `logits` (m, r.experts). Throws std::bad_alloc.
 void route(const Kernels& isa, int threads, const Router& r, const float* x, int64_t m, int64_t width, float* logits,
            float* weights, int64_t* chosen);
 

@@ -279,13 +279,13 @@ def test_experts_as_modules_see_tokens_only():
     parts = [LayerParts.of(layer, model.groups_of(0), model.family) for layer in layers]
     for part in parts:
         part.moe = MoeParts()
-    halves = make_stack(layers, parts, 0, model.family.moe.block)
+    halves = make_stack(layers, parts, 0, model.family.moe)
     assert type(halves) is MoeStack
     tokens = padded(prompts(), "left")[1].bool()
     hidden, angles = torch.randn(4, WIDTH, model.config.hidden_size), torch.randn(1, WIDTH, stack.head_dim)
     given = hidden, angles.cos(), angles.sin()
     rows = []
-    handle = layers[0].mlp.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    handle = layers[0].mlp.experts.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     got = halves.step(*given, halves.new_cache(), tokens)
     handle.remove()
     assert rows == [sum(LENGTHS)]

@@ -18,7 +18,7 @@ from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import deploy
-from haq_lab.runtime.layer_parts import LayerParts, MoeParts
+from haq_lab.runtime.layer_parts import LayerParts, LinearParts, MoeParts
 from haq_lab.runtime.native_decoder import MoeStack, NativeStack, make_stack
 from haq_lab.runtime.native_router import NativeRouter, native_router
 
@@ -26,7 +26,9 @@ if not library.available():
     pytest.skip(f"no CPU kernels here: {library.unavailable_reason()}", allow_module_level=True)
 
 isas = pytest.mark.parametrize("isa", library.isas())
-architectures = pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "olmoe", "granitemoe"])
+SOFTMAX = ["mixtral", "qwen3_moe", "olmoe", "granitemoe"]
+# A shared expert with a gate; one without, behind a router with sigmoids and groups; SparseMixer.
+architectures = pytest.mark.parametrize("architecture", [*SOFTMAX, "qwen2_moe", "glm4_moe", "phimoe"])
 
 
 @isas
@@ -72,7 +74,7 @@ def quantised(architecture, activations="token", bits=8):
 
 
 @isas
-@architectures
+@pytest.mark.parametrize("architecture", SOFTMAX)
 def test_the_native_router_equals_the_models(isa, architecture):
     model = LayeredModel(TinyModel(architecture).folder())
     moe = model.family.moe
@@ -85,6 +87,41 @@ def test_the_native_router_equals_the_models(isa, architecture):
         for got, wanted in zip(made(x), router(x), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     assert [*made.state_dict()] == [*router.state_dict()]
+
+
+def spread(numbers, weights, experts):
+    """The weights of all experts (t, experts), zeros for those that are not chosen."""
+    return torch.zeros(len(numbers), experts).scatter(1, numbers, weights)
+
+
+@isas
+@pytest.mark.parametrize("architecture", ["glm4_moe", "deepseek_v3", "phimoe"])
+def test_routers_with_other_scores(isa, architecture):
+    model = LayeredModel(TinyModel(architecture).folder())
+    router = model.load_layer(1).get_submodule(model.family.moe.router)
+    names = [*router.state_dict()]
+    correction = getattr(router, "e_score_correction_bias", None)
+    if correction is not None:
+        correction.copy_(torch.linspace(-0.3, 0.3, len(correction)))
+    else:
+        router.router_jitter_noise = 0.3  # some logits are near enough to be mixed, others are not
+    x = torch.randn(200, model.config.hidden_size)
+    with library.forced_isa(isa):
+        made = native_router(router, True, CpuBackend())
+        assert made is not None
+        assert [*made.state_dict()] == names
+        (logits, weights, chosen), (wanted_logits, wanted, wanted_chosen) = made(x), router(x)
+        torch.testing.assert_close(logits, wanted_logits, rtol=1e-4, atol=1e-5)
+        got = spread(chosen, weights, logits.shape[1])
+        torch.testing.assert_close(got, spread(wanted_chosen, wanted, logits.shape[1]), rtol=1e-4, atol=1e-5)
+        for field, value in (
+            (("correction", None), ("chosen_groups", 4)) if correction is not None else (("jitter", 0.01),)
+        ):
+            before = getattr(made.parts, field)
+            setattr(made.parts, field, value)
+            _, weights, chosen = made(x)
+            assert not torch.allclose(spread(chosen, weights, logits.shape[1]), got, atol=1e-3), field
+            setattr(made.parts, field, before)
 
 
 def test_other_routers_are_not_replaced():
@@ -122,15 +159,20 @@ def test_layers_in_one_call(architecture, activations, bits, threads):
     got = whole(prompt, use_cache=False).logits
     assert ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median() < 0.02
     # The same layers with Python between their halves: to the bit, a prompt and a step.
-    block, groups, family = model.family.moe.block, model.groups_of(0), model.family
-    parts = [LayerParts.of(layer, groups, family) for layer in layers]
+    numbers = [index for index in range(model.depth) if model.moe_of(index) is not None]
+    layers = [layers[index] for index in numbers]
+    whole_parts, parts = (
+        [LayerParts.of(layer, model.groups_of(numbers[0]), model.family) for layer in layers] for _ in range(2)
+    )
+    stack = make_stack(layers, whole_parts, 0, model.family.moe)
+    assert type(stack) is NativeStack
     for part in parts:
         part.moe = MoeParts()
-    halves = make_stack(layers, parts, 0, block)
+    halves = make_stack(layers, parts, 0, model.family.moe)
     assert type(halves) is MoeStack
     assert halves.reproduces_its_layers()
     hidden = torch.randn(1, 601, model.config.hidden_size)
-    angles = torch.randn(1, 601, stack.head_dim)
+    angles = torch.randn(1, 601, stack.rotary)
     kept, other = stack.new_cache(), halves.new_cache()
     for some in (slice(600), slice(600, None)):
         given = hidden[:, some], angles[:, some].cos(), angles[:, some].sin()
@@ -141,25 +183,34 @@ def test_layers_in_one_call(architecture, activations, bits, threads):
 def test_each_layer_is_reproduced_only_with_its_norms(architecture):
     model, layers = quantised(architecture)
     deploy(model.assemble(layers), model, CpuBackend())
-    block = model.family.moe.block
-    part = LayerParts.of(layers[0], model.groups_of(0), model.family)
-    assert make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
+    layer, groups = layers[-1], model.groups_of(model.depth - 1)  # the first one may be dense
+    part = LayerParts.of(layer, groups, model.family)
+    assert make_stack([layer], [part], 0, model.family.moe).reproduces_its_layers()
     part.mlp.eps = 1.0
-    assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
+    assert not make_stack([layer], [part], 0, model.family.moe).reproduces_its_layers()
     part.moe = MoeParts()
-    assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers(), "what the experts read is compared"
-    part = LayerParts.of(layers[0], model.groups_of(0), model.family)
+    assert not make_stack([layer], [part], 0, model.family.moe).reproduces_its_layers(), (
+        "what the experts read is compared"
+    )
+    part = LayerParts.of(layer, groups, model.family)
     part.moe, part.attention.eps = MoeParts(), 1.0
-    assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
-    part = LayerParts.of(layers[0], model.groups_of(0), model.family)
+    assert not make_stack([layer], [part], 0, model.family.moe).reproduces_its_layers()
+    part = LayerParts.of(layer, groups, model.family)
     part.residual *= 2
-    assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
+    assert not make_stack([layer], [part], 0, model.family.moe).reproduces_its_layers()
     part.moe = MoeParts()
-    assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
+    assert not make_stack([layer], [part], 0, model.family.moe).reproduces_its_layers()
     if model.family.head_norms:
-        part = LayerParts.of(layers[0], model.groups_of(0), model.family)
+        part = LayerParts.of(layer, groups, model.family)
         part.moe, part.keys.gain = MoeParts(), None
-        assert not make_stack([layers[0]], [part], 0, block).reproduces_its_layers()
+        assert not make_stack([layer], [part], 0, model.family.moe).reproduces_its_layers()
+    if architecture in ("qwen2_moe", "glm4_moe"):
+        for field in ("gate_up", "shared_gate") if architecture == "qwen2_moe" else ("gate_up",):
+            part = LayerParts.of(layer, groups, model.family)
+            part.moe = MoeParts()
+            assert make_stack([layer], [part], 0, model.family.moe).reproduces_its_layers()
+            setattr(part, field, LinearParts() if field == "gate_up" else None)
+            assert not make_stack([layer], [part], 0, model.family.moe).reproduces_its_layers(), field
 
 
 def test_other_experts_run_as_modules_after_native_attention():

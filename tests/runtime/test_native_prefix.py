@@ -11,6 +11,7 @@ from haq_lab.calibration.prefix_states import compute_prefix
 from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.cpu import library
 from haq_lab.int8.cpu.backend import CpuBackend
+from haq_lab.models.families.lookup import family_of
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
 from haq_lab.pipeline.sequential import PassInputs, sequential_pass
@@ -135,6 +136,6 @@ def test_a_cache_goes_on_in_the_modules_without_the_prefix(deployed, windows):
 def test_experts_as_modules(architecture, windows):
     plain, native = pair(architecture, SHORT)
     (stack,) = native.get_submodule("model.layers")
-    halves = MoeStack(list(stack.layers), list(stack._parts), 0, "mlp")
+    halves = MoeStack(list(stack.layers), list(stack._parts), 0, family_of(native.config).moe)
     native.set_submodule("model.layers", torch.nn.ModuleList([halves]))
     close(native(windows).logits, plain(windows).logits)

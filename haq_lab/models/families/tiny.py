@@ -112,7 +112,7 @@ TINY: dict[str, Callable[[int, int], Fields]] = {
         "num_experts": 16,
     },
     "qwen2_moe": lambda hidden, layers: _experts(
-        hidden, num_experts=6, shared_expert_intermediate_size=5 * hidden // 4, decoder_sparse_step=2
+        hidden, num_experts=6, shared_expert_intermediate_size=2 * hidden, decoder_sparse_step=2
     ),
     "deepseek_v2": lambda hidden, layers: (
         _deepseek(hidden, topk_method="group_limited_greedy", q_lora_rank=None) | LATENT

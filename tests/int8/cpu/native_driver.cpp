@@ -129,16 +129,17 @@ static bool run_layer(int level, int threads) {
   const haq::Norm whole = {norm.data(), width, 1e-5f}, head = {norm.data(), d, 1e-5f};
   // Keys within a window of 33 positions, a soft cap, a factor and norms of what a half adds, and a gate with GELU.
   const haq::Layer dense = {heads, kv_heads, d, 33, 1, 1, 0.2f, 5.0f, 0.5f, whole, whole, whole, whole, {}, {},
-                            qkv.linear, output.linear, gate_up.linear, down.linear, {}};
+                            qkv.linear, output.linear, gate_up.linear, down.linear, nullptr, {}};
   Weights gate(inner, width), up(inner, width);
   const haq::Expert expert = {gate.linear, up.linear, down.linear};
   const std::vector<haq::Expert> experts(5, expert);
   std::vector<float> router(experts.size() * width);
   for (size_t i = 0; i < router.size(); ++i) router[i] = 0.01f * static_cast<float>(i * 37 % 101);
   haq::Layer moe = {heads, kv_heads, d, 0, 1, 0, 0.2f, 0.0f, 1.0f, whole, whole, {}, {}, {}, {},
-                    qkv.linear, output.linear, gate_up.linear, down.linear, {}};
+                    qkv.linear, output.linear, gate_up.linear, down.linear, norm.data(), {}}; // and a shared expert
   moe.queries = moe.keys = head;
-  moe.moe = {{router.data(), static_cast<int64_t>(experts.size()), 2, 1}, experts.data(), 0};
+  const auto count = static_cast<int64_t>(experts.size());
+  moe.moe = {{router.data(), nullptr, count, 2, haq::kSoftmax, 1, 1, 1, 1.0f, 0.0f}, experts.data(), 0};
   const haq::Layer layers[] = {dense, moe};
   const haq::Sequence prompt = {tokens, 0}, next = {1, tokens};
   haq_decoder_layers(level, threads, layers, 2, hidden.data(), &prompt, 1, angles.data(), angles.data(), keys.data(),
@@ -152,6 +153,10 @@ static bool run_layer(int level, int threads) {
                 keys.data(), values.data(), 2, capacity);
   haq_route(level, threads, &moe.moe.router, normed.data(), tokens, width, logits.data(), weights.data(),
             chosen.data());
+  const std::vector<float> correction(experts.size(), -0.5f);
+  for (const haq::Router& r : {haq::Router{router.data(), correction.data(), 4, 2, haq::kSigmoid, 2, 1, 1, 2.5f, 0.0f},
+                               haq::Router{router.data(), nullptr, 4, 2, haq::kSparseMixer, 1, 1, 0, 1.0f, 0.01f}})
+    haq_route(level, threads, &r, normed.data(), tokens, width, logits.data(), weights.data(), chosen.data());
   std::vector<int8_t> levels(tokens * width, 3);
   haq_expert(level, threads, levels.data(), weights.data(), tokens, width, inner, gate.packed.data(),
              gate.scale.data(), 0, up.packed.data(), up.scale.data(), 0, down.packed.data(), down.scale.data(), 0, 0,
