@@ -45,7 +45,7 @@ __device__ __forceinline__ void grouped(const i8* x, const i8* w, const int* off
   multiply_tile<T>(shared, in, acc);
   Destination<Out> to = {sx + found.begin, sw + channel, bias ? bias + channel : nullptr,
                          out + (long long)found.begin * N + n0, rows, columns, N};
-  store_tile<T>(acc, to, false);
+  store_tile(acc, to, false);
 }
 
 #define GROUPED_KERNEL(name, T, Out)                                                                               \

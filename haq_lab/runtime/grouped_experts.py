@@ -11,7 +11,8 @@ from typing import Self, cast
 import torch
 from torch import Tensor
 
-from haq_lab.int8.cuda.kernels import K_MULTIPLE, Kernels
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import K_MULTIPLE
 from haq_lab.int8.linear import Int8Linear
 from haq_lab.int8.numerics import round_to_grid, swiglu
 from haq_lab.int8.rotation import rotate
