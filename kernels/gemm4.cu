@@ -10,13 +10,7 @@ __device__ __forceinline__ void gemm4(const i8* x, const i8* w, const float* sx,
   int m0 = blockIdx.x * T::BM, n0 = blockIdx.y * T::BN;
   int rows = min(T::BM, M - m0), columns = min(T::BN, N - n0);
   Operands in = {x + (long long)m0 * K, w + (long long)n0 * (K / 2), rows, columns, K, 0, K};
-  GroupSums<T> sums;
-  sums.scales = sw + n0;
-  sums.N = N;
-  sums.columns = columns;
-  sums.group_blocks = group / BLOCK_COLUMNS;
-  sums.left_in_group = 0;
-  sums.left = K / BLOCK_COLUMNS;
+  GroupSums<T> sums(sw + n0, N, columns, K, group);
   multiply_tile<T>(shared, in, sums);
   Destination<Out> to = {sx + m0, sw + n0, bias ? bias + n0 : nullptr, out + (long long)m0 * N + n0, rows, columns, N};
   store_tile(sums.total, to, false);

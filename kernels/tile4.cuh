@@ -7,14 +7,18 @@
 typedef Tile<64, 64, 32, 32, 4, 3, 2> Tile4_64x64;
 typedef Tile<16, 64, 16, 16, 4, 4, 2> Tile4_16x64;
 
-// The sums of a warp's tile, and where its groups are. Before a product, `scales` points at the scales (groups, N) of
-// the tile's first column, and the counts are in blocks of 32 columns.
+// The sums of a warp's tile, and where its groups are. Counts are in blocks of 32 columns.
 template <class T> struct GroupSums {
   Accumulators<T> acc;           // of the group under way, 16 times
   Accumulators<T, float> total;  // of the groups before it
   float sw[T::WN / 8][2];        // of this thread's columns in the group under way
-  const float* scales;
+  const float* scales;           // of the tile's first column in the next group
   int N, columns, group_blocks, left_in_group, left;  // columns: of the tile
+
+  // scales: those (groups, N) of the tile's first column.
+  __device__ __forceinline__ GroupSums(const float* scales, int N, int columns, int K, int group)
+      : scales(scales), N(N), columns(columns), group_blocks(group / BLOCK_COLUMNS), left_in_group(0),
+        left(K / BLOCK_COLUMNS) {}
 };
 
 template <class T> __device__ __forceinline__ void clear(GroupSums<T>& sums) {

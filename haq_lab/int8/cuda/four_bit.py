@@ -1,4 +1,4 @@
-"""Multiply by 4-bit weights on a GPU: their layout, and the calls of kernels/gemv4.cu and kernels/gemm4.cu.
+"""Multiply by 4-bit weights on a GPU: their layout, and the calls of kernels/gemv4.cu, gemm4.cu and grouped4.cu.
 
     packed = pack_blocks(levels)                                         # int8 (N, K) -> uint8 (N, K / 2)
     y = gpu.four_bit.gemm(qx, packed, sx, scales, bias, x.dtype, 64)     # scales (groups, N) -> (M, N)
@@ -22,6 +22,7 @@ from haq_lab.int8.cuda.launch import (
     blocks,
     check,
     check_k,
+    most_row_tiles,
     padded,
     type_name,
 )
@@ -119,14 +120,65 @@ class FourBitKernels:
             self._run(Launch("gemm4", name, grid, tile.threads, shared, args))
         return out
 
+    def grouped(
+        self,
+        qx: Tensor,
+        packed: Tensor,
+        offsets: Tensor,
+        sx: Tensor,
+        sw: Tensor,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+        group: int,
+        *,
+        tile: Tile | None = None,
+    ) -> Tensor:
+        """Compute the products of all experts in one launch.
+
+        Args:
+            qx: Tokens sorted by expert, int8 (T, K), where K is a multiple of 32.
+            packed: Packed weights of the experts, uint8 (E, N, K / 2).
+            offsets: int32 (E + 1,) on the device. Expert e has the rows from offsets[e] up to offsets[e + 1].
+            sx: float32 (T,).
+            sw: float32 (E, groups, N).
+            bias: float32 (E, N), or None.
+            out_dtype: A floating type.
+            group: As for `gemm`.
+            tile: MEDIUM or SMALL; chosen by the average number of tokens per expert if None.
+
+        Returns:
+            (T, N) of `out_dtype`, with rows in the order of qx.
+        """
+        (t, k), (e, n, _) = qx.shape, packed.shape
+        _check(k, group)
+        check("qx", qx, (t, k), torch.int8)
+        check("packed", packed, (e, n, k // 2), torch.uint8)
+        check("offsets", offsets, (e + 1,), torch.int32)
+        check("sx", sx, (t,), torch.float32)
+        check("sw", sw, (e, blocks(k, group), n), torch.float32)
+        if bias is not None:
+            check("bias", bias, (e, n), torch.float32)
+        out = torch.empty(t, n, dtype=out_dtype, device=qx.device)
+        if out.numel():
+            tile = tile or (SMALL if t <= 32 * e else MEDIUM)
+            args = (qx, packed, offsets, sx, sw, bias, out, e, n, k, min(group, k))
+            grid = (most_row_tiles(t, e, tile), blocks(n, tile.columns), 1)
+            name, shared = f"grouped4_{tile.name}_{type_name(out_dtype)}", tile.shared(self._architecture, 4)
+            self._run(Launch("grouped4", name, grid, tile.threads, shared, args))
+        return out
+
+
+def _check(k: int, group: int) -> None:
+    check_k(k, BLOCK)
+    if group not in GROUPS and group < k:
+        raise ValueError(f"group: {group} is not one of {', '.join(map(str, GROUPS))}, nor a whole row of {k} columns.")
+
 
 def _check_product(
     qx: Tensor, packed: Tensor, sx: Tensor, sw: Tensor, bias: Tensor | None, group: int
 ) -> tuple[int, int, int]:
     (m, k), n = qx.shape, packed.shape[0]
-    check_k(k, BLOCK)
-    if group not in GROUPS and group < k:
-        raise ValueError(f"group: {group} is not one of {', '.join(map(str, GROUPS))}, nor a whole row of {k} columns.")
+    _check(k, group)
     check("qx", qx, (m, k), torch.int8)
     check("packed", packed, (n, k // 2), torch.uint8)
     check("sx", sx, (m,), torch.float32)

@@ -27,6 +27,7 @@ from haq_lab.int8.cuda.launch import (
     choose_split,
     choose_tile,
     k_part,
+    most_row_tiles,
     staged_groups,
     staged_groups_rotated,
     type_name,
@@ -289,8 +290,7 @@ class Kernels:
         out = torch.empty(t, n, dtype=out_dtype, device=qx.device)
         if out.numel():
             tile = tile or TILES[2 if t <= 32 * e else 1 if t <= 128 * e else 0]
-            most_tiles = (t + min(e, t) * (tile.rows - 1)) // tile.rows  # if each expert's last tile has a single row
-            grid = (most_tiles, blocks(n, tile.columns), 1)
+            grid = (most_row_tiles(t, e, tile), blocks(n, tile.columns), 1)
             args = (qx, qw, offsets, sx, sw, bias, out, e, n, k)
             name = f"grouped_{tile.name}_{type_name(out_dtype)}"
             self._run(Launch("grouped", name, grid, tile.threads, tile.shared(self._architecture), args))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from haq_lab.int8.cuda.sources import module_source
 
-MODULES = ("quantize", "gemm", "gemv", "gemm4", "gemv4", "grouped", "dequant")
+MODULES = ("quantize", "gemm", "gemv", "grouped", "gemm4", "gemv4", "grouped4", "dequant")
 TYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.int32: "i32"}
 ALIGNMENT = 16  # bytes, because the kernels load 16 bytes at once
 K_MULTIPLE = 16
@@ -106,6 +106,11 @@ def choose_split(m: int, n: int, k: int, tile: Tile, multiprocessors: int) -> in
 def k_part(k: int, split: int) -> int:
     """Return the columns of each of `split` parts of K, a multiple of a step."""
     return blocks(blocks(k, STEP), split) * STEP
+
+
+def most_row_tiles(tokens: int, experts: int, tile: Tile) -> int:
+    """Return how many tiles of rows the experts can need: as if each expert's last tile had a single row."""
+    return (tokens + min(experts, tokens) * (tile.rows - 1)) // tile.rows
 
 
 def staged_groups(k: int, shared_limit: int) -> int:
