@@ -32,14 +32,14 @@ struct Operands {
 // spreads the same chunk of eight following rows over all eight 16-byte bank groups, so neither ldmatrix nor the copies
 // conflict.
 template <int CHUNKS = 4> __device__ __forceinline__ int swizzled(int row, int chunk) {
-  return (row * CHUNKS + (chunk ^ ((row * CHUNKS >> 3) & (CHUNKS - 1)))) << 4;
+  return row * (CHUNKS * 16) + ((chunk ^ ((row >> (CHUNKS == 4 ? 1 : 2)) & (CHUNKS - 1))) << 4);
 }
 
 // One operand's part of one step into shared memory; what lies outside the matrix becomes zero. K, k0, k_end in bytes.
 template <int ROWS, int THREADS, int CHUNKS>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, const i8* matrix, int rows, int K, int k0, int k_end) {
   for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-    int row = i / CHUNKS, chunk = i % CHUNKS, k = k0 + chunk * 16;
+    int row = i >> (CHUNKS == 4 ? 2 : 1), chunk = i & (CHUNKS - 1), k = k0 + chunk * 16;
     bool valid = row < rows && k < k_end;
     copy_async_16(tile + swizzled<CHUNKS>(row, chunk), valid ? matrix + (long long)row * K + k : matrix, valid);
   }
@@ -48,8 +48,9 @@ __device__ __forceinline__ void copy_rows(unsigned char* tile, const i8* matrix,
 template <class T> __device__ __forceinline__ void copy_step(unsigned char* stage, const Operands& in, int step) {
   int k0 = in.k_begin + step * STEP;
   copy_rows<T::BM, T::THREADS, 4>(stage, in.x, in.rows_x, in.K, k0, in.k_end);
-  constexpr int W = T::W_CHUNKS;
-  copy_rows<T::BN, T::THREADS, W>(stage + T::BM * STEP, in.w, in.rows_w, in.K * W / 4, k0 * W / 4, in.k_end * W / 4);
+  constexpr int W = T::W_CHUNKS, PER_BYTE = 4 / W;  // columns
+  copy_rows<T::BN, T::THREADS, W>(stage + T::BM * STEP, in.w, in.rows_w, in.K / PER_BYTE, k0 / PER_BYTE,
+                                  in.k_end / PER_BYTE);
 }
 
 template <class T, class Sum = int> struct Accumulators { Sum v[T::WM / 16][T::WN / 8][4]; };

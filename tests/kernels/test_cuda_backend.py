@@ -106,10 +106,8 @@ def test_4_bit_linears_that_are_merged_have_the_references_bits(host: Kernels):
     for backend in (CudaBackend("cpu", host), ReferenceBackend()):
         linears = [Int8Linear(*part, "token", None, backend, format=WeightFormat(4, 64)) for part in parts]
         MergedLinear(linears)
-        outputs.append(
-            [linear(x) for linear in linears]
-            + [linear.product(*backend.quantize(x, "token", None)) for linear in linears]
-        )
+        quantized = backend.quantize(x, "token", None)
+        outputs.append([linear(x) for linear in linears] + [linear.product(*quantized) for linear in linears])
     for got, wanted in zip(*outputs, strict=True):
         assert_same_bits(got, wanted)
 
@@ -235,8 +233,11 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
         CudaBackend("cuda:5")
 
 
+INT8_RTN = RTN()
+
+
 def logits_of(
-    model: LayeredModel, backend: Backend, prompt: torch.Tensor, quantizer: RTN = RTN()
+    model: LayeredModel, backend: Backend, prompt: torch.Tensor, quantizer: RTN = INT8_RTN
 ) -> tuple[torch.Tensor, ...]:
     """Of the deployed model's prompt and next token, and of the pass."""
     layers: list[torch.nn.Module] = []

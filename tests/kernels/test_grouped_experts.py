@@ -32,7 +32,7 @@ one_version = pytest.mark.parametrize("host_runner", [80], indirect=True, ids=["
 def experts(
     backend: CudaBackend, scheme="token", scales=(0.1,) * COUNT, act_fn=SILU, inner=INNER, formats=(INT8, INT8)
 ) -> Int8Experts:
-    """`scales`: of the experts' down projections, where the scheme is static. `formats`: of gate and up, and of down."""
+    """`scales`: of the experts' down projections, where the scheme is static. `formats`: of gate/up and of down."""
     generator = torch.Generator().manual_seed(7)
 
     def linear(rows: int, columns: int, scale: float, format: WeightFormat = formats[0]) -> Int8Linear:
