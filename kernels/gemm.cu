@@ -15,7 +15,7 @@ __device__ __forceinline__ void gemm(const i8* x, const i8* w, const float* sx, 
   Accumulators<T> acc;
   multiply_tile<T>(shared, in, acc);
   Destination<Out> to = {sx + m0, sw + n0, bias ? bias + n0 : nullptr, out + (long long)m0 * N + n0, rows, columns, N};
-  store_tile<T>(acc, to, gridDim.z > 1);
+  store_tile(acc, to, gridDim.z > 1);
 }
 
 #define GEMM_KERNEL(name, T, Out)                                                                                  \

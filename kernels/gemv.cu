@@ -7,13 +7,6 @@
 #define GEMV_WARPS 4
 #define COLUMNS 2
 
-__device__ __forceinline__ int dot_16(int4 a, int4 b, int acc) {
-  acc = __dp4a(a.x, b.x, acc);
-  acc = __dp4a(a.y, b.y, acc);
-  acc = __dp4a(a.z, b.z, acc);
-  return __dp4a(a.w, b.w, acc);
-}
-
 __device__ __forceinline__ int warp_sum(int v) {
   for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xffffffffu, v, lanes);
   return v;

@@ -20,6 +20,14 @@ template <> __device__ __forceinline__ float from_float<float>(float v) { return
 template <> __device__ __forceinline__ f16 from_float<f16>(float v) { return to_f16(v); }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) { return to_bf16(v); }
 
+// The exact sum of 16 products, by dp4a.
+__device__ __forceinline__ int dot_16(int4 a, int4 b, int acc) {
+  acc = __dp4a(a.x, b.x, acc);
+  acc = __dp4a(a.y, b.y, acc);
+  acc = __dp4a(a.z, b.z, acc);
+  return __dp4a(a.w, b.w, acc);
+}
+
 // max|x| / 127; a row of zeros (or one too small for a quotient) has scale 1.
 __device__ __forceinline__ float scale_of(float largest) {
   float scale = __fdiv_rn(largest, 127.0f);
@@ -34,6 +42,14 @@ __device__ __forceinline__ int quantized(float x, float scale) {
 // (acc * sx) * sw + bias, in this order.
 __device__ __forceinline__ float epilogue(int acc, float sx, float sw, float bias) {
   return __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(acc), sx), sw), bias);
+}
+
+// 4-bit weights: the groups are added as floats, in order, each with its scale; that sum has its own epilogue.
+__device__ __forceinline__ float add_group(float total, int acc, float sw) {
+  return __fadd_rn(total, __fmul_rn(__int2float_rn(acc), sw));
+}
+__device__ __forceinline__ float epilogue(float total, float sx, float, float bias) {
+  return __fadd_rn(__fmul_rn(total, sx), bias);
 }
 
 // No bias is a bias of -0, the number that changes no bit of what it is added to (+0 would turn -0 into +0).

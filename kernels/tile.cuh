@@ -7,13 +7,15 @@
 
 #define STEP 64  // bytes of K a step: four chunks of 16
 
-template <int BM_, int BN_, int WM_, int WN_, int STAGES_, int MIN_BLOCKS_> struct Tile {
-  static constexpr int BM = BM_, BN = BN_, WM = WM_, WN = WN_, MIN_BLOCKS = MIN_BLOCKS_;
+// W_CHUNKS: chunks of 16 bytes that a row of w has in a step: four of int8, two of packed 4-bit weights (tile4.cuh).
+template <int BM_, int BN_, int WM_, int WN_, int STAGES_, int MIN_BLOCKS_, int W_CHUNKS_ = 4> struct Tile {
+  static constexpr int BM = BM_, BN = BN_, WM = WM_, WN = WN_, MIN_BLOCKS = MIN_BLOCKS_,
+                       W_CHUNKS = W_CHUNKS_;
   // Without cp.async two buffers are all that a barrier a step can use.
   static constexpr int STAGES = HAQ_TURING ? 2 : STAGES_;
   static constexpr int WARPS_N = BN / WN;
   static constexpr int THREADS = (BM / WM) * WARPS_N * 32;
-  static constexpr int STAGE_BYTES = (BM + BN) * STEP;
+  static constexpr int STAGE_BYTES = BM * STEP + BN * W_CHUNKS * 16;
 };
 typedef Tile<128, 128, 64, 32, 3, 2> Tile128x128;
 typedef Tile<64, 64, 32, 32, 4, 3> Tile64x64;
@@ -26,27 +28,41 @@ struct Operands {
   int rows_x, rows_w, K, k_begin, k_end;
 };
 
-// Where chunk (row, chunk) of a tile lies. Two rows share 128 bytes, all banks once; the exclusive or spreads the same
-// chunk of eight following rows over all eight 16-byte bank groups, so neither ldmatrix nor the copies conflict.
-__device__ __forceinline__ int swizzled(int row, int chunk) { return row * STEP + ((chunk ^ ((row >> 1) & 3)) << 4); }
+// Where chunk (row, chunk) of a tile lies. Two rows of four chunks share 128 bytes, all banks once; the exclusive or
+// spreads the same chunk of eight following rows over all eight 16-byte bank groups, so neither ldmatrix nor the copies
+// conflict.
+template <int CHUNKS = 4> __device__ __forceinline__ int swizzled(int row, int chunk) {
+  return row * (CHUNKS * 16) + ((chunk ^ ((row >> (CHUNKS == 4 ? 1 : 2)) & (CHUNKS - 1))) << 4);
+}
 
-// One operand's part of one step into shared memory; what lies outside the matrix becomes zero.
-template <int ROWS, int THREADS>
+// One operand's part of one step into shared memory; what lies outside the matrix becomes zero. K, k0, k_end in bytes.
+template <int ROWS, int THREADS, int CHUNKS>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, const i8* matrix, int rows, int K, int k0, int k_end) {
-  for (int i = threadIdx.x; i < ROWS * 4; i += THREADS) {
-    int row = i >> 2, chunk = i & 3, k = k0 + chunk * 16;
+  for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
+    int row = i >> (CHUNKS == 4 ? 2 : 1), chunk = i & (CHUNKS - 1), k = k0 + chunk * 16;
     bool valid = row < rows && k < k_end;
-    copy_async_16(tile + swizzled(row, chunk), valid ? matrix + (long long)row * K + k : matrix, valid);
+    copy_async_16(tile + swizzled<CHUNKS>(row, chunk), valid ? matrix + (long long)row * K + k : matrix, valid);
   }
 }
 
 template <class T> __device__ __forceinline__ void copy_step(unsigned char* stage, const Operands& in, int step) {
   int k0 = in.k_begin + step * STEP;
-  copy_rows<T::BM, T::THREADS>(stage, in.x, in.rows_x, in.K, k0, in.k_end);
-  copy_rows<T::BN, T::THREADS>(stage + T::BM * STEP, in.w, in.rows_w, in.K, k0, in.k_end);
+  copy_rows<T::BM, T::THREADS, 4>(stage, in.x, in.rows_x, in.K, k0, in.k_end);
+  constexpr int W = T::W_CHUNKS, PER_BYTE = 4 / W;  // columns
+  copy_rows<T::BN, T::THREADS, W>(stage + T::BM * STEP, in.w, in.rows_w, in.K / PER_BYTE, k0 / PER_BYTE,
+                                  in.k_end / PER_BYTE);
 }
 
-template <class T> struct Accumulators { int v[T::WM / 16][T::WN / 8][4]; };
+template <class T, class Sum = int> struct Accumulators { Sum v[T::WM / 16][T::WN / 8][4]; };
+
+template <class T, class Sum> __device__ __forceinline__ void clear(Accumulators<T, Sum>& acc) {
+#pragma unroll
+  for (int i = 0; i < T::WM / 16; i++)
+#pragma unroll
+    for (int j = 0; j < T::WN / 8; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc.v[i][j][e] = 0;
+}
 
 // One step's products of this warp.
 template <class T>
@@ -76,17 +92,13 @@ __device__ __forceinline__ void multiply_step(const unsigned char* stage, Accumu
   }
 }
 
-template <class T>
-__device__ __forceinline__ void multiply_tile(unsigned char* shared, const Operands& in, Accumulators<T>& acc) {
+// `sums`: accumulators, or what else a `multiply_step` adds to (tile4.cuh).
+template <class T, class Sums>
+__device__ __forceinline__ void multiply_tile(unsigned char* shared, const Operands& in, Sums& sums) {
   int warp = threadIdx.x >> 5;
   int warp_m = (warp / T::WARPS_N) * T::WM, warp_n = (warp % T::WARPS_N) * T::WN;
   int steps = (in.k_end - in.k_begin + STEP - 1) / STEP;
-#pragma unroll
-  for (int i = 0; i < T::WM / 16; i++)
-#pragma unroll
-    for (int j = 0; j < T::WN / 8; j++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) acc.v[i][j][e] = 0;
+  clear(sums);
 
 #pragma unroll
   for (int ahead = 0; ahead < T::STAGES - 1; ahead++) {
@@ -100,7 +112,7 @@ __device__ __forceinline__ void multiply_tile(unsigned char* shared, const Opera
     int next = step + T::STAGES - 1;
     if (next < steps) copy_step<T>(shared + filling * T::STAGE_BYTES, in, next);
     copy_commit();  // an empty group too, so that the count that copy_wait goes by stays right
-    multiply_step<T>(shared + reading * T::STAGE_BYTES, acc, warp_m, warp_n);
+    multiply_step(shared + reading * T::STAGE_BYTES, sums, warp_m, warp_n);
     reading = reading + 1 == T::STAGES ? 0 : reading + 1;
     filling = filling + 1 == T::STAGES ? 0 : filling + 1;
   }
@@ -132,9 +144,9 @@ template <class Out> __device__ __forceinline__ ColumnPair load_columns(const De
 __device__ __forceinline__ ColumnPair load_columns(const Destination<int>&, int) { return {}; }
 
 // Two neighbouring columns of one row, as scaled values ...
-template <class Out>
+template <class Out, class Sum>
 __device__ __forceinline__ void store_two(const Destination<Out>& to, const ColumnPair& scales, int row, int column,
-                                          int first, int second, bool) {
+                                          Sum first, Sum second, bool) {
   Out* p = to.out + (long long)row * to.row_stride + column;
   float sx = to.sx[row];
   float a = epilogue(first, sx, scales.sw[0], scales.bias[0]), b = epilogue(second, sx, scales.sw[1], scales.bias[1]);
@@ -160,8 +172,9 @@ __device__ __forceinline__ void store_two(const Destination<int>& to, const Colu
   }
 }
 
-template <class T, class Out>
-__device__ __forceinline__ void store_tile(const Accumulators<T>& acc, const Destination<Out>& to, bool shared_sum) {
+template <class T, class Sum, class Out>
+__device__ __forceinline__ void store_tile(const Accumulators<T, Sum>& acc, const Destination<Out>& to,
+                                           bool shared_sum) {
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   int row0 = (warp / T::WARPS_N) * T::WM + (lane >> 2), column0 = (warp % T::WARPS_N) * T::WN + (lane & 3) * 2;
 #pragma unroll

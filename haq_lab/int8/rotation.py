@@ -61,8 +61,9 @@ def rotate(x: Tensor, block: int) -> Tensor:
     other = torch.empty_like(y)
     half = 1
     while half < block:
-        first, second = y.view(-1, 2, half, y.shape[1]).unbind(1)
-        total, difference = other.view(-1, 2, half, y.shape[1]).unbind(1)
+        pairs = (block // (2 * half), 2, half, y.shape[1])
+        first, second = y.view(pairs).unbind(1)
+        total, difference = other.view(pairs).unbind(1)
         torch.add(first, second, out=total)
         torch.sub(first, second, out=difference)
         y, other = other, y

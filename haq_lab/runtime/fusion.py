@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from haq_lab.int8.backend import Backend
-from haq_lab.int8.cuda.kernels import K_MULTIPLE, Kernels, aligned
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import K_MULTIPLE, aligned
 from haq_lab.int8.linear import Int8Linear, MergedLinear, QuantizedRows
 from haq_lab.int8.rotation import NO_ROTATION
 from haq_lab.models.families.family import Group

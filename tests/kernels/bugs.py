@@ -19,7 +19,14 @@ from haq_lab.int8.cuda.kernels import Kernels
 from haq_lab.int8.cuda.launch import LARGE, MEDIUM, SMALL, Tile
 from haq_lab.utils.paths import bundled
 
-from .checks import check_dequant, check_grouped, check_product, check_quantize
+from .checks import (
+    check_dequant,
+    check_grouped,
+    check_grouped4,
+    check_product,
+    check_product4,
+    check_quantize,
+)
 
 F32 = torch.float32
 
@@ -101,6 +108,39 @@ def _decodes(rows: int) -> Kernel:
     )
 
 
+def _multiplies4(tile: Tile) -> Kernel:
+    """More steps of K than there are stages, the last one half; groups of several blocks and of one."""
+
+    def check(kernels: Kernels) -> None:
+        m, n = _rows(tile), tile.columns - 3
+        for group in (128, 32):
+            check_product4(kernels, m, n, 416, F32, group=group, bias=True, seed=0, tile=tile)
+
+    return Kernel("gemm4", f"gemm4_{tile.name}_f32", check)
+
+
+def _groups4(tile: Tile) -> Kernel:
+    """As `_groups` and `_multiplies4`."""
+
+    def check(kernels: Kernels) -> None:
+        counts = [3, 0, _rows(tile) - 1]
+        for group in (128, 32):
+            check_grouped4(kernels, counts, tile.columns - 3, 416, F32, group=group, bias=True, seed=0, tile=tile)
+
+    return Kernel("grouped4", f"grouped4_{tile.name}_f32", check)
+
+
+def _decodes4(rows: int) -> Kernel:
+    """More than one step of K, with several groups and with one."""
+    m = rows - (rows > 2)
+
+    def check(kernels: Kernels) -> None:
+        for group in (128, 800):
+            check_product4(kernels, m, 13, 800, F32, group=group, bias=True, seed=0, call="gemv")
+
+    return Kernel("gemv4", f"gemv4_{rows}_f32", check)
+
+
 GEMM, SPLIT, GROUPED, GEMV = _multiplies(SMALL), _sums(SMALL), _groups(SMALL), _decodes(4)
 FINISH = Kernel(
     "gemm",
@@ -113,14 +153,18 @@ QUANTIZE, SWIGLU, RMSNORM, LAYERNORM = map(_quantizes, ("plain", "swiglu", "rmsn
 ROTATED = tuple(map(_rotates, ("plain", "swiglu", "rmsnorm", "layernorm")))
 
 LARGER = tuple(make(tile) for make in (_multiplies, _sums, _groups) for tile in (LARGE, MEDIUM))
-TILED = (GEMM, SPLIT, GROUPED, *LARGER)
-SMALLEST = (GEMM, GROUPED)  # where one tile size is enough: nothing in the changed line depends on it
+GEMM4, GROUPED4, GEMV4 = _multiplies4(SMALL), _groups4(SMALL), _decodes4(4)
+TILED4 = (GEMM4, GROUPED4, _multiplies4(MEDIUM), _groups4(MEDIUM))
+TILED8 = (GEMM, SPLIT, GROUPED, *LARGER)
+TILED = (*TILED8, *TILED4)
+SMALLEST = (GEMM, GROUPED, GEMM4, GROUPED4)  # where one tile size is enough: nothing in the changed line depends on it
 GEMVS = (_decodes(1), _decodes(2), GEMV, _decodes(8))
+GEMVS4 = (_decodes4(1), _decodes4(2), GEMV4, _decodes4(8))
 ONCE = (QUANTIZE, SWIGLU)
 TWICE = (RMSNORM, LAYERNORM)
 ROWWISE = (*ONCE, *TWICE)
-ALL = (*TILED, FINISH, *GEMVS, DEQUANT, *ROWWISE, *ROTATED)
-FEW = (GEMM, SPLIT, GROUPED, FINISH, GEMV, DEQUANT, *ROWWISE, *ROTATED)  # one of each source
+ALL = (*TILED, FINISH, *GEMVS, *GEMVS4, DEQUANT, *ROWWISE, *ROTATED)
+FEW = (GEMM, SPLIT, GROUPED, GEMM4, GROUPED4, FINISH, GEMV, GEMV4, DEQUANT, *ROWWISE, *ROTATED)  # one of each source
 
 READ, OVERWRITE, WAIT, LANES, BOUND = KINDS = (
     "barrier before a read",
@@ -153,6 +197,9 @@ REFILL = """    int next = step + T::STAGES - 1;
     if (next < steps) copy_step<T>(shared + filling * T::STAGE_BYTES, in, next);
 """
 W_LANES = "(lane & 7) + (lane >> 4) * 8, 2 * half + ((lane >> 3) & 1)"
+W4_LANES = "(lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1"
+EXPERTS = (GROUPED, GROUPED4)
+HALVES = (GEMM4, GROUPED4, *GEMVS4)
 COPY_BOUND = "row < rows && k < k_end"
 GROUPS = "group < groups; group += blockDim.x) {\n    Eight e = unread"
 
@@ -184,7 +231,14 @@ BUGS = (
         SMALLEST,
         asynchronous=True,
     ),
-    Bug(LANES, "wrong lane map of w", "tile.cuh", W_LANES, "(lane & 15), 2 * half + (lane >> 4)", TILED),
+    Bug(LANES, "wrong lane map of w", "tile.cuh", W_LANES, "(lane & 15), 2 * half + (lane >> 4)", TILED8),
+    Bug(LANES, "wrong lane map of packed w", "tile4.cuh", W4_LANES, "(lane & 15), lane >> 4", TILED4),
+    Bug(LANES, "wrong column of a scale", "tile4.cuh", "sw[j][e & 1]", "sw[j][e >> 1]", TILED4),
+    Bug(BOUND, "column bound of the scales", "tile4.cuh", "c, last)", "c, last + 1)", TILED4),
+    Bug(BOUND, "block beyond K", "tile4.cuh", "    if (sums.left == 0) return;", "    //", (GEMM4, GROUPED4)),
+    Bug(OTHER, "sums of the group before", "tile4.cuh", "  clear(sums.acc);\n}\n\n//", "}\n\n//", (GEMM4, GROUPED4)),
+    Bug(OTHER, "scales of the group before", "tile4.cuh", "sums.scales += sums.N", "sums.scales += 0", (GEMM4,)),
+    Bug(OTHER, "halves of a block exchanged", "four_bit.cuh", "return word & 0xf", "return word << 4 & 0xf", HALVES),
     Bug(LANES, "wrong lane map of the result", "tile.cuh", "+ (lane & 3) * 2;", "+ (lane & 3);", SMALLEST),
     Bug(BOUND, "row bound of the copy", "tile.cuh", COPY_BOUND, "row <= rows && k < k_end", TILED),
     Bug(BOUND, "K bound of the copy", "tile.cuh", COPY_BOUND, "row < rows && k <= k_end", SMALLEST),
@@ -193,13 +247,14 @@ BUGS = (
     Bug(
         LANES,
         "wrong lane in the experts' prefix sum",
-        "grouped.cu",
+        "experts.cuh",
         "lane >= distance",
         "lane > distance",
-        (GROUPED,),
+        EXPERTS,
     ),
-    Bug(BOUND, "tile bound of an expert", "grouped.cu", "through > tile", "through >= tile", (GROUPED,)),
-    Bug(BOUND, "last rows of an expert not bounded", "grouped.cu", "min(row + BM, ", "max(row + BM, ", (GROUPED,)),
+    Bug(BOUND, "tile bound of an expert", "experts.cuh", "through > tile", "through >= tile", EXPERTS),
+    Bug(BOUND, "last rows of an expert not bounded", "experts.cuh", "min(row + BM, ", "max(row + BM, ", EXPERTS),
+    Bug(OTHER, "scales of the first expert", "grouped4.cu", "(long long)found.expert * ((K", "0 * ((K", (GROUPED4,)),
     Bug(LANES, "wrong map of threads", "gemm.cu", "blockIdx.x * 128", "blockIdx.x * 256", (FINISH,)),
     Bug(BOUND, "column bound", "gemm.cu", "column >= N", "column > N", (FINISH,)),
     Bug(LANES, "wrong lane map of the sum", "gemv.cu", "int lanes = 16", "int lanes = 8", GEMVS),
@@ -207,6 +262,13 @@ BUGS = (
     Bug(BOUND, "column bound of the read", "gemv.cu", "N - 1) * K", "N) * K", (GEMV,)),
     Bug(BOUND, "column bound of the store", "gemv.cu", "column < N)", "column <= N)", (GEMV,)),
     Bug(BOUND, "row bound of the store", "gemv.cu", "r < M &&", "r <= M &&", (GEMV,)),
+    Bug(LANES, "wrong lane of a group's sum", "gemv4.cu", "first_lane + of", "of", GEMVS4),
+    Bug(LANES, "sum of two groups", "gemv4.cu", "lanes < sharing", "lanes <= sharing", GEMVS4),
+    Bug(BOUND, "K bound", "gemv4.cu", "if (k < K)", "if (k <= K)", GEMVS4),
+    Bug(BOUND, "column bound of the read", "gemv4.cu", "min(column, N - 1)", "min(column, N)", (GEMV4,)),
+    Bug(BOUND, "column bound of the store", "gemv4.cu", "column < N)", "column <= N)", (GEMV4,)),
+    Bug(BOUND, "row bound of the store", "gemv4.cu", "r < M &&", "r <= M &&", (GEMV4,)),
+    Bug(OTHER, "scales of the step before", "gemv4.cu", "(LANES / sharing) * N", "(LANES / sharing) * 0", (GEMV4,)),
     Bug(LANES, "wrong map of threads", "dequant.cu", "blockIdx.y * 128", "blockIdx.y * 256", (DEQUANT,)),
     Bug(OTHER, "wrong order of bytes", "dequant.cu", "16 * (i & 1)", "8 * (i & 1)", (DEQUANT,)),
     Bug(BOUND, "K bound", "dequant.cu", "k >= K", "k > K", (DEQUANT,)),
@@ -269,9 +331,11 @@ class Impossible:
 
 
 IMPOSSIBLE = (
-    Impossible((READ, OVERWRITE), (FINISH, *GEMVS, DEQUANT), "no shared memory, so no barrier"),
+    Impossible((READ, OVERWRITE), (FINISH, *GEMVS, *GEMVS4, DEQUANT), "no shared memory, so no barrier"),
     Impossible((OVERWRITE,), ONCE, "one reduction: nothing in shared memory is written twice"),
-    Impossible((WAIT,), (FINISH, *GEMVS, DEQUANT, *ROWWISE, *ROTATED), "no asynchronous copy, so nothing to wait for"),
+    Impossible(
+        (WAIT,), (FINISH, *GEMVS, *GEMVS4, DEQUANT, *ROWWISE, *ROTATED), "no asynchronous copy, so nothing to wait for"
+    ),
 )
 
 

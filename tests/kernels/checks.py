@@ -6,17 +6,20 @@ Shared by whoever can execute a launch: the host layer, the PTX interpreter and,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from haq_lab.int8.cuda.four_bit import pack_blocks
 from haq_lab.int8.cuda.kernels import Kernels
-from haq_lab.int8.cuda.launch import LARGE, SMALL, TILES, TYPE_NAMES, Tile
+from haq_lab.int8.cuda.launch import LARGE, MEDIUM, SMALL, TILES, TYPE_NAMES, Tile, blocks
 
 from . import reference
 from .reference import assert_same_bits
 
 EPS = 1e-5
+FOUR_BIT_TILES = (MEDIUM, SMALL)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -32,6 +35,10 @@ class Draw:
         values = torch.randint(-127, 128, shape, generator=self._generator, dtype=torch.int8)
         extreme = torch.randint(0, 4, (*shape[:-1], 1), generator=self._generator) == 0
         return torch.where(extreme, torch.where(values < 0, -127, 127).to(torch.int8), values).to(self._device)
+
+    def int4(self, *shape: int) -> Tensor:
+        """The same for levels of 4 bits, in [-7, 7]."""
+        return torch.div(self.int8(*shape), 17, rounding_mode="trunc")
 
     def scale(self, *shape: int) -> Tensor:
         return (torch.rand(shape, generator=self._generator) * 1e-2 + 1e-4).to(self._device)
@@ -139,6 +146,57 @@ def check_grouped(
     assert_same_bits(actual.cpu(), reference.grouped(*on_cpu, dtype))
 
 
+def check_product4(
+    kernels: Kernels,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    group: int,
+    bias: bool,
+    seed: int,
+    call: str = "gemm",
+    tile: Tile | None = None,
+    device: str = "cpu",
+) -> None:
+    """4-bit weights. `call`: gemm or gemv (which ignores `tile`); `group`: columns that share a scale."""
+    draw = Draw(seed, device)
+    qx, levels, sx, sw = draw.int8(m, k), draw.int4(n, k), draw.scale(m), draw.scale(blocks(k, group), n)
+    b = draw.normal(n) if bias else None
+    arguments = (qx, pack_blocks(levels), sx, sw, b, dtype, group)
+    actual = kernels.four_bit.gemv(*arguments) if call == "gemv" else kernels.four_bit.gemm(*arguments, tile=tile)
+    on_cpu = (qx.cpu(), levels.cpu(), sx.cpu(), sw.cpu(), None if b is None else b.cpu())
+    assert_same_bits(actual.cpu(), reference.product4(*on_cpu, dtype, group))
+
+
+def check_grouped4(
+    kernels: Kernels,
+    counts: list[int],
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    group: int,
+    bias: bool,
+    seed: int,
+    tile: Tile | None = None,
+    device: str = "cpu",
+) -> None:
+    """4-bit weights of experts. `counts`: tokens of each expert, some of them zero."""
+    draw = Draw(seed, device)
+    offsets = [sum(counts[:e]) for e in range(len(counts) + 1)]
+    t, e = offsets[-1], len(counts)
+    qx, levels, sx, sw = draw.int8(t, k), draw.int4(e, n, k), draw.scale(t), draw.scale(e, blocks(k, group), n)
+    b = draw.normal(e, n) if bias else None
+    at = torch.tensor(offsets, dtype=torch.int32, device=device)
+    packed = pack_blocks(levels.flatten(0, 1)).view(e, n, -1)
+    actual = kernels.four_bit.grouped(qx, packed, at, sx, sw, b, dtype, group, tile=tile)
+    on_cpu = (qx.cpu(), levels.cpu(), offsets, sx.cpu(), sw.cpu(), None if b is None else b.cpu())
+    product = partial(reference.product4, group=group)
+    assert_same_bits(actual.cpu(), reference.grouped(*on_cpu, dtype, product))
+
+
 def check_dequant(kernels: Kernels, n: int, k: int, dtype: torch.dtype, *, seed: int, device: str = "cpu") -> None:
     """Weights back to a 16-bit float."""
     draw = Draw(seed, device)
@@ -179,6 +237,25 @@ def _grouped(dtype: torch.dtype, tile: Tile) -> Check:
     return check
 
 
+def _product4(call: str, dtype: torch.dtype, m: int, tile: Tile | None) -> Check:
+    def check(kernels: Kernels, device: str) -> None:
+        n = (tile.columns if tile else 16) + beyond(tile)
+        for group in (64, 352):
+            check_product4(
+                kernels, m, n, 352, dtype, group=group, bias=True, seed=1, call=call, tile=tile, device=device
+            )
+
+    return check
+
+
+def _grouped4(dtype: torch.dtype, tile: Tile) -> Check:
+    def check(kernels: Kernels, device: str) -> None:
+        counts, n = [2, 0, tile.rows + beyond(tile)], tile.columns + beyond(tile)
+        check_grouped4(kernels, counts, n, 224, dtype, group=128, bias=True, seed=1, tile=tile, device=device)
+
+    return check
+
+
 def _dequant(dtype: torch.dtype) -> Check:
     return lambda kernels, device: check_dequant(kernels, 3, 2192, dtype, seed=1, device=device)
 
@@ -196,6 +273,10 @@ def every_kernel() -> dict[str, Check]:
             checks[f"grouped_{tile.name}_{name}"] = _grouped(dtype, tile)
         for rows in (1, 2, 4, 8):
             checks[f"gemv_{rows}_{name}"] = _product("gemv", dtype, rows - (rows > 2), None, None)
+            checks[f"gemv4_{rows}_{name}"] = _product4("gemv", dtype, rows - (rows > 2), None)
+        for tile in FOUR_BIT_TILES:
+            checks[f"gemm4_{tile.name}_{name}"] = _product4("gemm", dtype, tile.rows + beyond(tile), tile)
+            checks[f"grouped4_{tile.name}_{name}"] = _grouped4(dtype, tile)
         checks[f"finish_{name}"] = _product("gemm", dtype, 3, SMALL, 2)
         if dtype != torch.float32:
             checks[f"dequant_{name}"] = _dequant(dtype)

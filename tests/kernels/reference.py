@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -68,6 +69,19 @@ def product(qx: Tensor, qw: Tensor, sx: Tensor, sw: Tensor, bias: Tensor | None,
     return torch.from_numpy(y).to(out_dtype)
 
 
+def product4(
+    qx: Tensor, qw: Tensor, sx: Tensor, sw: Tensor, bias: Tensor | None, out_dtype: torch.dtype, group: int
+) -> Tensor:
+    """Groups of columns, `sw` (groups, N), added in order in float32; then times sx, plus bias."""
+    total = np.zeros((len(qx), len(qw)), F)
+    for scale, x, w in zip(sw.numpy(), qx.split(group, dim=1), qw.split(group, dim=1), strict=True):
+        total = total + accumulators(x, w).astype(F) * scale[None]
+    y = total * sx.numpy()[:, None]
+    if bias is not None:
+        y = y + bias.numpy()[None]
+    return torch.from_numpy(y).to(out_dtype)
+
+
 def grouped(
     qx: Tensor,
     qw: Tensor,
@@ -76,6 +90,7 @@ def grouped(
     sw: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    product: Callable[..., Tensor] = product,
 ) -> Tensor:
     """Each expert's rows by that expert's weights."""
     parts = [

@@ -19,6 +19,7 @@ from haq_lab.int8.cuda.sass_report import ARCHITECTURES, KernelCode, complaints,
 from haq_lab.utils.errors import UserError
 
 from .bugs import DEQUANT, GEMM, QUANTIZE, Kernel, alone
+from .checks import FOUR_BIT_TILES
 from .compiled import MAJORS, NEWEST, compiled, compiler, programs
 
 # The newest compiler for every architecture; the other for the one without cp.async and the first and last with it.
@@ -96,17 +97,24 @@ def test_a_log_that_says_something_else_is_noticed(architecture: int, pattern: s
 
 @pytest.mark.parametrize("architecture", [75, 80])
 def test_the_launchers_tiles_are_the_kernels_tiles(architecture: int):
-    for module in ("gemm", "grouped"):
+    for module, tiles in (("gemm", TILES), ("grouped", TILES), ("gemm4", FOUR_BIT_TILES), ("grouped4", FOUR_BIT_TILES)):
         compiled_for = set()
         for name, program in programs(module, architecture, NEWEST).items():
             for tile in TILES:
                 if f"_{tile.name}_" in name:
                     assert program.limits == {"maxntid": tile.threads, "minnctapersm": tile.min_blocks}
                     compiled_for.add(tile)
-        assert compiled_for == set(TILES), module
+        assert compiled_for == set(tiles), module
 
 
 CODE = KernelCode("gemm_64x64_f16", 86, "13.5", 120, 0, 128, 3, 32768, 16, 8, 24, 0, 0)
+
+
+def test_packed_weights_take_half_the_shared_memory():
+    assert codegen.shared_bytes("gemm_64x64_f16", 80) == 4 * (64 + 64) * 64
+    for kernel in ("gemm4_64x64_f16", "grouped4_64x64_f16"):
+        assert codegen.shared_bytes(kernel, 80) == 4 * (64 + 32) * 64
+        assert codegen.shared_bytes(kernel, 75) == 2 * (64 + 32) * 64
 
 
 @pytest.mark.parametrize(
@@ -117,7 +125,9 @@ CODE = KernelCode("gemm_64x64_f16", 86, "13.5", 120, 0, 128, 3, 32768, 16, 8, 24
         ({"shared_bytes": 40000}, "fewer than 3 blocks fit"),
         ({"imma": 0}, "no IMMA"),
         ({"ldgsts": 0}, "no LDGSTS"),
+        ({"kernel": "gemm4_64x64_f16", "imma": 0}, "no IMMA"),
         ({"kernel": "gemv_1_f16"}, "no IDP"),
+        ({"kernel": "gemv4_1_f16"}, "no IDP"),
     ],
 )
 def test_code_that_got_worse_is_noticed(change: dict, complaint: str):

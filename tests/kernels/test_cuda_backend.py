@@ -15,6 +15,8 @@ from haq_lab.int8.backend import Backend, PackedLinear, ReferenceBackend
 from haq_lab.int8.cpu.backend import CpuBackend
 from haq_lab.int8.cuda.backend import CudaBackend
 from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.linear import Int8Linear, MergedLinear, weight_bytes
+from haq_lab.int8.weight_format import WeightFormat
 from haq_lab.models.int8_experts import Int8Experts
 from haq_lab.models.layerwise import LayeredModel
 from haq_lab.models.sources import TinyModel
@@ -50,6 +52,83 @@ def test_a_linear_has_the_references_bits(host: Kernels, m, k, dtype, scheme):
             for backend in (CudaBackend("cpu", host), ReferenceBackend())
         ]
         assert_same_bits(*results)
+
+
+FORMATS = [WeightFormat(4, group) for group in (None, 128, 64, 32)]
+
+
+@pytest.mark.parametrize("scheme", ["token", "static"])
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: str(format.group))
+@pytest.mark.parametrize(("m", "k"), [(0, 64), (1, 576), (3, 40), (8, 200), (9, 576), (40, 48)])
+def test_a_linear_with_4_bit_weights_has_the_references_bits(host: Kernels, host_runner, m, k, format, scheme):
+    """Widths that are no multiple of a block, and a last group that is shorter: 576 is 4 x 128 and 64."""
+    draw, backends = Draw(7), (CudaBackend("cpu", host), ReferenceBackend())
+    x, levels, scale = draw.normal(m, k), draw.int4(37, k), draw.scale(*format.scale_shape(37, k))
+    static = draw.scale(1)[0] if scheme == "static" else None
+    host_runner.launches.clear()
+    for rotation in (1, 8):
+        for dtype in (*FLOATS, torch.float64):
+            for bias in (None, draw.normal(37, dtype=dtype)):
+                assert_same_bits(
+                    *(
+                        backend.linear(
+                            x.to(dtype),
+                            PackedLinear(backend.pack(levels, format), scale, bias, format),
+                            scheme,
+                            static,
+                            rotation=rotation,
+                        )
+                        for backend in backends
+                    )
+                )
+    products = {launch.module for launch in host_runner.launches} - {"quantize"}
+    assert products == ({"gemv4"} if 0 < m <= 8 else {"gemm4"} if m else set())
+
+
+@pytest.mark.parametrize("k", [32, 40, 576])
+def test_4_bit_weights_are_held_in_half_the_bytes_and_come_back(host: Kernels, k):
+    backend, levels = CudaBackend("cpu", host), Draw(9).int4(5, k)
+    levels[0] = -7
+    packed = backend.pack(levels, FORMATS[2])
+    assert packed.nbytes == 5 * 16 * -(-k // 32), "16 bytes for 32 columns"
+    assert_same_bits(backend.unpack(packed, 5, k, FORMATS[2]), levels)
+    linear = Int8Linear(levels, Draw(9).scale(-(-k // 64), 5), None, "token", None, backend, format=FORMATS[2])
+    assert weight_bytes(linear) == packed.nbytes + linear.weight_scale.nbytes
+    wanted = ReferenceBackend().dequantize(FORMATS[2].stored(levels), linear.weight_scale, k, torch.float16, FORMATS[2])
+    assert_same_bits(backend.dequantize(packed, linear.weight_scale, k, torch.float16, FORMATS[2]), wanted)
+
+
+def test_4_bit_linears_that_are_merged_have_the_references_bits(host: Kernels):
+    """Scales of each member are then columns of one matrix, and its weights are rows of another."""
+    draw, outputs = Draw(12), []
+    parts = [(draw.int4(rows, 72), draw.scale(2, rows), draw.normal(rows)) for rows in (24, 8, 8)]
+    x = draw.normal(3, 72)
+    for backend in (CudaBackend("cpu", host), ReferenceBackend()):
+        linears = [Int8Linear(*part, "token", None, backend, format=WeightFormat(4, 64)) for part in parts]
+        MergedLinear(linears)
+        quantized = backend.quantize(x, "token", None)
+        outputs.append([linear(x) for linear in linears] + [linear.product(*quantized) for linear in linears])
+    for got, wanted in zip(*outputs, strict=True):
+        assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qx": (2, 48)}, "K: 48 is not a multiple of 32"),
+        ({"packed": (3, 64)}, r"packed: \(3, 64\) torch\.uint8 is not \(3, 32\)"),
+        ({"sw": (3, 3)}, r"sw: \(3, 3\) torch\.float32 is not \(2, 3\)"),
+        ({"group": 48}, "group: 48 is not one of 128, 64, 32"),
+        ({"qx": (9, 64), "sx": (9,)}, "at most 8 rows, not 9"),
+    ],
+)
+def test_4_bit_arguments_that_do_not_fit_are_refused_by_name(host: Kernels, change, message):
+    sizes = {"qx": (2, 64), "packed": (3, 32), "sx": (2,), "sw": (2, 3), "group": 32} | change
+    qx, packed = torch.ones(sizes["qx"], dtype=torch.int8), torch.ones(sizes["packed"], dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        host.four_bit.gemv(
+            qx, packed, torch.ones(sizes["sx"]), torch.ones(sizes["sw"]), None, torch.float32, sizes["group"]
+        )
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,11 +233,16 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
         CudaBackend("cuda:5")
 
 
-def logits_of(model: LayeredModel, backend: Backend, prompt: torch.Tensor) -> tuple[torch.Tensor, ...]:
+INT8_RTN = RTN()
+
+
+def logits_of(
+    model: LayeredModel, backend: Backend, prompt: torch.Tensor, quantizer: RTN = INT8_RTN
+) -> tuple[torch.Tensor, ...]:
     """Of the deployed model's prompt and next token, and of the pass."""
     layers: list[torch.nn.Module] = []
     passed = sequential_pass(
-        PassInputs(model, RTN(), backend, prompt, "quantized", {"text": prompt}),
+        PassInputs(model, quantizer, backend, prompt, "quantized", {"text": prompt}),
         lambda index, layer: layers.append(layer),
     )
     whole = deploy(model.assemble(layers), model, backend)
@@ -167,15 +251,15 @@ def logits_of(model: LayeredModel, backend: Backend, prompt: torch.Tensor) -> tu
     return output.logits, step.logits, model.head(passed.hidden["text"]["quantized"])
 
 
-def test_products_alone_generate_the_references_bits(host: Kernels):
+@pytest.mark.parametrize("quantizer", [RTN(), RTN(weight_bits=4, group=32)], ids=["int8", "int4"])
+def test_products_alone_generate_the_references_bits(host: Kernels, quantizer: RTN):
     """The whole way of a run, on the host layer in place of a GPU."""
     model = LayeredModel(TinyModel("llama").folder())
     prompt = torch.randint(0, 257, (1, 9))
     backend = CudaBackend("cpu", host)
     backend.fused_kernels = None
-    for got, wanted in zip(
-        logits_of(model, backend, prompt), logits_of(model, ReferenceBackend(), prompt), strict=True
-    ):
+    ours, reference = (logits_of(model, one, prompt, quantizer) for one in (backend, ReferenceBackend()))
+    for got, wanted in zip(ours, reference, strict=True):
         assert_same_bits(got, wanted)
 
 

@@ -15,6 +15,7 @@ from haq_lab.int8.cuda.backend import CudaBackend
 from haq_lab.int8.cuda.kernels import Kernels
 from haq_lab.int8.cuda.launch import Launch
 from haq_lab.int8.linear import Int8Linear, weight_bytes
+from haq_lab.int8.weight_format import INT8, WeightFormat
 from haq_lab.models.experts import Expert, Experts, dispatch, gated_by
 from haq_lab.models.int8_experts import Int8Experts, projections
 from haq_lab.offload.tiers.disk import ExpertFileWriter
@@ -24,23 +25,27 @@ WIDTH, INNER, COUNT = 24, 48, 5  # a width that is padded, an inner one that is 
 SILU = torch.nn.SiLU()  # a module, as transformers' activations are
 
 
+FORMATS = st.sampled_from([INT8, *(WeightFormat(4, group) for group in (None, 64, 32))])
 one_version = pytest.mark.parametrize("host_runner", [80], indirect=True, ids=["sm_80"])
 
 
-def experts(backend: CudaBackend, scheme="token", scales=(0.1,) * COUNT, act_fn=SILU, inner=INNER) -> Int8Experts:
-    """`scales`: of the experts' down projections, where the scheme is static."""
+def experts(
+    backend: CudaBackend, scheme="token", scales=(0.1,) * COUNT, act_fn=SILU, inner=INNER, formats=(INT8, INT8)
+) -> Int8Experts:
+    """`scales`: of the experts' down projections, where the scheme is static. `formats`: of gate/up and of down."""
     generator = torch.Generator().manual_seed(7)
 
-    def linear(rows: int, columns: int, scale: float) -> Int8Linear:
-        levels = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
-        row_scale = 0.01 * torch.rand(rows, generator=generator) + 1e-3
+    def linear(rows: int, columns: int, scale: float, format: WeightFormat = formats[0]) -> Int8Linear:
+        largest = 127 if format.bits == 8 else 7
+        levels = torch.randint(-largest, largest + 1, (rows, columns), dtype=torch.int8, generator=generator)
+        weight_scale = 0.01 * torch.rand(format.scale_shape(rows, columns), generator=generator) + 1e-3
         static = torch.tensor(scale) if scheme == "static" else None
-        return Int8Linear(levels, row_scale.to(backend.device), None, scheme, static, backend)
+        return Int8Linear(levels, weight_scale.to(backend.device), None, scheme, static, backend, format=format)
 
     made = Experts()
     for scale in scales:
         gate_up = linear(inner, WIDTH, 0.02), linear(inner, WIDTH, 0.02)
-        made.append(Expert((*gate_up, linear(WIDTH, inner, scale)), gated_by(act_fn)))
+        made.append(Expert((*gate_up, linear(WIDTH, inner, scale, formats[1])), gated_by(act_fn)))
     quantized = Int8Experts.of(made)
     quantized.swiglu = act_fn is SILU
     return quantized
@@ -87,6 +92,19 @@ def test_the_bits_of_the_loop(host: Kernels, routing, scheme, half):
 
 @one_version
 @settings(max_examples=8)
+@given(routing=routings(), formats=st.tuples(FORMATS, FORMATS), inner=st.sampled_from([48, 96]))
+def test_the_bits_of_the_loop_with_4_bit_weights(host: Kernels, routing, formats, inner):
+    """Of one format in gate and up and of another in down, and with inner widths that are no multiple of a group."""
+    made = experts(CudaBackend("cpu", host), inner=inner, formats=formats)
+    wanted = loop_with_the_kernels_activation(made, host, *routing)
+    assert torch.equal(made(*routing), wanted)
+    grouped = GroupedExperts.of(made)
+    assert torch.equal(grouped(*routing), wanted)
+    assert torch.equal(made(*routing), wanted), "the linears are views now"
+
+
+@one_version
+@settings(max_examples=8)
 @given(routing=routings(), own=st.booleans())
 def test_the_loops_bits_where_no_kernel_computes_the_activation(host: Kernels, routing, own):
     """Another one than SiLU, or scales of each expert's own."""
@@ -109,8 +127,9 @@ def test_torchs_activation_is_met_up_to_its_last_places(host: Kernels):
 
 
 @one_version
-def test_weights_are_held_once_and_the_linears_keep_theirs(host: Kernels):
-    made = experts(CudaBackend("cpu", host))
+@pytest.mark.parametrize("format", [INT8, WeightFormat(4, 32)], ids=["int8", "int4"])
+def test_weights_are_held_once_and_the_linears_keep_theirs(host: Kernels, format: WeightFormat):
+    made = experts(CudaBackend("cpu", host), formats=(format, format))
     size, before = weight_bytes(made), {name: tensor.clone() for name, tensor in made.state_dict().items()}
     grouped = GroupedExperts.of(made)
     assert weight_bytes(grouped) == size
@@ -168,6 +187,10 @@ def test_what_is_not_grouped(host: Kernels, tmp_path: Path):
     assert can_group(experts(backend))
     assert not can_group(experts(backend, "tensor"))
     assert not can_group(experts(backend, inner=40))
+    assert can_group(experts(backend, formats=(WeightFormat(4, 32), INT8)))
+    several = experts(backend)
+    several[1].down_proj.format = WeightFormat(4)  # type: ignore
+    assert not can_group(several), "a format of each projection is one launch"
     mixed = experts(backend)
     mixed[1].down_proj.scheme, mixed[1].down_proj.input_scale = "static", torch.tensor(0.1)  # type: ignore
     assert not can_group(mixed)

@@ -10,10 +10,21 @@ from hypothesis import strategies as st
 from haq_lab.int8.cuda.kernels import Kernels
 from haq_lab.int8.cuda.launch import LARGE, MEDIUM, SMALL, TILES
 
-from .checks import FLOATS, check_dequant, check_grouped, check_product, check_quantize
+from .checks import (
+    FLOATS,
+    FOUR_BIT_TILES,
+    check_dequant,
+    check_grouped,
+    check_grouped4,
+    check_product,
+    check_product4,
+    check_quantize,
+)
 from .host import SCHEDULES, HostRunner, Schedule
 
 SIXTEEN = st.integers(1, 26).map(lambda chunks: 16 * chunks)  # K: below, at and between multiples of a step
+BLOCKS = st.integers(1, 20).map(lambda blocks: 32 * blocks)  # the same for 4-bit weights
+GROUPS = st.sampled_from([32, 64, 128, 10**6])  # the last one is a whole row
 DTYPES = st.sampled_from(FLOATS)
 SEEDS = st.integers(0, 2**31)
 few = settings(max_examples=15, derandomize=True, deadline=None, database=None)
@@ -55,6 +66,13 @@ def test_shared_memory_has_no_bank_conflicts(host: Kernels, host_runner: HostRun
     assert host_runner.counted["bank_conflicts"] == 0
 
 
+@pytest.mark.parametrize("tile", FOUR_BIT_TILES, ids=lambda tile: tile.name)
+def test_packed_weights_in_shared_memory_have_no_bank_conflicts(host: Kernels, host_runner: HostRunner, tile):
+    check_product4(host, tile.rows, tile.columns, 192, torch.float32, group=64, bias=False, seed=2, tile=tile)
+    assert host_runner.counted["matrix_loads"] > 0
+    assert host_runner.counted["bank_conflicts"] == 0
+
+
 @few
 @given(
     m=st.integers(1, 8),
@@ -66,6 +84,37 @@ def test_shared_memory_has_no_bank_conflicts(host: Kernels, host_runner: HostRun
 )
 def test_gemv(host: Kernels, m, n, chunks, dtype, bias, seed):
     check_product(host, m, n, 16 * chunks, dtype, bias=bias, seed=seed, call="gemv")
+
+
+@few
+@given(data=st.data(), seed=SEEDS, schedule=st.sampled_from(SCHEDULES))
+@pytest.mark.parametrize("tile", FOUR_BIT_TILES, ids=lambda tile: tile.name)
+def test_gemm_with_4_bit_weights(host: Kernels, host_runner: HostRunner, tile, data, seed, schedule):
+    host_runner.schedule = schedule
+    m, n = data.draw(st.integers(1, tile.rows + 20)), data.draw(st.integers(1, tile.columns + 20))
+    k, group, bias = data.draw(BLOCKS), data.draw(GROUPS), data.draw(st.booleans())
+    check_product4(host, m, n, k, data.draw(DTYPES), group=group, bias=bias, seed=seed, tile=tile)
+
+
+@few
+@given(m=st.integers(1, 8), n=st.integers(1, 40), k=BLOCKS, group=GROUPS, dtype=DTYPES, bias=st.booleans(), seed=SEEDS)
+def test_gemv_with_4_bit_weights(host: Kernels, m, n, k, group, dtype, bias, seed):
+    check_product4(host, m, n, k, dtype, group=group, bias=bias, seed=seed, call="gemv")
+
+
+@few
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any),
+    n=st.integers(1, 90),
+    k=BLOCKS,
+    group=GROUPS,
+    dtype=DTYPES,
+    bias=st.booleans(),
+    seed=SEEDS,
+    tile=st.sampled_from(FOUR_BIT_TILES),
+)
+def test_grouped_with_4_bit_weights(host: Kernels, counts, n, k, group, dtype, bias, seed, tile):
+    check_grouped4(host, counts, n, k, dtype, group=group, bias=bias, seed=seed, tile=tile)
 
 
 @few

@@ -12,7 +12,7 @@ import torch
 
 from haq_lab.int8.cuda import cupy_runner, device
 from haq_lab.int8.cuda.cupy_runner import CupyRunner, check_architecture, marshal
-from haq_lab.int8.cuda.kernels import Kernels, padded
+from haq_lab.int8.cuda.kernels import Kernels
 from haq_lab.int8.cuda.launch import (
     LARGE,
     MAX_K,
@@ -23,6 +23,7 @@ from haq_lab.int8.cuda.launch import (
     choose_split,
     choose_tile,
     k_part,
+    padded,
     staged_groups,
 )
 from haq_lab.int8.cuda.nvrtc import cubin_file

@@ -13,7 +13,9 @@ from haq_lab.int8.cuda.launch import LARGE, MEDIUM, SMALL, TILES
 from haq_lab.int8.cuda.roofline import (
     Work,
     dequant_work,
+    gemm4_work,
     gemm_work,
+    gemv4_work,
     gemv_work,
     grouped_work,
     least_seconds,
@@ -22,7 +24,7 @@ from haq_lab.int8.cuda.roofline import (
 )
 from haq_lab.utils.errors import UserError
 
-from .checks import check_grouped, check_product
+from .checks import FOUR_BIT_TILES, check_grouped, check_product, check_product4
 from .host import HostRunner
 
 HARDWARE = cited_hardware()
@@ -70,6 +72,23 @@ def test_a_gemv_does_what_the_model_counts(host: Kernels, host_runner: HostRunne
 
 
 @few
+@given(m=st.integers(1, 150), n=st.integers(1, 150), chunks=st.integers(1, 12), tile=st.sampled_from(FOUR_BIT_TILES))
+def test_a_4_bit_gemm_does_what_the_model_counts(host: Kernels, host_runner: HostRunner, m, n, chunks, tile):
+    k = 32 * chunks
+    check_product4(host, m, n, k, torch.float16, group=64, bias=False, seed=0, tile=tile)
+    work = gemm4_work(m, n, k, tile, 64)
+    asynchronous = work.copied if host_runner.architecture >= 80 else 0
+    assert executed(host_runner) == (work.multiplies, asynchronous)
+
+
+@few
+@given(m=st.integers(1, 8), n=st.integers(1, 40), chunks=st.integers(1, 30))
+def test_a_4_bit_gemv_does_what_the_model_counts(host: Kernels, host_runner: HostRunner, m, n, chunks):
+    check_product4(host, m, n, 32 * chunks, torch.float16, group=64, bias=False, seed=0, call="gemv")
+    assert executed(host_runner) == (gemv4_work(m, n, 32 * chunks, 64).multiplies, 0)
+
+
+@few
 @given(
     counts=st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any),
     tile=st.sampled_from((SMALL, MEDIUM)),
@@ -114,6 +133,12 @@ def test_bytes_of_the_calls_that_only_move_data():
     assert quantize_work(2, 64, in_bytes=4, channels=2).memory == 2 * 64 * 5 + 8 + 4 * 128
     assert dequant_work(2, 64).memory == 2 * 64 * 3 + 8
     assert grouped_work([0, 3], 64, 128, SMALL).memory == gemm_work(3, 64, 128, SMALL).memory + 12
+
+
+def test_4_bit_weights_have_half_the_bytes_and_scales_by_group():
+    """3 rows of 96 columns in two groups: 144 bytes, 6 scales, 3 values of bias; 2 rows of x and of float16 outputs."""
+    memory = 2 * 96 + 144 + 4 * (2 + 6 + 3) + 2 * 2 * 3
+    assert gemv4_work(2, 3, 96, 64, bias=True).memory == gemm4_work(2, 3, 96, SMALL, 64, bias=True).memory == memory
 
 
 def test_useful_work_has_no_padding():

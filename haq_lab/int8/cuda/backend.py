@@ -11,9 +11,10 @@ from torch import Tensor
 
 from haq_lab.int8.backend import Backend, PackedLinear
 from haq_lab.int8.cuda import device as cuda_device
+from haq_lab.int8.cuda.four_bit import BLOCK, GEMV_ROWS, pack_blocks, unpack_blocks
 from haq_lab.int8.cuda.gpu_lock import GpuLock
-from haq_lab.int8.cuda.kernels import GEMV_ROWS, K_MULTIPLE, Kernels, aligned, padded
-from haq_lab.int8.cuda.launch import TYPE_NAMES
+from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import K_MULTIPLE, TYPE_NAMES, aligned, padded
 from haq_lab.int8.numerics import ActivationScheme, quantize_activations, scale_of
 from haq_lab.int8.rotation import NO_ROTATION, rotate
 from haq_lab.int8.sequences import Sequences
@@ -80,10 +81,11 @@ class CudaBackend(Backend):
         return cuda_device.describe_gpu(self.device) if self.device.type == "cuda" else None
 
     def pack(self, levels: Tensor, format: WeightFormat = INT8) -> Tensor:
-        return padded(format.stored(levels.to(self.device)))
+        levels = levels.to(self.device)
+        return pack_blocks(levels) if format.bits == 4 else padded(levels)
 
     def unpack(self, packed: Tensor, rows: int, columns: int, format: WeightFormat = INT8) -> Tensor:
-        return format.levels(packed, columns) if format.bits == 4 else packed[:, :columns]
+        return unpack_blocks(packed, columns) if format.bits == 4 else packed[:, :columns]
 
     def dequantize(
         self,
@@ -142,15 +144,18 @@ class CudaBackend(Backend):
         return aligned(scale.to(self.device, torch.float32).reshape(1))
 
     def product(self, qx: Tensor, row_scale: Tensor, weights: PackedLinear, dtype: torch.dtype) -> Tensor:
-        if weights.format.bits == 4:
-            return super().product(qx, row_scale.reshape(-1, 1), weights, dtype)
-        product = self._kernels.gemv if len(qx) <= GEMV_ROWS else self._kernels.gemm
-        scale = aligned(weights.scale.to(self.device))
+        packed, scale = aligned(weights.packed), aligned(weights.scale.to(self.device))
         bias = None if weights.bias is None else aligned(weights.bias.to(self.device, torch.float32))
         # The kernels have no float64 output. Rounded to float32 first, it has the reference's bits.
-        out_dtype = dtype if dtype in TYPE_NAMES else torch.float32
-        output = product(aligned(qx), aligned(weights.packed), aligned(row_scale), scale, bias, out_dtype)
-        return output.to(dtype)
+        out_dtype, row_scale = dtype if dtype in TYPE_NAMES else torch.float32, aligned(row_scale)
+        few = len(qx) <= GEMV_ROWS
+        if weights.format.bits == 8:
+            product = self._kernels.gemv if few else self._kernels.gemm
+            return product(aligned(qx), packed, row_scale, scale, bias, out_dtype).to(dtype)
+        rows, scale = padded(qx, BLOCK), scale.view(-1, weights.rows)
+        product4 = self._kernels.four_bit.gemv if few else self._kernels.four_bit.gemm
+        group = weights.format.group or rows.shape[1]
+        return product4(rows, packed, row_scale, scale, bias, out_dtype, group).to(dtype)
 
 
 def _parse_device(name: str, simulated: bool) -> torch.device:

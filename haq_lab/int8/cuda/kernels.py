@@ -15,61 +15,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from haq_lab.int8.cuda.four_bit import GEMV_ROWS, FourBitKernels
 from haq_lab.int8.cuda.launch import (
-    MAX_K,
     TILES,
-    TYPE_NAMES,
     Launch,
     Run,
     Tile,
     blocks,
+    check,
+    check_k,
     choose_split,
     choose_tile,
     k_part,
+    most_row_tiles,
     staged_groups,
     staged_groups_rotated,
+    type_name,
 )
 from haq_lab.int8.rotation import NO_ROTATION, scale_of_block
 
-ALIGNMENT = 16  # bytes, because the kernels load 16 bytes at once
-K_MULTIPLE = 16
-GEMV_ROWS = 8  # largest number of rows of `gemv`
 WARP_COLUMNS = 256  # largest block that is rotated within a warp; a larger one needs the whole row in shared memory
-
-
-def aligned(x: Tensor) -> Tensor:
-    """Return x, or a copy of it if it is not contiguous or not aligned to 16 bytes."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % ALIGNMENT else x
-
-
-def padded(x: Tensor) -> Tensor:
-    """Return x (..., K), aligned, with zero columns added up to a multiple of 16. This is x itself if nothing changes.
-
-    Example:
-        >>> padded(torch.ones(2, 17)).shape
-        torch.Size([2, 32])
-    """
-    missing = -x.shape[-1] % K_MULTIPLE
-    return aligned(torch.nn.functional.pad(x, (0, missing)) if missing else x)
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} is not {shape} {dtype}.")
-    if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
-        raise ValueError(f"{name} must be contiguous and aligned to {ALIGNMENT} bytes. Use `aligned`.")
-
-
-def _check_k(k: int) -> None:
-    if k % K_MULTIPLE or not 0 < k <= MAX_K:
-        raise ValueError(f"K: {k} is not a multiple of {K_MULTIPLE} of at most {MAX_K}. Use `padded`.")
-
-
-def _type(dtype: torch.dtype) -> str:
-    if dtype not in TYPE_NAMES:
-        raise ValueError(f"{dtype} is not supported. Choose one of {', '.join(map(str, TYPE_NAMES))}.")
-    return TYPE_NAMES[dtype]
 
 
 class Kernels:
@@ -82,6 +47,9 @@ class Kernels:
         architecture: Compute capability of the device, such as 86 for 8.6.
         multiprocessors: Their number on the device. It determines tiles and splits, and never changes a result.
         shared_limit: Largest number of bytes of shared memory per block.
+
+    Attributes:
+        four_bit: The products with 4-bit weights.
     """
 
     def __init__(self, run: Run, *, architecture: int, multiprocessors: int, shared_limit: int) -> None:
@@ -89,6 +57,7 @@ class Kernels:
         self._architecture = architecture
         self._multiprocessors = multiprocessors
         self._shared_limit = shared_limit
+        self.four_bit = FourBitKernels(run, architecture)
 
     def can_rotate(self, k: int, rotation: int) -> bool:
         """Return whether the kernels can rotate rows of k columns in blocks of `rotation` columns."""
@@ -123,7 +92,7 @@ class Kernels:
         Returns:
             int8 (M, K) and float32 scales (M,).
         """
-        _check("weight", weight, (x.shape[1],), torch.float32)
+        check("weight", weight, (x.shape[1],), torch.float32)
         extra = (weight, float(eps))
         return self._quantize("rmsnorm_quantize", x.shape[0], x.shape[1], x, (x, *extra), (), scale, rotation)
 
@@ -137,8 +106,8 @@ class Kernels:
         rotation: int = NO_ROTATION,
     ) -> tuple[Tensor, Tensor]:
         """Apply LayerNorm and quantise. Like `rmsnorm_quantize`, with a float32 `bias` (K,)."""
-        _check("weight", weight, (x.shape[1],), torch.float32)
-        _check("bias", bias, (x.shape[1],), torch.float32)
+        check("weight", weight, (x.shape[1],), torch.float32)
+        check("bias", bias, (x.shape[1],), torch.float32)
         extra = (weight, bias, float(eps))
         return self._quantize("layernorm_quantize", x.shape[0], x.shape[1], x, (x, *extra), (), scale, rotation)
 
@@ -172,12 +141,12 @@ class Kernels:
         scale: Tensor | None,
         rotation: int,
     ) -> tuple[Tensor, Tensor]:
-        _check("x", x, (m, x.shape[1]), x.dtype)
-        _check_k(k)
+        check("x", x, (m, x.shape[1]), x.dtype)
+        check_k(k)
         if k % rotation or not self.can_rotate(k, rotation):
             raise ValueError(f"rotation: the kernels cannot rotate {k} columns in blocks of {rotation}.")
         if scale is not None:
-            _check("scale", scale, (1,), torch.float32)
+            check("scale", scale, (1,), torch.float32)
         q = torch.empty(m, k, dtype=torch.int8, device=x.device)
         scales = torch.empty(m, dtype=torch.float32, device=x.device)
         args: tuple[Tensor | float | None, ...] = (*inputs, scale, q, scales, *strides, k)
@@ -191,7 +160,7 @@ class Kernels:
             staged = 0 if once else staged_groups(k, self._shared_limit)
             args = (*args, staged)
         if m:
-            name = f"{kernel}_{_type(x.dtype)}"
+            name = f"{kernel}_{type_name(x.dtype)}"
             self._run(Launch("quantize", name, (m, 1, 1), 128, 128 + 32 * staged, args))
         return q, scales
 
@@ -224,7 +193,7 @@ class Kernels:
             (M, N) of `out_dtype`.
         """
         m, n, _ = self._check_product(qx, qw, sx, sw, bias)
-        name = _type(out_dtype)
+        name = type_name(out_dtype)
         tile = tile or choose_tile(m, n, self._multiprocessors)
         split = split or choose_split(m, n, qx.shape[1], tile, self._multiprocessors)
         out = torch.empty(m, n, dtype=out_dtype, device=qx.device)
@@ -279,7 +248,7 @@ class Kernels:
         if out.numel():
             rows = next(size for size in (1, 2, 4, 8) if size >= m)
             args = (qx, qw, sx, sw, bias, out, m, n, k)
-            self._run(Launch("gemv", f"gemv_{rows}_{_type(out_dtype)}", (blocks(n, 8), 1, 1), 128, 0, args))
+            self._run(Launch("gemv", f"gemv_{rows}_{type_name(out_dtype)}", (blocks(n, 8), 1, 1), 128, 0, args))
         return out
 
     def grouped(
@@ -310,33 +279,32 @@ class Kernels:
             (T, N) of `out_dtype`, with rows in the order of qx.
         """
         (t, k), (e, n, _) = qx.shape, qw.shape
-        _check_k(k)
-        _check("qx", qx, (t, k), torch.int8)
-        _check("qw", qw, (e, n, k), torch.int8)
-        _check("offsets", offsets, (e + 1,), torch.int32)
-        _check("sx", sx, (t,), torch.float32)
-        _check("sw", sw, (e, n), torch.float32)
+        check_k(k)
+        check("qx", qx, (t, k), torch.int8)
+        check("qw", qw, (e, n, k), torch.int8)
+        check("offsets", offsets, (e + 1,), torch.int32)
+        check("sx", sx, (t,), torch.float32)
+        check("sw", sw, (e, n), torch.float32)
         if bias is not None:
-            _check("bias", bias, (e, n), torch.float32)
+            check("bias", bias, (e, n), torch.float32)
         out = torch.empty(t, n, dtype=out_dtype, device=qx.device)
         if out.numel():
             tile = tile or TILES[2 if t <= 32 * e else 1 if t <= 128 * e else 0]
-            most_tiles = (t + min(e, t) * (tile.rows - 1)) // tile.rows  # if each expert's last tile has a single row
-            grid = (most_tiles, blocks(n, tile.columns), 1)
+            grid = (most_row_tiles(t, e, tile), blocks(n, tile.columns), 1)
             args = (qx, qw, offsets, sx, sw, bias, out, e, n, k)
-            name = f"grouped_{tile.name}_{_type(out_dtype)}"
+            name = f"grouped_{tile.name}_{type_name(out_dtype)}"
             self._run(Launch("grouped", name, grid, tile.threads, tile.shared(self._architecture), args))
         return out
 
     def dequant(self, qw: Tensor, sw: Tensor, out_dtype: torch.dtype) -> Tensor:
         """Dequantise int8 (N, K) with float32 scales (N,). Returns float16 or bfloat16 (N, K)."""
         n, k = qw.shape
-        _check_k(k)
-        _check("qw", qw, (n, k), torch.int8)
-        _check("sw", sw, (n,), torch.float32)
+        check_k(k)
+        check("qw", qw, (n, k), torch.int8)
+        check("sw", sw, (n,), torch.float32)
         out = torch.empty(n, k, dtype=out_dtype, device=qw.device)
         if n:
-            name = f"dequant_{_type(out_dtype)}"
+            name = f"dequant_{type_name(out_dtype)}"
             self._run(Launch("dequant", name, (n, blocks(k, 2048), 1), 128, 0, (qw, sw, out, k)))
         return out
 
@@ -344,10 +312,10 @@ class Kernels:
         self, qx: Tensor, qw: Tensor, sx: Tensor | None, sw: Tensor | None, bias: Tensor | None
     ) -> tuple[int, int, int]:
         (m, k), n = qx.shape, qw.shape[0]
-        _check_k(k)
-        _check("qx", qx, (m, k), torch.int8)
-        _check("qw", qw, (n, k), torch.int8)
+        check_k(k)
+        check("qx", qx, (m, k), torch.int8)
+        check("qw", qw, (n, k), torch.int8)
         for name, tensor, length in (("sx", sx, m), ("sw", sw, n), ("bias", bias, n)):
             if tensor is not None:
-                _check(name, tensor, (length,), torch.float32)
+                check(name, tensor, (length,), torch.float32)
         return m, n, k

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from haq_lab.int8.cuda.sources import module_source
 
-MODULES = ("quantize", "gemm", "gemv", "grouped", "dequant")
+MODULES = ("quantize", "gemm", "gemv", "grouped", "gemm4", "gemv4", "grouped4", "dequant")
 TYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.int32: "i32"}
+ALIGNMENT = 16  # bytes, because the kernels load 16 bytes at once
+K_MULTIPLE = 16
 STEP = 64  # bytes of K per step of the tiled product, as in kernels/tile.cuh
 MAX_K = (2**31 - 1) // 127**2  # 133,144; the sums of a larger K could overflow int32
 
@@ -71,9 +73,10 @@ class Tile:
         """The tile's part of a kernel's name, such as `64x64`."""
         return f"{self.rows}x{self.columns}"
 
-    def shared(self, architecture: int) -> int:
+    def shared(self, architecture: int, weight_bits: int = 8) -> int:
         """Return the bytes of shared memory per block. sm_75 has no cp.async and uses only two buffers."""
-        return (2 if architecture < 80 else self.stages) * (self.rows + self.columns) * STEP
+        stage = (self.rows + self.columns * weight_bits // 8) * STEP
+        return (2 if architecture < 80 else self.stages) * stage
 
 
 LARGE = Tile(128, 128, threads=256, stages=3, min_blocks=2)
@@ -105,6 +108,11 @@ def k_part(k: int, split: int) -> int:
     return blocks(blocks(k, STEP), split) * STEP
 
 
+def most_row_tiles(tokens: int, experts: int, tile: Tile) -> int:
+    """Return how many tiles of rows the experts can need: as if each expert's last tile had a single row."""
+    return (tokens + min(experts, tokens) * (tile.rows - 1)) // tile.rows
+
+
 def staged_groups(k: int, shared_limit: int) -> int:
     """Return how many groups of eight columns of a row fit in shared memory (kernels/quantize.cu)."""
     return min(k // 8, (shared_limit - 128) // 32)
@@ -119,3 +127,41 @@ def staged_groups_rotated(k: int, shared_limit: int) -> int:
 def kernel_names(module: str, folder: Path | None = None) -> list[str]:
     """Return the names of the kernels in `<module>.cu`, from its one-line instantiations."""
     return re.findall(r"^[A-Z_]+_KERNEL\((\w+),", module_source(module, folder), re.MULTILINE)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy of it if it is not contiguous or not aligned to 16 bytes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def padded(x: Tensor, multiple: int = K_MULTIPLE) -> Tensor:
+    """Return x (..., K), aligned, with zero columns up to a multiple. This is x itself if nothing changes.
+
+    Example:
+        >>> padded(torch.ones(2, 17)).shape
+        torch.Size([2, 32])
+    """
+    missing = -x.shape[-1] % multiple
+    return aligned(torch.nn.functional.pad(x, (0, missing)) if missing else x)
+
+
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError if a kernel cannot take this tensor as its argument `name`."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} is not {shape} {dtype}.")
+    if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+        raise ValueError(f"{name} must be contiguous and aligned to {ALIGNMENT} bytes. Use `aligned`.")
+
+
+def check_k(k: int, multiple: int = K_MULTIPLE) -> None:
+    """Raise ValueError if rows of k columns are not padded to the kernels' multiple, or too long."""
+    if k % multiple or not 0 < k <= MAX_K:
+        raise ValueError(f"K: {k} is not a multiple of {multiple} of at most {MAX_K}. Use `padded`.")
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """Return the part of a kernel's name that says its type of floats."""
+    if dtype not in TYPE_NAMES:
+        raise ValueError(f"{dtype} is not supported. Choose one of {', '.join(map(str, TYPE_NAMES))}.")
+    return TYPE_NAMES[dtype]

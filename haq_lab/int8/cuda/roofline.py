@@ -96,6 +96,40 @@ def gemv_work(m: int, n: int, k: int, *, out_bytes: int = 2, bias: bool = False)
     return Work(multiplies=rows * 2 * blocks(n, 2) * k, copied=0, memory=memory)
 
 
+def gemm4_work(m: int, n: int, k: int, tile: Tile, group: int, *, out_bytes: int = 2, bias: bool = False) -> Work:
+    """Count the work of kernels/gemm4.cu: that of `gemm_work` with half the bytes of weights, and scales by group.
+
+    Args:
+        m: Rows of activations.
+        n: Rows of weights.
+        k: Columns of both, a multiple of 32. No more are multiplied.
+        tile: The tile of a block.
+        group: Columns that share a scale.
+        out_bytes: Bytes per output value.
+        bias: Whether there is a bias.
+    """
+    tiles_m, tiles_n = blocks(m, tile.rows), blocks(n, tile.columns)
+    return Work(
+        multiplies=tiles_m * tiles_n * tile.rows * tile.columns * k,
+        copied=tiles_n * m * k + tiles_m * n * k // 2,
+        memory=_memory4(m, n, k, group, out_bytes, bias),
+    )
+
+
+def gemv4_work(m: int, n: int, k: int, group: int, *, out_bytes: int = 2, bias: bool = False) -> Work:
+    """Count the work of kernels/gemv4.cu: 16 columns of a block times 1, 2, 4 or 8 rows, without shared memory.
+
+    Arguments are those of `gemm4_work`.
+    """
+    rows = next(size for size in (1, 2, 4, 8) if size >= m)
+    return Work(rows * 16 * blocks(n, 16) * k, 0, _memory4(m, n, k, group, out_bytes, bias))
+
+
+def _memory4(m: int, n: int, k: int, group: int, out_bytes: int, bias: bool) -> int:
+    scales = 4 * (m + n * blocks(k, group) + (n if bias else 0))
+    return m * k + n * k // 2 + scales + out_bytes * m * n
+
+
 def grouped_work(counts: Sequence[int], n: int, k: int, tile: Tile, *, out_bytes: int = 2, bias: bool = False) -> Work:
     """Count the work of kernels/grouped.cu. The weights of experts without tokens are not read.
 

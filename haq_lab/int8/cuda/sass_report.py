@@ -48,6 +48,7 @@ FUNCTION = re.compile(
 USAGE = re.compile(r"Function (\w+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 SECTION = re.compile(r"^//-+ \.text\.(\w+)\s+-+\n(.*?)(?=^//-+ \.|\Z)", re.DOTALL | re.MULTILINE)
 SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+FOUR_BIT = re.compile(r"\w+4_")  # kernels that unpack 4-bit weights
 # Instructions that PTX must not contain: they change the arithmetic, or hide which memory a pointer refers to.
 FORBIDDEN = {
     "approximate arithmetic": re.compile(r"\.approx|div\.full|\.ftz"),
@@ -151,7 +152,7 @@ def shared_bytes(kernel: str, architecture: int) -> int:
     """Return the dynamic shared memory that the launcher requests, in row kernels for 1,024 columns."""
     tile = next((tile for tile in TILES if f"_{tile.name}_" in kernel), None)
     if tile:
-        return tile.shared(architecture)
+        return tile.shared(architecture, 4 if FOUR_BIT.match(kernel) else 8)
     return 128 + 32 * 128 if "quantize" in kernel else 0
 
 
@@ -200,9 +201,9 @@ def complaints(code: KernelCode) -> list[str]:
 
 def required(code: KernelCode) -> list[str]:
     """Return the columns of the instructions that a fast kernel of this kind must use."""
-    if code.kernel.startswith(("gemm_", "grouped_")):
+    if code.kernel.startswith(("gemm", "grouped")):
         return ["imma", "ldsm", *(["ldgsts"] if code.architecture >= 80 else [])]
-    if code.kernel.startswith("gemv_"):
+    if code.kernel.startswith("gemv"):
         return ["dp4a", "wide_loads"]
     return ["wide_loads"] if code.kernel.startswith("dequant") or "quantize" in code.kernel else []
 
