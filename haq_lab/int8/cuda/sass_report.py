@@ -48,7 +48,7 @@ FUNCTION = re.compile(
 USAGE = re.compile(r"Function (\w+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 SECTION = re.compile(r"^//-+ \.text\.(\w+)\s+-+\n(.*?)(?=^//-+ \.|\Z)", re.DOTALL | re.MULTILINE)
 SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-FOUR_BIT = re.compile(r"\w+4_")  # kernels that unpack 4-bit weights
+FOUR_BIT = re.compile(r"[a-z]+4_")  # kernels that unpack 4-bit weights
 # Instructions that PTX must not contain: they change the arithmetic, or hide which memory a pointer refers to.
 FORBIDDEN = {
     "approximate arithmetic": re.compile(r"\.approx|div\.full|\.ftz"),
