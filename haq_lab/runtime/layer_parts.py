@@ -214,7 +214,8 @@ def _shared_gate(layer: nn.Module, group: Group, moe: Moe) -> int | None:
     if not gates:
         return None
     gate: Any = layer.get_submodule(gates[0])
-    shape = 1, layer.get_submodule(group.source or "").weight.numel()
+    norm: Any = layer.get_submodule(group.source or "")
+    shape = 1, norm.weight.numel()
     if gate.weight.dtype != torch.float32 or gate.weight.shape != shape or gate.bias is not None:
         raise UnsupportedLayerError(f"{gates[0]} is not one float32 product without a bias")
     return int(gate.weight.data_ptr())
