@@ -26,8 +26,8 @@ from torch import Tensor
 
 from haq_lab.hardware.spec import Hardware, load_hardware
 from haq_lab.int8.cuda import device as cuda_device
-from haq_lab.int8.cuda.four_bit import GEMV_ROWS
 from haq_lab.int8.cuda.kernels import Kernels
+from haq_lab.int8.cuda.launch import GEMV_ROWS
 from haq_lab.int8.cuda.roofline import least_seconds, useful_work
 from haq_lab.utils.errors import UserError
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,10 @@ def check_quantize(
     assert_same_bits(actual[0].cpu(), q)
 
 
+def _on_cpu(*values: Any) -> list[Any]:
+    return [value.cpu() if isinstance(value, Tensor) else value for value in values]
+
+
 def check_product(
     kernels: Kernels,
     m: int,
@@ -117,7 +122,7 @@ def check_product(
             actual = kernels.gemv(qx, qw, sx, sw, b, dtype)
         else:
             actual = kernels.gemm(qx, qw, sx, sw, b, dtype, tile=tile, split=split)
-        on_cpu = (qx.cpu(), qw.cpu(), sx.cpu(), sw.cpu(), None if b is None else b.cpu())
+        on_cpu = _on_cpu(qx, qw, sx, sw, b)
         expected = reference.product(*on_cpu, dtype)
     assert_same_bits(actual.cpu(), expected)
 
@@ -142,7 +147,7 @@ def check_grouped(
     b = draw.normal(e, n) if bias else None
     at = torch.tensor(offsets, dtype=torch.int32, device=device)
     actual = kernels.grouped(qx, qw, at, sx, sw, b, dtype, tile=tile)
-    on_cpu = (qx.cpu(), qw.cpu(), offsets, sx.cpu(), sw.cpu(), None if b is None else b.cpu())
+    on_cpu = _on_cpu(qx, qw, offsets, sx, sw, b)
     assert_same_bits(actual.cpu(), reference.grouped(*on_cpu, dtype))
 
 
@@ -166,7 +171,7 @@ def check_product4(
     b = draw.normal(n) if bias else None
     arguments = (qx, pack_blocks(levels), sx, sw, b, dtype, group)
     actual = kernels.four_bit.gemv(*arguments) if call == "gemv" else kernels.four_bit.gemm(*arguments, tile=tile)
-    on_cpu = (qx.cpu(), levels.cpu(), sx.cpu(), sw.cpu(), None if b is None else b.cpu())
+    on_cpu = _on_cpu(qx, levels, sx, sw, b)
     assert_same_bits(actual.cpu(), reference.product4(*on_cpu, dtype, group))
 
 
@@ -192,7 +197,7 @@ def check_grouped4(
     at = torch.tensor(offsets, dtype=torch.int32, device=device)
     packed = pack_blocks(levels.flatten(0, 1)).view(e, n, -1)
     actual = kernels.four_bit.grouped(qx, packed, at, sx, sw, b, dtype, group, tile=tile)
-    on_cpu = (qx.cpu(), levels.cpu(), offsets, sx.cpu(), sw.cpu(), None if b is None else b.cpu())
+    on_cpu = _on_cpu(qx, levels, offsets, sx, sw, b)
     product = partial(reference.product4, group=group)
     assert_same_bits(actual.cpu(), reference.grouped(*on_cpu, dtype, product))
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from haq_lab.int8.backend import Backend, PackedLinear
 from haq_lab.int8.cuda import device as cuda_device
-from haq_lab.int8.cuda.four_bit import BLOCK, GEMV_ROWS, pack_blocks, unpack_blocks
+from haq_lab.int8.cuda.four_bit import BLOCK, pack_blocks, unpack_blocks
 from haq_lab.int8.cuda.gpu_lock import GpuLock
 from haq_lab.int8.cuda.kernels import Kernels
-from haq_lab.int8.cuda.launch import K_MULTIPLE, TYPE_NAMES, aligned, padded
+from haq_lab.int8.cuda.launch import GEMV_ROWS, K_MULTIPLE, TYPE_NAMES, aligned, padded
 from haq_lab.int8.numerics import ActivationScheme, quantize_activations, scale_of
 from haq_lab.int8.rotation import NO_ROTATION, rotate
 from haq_lab.int8.sequences import Sequences

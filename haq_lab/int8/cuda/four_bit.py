@@ -22,6 +22,7 @@ from haq_lab.int8.cuda.launch import (
     blocks,
     check,
     check_k,
+    gemv_rows,
     most_row_tiles,
     padded,
     type_name,
@@ -29,7 +30,6 @@ from haq_lab.int8.cuda.launch import (
 from haq_lab.int8.weight_format import GROUPS
 
 BLOCK = 32  # columns
-GEMV_ROWS = 8  # largest number of rows of `gemv`
 
 
 def pack_blocks(levels: Tensor) -> Tensor:
@@ -74,11 +74,9 @@ class FourBitKernels:
     ) -> Tensor:
         """Compute the same as `gemm` for at most eight rows. It is limited by the bandwidth of reading the weights."""
         m, n, k = _check_product(qx, packed, sx, sw, bias, group)
-        if m > GEMV_ROWS:
-            raise ValueError(f"gemv takes at most {GEMV_ROWS} rows, not {m}. Use gemm.")
+        rows = gemv_rows(m)
         out = torch.empty(m, n, dtype=out_dtype, device=qx.device)
         if out.numel():
-            rows = next(size for size in (1, 2, 4, 8) if size >= m)
             args = (qx, packed, sx, sw, bias, out, m, n, k, min(group, k))
             self._run(Launch("gemv4", f"gemv4_{rows}_{type_name(out_dtype)}", (blocks(n, 16), 1, 1), 128, 0, args))
         return out

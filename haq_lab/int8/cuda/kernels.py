@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haq_lab.int8.cuda.four_bit import GEMV_ROWS, FourBitKernels
+from haq_lab.int8.cuda.four_bit import FourBitKernels
 from haq_lab.int8.cuda.launch import (
     TILES,
     Launch,
@@ -26,6 +26,7 @@ from haq_lab.int8.cuda.launch import (
     check_k,
     choose_split,
     choose_tile,
+    gemv_rows,
     k_part,
     most_row_tiles,
     staged_groups,
@@ -242,11 +243,9 @@ class Kernels:
     ) -> Tensor:
         """Compute the same as `gemm` for at most eight rows. It is limited by the bandwidth of reading the weights."""
         m, n, k = self._check_product(qx, qw, sx, sw, bias)
-        if m > GEMV_ROWS:
-            raise ValueError(f"gemv takes at most {GEMV_ROWS} rows, not {m}. Use gemm.")
+        rows = gemv_rows(m)
         out = torch.empty(m, n, dtype=out_dtype, device=qx.device)
         if out.numel():
-            rows = next(size for size in (1, 2, 4, 8) if size >= m)
             args = (qx, qw, sx, sw, bias, out, m, n, k)
             self._run(Launch("gemv", f"gemv_{rows}_{type_name(out_dtype)}", (blocks(n, 8), 1, 1), 128, 0, args))
         return out

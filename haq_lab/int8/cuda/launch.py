@@ -21,6 +21,7 @@ TYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"
 ALIGNMENT = 16  # bytes, because the kernels load 16 bytes at once
 K_MULTIPLE = 16
 STEP = 64  # bytes of K per step of the tiled product, as in kernels/tile.cuh
+GEMV_ROWS = 8  # largest number of rows of a gemv kernel
 MAX_K = (2**31 - 1) // 127**2  # 133,144; the sums of a larger K could overflow int32
 
 Argument = Tensor | int | float | None  # passed as pointer, int32, float32 or null pointer
@@ -88,6 +89,18 @@ TILES = (LARGE, MEDIUM, SMALL)
 def blocks(length: int, size: int) -> int:
     """Return how many blocks of `size` cover `length`."""
     return -(-length // size)
+
+
+def gemv_rows(m: int) -> int:
+    """Return for how many rows the gemv kernel for m rows is compiled: 1, 2, 4 or 8. ValueError if m is larger.
+
+    Example:
+        >>> gemv_rows(3)
+        4
+    """
+    if m > GEMV_ROWS:
+        raise ValueError(f"gemv takes at most {GEMV_ROWS} rows, not {m}. Use gemm.")
+    return next(size for size in (1, 2, 4, GEMV_ROWS) if size >= m)
 
 
 def choose_tile(m: int, n: int, multiprocessors: int) -> Tile:
