@@ -109,6 +109,9 @@ def _row(kind: str, folder: Path) -> tuple[str, ...]:
 def _share(kind: str) -> float:
     """Return the share of quantised weights in a model of transformers' default size for this architecture."""
     config = AutoConfig.for_model(kind)
+    row = next(family for family in FAMILIES if family.model_type == kind)
+    for field, values in row.unsupported(config):
+        setattr(config, field, values[0])
     if getattr(config, "layer_types", ()) is None:  # the default config builds no model without them
         config.layer_types = tiny_fields(kind, config.num_hidden_layers, 64)["layer_types"]
     with torch.device("meta"):

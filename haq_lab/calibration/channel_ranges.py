@@ -34,7 +34,12 @@ class Ranges:
         return [site for site, layers in pairs.items() if not all(torch.equal(*pair) for pair in layers)]
 
     def add(self, site: str, before: Tensor, after: Tensor) -> None:
-        """Add the maxima (k,) of the next layer at a site, before and after smoothing."""
+        """Add the maxima (k,) of the next layer at a site, before and after smoothing.
+
+        Layers with another k than the site's first layer, as Gemma 4 has, are kept under a name of their own.
+        """
+        if site in self.before and len(self.before[site][0]) != len(before):
+            site = f"{site} ({len(before)} channels)"
         self.before.setdefault(site, []).append(before.clone())
         self.after.setdefault(site, []).append(after.clone())
 

@@ -33,7 +33,7 @@ from haq_lab.models.checkpoint_reader import Weights
 from haq_lab.models.embeddings import keep_stored_type, table_names
 from haq_lab.models.experts import Experts, split_fused
 from haq_lab.models.families.family import WRAPPED, Family, Group, Moe
-from haq_lab.models.families.layer_kinds import LayerKinds, empty_model
+from haq_lab.models.families.layer_kinds import LayerKinds, empty_model, set_depth
 from haq_lab.models.families.lookup import GENERIC, check_model_type, text_config_of
 from haq_lab.models.families.recorder import Recorder
 from haq_lab.models.families.stored_forms import in_module_form
@@ -110,7 +110,7 @@ class LayeredModel:
             shell = empty_model(self.config, 0, self.dtype).eval()
         self.config._attn_implementation = shell.config._attn_implementation
         self.config._experts_implementation = shell.config._experts_implementation  # of experts that stay fused
-        shell.config.num_hidden_layers = self.depth
+        set_depth(shell, self.depth)
         self.recorders = [Recorder() for _ in range(self.depth)]
         shell.set_submodule(self.family.layers, nn.ModuleList(self.recorders))
         tables = table_names(shell)

@@ -56,10 +56,10 @@ def deploy(
     move_to_huge_pages(layers)
     parts: list[LayerParts | None] = []
     reasons: dict[int, str] = {}
-    reproduced: set[Hashable] = set()
+    pairs: dict[Hashable, bool] = {}
     for index, layer in enumerate(layers):
         try:
-            parts.append(_native_parts(layer, index, model, reproduced))
+            parts.append(_native_parts(layer, index, model, pairs))
         except UnsupportedLayerError as error:
             parts.append(None)
             reasons[index] = str(error)
@@ -72,23 +72,28 @@ def deploy(
     return whole
 
 
-def _native_parts(layer: nn.Module, index: int, model: LayeredModel, reproduced: set[Hashable]) -> LayerParts:
+def _native_parts(layer: nn.Module, index: int, model: LayeredModel, pairs: dict[Hashable, bool]) -> LayerParts:
     """Describe a layer to the native decoder.
 
     Args:
         layer: The decoder layer.
         index: Its index.
         model: The model's description.
-        reproduced: Computation keys of the layers that the decoder reproduces. Layers with these keys are not run.
+        pairs: `LayerParts.pairs` of the layers that the decoder reproduces, by computation key. Layers with these keys
+            are not run.
 
     Raises:
         UnsupportedLayerError: The decoder cannot reproduce the layer.
     """
     parts, key = LayerParts.of(layer, model.groups_of(index), model.family), computation_key(layer)
-    if key not in reproduced and not make_stack([layer], [parts], 0, model.family.moe).reproduces_its_layers():
-        raise UnsupportedLayerError("the native kernels do not reproduce its output")
-    reproduced.add(key)
-    return parts
+    if key in pairs:
+        parts.pairs = pairs[key]
+        return parts
+    for parts.pairs in (False, True):
+        if make_stack([layer], [parts], 0, model.family.moe).reproduces_its_layers():
+            pairs[key] = bool(parts.pairs)
+            return parts
+    raise UnsupportedLayerError("the native kernels do not reproduce its output")
 
 
 def _refuse_some_windows(parts: list[LayerParts | None], reasons: dict[int, str]) -> None:

@@ -26,7 +26,7 @@ from haq_lab.runtime.native_router import NativeRouter, RouterParts
 _I64, _F32, _PTR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 # Of a layer: before the two halves, after them, and of queries and keys.
 NORMS = ("attention", "mlp", "attention_output", "mlp_output", "queries", "keys")
-# Of the MLP's gate, in the order of `Activation` of kernels/cpu/kernels.h.
+# Of the MLP, in the order of `Activation` of kernels/cpu/kernels.h.
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, partial(F.gelu, approximate="tanh"))
 
 
@@ -122,13 +122,17 @@ class LayerParts(ctypes.Structure):
     Attributes:
         norms: The tensors of the norms, which must live as long as the structure is used.
         has_experts: Whether the layer is a Mixture of Experts, native or not.
+        pairs: Whether the rotary embedding turns neighbouring channels. `of` sets it to False; the layer says nothing
+            about it, so it has to be tried.
     """
 
     _fields_ = [
-        *((name, _I64) for name in ("heads", "kv_heads", "head_dim", "window", "rotary", "activation")),
+        *((name, _I64) for name in ("heads", "kv_heads", "head_dim", "window", "rotary", "pairs", "activation")),
         *((name, _F32) for name in ("scaling", "soft_cap", "residual")),
         *((name, NormParts) for name in NORMS),
-        *((name, LinearParts) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, LinearParts) for name in ("qkv", "output")),
+        ("sinks", _PTR),
+        *((name, LinearParts) for name in ("gate_up", "down")),
         ("shared_gate", _PTR),
         ("moe", MoeParts),
     ]
@@ -173,6 +177,7 @@ class LayerParts(ctypes.Structure):
             soft_cap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
             residual=residual,
             **{name: NormParts.of(norm) for name, norm in norms.items()},
+            sinks=_sinks(attention, heads),
             **dict(zip(("qkv", "output", "gate_up", "down"), map(LinearParts.of, linears), strict=False)),
             shared_gate=moe and _shared_gate(layer, inputs[1], moe),
             moe=moe_parts or MoeParts(),
@@ -282,8 +287,8 @@ def _find_products(layer: nn.Module, inputs: Sequence[Group], outputs: Sequence[
         if len(merged) != 1 or None in merged:
             raise UnsupportedLayerError(f"{', '.join(names)} cannot be merged into one product")
         products += [merged.pop(), layer.get_submodule(output.consumers[0])]
-    if len(products) > 2 and products[2].out_features != 2 * products[3].in_features:
-        raise UnsupportedLayerError("its MLP has no gate")
+    if len(products) > 2 and products[2].out_features not in (products[3].in_features, 2 * products[3].in_features):
+        raise UnsupportedLayerError("its MLP is not two or three linears")
     return products
 
 
@@ -309,6 +314,16 @@ def _rotary(attention: Any) -> int:
     rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
     share = rope.get("partial_rotary_factor", 1.0) if getattr(attention, "use_rope", True) else 0
     return int(attention.head_dim * share)  # as transformers rounds it
+
+
+def _sinks(attention: Any, heads: int) -> int | None:
+    """Return the address of the sinks (heads,), or None if the attention has none."""
+    sinks = getattr(attention, "sinks", None)
+    if sinks is None:
+        return None
+    if sinks.dtype != torch.float32 or sinks.shape != (heads,):
+        raise UnsupportedLayerError("its attention's sinks are not one float32 number for each head")
+    return int(sinks.data_ptr())
 
 
 def _activation(layer: nn.Module, down: Group) -> int:

@@ -92,7 +92,7 @@ class NativeStack(nn.Module):
         Args:
             hidden: Hidden states (b, t, d).
             attention_mask: As transformers passes it to a decoder layer.
-            position_embeddings: Cosines and sines, each (b or 1, t, rotated channels of a head).
+            position_embeddings: Cosines and sines, as for `step`.
             cache: The model's KV cache, or None.
             others: Further arguments for the original layers.
 
@@ -150,8 +150,9 @@ class NativeStack(nn.Module):
 
         Args:
             hidden: Hidden states of t new positions, (b, t, d) float32.
-            cosines: Of their rotary positions, (b or 1, t, rotated channels of a head).
-            sines: Of their rotary positions, (b or 1, t, rotated channels of a head).
+            cosines: Of their rotary positions, (b or 1, t, rotated channels of a head, or half of them if both halves
+                are equal).
+            sines: As `cosines`.
             kv: KV cache of the positions before them. It grows by t.
             tokens: Which positions, with those in the cache, are tokens and not padding, bool (b, length). None if
                 there is no padding.
@@ -164,6 +165,8 @@ class NativeStack(nn.Module):
         """
         batch, length, _ = hidden.shape
         out = hidden.clone(memory_format=torch.contiguous_format)
+        if cosines.shape[-1] < self.rotary:  # both halves of a head turn by these angles
+            cosines, sines = torch.cat((cosines, cosines), dim=-1), torch.cat((sines, sines), dim=-1)
         # The kernels expect rows of head_dim numbers, whose last ones they do not read if a part is rotated.
         cosines, sines = (F.pad(x, (0, self.head_dim - self.rotary)) for x in (cosines, sines))
         cosines, sines = (x.expand(batch, -1, -1).contiguous() for x in (cosines, sines))
@@ -196,16 +199,19 @@ class NativeStack(nn.Module):
     def reproduces_its_layers(self) -> bool:
         """Return whether the stack's output equals the layers' own, for a prompt and one token after it."""
         # One rounding difference in an early key affects all later tokens, so one probe of several must agree.
-        try:
-            return any(bool(self._errors(seed).median() <= TOLERANCE) for seed in range(PROBES))
-        except (TypeError, RuntimeError, ValueError):  # the layer takes other arguments
-            return False
+        for copies in (2, 1):  # of each angle in the position embeddings that the layer takes
+            try:
+                if any(bool(self._errors(seed, copies).median() <= TOLERANCE) for seed in range(PROBES)):
+                    return True
+            except (TypeError, RuntimeError, ValueError):  # the layer takes other arguments
+                continue
+        return False
 
-    def _errors(self, seed: int) -> Tensor:
+    def _errors(self, seed: int, copies: int) -> Tensor:
         """Return the error of each random token, as a share of what the original layers add to it."""
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.randn(1, PROBE_TOKENS, self.width, generator=generator)
-        angles = torch.randn(1, PROBE_TOKENS, self.rotary // 2, generator=generator).repeat(1, 1, 2)
+        angles = torch.randn(1, PROBE_TOKENS, self.rotary // 2, generator=generator).repeat(1, 1, copies)
         cosines, sines = angles.cos(), angles.sin()
         wanted, mask = hidden.clone(), self._probe_mask()
         for layer in self.layers:
@@ -257,7 +263,7 @@ class MoeStack(NativeStack):
             _, weights, chosen = self.moe.router_of(layer)(normed[0])
             hidden += self._parts[index].residual * layer.get_submodule(self.moe.experts)(normed[0], chosen, weights)
 
-    def _errors(self, seed: int) -> Tensor:
+    def _errors(self, seed: int, copies: int) -> Tensor:
         """Return the errors of the layers' outputs and of the experts' inputs, whichever is larger.
 
         The experts themselves are not run: they are the same modules, and may not be in memory. In their place the
@@ -267,7 +273,7 @@ class MoeStack(NativeStack):
         errors = torch.zeros(PROBE_TOKENS)
         for factor in (0.0, 1.0):
             with self._recorded_experts(factor) as recorders:
-                errors = torch.maximum(errors, super()._errors(seed))
+                errors = torch.maximum(errors, super()._errors(seed, copies))
             for wanted, *got in (recorder.inputs for recorder in recorders):
                 error = (torch.cat(got) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
                 errors = torch.maximum(errors, error)
@@ -295,8 +301,8 @@ def _check_call(
         raise UnsupportedCallError(f"the hidden states are {hidden.dtype}, not float32")
     if position_embeddings is None:
         raise UnsupportedCallError("there are no rotary position embeddings")
-    if isinstance(position_embeddings, Tensor) or position_embeddings[0].shape[-1] != rotary:
-        raise UnsupportedCallError(f"the rotary position embeddings are not {rotary} channels wide")
+    if isinstance(position_embeddings, Tensor) or position_embeddings[0].shape[-1] not in (rotary, rotary // 2):
+        raise UnsupportedCallError(f"the rotary position embeddings are not {rotary} or {rotary // 2} channels wide")
     if kv is None:
         raise UnsupportedCallError("the KV cache is not a DynamicCache, or an earlier call has filled it")
     if kv.stored and len(kv.stored) != len(hidden):

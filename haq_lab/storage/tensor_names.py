@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 
 
 def expert_of(name: str) -> int | None:

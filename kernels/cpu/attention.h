@@ -41,9 +41,18 @@ HAQ_TARGET void layer_norm(const float* x, const float* weight, const float* bia
   for (int64_t j = 0; j < k; ++j) out[j] = weight[j] * ((x[j] - mean) * factor) + bias[j];
 }
 
-// Rotary embedding in place: x * cos + (-second half, first half) * sin.
-HAQ_TARGET void rotate(float* x, const float* __restrict cosines, const float* __restrict sines, int64_t d) {
+// Rotary embedding in place. Value i turns with value i + d / 2: x * cos + (-second half, first half) * sin. If `pairs`,
+// value 2 i turns with value 2 i + 1, both by the angle of i.
+HAQ_TARGET void rotate(float* x, const float* __restrict cosines, const float* __restrict sines, int64_t d, bool pairs) {
   const int64_t half = d / 2;
+  if (pairs) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = a * cosines[i] - b * sines[i];
+      x[2 * i + 1] = b * cosines[i] + a * sines[i];
+    }
+    return;
+  }
   float* __restrict low = x;
   float* __restrict high = x + half;
   for (int64_t i = 0; i < half; ++i) {
@@ -139,18 +148,18 @@ HAQ_TARGET inline Vec vec_exp(Vec x) {
   return vec_mul(p, vec_power_of_two(shifted));
 }
 
-// silu(gate) * up
+// silu(gate) * up, or silu(gate) if `up` is null
 HAQ_TARGET void silu_up(const float* gate, const float* up, int64_t n, float* out) {
   const Vec one = vec_set(1.0f), minus = vec_set(-1.0f);
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const Vec g = vec_load(gate + i), divisor = vec_add(one, vec_exp(vec_mul(g, minus)));
-    vec_store(out + i, vec_mul(vec_div(g, divisor), vec_load(up + i)));
+    vec_store(out + i, vec_mul(vec_div(g, divisor), up ? vec_load(up + i) : one));
   }
-  for (; i < n; ++i) out[i] = gate[i] / (1.0f + exp_poly(-gate[i])) * up[i];
+  for (; i < n; ++i) out[i] = gate[i] / (1.0f + exp_poly(-gate[i])) * (up ? up[i] : 1.0f);
 }
 
-// gelu(gate) * up, where gelu(x) = x / 2 * (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / pi) * (x + 0.044715 x^3)
+// gelu(gate) * up, or gelu(gate) if `up` is null, where gelu(x) = x / 2 * (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / pi) * (x + 0.044715 x^3)
 HAQ_TARGET void gelu_up(const float* gate, const float* up, int64_t n, float* out) {
   constexpr float linear = -1.5957691216057308f, cubic = linear * 0.044715f; // of -2 y
   const Vec one = vec_set(1.0f);
@@ -159,11 +168,11 @@ HAQ_TARGET void gelu_up(const float* gate, const float* up, int64_t n, float* ou
     const Vec g = vec_load(gate + i);
     const Vec factor = vec_fma(vec_mul(g, g), vec_set(cubic), vec_set(linear));
     const Vec divisor = vec_add(one, vec_exp(vec_mul(g, factor)));
-    vec_store(out + i, vec_mul(vec_div(g, divisor), vec_load(up + i)));
+    vec_store(out + i, vec_mul(vec_div(g, divisor), up ? vec_load(up + i) : one));
   }
   for (; i < n; ++i) {
     const float g = gate[i];
-    out[i] = g / (1.0f + exp_poly(g * (g * g * cubic + linear))) * up[i];
+    out[i] = g / (1.0f + exp_poly(g * (g * g * cubic + linear))) * (up ? up[i] : 1.0f);
   }
 }
 
@@ -180,14 +189,16 @@ HAQ_TARGET void cap_scores(float* scores, int64_t width, float scaling, float ca
   }
 }
 
-// exp(scaling * (score - maximum)) over the scores from `unseen` to `seen`, and zeros elsewhere up to `width`; returns
-// 1 / their sum.
-HAQ_TARGET float soften(float* scores, int64_t unseen, int64_t seen, int64_t width, float scaling) {
+// exp(scaling * score - maximum) over the scores from `unseen` to `seen`, and zeros elsewhere up to `width`; returns
+// 1 / their sum. The sink, unless null, is one more scaled score of the maximum and the sum.
+HAQ_TARGET float soften(float* scores, int64_t unseen, int64_t seen, int64_t width, float scaling, const float* sink) {
   for (int64_t i = 0; i < unseen; ++i) scores[i] = -std::numeric_limits<float>::infinity();
   for (int64_t i = seen; i < width; ++i) scores[i] = -std::numeric_limits<float>::infinity();
   Vec most = vec_load(scores);
   for (int64_t i = 16; i < width; i += 16) most = vec_max(most, vec_load(scores + i));
-  const Vec factor = vec_set(scaling), shift = vec_set(-vec_most(most) * scaling);
+  float maximum = vec_most(most) * scaling;
+  if (sink && *sink > maximum) maximum = *sink;
+  const Vec factor = vec_set(scaling), shift = vec_set(-maximum);
   Vec sums = vec_set(0.0f); // of which the largest is 1, so that the exp(-87) of unseen ones add nothing
   for (int64_t i = 0; i < width; i += 16) {
     const Vec weights = vec_exp(vec_fma(vec_load(scores + i), factor, shift));
@@ -196,7 +207,7 @@ HAQ_TARGET float soften(float* scores, int64_t unseen, int64_t seen, int64_t wid
   }
   for (int64_t i = 0; i < unseen; ++i) scores[i] = 0.0f;
   for (int64_t i = seen; i < width; ++i) scores[i] = 0.0f;
-  return 1.0f / vec_sum(sums);
+  return 1.0f / (vec_sum(sums) + (sink ? exp_poly(*sink - maximum) : 0.0f));
 }
 
 template <int R, int V>
@@ -220,7 +231,8 @@ HAQ_TARGET void attend(const Attention& given) {
     float* scores = a.scores + r * a.score_stride;
     const int64_t seen = a.seen + r * a.more_seen, unseen = seen > a.window ? seen - a.window : 0;
     if (a.soft_cap != 0.0f) cap_scores(scores, width, a.scaling, a.soft_cap);
-    factor[r] = soften(scores, unseen, seen, width, a.soft_cap != 0.0f ? 1.0f : a.scaling);
+    const float* sink = a.sinks ? a.sinks + r * a.sink_stride : nullptr;
+    factor[r] = soften(scores, unseen, seen, width, a.soft_cap != 0.0f ? 1.0f : a.scaling, sink);
   }
   float block[kAttendRows * kPanel];
   for (int64_t c = 0; c < d; c += kPanel) {

@@ -79,7 +79,7 @@ void remember(const Step& s, const Piece& piece, float* qkv) {
     if (l.queries.gain) normalize(s, l.queries, row, l.heads * d, row);
     if (l.keys.gain) normalize(s, l.keys, row + l.heads * d, l.kv_heads * d, row + l.heads * d);
     for (int64_t h = 0; l.rotary && h < l.heads + l.kv_heads; ++h)
-      s.isa.rotate(row + h * d, s.cosines + t * d, s.sines + t * d, l.rotary);
+      s.isa.rotate(row + h * d, s.cosines + t * d, s.sines + t * d, l.rotary, l.pairs != 0);
     for (int64_t h = 0; h < l.kv_heads; ++h) {
       const float* key = row + (l.heads + h) * d;
       const int64_t start = (piece.sequence * l.kv_heads + h) * s.kv.capacity; // of the head's positions
@@ -123,6 +123,8 @@ void attend_unit(const Step& s, const Piece& piece, int64_t unit, const float* q
   a.window = l.window > 0 ? l.window : most;
   a.scaling = l.scaling;
   a.soft_cap = l.soft_cap;
+  a.sinks = l.sinks ? l.sinks + (one ? head + first : head) : nullptr;
+  a.sink_stride = one ? 1 : 0;
   a.scores = score_scratch.floats(kAttendRows * most);
   a.score_stride = most;
   a.out = out + row * out_width + (one ? head + first : head) * d;
@@ -171,8 +173,9 @@ float* mlp(const Step& s, const float* x) {
   float* narrow = narrow_scratch.floats(s.tokens * inner);
   apply(s, l.gate_up, x, wide);
   each_token(s, inner, [&](int64_t t) {
-    const float* gate = wide + t * 2 * inner;
-    s.isa.gate_up(static_cast<Activation>(l.activation), gate, gate + inner, inner, narrow + t * inner);
+    const float* gate = wide + t * l.gate_up.n;
+    const float* up = l.gate_up.n == inner ? nullptr : gate + inner;
+    s.isa.gate_up(static_cast<Activation>(l.activation), gate, up, inner, narrow + t * inner);
   });
   apply(s, l.down, narrow, wide);
   return wide;

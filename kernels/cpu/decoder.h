@@ -20,7 +20,8 @@ struct Layer {
   int64_t heads, kv_heads, head_dim;
   int64_t window;     // positions that a query sees, its own among them; 0: all before it
   int64_t rotary;     // first channels of each query and key that are rotated by its position
-  int64_t activation; // of the MLP's gate: an Activation
+  int64_t pairs;      // they turn in neighbouring pairs; 0: the first half with the second half
+  int64_t activation; // of the MLP: an Activation
   float scaling;
   float soft_cap;     // of the attention scores; 0: none
   float residual;     // factor of what a half adds
@@ -28,7 +29,10 @@ struct Layer {
   Norm attention_output, mlp_output; // after them, of what they add
   Norm queries, keys; // before the rotation: of one head's width, or of all heads'
   Linear qkv, output;
-  Linear gate_up, down; // of the MLP, or of the shared expert of a Mixture of Experts; null: there is none
+  const float* sinks;   // (heads,): a score of each head that has no value; or null
+  // Of the MLP, or of the shared expert of a Mixture of Experts; null: there is none. `gate_up` is as wide as the input
+  // of `down` if the MLP has no gate.
+  Linear gate_up, down;
   const float* shared_gate; // (hidden size,): the shared expert is weighted by the sigmoid of this product; or null
   Moe moe;                  // where it is a Mixture of Experts whose `experts` are not null
 };

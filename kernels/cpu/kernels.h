@@ -61,6 +61,8 @@ struct Attention {
   int64_t head_dim, seen, more_seen, window;
   float scaling;
   float soft_cap; // c: a score s becomes c * tanh(s / c); 0: it stays
+  const float* sinks; // the first row's sink, a score without a value that takes a share of the attention; or null
+  int64_t sink_stride; // to the next row's
   float* scores; // (rows, score_stride): work; score_stride is a multiple of 32, at least what the last row sees
   int64_t score_stride;
   float* out;
@@ -100,8 +102,8 @@ struct Kernels {
   void (*silu_mul)(const void* gate, const void* up, Kind kind, int64_t n, void* out);
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t k, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t k, float* out);
-  void (*rotate)(float* x, const float* cosines, const float* sines, int64_t d);
-  // activation(gate) * up
+  void (*rotate)(float* x, const float* cosines, const float* sines, int64_t d, bool pairs);
+  // activation(gate) * up; activation(gate) if `up` is null
   void (*gate_up)(Activation activation, const float* gate, const float* up, int64_t n, float* out);
   void (*attend)(const Attention& a);
   // out (m, rows) = x (m, k) times w (rows, k) transposed, the weights in bfloat16, float16 or fp32, sums in fp32

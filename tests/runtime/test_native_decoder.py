@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from haq_lab.calibration.statistics import CalibrationPolicy
 from haq_lab.int8.backend import ReferenceBackend
 from haq_lab.int8.cpu import bindings as native
 from haq_lab.int8.cpu import library
@@ -20,7 +21,7 @@ from haq_lab.prefix.attention import attach
 from haq_lab.quantizers.rtn import RTN
 from haq_lab.runtime.deploy import deploy, merge_linears
 from haq_lab.runtime.layer_parts import LayerParts, LinearParts, UnsupportedLayerError
-from haq_lab.runtime.native_decoder import NativeStack, stack_native_layers
+from haq_lab.runtime.native_decoder import NativeStack, make_stack, stack_native_layers
 
 if not library.available():
     pytest.skip(f"no CPU kernels here: {library.unavailable_reason()}", allow_module_level=True)
@@ -112,6 +113,49 @@ def test_layer_norms(isa, bias):
         agree(fused(hidden, position_embeddings=positions), wanted, hidden)
         part.attention.eps = 0.0
         assert not NativeStack([layer], [part], 0).reproduces_its_layers()
+
+
+def first_layer(architecture):
+    """The first layer of a small model with merged linears, its parts, and the names of its experts."""
+    model, layers = LayeredModel(TinyModel(architecture, layers=2, hidden=64).folder()), []
+    inputs = PassInputs(model, RTN(), CpuBackend(), None, CalibrationPolicy(), {})
+    sequential_pass(inputs, lambda index, layer: layers.append(layer))
+    merge_linears(layers[0], model.groups_of(0))
+    return layers[0], LayerParts.of(layers[0], model.groups_of(0), model.family), model.family.moe
+
+
+@isas
+def test_sinks_take_a_share_of_the_attention(isa):
+    layer, parts, moe = first_layer("gpt_oss")
+    layer.self_attn.sinks.copy_(torch.tensor([-30.0, 0.0, 2.0, 9.0]))  # below all scores, among them, above them
+    with library.forced_isa(isa):
+        assert make_stack([layer], [parts], 0, moe).reproduces_its_layers()
+        parts.sinks = None
+        assert not make_stack([layer], [parts], 0, moe).reproduces_its_layers()
+
+
+def test_sinks_of_another_type_are_not_native():
+    layer, _, _ = first_layer("gpt_oss")
+    model = LayeredModel(TinyModel("gpt_oss", layers=2, hidden=64).folder())
+    layer.self_attn.sinks.data = layer.self_attn.sinks.data.half()
+    with pytest.raises(UnsupportedLayerError, match="sinks are not one float32 number for each head"):
+        LayerParts.of(layer, model.groups_of(0), model.family)
+
+
+@isas
+def test_neighbouring_channels_may_turn_together(isa):
+    layer, parts, moe = first_layer("glm4")
+    with library.forced_isa(isa):
+        assert not make_stack([layer], [parts], 0, moe).reproduces_its_layers()
+        parts.pairs = True
+        assert make_stack([layer], [parts], 0, moe).reproduces_its_layers()
+
+
+@isas
+def test_an_mlp_without_a_gate(isa):
+    layer, parts, moe = first_layer("starcoder2")
+    with library.forced_isa(isa):
+        assert make_stack([layer], [parts], 0, moe).reproduces_its_layers()
 
 
 def test_long_prompts():

@@ -55,7 +55,9 @@ class Group:
     @property
     def site(self) -> str:
         """Return the module whose input hook sees the shared input of all tokens, whatever the routing."""
-        return self.float_consumers[0] if self.float_consumers else self.consumers[0]
+        first = (*self.float_consumers, *self.consumers)[0]
+        number = expert_of(first) if self.feeds_experts else None
+        return first if number is None else first.partition(f".{number}.")[0]
 
     @property
     def feeds_experts(self) -> bool:

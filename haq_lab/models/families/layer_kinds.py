@@ -100,5 +100,14 @@ def empty_model(config: Any, layers: int, dtype: torch.dtype | None = None) -> P
     """
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
+    if layers and getattr(config, "layer_types", None):  # a model without layers still makes the masks of all types
+        config.layer_types = config.layer_types[:layers]
     with quiet_transformers():  # transformers chooses `sdpa`, or `eager` for attention that sdpa cannot compute
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def set_depth(model: PreTrainedModel, layers: int) -> None:
+    """Tell a model that was built without layers how many it has. Gemma 4 counts them when it is built."""
+    model.config.num_hidden_layers = layers
+    if hasattr(model.base_model, "first_kv_shared_layer_idx"):
+        model.base_model.first_kv_shared_layer_idx = layers - model.config.num_kv_shared_layers

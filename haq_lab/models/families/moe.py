@@ -23,6 +23,7 @@ def experts(
     shared_gate: str | None = None,
     folds_up: bool = True,
     gain_offset: float = 0.0,
+    routed_apart: bool = False,
 ) -> tuple[Group, ...]:
     """Return the groups of a block of experts.
 
@@ -33,11 +34,12 @@ def experts(
         shared_gate: Name of the linear that computes the weight of the shared expert. None if the weight is 1.
         folds_up: Whether a factor can be folded into the experts' up projections.
         gain_offset: As in `Group`.
+        routed_apart: Whether the router has another input than the experts.
     """
     gate, up, down = moe.linears("{e}")
     inner = () if shared is None else (Group("up", f"{shared}.up_proj", (f"{shared}.down_proj",)),)
     readers = () if shared is None else (f"{shared}.gate_proj", f"{shared}.up_proj")
-    in_float = (moe.router,) if shared_gate is None else (moe.router, shared_gate)
+    in_float = (*(() if routed_apart else (moe.router,)), *(() if shared_gate is None else (shared_gate,)))
     return (
         Group("norm", norm, (*readers, gate, up), in_float, gain_offset),
         *inner,
@@ -77,6 +79,14 @@ _DEEPSEEK = Moe("n_routed_experts", width_field="moe_intermediate_size", normali
 _GRANITE = Moe("num_local_experts", router="block_sparse_moe.router", experts="block_sparse_moe.experts", fused=True)
 _PHI = Moe("num_local_experts", router="mlp.router", stored=W1_W3_W2)
 _GPT_OSS = Moe("num_local_experts", router="mlp.router", fused=True)
+_GEMMA = Moe(
+    "num_experts",
+    active_field="top_k_experts",
+    width_field="moe_intermediate_size",
+    router="router",
+    experts="experts",
+    fused=True,
+)
 _LFM2 = Moe(
     "num_experts",
     width_field="moe_intermediate_size",
@@ -174,6 +184,27 @@ MIXTURES: tuple[Family, ...] = (
             ("qwen3_next", None, _QWEN_MOE),
             ("qwen3_5_moe_text", "qwen3_5_moe", replace(_QWEN_MOE, normalized_field=None)),
         )
+    ),
+    # Router, experts and MLP each have their own norm. Values are normalised, so nothing folds into their projection.
+    _row(
+        "gemma4_text",
+        (
+            attention("input_layernorm")[0],
+            Group("value", None, ("self_attn.o_proj",)),
+            *gated_mlp("pre_feedforward_layernorm"),
+            *experts(_GEMMA, "pre_feedforward_layernorm_2", routed_apart=True),
+        ),
+        _GEMMA,
+        requires=(
+            ("hidden_size_per_layer_input", (0,)),
+            ("num_kv_shared_layers", (0,)),
+            ("use_bidirectional_attention", (None, "vision")),
+        ),
+        head_norms=HEAD_NORMS,
+        output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        wrapper="gemma4",
+        takes_prefix=False,
+        in_float=("router.proj",),
     ),
     # Most layers have a short convolution in place of attention. Its linears are quantised. The last rows of its input
     # projection are what is convolved, so its output is linear in them.

@@ -19,6 +19,7 @@ class Recorder(nn.Module):
         self.arguments: dict[str, Any] = {}
         self.replay: Tensor | None = None
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *unused: None, **arguments: Any) -> Tensor:
+        assert all(argument is None for argument in unused), "a layer receives more than the hidden states"
         self.received, self.arguments = hidden, arguments
         return hidden if self.replay is None else self.replay

@@ -95,7 +95,7 @@ TINY: dict[str, Callable[[int, int], Fields]] = {
     "smollm3": lambda hidden, layers: _gated(hidden) | {"no_rope_layer_interval": 2},
     "granite": lambda hidden, layers: _gated(hidden) | MULTIPLIERS,
     "glm4": lambda hidden, layers: _gated(hidden) | {"head_dim": hidden // 2},
-    "starcoder2": lambda hidden, layers: _gated(hidden, key_values=1) | {"sliding_window": 24},
+    "starcoder2": lambda hidden, layers: _gated(hidden) | {"sliding_window": 24},
     "stablelm": lambda hidden, layers: _gated(hidden) | {"use_qkv_bias": True},
     "mixtral": lambda hidden, layers: _gated(hidden) | {"num_experts_per_tok": 2, "num_local_experts": 8},
     "qwen3_moe": lambda hidden, layers: {
@@ -155,6 +155,20 @@ TINY: dict[str, Callable[[int, int], Fields]] = {
     ),
     "qwen3_5_moe_text": lambda hidden, layers: (
         _experts(hidden, num_experts=6, shared_expert_intermediate_size=hidden) | _delta_net(hidden, layers)
+    ),
+    "gemma4_text": lambda hidden, layers: (
+        _gemma(hidden, layers, key_values=2)
+        | {
+            "hidden_size_per_layer_input": 0,
+            "global_head_dim": hidden,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 2,
+            "moe_intermediate_size": hidden // 2,
+            "final_logit_softcapping": 8.0,
+        }
     ),
     "lfm2_moe": lambda hidden, layers: _experts(
         hidden,

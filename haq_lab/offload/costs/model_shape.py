@@ -80,7 +80,8 @@ class Shape:
                 rest -= expert * count
                 chosen = active * (2 * moe.width(config) + hidden)
             rest += _weights(layer)
-            cached += sum(linears[name].out_features for name in family.cached if name in linears)
+            held = [linears[name].out_features for name in family.cached if name in linears]
+            cached += sum(held) + sum(held[:1]) * (len(family.cached) - len(held))  # without values, keys are values
             work = max(work, 2 * hidden + _held(linears, kinds.groups(index)) + chosen)
         return cls(
             layers=len(kinds.moe_layers),
