@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from haq_lab.models.experts import Experts, find_experts, fused_experts, recorded_calls
 from haq_lab.models.families.dense import UNPUBLISHED
 from haq_lab.models.families.family import Family, Group, Moe
-from haq_lab.models.families.layer_kinds import empty_model
+from haq_lab.models.families.layer_kinds import empty_model, set_depth
 from haq_lab.models.families.lookup import GENERIC, family_of
 from haq_lab.models.families.recorder import Recorder
 from haq_lab.storage.tensor_names import expert_of
@@ -145,7 +145,7 @@ def _recorded(config: Any, layers: str) -> tuple[Any, list[dict[str, Any]]]:
     """
     with no_init_weights():
         shell = empty_model(config, 0, torch.float32).eval()
-    shell.config.num_hidden_layers = config.num_hidden_layers
+    set_depth(shell, config.num_hidden_layers)
     recorders = [Recorder() for _ in range(config.num_hidden_layers)]
     shell.set_submodule(layers, nn.ModuleList(recorders))
     table = cast(Tensor, shell.get_input_embeddings().weight)

@@ -33,3 +33,15 @@ def test_experts_own_inputs_are_left_out(tmp_path):
     model = ["model=tiny_mixtral", "model.layers=1", "quantizer=smoothquant"]
     assert launch(*TINY, *model, f"hydra.run.dir={tmp_path}").code == 0
     assert set(Ranges.open(tmp_path / FILE).before) == {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate"}
+
+
+def test_layers_of_another_width_have_their_own_name():
+    ranges = Ranges()
+    for width in (4, 2, 4, 2):
+        ranges.add("o_proj", torch.full((width,), 2.0), torch.ones(width))
+    found = Ranges.of(ranges.tensors())
+    assert {site: [len(row) for row in rows] for site, rows in found.before.items()} == {
+        "o_proj": [4, 4],
+        "o_proj (2 channels)": [2, 2],
+    }
+    assert found.smoothed == ["o_proj", "o_proj (2 channels)"]
