@@ -13,6 +13,8 @@ from haq_lab.measure.metrics import METRICS, Metric, declared_metrics, find_metr
     ("name", "head", "direction", "value", "text"),
     [
         ("perplexity.c4", "c4 perplexity", "lower", 30.12345, "30.1234"),
+        ("kl.c4.p99", "c4 KL, p99 over the tokens, nats/token", "", 0.123456, "0.12346"),
+        ("dlnppl.c4.low", "c4 change of ln perplexity, low end of its interval, nats/token", "", 0.123456, "0.12346"),
         ("memory.weights_bytes", "weights, MB", "lower", 2_540_000, "2.5"),
         ("offload.hit_rate_pairs", "hit rate, %", "higher", 0.5, "50.00"),
         ("latency.decode_ms_per_token.mean", "decode, ms/token", "lower", 1.5, "1.50"),
