@@ -27,7 +27,7 @@ _I64, _F32, _PTR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 # Of a layer: before the two halves, after them, and of queries and keys.
 NORMS = ("attention", "mlp", "attention_output", "mlp_output", "queries", "keys")
 # Of the MLP, in the order of `Activation` of kernels/cpu/kernels.h.
-ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, partial(F.gelu, approximate="tanh"))
+ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, partial(F.gelu, approximate="tanh"), F.relu)
 
 
 class UnsupportedLayerError(Exception):
@@ -311,8 +311,10 @@ def _window(attention: Any) -> int:
 
 def _rotary(attention: Any) -> int:
     """Return how many channels of a head are rotated by their position: the first ones, or 0 for none."""
-    rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
-    share = rope.get("partial_rotary_factor", 1.0) if getattr(attention, "use_rope", True) else 0
+    config: Any = getattr(attention, "config", None)
+    if not hasattr(config, "rope_parameters") or not getattr(attention, "use_rope", True):
+        return 0
+    share = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
     return int(attention.head_dim * share)  # as transformers rounds it
 
 
@@ -327,15 +329,15 @@ def _sinks(attention: Any, heads: int) -> int | None:
 
 
 def _activation(layer: nn.Module, down: Group) -> int:
-    """Return which of `ACTIVATIONS` an MLP's only child beside the linears computes."""
+    """Return which of `ACTIVATIONS` the only module without weights beside an MLP's linears computes."""
     mlp = layer.get_submodule(down.consumers[0].rpartition(".")[0])
-    others = [child for child in mlp.children() if not isinstance(child, Int8Linear)]
+    others = [child for child in mlp.children() if not (isinstance(child, Int8Linear) or child.state_dict())]
     x = torch.linspace(-10, 10, 401)
     found = others[0](x) if len(others) == 1 else None
     for number, activation in enumerate(ACTIVATIONS):
         if isinstance(found, Tensor) and torch.allclose(found, activation(x), rtol=CLOSE, atol=CLOSE):
             return number
-    raise UnsupportedLayerError("its MLP's activation is neither SiLU nor GELU in tanh's approximation")
+    raise UnsupportedLayerError("its MLP's activation is not SiLU, ReLU or GELU's tanh form")
 
 
 def _count_heads(linears: Sequence[Any], head_dim: int) -> tuple[int, int]:

@@ -68,6 +68,7 @@ class NativeStack(nn.Module):
         self.kv_heads, self.head_dim = parts[0].kv_heads, parts[0].head_dim
         self.width: int = parts[0].output.n
         self.window: int = parts[0].window
+        self.rotates = any(part.rotary for part in parts)
         self.rotary: int = max(part.rotary for part in parts) or self.head_dim
         self._parts = (LayerParts * len(parts))(*parts)
         self._norms = [part.norms for part in parts]  # which the structures point to
@@ -103,6 +104,8 @@ class NativeStack(nn.Module):
             UserError: The attention mask shows a position that was padding in an earlier call.
         """
         kv = self._scratch() if cache is None else self._kv_in(cache)
+        if position_embeddings is None and not self.rotates:
+            position_embeddings = (hidden.new_zeros(1, hidden.shape[1], self.rotary),) * 2  # which no layer reads
         if not self._experts_replaced():
             try:
                 positions, own = _check_call(hidden, position_embeddings, kv, self.rotary)

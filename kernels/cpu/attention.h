@@ -176,8 +176,17 @@ HAQ_TARGET void gelu_up(const float* gate, const float* up, int64_t n, float* ou
   }
 }
 
+// max(gate, 0) * up, or max(gate, 0) if `up` is null
+HAQ_TARGET void relu_up(const float* gate, const float* up, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = (gate[i] > 0.0f ? gate[i] : 0.0f) * (up ? up[i] : 1.0f);
+}
+
 HAQ_TARGET void gate_up(Activation activation, const float* gate, const float* up, int64_t n, float* out) {
-  activation == kSilu ? silu_up(gate, up, n, out) : gelu_up(gate, up, n, out);
+  switch (activation) {
+    case kSilu: return silu_up(gate, up, n, out);
+    case kGeluTanh: return gelu_up(gate, up, n, out);
+    case kRelu: return relu_up(gate, up, n, out);
+  }
 }
 
 // scores (width,) = cap * tanh(scaling * score / cap) = cap - 2 cap / (1 + exp(2 scaling score / cap))

@@ -71,7 +71,7 @@ struct Attention {
 
 constexpr int kAttendRows = 8;
 
-enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 }; // of an MLP's gate; the second is gelu in tanh's approximation
+enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kRelu = 2 }; // the second is gelu in tanh's approximation
 
 struct Kernels {
   const char* name;

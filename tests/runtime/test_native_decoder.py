@@ -152,8 +152,9 @@ def test_neighbouring_channels_may_turn_together(isa):
 
 
 @isas
-def test_an_mlp_without_a_gate(isa):
-    layer, parts, moe = first_layer("starcoder2")
+@pytest.mark.parametrize("architecture", ["starcoder2", "opt"])  # GELU and ReLU, with and without rotation
+def test_an_mlp_without_a_gate(isa, architecture):
+    layer, parts, moe = first_layer(architecture)
     with library.forced_isa(isa):
         assert make_stack([layer], [parts], 0, moe).reproduces_its_layers()
 
@@ -168,7 +169,7 @@ def test_long_prompts():
 
 def test_a_layer_with_another_activation_is_not_native():
     layer, groups = llama_layer(hidden_act="gelu")
-    with pytest.raises(UnsupportedLayerError, match="activation is neither SiLU nor GELU"):
+    with pytest.raises(UnsupportedLayerError, match="activation is not SiLU, ReLU or GELU"):
         native_form(layer, groups)
 
 
@@ -275,7 +276,7 @@ def gelu_in_all_layers(layers):
         ),
         (
             gelu_in_all_layers,
-            "native decoder not used: layer 0: its MLP's activation is neither SiLU nor GELU in tanh's approximation",
+            "native decoder not used: layer 0: its MLP's activation is not SiLU, ReLU or GELU's tanh form",
         ),
         (lambda layers: None, None),
     ],
