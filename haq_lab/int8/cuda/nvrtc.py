@@ -51,6 +51,9 @@ class Compiler:
     """
 
     def __init__(self, library: Path | str) -> None:
+        if Path(library).is_absolute():  # NVRTC 13.0 opens this part of itself by name, and does not look beside itself
+            for part in sorted(Path(library).parent.glob("libnvrtc-builtins.so.*")):
+                ctypes.CDLL(str(part))
         self._library = ctypes.CDLL(str(library))
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
