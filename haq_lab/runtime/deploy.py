@@ -89,9 +89,10 @@ def _native_parts(layer: nn.Module, index: int, model: LayeredModel, pairs: dict
     if key in pairs:
         parts.pairs = pairs[key]
         return parts
-    for parts.pairs in (False, True):
+    for found in (False, True):
+        parts.pairs = found
         if make_stack([layer], [parts], 0, model.family.moe).reproduces_its_layers():
-            pairs[key] = bool(parts.pairs)
+            pairs[key] = found
             return parts
     raise UnsupportedLayerError("the native kernels do not reproduce its output")
 
